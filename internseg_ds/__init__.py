@@ -1,0 +1,18 @@
+"""Fine-tuning of every parameter of billion-scale vision backbones for semantic segmentation, under DeepSpeed ZeRO."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from internseg_ds.engine.segmentor_engine import SegmentorEngine
+
+__version__ = "0.1.0"
+__all__ = ["SegmentorEngine", "__version__"]
+
+
+def __getattr__(name: str) -> object:
+    """`internseg_ds.SegmentorEngine` without loading DeepSpeed for those who only read checkpoints or data."""
+    if name == "SegmentorEngine":
+        from internseg_ds.engine.segmentor_engine import SegmentorEngine
+
+        return SegmentorEngine
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

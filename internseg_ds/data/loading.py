@@ -1,0 +1,120 @@
+"""From mmseg data-set configs to batches of tensors.
+
+Training batches come from an endless, seeded stream: which images, and how each is cropped, flipped and coloured, depends on the seed and the image's
+position in the stream alone (not on workers, ranks or restarts). Evaluation batches are single images, dealt out to the ranks in turn.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from mmcv.parallel import DataContainer, collate
+from mmseg.datasets import build_dataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+
+import internseg_ds.data.ade20k  # noqa: F401 - registers the published ADE20KDataset
+import internseg_ds.data.transforms  # noqa: F401 - registers the published transforms
+from internseg_ds.data.sampler import GlobalBatchSampler
+from internseg_ds.errors import DataError
+from internseg_ds.seeding import derived_seed
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of training images, and where it stands in the stream."""
+
+    inputs: dict[str, Any]
+    """What the segmentor's forward takes: img (b, 3, h, w) float32, gt_semantic_seg (b, 1, h, w) int64 with 255 for "ignore", img_metas."""
+    position: int
+    """Stream position of its first image."""
+
+    @property
+    def files(self) -> list[str]:
+        return [meta["filename"] for meta in self.inputs["img_metas"]]
+
+
+def build_datasets(entry: Any, what: str, leaves: list[Any], **default_args: Any) -> Dataset:
+    """mmseg's data set of a config entry, after a look at its folders.
+
+    what: its name in messages ("data.train"). leaves: the plain data sets inside wrappers. Raises DataError when a folder is missing or the set is empty.
+    """
+    for leaf in leaves:
+        root = Path(leaf.get("data_root") or "")
+        for key in ("img_dir", "ann_dir"):
+            folder = leaf.get(key)
+            if folder is not None and not (root / folder).is_dir():
+                raise DataError(f"{what}: there is no folder {root / folder} ({key} = {folder!r} under data_root = {leaf.get('data_root')!r}); "
+                                f"put the data there, or set {what}.data_root")
+    try:
+        dataset = build_dataset(entry, default_args or None)
+    except (KeyError, TypeError, FileNotFoundError, ValueError) as error:
+        raise DataError(f"{what} cannot be built: {type(error).__name__}: {error}") from error
+    if len(dataset) == 0:
+        places = ", ".join(f"{leaf.get('data_root')}/{leaf.get('img_dir')}/*{leaf.get('img_suffix', '.jpg')}" for leaf in leaves)
+        raise DataError(f"{what} is empty: no image matches {places}")
+    return dataset
+
+
+class PositionSeeded(Dataset):
+    """A data set whose random augmentations depend on (seed, stream position) alone."""
+
+    def __init__(self, dataset: Dataset, seed: int) -> None:
+        self.dataset, self.seed = dataset, seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        position, index = key
+        np.random.seed(derived_seed(self.seed, "augmentation", position))  # mmseg's transforms draw from numpy's global state
+        random.seed(derived_seed(self.seed, "augmentation", position))
+        return {**self.dataset[index], "position": position}
+
+
+def training_batches(dataset: Dataset, sampler: GlobalBatchSampler, *, workers: int, seed: int, device: torch.device) -> Iterator[Batch]:
+    """Endless micro-batches of this rank, on `device`. workers: processes that decode ahead; 0 decodes in this one."""
+    loader = DataLoader(PositionSeeded(dataset, seed), batch_sampler=sampler, num_workers=workers, collate_fn=_collate, worker_init_fn=_quiet_worker,
+                        pin_memory=device.type == "cuda", generator=torch.Generator().manual_seed(0))
+    for collated in loader:
+        position = int(collated.pop("position")[0])
+        yield Batch(_to_device(collated, device), position)
+
+
+def evaluation_batches(dataset: Dataset, *, rank: int, world_size: int, workers: int, device: torch.device) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(image index, inputs of forward(return_loss=False)) for images rank, rank + world size, ...: ranks may get different numbers of them.
+
+    inputs: img is a list over test-time augmentations of (1, 3, h, w) float32, img_metas a list over augmentations of lists of one dict.
+    """
+    indices = range(rank, len(dataset), world_size)
+    loader = DataLoader(Subset(dataset, indices), batch_size=1, num_workers=workers, collate_fn=_collate, worker_init_fn=_quiet_worker,
+                        pin_memory=device.type == "cuda", generator=torch.Generator().manual_seed(0))
+    for index, collated in zip(indices, loader, strict=True):
+        yield index, _to_device(collated, device)
+
+
+def _collate(samples: list[dict[str, Any]]) -> Any:
+    return collate(samples, samples_per_gpu=len(samples))
+
+
+def _quiet_worker(_: int) -> None:
+    """One OpenCV thread a worker: the workers are the parallelism."""
+    cv2.setNumThreads(0)
+
+
+def _to_device(value: Any, device: torch.device) -> Any:
+    """`value` without mmcv's DataContainers, its tensors on `device`."""
+    if isinstance(value, DataContainer):
+        return _to_device(value.data[0], device)  # one chunk: a process drives one device
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return {key: _to_device(item, device) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_to_device(item, device) for item in value]
+    return value

@@ -1,0 +1,116 @@
+"""Building a segmentor: on the meta device to look at, under `zero.Init` (ZeRO-3) or whole (ZeRO-1/2) to train.
+
+In: the config's `model` section and a `DsConfig`. Out: a segmentor whose parameters sit on their device, partitioned where the stage says so, with
+initial values that depend on the seed and the parameter's name alone: the same under every stage, precision and number of processes.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from mmcv import ConfigDict
+from mmcv.cnn import ConvModule
+from mmcv.runner import BaseModule
+from mmseg.models import build_segmentor
+from torch import nn
+
+import internseg_ds.models  # noqa: F401 - registers the backbones and heads
+from internseg_ds.distributed.ds_config import DsConfig
+from internseg_ds.distributed.sync_batch_norm import allow_any_device
+from internseg_ds.errors import ConfigError
+from internseg_ds.seeding import derived_seed
+
+
+def build_on_meta(model: ConfigDict) -> nn.Module:
+    """The segmentor with shapes and no storage: takes no memory at any size.
+
+    Raises ConfigError when mmseg cannot build it, in the words of whichever constructor refused.
+    """
+    try:
+        with torch.device("meta"):
+            segmentor = build_segmentor(model)
+    except (KeyError, TypeError, ValueError, AssertionError, AttributeError) as error:
+        raise ConfigError(f"the model section cannot be built: {type(error).__name__}: {error}") from error
+    allow_any_device(segmentor)
+    return segmentor
+
+
+def build_for_training(model: ConfigDict, ds: DsConfig, device: torch.device, seed: int) -> nn.Module:
+    """The segmentor with initial values, in `ds.param_dtype`, on `device`. Collective under ZeRO-3, where each rank keeps its share only."""
+    import deepspeed
+
+    if ds.stage == 3:
+        with deepspeed.zero.Init(config_dict_or_path=ds.raw, dtype=ds.param_dtype):
+            segmentor = build_segmentor(model)
+    else:
+        with torch.device(device), _default_dtype(ds.param_dtype):
+            segmentor = build_segmentor(model)
+    allow_any_device(segmentor)
+    initialise(segmentor, seed, ds.param_dtype)
+    return segmentor
+
+
+def initialise(segmentor: nn.Module, seed: int, dtype: torch.dtype) -> None:
+    """Draws the initial values in fp32, gathering the parameters of one owner at a time. Collective under ZeRO-3.
+
+    Three rounds, as mmcv orders them: every module that owns parameters (`reset_parameters`), every ConvModule, then every child of the segmentor that
+    brings an `init_cfg` or an `init_weights` of its own. A module with none of these keeps the values that its constructor gave it.
+    """
+    for name, module in segmentor.named_modules():
+        if hasattr(module, "reset_parameters"):
+            torch.manual_seed(derived_seed(seed, name))
+            with _whole_fp32(list(module.parameters(recurse=False)), dtype):
+                module.reset_parameters()
+    for name, module in segmentor.named_modules():
+        if isinstance(module, ConvModule):
+            torch.manual_seed(derived_seed(seed, name + "#conv"))
+            with _whole_fp32(list(module.parameters()), dtype):
+                module.init_weights()
+    for name, child in segmentor.named_children():
+        if _initialises_itself(child):
+            torch.manual_seed(derived_seed(seed, name + "#init"))
+            with _whole_fp32(list(child.parameters()), dtype):
+                child.init_weights()
+
+
+def _initialises_itself(module: nn.Module) -> bool:
+    parts = [part for part in module.modules() if isinstance(part, BaseModule)]
+    return any(part.init_cfg is not None or type(part).init_weights is not BaseModule.init_weights for part in parts)
+
+
+@contextmanager
+def gathered(params: Sequence[nn.Parameter], modifier_rank: int | None = None) -> Iterator[None]:
+    """The parameters whole inside the block; a plain block where ZeRO has not partitioned them. Collective where it has.
+
+    modifier_rank: the rank whose changes every rank keeps; None when nothing changes.
+    """
+    partitioned = [param for param in params if hasattr(param, "ds_id")]
+    if not partitioned:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=modifier_rank):
+        yield
+
+
+@contextmanager
+def _whole_fp32(params: list[nn.Parameter], dtype: torch.dtype) -> Iterator[None]:
+    """Inside: whole fp32 values to draw into. After: those of rank 0, rounded to `dtype`."""
+    with gathered(params, modifier_rank=0):
+        for param in params:
+            param.data = param.data.float()
+        with torch.no_grad():
+            yield
+        for param in params:
+            param.data = param.data.to(dtype)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -1,0 +1,225 @@
+"""The DeepSpeed JSON: read, filled in from the experiment, and checked against it before anything is built.
+
+In: a ds_config (path or dict) that carries only what is DeepSpeed's, and the numbers of the experiment config, which is the one source of batch,
+optimizer, schedule and clipping. Out: a `DsConfig` whose `raw` dict goes to `deepspeed.initialize` as it is. Takes no accelerator.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from internseg_ds.errors import ConfigError, unknown_key
+
+Precision = Literal["bf16", "autocast", "fp32"]
+
+# DeepSpeed 0.19.8 ignores an unknown key at the top level without a word, so the ones it reads are listed here.
+TOP_LEVEL_KEYS = frozenset("""
+    train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping optimizer scheduler zero_optimization bf16 fp16
+    torch_autocast data_types communication_data_type seq_parallel_communication_data_type prescale_gradients gradient_predivide_factor
+    gradient_allreduce_op zero_allow_untested_optimizer zero_force_ds_cpu_optimizer activation_checkpointing steps_per_print wall_clock_breakdown
+    memory_breakdown dump_state log_level comms_logger flops_profiler tensorboard wandb csv_monitor comet aio checkpoint compile timers
+    disable_python_gc disable_allgather managed_gradient_accumulation dataloader_drop_last datastates_ckpt
+""".split())
+AUTOCAST_KEYS = frozenset(("enabled", "dtype", "lower_precision_safe_modules"))
+DATA_TYPES_KEYS = frozenset(("grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"))
+
+
+@dataclass(frozen=True)
+class DsConfig:
+    """A ds_config without "auto" values that agrees with its experiment. Batch sizes are in images."""
+
+    raw: dict[str, Any]
+    source: str
+    stage: int
+    precision: Precision
+    micro_batch: int
+    accumulation: int
+    world_size: int
+    cpu_adam: bool
+
+    @property
+    def global_batch(self) -> int:
+        return self.world_size * self.micro_batch * self.accumulation
+
+    @property
+    def param_dtype(self) -> torch.dtype:
+        """dtype in which ZeRO stores the parameters that modules compute with (the masters are fp32 in every mode)."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+
+def resolve_ds_config(
+    source: str | os.PathLike | Mapping[str, Any],
+    *,
+    experiment: str,
+    micro_batch: int,
+    world_size: int,
+    optimizer: Mapping[str, Any],
+    global_batch: int | None = None,
+    accumulation: int | None = None,
+    gradient_clipping: float = 0.0,
+    hidden_size: int = 1024,
+) -> DsConfig:
+    """Fills the "auto" values of a ds_config from the experiment and refuses what contradicts it.
+
+    source: path of a JSON file, or its content as a dict. experiment: path of the config, for messages. micro_batch: images per process and forward.
+    global_batch: images per optimizer step that the recipe asks for, or accumulation: micro-batches per step; at most one of them, neither means 1
+    micro-batch unless the ds_config says more. optimizer: the experiment's section (type, lr, ...). hidden_size: width of the backbone, from which
+    "auto" ZeRO-3 bucket sizes are derived as transformers does.
+
+    Raises ConfigError for an unreadable file, an unknown key, fp16, a contradiction in batch, clipping or optimizer.
+    """
+    name, raw = _read(source)
+    _known_keys(raw, name)
+    where = dict(ds=name, experiment=experiment)
+    accumulation = _accumulation(raw, micro_batch, world_size, global_batch, accumulation, **where)
+    _must_equal(raw, "train_micro_batch_size_per_gpu", micro_batch, "data.samples_per_gpu", **where)
+    raw["gradient_accumulation_steps"] = accumulation
+    product = world_size * micro_batch * accumulation
+    if raw.get("train_batch_size", "auto") not in ("auto", product):
+        raise ConfigError(f"train_batch_size={raw['train_batch_size']} images is not {world_size} processes x {micro_batch} images x {accumulation} accumulation "
+                          f"steps = {product}.\n  from: {name}: train_batch_size; {experiment}: data.samples_per_gpu={micro_batch}\n"
+                          f"  fix:  drop train_batch_size from {name}, it is derived; to keep the recipe's batch set engine.global_batch in {experiment}")
+    raw["train_batch_size"] = product
+    _must_equal(raw, "gradient_clipping", gradient_clipping, "optimizer_config.grad_clip.max_norm", **where)
+    precision = _precision(raw, name)
+    _optimizer_agrees(raw, optimizer, **where)
+    if "scheduler" in raw:
+        raise ConfigError(f"{name} has a scheduler section, but the learning-rate schedule comes from lr_config in {experiment}; drop it from {name}")
+    zero = raw.setdefault("zero_optimization", {"stage": 0})
+    _fill_bucket_sizes(zero, hidden_size)
+    _no_auto_left(raw, name)
+    _deepspeed_accepts(zero, name)
+    # DeepSpeed knows Adam and its relatives; others run unchanged in fp32 partitions, so they are allowed without a key for it
+    raw.setdefault("zero_allow_untested_optimizer", True)
+    offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+    return DsConfig(raw, name, zero.get("stage", 0), precision, micro_batch, accumulation, world_size,
+                    cpu_adam=offloaded and raw.get("zero_force_ds_cpu_optimizer", True))
+
+
+def _read(source: str | os.PathLike | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    if isinstance(source, Mapping):
+        return "ds_config", json.loads(json.dumps(dict(source)))  # a deep copy, and a check that it is JSON
+    path = Path(source)
+    try:
+        raw = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"there is no ds_config {path}; ours are in ds_configs/, the usual one is ds_configs/zero3_bf16.json") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"ds_config {path} cannot be read: {error}") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"ds_config {path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"ds_config {path} must hold one JSON object, not a {type(raw).__name__}")
+    return str(path), raw
+
+
+def _known_keys(raw: dict[str, Any], name: str) -> None:
+    for key in raw:
+        if key not in TOP_LEVEL_KEYS:
+            raise unknown_key(key, TOP_LEVEL_KEYS, name)
+    for section, known in (("torch_autocast", AUTOCAST_KEYS), ("data_types", DATA_TYPES_KEYS)):
+        for key in raw.get(section, {}):
+            if key not in known:
+                raise unknown_key(key, known, f"{section} of {name}")
+    for section in ("zero_optimization", "bf16", "fp16", "torch_autocast", "data_types", "optimizer"):
+        if not isinstance(raw.get(section, {}), dict):
+            raise ConfigError(f"{section} of {name} must be a section {{...}}, not {raw[section]!r}")
+
+
+def _accumulation(raw: dict[str, Any], micro_batch: int, world_size: int, global_batch: int | None, accumulation: int | None, *,
+                  ds: str, experiment: str) -> int:
+    """Micro-batches per optimizer step, from the experiment, else from the ds_config, else 1."""
+    if global_batch is not None:
+        per_forward = world_size * micro_batch
+        if global_batch % per_forward:
+            raise ConfigError(f"engine.global_batch={global_batch} images cannot be made of {world_size} processes x {micro_batch} images.\n"
+                              f"  from: {experiment}: engine.global_batch={global_batch}, data.samples_per_gpu={micro_batch}\n"
+                              f"  fix:  choose data.samples_per_gpu and the number of processes so that their product divides {global_batch}")
+        accumulation = global_batch // per_forward
+    given = raw.get("gradient_accumulation_steps", "auto")
+    if given == "auto":
+        return accumulation or 1
+    if not isinstance(given, int) or given < 1:
+        raise ConfigError(f"gradient_accumulation_steps={given!r} of {ds} must be a whole number of at least 1, or \"auto\"")
+    if accumulation not in (None, given):
+        derived = f"engine.global_batch={global_batch}" if global_batch is not None else "optimizer_config.cumulative_iters"
+        raise ConfigError(f"gradient_accumulation_steps={given} contradicts the {accumulation} steps that {derived} means for {world_size} processes x "
+                          f"{micro_batch} images.\n  from: {ds}: gradient_accumulation_steps; {experiment}: {derived}\n"
+                          f"  fix:  set gradient_accumulation_steps to \"auto\" in {ds}")
+    return given
+
+
+def _must_equal(raw: dict[str, Any], key: str, value: Any, option: str, *, ds: str, experiment: str) -> None:
+    given = raw.get(key, "auto")
+    if given not in ("auto", value):
+        raise ConfigError(f"{key}={given!r} contradicts {option}={value!r}.\n  from: {ds}: {key}; {experiment}: {option}\n"
+                          f"  fix:  set {key} to \"auto\" in {ds}; the experiment config is its one source")
+    raw[key] = value
+
+
+def _precision(raw: dict[str, Any], name: str) -> Precision:
+    if raw.get("fp16", {}).get("enabled", False):
+        raise ConfigError(f"fp16 is enabled in {name}, but activations of InternViT-sized backbones leave fp16's range; use \"bf16\": {{\"enabled\": true}}")
+    raw.pop("fp16", None)
+    bf16, autocast = (raw.get(section, {}).get("enabled", False) for section in ("bf16", "torch_autocast"))
+    if bf16 and autocast:
+        raise ConfigError(f"bf16 and torch_autocast are both enabled in {name}; bf16 stores bf16 weights, torch_autocast keeps them fp32: disable one")
+    if autocast and raw["torch_autocast"].get("dtype", "bfloat16") not in ("bfloat16", "bf16"):
+        raise ConfigError(f"torch_autocast.dtype={raw['torch_autocast']['dtype']!r} in {name}; write \"bfloat16\"")
+    return "bf16" if bf16 else "autocast" if autocast else "fp32"
+
+
+def _optimizer_agrees(raw: dict[str, Any], optimizer: Mapping[str, Any], *, ds: str, experiment: str) -> None:
+    """An optimizer section in the ds_config may repeat the experiment's values, not change them; it is dropped."""
+    section = raw.pop("optimizer", None)
+    if section is None or section == "auto":
+        return
+    pairs = {"type": section.get("type", "auto")} | section.get("params", {})
+    for key, value in pairs.items():
+        ours = optimizer.get(key)
+        same = value == "auto" or (str(value).lower() == str(ours).lower() if key == "type" else _plain(value) == _plain(ours))
+        if not same:
+            raise ConfigError(f"the optimizer is named twice with different values: {key}={value!r} and {key}={ours!r}.\n"
+                              f"  from: {ds}: optimizer; {experiment}: optimizer\n  fix:  drop the optimizer section from {ds}")
+
+
+def _plain(value: Any) -> Any:
+    return [float(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _fill_bucket_sizes(zero: dict[str, Any], hidden_size: int) -> None:
+    sizes = {"reduce_bucket_size": hidden_size * hidden_size, "stage3_prefetch_bucket_size": hidden_size * hidden_size * 9 // 10,
+             "stage3_param_persistence_threshold": 10 * hidden_size}
+    for key, size in sizes.items():
+        if zero.get(key) == "auto":
+            zero[key] = size
+
+
+def _no_auto_left(section: Mapping[str, Any], where: str) -> None:
+    for key, value in section.items():
+        if value == "auto" and key != "keep_in_fp32_modules":  # the one "auto" that is DeepSpeed's own
+            raise ConfigError(f"{key}=\"auto\" in {where} cannot be filled from the experiment config; write a value or drop it")
+        if isinstance(value, Mapping):
+            _no_auto_left(value, f"{key} of {where}")
+
+
+def _deepspeed_accepts(zero: dict[str, Any], name: str) -> None:
+    """DeepSpeed's own schema of the section, which refuses unknown keys and wrong types."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    fields = DeepSpeedZeroConfig.model_fields
+    known = set(fields) | {field.alias for field in fields.values() if field.alias}
+    for key in zero:
+        if key not in known:
+            raise unknown_key(key, known, f"zero_optimization of {name}")
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(f"zero_optimization.{'.'.join(map(str, first['loc']))} of {name} is {first['input']!r}: {first['msg']}") from None

@@ -1,0 +1,34 @@
+"""The optimizer that the config names, over parameter groups: torch's own, or DeepSpeed's CPU Adam where its state is offloaded."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from mmcv.runner.optimizer import OPTIMIZERS
+
+from internseg_ds.distributed.ds_config import DsConfig
+from internseg_ds.errors import ConfigError
+
+
+def build_optimizer(groups: list[dict[str, Any]], section: Mapping[str, Any], ds: DsConfig) -> torch.optim.Optimizer:
+    """section: the config's `optimizer` (type, lr, betas, weight_decay, ...). AdamW on a GPU runs torch's fused kernel.
+
+    Raises ConfigError for an unknown type, for arguments that the optimizer does not take, and for an offloaded optimizer that is not Adam or AdamW.
+    """
+    settings = {key: value for key, value in section.items() if key not in ("type", "constructor", "paramwise_cfg")}
+    kind = section.get("type", "AdamW")
+    if ds.cpu_adam:
+        if kind not in ("Adam", "AdamW"):
+            raise ConfigError(f"{ds.source} offloads the optimizer, which runs DeepSpeed's CPU Adam, but optimizer.type is {kind!r}; use AdamW, or drop offload_optimizer")
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, adamw_mode=kind == "AdamW", **settings)
+    optimizer = OPTIMIZERS.get(kind)
+    if optimizer is None:
+        raise ConfigError(f"optimizer.type={kind!r} is not registered in mmcv; AdamW is the usual one")
+    if kind in ("Adam", "AdamW") and torch.cuda.is_available():
+        settings.setdefault("fused", True)
+    try:
+        return optimizer(groups, **settings)
+    except TypeError as error:
+        raise ConfigError(f"optimizer {kind} does not take these settings: {error}") from None

@@ -1,0 +1,127 @@
+"""Which process of how many this is, and the process group that they form.
+
+In: the environment variables of whichever launcher started the process (deepspeed and torchrun: RANK ...; srun: SLURM_PROCID ...; mpirun:
+OMPI_COMM_WORLD_RANK ...; none: a plain `python` is a group of one). Out: a `World`, and between `join` and `leave` a torch.distributed group
+(nccl where there is a GPU, gloo where there is none).
+"""
+
+import os
+import re
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from internseg_ds.errors import ConfigError
+
+# variable names of (rank, world size, local rank, processes on this host), the first complete set wins
+LAUNCHERS = {
+    "deepspeed, torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    "srun": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
+    "mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+}
+DEFAULT_PORT = 29500
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place: `rank` of `size` over all hosts, `local_rank` on this one, and the device that is its own."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    launcher: str = "python"
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def world_from_environment(env: Mapping[str, str] = os.environ) -> World:
+    """Reads the launcher's variables; takes no device and opens no connection.
+
+    Raises ConfigError when the variables are there but are not numbers, or name a rank outside the world.
+    """
+    for launcher, (rank, size, local_rank, _) in LAUNCHERS.items():
+        if rank in env and size in env:
+            try:
+                world = World(int(env[rank]), int(env[size]), int(env.get(local_rank, 0)), launcher)
+            except ValueError:
+                raise ConfigError(f"{rank}={env[rank]!r} and {size}={env[size]!r} of the environment are not whole numbers; "
+                                  f"start with deepspeed, torchrun, srun or mpirun, or unset them to run in one process") from None
+            if not 0 <= world.rank < world.size:
+                raise ConfigError(f"{rank}={world.rank} is not below {size}={world.size}; unset both to run in one process")
+            if launcher == "srun" and world.size == 1:
+                continue  # an interactive Slurm shell sets SLURM_PROCID=0 for everything that runs in it
+            return world
+    return World()
+
+
+def first_host(node_list: str) -> str:
+    """The first host of a Slurm node list: "gpu[003-007,12],login1" -> "gpu003"."""
+    match = re.match(r"([^\[,]+)(?:\[(\d+))?", node_list)
+    if match is None:
+        raise ConfigError(f"SLURM_JOB_NODELIST={node_list!r} names no host; set MASTER_ADDR to the host of rank 0")
+    return match[1] + (match[2] or "")
+
+
+def rendezvous(world: World, env: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The five variables that torch.distributed reads (`env://`), for launchers that do not set them themselves."""
+    if "MASTER_ADDR" in env:
+        address = env["MASTER_ADDR"]
+    elif world.launcher == "srun":
+        address = first_host(env.get("SLURM_JOB_NODELIST", env.get("SLURM_NODELIST", "")))
+    elif world.size == 1:
+        address = "127.0.0.1"
+    else:
+        raise ConfigError(f"{world.launcher} started {world.size} processes but MASTER_ADDR is not set; set it to the host of rank 0 "
+                          f"(mpirun: -x MASTER_ADDR=host)")
+    if "MASTER_PORT" in env:
+        port = env["MASTER_PORT"]
+    elif world.size == 1:
+        with socket.socket() as probe:  # several single-process runs may share a machine
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+    else:
+        port = str(DEFAULT_PORT + int(env.get("SLURM_JOB_ID", 0)) % 1000)
+    return {"RANK": str(world.rank), "WORLD_SIZE": str(world.size), "LOCAL_RANK": str(world.local_rank), "MASTER_ADDR": address, "MASTER_PORT": port}
+
+
+@contextmanager
+def joined(world: World, timeout: timedelta = timedelta(minutes=30)) -> Iterator[World]:
+    """The process group of `world`, for the length of a `with` block. Collective: returns once all processes have come.
+
+    A group that exists already (a notebook, another library) is used and left as it is.
+    """
+    if dist.is_initialized():
+        yield world
+        return
+    join(world, timeout)
+    try:
+        yield world
+    finally:
+        leave()
+
+
+def join(world: World, timeout: timedelta = timedelta(minutes=30)) -> None:
+    """Makes the process group and takes this process's device."""
+    import deepspeed  # here: half a dozen seconds, and readers of the environment need none of it
+
+    os.environ.update(rendezvous(world))
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    deepspeed.init_distributed(timeout=timeout, verbose=False)
+
+
+def leave() -> None:
+    """Ends the process group. A rank that just exits can abort another that still talks to it, so every path ends here."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,130 @@
+"""Saving and finding checkpoints of a run.
+
+    WORK_DIR/checkpoints/iter_N/           one ZeRO checkpoint: a file per rank, and internseg_ds.json, written last
+    WORK_DIR/checkpoints/latest            the name of the newest complete one
+    WORK_DIR/checkpoints/best              the name of the one with the best score
+
+A checkpoint is written under a temporary name, brought to disk, renamed, and only then named in `latest`: whatever is interrupted leaves the previous
+one usable. DeepSpeed writes and reads the files; this module owns names, order and retention.
+"""
+
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from internseg_ds.checkpoints.manifest import MANIFEST, read_manifest, update_metrics, verify_manifest, write_manifest
+from internseg_ds.engine.state import TrainState
+from internseg_ds.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+PARTIAL = ".partial"
+
+
+class Checkpoints:
+    """The checkpoints folder of one run. Every method is collective: all ranks call it, with the same arguments."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        """keep: how many of the newest stay (`max_keep_ckpts`); 0 or less keeps all. The best one stays beside them."""
+        self.folder, self.keep = folder, keep
+
+    def save(self, deepspeed_engine: Any, state: TrainState, meta: dict[str, Any]) -> Path:
+        """Writes weights, optimizer, schedule and `state`; returns the checkpoint's directory. meta: CLASSES, PALETTE, config text."""
+        tag = f"iter_{state.step}"
+        partial, final = self.folder / (tag + PARTIAL), self.folder / tag
+        if dist.get_rank() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for leftover in self.folder.glob("*" + PARTIAL):
+                shutil.rmtree(leftover)
+        deepspeed_engine.save_checkpoint(str(self.folder), tag=partial.name, client_state={"internseg_ds": state.state_dict()}, save_latest=False)
+        if dist.get_rank() == 0:
+            for file in partial.rglob("*"):
+                _to_disk(file)
+            write_manifest(partial, step=state.step, world_size=dist.get_world_size(), zero_stage=deepspeed_engine.zero_optimization_stage(), meta=meta, metrics={})
+            if final.exists():
+                shutil.rmtree(final)  # a resumed run comes to this step again
+            partial.rename(final)
+            _to_disk(self.folder)
+            publish(self.folder / "latest", tag)
+            self._retain(state)
+        dist.barrier()
+        log.info("saved %s", final)
+        return final
+
+    def score(self, state: TrainState, metrics: dict[str, float], key: str, keep_best: bool) -> bool:
+        """Notes the evaluation of the checkpoint of `state.step`, and marks it when it is the best so far; whether it is."""
+        tag = f"iter_{state.step}"
+        better = keep_best and (state.best is None or metrics[key] > state.best)
+        if better:
+            state.best, state.best_tag = metrics[key], tag
+        if dist.get_rank() == 0 and (self.folder / tag / MANIFEST).exists():
+            update_metrics(self.folder / tag, metrics)
+            if better:
+                publish(self.folder / "best", tag)
+                self._retain(state)
+        dist.barrier()
+        return better
+
+    def _retain(self, state: TrainState) -> None:
+        if self.keep <= 0:
+            return
+        tags = sorted((path.parent for path in self.folder.glob(f"iter_*/{MANIFEST}")), key=lambda path: int(path.name.removeprefix("iter_")))
+        for path in tags[: -self.keep]:
+            if path.name != state.best_tag:
+                log.info("removing %s (max_keep_ckpts = %d)", path, self.keep)
+                shutil.rmtree(path)
+
+
+def find_checkpoint(path: str | os.PathLike) -> Path:
+    """The checkpoint directory that `path` means: one itself, or a folder (WORK_DIR, WORK_DIR/checkpoints) whose `latest` names it.
+
+    Raises CheckpointError when there is none, or when it was not finished.
+    """
+    path = Path(path)
+    for folder in (path, path / "checkpoints"):
+        if (folder / "latest").is_file():
+            path = folder / (folder / "latest").read_text().strip()
+            break
+    if not path.is_dir():
+        raise CheckpointError(f"there is no checkpoint at {path}; give WORK_DIR, WORK_DIR/checkpoints or one iter_N directory")
+    if read_manifest(path) is None:
+        raise CheckpointError(f"{path} holds no {MANIFEST}: it is no checkpoint of this engine, or its save did not finish; take another one")
+    verify_manifest(path)
+    return path
+
+
+def load_checkpoint(deepspeed_engine: Any, path: Path, state: TrainState) -> None:
+    """Fills the engine and `state` from a checkpoint directory. Collective.
+
+    Raises CheckpointError when the checkpoint was saved by another number of processes or ZeRO stage.
+    """
+    manifest = read_manifest(path)
+    world, stage = dist.get_world_size(), deepspeed_engine.zero_optimization_stage()
+    if (manifest["world_size"], manifest["zero_stage"]) != (world, stage):
+        raise CheckpointError(f"{path} was saved by {manifest['world_size']} processes under ZeRO-{manifest['zero_stage']}, this run has {world} under ZeRO-{stage}; "
+                              f"resume with the same, or start anew from its weights with --load-from")
+    loaded, client_state = deepspeed_engine.load_checkpoint(str(path.parent), tag=path.name)
+    if loaded is None:
+        raise CheckpointError(f"DeepSpeed could not load {path}")
+    state.load_state_dict(client_state["internseg_ds"])
+
+
+def publish(pointer: Path, tag: str) -> None:
+    """Makes the pointer file name `tag`, at once or not at all."""
+    temporary = pointer.with_suffix(".new")
+    temporary.write_text(tag)
+    _to_disk(temporary)
+    os.replace(temporary, pointer)
+    _to_disk(pointer.parent)
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

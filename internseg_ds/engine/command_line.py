@@ -1,0 +1,78 @@
+"""What the scripts in launch/ share: running a `main`, its exit codes, and the options that all of them have.
+
+Exit codes: 0 done; 2 the user's input is wrong (one sentence on stderr, from rank 0); 3 the loss is not finite any more; 1 anything else.
+"""
+
+import argparse
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from typing import NoReturn
+
+from mmcv import DictAction
+
+from internseg_ds.distributed.process_group import leave, world_from_environment
+from internseg_ds.errors import UserError
+
+USER_ERROR, DIVERGED = 2, 3
+GRACE_S = 15
+"""Seconds that ranks other than 0 wait before they exit on a user's error: launchers kill the others at the first exit, and rank 0 is to speak first."""
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Calls `main` and exits with its code; leaves the process group on every path."""
+    quieten()
+    code = 1
+    try:
+        main()
+        code = 0
+    except UserError as error:
+        code = USER_ERROR
+        rank = _rank()
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(GRACE_S)
+    except Exception as error:
+        from internseg_ds.engine.trainer import Diverged
+
+        if not isinstance(error, Diverged):
+            raise
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        code = DIVERGED
+    finally:
+        leave()
+    sys.exit(code)
+
+
+def _rank() -> int:
+    try:
+        return world_from_environment().rank
+    except UserError:
+        return int(os.environ.get("LOCAL_RANK", 0)) if os.environ.get("LOCAL_RANK", "0").isdigit() else 0
+
+
+def quieten() -> None:
+    """Silences notices of our dependencies that a user can do nothing about (mmcv's 2.0 announcement, DeepSpeed's progress notes)."""
+    warnings.filterwarnings("ignore", message="On January 1, 2023, MMCV")
+    warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true")
+    warnings.filterwarnings("ignore", message="Default ``avg_non_ignore``")
+    warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+
+def parser(description: str, example: str) -> argparse.ArgumentParser:
+    """An argument parser whose --help ends with a command that works, with the options that every script has."""
+    made = argparse.ArgumentParser(description=description, epilog=f"example:\n  {example}", formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it; LOCAL_RANK says the same
+    return made
+
+
+def add_config_options(made: argparse.ArgumentParser) -> None:
+    made.add_argument("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", default={},
+                      help="settings that override the config, e.g. data.samples_per_gpu=4 optimizer.lr=1e-4")
+
+

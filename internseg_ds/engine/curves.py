@@ -1,0 +1,26 @@
+"""The curve of a run as a picture: loss and score over steps, from metrics.jsonl."""
+
+import json
+from pathlib import Path
+
+
+def draw_curves(metrics: Path, picture: Path, score: str = "mIoU") -> None:
+    """Reads the records of `metrics` (JSON lines with step, loss, lr, and `score` where the run evaluated) and writes the PNG `picture`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    losses = [(record["step"], record["loss"]) for record in records if "loss" in record]
+    scores = [(record["step"], 100 * record[score]) for record in records if score in record]
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(xlabel="step", ylabel="training loss")
+    axes.plot(*zip(*losses, strict=True), color="tab:blue", label="loss")
+    axes.yaxis.label.set_color("tab:blue")
+    axes.grid(alpha=0.3)
+    if scores:
+        right = axes.twinx()
+        right.plot(*zip(*scores, strict=True), color="tab:orange", marker="o", label=score)
+        right.set_ylabel(f"{score} on the validation set, %", color="tab:orange")
+        right.set_ylim(bottom=0)
+    figure.savefig(picture)

@@ -1,0 +1,234 @@
+"""The experiment config, read once at the border: an mmcv Config in, a frozen `Experiment` out. Below this nobody calls `cfg.get`.
+
+Published configs of MMSegmentation 0.x, InternVL and InternImage are read as they stand. What mmcv's runner did and the engine does itself is
+interpreted; a key that has no effect here becomes one line in `Experiment.notes`, which the run logs. Loads no DeepSpeed and no model.
+"""
+
+import difflib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from mmcv import Config, ConfigDict
+
+from internseg_ds.distributed.lr_schedule import PolySchedule
+from internseg_ds.errors import ConfigError, unknown_key
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """The config's own section for this engine, `engine = dict(...)`; a published file without it gets these defaults."""
+
+    global_batch: int | None = None
+    """Images per optimizer step, whatever the number of processes; the gradient accumulation is derived from it. None: no accumulation."""
+    backbone_dtype: str = "auto"
+    """dtype in which the backbone computes: "bfloat16", "float32", or "auto": bfloat16 where the hardware multiplies it natively, else float32."""
+    evaluate_before: bool = False
+    """Evaluate once before the first step, to see what training starts from."""
+
+    def __post_init__(self) -> None:
+        if self.backbone_dtype not in ("auto", "bfloat16", "float32"):
+            raise ConfigError(f"engine.backbone_dtype={self.backbone_dtype!r} is none of 'auto', 'bfloat16', 'float32'")
+        if self.global_batch is not None and (not isinstance(self.global_batch, int) or self.global_batch < 1):
+            raise ConfigError(f"engine.global_batch={self.global_batch!r} must be a whole number of images, at least 1")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One training or test run as its config describes it. Steps are optimizer updates, batches are in images."""
+
+    path: str
+    cfg: Config
+    model: ConfigDict
+    train: ConfigDict | list[ConfigDict]
+    val: ConfigDict
+    test: ConfigDict
+    micro_batch: int
+    workers: int
+    optimizer: ConfigDict
+    schedule: PolySchedule
+    accumulation: int | None
+    gradient_clipping: float
+    save_every: int
+    max_keep_ckpts: int
+    evaluate_every: int
+    metrics: tuple[str, ...]
+    keep_best: bool
+    log_every: int
+    log_hooks: tuple[ConfigDict, ...]
+    load_from: str | None
+    resume_from: str | None
+    engine: EngineOptions
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def name(self) -> str:
+        return Path(self.path).stem
+
+    @property
+    def max_steps(self) -> int:
+        return self.schedule.max_steps
+
+
+# keys of mmcv's runner that have no effect here, each with the line that says so
+REPLACED = {
+    "deepspeed": "every run here is a DeepSpeed run",
+    "deepspeed_config": "the ds_config is given on the command line",
+    "custom_hooks": "there are no hooks; precision is the engine's",
+    "dist_params": "nccl on GPUs, gloo on CPUs",
+    "workflow": "training and evaluation alternate as `evaluation.interval` says",
+    "opencv_num_threads": "data workers use one OpenCV thread each",
+    "mp_start_method": "data workers are forked",
+    "find_unused_parameters": "ZeRO needs no such setting",
+    "device": "the device is the accelerator, where there is one",
+    "gpu_ids": "processes are the launcher's",
+}
+LOG_HOOKS = ("TextLoggerHook", "TensorboardLoggerHook", "WandbLoggerHook", "MMSegWandbHook")
+
+
+def read_experiment(config: str | os.PathLike | Config, cfg_options: Mapping[str, Any] | None = None) -> Experiment:
+    """Reads a config file (or an mmcv Config) and applies `--cfg-options`.
+
+    Raises ConfigError for a missing or broken file, an option path that exists nowhere, an unknown key of `engine`, and whatever the engine
+    cannot run (an epoch-based runner, a schedule that is not poly).
+    """
+    path, cfg = _load(config)
+    for option, value in (cfg_options or {}).items():
+        _option_exists(cfg, option, path)
+        cfg.merge_from_dict({option: value})
+    for key in ("model", "data", "optimizer", "lr_config", "runner"):
+        if key not in cfg:
+            raise ConfigError(f"{path} has no {key!r} section; take one of configs/ as an example")
+    notes = [f"{key} = {_short(cfg[key])} has no effect: {why}" for key, why in REPLACED.items() if cfg.get(key) is not None]
+    loader = {**{k: v for k, v in cfg.data.items() if k in ("samples_per_gpu", "workers_per_gpu")}, **cfg.data.get("train_dataloader", {})}
+    if "train" not in cfg.data:
+        raise ConfigError(f"{path}: data has no 'train' entry")
+    val = cfg.data.get("val") or cfg.data.get("test")
+    evaluation, saving, logging_ = (cfg.get(key) or {} for key in ("evaluation", "checkpoint_config", "log_config"))
+    schedule = _schedule(cfg, path)
+    micro_batch = loader.get("samples_per_gpu", 2)
+    if not isinstance(micro_batch, int) or micro_batch < 1:
+        raise ConfigError(f"data.samples_per_gpu={micro_batch!r} of {path} must be a whole number of images, at least 1")
+    if saving.get("by_epoch", False) or evaluation.get("by_epoch", False):
+        notes.append("by_epoch is taken as False: intervals are in steps")
+    optimizer_config = cfg.get("optimizer_config") or {}
+    options = _engine_options(cfg.get("engine") or {}, path)
+    cumulative = optimizer_config.get("cumulative_iters")
+    if cumulative is not None and options.global_batch is not None:
+        raise ConfigError(f"{path} sets engine.global_batch={options.global_batch} and optimizer_config.cumulative_iters={cumulative}; keep one of them")
+    hooks = tuple(logging_.get("hooks", ()))
+    notes += [f"log_config.hooks: {hook['type']} is not known here and is left out" for hook in hooks if hook["type"] not in LOG_HOOKS]
+    metric = evaluation.get("metric", "mIoU")
+    return Experiment(
+        path=path,
+        cfg=cfg,
+        model=cfg.model,
+        train=cfg.data.train,
+        val=val,
+        test=cfg.data.get("test") or val,
+        micro_batch=micro_batch,
+        workers=loader.get("workers_per_gpu", 2),
+        optimizer=cfg.optimizer,
+        schedule=schedule,
+        accumulation=cumulative,
+        gradient_clipping=float((optimizer_config.get("grad_clip") or {}).get("max_norm", 0.0)),
+        save_every=saving.get("interval", schedule.max_steps),
+        max_keep_ckpts=saving.get("max_keep_ckpts", -1),
+        evaluate_every=evaluation.get("interval", schedule.max_steps),
+        metrics=(metric,) if isinstance(metric, str) else tuple(metric),
+        keep_best=evaluation.get("save_best") is not None,
+        log_every=logging_.get("interval", 50),
+        log_hooks=hooks,
+        load_from=cfg.get("load_from"),
+        resume_from=cfg.get("resume_from"),
+        engine=options,
+        notes=tuple(notes),
+    )
+
+
+def _load(config: str | os.PathLike | Config) -> tuple[str, Config]:
+    if isinstance(config, Config):
+        return config.filename or "config", Config(config._cfg_dict.to_dict(), filename=config.filename)
+    if not Path(config).is_file():
+        near = difflib.get_close_matches(str(config), map(str, Path("configs").rglob("*.py")), n=1, cutoff=0.3)
+        raise ConfigError(f"there is no config file {config}" + (f"; did you mean {near[0]}?" if near else ""))
+    try:
+        return str(config), Config.fromfile(str(config))
+    except Exception as error:  # a config is a program: whatever it raises, the user wrote it
+        raise ConfigError(f"config {config} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _short(value: Any, limit: int = 60) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def _option_exists(cfg: Config, option: str, path: str) -> None:
+    """A `--cfg-options` path must name something: an existing key, a setting of `engine`, or an argument of a section that has a `type`."""
+    *parents, leaf = option.split(".")
+    node: Any = cfg
+    for depth, part in enumerate([*parents, leaf]):
+        known: list[str] = []
+        if isinstance(node, (list, tuple)):
+            known = [str(index) for index in range(len(node))]
+        elif isinstance(node, (Config, Mapping)):
+            known = list(node.keys())
+        if part in known:
+            node = node[int(part)] if isinstance(node, (list, tuple)) else node[part]
+            continue
+        if depth == 0 and part == "engine":
+            known = ["engine"]
+            node = {setting.name: None for setting in fields(EngineOptions)}
+            continue
+        prefix = ".".join(option.split(".")[:depth])
+        if prefix == "engine":
+            known = [setting.name for setting in fields(EngineOptions)]
+            if part in known:
+                return
+        is_argument = part == leaf and depth == len(parents) and isinstance(node, Mapping)
+        if is_argument and ("type" in node or prefix in OPEN_SECTIONS):
+            return
+        near = difflib.get_close_matches(part, known, n=1)
+        guess = f"; did you mean {'.'.join(filter(None, [prefix, near[0]]))}?" if near else f"; there are {', '.join(known) or 'no keys'}"
+        raise ConfigError(f"--cfg-options {option}: {part!r} exists nowhere in {prefix or path}{guess}")
+
+
+OPEN_SECTIONS = ("model.train_cfg", "model.test_cfg", "data", "evaluation", "checkpoint_config", "optimizer_config", "lr_config", "log_config", "runner")
+
+
+def _engine_options(section: Mapping[str, Any], path: str) -> EngineOptions:
+    known = [setting.name for setting in fields(EngineOptions)]
+    for key in section:
+        if key not in known:
+            raise unknown_key(key, known, f"engine of {path}")
+    return EngineOptions(**section)
+
+
+def _schedule(cfg: Config, path: str) -> PolySchedule:
+    if cfg.runner.get("type", "IterBasedRunner") != "IterBasedRunner" or "max_iters" not in cfg.runner:
+        raise ConfigError(f"runner = {dict(cfg.runner)} of {path}: steps are counted here, not epochs; write runner = dict(type='IterBasedRunner', max_iters=...)")
+    steps = cfg.runner.max_iters
+    if not isinstance(steps, int) or steps < 1:
+        raise ConfigError(f"runner.max_iters={steps!r} of {path} must be a whole number of steps, at least 1")
+    lr = cfg.lr_config
+    if lr.get("policy", "poly").lower() != "poly" or lr.get("by_epoch", True):
+        raise ConfigError(f"lr_config of {path} must be policy='poly' with by_epoch=False, not policy={lr.get('policy')!r}, by_epoch={lr.get('by_epoch', True)}")
+    if lr.get("warmup") not in (None, "linear"):
+        raise ConfigError(f"lr_config.warmup={lr.warmup!r} of {path}: only 'linear' warmup is known (or none)")
+    warmup = lr.get("warmup_iters", 0) if lr.get("warmup") else 0
+    return PolySchedule(steps, lr.get("power", 1.0), lr.get("min_lr", 0.0), warmup, lr.get("warmup_ratio", 0.1))
+
+
+def leaf_datasets(entry: Any) -> Iterator[ConfigDict]:
+    """The plain data sets inside wrappers (RepeatDataset, ConcatDataset, lists) of a `data.train` or `data.val` entry."""
+    if isinstance(entry, (list, tuple)):
+        for item in entry:
+            yield from leaf_datasets(item)
+    elif "dataset" in entry:
+        yield from leaf_datasets(entry["dataset"])
+    elif "datasets" in entry:
+        yield from leaf_datasets(entry["datasets"])
+    else:
+        yield entry

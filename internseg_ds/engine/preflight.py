@@ -1,0 +1,141 @@
+"""Everything that can be refused is refused here: config, ds_config, model, data and weight files, checked together before any accelerator memory is taken.
+
+In: what the user gave. Out: a `Plan`, from which `SegmentorEngine` is built and which `--dry-run` prints. Runs on every rank alike and talks to no other.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmcv import ConfigDict
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.utils.data import Dataset
+
+from internseg_ds.data.loading import build_datasets
+from internseg_ds.distributed.construction import build_on_meta
+from internseg_ds.distributed.ds_config import DsConfig, resolve_ds_config
+from internseg_ds.distributed.parameter_groups import parameter_groups
+from internseg_ds.distributed.process_group import World
+from internseg_ds.engine.experiment import Experiment, leaf_datasets
+from internseg_ds.errors import CheckpointError, ConfigError, DataError
+from internseg_ds.planning.memory import training_state_bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that has passed every check. meta_model: the segmentor on the meta device, for shapes and names."""
+
+    experiment: Experiment
+    ds: DsConfig
+    world: World
+    meta_model: nn.Module
+    train_set: Dataset
+    val_set: Dataset | None
+
+
+def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, Any], world: World, *, validate: bool = True,
+          load_from: str | os.PathLike | None = None) -> Plan:
+    """Raises UserError (ConfigError, DataError, CheckpointError) with one sentence for whatever cannot work.
+
+    validate: whether the run will evaluate, and so needs the validation set.
+    """
+    meta_model = build_on_meta(experiment.model)
+    ds = resolve_ds_config(
+        ds_config, experiment=experiment.path, micro_batch=experiment.micro_batch, world_size=world.size, optimizer=experiment.optimizer,
+        global_batch=experiment.engine.global_batch, accumulation=experiment.accumulation, gradient_clipping=experiment.gradient_clipping,
+        hidden_size=getattr(meta_model.backbone, "embed_dim", 1024))
+    parameter_groups(meta_model, experiment.optimizer)
+    check_patches(experiment, meta_model)
+    check_weights(experiment, meta_model, load_from)
+    train_set = build_datasets(experiment.train, "data.train", list(leaf_datasets(experiment.train)))
+    val_set = validation_set(experiment) if validate else None
+    check_classes(meta_model, train_set, "data.train")
+    return Plan(experiment, ds, world, meta_model, train_set, val_set)
+
+
+def check_weights(experiment: Experiment, meta_model: nn.Module, load_from: str | os.PathLike | None) -> None:
+    """The weight file that the run starts from must be there and fit the model: names and shapes are compared, values are not read.
+
+    load_from: whole segmentor given on the command line, else the config's load_from, else the backbone's `pretrained`. Raises CheckpointError.
+    """
+    source = weights_to_load(experiment, meta_model, load_from)
+    if source is None:
+        return
+    option, path, fit = source
+    if not path.exists():
+        raise CheckpointError(f"{option}={str(path)!r}: there is no such file; put the weights there, or start from random weights with --cfg-options {option}=None")
+    with open_weights(path) as weights:
+        fit(meta_model, weights)
+
+
+def validation_set(experiment: Experiment, split: str = "val") -> Dataset:
+    """The data set that is evaluated on, in test mode; split: "val" or "test". Raises DataError when it is missing or empty."""
+    entry = experiment.test if split == "test" else experiment.val
+    if entry is None:
+        raise DataError(f"{experiment.path}: data has neither a 'val' nor a 'test' entry to evaluate on; add one, or train with --no-validate")
+    return build_datasets(entry, f"data.{split}", list(leaf_datasets(entry)), test_mode=True)
+
+
+def check_classes(model: nn.Module, dataset: Dataset, what: str) -> None:
+    """The heads and the data set must count the same classes."""
+    classes = getattr(dataset, "CLASSES", None)
+    heads = [head for name in ("decode_head", "auxiliary_head") if (head := getattr(model, name, None)) is not None]
+    for head in heads:
+        for part in head if isinstance(head, nn.ModuleList) else [head]:
+            if classes is not None and part.num_classes != len(classes):
+                raise ConfigError(f"{type(part).__name__} predicts num_classes={part.num_classes} classes but {what} has {len(classes)}; make them equal")
+
+
+def check_patches(experiment: Experiment, model: nn.Module) -> None:
+    """Sizes that reach the backbone must be whole patches. Raises ConfigError naming the setting and the nearest size that works."""
+    patch = getattr(model.backbone, "patch_size", None)
+    if patch is None:
+        return
+    for setting, size in input_sizes(experiment):
+        for side in size:
+            if side % patch:
+                below = side // patch * patch
+                raise ConfigError(f"{setting}={tuple(size)} of {experiment.path} is not a multiple of the patch size {patch}; use {below} or {below + patch}")
+
+
+def input_sizes(experiment: Experiment) -> list[tuple[str, tuple[int, int]]]:
+    """The image sizes (h, w) that the config names and the backbone will see: training crops and padding, sliding windows."""
+    found = []
+    for leaf in leaf_datasets(experiment.train):
+        for step in leaf.get("pipeline", ()):
+            for kind, key in (("RandomCrop", "crop_size"), ("Pad", "size")):
+                if step.get("type") == kind and step.get(key) is not None:
+                    found.append((f"data.train.pipeline {kind}.{key}", step[key]))
+    test_cfg: Mapping[str, Any] = experiment.model.get("test_cfg") or ConfigDict()
+    if test_cfg.get("mode") == "slide":
+        found.append(("model.test_cfg.crop_size", test_cfg["crop_size"]))
+        if any(stride > crop for stride, crop in zip(test_cfg["stride"], test_cfg["crop_size"], strict=True)):
+            raise ConfigError(f"model.test_cfg.stride={tuple(test_cfg['stride'])} of {experiment.path} is larger than crop_size={tuple(test_cfg['crop_size'])}, "
+                              f"which leaves pixels without a prediction; use a stride of about two thirds of the crop")
+    return found
+
+
+def describe(plan: Plan, console: Console) -> None:
+    """Prints what `--dry-run` shows: parameters by part, groups, batches, and the training state per process."""
+    counts = Table("part", "parameters", "of which train", title=f"{plan.experiment.name}: model")
+    for name, child in [*plan.meta_model.named_children(), ("all", plan.meta_model)]:
+        params = list(child.parameters())
+        counts.add_row(name, f"{sum(p.numel() for p in params):,}", f"{sum(p.numel() for p in params if p.requires_grad):,}")
+    console.print(counts)
+    groups = Table("group", "tensors", "parameters", "lr", "weight decay", title="parameter groups")
+    for group in parameter_groups(plan.meta_model, plan.experiment.optimizer):
+        groups.add_row(group["name"], str(len(group["params"])), f"{sum(p.numel() for p in group['params']):,}", f"{group['lr']:.3g}", f"{group['weight_decay']:g}")
+    console.print(groups)
+    ds, experiment = plan.ds, plan.experiment
+    console.print(f"batch: {ds.global_batch} images per step = {ds.world_size} processes x {ds.micro_batch} images x {ds.accumulation} accumulation steps")
+    console.print(f"data: {len(plan.train_set):,} training images, {len(plan.val_set) if plan.val_set is not None else 0:,} validation images; "
+                  f"{experiment.max_steps:,} steps = {experiment.max_steps * ds.global_batch / len(plan.train_set):.1f} epochs")
+    memory = Table("training state per process", "GiB", "lies in", title=f"{ds.source}: ZeRO-{ds.stage}, {ds.precision}, {ds.world_size} processes")
+    for part, size, place in training_state_bytes(plan.meta_model, ds.raw, ds.precision, ds.world_size):
+        memory.add_row(part, f"{size / 2**30:.3f}", place)
+    console.print(memory)
+    console.print("activations and gathered parameters come on top; nothing was taken from any accelerator")

@@ -1,0 +1,170 @@
+"""`SegmentorEngine`: a segmentor of an experiment config under DeepSpeed, to train, evaluate, save and resume.
+
+    from internseg_ds import SegmentorEngine
+
+    with SegmentorEngine("configs/intern_vit_tiny/upernet_intern_vit_tiny_112_ade20k.py", "ds_configs/zero3_bf16.json", work_dir="work_dirs/mine") as engine:
+        engine.train()
+        print(engine.evaluate().metrics["mIoU"])
+
+Run it under deepspeed, torchrun, srun or mpirun, or as a plain `python` process. Constructing, training, evaluating and saving are collective: every
+rank makes the same calls.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from mmcv import Config
+from torch import Tensor
+
+from internseg_ds.checkpoints.weights import open_weights
+from internseg_ds.data.loading import Batch
+from internseg_ds.distributed.construction import build_for_training
+from internseg_ds.distributed.gathering import whole_segmentor
+from internseg_ds.distributed.loading import load_pretrained_backbone, load_segmentor
+from internseg_ds.distributed.optimizers import build_optimizer
+from internseg_ds.distributed.parameter_groups import parameter_groups
+from internseg_ds.distributed.precision import apply_precision, backbone_dtype
+from internseg_ds.distributed.process_group import World, join, leave, world_from_environment
+from internseg_ds.engine.checkpointing import Checkpoints, find_checkpoint, load_checkpoint
+from internseg_ds.engine.evaluator import Evaluation, evaluate
+from internseg_ds.engine.experiment import Experiment, read_experiment
+from internseg_ds.engine.preflight import Plan, check
+from internseg_ds.engine.state import TrainState
+from internseg_ds.engine.trackers import start_logging
+from internseg_ds.engine.trainer import train
+from internseg_ds.seeding import derived_seed
+
+log = logging.getLogger(__name__)
+
+
+class SegmentorEngine:
+    """One experiment under one ds_config. Attributes: `plan` (experiment, ds_config, data sets), `deepspeed` (DeepSpeed's engine), `state`, `checkpoints`."""
+
+    def __init__(
+        self,
+        config: str | os.PathLike | Config | Experiment,
+        ds_config: str | os.PathLike | Mapping[str, Any],
+        *,
+        work_dir: str | os.PathLike | None = None,
+        seed: int = 0,
+        load_from: str | os.PathLike | None = None,
+        resume: str | os.PathLike | None = None,
+        cfg_options: Mapping[str, Any] | None = None,
+        validate: bool = True,
+    ) -> None:
+        """config: an experiment config; ds_config: a DeepSpeed JSON. work_dir: default work_dirs/NAME_OF_CONFIG. load_from: weights of a whole segmentor to
+        start from (over the config's `load_from`). resume: "auto" (the newest checkpoint of work_dir, if any) or a checkpoint to go on from exactly.
+        validate: False leaves the validation set alone. Joins the process group if there is none yet.
+
+        Raises UserError before any accelerator memory is taken when anything in these contradicts itself or is missing.
+        """
+        world = world_from_environment()
+        experiment = config if isinstance(config, Experiment) else read_experiment(config, cfg_options)
+        self.work_dir = Path(work_dir or Path("work_dirs") / experiment.name)
+        self.plan: Plan = check(experiment, ds_config, world, validate=validate, load_from=load_from)
+        self.checkpoints = Checkpoints(self.work_dir / "checkpoints", experiment.max_keep_ckpts)
+        resume_from = self._checkpoint_to_resume(resume)
+        self.state = TrainState(seed=seed)
+        self._owns_group = not dist.is_initialized()
+        if self._owns_group:
+            join(world)
+        if world.is_main:
+            self.work_dir.mkdir(parents=True, exist_ok=True)
+        dist.barrier()
+        start_logging(self.work_dir, is_main=world.is_main)
+        for note in experiment.notes:
+            log.info("config: %s", note)
+        self._build(seed, load_from, resume_from)
+
+    def _checkpoint_to_resume(self, resume: str | os.PathLike | None) -> Path | None:
+        if resume is None and self.plan.experiment.resume_from:
+            resume = self.plan.experiment.resume_from
+        if resume == "auto":
+            return find_checkpoint(self.checkpoints.folder) if (self.checkpoints.folder / "latest").exists() else None
+        return find_checkpoint(resume) if resume is not None else None
+
+    def _build(self, seed: int, load_from: str | os.PathLike | None, resume_from: Path | None) -> None:
+        import deepspeed
+
+        experiment, ds, device = self.plan.experiment, self.plan.ds, self.world.device
+        self.compute_dtype = backbone_dtype(experiment.engine.backbone_dtype, device)
+        log.info("%d process%s on %s, ZeRO-%d, %s parameters, backbone computes in %s, heads in float32", self.world.size, "es" * (self.world.size > 1),
+                 device.type, ds.stage, str(ds.param_dtype).removeprefix("torch."), str(self.compute_dtype).removeprefix("torch."))
+        log.info("%d images per step = %d processes x %d images x %d accumulation steps", ds.global_batch, ds.world_size, ds.micro_batch, ds.accumulation)
+        model = build_for_training(experiment.model, ds, device, seed)
+        weights = load_from or experiment.load_from
+        if resume_from is None and weights is not None:
+            with open_weights(Path(weights)) as opened:
+                load_segmentor(model, opened)
+        elif resume_from is None and getattr(model.backbone, "pretrained", None):
+            with open_weights(Path(model.backbone.pretrained)) as opened:
+                load_pretrained_backbone(model, opened)
+        apply_precision(model, self.compute_dtype, autocast=ds.precision == "autocast")
+        groups = parameter_groups(model, experiment.optimizer)
+        optimizer = build_optimizer(groups, experiment.optimizer, ds)
+        self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=experiment.schedule.scheduler, config=ds.raw)
+        if resume_from is not None:
+            load_checkpoint(self.deepspeed, resume_from, self.state)
+            self.checkpoints.recall_best(self.state, experiment.metrics[0])
+            log.info("resumed from %s: step %d, %d images seen", resume_from, self.state.step, self.state.images)
+        if self.world.is_main:
+            experiment.cfg.dump(str(self.work_dir / "config.py"))
+            (self.work_dir / "ds_config.json").write_text(json.dumps(ds.raw, indent=4) + "\n")
+
+    @property
+    def world(self) -> World:
+        return self.plan.world
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """The loss terms and accuracies of a micro-batch, as scalars; "loss" is the sum of the terms whose names hold "loss", as in mmseg.
+
+        The noise of dropout and drop-path is drawn from (seed, stream position of the batch): a resumed run repeats it, and so does another split
+        of the same micro-batches over ranks and accumulation steps.
+        """
+        torch.manual_seed(derived_seed(self.state.seed, "noise", batch.position))
+        terms = {name: value.mean() if isinstance(value, Tensor) else sum(item.mean() for item in value)
+                 for name, value in self.deepspeed(return_loss=True, **batch.inputs).items()}
+        terms["loss"] = sum(value for name, value in terms.items() if "loss" in name)
+        return terms
+
+    def train(self) -> TrainState:
+        """Trains to the last step of the schedule, logging, saving and evaluating as the config says."""
+        return train(self)
+
+    def evaluate(self, *, verbose: bool = True) -> Evaluation:
+        """mmseg's metrics on the validation set with the weights as they are. Gathers the weights once; the data set is split over the ranks."""
+        with self.whole() as segmentor:
+            return evaluate(segmentor, self.plan.val_set, world=self.world, workers=self.plan.experiment.workers, metrics=self.plan.experiment.metrics, verbose=verbose)
+
+    def whole(self) -> Any:
+        """Context manager: the segmentor with whole weights in eval mode, for this rank to call as it likes. Entering is collective."""
+        return whole_segmentor(self.deepspeed.module, self.plan.experiment.model, self.compute_dtype, self.world.device,
+                               autocast=self.plan.ds.precision == "autocast")
+
+    def save(self) -> Path:
+        """Writes a ZeRO checkpoint of this step into WORK_DIR/checkpoints; returns its directory."""
+        dataset = self.plan.train_set
+        meta = {"CLASSES": list(dataset.CLASSES), "PALETTE": [list(map(int, colour)) for colour in dataset.PALETTE], "config": self.plan.experiment.cfg.pretty_text}
+        return self.checkpoints.save(self.deepspeed, self.state, meta)
+
+    def close(self) -> None:
+        """Frees the engine and leaves the process group if this engine joined it."""
+        self.deepspeed.destroy()
+        if self._owns_group:
+            leave()
+
+    def __enter__(self) -> "SegmentorEngine":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:
+            self.close()
+        elif self._owns_group:
+            leave()

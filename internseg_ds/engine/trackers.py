@@ -1,0 +1,126 @@
+"""Where a run's numbers go: the console, WORK_DIR/metrics.jsonl, and TensorBoard and Weights & Biases where the config's `log_config.hooks` ask for them.
+
+In: flat dicts of floats with a step. Rank 0 writes; on other ranks `open_trackers` gives a list of none. A tracker never talks to other ranks.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from internseg_ds.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+class Tracker(Protocol):
+    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+    def close(self) -> None: ...
+
+
+class ConsoleTracker:
+    """One line per record: step, progress, the values, time left."""
+
+    def __init__(self, max_steps: int, start: int) -> None:
+        self.max_steps, self.start, self.began = max_steps, start, time.monotonic()
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        done = step - self.start
+        left = (self.max_steps - step) * (time.monotonic() - self.began) / done if done else 0.0
+        numbers = "  ".join(f"{name} {_readable(value)}" for name, value in values.items() if not name.startswith(("IoU.", "Acc.")))
+        log.info("step %*d/%d  %s  eta %s", len(str(self.max_steps)), step, self.max_steps, numbers, timedelta(seconds=round(left)))
+
+    def close(self) -> None:
+        pass
+
+
+def _readable(value: float) -> str:
+    return f"{value:.4g}" if abs(value) >= 1e-3 or value == 0 else f"{value:.2e}"
+
+
+class JsonlTracker:
+    """metrics.jsonl: one JSON object per record, flushed at once, appended to on resume. Records of steps that are done again are dropped first."""
+
+    def __init__(self, path: Path, start: int) -> None:
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= start] if start else []
+            path.write_text("".join(f"{line}\n" for line in kept))
+        self.file: TextIO = path.open("a")
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        print(json.dumps({"step": step, "time": time.time(), **values}), file=self.file, flush=True)
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return float("inf")  # half a line, from a run that was killed while it wrote
+
+
+class TensorBoardTracker:
+    """Scalars in WORK_DIR/tensorboard."""
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WandbTracker:
+    """A Weights & Biases run; WANDB_MODE=offline keeps it in WORK_DIR/wandb and needs no account."""
+
+    def __init__(self, folder: Path, init: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise ConfigError("log_config.hooks names a wandb hook, but wandb is not installed; pip install wandb, or drop the hook") from None
+        self.run = wandb.init(**{"dir": str(folder), "config": dict(config), **init})
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self.run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def open_trackers(work_dir: Path, hooks: Sequence[Mapping[str, Any]], *, max_steps: int, start: int, config: Mapping[str, Any], is_main: bool) -> list[Tracker]:
+    """The trackers of one run. start: the step that it resumes from. config: what wandb shows as the run's configuration."""
+    if not is_main:
+        return []
+    trackers: list[Tracker] = [ConsoleTracker(max_steps, start), JsonlTracker(work_dir / "metrics.jsonl", start)]
+    for hook in hooks:
+        if hook["type"] == "TensorboardLoggerHook":
+            trackers.append(TensorBoardTracker(Path(hook.get("log_dir") or work_dir / "tensorboard")))
+        elif hook["type"] in ("WandbLoggerHook", "MMSegWandbHook"):
+            trackers.append(WandbTracker(work_dir, hook.get("init_kwargs") or {}, config))
+    return trackers
+
+
+def start_logging(work_dir: Path | None, *, is_main: bool) -> None:
+    """Log lines of this package on rank 0: to the console, and to WORK_DIR/train.log. Other ranks log warnings only."""
+    package = logging.getLogger("internseg_ds")
+    package.setLevel(logging.INFO if is_main else logging.WARNING)
+    package.propagate = False
+    for handler in list(package.handlers):
+        package.removeHandler(handler)
+        handler.close()
+    handlers: list[logging.Handler] = [logging.StreamHandler()]
+    if work_dir is not None and is_main:
+        handlers.append(logging.FileHandler(work_dir / "train.log"))
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        package.addHandler(handler)

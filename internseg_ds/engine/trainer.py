@@ -1,0 +1,123 @@
+"""The training loop, whole: next batch, forward, backward, step, log, maybe save, maybe evaluate. What happens each step is visible here."""
+
+import logging
+import math
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from internseg_ds.data.loading import training_batches
+from internseg_ds.data.sampler import GlobalBatchSampler
+from internseg_ds.engine.curves import draw_curves
+from internseg_ds.engine.state import TrainState, due
+from internseg_ds.engine.trackers import Tracker, open_trackers
+
+if TYPE_CHECKING:
+    from internseg_ds.engine.segmentor_engine import SegmentorEngine
+
+log = logging.getLogger(__name__)
+
+
+class Diverged(RuntimeError):
+    """The loss is not finite any more."""
+
+
+def train(engine: "SegmentorEngine") -> TrainState:
+    """Trains `engine` from where its state stands to the last step. Collective. Raises Diverged when a loss is not finite."""
+    plan, state = engine.plan, engine.state
+    experiment, ds, world = plan.experiment, plan.ds, engine.world
+    last = experiment.max_steps
+    sampler = GlobalBatchSampler(len(plan.train_set), ds.micro_batch, rank=world.rank, world_size=world.size, seed=state.seed, start=state.images)
+    batches = training_batches(plan.train_set, sampler, workers=experiment.workers, seed=state.seed, device=world.device)
+    trackers = open_trackers(engine.work_dir, experiment.log_hooks, max_steps=last, start=state.step, config=experiment.cfg._cfg_dict.to_dict(), is_main=world.is_main)
+    if experiment.engine.evaluate_before and state.step == 0 and plan.val_set is not None:
+        record(trackers, 0, engine.evaluate(verbose=False).metrics)
+    means = RunningMeans()
+    engine.deepspeed.train()
+    while state.step < last:
+        for _ in range(ds.accumulation):                  # micro-batches of one optimizer step
+            waited = time.perf_counter()
+            batch = next(batches)
+            means.waited_s += time.perf_counter() - waited
+            losses = engine.forward(batch)
+            engine.deepspeed.backward(losses["loss"])
+            engine.deepspeed.step()                       # DeepSpeed clips, updates and moves the schedule on the last micro-batch only
+            means.add(losses)
+        state.step += 1
+        state.images += ds.global_batch
+
+        logged = due(state.step, experiment.log_every, last)
+        scored = plan.val_set is not None and due(state.step, experiment.evaluate_every, last)
+        saved = due(state.step, experiment.save_every, last) or (scored and experiment.keep_best)
+        if logged or saved:
+            values = means.of_all_ranks()                 # collective, so every rank stops alike on a loss that is not finite
+            if not math.isfinite(values["loss"]):
+                raise Diverged(f"the loss is not finite at step {state.step}: {values}; this rank's last images: {', '.join(batch.files)}")
+        if logged:
+            values["lr"] = max(engine.deepspeed.get_lr())
+            values["grad_norm"] = float(engine.deepspeed.get_global_grad_norm() or 0.0)
+            values["images_per_s"] = means.count * ds.micro_batch * world.size / means.seconds
+            values["data_wait"] = means.waited_s / means.seconds
+            if world.device.type == "cuda":
+                values["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            record(trackers, state.step, values)
+            means = RunningMeans()
+        means.pause()
+        if saved:
+            engine.save()                                 # before evaluating: an evaluation that dies costs no training
+        if scored:
+            metrics = engine.evaluate().metrics
+            best = engine.checkpoints.score(state, metrics, experiment.metrics[0], experiment.keep_best)
+            log.info("step %d: %s %.2f%s", state.step, experiment.metrics[0], 100 * metrics[experiment.metrics[0]], " (best so far)" * best)
+            record(trackers, state.step, metrics)
+            engine.deepspeed.train()
+        means.resume()
+    for tracker in trackers:
+        tracker.close()
+    if world.is_main:
+        draw_curves(engine.work_dir / "metrics.jsonl", engine.work_dir / "curves.png", experiment.metrics[0])
+    return state
+
+
+def record(trackers: list[Tracker], step: int, values: Mapping[str, float]) -> None:
+    for tracker in trackers:
+        tracker.write(step, values)
+
+
+class RunningMeans:
+    """Means of loss terms since the last log record, kept on the device so that adding never waits for it, and the time that they took."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+        """Micro-batches added."""
+        self.waited_s = 0.0
+        """Seconds that the loop waited for data."""
+        self._spent_s, self._began = 0.0, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds spent on training since the start: what lies between `pause` and `resume` (saving, evaluating) left out."""
+        return self._spent_s + time.perf_counter() - self._began
+
+    def pause(self) -> None:
+        self._spent_s = self.seconds
+
+    def resume(self) -> None:
+        self._began = time.perf_counter()
+
+    def add(self, losses: Mapping[str, Tensor]) -> None:
+        for name, value in losses.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach().float()
+        self.count += 1
+
+    def of_all_ranks(self) -> dict[str, float]:
+        """Means over micro-batches and ranks. Collective: one all-reduce."""
+        names = sorted(self.sums)
+        stacked = torch.stack([self.sums[name] for name in names]) / self.count
+        dist.all_reduce(stacked)
+        return dict(zip(names, (stacked / dist.get_world_size()).tolist(), strict=True))

@@ -1,0 +1,31 @@
+"""The errors that a user can cause, and mend.
+
+A `UserError` is raised before any accelerator memory is taken, on every rank alike. The scripts in `launch/` print its one sentence on stderr from
+rank 0 and exit with code 2; from Python it is an ordinary exception. Anything else that is raised is a defect of the program or of the machine.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """The user's input is wrong; the message says what is wrong, where the value came from and how to mend it."""
+
+
+class ConfigError(UserError):
+    """An experiment config, a ds_config or a command-line option cannot work, or they contradict each other."""
+
+
+class DataError(UserError):
+    """A data set is missing, empty or damaged."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint is missing, incomplete, damaged, or does not fit the model."""
+
+
+def unknown_key(key: str, known: Iterable[str], where: str) -> ConfigError:
+    """The error for a key that exists nowhere, naming the nearest one that does."""
+    known = sorted(known)
+    near = difflib.get_close_matches(key, known, n=1)
+    return ConfigError(f"unknown key {key!r} in {where}" + (f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"))

@@ -1,0 +1,25 @@
+"""Turns a ZeRO checkpoint into one ordinary file."""
+
+from pathlib import Path
+
+from internseg_ds.engine import command_line
+
+
+def main() -> None:
+    parser = command_line.parser(
+        "Turns a ZeRO checkpoint (any stage, any number of processes) into one mmseg .pth or into safetensors. Needs no GPU.",
+        "python launch/consolidate.py work_dirs/demo/checkpoints work_dirs/demo/segmentor.pth")
+    parser.add_argument("source", type=Path, help="WORK_DIR/checkpoints, or one iter_N directory in it")
+    parser.add_argument("out", type=Path, help="file ending in .pth or .safetensors, or a folder for sharded safetensors with an index")
+    parser.add_argument("--tag", metavar="iter_N", help="which checkpoint of the folder (default: the latest; 'best' for the best score)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the backbone; heads stay float32 (default: %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT when it exists")
+    args = parser.parse_args()
+
+    from internseg_ds.checkpoints.consolidate import consolidate
+
+    consolidate(args.source, args.out, dtype=args.dtype, tag=args.tag, overwrite=args.overwrite)
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,24 @@
+"""Segments images with a trained segmentor."""
+
+from internseg_ds.engine import command_line
+
+
+def main() -> None:
+    parser = command_line.parser(
+        "Segments images with a trained segmentor: an overlay with a legend and a label map for each.",
+        "python launch/predict.py configs/intern_vit_tiny/upernet_intern_vit_tiny_112_ade20k.py work_dirs/demo/segmentor.pth \\\n"
+        "      data/ade/ADEChallengeData2016/images/validation --out predictions")
+    parser.add_argument("config", help="experiment config (MMSegmentation 0.x format)")
+    parser.add_argument("checkpoint", help=".pth or .safetensors file, folder of safetensors, or a ZeRO checkpoint directory")
+    parser.add_argument("images", nargs="+", help="image files, or folders of them")
+    parser.add_argument("--out", required=True, metavar="DIR", help="writes NAME_overlay.png and NAME_labels.png (class indices) into this folder")
+    command_line.add_config_options(parser)
+    args = parser.parse_args()
+
+    from internseg_ds.engine.testing import predict_files
+
+    predict_files(args.config, args.checkpoint, args.images, args.out, cfg_options=args.cfg_options)
+
+
+if __name__ == "__main__":
+    command_line.run(main)

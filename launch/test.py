@@ -1,0 +1,26 @@
+"""Evaluates a trained segmentor with mmseg's metrics."""
+
+from internseg_ds.engine import command_line
+
+
+def main() -> None:
+    parser = command_line.parser(
+        "Evaluates a trained segmentor with mmseg's metrics, in one process or split over many (deepspeed, torchrun, srun).",
+        "deepspeed --num_gpus 2 launch/test.py configs/intern_vit_tiny/upernet_intern_vit_tiny_112_ade20k.py \\\n"
+        "      work_dirs/demo/segmentor.pth --eval mIoU --show-dir work_dirs/demo/pictures")
+    parser.add_argument("config", help="experiment config (MMSegmentation 0.x format)")
+    parser.add_argument("checkpoint", help=".pth or .safetensors file, folder of safetensors, or a ZeRO checkpoint directory (WORK_DIR/checkpoints)")
+    parser.add_argument("--eval", nargs="+", metavar="METRIC", help="mIoU, mDice, mFscore (default: the config's evaluation.metric)")
+    parser.add_argument("--out", metavar="JSON", help="write the metrics to this file")
+    parser.add_argument("--show-dir", metavar="DIR", help="write image, ground truth and prediction side by side as PNGs")
+    parser.add_argument("--show-count", type=int, default=20, metavar="N", help="how many of them (default: %(default)s)")
+    command_line.add_config_options(parser)
+    args = parser.parse_args()
+
+    from internseg_ds.engine.testing import test
+
+    test(args.config, args.checkpoint, metrics=args.eval, out=args.out, show_dir=args.show_dir, show_count=args.show_count, cfg_options=args.cfg_options)
+
+
+if __name__ == "__main__":
+    command_line.run(main)

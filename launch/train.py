@@ -1,0 +1,52 @@
+"""Trains the segmentor of an experiment config under DeepSpeed."""
+
+from internseg_ds.engine import command_line
+
+
+def main() -> None:
+    parser = command_line.parser(
+        "Fine-tunes every parameter of a segmentor under DeepSpeed ZeRO. Start it with deepspeed, torchrun, srun or mpirun, or as one plain process.",
+        "deepspeed --num_gpus 8 launch/train.py configs/intern_vit_6b/full_tuning/upernet_intern_vit_6b_504_80k_ade20k_bs16_lr4e-5.py \\\n"
+        "      --deepspeed_config ds_configs/zero3_bf16.json")
+    parser.add_argument("config", help="experiment config (MMSegmentation 0.x format)")
+    parser.add_argument("--deepspeed_config", "--deepspeed-config", default="ds_configs/zero3_bf16.json", metavar="JSON", help="DeepSpeed JSON (default: %(default)s)")
+    parser.add_argument("--work-dir", metavar="DIR", help="where checkpoints, logs and curves go (default: work_dirs/NAME_OF_CONFIG)")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--load-from", metavar="PATH", help="start from the weights of a whole segmentor: .pth, .safetensors, or a ZeRO checkpoint")
+    start.add_argument("--resume", "--resume-from", metavar="auto|PATH", help="go on exactly where a checkpoint stopped; auto: the newest of the work directory, if any")
+    start.add_argument("--auto-resume", action="store_const", const="auto", dest="resume", help="the same as --resume auto")
+    parser.add_argument("--no-validate", action="store_true", help="train without evaluating")
+    parser.add_argument("--seed", type=int, default=0, help="of data order, augmentation, initial weights and noise (default: %(default)s)")
+    parser.add_argument("--deterministic", action="store_true", help="only deterministic GPU kernels, slower")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print parameters, groups and memory, and take no accelerator")
+    command_line.add_config_options(parser)
+    args = parser.parse_args()
+
+    from internseg_ds.engine.experiment import read_experiment
+
+    experiment = read_experiment(args.config, args.cfg_options)
+    if args.dry_run:
+        from rich.console import Console
+
+        from internseg_ds.distributed.process_group import world_from_environment
+        from internseg_ds.engine.preflight import check, describe
+
+        world = world_from_environment()
+        plan = check(experiment, args.deepspeed_config, world, validate=not args.no_validate, load_from=args.load_from)
+        if world.is_main:
+            describe(plan, Console())
+        return
+    if args.deterministic:
+        import torch
+
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+    from internseg_ds.engine.segmentor_engine import SegmentorEngine
+
+    with SegmentorEngine(experiment, args.deepspeed_config, work_dir=args.work_dir, seed=args.seed, load_from=args.load_from, resume=args.resume,
+                         validate=not args.no_validate) as engine:
+        engine.train()
+
+
+if __name__ == "__main__":
+    command_line.run(main)

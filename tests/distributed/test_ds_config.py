@@ -1,0 +1,87 @@
+import json
+
+import pytest
+import torch
+
+from internseg_ds.distributed.ds_config import resolve_ds_config
+from internseg_ds.errors import ConfigError
+
+ADAMW = {"type": "AdamW", "lr": 4e-5, "betas": (0.9, 0.999), "weight_decay": 0.05}
+
+
+def resolve(raw, **changes):
+    settings = {"experiment": "exp.py", "micro_batch": 2, "world_size": 4, "optimizer": ADAMW, "hidden_size": 100} | changes
+    return resolve_ds_config(raw, **settings)
+
+
+def test_auto_values_are_filled_from_the_experiment():
+    ds = resolve({"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "gradient_clipping": "auto", "train_batch_size": "auto",
+                  "bf16": {"enabled": True},
+                  "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto", "stage3_param_persistence_threshold": "auto"}},
+                 global_batch=16, gradient_clipping=0.1)
+    assert (ds.raw["train_micro_batch_size_per_gpu"], ds.raw["gradient_accumulation_steps"], ds.raw["train_batch_size"]) == (2, 2, 16)
+    assert ds.raw["gradient_clipping"] == 0.1
+    zero = ds.raw["zero_optimization"]
+    assert (zero["reduce_bucket_size"], zero["stage3_prefetch_bucket_size"], zero["stage3_param_persistence_threshold"]) == (10000, 9000, 1000)
+    assert (ds.stage, ds.precision, ds.param_dtype, ds.global_batch) == (3, "bf16", torch.bfloat16, 16)
+
+
+def test_clipping_is_written_out_because_deepspeeds_default_clips_at_1():
+    assert resolve({}).raw["gradient_clipping"] == 0.0
+
+
+@pytest.mark.parametrize(("raw", "precision"), [({"bf16": {"enabled": True}}, "bf16"), ({"torch_autocast": {"enabled": True}}, "autocast"),
+                                                ({"torch_autocast": {"enabled": False}}, "fp32"), ({}, "fp32")])
+def test_the_precision_is_read(raw, precision):
+    assert resolve(raw).precision == precision
+
+
+def test_accumulation_may_come_from_the_ds_config_when_the_experiment_is_silent():
+    assert resolve({"gradient_accumulation_steps": 3}).global_batch == 24
+
+
+@pytest.mark.parametrize(("raw", "changes", "words"), [
+    ({"train_batch_size": 99}, {}, ["99", "4 processes x 2 images x 1", "drop train_batch_size"]),
+    ({"train_micro_batch_size_per_gpu": 4}, {}, ["data.samples_per_gpu=2", "auto"]),
+    ({"gradient_accumulation_steps": 3}, {"global_batch": 16}, ["gradient_accumulation_steps=3", "engine.global_batch=16", "auto"]),
+    ({"gradient_accumulation_steps": 0}, {}, ["at least 1"]),
+    ({}, {"global_batch": 12}, ["12 images", "4 processes x 2 images", "divides"]),
+    ({"gradient_clipping": 1.0}, {}, ["gradient_clipping=1.0", "grad_clip"]),
+    ({"fp16": {"enabled": True}}, {}, ["fp16", "bf16"]),
+    ({"bf16": {"enabled": True}, "torch_autocast": {"enabled": True}}, {}, ["both enabled"]),
+    ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, {}, ["bfloat16"]),
+    ({"zero_optimisation": {"stage": 3}}, {}, ["unknown key 'zero_optimisation'", "did you mean 'zero_optimization'"]),
+    ({"zero_optimization": {"stage": 3, "stage3_prefetch_bucket": 5}}, {}, ["unknown key 'stage3_prefetch_bucket'", "stage3_prefetch_bucket_size"]),
+    ({"zero_optimization": {"stage": "three"}}, {}, ["zero_optimization.stage", "three"]),
+    ({"torch_autocast": {"enable": True}}, {}, ["unknown key 'enable'", "enabled"]),
+    ({"bf16": True}, {}, ["must be a section"]),
+    ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}, {}, ["named twice", "lr=0.001", "lr=4e-05", "drop the optimizer"]),
+    ({"optimizer": {"type": "SGD"}}, {}, ["named twice", "SGD"]),
+    ({"scheduler": {"type": "WarmupLR"}}, {}, ["scheduler", "lr_config"]),
+    ({"zero_optimization": {"stage": 3, "sub_group_size": "auto"}}, {}, ['sub_group_size="auto"', "cannot be filled"]),
+])
+def test_a_contradiction_is_one_sentence_with_the_mend(raw, changes, words):
+    with pytest.raises(ConfigError) as caught:
+        resolve(raw, **changes)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_an_optimizer_section_with_the_same_values_is_no_contradiction():
+    section = {"type": "adamw", "params": {"lr": 4e-5, "betas": [0.9, 0.999], "weight_decay": "auto"}}
+    assert "optimizer" not in resolve({"optimizer": section}).raw
+
+
+@pytest.mark.parametrize(("content", "words"), [(None, "there is no ds_config"), ("{", "is not JSON"), ("[1]", "one JSON object"), (b"\xff\xfe\x00", "cannot be read")])
+def test_a_file_that_is_no_ds_config_is_one_sentence(tmp_path, content, words):
+    path = tmp_path / "ds.json"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConfigError, match=words):
+        resolve(path)
+
+
+def test_the_users_dict_is_left_as_it_was():
+    raw = {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}
+    before = json.dumps(raw)
+    resolve(raw)
+    assert json.dumps(raw) == before

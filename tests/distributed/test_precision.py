@@ -1,0 +1,82 @@
+import torch
+from torch import nn
+
+from internseg_ds.distributed.precision import apply_precision, backbone_dtype, compute_in_fp32
+
+
+class Probe(nn.Module):
+    """Notes the dtype that reaches it."""
+
+    def forward(self, x):
+        self.seen = x.dtype
+        return x
+
+
+class Segmentor(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.Sequential(Probe(), nn.Conv2d(3, 4, 1), Probe())
+        self.decode_head = nn.Sequential(Probe(), nn.Conv2d(4, 5, 3, padding=1), nn.BatchNorm2d(5), Probe())
+
+    def forward(self, image):
+        return self.decode_head(self.backbone(image))
+
+
+def seen(model):
+    return [module.seen for module in model.modules() if isinstance(module, Probe)]
+
+
+def test_bf16_weights_give_a_bf16_backbone_and_fp32_heads():
+    model = Segmentor().bfloat16()
+    apply_precision(model, torch.bfloat16)
+    assert model(torch.rand(2, 3, 8, 8)).dtype == torch.float32
+    assert seen(model) == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32]
+    assert model.decode_head[2].running_var.dtype == torch.float32
+    assert all(param.dtype == torch.bfloat16 for param in model.parameters())
+
+
+def test_a_backbone_that_computes_in_fp32_keeps_its_bf16_weights():
+    model = Segmentor().bfloat16()
+    reference = Segmentor()
+    reference.load_state_dict(model.state_dict())
+    apply_precision(model, torch.float32)
+    image = torch.rand(2, 3, 8, 8)
+    assert torch.equal(model(image), reference(image))
+
+
+def test_under_autocast_the_backbone_is_bf16_and_the_heads_are_fp32():
+    model = Segmentor()
+    apply_precision(model, torch.bfloat16, autocast=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.rand(2, 3, 8, 8))
+    assert seen(model) == [torch.float32, torch.bfloat16, torch.float32, torch.float32]
+
+
+def test_names_and_gradients_reach_the_stored_parameters():
+    head = nn.Sequential(nn.Conv2d(3, 4, 3), nn.LayerNorm(6)).bfloat16()
+    names = list(head.state_dict())
+    compute_in_fp32(head)
+    head(torch.rand(1, 3, 8, 8, dtype=torch.bfloat16)).square().sum().backward()
+    assert list(head.state_dict()) == names
+    assert all(param.grad is not None and param.grad.dtype == torch.bfloat16 for param in head.parameters())
+    assert isinstance(head[0], nn.Conv2d) and type(head[0]) is not nn.Conv2d
+
+
+def test_a_failing_forward_leaves_the_stored_parameters_in_place():
+    head = nn.Linear(3, 3).bfloat16()
+    compute_in_fp32(head)
+    weight = head.weight
+    try:
+        head(torch.rand(2, 5))
+    except RuntimeError:
+        pass
+    else:
+        raise AssertionError("a 5-wide input went through a 3-wide layer")
+    assert head.weight is weight
+
+
+def test_the_config_can_ask_for_either_dtype():
+    cpu = torch.device("cpu")
+    assert backbone_dtype("bfloat16", cpu) is torch.bfloat16
+    assert backbone_dtype("float32", cpu) is torch.float32
+    assert backbone_dtype("auto", cpu) in (torch.bfloat16, torch.float32)

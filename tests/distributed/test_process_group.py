@@ -1,0 +1,42 @@
+import pytest
+
+from internseg_ds.distributed.process_group import World, first_host, rendezvous, world_from_environment
+from internseg_ds.errors import ConfigError
+
+
+@pytest.mark.parametrize(("env", "expected"), [
+    ({}, World(0, 1, 0, "python")),
+    ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, World(3, 4, 1, "deepspeed, torchrun")),
+    ({"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"}, World(5, 8, 1, "srun")),
+    ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, World(0, 1, 0, "python")),
+    ({"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "2"}, World(2, 3, 2, "mpirun")),
+    ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "SLURM_PROCID": "7", "SLURM_NTASKS": "8"}, World(0, 2, 0, "deepspeed, torchrun")),
+])
+def test_each_launchers_variables_are_read(env, expected):
+    assert world_from_environment(env) == expected
+
+
+@pytest.mark.parametrize("env", [{"RANK": "two", "WORLD_SIZE": "4"}, {"RANK": "4", "WORLD_SIZE": "4"}, {"RANK": "-1", "WORLD_SIZE": "4"}])
+def test_variables_that_make_no_sense_are_one_clear_error(env):
+    with pytest.raises(ConfigError, match=r"RANK.*unset"):
+        world_from_environment(env)
+
+
+@pytest.mark.parametrize(("nodes", "host"), [("gpu[003-007,12],login1", "gpu003"), ("node7", "node7"), ("a-1,a-2", "a-1"), ("rack2-n[9-10]", "rack2-n9")])
+def test_the_first_host_of_a_slurm_node_list(nodes, host):
+    assert first_host(nodes) == host
+
+
+def test_srun_processes_meet_at_the_jobs_first_host_on_the_jobs_port():
+    env = {"SLURM_JOB_NODELIST": "gpu[003-004]", "SLURM_JOB_ID": "1234567"}
+    found = rendezvous(World(1, 8, 1, "srun"), env)
+    assert found == {"RANK": "1", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "gpu003", "MASTER_PORT": str(29500 + 567)}
+
+
+def test_mpirun_without_an_address_says_which_variable_to_set():
+    with pytest.raises(ConfigError, match="MASTER_ADDR"):
+        rendezvous(World(0, 2, 0, "mpirun"), {})
+
+
+def test_single_processes_on_one_machine_take_different_ports():
+    assert len({rendezvous(World(), {})["MASTER_PORT"] for _ in range(4)}) > 1

@@ -1,0 +1,63 @@
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from internseg_ds.distributed.sync_batch_norm import AnyDeviceSyncBatchNorm, allow_any_device
+from tests.distributed.ranks import spawn
+
+CHANNELS = 5
+
+
+def images() -> torch.Tensor:
+    return torch.randn(5, CHANNELS, 3, 4, generator=torch.Generator().manual_seed(0)) * 3 + 1
+
+
+def matches_batch_norm_over_all_images() -> None:
+    """2 ranks with 2 and 3 images: outputs, gradients and running statistics are those of one batch norm over the 5."""
+    rank, torch_norm, ours = dist.get_rank(), nn.BatchNorm2d(CHANNELS).double(), AnyDeviceSyncBatchNorm(CHANNELS)
+    nn.init.uniform_(ours.weight, 0.5, 1.5, torch.Generator().manual_seed(1))
+    nn.init.uniform_(ours.bias, -1, 1, torch.Generator().manual_seed(2))
+    torch_norm.load_state_dict(ours.state_dict())
+    whole = images().double().requires_grad_()
+    part = images()[:2] if rank == 0 else images()[2:]
+    part.requires_grad_()
+    expected = torch_norm(whole)
+    expected.sin().sum().backward()
+    found = ours(part)
+    found.sin().sum().backward()
+    mine = slice(0, 2) if rank == 0 else slice(2, 5)
+    torch.testing.assert_close(found.double(), expected[mine], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(part.grad.double(), whole.grad[mine], rtol=1e-4, atol=1e-5)
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(getattr(ours, name).double(), getattr(torch_norm, name), rtol=1e-5, atol=1e-6)
+    for name in ("weight", "bias"):
+        grad = getattr(ours, name).grad
+        dist.all_reduce(grad)
+        torch.testing.assert_close(grad.double(), getattr(torch_norm, name).grad, rtol=1e-4, atol=1e-5)
+
+
+def test_two_ranks_normalise_like_one_batch_norm_over_all_their_images():
+    spawn(matches_batch_norm_over_all_images, 2)
+
+
+def test_eval_mode_uses_the_running_statistics():
+    norm = AnyDeviceSyncBatchNorm(CHANNELS)
+    norm.running_mean.uniform_()
+    norm.running_var.uniform_(0.5, 2)
+    reference = nn.BatchNorm2d(CHANNELS)
+    reference.load_state_dict(norm.state_dict())
+    assert torch.equal(norm.eval()(images()), reference.eval()(images()))
+
+
+def test_one_value_per_channel_says_what_to_raise():
+    with pytest.raises(ValueError, match="samples_per_gpu"):
+        AnyDeviceSyncBatchNorm(CHANNELS)(torch.zeros(1, CHANNELS, 1, 1))
+
+
+def test_conversion_leaves_names_and_values():
+    model = nn.Sequential(nn.SyncBatchNorm(CHANNELS), nn.Conv2d(CHANNELS, 2, 1))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    allow_any_device(model)
+    assert type(model[0]) is AnyDeviceSyncBatchNorm
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
