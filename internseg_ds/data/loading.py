@@ -18,7 +18,7 @@ from mmseg.datasets import build_dataset
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-import internseg_ds.data.ade20k  # noqa: F401 - registers the published ADE20KDataset
+import internseg_ds.data.ade20k
 import internseg_ds.data.transforms  # noqa: F401 - registers the published transforms
 from internseg_ds.data.sampler import GlobalBatchSampler
 from internseg_ds.errors import DataError

@@ -4,6 +4,7 @@ In: the config's `model` section and a `DsConfig`. Out: a segmentor whose parame
 initial values that depend on the seed and the parameter's name alone: the same under every stage, precision and number of processes.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -70,7 +71,9 @@ def initialise(segmentor: nn.Module, seed: int, dtype: torch.dtype) -> None:
         if _initialises_itself(child):
             torch.manual_seed(derived_seed(seed, name + "#init"))
             with _whole_fp32(list(child.parameters()), dtype):
+                logging.disable(logging.INFO)  # mmcv logs every parameter that it sets
                 child.init_weights()
+                logging.disable(logging.NOTSET)
 
 
 def _initialises_itself(module: nn.Module) -> bool:

@@ -18,14 +18,10 @@ from internseg_ds.errors import ConfigError, unknown_key
 Precision = Literal["bf16", "autocast", "fp32"]
 
 # DeepSpeed 0.19.8 ignores an unknown key at the top level without a word, so the ones it reads are listed here.
-TOP_LEVEL_KEYS = frozenset("""
-    train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping optimizer scheduler zero_optimization bf16 fp16
-    torch_autocast data_types communication_data_type seq_parallel_communication_data_type prescale_gradients gradient_predivide_factor
-    gradient_allreduce_op zero_allow_untested_optimizer zero_force_ds_cpu_optimizer activation_checkpointing steps_per_print wall_clock_breakdown
-    memory_breakdown dump_state log_level comms_logger flops_profiler tensorboard wandb csv_monitor comet aio checkpoint compile timers
-    disable_python_gc disable_allgather managed_gradient_accumulation dataloader_drop_last datastates_ckpt
-""".split())
+TOP_LEVEL_KEYS = frozenset(["train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "optimizer", "scheduler", "zero_optimization", "bf16", "fp16", "torch_autocast", "data_types", "communication_data_type", "seq_parallel_communication_data_type", "prescale_gradients", "gradient_predivide_factor", "gradient_allreduce_op", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "activation_checkpointing", "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "log_level", "comms_logger", "flops_profiler", "tensorboard", "wandb", "csv_monitor", "comet", "aio", "checkpoint", "compile", "timers", "disable_python_gc", "disable_allgather", "managed_gradient_accumulation", "dataloader_drop_last", "datastates_ckpt"])
 AUTOCAST_KEYS = frozenset(("enabled", "dtype", "lower_precision_safe_modules"))
+LEAST_BUCKET = 2**20
+"""Elements of the smallest "auto" bucket: below it a collective's start costs more than its bytes."""
 DATA_TYPES_KEYS = frozenset(("grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"))
 
 
@@ -193,7 +189,8 @@ def _plain(value: Any) -> Any:
 
 
 def _fill_bucket_sizes(zero: dict[str, Any], hidden_size: int) -> None:
-    sizes = {"reduce_bucket_size": hidden_size * hidden_size, "stage3_prefetch_bucket_size": hidden_size * hidden_size * 9 // 10,
+    bucket = max(hidden_size * hidden_size, LEAST_BUCKET)
+    sizes = {"reduce_bucket_size": bucket, "stage3_prefetch_bucket_size": bucket * 9 // 10,
              "stage3_param_persistence_threshold": 10 * hidden_size}
     for key, size in sizes.items():
         if zero.get(key) == "auto":

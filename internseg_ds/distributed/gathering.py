@@ -34,7 +34,7 @@ def whole_segmentor(module: nn.Module, model: ConfigDict, compute: torch.dtype, 
     copy = build_on_meta(model)
     trained = dict(module.named_parameters())
     for owner_name, owner in copy.named_modules():
-        for name, param in owner.named_parameters(recurse=False):
+        for name, _ in owner.named_parameters(recurse=False):
             source = trained[f"{owner_name}.{name}" if owner_name else name]
             with gathered([source]), torch.no_grad():
                 owner._parameters[name] = nn.Parameter(source.data.to(device, copy=True), requires_grad=False)

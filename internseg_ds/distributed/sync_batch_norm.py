@@ -2,8 +2,23 @@
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
 from torch import Tensor, nn
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum of a tensor over all ranks; the gradient of a sum is the sum of the gradients. (torch.distributed.nn's own is deprecated in torch 2.13.)"""
+
+    @staticmethod
+    def forward(_: torch.autograd.function.FunctionCtx, value: Tensor) -> Tensor:
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(_: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:
+        total = grad.contiguous().clone()
+        dist.all_reduce(total)
+        return total
 
 
 class AnyDeviceSyncBatchNorm(nn.SyncBatchNorm):
@@ -22,7 +37,7 @@ class AnyDeviceSyncBatchNorm(nn.SyncBatchNorm):
         count = torch.tensor([x.numel() / x.size(1)], dtype=torch.float64)
         moments = torch.cat([double.sum(positions), double.square().sum(positions), count])
         if dist.is_initialized() and dist.get_world_size() > 1:
-            moments = dist_nn.all_reduce(moments)
+            moments = _SumOverRanks.apply(moments)
         total = moments[-1].detach()
         if total <= 1:
             raise ValueError(f"batch norm needs more than one value per channel in training, got input {tuple(x.shape)} on one process; raise data.samples_per_gpu")
@@ -42,5 +57,5 @@ class AnyDeviceSyncBatchNorm(nn.SyncBatchNorm):
 def allow_any_device(model: nn.Module) -> None:
     """Lets every nn.SyncBatchNorm of `model` take CPU tensors too; names, values and GPU behaviour stay."""
     for module in model.modules():
-        if type(module) is nn.SyncBatchNorm:
+        if isinstance(module, nn.SyncBatchNorm):  # torch's, or mmcv's subclass of it
             module.__class__ = AnyDeviceSyncBatchNorm

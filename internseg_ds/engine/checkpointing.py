@@ -69,6 +69,12 @@ class Checkpoints:
         dist.barrier()
         return better
 
+    def recall_best(self, state: TrainState, key: str) -> None:
+        """Takes the best score so far from the folder: a checkpoint is saved before it is scored, so its own state does not know."""
+        pointer = self.folder / "best"
+        if pointer.is_file() and (manifest := read_manifest(self.folder / pointer.read_text())) and manifest["step"] <= state.step:
+            state.best, state.best_tag = manifest["metrics"].get(key), pointer.read_text()
+
     def _retain(self, state: TrainState) -> None:
         if self.keep <= 0:
             return

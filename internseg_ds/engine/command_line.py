@@ -12,8 +12,6 @@ import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
-from mmcv import DictAction
-
 from internseg_ds.distributed.process_group import leave, world_from_environment
 from internseg_ds.errors import UserError
 
@@ -61,6 +59,7 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true")
     warnings.filterwarnings("ignore", message="Default ``avg_non_ignore``")
     warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
+    warnings.filterwarnings("ignore", message="`torch.distributed.reduce_scatter_tensor` is deprecated")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 
@@ -72,6 +71,9 @@ def parser(description: str, example: str) -> argparse.ArgumentParser:
 
 
 def add_config_options(made: argparse.ArgumentParser) -> None:
+    """--cfg-options, as mmseg's tools have it."""
+    from mmcv import DictAction  # here: after `quieten`
+
     made.add_argument("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", default={},
                       help="settings that override the config, e.g. data.samples_per_gpu=4 optimizer.lr=1e-4")
 

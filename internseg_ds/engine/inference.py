@@ -11,10 +11,11 @@ import torch
 from mmseg.datasets.pipelines import Compose
 from torch import nn
 
+from internseg_ds.checkpoints.fitting import Fit
 from internseg_ds.checkpoints.weights import Weights, open_weights
 from internseg_ds.data.loading import evaluation_batches
 from internseg_ds.distributed.construction import build_on_meta
-from internseg_ds.distributed.loading import fit_segmentor
+from internseg_ds.distributed.loading import fit_segmentor, reader
 from internseg_ds.distributed.precision import apply_precision, backbone_dtype
 from internseg_ds.engine.evaluator import segment
 from internseg_ds.engine.experiment import Experiment
@@ -32,21 +33,21 @@ def load_trained(experiment: Experiment, checkpoint: str | os.PathLike, device: 
     model = build_on_meta(experiment.model)
     compute = backbone_dtype(experiment.engine.backbone_dtype, device)
     with open_weights(Path(checkpoint)) as weights:
-        entries = fit_segmentor(model, weights)
-        fill(model, weights, entries, compute, device)
+        fill(model, weights, fit_segmentor(model, weights), compute, device)
     apply_precision(model, compute)
     return model.eval().requires_grad_(False)
 
 
-def fill(model: nn.Module, weights: Weights, sources: dict[str, str], compute: torch.dtype, device: torch.device) -> None:
-    """Gives every parameter and buffer of a model on the meta device its value. sources: name in the model -> name in the file."""
+def fill(model: nn.Module, weights: Weights, found: Fit, compute: torch.dtype, device: torch.device) -> None:
+    """Gives every parameter and buffer of a model on the meta device its value; a missing batch counter starts at zero."""
+    read = reader(model, weights, found)
     for owner_name, owner in model.named_modules():
         prefix = f"{owner_name}." if owner_name else ""
         dtype = compute if owner_name.partition(".")[0] == "backbone" else torch.float32
-        for name, _ in owner.named_parameters(recurse=False):
-            owner._parameters[name] = nn.Parameter(weights.read(sources[prefix + name]).to(device, dtype), requires_grad=False)
-        for name, _ in owner.named_buffers(recurse=False):
-            owner._buffers[name] = weights.read(sources[prefix + name]).to(device)
+        for name, param in owner.named_parameters(recurse=False):
+            owner._parameters[name] = nn.Parameter(read(prefix + name, param.shape).to(device, dtype), requires_grad=False)
+        for name, buffer in owner.named_buffers(recurse=False):
+            owner._buffers[name] = read(prefix + name, buffer.shape).to(device) if prefix + name in found.sources else torch.zeros_like(buffer, device=device)
 
 
 def predict(segmentor: nn.Module, experiment: Experiment, images: Sequence[Path], device: torch.device) -> Iterator[tuple[Path, np.ndarray, np.ndarray]]:

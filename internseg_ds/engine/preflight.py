@@ -4,7 +4,7 @@ In: what the user gave. Out: a `Plan`, from which `SegmentorEngine` is built and
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,12 @@ from rich.table import Table
 from torch import nn
 from torch.utils.data import Dataset
 
+from internseg_ds.checkpoints.fitting import Fit
+from internseg_ds.checkpoints.weights import Weights, open_weights
 from internseg_ds.data.loading import build_datasets
 from internseg_ds.distributed.construction import build_on_meta
 from internseg_ds.distributed.ds_config import DsConfig, resolve_ds_config
+from internseg_ds.distributed.loading import fit_backbone, fit_segmentor
 from internseg_ds.distributed.parameter_groups import parameter_groups
 from internseg_ds.distributed.process_group import World
 from internseg_ds.engine.experiment import Experiment, leaf_datasets
@@ -62,14 +65,29 @@ def check_weights(experiment: Experiment, meta_model: nn.Module, load_from: str 
 
     load_from: whole segmentor given on the command line, else the config's load_from, else the backbone's `pretrained`. Raises CheckpointError.
     """
-    source = weights_to_load(experiment, meta_model, load_from)
-    if source is None:
+    start = starting_weights(experiment, meta_model, load_from)
+    if start is None:
         return
-    option, path, fit = source
+    option, path, fit = start
     if not path.exists():
         raise CheckpointError(f"{option}={str(path)!r}: there is no such file; put the weights there, or start from random weights with --cfg-options {option}=None")
     with open_weights(path) as weights:
         fit(meta_model, weights)
+
+
+def starting_weights(experiment: Experiment, model: nn.Module, load_from: str | os.PathLike | None) -> tuple[str, Path, Callable[[nn.Module, Weights], Fit]] | None:
+    """Where a fresh run's weights come from: (setting, path, how they are matched), in order of precedence; None for random weights."""
+    if load_from or experiment.load_from:
+        return "load_from", Path(load_from or experiment.load_from), fit_segmentor
+    pretrained = getattr(model.backbone, "pretrained", None)
+    return ("model.backbone.pretrained", Path(pretrained), fit_backbone) if pretrained else None
+
+
+def check_weights_fit(experiment: Experiment, checkpoint: str | os.PathLike) -> dict[str, Any]:
+    """A finished checkpoint must be there and fit the config's model; returns its meta (CLASSES, PALETTE, ...). Raises CheckpointError."""
+    with open_weights(Path(checkpoint)) as weights:
+        fit_segmentor(build_on_meta(experiment.model), weights)
+        return weights.meta
 
 
 def validation_set(experiment: Experiment, split: str = "val") -> Dataset:

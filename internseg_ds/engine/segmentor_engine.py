@@ -27,7 +27,7 @@ from internseg_ds.checkpoints.weights import open_weights
 from internseg_ds.data.loading import Batch
 from internseg_ds.distributed.construction import build_for_training
 from internseg_ds.distributed.gathering import whole_segmentor
-from internseg_ds.distributed.loading import load_pretrained_backbone, load_segmentor
+from internseg_ds.distributed.loading import load
 from internseg_ds.distributed.optimizers import build_optimizer
 from internseg_ds.distributed.parameter_groups import parameter_groups
 from internseg_ds.distributed.precision import apply_precision, backbone_dtype
@@ -35,7 +35,7 @@ from internseg_ds.distributed.process_group import World, join, leave, world_fro
 from internseg_ds.engine.checkpointing import Checkpoints, find_checkpoint, load_checkpoint
 from internseg_ds.engine.evaluator import Evaluation, evaluate
 from internseg_ds.engine.experiment import Experiment, read_experiment
-from internseg_ds.engine.preflight import Plan, check
+from internseg_ds.engine.preflight import Plan, check, starting_weights
 from internseg_ds.engine.state import TrainState
 from internseg_ds.engine.trackers import start_logging
 from internseg_ds.engine.trainer import train
@@ -99,13 +99,11 @@ class SegmentorEngine:
                  device.type, ds.stage, str(ds.param_dtype).removeprefix("torch."), str(self.compute_dtype).removeprefix("torch."))
         log.info("%d images per step = %d processes x %d images x %d accumulation steps", ds.global_batch, ds.world_size, ds.micro_batch, ds.accumulation)
         model = build_for_training(experiment.model, ds, device, seed)
-        weights = load_from or experiment.load_from
-        if resume_from is None and weights is not None:
-            with open_weights(Path(weights)) as opened:
-                load_segmentor(model, opened)
-        elif resume_from is None and getattr(model.backbone, "pretrained", None):
-            with open_weights(Path(model.backbone.pretrained)) as opened:
-                load_pretrained_backbone(model, opened)
+        start = starting_weights(experiment, model, load_from) if resume_from is None else None
+        if start is not None:
+            _, path, fit = start
+            with open_weights(path) as weights:
+                load(model, weights, fit(model, weights))
         apply_precision(model, self.compute_dtype, autocast=ds.precision == "autocast")
         groups = parameter_groups(model, experiment.optimizer)
         optimizer = build_optimizer(groups, experiment.optimizer, ds)

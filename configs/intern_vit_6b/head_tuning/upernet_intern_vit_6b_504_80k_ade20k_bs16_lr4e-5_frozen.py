@@ -1,0 +1,20 @@
+"""Head tuning: UPerNet and the feature pyramid trained for 80,000 steps on a frozen InternViT-6B.
+
+Published score: 54.9 mIoU on ADE20K val, single scale.
+Global batch: 16 images = 8 GPUs x 2; other numbers of GPUs accumulate gradients up to it.
+
+    deepspeed launch/train.py configs/intern_vit_6b/head_tuning/upernet_intern_vit_6b_504_80k_ade20k_bs16_lr4e-5_frozen.py \
+              --deepspeed_config ds_configs/zero3_bf16.json
+"""
+
+_base_ = [
+    "../../_base_/models/upernet_intern_vit_6b.py",
+    "../../_base_/datasets/ade20k_504x504.py",
+    "../../_base_/schedules/adamw_80k.py",
+    "../../_base_/default_runtime.py",
+]
+model = dict(
+    backbone=dict(freeze_vit=True),
+    auxiliary_head=dict(in_index=1),
+)
+optimizer = dict(paramwise_cfg=dict(layer_decay_rate=1.0))

@@ -1,0 +1,66 @@
+"""Which tensor of a weight file goes to which parameter of a model, and how it is resized: decided from names and shapes, before any value is read."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from internseg_ds.checkpoints.weights import Weights
+from internseg_ds.errors import CheckpointError
+
+Resize = Callable[[Tensor, torch.Size], Tensor]
+
+
+@dataclass
+class Fit:
+    """sources: name in the model -> name in the file, for what is loaded; resized, missing, ignored: names for the report."""
+
+    sources: dict[str, str] = field(default_factory=dict)
+    resized: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+
+    def summary(self) -> str:
+        parts = [f"{len(self.sources)} tensors loaded"]
+        for what in ("resized", "missing", "ignored"):
+            if names := getattr(self, what):
+                parts.append(f"{len(names)} {what} ({shortened(names)})")
+        return ", ".join(parts)
+
+
+def fit(weights: Weights, shapes: Mapping[str, torch.Size], *, prefix: str = "", resizable: Iterable[str] = (), ignore: tuple[str, ...] = (),
+        may_miss: tuple[str, ...] = ()) -> Fit:
+    """Matches a file with a model.
+
+    shapes: name -> shape of everything in the model that is to be loaded. prefix: of the names in the file ("backbone."); what does not start with it is
+    ignored when the prefix is not empty. resizable: names whose shape may differ. ignore: prefixes of extra names in the file that are expected.
+    may_miss: prefixes of names in the model that the file may lack; they keep their values.
+
+    Raises CheckpointError naming the keys that are unexpected, missing, or of another shape.
+    """
+    found, extra, wrong = Fit(), [], []
+    for source, shape in weights.shapes.items():
+        name = source.removeprefix(prefix)
+        if not source.startswith(prefix) or source.startswith(ignore):
+            found.ignored.append(source)
+        elif name not in shapes:
+            extra.append(source)
+        else:
+            found.sources[name] = source
+            if shape != shapes[name]:
+                (found.resized if name in resizable else wrong).append(name)
+    found.missing = [name for name in shapes if name not in found.sources]
+    lacking = [name for name in found.missing if not name.startswith(may_miss)]
+    if wrong:
+        name = wrong[0]
+        raise CheckpointError(f"{weights.path} does not fit the model: {name} is {list(weights.shapes[found.sources[name]])} in the file and {list(shapes[name])} "
+                              f"in the model ({len(wrong)} tensors differ: {shortened(wrong)}); use the config that these weights were made with")
+    if extra or lacking:
+        raise CheckpointError(f"{weights.path} does not fit the model: unexpected in the file: {shortened(extra) or 'nothing'}; missing from it: "
+                              f"{shortened(lacking) or 'nothing'}; use the config that these weights were made with")
+    return found
+
+
+def shortened(names: list[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

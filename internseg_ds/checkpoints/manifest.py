@@ -1,0 +1,54 @@
+"""The note that a finished save leaves in its directory: `internseg_ds.json`, written last. Its presence says that every rank's file is on disk."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from internseg_ds.errors import CheckpointError
+
+MANIFEST = "internseg_ds.json"
+
+
+def write_manifest(directory: Path, *, step: int, world_size: int, zero_stage: int, meta: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+    """Records step, layout, meta (CLASSES, PALETTE, config text), metrics and the size of every other file in `directory`; atomic."""
+    files = {str(file.relative_to(directory)): file.stat().st_size for file in sorted(directory.rglob("*")) if file.is_file() and file.name != MANIFEST}
+    _write(directory, {"format": 1, "step": step, "world_size": world_size, "zero_stage": zero_stage, "files": files, "meta": dict(meta), "metrics": dict(metrics)})
+
+
+def update_metrics(directory: Path, metrics: Mapping[str, float]) -> None:
+    """Adds the scores of an evaluation to a finished save's note; atomic."""
+    manifest = read_manifest(directory)
+    if manifest is None:
+        raise CheckpointError(f"{directory} holds no {MANIFEST}")
+    _write(directory, {**manifest, "metrics": dict(metrics)})
+
+
+def read_manifest(directory: Path) -> dict[str, Any] | None:
+    """The note, or None where there is none. Raises CheckpointError when it is not JSON."""
+    try:
+        return json.loads((directory / MANIFEST).read_text())
+    except FileNotFoundError:
+        return None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{directory / MANIFEST} is damaged ({error}); take another checkpoint") from None
+
+
+def verify_manifest(directory: Path) -> None:
+    """Raises CheckpointError when a file that the note names is missing or has another size."""
+    for name, size in (read_manifest(directory) or {"files": {}})["files"].items():
+        file = directory / name
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing: the checkpoint is incomplete; copy it again with all its files, or take another one")
+        if file.stat().st_size != size:
+            raise CheckpointError(f"{file} has {file.stat().st_size:,} bytes, its save wrote {size:,}: it is truncated; copy it again, or take another checkpoint")
+
+
+def _write(directory: Path, content: Mapping[str, Any]) -> None:
+    temporary = directory / (MANIFEST + ".new")
+    with temporary.open("w") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, directory / MANIFEST)

@@ -1,0 +1,48 @@
+"""`FCNHead` as InternVL published it: mmseg's head of that name, which this one replaces in the registry, with two more uses.
+
+num_convs=0 leaves the features as they are (a linear probe), and with_norm normalises them over the batch before the classifier.
+Source of names and order: OpenGVLab/InternVL `segmentation/mmseg_custom/models/decode_heads/fcn_head.py`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from mmcv.cnn import ConvModule
+from mmseg.models.builder import HEADS
+from mmseg.models.decode_heads.decode_head import BaseDecodeHead
+from torch import Tensor, nn
+
+
+@HEADS.register_module(force=True)
+class FCNHead(BaseDecodeHead):
+    """Convolutions, an optional batch norm over all ranks, and a 1x1 classifier (Long et al., "Fully Convolutional Networks", 2015).
+
+    num_convs: 3x3 convolutions (kernel_size, dilation) before the classifier, 0 for none. concat_input: one more convolution over input and result.
+    with_norm: SyncBatchNorm before the classifier. Further arguments are BaseDecodeHead's. Raises ValueError when num_convs=0 is to change the width.
+    """
+
+    def __init__(self, num_convs: int = 2, kernel_size: int = 3, concat_input: bool = True, dilation: int = 1, with_norm: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if num_convs < 0 or (num_convs == 0 and self.in_channels != self.channels):
+            raise ValueError(f"num_convs={num_convs} cannot turn in_channels={self.in_channels} into channels={self.channels}; make them equal or add a convolution")
+        self.concat_input = concat_input
+        style = {"conv_cfg": self.conv_cfg, "norm_cfg": self.norm_cfg, "act_cfg": self.act_cfg}
+        widths = [self.in_channels] + [self.channels] * num_convs
+        convs = [ConvModule(width, self.channels, kernel_size, padding=kernel_size // 2 * dilation, dilation=dilation, **style) for width in widths[:-1]]
+        self.convs = nn.Sequential(*convs) if convs else nn.Identity()
+        if concat_input:
+            self.conv_cat = ConvModule(self.in_channels + self.channels, self.channels, kernel_size, padding=kernel_size // 2, **style)
+        self.norm = nn.SyncBatchNorm(self.channels) if with_norm else nn.Identity()
+
+    def forward(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Feature maps of the backbone, of which `in_index` picks (b, in_channels, h, w) -> logits (b, num_classes, h, w)."""
+        return self.cls_seg(self.norm(self._forward_feature(inputs)))
+
+    def _forward_feature(self, inputs: Sequence[Tensor]) -> Tensor:
+        """The features before the norm and the classifier, (b, channels, h, w); mmseg's K-Net head calls this name."""
+        x = self._transform_inputs(inputs)
+        features = self.convs(x)  # (b, in_channels, h, w) -> (b, channels, h, w)
+        if self.concat_input:
+            features = self.conv_cat(torch.cat([x, features], dim=1))
+        return features
