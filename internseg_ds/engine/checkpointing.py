@@ -103,16 +103,16 @@ def find_checkpoint(path: str | os.PathLike) -> Path:
     return path
 
 
-def load_checkpoint(deepspeed_engine: Any, path: Path, state: TrainState) -> None:
-    """Fills the engine and `state` from a checkpoint directory. Collective.
-
-    Raises CheckpointError when the checkpoint was saved by another number of processes or ZeRO stage.
-    """
+def check_resumable(path: Path, world_size: int, stage: int) -> None:
+    """Raises CheckpointError when the checkpoint was saved by another number of processes or under another ZeRO stage than the run that is to go on."""
     manifest = read_manifest(path)
-    world, stage = dist.get_world_size(), deepspeed_engine.zero_optimization_stage()
-    if (manifest["world_size"], manifest["zero_stage"]) != (world, stage):
-        raise CheckpointError(f"{path} was saved by {manifest['world_size']} processes under ZeRO-{manifest['zero_stage']}, this run has {world} under ZeRO-{stage}; "
-                              f"resume with the same, or start anew from its weights with --load-from")
+    if (manifest["world_size"], manifest["zero_stage"]) != (world_size, stage):
+        raise CheckpointError(f"{path} was saved by {manifest['world_size']} processes under ZeRO-{manifest['zero_stage']}, this run has {world_size} under "
+                              f"ZeRO-{stage}; resume with the same, or start anew from its weights with --load-from")
+
+
+def load_checkpoint(deepspeed_engine: Any, path: Path, state: TrainState) -> None:
+    """Fills the engine and `state` from a checkpoint directory that `check_resumable` has passed. Collective."""
     loaded, client_state = deepspeed_engine.load_checkpoint(str(path.parent), tag=path.name)
     if loaded is None:
         raise CheckpointError(f"DeepSpeed could not load {path}")

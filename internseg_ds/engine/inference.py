@@ -19,7 +19,7 @@ from internseg_ds.distributed.loading import fit_segmentor, reader
 from internseg_ds.distributed.precision import apply_precision, backbone_dtype
 from internseg_ds.engine.evaluator import segment
 from internseg_ds.engine.experiment import Experiment
-from internseg_ds.engine.pictures import side_by_side
+from internseg_ds.engine.pictures import IGNORE, side_by_side
 from internseg_ds.errors import DataError
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
@@ -98,5 +98,7 @@ class Shower:
         name = self.dataset.img_infos[index]["filename"]
         image = cv2.imread(str(Path(self.dataset.img_dir) / name))
         truth = self.dataset.get_gt_seg_map_by_idx(index)
+        if self.dataset.reduce_zero_label:  # as mmseg's metrics do: label 0 means none of the classes
+            truth = np.where(truth == 0, IGNORE, truth - 1)
         picture = side_by_side(image, [("ground truth", truth), ("prediction", labels)], self.dataset.CLASSES, self.dataset.PALETTE)
         cv2.imwrite(str(self.folder / Path(name).with_suffix(".png").name), picture)

@@ -32,7 +32,7 @@ from internseg_ds.distributed.optimizers import build_optimizer
 from internseg_ds.distributed.parameter_groups import parameter_groups
 from internseg_ds.distributed.precision import apply_precision, backbone_dtype
 from internseg_ds.distributed.process_group import World, join, leave, world_from_environment
-from internseg_ds.engine.checkpointing import Checkpoints, find_checkpoint, load_checkpoint
+from internseg_ds.engine.checkpointing import Checkpoints, check_resumable, find_checkpoint, load_checkpoint
 from internseg_ds.engine.evaluator import Evaluation, evaluate
 from internseg_ds.engine.experiment import Experiment, read_experiment
 from internseg_ds.engine.preflight import Plan, check, starting_weights
@@ -87,8 +87,12 @@ class SegmentorEngine:
         if resume is None and self.plan.experiment.resume_from:
             resume = self.plan.experiment.resume_from
         if resume == "auto":
-            return find_checkpoint(self.checkpoints.folder) if (self.checkpoints.folder / "latest").exists() else None
-        return find_checkpoint(resume) if resume is not None else None
+            resume = self.checkpoints.folder if (self.checkpoints.folder / "latest").exists() else None
+        if resume is None:
+            return None
+        path = find_checkpoint(resume)
+        check_resumable(path, self.world.size, self.plan.ds.stage)
+        return path
 
     def _build(self, seed: int, load_from: str | os.PathLike | None, resume_from: Path | None) -> None:
         import deepspeed

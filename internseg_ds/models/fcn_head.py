@@ -19,14 +19,17 @@ class FCNHead(BaseDecodeHead):
     """Convolutions, an optional batch norm over all ranks, and a 1x1 classifier (Long et al., "Fully Convolutional Networks", 2015).
 
     num_convs: 3x3 convolutions (kernel_size, dilation) before the classifier, 0 for none. concat_input: one more convolution over input and result.
-    with_norm: SyncBatchNorm before the classifier. Further arguments are BaseDecodeHead's. Raises ValueError when num_convs=0 is to change the width.
+    with_norm: SyncBatchNorm before the classifier. Further arguments are BaseDecodeHead's. Raises ValueError when num_convs=0 is to change the width,
+    and for a dilation below 1.
     """
 
     def __init__(self, num_convs: int = 2, kernel_size: int = 3, concat_input: bool = True, dilation: int = 1, with_norm: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if num_convs < 0 or (num_convs == 0 and self.in_channels != self.channels):
             raise ValueError(f"num_convs={num_convs} cannot turn in_channels={self.in_channels} into channels={self.channels}; make them equal or add a convolution")
-        self.concat_input = concat_input
+        if dilation < 1:
+            raise ValueError(f"dilation={dilation} must be 1 or more")
+        self.num_convs, self.concat_input = num_convs, concat_input
         style = {"conv_cfg": self.conv_cfg, "norm_cfg": self.norm_cfg, "act_cfg": self.act_cfg}
         widths = [self.in_channels] + [self.channels] * num_convs
         convs = [ConvModule(width, self.channels, kernel_size, padding=kernel_size // 2 * dilation, dilation=dilation, **style) for width in widths[:-1]]

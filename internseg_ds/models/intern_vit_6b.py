@@ -53,9 +53,9 @@ class LayerScale(nn.Module):
         nn.init.constant_(self.gamma, self.init_values)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.force_fp32:
-            return (x.float() * self.gamma.float()).to(x.dtype)
-        return x * self.gamma
+        """x (..., width) -> the same shape and dtype."""
+        compute = torch.float32 if self.force_fp32 else x.dtype  # without the cast, fp32 parameters under autocast would make the residuals fp32
+        return (x.to(compute) * self.gamma.to(compute)).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -86,17 +86,17 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """x + drop_path(ls1(attn(norm1 x))), then the same with the MLP."""
+    """x + drop_path(ls1(attn(norm1 x))), then the same with the MLP. init_values 0: no layer scale."""
 
     def __init__(self, width: int, num_heads: int, mlp_ratio: float, qkv_bias: bool, qk_normalization: bool, drop_path: float, init_values: float,
                  force_fp32: bool, use_flash_attn: bool) -> None:
         super().__init__()
         self.norm1 = RMSNorm(width)
         self.attn = Attention(width, num_heads, qkv_bias, qk_normalization, use_flash_attn)
-        self.ls1 = LayerScale(width, init_values, force_fp32)
+        self.ls1 = LayerScale(width, init_values, force_fp32) if init_values else nn.Identity()
         self.norm2 = RMSNorm(width)
         self.mlp = Mlp(width, int(width * mlp_ratio))
-        self.ls2 = LayerScale(width, init_values, force_fp32)
+        self.ls2 = LayerScale(width, init_values, force_fp32) if init_values else nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -184,8 +184,8 @@ class InternViT6B(BaseModule):
         super().__init__()
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim={embed_dim} is not a multiple of num_heads={num_heads}")
-        if not out_indices or not all(0 <= index < depth for index in out_indices):
-            raise ValueError(f"out_indices={list(out_indices)} must name blocks 0 to {depth - 1} of depth={depth}")
+        if not out_indices or not all(0 <= index < depth for index in out_indices) or list(out_indices) != sorted(set(out_indices)):
+            raise ValueError(f"out_indices={list(out_indices)} must name blocks 0 to {depth - 1} of depth={depth}, ascending")
         if with_fpn and len(out_indices) != 4:
             raise ValueError(f"with_fpn=True needs 4 out_indices, not {list(out_indices)}")
         self.patch_size, self.embed_dim, self.depth = patch_size, embed_dim, depth
@@ -236,7 +236,7 @@ class InternViT6B(BaseModule):
             maps = self._maps(image)
         if self.with_fpn:
             maps = [up(features) for up, features in zip((self.up1, self.up2, self.up3, self.up4), maps)]
-        return tuple(maps)
+        return tuple(features.contiguous() for features in maps)
 
     def _maps(self, image: Tensor) -> list[Tensor]:
         patches = self.patch_embed(image)  # (b, c, h / patch, w / patch)
@@ -244,11 +244,11 @@ class InternViT6B(BaseModule):
         tokens = torch.cat([self.cls_token.to(patches.dtype).expand(len(patches), -1, -1), patches.flatten(2).mT], dim=1)  # (b, 1 + n, c)
         x = tokens + resize_position_embedding(self.pos_embed, grid).to(tokens.dtype)
         maps = []
-        for index, block in enumerate(self.blocks):
+        for index, block in enumerate(self.blocks[: self.out_indices[-1] + 1]):  # no output depends on the blocks after these
             recompute = self.with_cp and self.training and torch.is_grad_enabled()
             x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
             if index in self.out_indices:
-                maps.append(x[:, 1:].mT.unflatten(2, grid).contiguous())
+                maps.append(x[:, 1:].mT.unflatten(2, grid))  # (b, 1 + n, c) -> (b, c, h / patch, w / patch)
         return maps
 
     def train(self, mode: bool = True) -> "InternViT6B":

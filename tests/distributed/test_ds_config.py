@@ -10,7 +10,7 @@ ADAMW = {"type": "AdamW", "lr": 4e-5, "betas": (0.9, 0.999), "weight_decay": 0.0
 
 
 def resolve(raw, **changes):
-    settings = {"experiment": "exp.py", "micro_batch": 2, "world_size": 4, "optimizer": ADAMW, "hidden_size": 100} | changes
+    settings = {"experiment": "exp.py", "micro_batch": 2, "world_size": 4, "optimizer": ADAMW, "hidden_size": 2000} | changes
     return resolve_ds_config(raw, **settings)
 
 
@@ -22,7 +22,7 @@ def test_auto_values_are_filled_from_the_experiment():
     assert (ds.raw["train_micro_batch_size_per_gpu"], ds.raw["gradient_accumulation_steps"], ds.raw["train_batch_size"]) == (2, 2, 16)
     assert ds.raw["gradient_clipping"] == 0.1
     zero = ds.raw["zero_optimization"]
-    assert (zero["reduce_bucket_size"], zero["stage3_prefetch_bucket_size"], zero["stage3_param_persistence_threshold"]) == (10000, 9000, 1000)
+    assert (zero["reduce_bucket_size"], zero["stage3_prefetch_bucket_size"], zero["stage3_param_persistence_threshold"]) == (4_000_000, 3_600_000, 20_000)
     assert (ds.stage, ds.precision, ds.param_dtype, ds.global_batch) == (3, "bf16", torch.bfloat16, 16)
 
 

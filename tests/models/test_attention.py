@@ -6,8 +6,7 @@ import logging
 import pytest
 import torch
 
-from internseg_ds.models import attention
-from internseg_ds.models.attention import attend
+from internseg_ds.models.attention import attention, fits_flash, flash_attention
 
 HAS_FLASH = any(importlib.util.find_spec(name) for name in ("flash_attn", "flash_attn_interface"))
 
@@ -27,7 +26,7 @@ def formula(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 def test_equals_softmax_of_scaled_products(dtype: torch.dtype, tolerance: float):
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 17, 3, 24).to(dtype)
-    out = attend(q, k, v, use_flash_attn=False)
+    out = attention(q, k, v, use_flash_attn=False)
     assert out.dtype == dtype and out.shape == (2, 17, 3, 24)
     torch.testing.assert_close(out.double(), formula(q, k, v), rtol=tolerance, atol=tolerance)
 
@@ -36,27 +35,27 @@ def test_equals_softmax_of_scaled_products(dtype: torch.dtype, tolerance: float)
 def test_a_missing_flash_attn_is_warned_about_once_and_changes_no_number(caplog: pytest.LogCaptureFixture):
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 5, 2, 8)
-    attention.flash_kernel.cache_clear()
+    flash_attention.cache_clear()
     with caplog.at_level(logging.WARNING):
-        outs = [attend(q, k, v, use_flash_attn=True) for _ in range(3)]
+        outs = [attention(q, k, v, use_flash_attn=True) for _ in range(3)]
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "flash-attn cannot be imported" in caplog.text and "use_flash_attn=False" in caplog.text
+    assert "flash-attn cannot be imported" in caplog.text and "pip install" in caplog.text
     for out in outs:
-        assert torch.equal(out, attend(q, k, v, use_flash_attn=False))
+        assert torch.equal(out, attention(q, k, v, use_flash_attn=False))
 
 
 def test_flash_attn_is_not_looked_for_unless_asked(caplog: pytest.LogCaptureFixture):
-    attention.flash_kernel.cache_clear()
-    attend(*torch.randn(3, 1, 5, 2, 8), use_flash_attn=False)
-    assert attention.flash_kernel.cache_info().misses == 0 and not caplog.records
+    flash_attention.cache_clear()
+    attention(*torch.randn(3, 1, 5, 2, 8), use_flash_attn=False)
+    assert flash_attention.cache_info().misses == 0 and not caplog.records
 
 
 def test_flash_attn_does_not_fit_cpu_tensors():
-    assert not attention.fits_flash(torch.zeros(1, 5, 2, 8, dtype=torch.bfloat16))
+    assert not fits_flash(torch.zeros(1, 5, 2, 8, dtype=torch.bfloat16))
 
 
 @pytest.mark.skipif(not (HAS_FLASH and torch.cuda.is_available()), reason="needs a GPU and flash-attn")
 def test_flash_attn_and_torch_agree():
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 257, 5, 128, device="cuda", dtype=torch.bfloat16)
-    torch.testing.assert_close(attend(q, k, v, use_flash_attn=True), attend(q, k, v, use_flash_attn=False), rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(attention(q, k, v, use_flash_attn=True), attention(q, k, v, use_flash_attn=False), rtol=2e-2, atol=2e-2)

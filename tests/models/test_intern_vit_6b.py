@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from mmseg.models import build_backbone
 
-from internseg_ds.models.intern_vit_6b import DropPath, InternViT6B, Linear, resize_pos_embed
+from internseg_ds.models.intern_vit_6b import InternViT6B, TruncNormalLinear, resize_patch_kernel, resize_position_embedding
 
 TINY = dict(embed_dim=24, depth=3, num_heads=3, patch_size=14, img_size=56, out_indices=[0, 2], use_flash_attn=False, with_cp=False)
 FPN = {**TINY, "depth": 4, "out_indices": [0, 1, 2, 3], "with_fpn": True}
@@ -128,13 +128,25 @@ def test_other_image_sizes_resize_the_position_embedding():
 
 def test_the_stored_grid_is_not_resampled():
     embedding = torch.randn(1, 17, 8).bfloat16()
-    assert resize_pos_embed(embedding, 4, 4) is embedding
-    assert resize_pos_embed(embedding, 2, 8).shape == (1, 17, 8) and resize_pos_embed(embedding, 2, 8).dtype == torch.float32
+    assert resize_position_embedding(embedding, (4, 4)) is embedding
+    other = resize_position_embedding(embedding, (2, 8))
+    assert other.shape == (1, 17, 8) and other.dtype == torch.bfloat16 and torch.equal(other[:, 0], embedding[:, 0])
+
+
+def test_stored_parameters_are_resized_to_the_shapes_of_the_model():
+    embedding, kernel = torch.randn(1, 17, 8), torch.randn(8, 3, 16, 16)
+    resized = {name: resize(value, torch.Size(shape)) for (name, resize), value, shape in zip(
+        InternViT6B.resizable.items(), (embedding, kernel), ((1, 26, 8), (8, 3, 14, 14)), strict=True)}
+    assert list(resized) == ["pos_embed", "patch_embed.proj.weight"]
+    grid = F.interpolate(embedding[:, 1:].reshape(1, 4, 4, 8).permute(0, 3, 1, 2), size=(5, 5), mode="bicubic", align_corners=False)
+    assert torch.equal(resized["pos_embed"], torch.cat([embedding[:, :1], grid.permute(0, 2, 3, 1).reshape(1, 25, 8)], 1))
+    assert torch.equal(resized["patch_embed.proj.weight"], F.interpolate(kernel, size=(14, 14), mode="bicubic", align_corners=False))
+    assert torch.equal(resize_patch_kernel(kernel, kernel.shape), kernel)
 
 
 @pytest.mark.parametrize(("height", "width"), [(57, 56), (56, 50)])
 def test_sizes_that_the_patch_does_not_divide_are_refused(height: int, width: int):
-    with pytest.raises(ValueError, match=f"{height} x {width} .*patch_size=14"):
+    with pytest.raises(ValueError, match=f"{height} x {width} .* patch size 14"):
         vit()(torch.randn(1, 3, height, width))
 
 
@@ -151,7 +163,7 @@ def test_the_dtype_of_the_input_is_kept_throughout():
     backbone = vit(**{**FPN, "layerscale_force_fp32": True, "with_final_norm": True, "drop_path_rate": 0.5}).bfloat16().train()
     seen: set[torch.dtype] = set()
     for module in backbone.modules():
-        module.register_forward_hook(lambda _, args, out: seen.update(t.dtype for t in [*args, *(out if isinstance(out, list) else [out])]))
+        module.register_forward_hook(lambda _, args, out: seen.update(t.dtype for t in [*args, *(out if isinstance(out, tuple) else [out])]))
     features = backbone(torch.randn(2, 3, 84, 56).bfloat16())
     assert seen == {torch.bfloat16}
     sum(feature.float().mean() for feature in features).backward()
@@ -171,19 +183,19 @@ def test_under_autocast_the_blocks_stay_in_the_lower_precision():
         assert all(feature.dtype == torch.bfloat16 for feature in backbone(torch.randn(1, 3, 56, 56)))
 
 
-def test_drop_path_keeps_the_expectation_and_its_rate_even_in_bf16():
-    drop = DropPath(0.004).train()
-    torch.manual_seed(0)
-    out = drop(torch.ones(100_000, 1, dtype=torch.bfloat16))
-    assert 0.003 < (out == 0).double().mean() < 0.005
-    assert set(out.unique().tolist()) == {0.0, 1.0}  # 1 / 0.996 rounds to 1
-    assert DropPath(0.5).train()(torch.ones(64, 3)).unique().tolist() == [0.0, 2.0]
-    assert torch.equal(drop.eval()(out), out)
+def test_blocks_after_the_last_output_do_not_run():
+    backbone = vit(out_indices=[1])
+    ran: list[int] = []
+    for index, block in enumerate(backbone.blocks):
+        block.register_forward_hook(lambda *_, index=index: ran.append(index))
+    (feature,) = backbone(torch.randn(1, 3, 56, 56))
+    assert ran == [0, 1] and feature.shape == (1, 24, 4, 4)
 
 
 def test_drop_path_grows_linearly_with_depth():
-    rates = [block.drop_path.rate for block in vit(depth=5, drop_path_rate=0.4).blocks]
-    assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
+    first, *rest = vit(depth=5, drop_path_rate=0.4).blocks
+    rates = [block.drop_path.drop_prob for block in rest]
+    assert isinstance(first.drop_path, torch.nn.Identity) and rates == pytest.approx([0.1, 0.2, 0.3, 0.4])
     assert all(type(rate) is float for rate in rates)
 
 
@@ -202,7 +214,7 @@ def test_every_owner_of_parameters_resets_them_and_only_them():
             mine = {id(param) for param in owned.values()}
             assert all(torch.equal(param, before[name]) for name, param in backbone.named_parameters() if id(param) not in mine)
     for module in backbone.modules():
-        if isinstance(module, Linear):
+        if isinstance(module, TruncNormalLinear):
             assert module.weight.std().item() == pytest.approx(0.02, rel=0.1) and not module.bias.any()
     assert backbone.pos_embed.std().item() == pytest.approx(0.02, rel=0.2)
     assert backbone.up1[3].weight.std().item() == pytest.approx(math.sqrt(2 / (4 * 96)), rel=0.05)
@@ -220,11 +232,11 @@ def test_layer_ids_follow_the_published_rule():
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (dict(embed_dim=25), "embed_dim=25 .* num_heads=3"),
-    (dict(out_indices=[1, 3]), r"out_indices=\[1, 3\] .* 0 to 2 \(depth=3\)"),
+    (dict(out_indices=[1, 3]), r"out_indices=\[1, 3\] .* 0 to 2 of depth=3"),
     (dict(out_indices=[-1]), r"out_indices=\[-1\]"),
     (dict(out_indices=[2, 1]), "ascending"),
     (dict(out_indices=[]), r"out_indices=\[\]"),
-    (dict(with_fpn=True), "pyramid of 4 features"),
+    (dict(with_fpn=True), "needs 4 out_indices"),
 ])
 def test_arguments_that_contradict_are_refused(arguments: dict, message: str):
     with pytest.raises(ValueError, match=message):

@@ -1,0 +1,90 @@
+from itertools import islice
+
+import pytest
+import torch
+from mmcv import Config
+
+from internseg_ds.data.loading import build_datasets, evaluation_batches, training_batches
+from internseg_ds.data.sampler import GlobalBatchSampler
+from internseg_ds.errors import DataError
+from tests.conftest import ROOT, TINY
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def data(ade20k):
+    data = Config.fromfile(ROOT / TINY).data
+    for split in ("train", "val", "test"):
+        data[split].data_root = str(ade20k)
+    return data
+
+
+@pytest.fixture(scope="module")
+def training(data):
+    return build_datasets(data.train, "data.train", [data.train])
+
+
+def batches(dataset, count, *, workers=0, seed=0, **sampler):
+    return list(islice(training_batches(dataset, GlobalBatchSampler(len(dataset), sampler.pop("micro_batch", 2), **sampler), workers=workers, seed=seed, device=CPU), count))
+
+
+def test_a_batch_is_what_mmsegs_segmentors_take(training):
+    batch = batches(training, 1)[0]
+    assert batch.inputs["img"].shape == (2, 3, 112, 112) and batch.inputs["img"].dtype == torch.float32
+    assert batch.inputs["gt_semantic_seg"].shape == (2, 1, 112, 112) and batch.inputs["gt_semantic_seg"].dtype == torch.int64
+    assert len(batch.files) == 2 and batch.position == 0
+
+
+def test_augmented_images_are_the_same_however_many_workers_decode_them(training):
+    for alone, helped in zip(batches(training, 4), batches(training, 4, workers=2)):
+        assert alone.position == helped.position
+        assert torch.equal(alone.inputs["img"], helped.inputs["img"])
+        assert torch.equal(alone.inputs["gt_semantic_seg"], helped.inputs["gt_semantic_seg"])
+
+
+def test_a_resumed_stream_augments_as_the_unbroken_one_did(training):
+    unbroken, resumed = batches(training, 5), batches(training, 2, start=6)
+    assert all(torch.equal(a.inputs["img"], b.inputs["img"]) for a, b in zip(unbroken[3:], resumed))
+
+
+def test_two_ranks_see_the_images_of_one(training):
+    whole = batches(training, 1, micro_batch=4)[0].inputs["img"]
+    parts = [batches(training, 1, rank=rank, world_size=2)[0].inputs["img"] for rank in range(2)]
+    assert torch.equal(whole, torch.cat(parts))
+
+
+def test_the_same_image_is_augmented_anew_in_the_next_epoch(training):
+    stream = batches(training, 24)  # two epochs of 24 images
+    by_file = {}
+    for batch in stream:
+        for file, image in zip(batch.files, batch.inputs["img"]):
+            by_file.setdefault(file, []).append(image)
+    assert all(len(images) == 2 and not torch.equal(*images) for images in by_file.values())
+
+
+def test_ranks_share_the_validation_images_between_them(data):
+    dataset = build_datasets(data.val, "data.val", [data.val], test_mode=True)
+    dealt = [[index for index, _ in evaluation_batches(dataset, rank=rank, world_size=3, workers=0, device=CPU)] for rank in range(3)]
+    assert dealt == [[0, 3, 6], [1, 4], [2, 5]]
+
+
+def test_more_ranks_than_images_leaves_some_without_any(data):
+    dataset = build_datasets(data.val, "data.val", [data.val], test_mode=True)
+    assert list(evaluation_batches(dataset, rank=8, world_size=9, workers=1, device=CPU)) == []
+
+
+@pytest.mark.parametrize(("change", "words"), [({"img_dir": "nowhere"}, "there is no folder .*nowhere"), ({"data_root": "/nowhere"}, "data_root = '/nowhere'"),
+                                               ({"type": "NoDataset"}, "NoDataset"), ({"typo": 1}, "typo")])
+def test_data_that_is_not_there_is_one_sentence(data, change, words):
+    entry = Config({**data.train, **change})._cfg_dict
+    with pytest.raises(DataError, match=words):
+        build_datasets(entry, "data.train", [entry])
+
+
+def test_an_empty_data_set_says_which_images_it_looked_for(data, tmp_path):
+    entry = Config({**data.train, "data_root": str(tmp_path)})._cfg_dict
+    for folder in (entry.img_dir, entry.ann_dir):
+        (tmp_path / folder).mkdir(parents=True)
+    with pytest.raises(DataError, match="images/training has no"):
+        build_datasets(entry, "data.train", [entry])

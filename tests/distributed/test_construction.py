@@ -1,0 +1,68 @@
+import deepspeed
+import pytest
+import torch
+from mmcv import Config
+
+from internseg_ds.distributed.construction import build_for_training, build_on_meta, gathered
+from internseg_ds.distributed.ds_config import resolve_ds_config
+from tests.conftest import ROOT, TINY
+from tests.distributed.ranks import spawn
+
+
+def small() -> Config:
+    model = Config.fromfile(ROOT / TINY).model
+    model.backbone.update(embed_dim=32, num_heads=2)
+    model.decode_head.update(in_channels=[32] * 4, channels=15)  # 15: sizes that 2 ranks cannot halve
+    model.auxiliary_head.update(in_channels=32, channels=15)
+    return model
+
+
+def ds_config(stage: int, world_size: int = 1, bf16: bool = True):
+    return resolve_ds_config({"bf16": {"enabled": bf16}, "zero_optimization": {"stage": stage}}, experiment="", micro_batch=1, world_size=world_size,
+                             optimizer={"type": "AdamW", "lr": 1e-3})
+
+
+def plain(seed: int = 0) -> dict[str, torch.Tensor]:
+    return build_for_training(small(), ds_config(1, bf16=False), torch.device("cpu"), seed).state_dict()
+
+
+def partitioned_values_are_the_plain_ones(seed: int) -> None:
+    deepspeed.init_distributed(verbose=False)  # as `join` does
+    model = build_for_training(small(), ds_config(3, world_size=2), torch.device("cpu"), seed)
+    assert model.backbone.blocks[0].attn.qkv.weight.numel() == 0  # really partitioned
+    expected = plain(seed)
+    for name, param in model.named_parameters():
+        with gathered([param]):
+            assert torch.equal(param.data, expected[name].bfloat16()), name
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer.float(), expected[name].float()), name
+
+
+def test_zero3_on_2_ranks_starts_from_the_same_values_as_a_plain_model():
+    spawn(partitioned_values_are_the_plain_ones, 2, 0)
+
+
+def test_the_seed_decides_the_values():
+    first, again, other = plain(0), plain(0), plain(1)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["backbone.blocks.0.attn.qkv.weight"], other["backbone.blocks.0.attn.qkv.weight"])
+
+
+@pytest.mark.parametrize(("name", "std"), [
+    ("backbone.blocks.1.mlp.fc1.weight", 0.02),
+    ("backbone.pos_embed", 0.02),
+    ("backbone.up1.0.weight", (2 / (4 * 32)) ** 0.5),
+    ("decode_head.conv_seg.weight", 0.01),
+    ("decode_head.fpn_bottleneck.conv.weight", (2 / (9 * 15)) ** 0.5),  # kaiming, fan out
+])
+def test_values_are_drawn_as_the_modules_say(name, std):
+    assert float(plain()[name].std()) == pytest.approx(std, rel=0.15)
+
+
+def test_no_two_blocks_start_alike():
+    values = plain()
+    assert not torch.equal(values["backbone.blocks.0.attn.qkv.weight"], values["backbone.blocks.1.attn.qkv.weight"])
+
+
+def test_a_model_on_meta_takes_no_memory():
+    assert all(param.is_meta for param in build_on_meta(small()).parameters())

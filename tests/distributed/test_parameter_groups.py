@@ -1,0 +1,86 @@
+import pytest
+import torch
+from mmcv import Config
+from torch import nn
+
+from internseg_ds.distributed.construction import build_on_meta
+from internseg_ds.distributed.parameter_groups import parameter_groups
+from internseg_ds.errors import ConfigError
+from tests.conftest import ROOT, TINY
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return build_on_meta(Config.fromfile(ROOT / TINY).model)
+
+
+def settings(model: nn.Module, **optimizer) -> dict[str, tuple[float, float]]:
+    """lr and weight decay of each parameter by name."""
+    names = {id(param): name for name, param in model.named_parameters()}
+    groups = parameter_groups(model, {"type": "AdamW", "lr": 1.0, "weight_decay": 0.05} | optimizer)
+    return {names[id(param)]: (group["lr"], group["weight_decay"]) for group in groups for param in group["params"]}
+
+
+LAYER_DECAY = {"constructor": "CustomLayerDecayOptimizerConstructor", "paramwise_cfg": {"num_layers": 4, "layer_decay_rate": 0.5}}
+
+
+@pytest.mark.parametrize(("name", "lr", "weight_decay"), [  # worked out by hand from DESIGN's rule: 0.5 ** (5 - layer)
+    ("backbone.cls_token", 0.5**5, 0.05),
+    ("backbone.pos_embed", 0.5**5, 0.05),
+    ("backbone.patch_embed.proj.weight", 0.5**5, 0.05),
+    ("backbone.patch_embed.proj.bias", 0.5**5, 0.0),
+    ("backbone.blocks.0.attn.qkv.weight", 0.5**4, 0.05),
+    ("backbone.blocks.0.norm1.weight", 0.5**4, 0.0),
+    ("backbone.blocks.3.ls2.gamma", 0.5, 0.0),
+    ("backbone.blocks.3.mlp.fc2.bias", 0.5, 0.0),
+    ("backbone.up1.0.weight", 1.0, 0.05),
+    ("decode_head.conv_seg.weight", 1.0, 0.05),
+    ("auxiliary_head.convs.0.bn.weight", 1.0, 0.0),
+])
+def test_layer_decay_gives_each_layer_its_published_rate(model, name, lr, weight_decay):
+    assert settings(model, **LAYER_DECAY)[name] == pytest.approx((lr, weight_decay))
+
+
+def test_every_trainable_parameter_is_in_exactly_one_group(model):
+    groups = parameter_groups(model, {"type": "AdamW", "lr": 1.0, **LAYER_DECAY})
+    grouped = [id(param) for group in groups for param in group["params"]]
+    assert len(grouped) == len(set(grouped)) == len(list(model.parameters()))
+    assert len(groups) == 2 * 6  # layers 0 to 5, with and without decay
+
+
+def test_mmcvs_own_paramwise_rules_work_and_share_groups(model):
+    found = settings(model, paramwise_cfg={"norm_decay_mult": 0.0, "custom_keys": {"decode_head": {"lr_mult": 10.0}}})
+    assert found["decode_head.conv_seg.weight"] == (10.0, 0.05)
+    assert found["backbone.blocks.0.attn.qkv.weight"] == (1.0, 0.05)
+    assert found["decode_head.psp_modules.0.1.bn.weight"][0] == 10.0
+    assert len(parameter_groups(model, {"type": "AdamW", "lr": 1.0})) == 1
+
+
+def test_frozen_parameters_are_in_no_group():
+    cfg = Config.fromfile(ROOT / TINY).model
+    cfg.backbone.freeze_vit = True
+    model = build_on_meta(cfg)
+    found = settings(model, **LAYER_DECAY)
+    assert "backbone.blocks.0.attn.qkv.weight" not in found and "backbone.up2.0.weight" in found
+
+
+def test_a_model_with_nothing_to_train_is_an_error(model):
+    with pytest.raises(ConfigError, match="everything is frozen"):
+        parameter_groups(nn.Linear(2, 2).requires_grad_(False), {"type": "AdamW", "lr": 1.0})
+
+
+def test_layer_decay_without_layer_ids_says_which_backbone():
+    segmentor = nn.Module()
+    segmentor.backbone = nn.Linear(2, 2)
+    with pytest.raises(ConfigError, match="Linear has no layer_id"):
+        parameter_groups(segmentor, {"type": "AdamW", "lr": 1.0, **LAYER_DECAY})
+
+
+def test_shapes_are_those_before_partitioning():
+    segmentor = nn.Module()
+    segmentor.backbone = nn.Linear(3, 3)
+    segmentor.backbone.depth, segmentor.backbone.layer_id = 4, lambda name: 5
+    for param, shape in ((segmentor.backbone.weight, (3, 3)), (segmentor.backbone.bias, (3,))):
+        param.ds_shape = torch.Size(shape)
+        param.data = torch.empty(0)  # what ZeRO-3 leaves
+    assert settings(segmentor, **LAYER_DECAY) == {"backbone.weight": (1.0, 0.05), "backbone.bias": (1.0, 0.0)}

@@ -1,0 +1,52 @@
+"""Trained runs that several tests look at: each is made once a session, by the real launcher with 2 processes."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import TINY, Launch, data_options
+
+SMALL = ["model.backbone.embed_dim=32", "model.backbone.num_heads=2",
+         "model.decode_head.in_channels=[32,32,32,32]", "model.decode_head.channels=16", "model.auxiliary_head.in_channels=32", "model.auxiliary_head.channels=16",
+         "data.samples_per_gpu=2", "engine.global_batch=4", "log_config.interval=1", "lr_config.warmup_iters=5"]
+"""What makes the demo's config quick: blocks of width 32, 4 images a step."""
+
+NO_NOISE = ["model.backbone.drop_path_rate=0", "model.decode_head.dropout_ratio=0", "model.auxiliary_head.dropout_ratio=0"]
+
+
+@dataclass(frozen=True)
+class Run:
+    work_dir: Path
+    output: str
+
+    @property
+    def records(self) -> list[dict]:
+        return [json.loads(line) for line in (self.work_dir / "metrics.jsonl").read_text().splitlines()]
+
+    @property
+    def losses(self) -> dict[int, float]:
+        return {record["step"]: record["loss"] for record in self.records if "loss" in record}
+
+    @property
+    def scores(self) -> dict[int, float]:
+        return {record["step"]: record["mIoU"] for record in self.records if "mIoU" in record}
+
+
+@pytest.fixture(scope="session")
+def train(launch: Launch, ade20k: Path, tmp_path_factory: pytest.TempPathFactory):
+    """train(*arguments, options=[...], **launch settings) -> Run: launch/train.py on the small model and the generated data."""
+
+    def run(*arguments: object, options: list[str] = [], **settings) -> Run:  # noqa: B006 - read only
+        work_dir = tmp_path_factory.mktemp("run")
+        done = launch("launch/train.py", TINY, "--work-dir", work_dir, *arguments, "--cfg-options", *SMALL, *data_options(ade20k), *options, **settings)
+        return Run(work_dir, done.stdout + done.stderr)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained(train) -> Run:
+    """12 steps under ZeRO-3, saved and evaluated at step 6 and 12, with all the noise that training has."""
+    return train(options=["runner.max_iters=12", "checkpoint_config.interval=6", "evaluation.interval=6", "engine.evaluate_before=True"])

@@ -1,0 +1,66 @@
+"""One checkpoint, one score: whatever form the weights are in, and however many processes look at the images."""
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import TINY, data_options
+from tests.end_to_end.conftest import SMALL
+
+
+@pytest.fixture(scope="module")
+def one_file(trained, launch, tmp_path_factory):
+    out = tmp_path_factory.mktemp("one") / "segmentor.pth"
+    launch("launch/consolidate.py", trained.work_dir / "checkpoints", out, launcher="python")
+    return out
+
+
+def test_the_score_is_the_same_from_shards_and_file_and_with_1_and_2_processes(trained, one_file, launch, ade20k, tmp_path):
+    results = []
+    for number, (checkpoint, processes) in enumerate([(trained.work_dir / "checkpoints", 1), (trained.work_dir / "checkpoints", 2), (one_file, 1), (one_file, 2)]):
+        out = tmp_path / f"{number}.json"
+        launch("launch/test.py", TINY, checkpoint, "--eval", "mIoU", "--out", out, "--cfg-options", *SMALL, *data_options(ade20k), processes=processes)
+        results.append(out.read_text())
+    assert len(set(results)) == 1
+    assert json.loads(results[0])["mIoU"] == pytest.approx(trained.scores[12], abs=5e-3)  # training evaluates bf16 copies of the same weights
+
+
+def test_the_one_file_is_an_ordinary_mmseg_checkpoint(one_file):
+    from mmcv import Config
+    from mmseg.models import build_segmentor
+
+    import internseg_ds.models  # noqa: F401
+
+    content = torch.load(one_file, weights_only=True)
+    assert content["meta"]["iter"] == 12 and len(content["meta"]["CLASSES"]) == 150 and content["meta"]["mIoU"] is not None
+    config = one_file.with_name("config.py")
+    config.write_text(content["meta"]["config"])
+    build_segmentor(Config.fromfile(config).model).load_state_dict(content["state_dict"], strict=True)
+    assert all(value.dtype in (torch.float32, torch.int64) for value in content["state_dict"].values())
+
+
+def test_pictures_show_image_truth_and_prediction(one_file, launch, ade20k, tmp_path):
+    launch("launch/test.py", TINY, one_file, "--show-dir", tmp_path, "--show-count", 3, "--cfg-options", *SMALL, *data_options(ade20k), launcher="python")
+    pictures = sorted(tmp_path.glob("*.png"))
+    assert len(pictures) == 3
+    height, width, _ = cv2.imread(str(pictures[0])).shape
+    assert width > 2 * 200 and height > 256
+
+
+def test_predict_labels_are_those_of_the_evaluation(one_file, launch, ade20k, tmp_path):
+    launch("launch/predict.py", TINY, one_file, ade20k / "images/validation", "--out", tmp_path, "--cfg-options", *SMALL, *data_options(ade20k), launcher="python")
+    maps = sorted(tmp_path.glob("*_labels.png"))
+    assert len(maps) == len(list(tmp_path.glob("*_overlay.png"))) == 7
+    hits = np.zeros(3)
+    for path in maps:
+        labels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+        truth = cv2.imread(str(ade20k / "annotations/validation" / path.name.replace("_labels", "")), cv2.IMREAD_UNCHANGED)
+        assert labels.shape == truth.shape
+        valid = truth > 0
+        hits += [(labels[valid] == truth[valid] - 1).sum(), valid.sum(), 0]
+    out = tmp_path / "results.json"
+    launch("launch/test.py", TINY, one_file, "--out", out, "--cfg-options", *SMALL, *data_options(ade20k), launcher="python")
+    assert hits[0] / hits[1] == pytest.approx(json.loads(out.read_text())["aAcc"], abs=1e-4)

@@ -1,0 +1,125 @@
+"""What a training run must be: the same curve as plain PyTorch, under every ds_config, under every launcher, and after a resume."""
+
+import json
+import os
+import subprocess
+import sys
+from itertools import islice
+
+import pytest
+import torch
+
+from internseg_ds.data.loading import build_datasets, training_batches
+from internseg_ds.data.sampler import GlobalBatchSampler
+from internseg_ds.distributed.construction import build_for_training
+from internseg_ds.distributed.ds_config import resolve_ds_config
+from internseg_ds.distributed.parameter_groups import parameter_groups
+from internseg_ds.engine.experiment import leaf_datasets, read_experiment
+from tests.conftest import ROOT, TINY, data_options, free_port
+from tests.end_to_end.conftest import NO_NOISE, SMALL
+
+STEPS = 30
+DS_CONFIGS = ["zero1_bf16", "zero2_bf16", "zero3_bf16", "zero3_bf16_offload_optimizer", "zero3_bf16_offload_all", "zero3_autocast"]
+LONG = [f"runner.max_iters={STEPS}", "checkpoint_config.interval=0", *NO_NOISE]
+
+
+@pytest.fixture(scope="module")
+def reference(ade20k) -> dict[int, float]:
+    """Loss per step of the same model and batches in one plain fp32 process: torch autograd, torch.optim.AdamW, no DeepSpeed."""
+    from mmcv import DictAction
+
+    options = dict(option.split("=", 1) for option in [*SMALL, *LONG, *data_options(ade20k)])
+    options = {key: DictAction._parse_iterable(value) for key, value in options.items()}
+    experiment = read_experiment(ROOT / TINY, options)
+    ds = resolve_ds_config({}, experiment="", micro_batch=4, world_size=1, optimizer=experiment.optimizer)
+    model = build_for_training(experiment.model, ds, torch.device("cpu"), seed=0).train()
+    optimizer = torch.optim.AdamW(parameter_groups(model, experiment.optimizer), lr=1.0, betas=(0.9, 0.999))
+    bases = [group["lr"] for group in optimizer.param_groups]
+    dataset = build_datasets(experiment.train, "data.train", list(leaf_datasets(experiment.train)))
+    batches = training_batches(dataset, GlobalBatchSampler(len(dataset), 4), workers=0, seed=0, device=torch.device("cpu"))
+    losses = {}
+    for step, batch in enumerate(islice(batches, STEPS)):
+        for group, base in zip(optimizer.param_groups, bases):
+            group["lr"] = experiment.schedule.lr(step, base)
+        terms = model(return_loss=True, **batch.inputs)
+        loss = sum(value for name, value in terms.items() if "loss" in name)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses[step + 1] = float(loss)
+    return losses
+
+
+def test_fp32_zero3_on_2_ranks_follows_plain_pytorch_within_1e_4(train, reference, tmp_path):
+    ds = json.loads((ROOT / "ds_configs/zero3_autocast.json").read_text())
+    ds["torch_autocast"]["enabled"] = False
+    path = tmp_path / "zero3_fp32.json"
+    path.write_text(json.dumps(ds))
+    losses = train("--deepspeed_config", path, "--no-validate", options=LONG).losses
+    assert losses == pytest.approx(reference, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", DS_CONFIGS)
+def test_every_ds_config_follows_plain_pytorch_within_bf16(name, train, reference):
+    losses = train("--deepspeed_config", f"ds_configs/{name}.json", "--no-validate", options=LONG).losses
+    assert list(losses) == list(reference)
+    assert losses == pytest.approx(reference, rel=2e-2)
+    assert losses != pytest.approx(reference, rel=1e-7) or name == "zero3_autocast"  # it really is another arithmetic
+
+
+def test_a_bf16_backbone_follows_plain_pytorch_too(train, reference):
+    """This machine may compute the backbone in fp32 by default; here the bf16 arithmetic of a GPU is asked for."""
+    losses = train("--no-validate", options=[*LONG, "runner.max_iters=6", "engine.backbone_dtype=bfloat16"]).losses
+    first = {step: reference[step] for step in range(1, 6)}
+    assert {step: losses[step] for step in first} == pytest.approx(first, rel=2e-2)
+
+
+def test_a_resumed_run_has_the_same_losses_to_the_last_bit(train, trained):
+    resumed = train("--resume", trained.work_dir / "checkpoints" / "iter_6", options=["runner.max_iters=12", "checkpoint_config.interval=6", "evaluation.interval=6"])
+    assert list(resumed.losses) == [7, 8, 9, 10, 11, 12]
+    assert resumed.losses == {step: loss for step, loss in trained.losses.items() if step > 6}
+    assert resumed.scores[12] == trained.scores[12]
+
+
+def test_a_run_leaves_checkpoints_metrics_log_curve_and_its_configs(trained):
+    folder = trained.work_dir
+    assert (folder / "checkpoints" / "latest").read_text() == "iter_12"
+    assert (folder / "checkpoints" / "best").read_text() in ("iter_6", "iter_12")
+    for name in ("curves.png", "train.log", "config.py", "ds_config.json"):
+        assert (folder / name).stat().st_size > 0
+    assert any((folder / "tensorboard").iterdir())
+    assert set(trained.scores) == {0, 6, 12}
+    assert set(trained.losses) == set(range(1, 13))
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "python"])
+def test_other_launchers_train_too(launcher, train):
+    run = train("--no-validate", options=["runner.max_iters=2", "checkpoint_config.interval=0"], launcher=launcher)
+    assert set(run.losses) == {1, 2}
+
+
+def test_processes_that_srun_started_form_one_run(ade20k, tmp_path):
+    port, processes = free_port(), []
+    for rank in range(2):
+        env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        env |= {"SLURM_PROCID": str(rank), "SLURM_NTASKS": "2", "SLURM_LOCALID": str(rank), "SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_ID": "7",
+                "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        env["PATH"] = f"{os.path.dirname(sys.executable)}:{env['PATH']}"
+        command = [sys.executable, "launch/train.py", TINY, "--work-dir", tmp_path, "--no-validate", "--cfg-options", *SMALL, *data_options(ade20k),
+                   "runner.max_iters=2", "checkpoint_config.interval=0"]
+        processes.append(subprocess.Popen(list(map(str, command)), cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
+    for process in processes:
+        _, errors = process.communicate(timeout=200)
+        assert process.returncode == 0, errors[-2000:]
+    assert "2 processes on cpu" in (tmp_path / "train.log").read_text()
+
+
+def test_a_frozen_vit_keeps_its_weights_while_its_fpn_and_heads_train(train):
+    from internseg_ds.checkpoints.weights import open_weights
+
+    options = ["model.backbone.freeze_vit=True", "runner.max_iters=1", "checkpoint_config.interval=1"]
+    with open_weights(train("--no-validate", options=options).work_dir) as first, \
+         open_weights(train("--no-validate", options=[*options, "runner.max_iters=3", "checkpoint_config.interval=3"]).work_dir) as third:
+        changed = {name for name in first.shapes if not torch.equal(first.read(name), third.read(name))}
+    assert not any(name.startswith(("backbone.blocks", "backbone.patch_embed", "backbone.pos_embed", "backbone.cls_token")) for name in changed)
+    assert "decode_head.conv_seg.weight" in changed and "backbone.up1.0.weight" in changed

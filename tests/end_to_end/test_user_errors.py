@@ -1,0 +1,78 @@
+"""Wrong input ends before anything is built, with one sentence from rank 0 and exit code 2."""
+
+import json
+
+import pytest
+
+from internseg_ds.distributed.process_group import World
+from internseg_ds.engine.experiment import read_experiment
+from internseg_ds.engine.preflight import check
+from internseg_ds.errors import UserError
+from tests.conftest import ROOT, TINY, data_options
+
+
+def test_rank_0_says_it_once_and_the_launcher_ends_with_2(launch, tmp_path):
+    done = launch("launch/train.py", TINY, "--work-dir", tmp_path / "work", "--cfg-options", "data.train.data_root=/nowhere", check=False, timeout=120)
+    assert done.returncode == 2
+    said = [line for line in (done.stdout + done.stderr).splitlines() if "/nowhere" in line and line.startswith("error:")]
+    assert len(said) == 1 and "data_root" in said[0]
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ({"model.test_cfg.crop_size": (100, 112)}, ["model.test_cfg.crop_size", "patch size 14", "98 or 112"]),
+    ({"model.test_cfg.stride": (200, 70)}, ["stride", "crop_size"]),
+    ({"model.backbone.img_size": 113}, ["img_size=113", "patch_size=14"]),
+    ({"model.backbone.out_indices": [0, 1, 2, 9]}, ["out_indices", "depth=4"]),
+    ({"model.backbone.typo": 1}, ["typo"]),
+    ({"model.backbone.type": "NoSuchViT"}, ["NoSuchViT"]),
+    ({"model.decode_head.num_classes": 19}, ["num_classes=19", "150"]),
+    ({"model.backbone.pretrained": "nowhere.pth"}, ["model.backbone.pretrained", "nowhere.pth", "no such file"]),
+    ({"load_from": "nowhere.pth"}, ["load_from", "nowhere.pth"]),
+    ({"data.val.img_dir": "images/nothing"}, ["data.val", "images/nothing"]),
+    ({"optimizer.paramwise_cfg": {"num_layers": 7, "layer_decay_rate": 0.9}}, ["num_layers=7", "4 layers"]),
+    ({"optimizer.type": "AdamWW"}, ["AdamWW"]),
+    ({"data.samples_per_gpu": 3}, ["engine.global_batch=8", "3 images"]),
+    ({"data.samples_per_gpu": 0}, ["samples_per_gpu=0"]),
+    ({"engine.global_bach": 8}, ["global_bach", "did you mean engine.global_batch"]),
+    ({"modle.backbone": 8}, ["modle", "did you mean model"]),
+    ({"model.bakbone.depth": 8}, ["bakbone", "did you mean model.backbone"]),
+    ({"runner.type": "EpochBasedRunner"}, ["IterBasedRunner"]),
+    ({"lr_config.policy": "step"}, ["poly"]),
+])
+def test_a_wrong_setting_is_one_sentence(options, words, ade20k):
+    right = dict(option.split("=") for option in data_options(ade20k))
+    with pytest.raises(UserError) as caught:
+        check(read_experiment(ROOT / TINY, right | options), ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0))
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_a_dry_run_prints_parameters_groups_and_memory_and_writes_nothing(launch, ade20k, tmp_path):
+    done = launch("launch/train.py", TINY, "--dry-run", "--work-dir", tmp_path / "work", "--cfg-options", *data_options(ade20k), launcher="python")
+    assert all(word in done.stdout for word in ("backbone", "layer 0, decay", "optimizer", "8 images per step"))
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("script", ["train", "test", "consolidate", "predict"])
+def test_help_shows_a_command(script, launch):
+    done = launch(f"launch/{script}.py", "--help", launcher="python")
+    assert "example:" in done.stdout and f"launch/{script}.py" in done.stdout
+
+
+def test_resuming_with_another_number_of_processes_says_what_to_do(trained, train):
+    run = train("--resume", trained.work_dir, "--no-validate", options=["runner.max_iters=13"], processes=1, check=False)
+    assert "saved by 2 processes" in run.output and "--load-from" in run.output
+
+
+def test_a_truncated_checkpoint_is_refused_before_training(trained, launch, ade20k, tmp_path):
+    import shutil
+
+    copy = tmp_path / "iter_12"
+    shutil.copytree(trained.work_dir / "checkpoints" / "iter_12", copy)
+    shard = next(copy.glob("*rank_1*optim_states.pt"))
+    shard.write_bytes(shard.read_bytes()[:1000])
+    done = launch("launch/consolidate.py", copy, tmp_path / "out.pth", launcher="python", check=False)
+    assert done.returncode == 2 and shard.name in done.stderr and "truncated" in done.stderr
+    assert not list(tmp_path.glob("out*"))
+    assert json.loads((copy / "internseg_ds.json").read_text())["step"] == 12
