@@ -1,0 +1,72 @@
+import pytest
+from mmcv import Config
+
+from internseg_ds.engine.experiment import read_experiment
+from internseg_ds.errors import ConfigError
+from tests.conftest import ROOT, TINY
+
+PUBLISHED_STYLE = dict(
+    deepspeed=False, deepspeed_config="zero_configs/adam_zero1_bf16.json", dist_params=dict(backend="nccl"), workflow=[("train", 1)], log_level="INFO",
+    cudnn_benchmark=True, custom_hooks=[dict(type="ToBFloat16Hook", priority=49)], load_from=None, resume_from=None,
+    optimizer_config=dict(grad_clip=dict(max_norm=0.1, norm_type=2)), helper_variable=7,
+    log_config=dict(interval=50, hooks=[dict(type="TextLoggerHook", by_epoch=False), dict(type="SomebodysHook")]),
+    checkpoint_config=dict(deepspeed=False, by_epoch=False, interval=1000, max_keep_ckpts=2), evaluation=dict(interval=500, metric="mIoU", save_best="auto"))
+
+
+def test_keys_of_mmcvs_runner_are_interpreted_or_answered_by_a_line():
+    cfg = Config.fromfile(ROOT / TINY)
+    cfg.merge_from_dict(PUBLISHED_STYLE)
+    experiment = read_experiment(cfg)
+    assert (experiment.save_every, experiment.max_keep_ckpts, experiment.evaluate_every, experiment.log_every) == (1000, 2, 500, 50)
+    assert experiment.gradient_clipping == 0.1 and experiment.keep_best and experiment.metrics == ("mIoU",)
+    for word in ("deepspeed_config", "ToBFloat16Hook", "dist_params", "workflow", "SomebodysHook"):
+        assert any(word in note for note in experiment.notes), word
+    assert not any("helper_variable" in note for note in experiment.notes)
+
+
+def test_defaults_are_what_mmseg_users_expect():
+    cfg = Config.fromfile(ROOT / TINY)
+    for key in ("checkpoint_config", "evaluation", "log_config", "engine", "optimizer_config"):
+        cfg.pop(key)
+    experiment = read_experiment(cfg)
+    assert experiment.engine.global_batch is None and experiment.gradient_clipping == 0.0 and not experiment.keep_best
+    assert experiment.save_every == experiment.evaluate_every == experiment.max_steps == 420
+
+
+def test_cumulative_iters_is_accumulation():
+    cfg = Config.fromfile(ROOT / TINY)
+    cfg.pop("engine")
+    assert read_experiment(cfg, {"optimizer_config.cumulative_iters": 4}).accumulation == 4
+
+
+def test_options_reach_arguments_that_the_file_leaves_at_their_defaults():
+    experiment = read_experiment(ROOT / TINY, {"data.train.max_image_num": 5, "model.backbone.with_final_norm": True, "engine.backbone_dtype": "float32",
+                                               "data.train.pipeline.0.to_float32": True})
+    assert experiment.train.max_image_num == 5 and experiment.model.backbone.with_final_norm
+    assert experiment.engine.backbone_dtype == "float32" and experiment.train.pipeline[0].to_float32
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ({"optimzer.lr": 1}, "did you mean optimizer"),
+    ({"data.trian.data_root": 1}, "did you mean data.train"),
+    ({"engine.backbone_dtype": "float16"}, "float16"),
+    ({"engine.accumulate": 1}, "accumulate"),
+    ({"data.train.pipeline.99.type": "x"}, "99"),
+    ({"runner.max_iters": 0}, "at least 1"),
+    ({"lr_config.warmup": "exp"}, "linear"),
+])
+def test_options_that_mean_nothing_are_named(options, words):
+    with pytest.raises(ConfigError, match=words):
+        read_experiment(ROOT / TINY, options)
+
+
+@pytest.mark.parametrize(("text", "words"), [("model = dict(", "cannot be read"), ("x = 1", "no 'model' section")])
+def test_a_broken_config_is_one_sentence(tmp_path, text, words):
+    (tmp_path / "broken.py").write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        read_experiment(tmp_path / "broken.py")
+
+
+def test_a_missing_config_names_the_nearest():
+    with pytest.raises(ConfigError, match="there is no config file"):
+        read_experiment("configs/intern_vit_tiny/upernet_tiny.py")

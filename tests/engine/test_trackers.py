@@ -1,0 +1,76 @@
+import json
+
+import pytest
+
+from internseg_ds.engine.curves import draw_curves
+from internseg_ds.engine.state import TrainState, due
+from internseg_ds.engine.trackers import JsonlTracker, open_trackers
+
+
+def steps(path):
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def test_records_of_steps_that_a_resumed_run_repeats_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    first = JsonlTracker(path, start=0)
+    for step in (1, 2, 3, 4):
+        first.write(step, {"loss": 1.0})
+    first.close()
+    path.write_text(path.read_text() + '{"step": 5, "lo')  # killed while writing
+    resumed = JsonlTracker(path, start=2)
+    resumed.write(3, {"loss": 2.0})
+    resumed.close()
+    assert steps(path) == [1, 2, 3]
+
+
+def test_a_new_run_in_an_old_work_directory_starts_its_metrics_anew(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 9}\n')
+    JsonlTracker(path, start=0).close()
+    assert steps(path) == []
+
+
+def test_only_rank_0_writes(tmp_path):
+    assert open_trackers(tmp_path, [], max_steps=1, start=0, config={}, is_main=False) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensorboard_holds_the_scalars(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trackers = open_trackers(tmp_path, [{"type": "TensorboardLoggerHook"}], max_steps=3, start=0, config={}, is_main=True)
+    for tracker in trackers:
+        tracker.write(2, {"loss": 0.5})
+        tracker.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(2, 0.5)]
+
+
+def test_wandb_works_offline_without_an_account(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    trackers = open_trackers(tmp_path, [{"type": "WandbLoggerHook", "init_kwargs": {"project": "test"}}], max_steps=3, start=0, config={"lr": 1}, is_main=True)
+    for tracker in trackers:
+        tracker.write(1, {"loss": 0.5})
+        tracker.close()
+    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+
+
+@pytest.mark.parametrize(("step", "every", "expected"), [(5, 5, True), (6, 5, False), (12, 5, True), (12, 0, True), (11, 0, False)])
+def test_every_cadence_includes_the_last_step(step, every, expected):
+    assert due(step, every, last=12) is expected
+
+
+def test_curves_are_a_picture(tmp_path):
+    (tmp_path / "m.jsonl").write_text('{"step": 1, "loss": 3}\n{"step": 2, "loss": 2}\n{"step": 2, "mIoU": 0.5}\n')
+    draw_curves(tmp_path / "m.jsonl", tmp_path / "c.png")
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_state_survives_its_own_dict():
+    state = TrainState(step=3, images=24, seed=7, best=0.5, best_tag="iter_2")
+    copy = TrainState()
+    copy.load_state_dict(state.state_dict())
+    assert copy == state
