@@ -41,7 +41,8 @@ def build_for_training(model: ConfigDict, ds: DsConfig, device: torch.device, se
     import deepspeed
 
     if ds.stage == 3:
-        with deepspeed.zero.Init(config_dict_or_path=ds.raw, dtype=ds.param_dtype):
+        # no dtype argument: deepspeed 0.19.8 turns dtype=torch.float32 into bf16 where fp16 is not supported (CPUs); the config says the same
+        with deepspeed.zero.Init(config_dict_or_path=ds.raw):
             segmentor = build_segmentor(model)
     else:
         with torch.device(device), _default_dtype(ds.param_dtype):

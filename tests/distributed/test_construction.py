@@ -26,20 +26,21 @@ def plain(seed: int = 0) -> dict[str, torch.Tensor]:
     return build_for_training(small(), ds_config(1, bf16=False), torch.device("cpu"), seed).state_dict()
 
 
-def partitioned_values_are_the_plain_ones(seed: int) -> None:
+def partitioned_values_are_the_plain_ones(seed: int, bf16: bool) -> None:
     deepspeed.init_distributed(verbose=False)  # as `join` does
-    model = build_for_training(small(), ds_config(3, world_size=2), torch.device("cpu"), seed)
+    model = build_for_training(small(), ds_config(3, world_size=2, bf16=bf16), torch.device("cpu"), seed)
     assert model.backbone.blocks[0].attn.qkv.weight.numel() == 0  # really partitioned
     expected = plain(seed)
     for name, param in model.named_parameters():
         with gathered([param]):
-            assert torch.equal(param.data, expected[name].bfloat16()), name
+            assert torch.equal(param.data, expected[name].to(torch.bfloat16 if bf16 else torch.float32)), name
     for name, buffer in model.named_buffers():
         assert torch.equal(buffer.float(), expected[name].float()), name
 
 
-def test_zero3_on_2_ranks_starts_from_the_same_values_as_a_plain_model():
-    spawn(partitioned_values_are_the_plain_ones, 2, 0)
+@pytest.mark.parametrize("bf16", [True, False])
+def test_zero3_on_2_ranks_starts_from_the_same_values_as_a_plain_model(bf16):
+    spawn(partitioned_values_are_the_plain_ones, 2, 0, bf16)
 
 
 def test_the_seed_decides_the_values():
