@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """metrics: mmseg's names (mIoU, mAcc, aAcc, IoU.wall, ...) with values of 0 to 1. areas: float64 (4, classes), pixels in the intersection, the
+    """metrics: mmseg's names (mIoU, mAcc, aAcc, IoU.wall, ...) with values of 0 to 1, of the classes that occur. areas: float64 (4, classes), pixels in the intersection, the
     union, the prediction and the ground truth of each class over the whole data set."""
 
     metrics: dict[str, float]
@@ -52,7 +52,8 @@ def evaluate(segmentor: nn.Module, dataset: Any, *, world: World, workers: int, 
         dist.all_reduce(shared)
         areas = shared.cpu()
     scores = dataset.evaluate([tuple(areas)], metric=list(metrics), logger=None if verbose and world.is_main else "silent")
-    return Evaluation({name: float(value) for name, value in scores.items()}, areas)
+    # a class that neither the ground truth nor the prediction holds has no score (NaN, which JSON does not know)
+    return Evaluation({name: float(value) for name, value in scores.items() if "." not in name or not np.isnan(value)}, areas)
 
 
 def segment(segmentor: nn.Module, inputs: dict[str, Any]) -> np.ndarray:

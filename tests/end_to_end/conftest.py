@@ -1,5 +1,6 @@
 """Trained runs that several tests look at: each is made once a session, by the real launcher with 2 processes."""
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,10 @@ SMALL = ["model.backbone.embed_dim=32", "model.backbone.num_heads=2",
 """What makes the demo's config quick: blocks of width 32, 4 images a step."""
 
 NO_NOISE = ["model.backbone.drop_path_rate=0", "model.decode_head.dropout_ratio=0", "model.auxiliary_head.dropout_ratio=0"]
+
+
+STEPS = 30
+LONG = [f"runner.max_iters={STEPS}", f"checkpoint_config.interval={STEPS}", *NO_NOISE]
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,12 @@ def train(launch: Launch, ade20k: Path, tmp_path_factory: pytest.TempPathFactory
         return Run(work_dir, done.stdout + done.stderr)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def long_run(train):
+    """long_run(name) -> Run: STEPS steps under ds_configs/NAME.json without noise, saved at the end; each made once."""
+    return functools.cache(lambda name: train("--deepspeed_config", f"ds_configs/{name}.json", "--no-validate", options=LONG))
 
 
 @pytest.fixture(scope="session")

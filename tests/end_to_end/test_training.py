@@ -16,11 +16,9 @@ from internseg_ds.distributed.ds_config import resolve_ds_config
 from internseg_ds.distributed.parameter_groups import parameter_groups
 from internseg_ds.engine.experiment import leaf_datasets, read_experiment
 from tests.conftest import ROOT, TINY, data_options, free_port
-from tests.end_to_end.conftest import NO_NOISE, SMALL
+from tests.end_to_end.conftest import LONG, SMALL, STEPS
 
-STEPS = 30
 DS_CONFIGS = ["zero1_bf16", "zero2_bf16", "zero3_bf16", "zero3_bf16_offload_optimizer", "zero3_bf16_offload_all", "zero3_autocast"]
-LONG = [f"runner.max_iters={STEPS}", "checkpoint_config.interval=0", *NO_NOISE]
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +58,8 @@ def test_fp32_zero3_on_2_ranks_follows_plain_pytorch_within_1e_4(train, referenc
 
 
 @pytest.mark.parametrize("name", DS_CONFIGS)
-def test_every_ds_config_follows_plain_pytorch_within_bf16(name, train, reference):
-    losses = train("--deepspeed_config", f"ds_configs/{name}.json", "--no-validate", options=LONG).losses
+def test_every_ds_config_follows_plain_pytorch_within_bf16(name, long_run, reference):
+    losses = long_run(name).losses
     assert list(losses) == list(reference)
     assert losses == pytest.approx(reference, rel=2e-2)
     assert losses != pytest.approx(reference, rel=1e-7) or name == "zero3_autocast"  # it really is another arithmetic

@@ -1,0 +1,137 @@
+"""Weight files of every kind: what is read, and what is refused in one sentence."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from internseg_ds.checkpoints.fitting import fit
+from internseg_ds.checkpoints.manifest import MANIFEST, read_manifest, update_metrics, verify_manifest, write_manifest
+from internseg_ds.checkpoints.weights import INDEX, open_weights
+from internseg_ds.errors import CheckpointError
+
+STATE = {"backbone.a": torch.arange(6.0).view(2, 3), "decode_head.b": torch.ones(4)}
+
+
+def read(path):
+    with open_weights(path) as weights:
+        return {name: weights.read(name) for name in weights.shapes}, weights.meta
+
+
+def same(found, expected=STATE):
+    assert set(found) == set(expected) and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s, "meta": {"iter": 3}}, lambda s: {"module": s}, lambda s: {"model": s},
+                                  lambda s: {f"module.{name}": value for name, value in s.items()}])
+def test_a_pth_is_read_bare_and_under_each_wrapper(wrap, tmp_path):
+    torch.save(wrap(STATE), tmp_path / "w.pth")
+    same(read(tmp_path / "w.pth")[0])
+
+
+def test_one_safetensors_file_and_a_folder_with_an_index_are_read(tmp_path):
+    save_file(STATE, tmp_path / "w.safetensors", {"meta": json.dumps({"iter": 5})})
+    found, meta = read(tmp_path / "w.safetensors")
+    same(found)
+    assert meta == {"iter": 5}
+    folder = tmp_path / "sharded"
+    folder.mkdir()
+    for number, (name, value) in enumerate(STATE.items()):
+        save_file({name: value}, folder / f"{number}.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": {name: f"{number}.safetensors" for number, name in enumerate(STATE)}}))
+    same(read(folder)[0])
+    (folder / "1.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"1\.safetensors is missing"):
+        read(folder)
+
+
+@pytest.mark.parametrize(("name", "content", "words"), [
+    ("w.pth", b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "git-lfs pointer"),
+    ("w.pth", b"<!DOCTYPE html><html>404</html>", "a web page"),
+    ("w.pth", b"PK\x03\x04 not whole", "truncated or no PyTorch file"),
+    ("w.safetensors", b"\x00" * 20, "truncated or no safetensors file"),
+    ("w.h5", b"", "unknown ending"),
+])
+def test_a_file_that_is_no_weights_is_one_sentence(name, content, words, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=words):
+        read(tmp_path / name)
+
+
+class Attack:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/internseg_ds_attacked",)
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path):
+    torch.save({"state_dict": STATE, "x": Attack()}, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match="run code"):
+        read(tmp_path / "w.pth")
+    assert not os.path.exists("/tmp/internseg_ds_attacked")
+
+
+def test_a_missing_file_and_a_file_without_weights_are_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"there is no weight file .*nowhere\.pth"):
+        read(tmp_path / "nowhere.pth")
+    torch.save({"epoch": 3}, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match="holds no weights, only epoch"):
+        read(tmp_path / "w.pth")
+
+
+def fitted(shapes, path, **settings):
+    torch.save(STATE, path / "w.pth")
+    with open_weights(path / "w.pth") as weights:
+        return fit(weights, {name: torch.Size(shape) for name, shape in shapes.items()}, **settings)
+
+
+def test_a_prefix_picks_one_part_and_the_rest_is_ignored(tmp_path):
+    found = fitted({"a": (2, 3)}, tmp_path, prefix="backbone.")
+    assert found.sources == {"a": "backbone.a"} and found.ignored == ["decode_head.b"]
+
+
+def test_what_may_miss_and_what_may_be_resized_is_reported(tmp_path):
+    found = fitted({"backbone.a": (2, 5), "decode_head.b": (4,), "up1.w": (1,)}, tmp_path, resizable=["backbone.a"], may_miss=("up1.",))
+    assert found.resized == ["backbone.a"] and found.missing == ["up1.w"]
+    assert "1 resized (backbone.a)" in found.summary()
+
+
+@pytest.mark.parametrize(("shapes", "words"), [
+    ({"backbone.a": (2, 4), "decode_head.b": (4,)}, r"backbone\.a is \[2, 3\] in the file and \[2, 4\] in the model"),
+    ({"backbone.a": (2, 3)}, r"unexpected in the file: decode_head\.b"),
+    ({"backbone.a": (2, 3), "decode_head.b": (4,), "decode_head.c": (1,)}, r"missing from it: decode_head\.c"),
+])
+def test_weights_of_another_model_are_refused_by_name(shapes, words, tmp_path):
+    with pytest.raises(CheckpointError, match=words):
+        fitted(shapes, tmp_path)
+
+
+def test_a_manifest_notices_files_that_changed_or_vanished(tmp_path):
+    (tmp_path / "shard.pt").write_bytes(b"12345")
+    write_manifest(tmp_path, step=7, world_size=2, zero_stage=3, meta={"CLASSES": ["sky"]}, metrics={})
+    verify_manifest(tmp_path)
+    update_metrics(tmp_path, {"mIoU": 0.5})
+    assert read_manifest(tmp_path)["metrics"] == {"mIoU": 0.5} and read_manifest(tmp_path)["step"] == 7
+    (tmp_path / "shard.pt").write_bytes(b"1234")
+    with pytest.raises(CheckpointError, match=r"shard\.pt has 4 bytes, its save wrote 5"):
+        verify_manifest(tmp_path)
+    (tmp_path / "shard.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"shard\.pt is missing"):
+        verify_manifest(tmp_path)
+    (tmp_path / MANIFEST).write_text("{")
+    with pytest.raises(CheckpointError, match="damaged"):
+        read_manifest(tmp_path)
+
+
+def test_position_embeddings_and_patch_kernels_are_resized_as_torch_resizes_pictures():
+    from internseg_ds.models.intern_vit_6b import resize_patch_kernel, resize_position_embedding
+
+    embedding = torch.randn(1, 1 + 16, 5)
+    grid = embedding[:, 1:].reshape(1, 4, 4, 5).permute(0, 3, 1, 2)
+    expected = torch.nn.functional.interpolate(grid, (6, 3), mode="bicubic", align_corners=False)
+    found = resize_position_embedding(embedding, (6, 3))
+    np.testing.assert_allclose(found[:, 1:].reshape(1, 6, 3, 5).permute(0, 3, 1, 2).numpy(), expected.numpy(), rtol=1e-6)
+    assert torch.equal(found[:, 0], embedding[:, 0])
+    assert resize_patch_kernel(torch.randn(5, 3, 14, 14), torch.Size((5, 3, 16, 16))).shape == (5, 3, 16, 16)
