@@ -10,25 +10,30 @@ from internseg_ds.distributed.ds_config import DsConfig
 from internseg_ds.errors import ConfigError
 
 
+def check_optimizer(section: Mapping[str, Any], ds: DsConfig) -> str:
+    """The optimizer's type. Raises ConfigError when mmcv knows none of that name, or when an offloaded optimizer is not Adam or AdamW."""
+    kind = section.get("type", "AdamW")
+    if OPTIMIZERS.get(kind) is None:
+        raise ConfigError(f"optimizer.type={kind!r} is not registered in mmcv; AdamW is the usual one")
+    if ds.cpu_adam and kind not in ("Adam", "AdamW"):
+        raise ConfigError(f"{ds.source} offloads the optimizer, which runs DeepSpeed's CPU Adam, but optimizer.type is {kind!r}; use AdamW, or drop offload_optimizer")
+    return kind
+
+
 def build_optimizer(groups: list[dict[str, Any]], section: Mapping[str, Any], ds: DsConfig) -> torch.optim.Optimizer:
     """section: the config's `optimizer` (type, lr, betas, weight_decay, ...). AdamW on a GPU runs torch's fused kernel.
 
     Raises ConfigError for an unknown type, for arguments that the optimizer does not take, and for an offloaded optimizer that is not Adam or AdamW.
     """
     settings = {key: value for key, value in section.items() if key not in ("type", "constructor", "paramwise_cfg")}
-    kind = section.get("type", "AdamW")
+    kind = check_optimizer(section, ds)
     if ds.cpu_adam:
-        if kind not in ("Adam", "AdamW"):
-            raise ConfigError(f"{ds.source} offloads the optimizer, which runs DeepSpeed's CPU Adam, but optimizer.type is {kind!r}; use AdamW, or drop offload_optimizer")
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(groups, adamw_mode=kind == "AdamW", **settings)
-    optimizer = OPTIMIZERS.get(kind)
-    if optimizer is None:
-        raise ConfigError(f"optimizer.type={kind!r} is not registered in mmcv; AdamW is the usual one")
     if kind in ("Adam", "AdamW") and torch.cuda.is_available():
         settings.setdefault("fused", True)
     try:
-        return optimizer(groups, **settings)
+        return OPTIMIZERS.get(kind)(groups, **settings)
     except TypeError as error:
         raise ConfigError(f"optimizer {kind} does not take these settings: {error}") from None

@@ -58,11 +58,12 @@ def parameter_groups(model: nn.Module, optimizer: Mapping[str, Any]) -> list[dic
     """Groups of the trainable parameters, merged where lr and weight decay are the same; the order is that of first appearance.
 
     optimizer: the config's section; `constructor` picks the rule (default: mmcv's DefaultOptimizerConstructor), `paramwise_cfg` is its setting.
-    Each group has params, lr, weight_decay, name. Raises ConfigError when nothing is left to train.
+    Each group has params, lr, weight_decay, name. Raises ConfigError when lr or weight_decay is missing, or nothing is left to train.
     """
     settings = {key: value for key, value in optimizer.items() if key not in ("constructor", "paramwise_cfg")}
-    if "lr" not in settings:
-        raise ConfigError("optimizer has no lr")
+    for required in ("lr", "weight_decay"):  # torch's default decay differs from optimizer to optimizer, so it is written out
+        if required not in settings:
+            raise ConfigError(f"optimizer has no {required}; the InternViT recipe is lr=4e-5, weight_decay=0.05")
     constructor = build_optimizer_constructor({
         "type": optimizer.get("constructor", "DefaultOptimizerConstructor"),
         "optimizer_cfg": settings,
@@ -72,7 +73,7 @@ def parameter_groups(model: nn.Module, optimizer: Mapping[str, Any]) -> list[dic
     constructor.add_params(singles, model)
     merged: dict[tuple[float, float], dict[str, Any]] = {}
     for single in singles:
-        lr, weight_decay = single.get("lr", settings["lr"]), single.get("weight_decay", settings.get("weight_decay", 0.0))
+        lr, weight_decay = single.get("lr", settings["lr"]), single.get("weight_decay", settings["weight_decay"])
         trainable = [param for param in single["params"] if param.requires_grad]
         if trainable:
             name = single.get("name", f"lr {lr:g}, weight decay {weight_decay:g}")

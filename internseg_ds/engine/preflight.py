@@ -21,6 +21,7 @@ from internseg_ds.data.loading import build_datasets
 from internseg_ds.distributed.construction import build_on_meta
 from internseg_ds.distributed.ds_config import DsConfig, resolve_ds_config
 from internseg_ds.distributed.loading import fit_backbone, fit_segmentor
+from internseg_ds.distributed.optimizers import check_optimizer
 from internseg_ds.distributed.parameter_groups import parameter_groups
 from internseg_ds.distributed.process_group import World
 from internseg_ds.engine.experiment import Experiment, leaf_datasets
@@ -51,6 +52,7 @@ def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, An
         ds_config, experiment=experiment.path, micro_batch=experiment.micro_batch, world_size=world.size, optimizer=experiment.optimizer,
         global_batch=experiment.engine.global_batch, accumulation=experiment.accumulation, gradient_clipping=experiment.gradient_clipping,
         hidden_size=getattr(meta_model.backbone, "embed_dim", 1024))
+    check_optimizer(experiment.optimizer, ds)
     parameter_groups(meta_model, experiment.optimizer)
     check_patches(experiment, meta_model)
     check_weights(experiment, meta_model, load_from)
@@ -123,6 +125,8 @@ def check_patches(experiment: Experiment, model: nn.Module) -> None:
 def input_sizes(experiment: Experiment) -> list[tuple[str, tuple[int, int]]]:
     """The image sizes (h, w) that the config names and the backbone will see: training crops and padding, sliding windows."""
     found = []
+    if side := experiment.model.backbone.get("img_size"):
+        found.append(("model.backbone.img_size", (side, side) if isinstance(side, int) else side))
     for leaf in leaf_datasets(experiment.train):
         for step in leaf.get("pipeline", ()):
             for kind, key in (("RandomCrop", "crop_size"), ("Pad", "size")):

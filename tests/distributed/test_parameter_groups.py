@@ -8,6 +8,8 @@ from internseg_ds.distributed.parameter_groups import parameter_groups
 from internseg_ds.errors import ConfigError
 from tests.conftest import ROOT, TINY
 
+ADAMW = {"type": "AdamW", "lr": 1.0, "weight_decay": 0.05}
+
 
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
@@ -17,7 +19,7 @@ def model() -> nn.Module:
 def settings(model: nn.Module, **optimizer) -> dict[str, tuple[float, float]]:
     """lr and weight decay of each parameter by name."""
     names = {id(param): name for name, param in model.named_parameters()}
-    groups = parameter_groups(model, {"type": "AdamW", "lr": 1.0, "weight_decay": 0.05} | optimizer)
+    groups = parameter_groups(model, ADAMW | optimizer)
     return {names[id(param)]: (group["lr"], group["weight_decay"]) for group in groups for param in group["params"]}
 
 
@@ -42,7 +44,7 @@ def test_layer_decay_gives_each_layer_its_published_rate(model, name, lr, weight
 
 
 def test_every_trainable_parameter_is_in_exactly_one_group(model):
-    groups = parameter_groups(model, {"type": "AdamW", "lr": 1.0, **LAYER_DECAY})
+    groups = parameter_groups(model, {**ADAMW, **LAYER_DECAY})
     grouped = [id(param) for group in groups for param in group["params"]]
     assert len(grouped) == len(set(grouped)) == len(list(model.parameters()))
     assert len(groups) == 2 * 6  # layers 0 to 5, with and without decay
@@ -53,7 +55,7 @@ def test_mmcvs_own_paramwise_rules_work_and_share_groups(model):
     assert found["decode_head.conv_seg.weight"] == (10.0, 0.05)
     assert found["backbone.blocks.0.attn.qkv.weight"] == (1.0, 0.05)
     assert found["decode_head.psp_modules.0.1.bn.weight"][0] == 10.0
-    assert len(parameter_groups(model, {"type": "AdamW", "lr": 1.0})) == 1
+    assert len(parameter_groups(model, ADAMW)) == 1
 
 
 def test_frozen_parameters_are_in_no_group():
@@ -66,14 +68,14 @@ def test_frozen_parameters_are_in_no_group():
 
 def test_a_model_with_nothing_to_train_is_an_error(model):
     with pytest.raises(ConfigError, match="everything is frozen"):
-        parameter_groups(nn.Linear(2, 2).requires_grad_(False), {"type": "AdamW", "lr": 1.0})
+        parameter_groups(nn.Linear(2, 2).requires_grad_(False), ADAMW)
 
 
 def test_layer_decay_without_layer_ids_says_which_backbone():
     segmentor = nn.Module()
     segmentor.backbone = nn.Linear(2, 2)
     with pytest.raises(ConfigError, match="Linear has no layer_id"):
-        parameter_groups(segmentor, {"type": "AdamW", "lr": 1.0, **LAYER_DECAY})
+        parameter_groups(segmentor, {**ADAMW, **LAYER_DECAY})
 
 
 def test_shapes_are_those_before_partitioning():
@@ -84,3 +86,9 @@ def test_shapes_are_those_before_partitioning():
         param.ds_shape = torch.Size(shape)
         param.data = torch.empty(0)  # what ZeRO-3 leaves
     assert settings(segmentor, **LAYER_DECAY) == {"backbone.weight": (1.0, 0.05), "backbone.bias": (1.0, 0.0)}
+
+
+@pytest.mark.parametrize("missing", ["lr", "weight_decay"])
+def test_a_rate_that_is_not_written_down_is_asked_for(missing, model):
+    with pytest.raises(ConfigError, match=f"optimizer has no {missing}"):
+        parameter_groups(model, {key: value for key, value in ADAMW.items() if key != missing})

@@ -23,7 +23,7 @@ def test_rank_0_says_it_once_and_the_launcher_ends_with_2(launch, tmp_path):
 @pytest.mark.parametrize(("options", "words"), [
     ({"model.test_cfg.crop_size": (100, 112)}, ["model.test_cfg.crop_size", "patch size 14", "98 or 112"]),
     ({"model.test_cfg.stride": (200, 70)}, ["stride", "crop_size"]),
-    ({"model.backbone.img_size": 113}, ["img_size=113", "patch_size=14"]),
+    ({"model.backbone.img_size": 113}, ["img_size=(113, 113)", "patch size 14", "112 or 126"]),
     ({"model.backbone.out_indices": [0, 1, 2, 9]}, ["out_indices", "depth=4"]),
     ({"model.backbone.typo": 1}, ["typo"]),
     ({"model.backbone.type": "NoSuchViT"}, ["NoSuchViT"]),
