@@ -244,7 +244,7 @@ class InternViT6B(BaseModule):
         tokens = torch.cat([self.cls_token.to(patches.dtype).expand(len(patches), -1, -1), patches.flatten(2).mT], dim=1)  # (b, 1 + n, c)
         x = tokens + resize_position_embedding(self.pos_embed, grid).to(tokens.dtype)
         maps = []
-        for index, block in enumerate(self.blocks[: self.out_indices[-1] + 1]):  # no output depends on the blocks after these
+        for index, block in zip(range(self.out_indices[-1] + 1), self.blocks):  # no output depends on the blocks after these
             recompute = self.with_cp and self.training and torch.is_grad_enabled()
             x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
             if index in self.out_indices:

@@ -15,7 +15,8 @@ from mmseg.datasets import ADE20KDataset as MMSegADE20K
 
 from internseg_ds.data.ade20k import ADE20KDataset
 from internseg_ds.data.generated_ade20k import main, write_generated_ade20k
-from internseg_ds.data.generated_scenes import CLASS_IDS, UNLABELLED, draw_scene
+from internseg_ds.data.generated_scenes import draw_scene
+from internseg_ds.data.scene_canvas import CLASS_IDS, UNLABELLED
 from internseg_ds.errors import ConfigError, DataError
 
 SMALL = {"training": 3, "validation": 2, "size": 48}
