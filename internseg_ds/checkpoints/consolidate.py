@@ -17,6 +17,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from safetensors.torch import save_file
 from torch import Tensor
 
+from internseg_ds.checkpoints.fitting import shortened
 from internseg_ds.checkpoints.weights import INDEX
 from internseg_ds.checkpoints.zero_checkpoint import ZeroCheckpoint
 from internseg_ds.errors import CheckpointError
@@ -36,6 +37,10 @@ def consolidate(source: Path, out: Path, *, dtype: Literal["float32", "bfloat16"
     out = Path(out)
     if out.exists() and not overwrite:
         raise CheckpointError(f"{out} exists already; choose another name, or give --overwrite")
+    if out.is_dir():  # only what this function writes is ever deleted: `out` may be a work directory by mistake, even that of `source`
+        strangers = [item.name for item in sorted(out.iterdir()) if item.name != INDEX and not (item.is_file() and item.suffix == ".safetensors")]
+        if strangers:
+            raise CheckpointError(f"{out} holds more than consolidated weights ({shortened(strangers)}) and is not overwritten; choose another name")
     if out.suffix and out.suffix not in (".pth", ".safetensors"):
         raise CheckpointError(f"{out} has an unknown ending; use .pth, .safetensors, or a folder name without an ending")
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,6 +68,7 @@ def _pth(path: Path) -> Weights:
         raise CheckpointError(f"{path} is {kind}, not the weights themselves; download the file again")
     content = load_mapped(path)
     meta = content.get("meta", {}) if isinstance(content, dict) else {}
+    meta = {key: value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value for key, value in meta.items()}
     for wrapper in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]

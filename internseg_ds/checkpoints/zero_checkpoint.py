@@ -5,16 +5,21 @@ rank's file is ever in memory whole. Does not load DeepSpeed: its own `zero_to_f
 whole model in memory for ZeRO-1/2 and for one-file output.
 
 Layout (deepspeed 0.19.8): a rank's `*_optim_states.pt` holds flat fp32 partitions, one a group. ZeRO-1/2: a group's parameters end to end, padded, cut
-into world-size equal parts. ZeRO-3: of each parameter ceil(numel / world size) elements per rank, end to end in the order of `param_shapes`.
+into world-size equal parts. ZeRO-3: of each parameter ceil(numel / world size) elements per rank, end to end in the order of `param_shapes`. AdamW's
+moments lie the same way, in `base_optimizer_state` (ZeRO-1/2) or `optimizer_state_dict` (ZeRO-3), numbered like the flat partitions. Frozen parameters
+are in the model_states: as fragments of every rank (ZeRO-3), whole (ZeRO-2), or only in the module's own state dict, unlisted (ZeRO-1, where
+`zero_to_fp32` leaves them out). ZeRO-1 in bf16 with fp32 gradients is another optimizer of DeepSpeed's, whose files do not say their stage.
 """
 
+import codecs
 import math
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,13 +42,23 @@ def _stand_in_enum(value: Any) -> Any:
     return value
 
 
-# what DeepSpeed pickles beside tensors, numbers, strings and containers; anything else in a file is refused
+# what DeepSpeed pickles beside tensors, numbers, strings and containers, and numpy's numbers and arrays, which mmcv's `meta` has (best score, PALETTE);
+# anything else in a file is refused
 ALLOWED = [
     (_StandIn, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
     (_StandIn, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
     (_stand_in_enum, "deepspeed.runtime.zero.config.ZeroStageEnum"),
     (_StandIn, "deepspeed.utils.tensor_fragment.fragment_address"),
+    np.dtype,
+    np.ndarray,
+    *(type(np.dtype(kind)) for kind in "?bBhHiIlLqQefdSU"),
+    *((np.float64().__reduce__()[0], f"numpy.{module}.multiarray.scalar") for module in ("core", "_core")),  # numpy 1 and 2 name them differently
+    *((np.empty(0).__reduce__()[0], f"numpy.{module}.multiarray._reconstruct") for module in ("core", "_core")),
+    (codecs.encode, "_codecs.encode"),
 ]
+
+RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank_00")
+What = Literal["fp32", "exp_avg", "exp_avg_sq"]
 
 
 def load_mapped(path: Path) -> Any:
@@ -71,29 +86,51 @@ class ZeroCheckpoint:
         self.path = path
         self.manifest: dict[str, Any] = read_manifest(path) or {}
         verify_manifest(path)
-        shards = [load_mapped(file)["optimizer_state_dict"] for file in _by_rank(path, "optim_states")]
-        self.stage, self.world_size = int(shards[0]["zero_stage"]), len(shards)
-        for rank, shard in enumerate(shards):
-            written_by = shard["partition_count"]
-            written_by = max(written_by) if isinstance(written_by, (list, tuple)) else written_by
-            if (int(shard["zero_stage"]), int(written_by)) != (self.stage, self.world_size):
-                raise CheckpointError(f"{path} mixes runs: the file of rank {rank} was saved by {written_by} processes under ZeRO-{int(shard['zero_stage'])}, "
-                                      f"but there are {self.world_size} files and rank 0 has ZeRO-{self.stage}; copy the checkpoint again, with all its files")
-        models = [load_mapped(file) for file in _by_rank(path, "model_states")]
-        if len(models) != (self.world_size if self.stage == 3 else 1):
-            raise CheckpointError(f"{path} has {len(models)} model_states files for {self.world_size} processes; copy the checkpoint again, with all its files")
+        files = _by_rank(path, "optim_states")
+        shards = [_optimizer_state(file) for file in files]
+        self.stage, self.world_size = _layout(shards[0])
+        for file, shard in zip(files, shards):
+            stage, written_by = _layout(shard)
+            if (stage, written_by) != (self.stage, self.world_size) or len(files) > self.world_size:
+                raise CheckpointError(f"{path} mixes runs: {file.name} was saved by {written_by} processes under ZeRO-{stage}, but there are {len(files)} such files "
+                                      f"and {files[0].name} was saved by {self.world_size} under ZeRO-{self.stage}; copy the checkpoint again, with all its files")
+        if len(files) < self.world_size:
+            raise CheckpointError(f"{_of_rank(files[0], len(files))} is missing: {files[0].name} was saved by {self.world_size} processes; copy the checkpoint again, "
+                                  f"with the optim_states and model_states files of every rank")
+        _same(path, "optimizer step", {file: _step(shard) for file, shard in zip(files, shards)})
+        model_files = _by_rank(path, "model_states")
+        if len(model_files) != (self.world_size if self.stage == 3 else 1):
+            raise CheckpointError(f"{path} has {len(model_files)} model_states files for {self.world_size} processes under ZeRO-{self.stage}"
+                                  + (f": {_of_rank(model_files[0], len(model_files)).name} is missing" if len(model_files) < self.world_size else "")
+                                  + "; copy the checkpoint again, with all its files")
+        models = [load_mapped(file) for file in model_files]
+        for file, model in zip(model_files, models):
+            if not isinstance(model, dict) or not {"module", "param_shapes", "buffer_names"} <= model.keys():
+                raise CheckpointError(f"{file} holds no model state of a ZeRO checkpoint; copy the checkpoint again, with all its files")
+        _same(path, "step", {file: model.get("global_steps") for file, model in zip(model_files, models)})
         main = models[0]
         groups = [{name: torch.Size(shape) for name, shape in group.items()} for group in main["param_shapes"]]
-        frozen = {name: torch.Size(shape) for name, shape in (main.get("frozen_param_shapes") or {}).items()}
-        self.shapes: dict[str, torch.Size] = {name: shape for group in groups for name, shape in group.items()} | frozen
-        self.buffers: dict[str, Tensor] = {name: main["module"][name] for name in main["buffer_names"]}
         self.client_state: dict[str, Any] = {key: value for key, value in main.items() if key == "internseg_ds"}
-        self._frozen = [model.get("frozen_param_fragments") or {} for model in models]
-        # per rank one long vector, in pieces, and for each trained parameter where it begins in it
-        if self.stage == 3:
-            self._flat = [_as_list(shard["fp32_flat_groups"]) for shard in shards]
+        # widened, as heads are: DeepSpeed casts buffers to bf16 unless `data_types.keep_in_fp32_modules` says otherwise
+        self.buffers: dict[str, Tensor] = {name: _widened(main["module"][name]) for name in main["buffer_names"]}
+        trained = {name: shape for group in groups for name, shape in group.items()}
+        self._tied: dict[str, str] = dict(main.get("shared_params") or {}) if self.stage == 3 else _shared_memory(main["module"], trained)
+        if self.stage == 1:
+            stored = trained.keys() | self.buffers.keys() | self._tied.keys()
+            self._frozen = [{name: value for name, value in main["module"].items() if name not in stored and isinstance(value, Tensor)}]
+            frozen = {name: value.shape for name, value in self._frozen[0].items()}
         else:
-            self._flat = [_as_list(shard["single_partition_of_fp32_groups"]) for shard in shards]
+            self._frozen = [model.get("frozen_param_fragments") or {} for model in models]
+            frozen = {name: torch.Size(shape) for name, shape in (main.get("frozen_param_shapes") or {}).items()}
+        self.shapes: dict[str, torch.Size] = trained | frozen
+        self.shapes |= {name: self.shapes[kept] for name, kept in self._tied.items() if kept in self.shapes}
+        # per rank one long vector (ZeRO-1/2: one a group), in pieces, and for each trained parameter where it begins in it
+        self._flat: dict[str, list[list[Tensor]]] = {"fp32": [_as_list(shard["fp32_flat_groups" if self.stage == 3 else "single_partition_of_fp32_groups"])
+                                                              for shard in shards]}
+        states = [_adam_state(shard) for shard in shards]
+        for what in ("exp_avg", "exp_avg_sq"):
+            self._flat[what] = [[state[index][what] for index in range(len(pieces))] if all(what in state.get(index, {}) for index in range(len(pieces))) else []
+                                for state, pieces in zip(states, self._flat["fp32"])]  # all or none of a rank's, or offsets would shift
         self._place: dict[str, tuple[int, int]] = {}
         paddings = shards[0].get("param_alignment_paddings")
         offset = 0
@@ -101,7 +138,7 @@ class ZeroCheckpoint:
             offset = offset if self.stage == 3 else 0
             for position, (name, shape) in enumerate(group.items()):
                 self._place[name] = (index, offset)
-                offset += math.ceil(shape.numel() / self.world_size) if self.stage == 3 else shape.numel()
+                offset += self._share(shape) if self.stage == 3 else shape.numel()
                 if self.stage < 3 and paddings is not None:
                     offset += paddings[index][position]
 
@@ -112,19 +149,37 @@ class ZeroCheckpoint:
 
     def read(self, name: str) -> Tensor:
         """The whole fp32 value of a parameter, a fresh tensor (frozen parameters were stored in the run's own dtype and are widened)."""
+        return self.read_slice(name, 0, self.shapes[name].numel()).view(self.shapes[name])
+
+    def read_slice(self, name: str, start: int, stop: int, what: What = "fp32") -> Tensor:
+        """Elements [start, stop) of a parameter laid out flat, or of its AdamW moments: (stop - start,) fp32, a fresh tensor. Reads no more than these.
+
+        This is what a rank of another number of processes, or of another stage, needs of an old checkpoint.
+        Raises CheckpointError for moments that the checkpoint lacks (a frozen parameter has none), and when elements are missing.
+        """
         shape = self.shapes[name]
-        if name not in self._place:
-            parts = [fragments[name].flatten() for fragments in self._frozen]
-        elif self.stage == 3:
-            share, start = math.ceil(shape.numel() / self.world_size), self._place[name][1]
-            parts = [part for rank in self._flat for part in _slices(rank, start, start + share)]
+        name = self._tied.get(name, name)
+        if name not in self._place and what != "fp32":
+            raise CheckpointError(f"{self.path}: {name} is frozen, so it has no {what}")
+        if name in self._place and self.stage < 3:
+            group, begin = self._place[name]
+            parts = list(_slices([rank[group] for rank in self._flat[what] if rank], begin + start, begin + stop))
         else:
-            group, start = self._place[name]
-            parts = list(_slices([rank[group] for rank in self._flat], start, start + shape.numel()))
-        whole = torch.cat(parts)[: shape.numel()]
-        if whole.numel() != shape.numel():
-            raise CheckpointError(f"{self.path}: {name} has {whole.numel()} of {shape.numel()} elements; the checkpoint is damaged, take another one")
-        return whole.view(shape).float()
+            parts = []
+            share = self._share(shape) if self.stage == 3 else shape.numel()  # frozen ones are whole in the only model_states file
+            ranks, begin = (self._flat[what], self._place[name][1]) if name in self._place else ([[each[name].flatten()] for each in self._frozen], 0)
+            for rank, pieces in enumerate(ranks):
+                first, last = max(start, rank * share), min(stop, (rank + 1) * share)
+                parts += _slices(pieces, begin + first - rank * share, begin + last - rank * share) if first < last else []
+        found = torch.cat([part.float() for part in parts]) if parts else torch.empty(0)
+        if found.numel() != stop - start:
+            raise CheckpointError(f"{self.path}: {name} has {found.numel()} of the {stop - start} elements of {what} wanted; the checkpoint is damaged or was saved "
+                                  f"before the first step, take another one")
+        return found
+
+    def _share(self, shape: torch.Size) -> int:
+        """How many elements of a parameter each rank of ZeRO-3 holds; the last may hold padding."""
+        return math.ceil(shape.numel() / self.world_size)
 
 
 def is_zero_checkpoint(path: Path) -> bool:
@@ -153,16 +208,65 @@ def find_save(path: Path, tag: str | None = None) -> Path:
 
 def _by_rank(path: Path, kind: str) -> list[Path]:
     """The files of one kind, ordered by data-parallel rank, none missing."""
-    found = {}
-    for file in path.glob(f"*_{kind}.pt"):
-        match = re.search(r"zero_pp_rank_(\d+)_mp_rank_00", file.name)
-        found[int(match[1]) if match else 0] = file
+    found: dict[int, Path] = {}
+    for file in sorted(path.glob(f"*_{kind}.pt")):
+        match = RANK.search(file.name)
+        rank = int(match[1]) if match else 0
+        if rank in found:
+            raise CheckpointError(f"{path} mixes runs: {found[rank].name} and {file.name} are both of rank {rank}; remove the one that does not belong")
+        found[rank] = file
     if not found:
         raise CheckpointError(f"{path} holds no *_{kind}.pt: it is no ZeRO checkpoint, or its save did not finish ({MANIFEST} is written last)")
     missing = [rank for rank in range(max(found) + 1) if rank not in found]
     if missing:
         raise CheckpointError(f"{path}: the {kind} file of rank {missing[0]} is missing; copy the checkpoint again, with all its files")
     return [found[rank] for rank in range(len(found))]
+
+
+def _of_rank(file: Path, rank: int) -> Path:
+    """What rank `rank` calls its file, given another rank's."""
+    return file.with_name(RANK.sub(f"zero_pp_rank_{rank}_mp_rank_00", file.name))
+
+
+def _optimizer_state(file: Path) -> dict[str, Any]:
+    state = content.get("optimizer_state_dict") if isinstance(content := load_mapped(file), dict) else None
+    if not isinstance(state, dict) or "partition_count" not in state or not {"fp32_flat_groups", "single_partition_of_fp32_groups"} & state.keys():
+        raise CheckpointError(f"{file} holds no optimizer state of ZeRO-1, 2 or 3; give a checkpoint that was saved under one of them")
+    return state
+
+
+def _layout(shard: dict[str, Any]) -> tuple[int, int]:
+    """Stage and number of processes that a shard was saved under. DeepSpeed's BF16_Optimizer (ZeRO-1, fp32 gradients) names no stage."""
+    partitions = shard["partition_count"]
+    return int(shard.get("zero_stage", 1)), int(max(partitions) if isinstance(partitions, (list, tuple)) else partitions)
+
+
+def _adam_state(shard: dict[str, Any]) -> dict[int, dict[str, Tensor]]:
+    base = shard.get("optimizer_state_dict") or shard.get("base_optimizer_state") or {}
+    return base.get("state", {}) if isinstance(base, dict) else {}
+
+
+def _step(shard: dict[str, Any]) -> int | None:
+    """Updates that the optimizer had done, None where the shard does not say."""
+    return max((int(state["step"]) for state in _adam_state(shard).values() if "step" in state), default=None)
+
+
+def _same(path: Path, what: str, found: dict[Path, int | None]) -> None:
+    """Raises CheckpointError when files that say a step do not say the same one."""
+    said = {file: step for file, step in found.items() if step is not None}
+    if len(set(said.values())) > 1:
+        raise CheckpointError(f"{path} mixes saves: {', '.join(f'{file.name} is of {what} {step}' for file, step in said.items())}; "
+                              f"copy the checkpoint again, with all its files")
+
+
+def _shared_memory(tensors: dict[str, Any], kept: Iterable[str]) -> dict[str, str]:
+    """Second names of tied weights -> the name in `kept` that holds them. DeepSpeed lists only some: not those of a module that is registered twice."""
+    owner = {tensors[name].data_ptr(): name for name in kept if name in tensors}
+    return {name: owner[value.data_ptr()] for name, value in tensors.items() if isinstance(value, Tensor) and owner.get(value.data_ptr(), name) != name}
+
+
+def _widened(value: Tensor) -> Tensor:
+    return value.float() if value.is_floating_point() else value
 
 
 def _as_list(value: Tensor | list[Tensor]) -> list[Tensor]:

@@ -61,6 +61,14 @@ def test_a_file_that_is_no_weights_is_one_sentence(name, content, words, tmp_pat
         read(tmp_path / name)
 
 
+def test_numpy_values_in_the_meta_of_mmcvs_files_are_read(tmp_path):
+    meta = {"PALETTE": np.zeros((2, 3), np.uint8), "hook_msgs": {"best_score": np.float64(0.5)}, "iter": np.int64(3)}
+    torch.save({"meta": meta, "state_dict": STATE}, tmp_path / "w.pth")
+    found, read_meta = read(tmp_path / "w.pth")
+    same(found)
+    assert read_meta["hook_msgs"] == {"best_score": 0.5} and read_meta["iter"] == 3 and read_meta["PALETTE"] == [[0, 0, 0], [0, 0, 0]]
+
+
 class Attack:
     def __reduce__(self):
         return os.system, ("touch /tmp/internseg_ds_attacked",)

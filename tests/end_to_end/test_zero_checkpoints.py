@@ -76,11 +76,11 @@ def damaged(source, target, damage):
 
 
 @pytest.mark.parametrize(("damage", "words"), [
-    (lambda path: next(path.glob("*rank_0*optim*")).unlink(), "rank 0 is missing"),
-    (lambda path: next(path.glob("*rank_1*optim*")).unlink(), "mixes runs|model_states"),
-    (lambda path: next(path.glob("*rank_1*model*")).unlink(), "1 model_states files for 2 processes"),
+    (lambda path: next(path.glob("*zero_pp_rank_0_*optim*")).unlink(), "rank 0 is missing"),
+    (lambda path: next(path.glob("*zero_pp_rank_1_*optim*")).unlink(), "mixes runs|model_states"),
+    (lambda path: next(path.glob("*zero_pp_rank_1_*model*")).unlink(), "1 model_states files for 2 processes"),
     (lambda path: [file.unlink() for file in path.glob("*.pt")], "no ZeRO checkpoint"),
-    (lambda path: next(path.glob("*rank_1*optim*")).write_bytes(b"short"), "truncated or no PyTorch file"),
+    (lambda path: next(path.glob("*zero_pp_rank_1_*optim*")).write_bytes(b"short"), "truncated or no PyTorch file"),
 ])
 def test_an_incomplete_checkpoint_is_one_sentence(damage, words, saved, tmp_path):
     with pytest.raises(CheckpointError, match=words):
@@ -89,8 +89,8 @@ def test_an_incomplete_checkpoint_is_one_sentence(damage, words, saved, tmp_path
 
 def test_shards_of_two_runs_are_not_mixed(saved, tmp_path):
     def mix(path):
-        stranger = next((saved["zero2_bf16"] / "iter_30").glob("*rank_1*optim*"))
-        shutil.copy(stranger, next(path.glob("*rank_1*optim*")))
+        stranger = next((saved["zero2_bf16"] / "iter_30").glob("*zero_pp_rank_1_*optim*"))
+        shutil.copy(stranger, next(path.glob("*zero_pp_rank_1_*optim*")))
 
     with pytest.raises(CheckpointError, match="mixes runs"):
         ZeroCheckpoint(damaged(saved["zero3_bf16"], tmp_path / "iter_12", mix))
