@@ -107,6 +107,7 @@ def joined(world: World, timeout: timedelta = timedelta(minutes=30)) -> Iterator
     join(world, timeout)
     try:
         yield world
+        leave(together=True)
     finally:
         leave()
 
@@ -121,7 +122,12 @@ def join(world: World, timeout: timedelta = timedelta(minutes=30)) -> None:
     deepspeed.init_distributed(timeout=timeout, verbose=False)
 
 
-def leave() -> None:
-    """Ends the process group. A rank that just exits can abort another that still talks to it, so every path ends here."""
+def leave(*, together: bool = False) -> None:
+    """Ends the process group, if there is one. A rank that just exits can abort while another still talks to it, so every path ends here.
+
+    together: wait for the other ranks first. Not after an error, where they may never come.
+    """
     if dist.is_initialized():
+        if together:
+            dist.barrier()
         dist.destroy_process_group()

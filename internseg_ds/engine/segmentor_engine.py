@@ -160,7 +160,7 @@ class SegmentorEngine:
         """Frees the engine and leaves the process group if this engine joined it."""
         self.deepspeed.destroy()
         if self._owns_group:
-            leave()
+            leave(together=True)
 
     def __enter__(self) -> "SegmentorEngine":
         return self

@@ -20,5 +20,6 @@ def _rank(rank: int, function: Callable[..., None], world_size: int, port: int, 
     dist.init_process_group("gloo")
     try:
         function(*args)
+        dist.barrier()  # a rank that exits while another still talks to it can abort
     finally:
         dist.destroy_process_group()
