@@ -60,18 +60,29 @@ ALLOWED = [
 RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank_00")
 What = Literal["fp32", "exp_avg", "exp_avg_sq"]
 
+ZIP = b"PK\x03\x04"
+"""What a file of torch 1.6 or later starts with."""
+
 
 def load_mapped(path: Path) -> Any:
-    """`torch.load` of a file on the CPU, memory-mapped, refusing to run code. Raises CheckpointError when it is missing, damaged or not such a file."""
+    """`torch.load` of a file on the CPU, refusing to run code; memory-mapped, but for files of torch before 1.6, which are no zip archives and are read whole.
+
+    Raises CheckpointError when it is missing, damaged or not such a file.
+    """
     try:
+        with path.open("rb") as file:
+            zipped = file.read(len(ZIP)) == ZIP
         with torch.serialization.safe_globals(ALLOWED):
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            return torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: the checkpoint is incomplete; copy it again with all its files") from None
     except pickle.UnpicklingError as error:
+        if "unsupported" not in str(error).lower():  # torch's word for a class or function that it would have to import
+            raise CheckpointError(f"{path} is damaged or no PyTorch file; copy it again, or take another checkpoint") from None
         raise CheckpointError(f"{path} holds objects that are not weights, and loading them would run code: {str(error).splitlines()[0]}") from None
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
-        raise CheckpointError(f"{path} is truncated or no PyTorch file ({str(error).splitlines()[0]}); copy it again, or take another checkpoint") from None
+    except Exception as error:  # a damaged pickle can raise anything
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckpointError(f"{path} is truncated or no PyTorch file ({reason}); copy it again, or take another checkpoint") from None
 
 
 class ZeroCheckpoint:

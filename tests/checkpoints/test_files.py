@@ -32,6 +32,14 @@ def test_a_pth_is_read_bare_and_under_each_wrapper(wrap, tmp_path):
     same(read(tmp_path / "w.pth")[0])
 
 
+def test_a_pth_of_torch_before_1_6_is_read_and_code_in_it_is_refused(tmp_path):
+    torch.save({"state_dict": STATE}, tmp_path / "w.pth", _use_new_zipfile_serialization=False)
+    same(read(tmp_path / "w.pth")[0])
+    torch.save({"state_dict": STATE, "x": Attack()}, tmp_path / "w.pth", _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match="run code"):
+        read(tmp_path / "w.pth")
+
+
 def test_one_safetensors_file_and_a_folder_with_an_index_are_read(tmp_path):
     save_file(STATE, tmp_path / "w.safetensors", {"meta": json.dumps({"iter": 5})})
     found, meta = read(tmp_path / "w.safetensors")
@@ -52,6 +60,8 @@ def test_one_safetensors_file_and_a_folder_with_an_index_are_read(tmp_path):
     ("w.pth", b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "git-lfs pointer"),
     ("w.pth", b"<!DOCTYPE html><html>404</html>", "a web page"),
     ("w.pth", b"PK\x03\x04 not whole", "truncated or no PyTorch file"),
+    ("w.pth", b"these are not weights at all", "no PyTorch file"),
+    ("w.pth", b"", "truncated or no PyTorch file"),
     ("w.safetensors", b"\x00" * 20, "truncated or no safetensors file"),
     ("w.h5", b"", "unknown ending"),
 ])
