@@ -21,8 +21,9 @@ from internseg_ds.engine import command_line
 STEPS = 15
 
 
-def ours(engine: SegmentorEngine) -> float:
-    """Seconds per step of the real loop, as it logs them."""
+def ours(engine: SegmentorEngine, start: int) -> float:
+    """Seconds per step of the real loop, as it logs them. start: the position in the stream of images."""
+    engine.state.images = start
     experiment = engine.plan.experiment
     schedule = dataclasses.replace(experiment.schedule, max_steps=engine.state.step + 2 * STEPS)
     engine.plan = dataclasses.replace(engine.plan, experiment=dataclasses.replace(experiment, schedule=schedule, save_every=0, log_every=STEPS))
@@ -34,17 +35,19 @@ def ours(engine: SegmentorEngine) -> float:
     return engine.plan.ds.global_batch / records[-1]["images_per_s"]
 
 
-def bare(engine: SegmentorEngine) -> float:
-    """Seconds per step of the least that DeepSpeed needs: forward, backward, step."""
+def bare(engine: SegmentorEngine, start: int) -> float:
+    """Seconds per step of the least that DeepSpeed needs: forward, backward, step. start: the position in the stream of images."""
     plan, world = engine.plan, engine.world
-    sampler = GlobalBatchSampler(len(plan.train_set), plan.ds.micro_batch, rank=world.rank, world_size=world.size, start=engine.state.images)
+    sampler = GlobalBatchSampler(len(plan.train_set), plan.ds.micro_batch, rank=world.rank, world_size=world.size, start=start)
     batches = training_batches(plan.train_set, sampler, workers=plan.experiment.workers, seed=0, device=world.device)
     for _ in range(2):  # the first half warms up
         began = time.perf_counter()
         for _ in range(STEPS * plan.ds.accumulation):
             terms = engine.deepspeed(return_loss=True, **next(batches).inputs)
-            engine.deepspeed.backward(sum(value for name, value in terms.items() if "loss" in name))
+            loss = sum(value for name, value in terms.items() if "loss" in name)
+            engine.deepspeed.backward(loss)
             engine.deepspeed.step()
+        loss.item()  # waits for the device, as a log record does
         seconds = time.perf_counter() - began
     return seconds / STEPS
 
@@ -58,8 +61,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, SegmentorEngine(args.config, args.deepspeed_config, work_dir=Path(folder), validate=False) as engine:
         times: dict[str, list[float]] = {"ours": [], "bare": []}
         for round_ in range(args.rounds):
+            start = engine.state.images
             for name, loop in (("ours", ours), ("bare", bare)) if round_ % 2 == 0 else (("bare", bare), ("ours", ours)):
-                times[name].append(loop(engine))
+                times[name].append(loop(engine, start))
             if engine.world.is_main:
                 print(f"round {round_}: ours {times['ours'][-1]:.4f} s/step, bare {times['bare'][-1]:.4f} s/step", flush=True)
         if engine.world.is_main:

@@ -1,5 +1,8 @@
 """Trains the segmentor of an experiment config under DeepSpeed."""
 
+import os
+from pathlib import Path
+
 from internseg_ds.engine import command_line
 
 
@@ -11,16 +14,17 @@ def main() -> None:
     parser.add_argument("config", help="experiment config (MMSegmentation 0.x format)")
     parser.add_argument("--deepspeed_config", "--deepspeed-config", default="ds_configs/zero3_bf16.json", metavar="JSON", help="DeepSpeed JSON (default: %(default)s)")
     parser.add_argument("--work-dir", metavar="DIR", help="where checkpoints, logs and curves go (default: work_dirs/NAME_OF_CONFIG)")
-    start = parser.add_mutually_exclusive_group()
-    start.add_argument("--load-from", metavar="PATH", help="start from the weights of a whole segmentor: .pth, .safetensors, or a ZeRO checkpoint")
-    start.add_argument("--resume", "--resume-from", metavar="auto|PATH", help="go on exactly where a checkpoint stopped; auto: the newest of the work directory, if any")
-    start.add_argument("--auto-resume", action="store_const", const="auto", dest="resume", help="the same as --resume auto")
+    parser.add_argument("--load-from", metavar="PATH", help="start from the weights of a whole segmentor: .pth, .safetensors, or a ZeRO checkpoint")
+    parser.add_argument("--resume", "--resume-from", metavar="auto|PATH", help="go on exactly where a checkpoint stopped; auto: the newest of the work directory, if any")
+    parser.add_argument("--auto-resume", action="store_const", const="auto", dest="resume", help="the same as --resume auto")
     parser.add_argument("--no-validate", action="store_true", help="train without evaluating")
     parser.add_argument("--seed", type=int, default=0, help="of data order, augmentation, initial weights and noise (default: %(default)s)")
-    parser.add_argument("--deterministic", action="store_true", help="only deterministic GPU kernels, slower")
+    parser.add_argument("--deterministic", action="store_true", help="deterministic GPU kernels where torch has them; slower")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print parameters, groups and memory, and take no accelerator")
     command_line.add_config_options(parser)
     args = parser.parse_args()
+    if args.load_from and args.resume not in (None, "auto"):
+        parser.error("--load-from and --resume PATH exclude each other; with --resume auto, --load-from is what the first run starts from")
 
     from internseg_ds.engine.experiment import read_experiment
 
@@ -29,17 +33,21 @@ def main() -> None:
         from rich.console import Console
 
         from internseg_ds.distributed.process_group import world_from_environment
+        from internseg_ds.engine.checkpointing import checkpoint_to_resume
         from internseg_ds.engine.preflight import check, describe
 
         world = world_from_environment()
-        plan = check(experiment, args.deepspeed_config, world, validate=not args.no_validate, load_from=args.load_from)
+        resume_from = checkpoint_to_resume(args.resume or experiment.resume_from, Path(args.work_dir or experiment.work_dir))
+        plan = check(experiment, args.deepspeed_config, world, validate=not args.no_validate, load_from=args.load_from, resume_from=resume_from)
         if world.is_main:
             describe(plan, Console())
         return
     if args.deterministic:
         import torch
 
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
+        torch.use_deterministic_algorithms(True, warn_only=True)  # a kernel without a deterministic form warns
+        torch.backends.cudnn.deterministic = True
 
     from internseg_ds.engine.segmentor_engine import SegmentorEngine
 

@@ -14,11 +14,11 @@ TINY = "configs/intern_vit_tiny/upernet_intern_vit_tiny_112_ade20k.py"
 
 @pytest.fixture(scope="session")
 def ade20k(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small generated data set in ADE20K's layout: 24 training and 7 validation images of different sizes."""
+    """A small generated data set in ADE20K's layout: 23 training and 7 validation images of different sizes."""
     from internseg_ds.data.generated_ade20k import write_generated_ade20k
 
     root = tmp_path_factory.mktemp("data") / "ade"
-    write_generated_ade20k(root, training=24, validation=7)
+    write_generated_ade20k(root, training=23, validation=7)
     return root
 
 
@@ -31,7 +31,10 @@ Launch = Callable[..., subprocess.CompletedProcess]
 
 @pytest.fixture(scope="session")
 def launch() -> Launch:
-    """launch(script, *args, processes=2, launcher="deepspeed", env={}, check=True): runs a script of the project as a user would, from its root."""
+    """launch(script, *args, processes=2, launcher="deepspeed", env={}, check=True): runs a script of the project as a user would, from its root.
+
+    On CPUs, whatever the machine has: the GPU part of the suite asks for its GPU with env={"CUDA_VISIBLE_DEVICES": ...}.
+    """
 
     def run(script: str, *args: object, processes: int = 2, launcher: str = "deepspeed", env: dict[str, str] | None = None, check: bool = True,
             timeout: float = 300) -> subprocess.CompletedProcess:
@@ -42,7 +45,7 @@ def launch() -> Launch:
         }[launcher]
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         done = subprocess.run([*command, script, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
-                              env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", **(env or {})})
+                              env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(env or {})})
         if check and done.returncode:
             raise AssertionError(f"{script} {' '.join(map(str, args))} ended with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
         return done

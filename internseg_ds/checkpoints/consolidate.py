@@ -7,6 +7,7 @@ are written. The result appears under its name only when it is complete, and `NA
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from internseg_ds.checkpoints.zero_checkpoint import ZeroCheckpoint
 from internseg_ds.errors import CheckpointError
 
 SHARD_BYTES = 4 * 2**30
+SHARD_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
 def consolidate(source: Path, out: Path, *, dtype: Literal["float32", "bfloat16"] = "float32", tag: str | None = None, overwrite: bool = False) -> Path:
@@ -38,21 +40,24 @@ def consolidate(source: Path, out: Path, *, dtype: Literal["float32", "bfloat16"
     if out.exists() and not overwrite:
         raise CheckpointError(f"{out} exists already; choose another name, or give --overwrite")
     if out.is_dir():  # only what this function writes is ever deleted: `out` may be a work directory by mistake, even that of `source`
-        strangers = [item.name for item in sorted(out.iterdir()) if item.name != INDEX and not (item.is_file() and item.suffix == ".safetensors")]
+        strangers = [item.name for item in sorted(out.iterdir()) if item.name != INDEX and not (item.is_file() and SHARD_NAME.fullmatch(item.name))]
         if strangers:
             raise CheckpointError(f"{out} holds more than consolidated weights ({shortened(strangers)}) and is not overwritten; choose another name")
     if out.suffix and out.suffix not in (".pth", ".safetensors"):
         raise CheckpointError(f"{out} has an unknown ending; use .pth, .safetensors, or a folder name without an ending")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    place = next(parent for parent in out.absolute().parents if parent.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise CheckpointError(f"{out} cannot be written: {place} is no folder that this user may write to")
     wanted = getattr(torch, dtype)
     sizes = {name: shape.numel() * (wanted.itemsize if name.startswith("backbone.") else 4) for name, shape in checkpoint.shapes.items()}
     sizes |= {name: buffer.nbytes for name, buffer in checkpoint.buffers.items()}
-    total, free = sum(sizes.values()), shutil.disk_usage(out.parent).free
+    total, free = sum(sizes.values()), shutil.disk_usage(place).free
     if total * 1.01 > free:
-        raise CheckpointError(f"{out} needs {total / 2**30:.2f} GiB but only {free / 2**30:.2f} GiB are free in {out.parent}; free some space, or choose another place")
+        raise CheckpointError(f"{out} needs {total / 2**30:.2f} GiB but only {free / 2**30:.2f} GiB are free in {place}; free some space, or choose another place")
     metrics = checkpoint.manifest.get("metrics", {})
     meta = {**checkpoint.manifest.get("meta", {}), "iter": checkpoint.manifest.get("step"), "metrics": metrics, "mIoU": metrics.get("mIoU")}
 
+    out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(out.name + ".partial")
     _remove(partial)
     with Progress(TextColumn("consolidating"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn()) as progress:

@@ -1,15 +1,14 @@
 """Which tensor of a weight file goes to which parameter of a model, and how it is resized: decided from names and shapes, before any value is read."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from internseg_ds.checkpoints.weights import Weights
 from internseg_ds.errors import CheckpointError
 
-Resize = Callable[[Tensor, torch.Size], Tensor]
+CanResize = Callable[[torch.Size, torch.Size], bool]
 
 
 @dataclass
@@ -29,27 +28,28 @@ class Fit:
         return ", ".join(parts)
 
 
-def fit(weights: Weights, shapes: Mapping[str, torch.Size], *, prefix: str = "", resizable: Iterable[str] = (), ignore: tuple[str, ...] = (),
+def fit(weights: Weights, shapes: Mapping[str, torch.Size], *, prefix: str = "", resizable: Mapping[str, CanResize] = {}, ignore: tuple[str, ...] = (),
         may_miss: tuple[str, ...] = ()) -> Fit:
     """Matches a file with a model.
 
     shapes: name -> shape of everything in the model that is to be loaded. prefix: of the names in the file ("backbone."); what does not start with it is
-    ignored when the prefix is not empty. resizable: names whose shape may differ. ignore: prefixes of extra names in the file that are expected.
-    may_miss: prefixes of names in the model that the file may lack; they keep their values.
+    ignored when the prefix is not empty. resizable: name -> whether a shape in the file can be brought to the model's. ignore: prefixes of names that the file
+    may have and the model need not. may_miss: prefixes of names in the model that the file may lack; they keep their values.
 
     Raises CheckpointError naming the keys that are unexpected, missing, or of another shape.
     """
     found, extra, wrong = Fit(), [], []
     for source, shape in weights.shapes.items():
         name = source.removeprefix(prefix)
-        if not source.startswith(prefix) or source.startswith(ignore):
+        if not source.startswith(prefix) or (name not in shapes and name.startswith(ignore)):
             found.ignored.append(source)
         elif name not in shapes:
             extra.append(source)
         else:
             found.sources[name] = source
             if shape != shapes[name]:
-                (found.resized if name in resizable else wrong).append(name)
+                fits = name in resizable and resizable[name](shape, shapes[name])
+                (found.resized if fits else wrong).append(name)
     found.missing = [name for name in shapes if name not in found.sources]
     lacking = [name for name in found.missing if not name.startswith(may_miss)]
     if wrong:

@@ -67,7 +67,8 @@ def _pth(path: Path) -> Weights:
         kind = "a git-lfs pointer" if head.startswith(b"version") else "a web page"
         raise CheckpointError(f"{path} is {kind}, not the weights themselves; download the file again")
     content = load_mapped(path)
-    meta = content.get("meta", {}) if isinstance(content, dict) else {}
+    meta = content.get("meta") if isinstance(content, dict) else None
+    meta = meta if isinstance(meta, dict) else {}
     meta = {key: value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value for key, value in meta.items()}
     for wrapper in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
@@ -84,7 +85,10 @@ def _pth(path: Path) -> Weights:
 def _shards(folder: Path) -> list[Path]:
     index = folder / INDEX
     if index.is_file():
-        shards = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        try:
+            shards = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index} is damaged ({type(error).__name__}: {error}); copy it again") from None
     else:
         shards = sorted(folder.glob("*.safetensors"))
     if not shards:

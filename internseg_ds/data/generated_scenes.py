@@ -40,9 +40,6 @@ def draw_scene(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndar
     return canvas.finished()
 
 
-# --- scenes
-
-
 def street_across(c: Canvas) -> None:
     """A street seen from its other side: a row of houses, a sidewalk, cars that pass."""
     rng = c.rng
@@ -185,6 +182,3 @@ def lake(c: Canvas) -> None:
     for _ in range(rng.integers(0, 3)):
         tree(c, rng.choice([rng.uniform(0, 0.2), rng.uniform(0.8, 1)]) * c.w, rng.uniform(near_shore, 0.85), rng.uniform(3.5, 5.5))
     people(c, rng.integers(1, 4), near_shore, 0.98)
-
-
-# --- things

@@ -47,18 +47,27 @@ def build_datasets(entry: Any, what: str, leaves: list[Any], **default_args: Any
     for leaf in leaves:
         root = Path(leaf.get("data_root") or "")
         for key in ("img_dir", "ann_dir"):
-            folder = leaf.get(key)
-            if folder is not None and not (root / folder).is_dir():
-                raise DataError(f"{what}: there is no folder {root / folder} ({key} = {folder!r} under data_root = {leaf.get('data_root')!r}); "
-                                f"put the data there, or set {what}.data_root")
+            folders = leaf.get(key) or []
+            for folder in folders if isinstance(folders, (list, tuple)) else [folders]:  # mmseg joins the data sets of several folders
+                if not (root / folder).is_dir():
+                    raise DataError(f"{what}: there is no folder {root / folder} ({key} = {folder!r} under data_root = {leaf.get('data_root')!r}); "
+                                    f"put the data there, or set {what}.data_root")
     try:
         dataset = build_dataset(entry, default_args or None)
-    except (KeyError, TypeError, FileNotFoundError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, AssertionError, OSError, ValueError) as error:
         raise DataError(f"{what} cannot be built: {type(error).__name__}: {error}") from error
     if len(dataset) == 0:
         places = ", ".join(f"{leaf.get('data_root')}/{leaf.get('img_dir')}/*{leaf.get('img_suffix', '.jpg')}" for leaf in leaves)
         raise DataError(f"{what} is empty: no image matches {places}")
     return dataset
+
+
+def first_sample(dataset: Dataset, what: str) -> dict[str, Any]:
+    """The first image of a data set through its pipeline. Raises DataError in the words of whichever transform refused."""
+    try:
+        return dataset[0]
+    except Exception as error:  # transforms are anybody's code
+        raise DataError(f"{what}: its pipeline fails on the first image: {type(error).__name__}: {error}") from error
 
 
 class PositionSeeded(Dataset):
@@ -99,7 +108,18 @@ def evaluation_batches(dataset: Dataset, *, rank: int, world_size: int, workers:
 
 
 def _collate(samples: list[dict[str, Any]]) -> Any:
-    return collate(samples, samples_per_gpu=len(samples))
+    """mmcv's batch without its DataContainers, whose memory torch would not pin."""
+    return _unpacked(collate(samples, samples_per_gpu=len(samples)))
+
+
+def _unpacked(value: Any) -> Any:
+    if isinstance(value, DataContainer):
+        return _unpacked(value.data[0])  # one chunk: a process drives one device
+    if isinstance(value, dict):
+        return {key: _unpacked(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_unpacked(item) for item in value]
+    return value
 
 
 def _quiet_worker(_: int) -> None:
@@ -108,9 +128,7 @@ def _quiet_worker(_: int) -> None:
 
 
 def _to_device(value: Any, device: torch.device) -> Any:
-    """`value` without mmcv's DataContainers, its tensors on `device`."""
-    if isinstance(value, DataContainer):
-        return _to_device(value.data[0], device)  # one chunk: a process drives one device
+    """`value` with its tensors on `device`."""
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
     if isinstance(value, dict):

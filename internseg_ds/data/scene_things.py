@@ -176,6 +176,3 @@ def boat(c: Canvas, x: float, near: float) -> None:
     hull, sail = [(-2, 0.6), (2, 0.6), (1.3, 0), (-1.4, 0)], [(-0.2, 0.7), (-0.2, 4), (1.6, 0.8)]
     for outline, colour in ((hull, (60, 70, 120)), (sail, (235, 235, 230))):
         c.paint(standing(x, c.row(near), c.metre(near), outline), colour, UNLABELLED)
-
-
-# --- outlines

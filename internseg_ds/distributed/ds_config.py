@@ -4,6 +4,7 @@ In: a ds_config (path or dict) that carries only what is DeepSpeed's, and the nu
 optimizer, schedule and clipping. Out: a `DsConfig` whose `raw` dict goes to `deepspeed.initialize` as it is. Takes no accelerator.
 """
 
+import copy
 import json
 import os
 from collections.abc import Mapping
@@ -89,7 +90,7 @@ def resolve_ds_config(
     zero = raw.setdefault("zero_optimization", {"stage": 0})
     _fill_bucket_sizes(zero, hidden_size)
     _no_auto_left(raw, name)
-    _deepspeed_accepts(zero, name)
+    _deepspeed_accepts(raw, name)
     # DeepSpeed knows Adam and its relatives; others run unchanged in fp32 partitions, so they are allowed without a key for it
     raw.setdefault("zero_allow_untested_optimizer", True)
     offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
@@ -118,13 +119,25 @@ def _known_keys(raw: dict[str, Any], name: str) -> None:
     for key in raw:
         if key not in TOP_LEVEL_KEYS:
             raise unknown_key(key, TOP_LEVEL_KEYS, name)
+    for section in ("zero_optimization", "bf16", "fp16", "torch_autocast", "data_types", "optimizer"):
+        _is_section(raw, section, name)
+    for section in ("offload_optimizer", "offload_param"):
+        _is_section(raw.get("zero_optimization", {}), section, f"zero_optimization of {name}")
+    for section in ("bf16", "fp16", "torch_autocast"):
+        if not isinstance(enabled := raw.get(section, {}).get("enabled", False), bool):
+            raise ConfigError(f"{section}.enabled={enabled!r} of {name} must be true or false")
     for section, known in (("torch_autocast", AUTOCAST_KEYS), ("data_types", DATA_TYPES_KEYS)):
         for key in raw.get(section, {}):
             if key not in known:
                 raise unknown_key(key, known, f"{section} of {name}")
-    for section in ("zero_optimization", "bf16", "fp16", "torch_autocast", "data_types", "optimizer"):
-        if not isinstance(raw.get(section, {}), dict):
-            raise ConfigError(f"{section} of {name} must be a section {{...}}, not {raw[section]!r}")
+
+
+def _is_section(parent: dict[str, Any], key: str, name: str) -> None:
+    """`null` means the same as no such key; anything else must be an object."""
+    if parent.get(key, {}) is None:
+        del parent[key]
+    elif not isinstance(parent.get(key, {}), dict):
+        raise ConfigError(f"{key} of {name} must be a section {{...}}, not {parent[key]!r}")
 
 
 def _accumulation(raw: dict[str, Any], micro_batch: int, world_size: int, global_batch: int | None, accumulation: int | None, *,
@@ -175,7 +188,7 @@ def _optimizer_agrees(raw: dict[str, Any], optimizer: Mapping[str, Any], *, ds: 
     section = raw.pop("optimizer", None)
     if section is None or section == "auto":
         return
-    pairs = {"type": section.get("type", "auto")} | section.get("params", {})
+    pairs = {"type": section.get("type", "auto")} | (section.get("params") or {})
     for key, value in pairs.items():
         ours = optimizer.get(key)
         same = value == "auto" or (str(value).lower() == str(ours).lower() if key == "type" else _plain(value) == _plain(ours))
@@ -205,18 +218,24 @@ def _no_auto_left(section: Mapping[str, Any], where: str) -> None:
             _no_auto_left(value, f"{key} of {where}")
 
 
-def _deepspeed_accepts(zero: dict[str, Any], name: str) -> None:
-    """DeepSpeed's own schema of the section, which refuses unknown keys and wrong types."""
+def _deepspeed_accepts(raw: dict[str, Any], name: str) -> None:
+    """DeepSpeed's own reading of the whole file, which refuses unknown keys and wrong types in most sections."""
+    from deepspeed import comm
+    from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
 
     fields = DeepSpeedZeroConfig.model_fields
     known = set(fields) | {field.alias for field in fields.values() if field.alias}
-    for key in zero:
+    for key in raw["zero_optimization"]:
         if key not in known:
             raise unknown_key(key, known, f"zero_optimization of {name}")
+    world_size = comm.get_world_size() if comm.is_initialized() else 1  # as DeepSpeedConfig sees it: the processes have not met yet
+    batch = raw["train_micro_batch_size_per_gpu"] * raw["gradient_accumulation_steps"] * world_size
     try:
-        DeepSpeedZeroConfig(**zero)
+        DeepSpeedConfig(copy.deepcopy(raw) | {"train_batch_size": batch})
     except ValidationError as error:
         first = error.errors()[0]
-        raise ConfigError(f"zero_optimization.{'.'.join(map(str, first['loc']))} of {name} is {first['input']!r}: {first['msg']}") from None
+        raise ConfigError(f"{'.'.join(map(str, first['loc']))}={first['input']!r} of {name} ({error.title}): {first['msg']}") from None
+    except Exception as error:  # DeepSpeed refuses with errors of many kinds
+        raise ConfigError(f"DeepSpeed refuses {name}: {type(error).__name__}: {error}") from None

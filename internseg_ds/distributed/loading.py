@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from internseg_ds.checkpoints.fitting import Fit, fit
+from internseg_ds.checkpoints.fitting import CanResize, Fit, fit
 from internseg_ds.checkpoints.weights import Weights
 from internseg_ds.distributed.construction import gathered
 from internseg_ds.distributed.parameter_groups import full_shape
@@ -39,19 +39,19 @@ def fit_backbone(model: nn.Module, weights: Weights) -> Fit:
     """Pretrained weights of the backbone alone, or of a whole segmentor of which the backbone is taken. Raises CheckpointError when they do not fit."""
     prefix = "backbone." if any(name.startswith("backbone.") for name in weights.shapes) else ""
     backbone = model.backbone
-    found = fit(weights, shapes_of(backbone), prefix=prefix, resizable=_resizable(model, ""), ignore=tuple(getattr(backbone, "pretrained_extras", ())),
-                may_miss=tuple(getattr(backbone, "not_pretrained", ())))
+    extras, own = (tuple(getattr(backbone, name, ())) for name in ("pretrained_extras", "not_pretrained"))
+    found = fit(weights, shapes_of(backbone), prefix=prefix, resizable=_resizable(model, ""), ignore=extras + own, may_miss=own)
     found.sources = {f"backbone.{name}": source for name, source in found.sources.items()}
     return found
 
 
-def _resizable(model: nn.Module, prefix: str) -> list[str]:
-    return [prefix + name for name in getattr(model.backbone, "resizable", {})]
+def _resizable(model: nn.Module, prefix: str) -> dict[str, CanResize]:
+    return {prefix + name: can_resize for name, (can_resize, _) in getattr(model.backbone, "resizable", {}).items()}
 
 
 def reader(model: nn.Module, weights: Weights, found: Fit) -> Callable[[str, torch.Size], Tensor]:
     """read(name in the model, its shape) -> the file's value, resized where the backbone says how."""
-    resize = {f"backbone.{name}": function for name, function in getattr(model.backbone, "resizable", {}).items()}
+    resize = {f"backbone.{name}": function for name, (_, function) in getattr(model.backbone, "resizable", {}).items()}
 
     def read(name: str, shape: torch.Size) -> Tensor:
         value = weights.read(found.sources[name])

@@ -1,5 +1,6 @@
 """The optimizer that the config names, over parameter groups: torch's own, or DeepSpeed's CPU Adam where its state is offloaded."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,21 +12,34 @@ from internseg_ds.errors import ConfigError
 
 
 def check_optimizer(section: Mapping[str, Any], ds: DsConfig) -> str:
-    """The optimizer's type. Raises ConfigError when mmcv knows none of that name, or when an offloaded optimizer is not Adam or AdamW."""
+    """The optimizer's type. Raises ConfigError when mmcv knows none of that name, when it does not take these settings, or when an offloaded optimizer is
+    not Adam or AdamW."""
     kind = section.get("type", "AdamW")
     if OPTIMIZERS.get(kind) is None:
         raise ConfigError(f"optimizer.type={kind!r} is not registered in mmcv; AdamW is the usual one")
     if ds.cpu_adam and kind not in ("Adam", "AdamW"):
         raise ConfigError(f"{ds.source} offloads the optimizer, which runs DeepSpeed's CPU Adam, but optimizer.type is {kind!r}; use AdamW, or drop offload_optimizer")
+    try:
+        OPTIMIZERS.get(kind)([torch.zeros(1, requires_grad=True)], **_settings(section))
+        if ds.cpu_adam:
+            from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+            inspect.signature(DeepSpeedCPUAdam).bind([], adamw_mode=True, **_settings(section))  # building one would compile it
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"optimizer {kind} does not take these settings: {error}") from None
     return kind
+
+
+def _settings(section: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in section.items() if key not in ("type", "constructor", "paramwise_cfg")}
 
 
 def build_optimizer(groups: list[dict[str, Any]], section: Mapping[str, Any], ds: DsConfig) -> torch.optim.Optimizer:
     """section: the config's `optimizer` (type, lr, betas, weight_decay, ...). AdamW on a GPU runs torch's fused kernel.
 
-    Raises ConfigError for an unknown type, for arguments that the optimizer does not take, and for an offloaded optimizer that is not Adam or AdamW.
+    Raises ConfigError where `check_optimizer` does.
     """
-    settings = {key: value for key, value in section.items() if key not in ("type", "constructor", "paramwise_cfg")}
+    settings = _settings(section)
     kind = check_optimizer(section, ds)
     if ds.cpu_adam:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -33,7 +47,4 @@ def build_optimizer(groups: list[dict[str, Any]], section: Mapping[str, Any], ds
         return DeepSpeedCPUAdam(groups, adamw_mode=kind == "AdamW", **settings)
     if kind in ("Adam", "AdamW") and torch.cuda.is_available():
         settings.setdefault("fused", True)
-    try:
-        return OPTIMIZERS.get(kind)(groups, **settings)
-    except TypeError as error:
-        raise ConfigError(f"optimizer {kind} does not take these settings: {error}") from None
+    return OPTIMIZERS.get(kind)(groups, **settings)

@@ -3,6 +3,7 @@
 In: a model (whole or partitioned by ZeRO-3) and the config's `optimizer` section. Out: groups for a torch optimizer, one for each distinct setting.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,6 +41,8 @@ class LayerDecayOptimizerConstructor(DefaultOptimizerConstructor):
             depth, decay = self.paramwise_cfg["num_layers"], self.paramwise_cfg["layer_decay_rate"]
         except KeyError as missing:
             raise ConfigError(f"optimizer.paramwise_cfg lacks {missing}; write paramwise_cfg=dict(num_layers={backbone.depth}, layer_decay_rate=0.95)") from None
+        if not isinstance(decay, (int, float)) or not 0 < decay <= 1:
+            raise ConfigError(f"optimizer.paramwise_cfg.layer_decay_rate={decay!r} must be a number above 0 and at most 1")
         if depth != backbone.depth:
             raise ConfigError(f"optimizer.paramwise_cfg.num_layers={depth}, but the backbone has {backbone.depth} layers (model.backbone.depth); make them equal")
         for name, param in module.named_parameters():
@@ -64,11 +67,16 @@ def parameter_groups(model: nn.Module, optimizer: Mapping[str, Any]) -> list[dic
     for required in ("lr", "weight_decay"):  # torch's default decay differs from optimizer to optimizer, so it is written out
         if required not in settings:
             raise ConfigError(f"optimizer has no {required}; the InternViT recipe is lr=4e-5, weight_decay=0.05")
-    constructor = build_optimizer_constructor({
-        "type": optimizer.get("constructor", "DefaultOptimizerConstructor"),
-        "optimizer_cfg": settings,
-        "paramwise_cfg": optimizer.get("paramwise_cfg"),
-    })
+        if not isinstance(settings[required], (int, float)) or not 0 <= settings[required] < math.inf:
+            raise ConfigError(f"optimizer.{required}={settings[required]!r} must be a number of at least 0")
+    try:
+        constructor = build_optimizer_constructor({
+            "type": optimizer.get("constructor", "DefaultOptimizerConstructor"),
+            "optimizer_cfg": settings,
+            "paramwise_cfg": optimizer.get("paramwise_cfg"),
+        })
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"optimizer.constructor={optimizer.get('constructor')!r} cannot work: {error}") from None
     singles: list[dict[str, Any]] = []
     constructor.add_params(singles, model)
     merged: dict[tuple[float, float], dict[str, Any]] = {}

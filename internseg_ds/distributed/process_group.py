@@ -18,11 +18,11 @@ import torch.distributed as dist
 
 from internseg_ds.errors import ConfigError
 
-# variable names of (rank, world size, local rank, processes on this host), the first complete set wins
+# variable names of (rank, world size, local rank); the first complete set wins. mpirun stands before srun: in a Slurm job it sets its own and inherits Slurm's
 LAUNCHERS = {
-    "deepspeed, torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
-    "srun": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
-    "mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    "deepspeed, torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    "mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    "srun": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
 }
 DEFAULT_PORT = 29500
 
@@ -42,7 +42,15 @@ class World:
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        """This process's accelerator, or the CPU where there is none. Raises ConfigError when the host has more processes than GPUs."""
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        count = torch.cuda.device_count()
+        if count == 1 and self.launcher == "srun":
+            return torch.device("cuda", 0)  # srun --gpus-per-task=1 shows each process its own GPU alone
+        if self.local_rank >= count:
+            raise ConfigError(f"process {self.local_rank} of this host has no GPU of its own, {count} can be seen; start at most {count} processes per host")
+        return torch.device("cuda", self.local_rank)
 
 
 def world_from_environment(env: Mapping[str, str] = os.environ) -> World:
@@ -50,7 +58,9 @@ def world_from_environment(env: Mapping[str, str] = os.environ) -> World:
 
     Raises ConfigError when the variables are there but are not numbers, or name a rank outside the world.
     """
-    for launcher, (rank, size, local_rank, _) in LAUNCHERS.items():
+    for launcher, (rank, size, local_rank) in LAUNCHERS.items():
+        if launcher == "srun" and env.get("ENVIRONMENT") == "BATCH" and "SLURM_STEP_ID" not in env:
+            continue  # the script that sbatch runs: it has the job's variables, but srun did not start it
         if rank in env and size in env:
             try:
                 world = World(int(env[rank]), int(env[size]), int(env.get(local_rank, 0)), launcher)

@@ -17,6 +17,7 @@ from typing import Any
 import torch.distributed as dist
 
 from internseg_ds.checkpoints.manifest import MANIFEST, read_manifest, update_metrics, verify_manifest, write_manifest
+from internseg_ds.checkpoints.zero_checkpoint import find_save
 from internseg_ds.engine.state import TrainState
 from internseg_ds.errors import CheckpointError
 
@@ -45,42 +46,49 @@ class Checkpoints:
             for file in partial.rglob("*"):
                 _to_disk(file)
             write_manifest(partial, step=state.step, world_size=dist.get_world_size(), zero_stage=deepspeed_engine.zero_optimization_stage(), meta=meta, metrics={})
+            replaced = self.folder / (tag + ".replaced" + PARTIAL)
             if final.exists():
-                shutil.rmtree(final)  # a resumed run comes to this step again
+                final.rename(replaced)  # a resumed run comes to this step again
             partial.rename(final)
+            shutil.rmtree(replaced, ignore_errors=True)
             _to_disk(self.folder)
             publish(self.folder / "latest", tag)
-            self._retain(state)
+            self._retain()
         dist.barrier()
         log.info("saved %s", final)
         return final
 
-    def score(self, state: TrainState, metrics: dict[str, float], key: str, keep_best: bool) -> bool:
-        """Notes the evaluation of the checkpoint of `state.step`, and marks it when it is the best so far; whether it is."""
+    def score(self, state: TrainState, metrics: dict[str, float], best_by: str | None) -> bool:
+        """Notes the evaluation of the checkpoint of `state.step`, and marks it when it is the best so far by the score `best_by`; whether it is."""
         tag = f"iter_{state.step}"
-        better = keep_best and (state.best is None or metrics[key] > state.best)
+        better = best_by is not None and (state.best is None or metrics[best_by] > state.best)
         if better:
-            state.best, state.best_tag = metrics[key], tag
+            state.best, state.best_tag = metrics[best_by], tag
         if dist.get_rank() == 0 and (self.folder / tag / MANIFEST).exists():
             update_metrics(self.folder / tag, metrics)
             if better:
                 publish(self.folder / "best", tag)
-                self._retain(state)
+                self._retain()
         dist.barrier()
         return better
 
-    def recall_best(self, state: TrainState, key: str) -> None:
+    def recall_best(self, state: TrainState, best_by: str | None) -> None:
         """Takes the best score so far from the folder: a checkpoint is saved before it is scored, so its own state does not know."""
-        pointer = self.folder / "best"
-        if pointer.is_file() and (manifest := read_manifest(self.folder / pointer.read_text())) and manifest["step"] <= state.step:
-            state.best, state.best_tag = manifest["metrics"].get(key), pointer.read_text()
+        tag = self._best_tag()
+        if tag and (manifest := read_manifest(self.folder / tag)) and manifest["step"] <= state.step:
+            state.best, state.best_tag = manifest["metrics"].get(best_by), tag
 
-    def _retain(self, state: TrainState) -> None:
+    def _best_tag(self) -> str | None:
+        pointer = self.folder / "best"
+        return pointer.read_text() if pointer.is_file() else None
+
+    def _retain(self) -> None:
+        """Newest by the time of the save, not by step: the folder may hold later steps of an earlier run."""
         if self.keep <= 0:
             return
-        tags = sorted((path.parent for path in self.folder.glob(f"iter_*/{MANIFEST}")), key=lambda path: int(path.name.removeprefix("iter_")))
-        for path in tags[: -self.keep]:
-            if path.name != state.best_tag:
+        saves = sorted((note.parent for note in self.folder.glob(f"iter_*/{MANIFEST}")), key=lambda path: read_manifest(path).get("saved_at", 0))
+        for path in saves[: -self.keep]:
+            if path.name != self._best_tag():
                 log.info("removing %s (max_keep_ckpts = %d)", path, self.keep)
                 shutil.rmtree(path)
 
@@ -90,17 +98,18 @@ def find_checkpoint(path: str | os.PathLike) -> Path:
 
     Raises CheckpointError when there is none, or when it was not finished.
     """
-    path = Path(path)
-    for folder in (path, path / "checkpoints"):
-        if (folder / "latest").is_file():
-            path = folder / (folder / "latest").read_text().strip()
-            break
-    if not path.is_dir():
-        raise CheckpointError(f"there is no checkpoint at {path}; give WORK_DIR, WORK_DIR/checkpoints or one iter_N directory")
+    path = find_save(Path(path))
     if read_manifest(path) is None:
         raise CheckpointError(f"{path} holds no {MANIFEST}: it is no checkpoint of this engine, or its save did not finish; take another one")
     verify_manifest(path)
     return path
+
+
+def checkpoint_to_resume(resume: str | os.PathLike | None, work_dir: Path) -> Path | None:
+    """The checkpoint directory that --resume means: None, "auto" (the newest of `work_dir`, if there is any), or a path."""
+    if resume == "auto":
+        resume = work_dir if (work_dir / "checkpoints" / "latest").exists() else None
+    return find_checkpoint(resume) if resume is not None else None
 
 
 def check_resumable(path: Path, world_size: int, stage: int) -> None:

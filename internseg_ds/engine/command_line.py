@@ -74,7 +74,14 @@ def add_config_options(made: argparse.ArgumentParser) -> None:
     """--cfg-options, as mmseg's tools have it."""
     from mmcv import DictAction  # here: after `quieten`
 
-    made.add_argument("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", default={},
+    class Settings(DictAction):
+        def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: list[str], option_string: str | None = None) -> None:
+            for value in values:
+                if "=" not in value:
+                    parser.error(f"--cfg-options {value}: write KEY=VALUE")
+            super().__call__(parser, namespace, values, option_string)
+
+    made.add_argument("--cfg-options", nargs="+", action=Settings, metavar="KEY=VALUE", default={},
                       help="settings that override the config, e.g. data.samples_per_gpu=4 optimizer.lr=1e-4")
 
 

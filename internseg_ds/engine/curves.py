@@ -10,12 +10,12 @@ def draw_curves(metrics: Path, picture: Path, score: str = "mIoU") -> None:
     from matplotlib.figure import Figure
 
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
-    losses = [(record["step"], record["loss"]) for record in records if "loss" in record]
-    scores = [(record["step"], 100 * record[score]) for record in records if score in record]
+    losses = [(record["step"], record["loss"]) for record in records if record.get("loss") is not None]
+    scores = [(record["step"], 100 * record[score]) for record in records if record.get(score) is not None]
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(xlabel="step", ylabel="training loss")
-    axes.plot(*zip(*losses, strict=True), color="tab:blue", label="loss")
+    axes.plot([step for step, _ in losses], [loss for _, loss in losses], color="tab:blue", label="loss")
     axes.yaxis.label.set_color("tab:blue")
     axes.grid(alpha=0.3)
     if scores:

@@ -5,6 +5,7 @@ interpreted; a key that has no effect here becomes one line in `Experiment.notes
 """
 
 import difflib
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -55,9 +56,12 @@ class Experiment:
     max_keep_ckpts: int
     evaluate_every: int
     metrics: tuple[str, ...]
-    keep_best: bool
+    best_by: str | None
+    """The score whose best checkpoint is kept, or None (`evaluation.save_best`)."""
     log_every: int
     log_hooks: tuple[ConfigDict, ...]
+    log_level: str
+    cudnn_benchmark: bool
     load_from: str | None
     resume_from: str | None
     engine: EngineOptions
@@ -66,6 +70,11 @@ class Experiment:
     @property
     def name(self) -> str:
         return Path(self.path).stem
+
+    @property
+    def work_dir(self) -> Path:
+        """Where its results go when nobody says otherwise."""
+        return Path("work_dirs") / self.name
 
     @property
     def max_steps(self) -> int:
@@ -85,6 +94,8 @@ REPLACED = {
     "device": "the device is the accelerator, where there is one",
     "gpu_ids": "processes are the launcher's",
 }
+SCORES = {"mIoU": ("mIoU", "mAcc", "aAcc"), "mDice": ("mDice", "mAcc", "aAcc"), "mFscore": ("mFscore", "mPrecision", "mRecall", "aAcc")}
+"""mmseg's metrics, and the scores over all classes that each comes with."""
 LOG_HOOKS = ("TextLoggerHook", "TensorboardLoggerHook", "WandbLoggerHook", "MMSegWandbHook")
 
 
@@ -106,11 +117,10 @@ def read_experiment(config: str | os.PathLike | Config, cfg_options: Mapping[str
     if "train" not in cfg.data:
         raise ConfigError(f"{path}: data has no 'train' entry")
     val = cfg.data.get("val") or cfg.data.get("test")
+    for section in ("evaluation", "checkpoint_config", "log_config", "optimizer_config", "lr_config", "runner"):
+        notes += [f"{section}.{key} has no effect here" for key in cfg.get(section) or {} if key not in KNOWN[section]]
     evaluation, saving, logging_ = (cfg.get(key) or {} for key in ("evaluation", "checkpoint_config", "log_config"))
     schedule = _schedule(cfg, path)
-    micro_batch = loader.get("samples_per_gpu", 2)
-    if not isinstance(micro_batch, int) or micro_batch < 1:
-        raise ConfigError(f"data.samples_per_gpu={micro_batch!r} of {path} must be a whole number of images, at least 1")
     if saving.get("by_epoch", False) or evaluation.get("by_epoch", False):
         notes.append("by_epoch is taken as False: intervals are in steps")
     optimizer_config = cfg.get("optimizer_config") or {}
@@ -121,6 +131,9 @@ def read_experiment(config: str | os.PathLike | Config, cfg_options: Mapping[str
     hooks = tuple(logging_.get("hooks", ()))
     notes += [f"log_config.hooks: {hook['type']} is not known here and is left out" for hook in hooks if hook["type"] not in LOG_HOOKS]
     metric = evaluation.get("metric", "mIoU")
+    if not metric:
+        raise ConfigError(f"evaluation.metric={metric!r} of {path} names no metric; the metrics are {', '.join(SCORES)}")
+    metrics = known_metrics((metric,) if isinstance(metric, str) else tuple(metric), f"evaluation.metric of {path}")
     return Experiment(
         path=path,
         cfg=cfg,
@@ -128,24 +141,57 @@ def read_experiment(config: str | os.PathLike | Config, cfg_options: Mapping[str
         train=cfg.data.train,
         val=val,
         test=cfg.data.get("test") or val,
-        micro_batch=micro_batch,
-        workers=loader.get("workers_per_gpu", 2),
+        micro_batch=_whole(loader.get("samples_per_gpu", 2), f"data.samples_per_gpu of {path}", least=1),
+        workers=_whole(loader.get("workers_per_gpu", 2), f"data.workers_per_gpu of {path}", least=0),
         optimizer=cfg.optimizer,
         schedule=schedule,
         accumulation=cumulative,
         gradient_clipping=float((optimizer_config.get("grad_clip") or {}).get("max_norm", 0.0)),
-        save_every=saving.get("interval", schedule.max_steps),
-        max_keep_ckpts=saving.get("max_keep_ckpts", -1),
-        evaluate_every=evaluation.get("interval", schedule.max_steps),
-        metrics=(metric,) if isinstance(metric, str) else tuple(metric),
-        keep_best=evaluation.get("save_best") is not None,
-        log_every=logging_.get("interval", 50),
+        save_every=_whole(saving.get("interval", schedule.max_steps), f"checkpoint_config.interval of {path}", least=-1),
+        max_keep_ckpts=_whole(saving.get("max_keep_ckpts", -1), f"checkpoint_config.max_keep_ckpts of {path}", least=-1),
+        evaluate_every=_whole(evaluation.get("interval", schedule.max_steps), f"evaluation.interval of {path}", least=-1),
+        metrics=metrics,
+        best_by=_best_by(evaluation.get("save_best"), metrics, path),
+        log_every=_whole(logging_.get("interval", 50), f"log_config.interval of {path}", least=1),
         log_hooks=hooks,
+        log_level=_log_level(cfg.get("log_level", "INFO"), path),
+        cudnn_benchmark=bool(cfg.get("cudnn_benchmark", False)),
         load_from=cfg.get("load_from"),
         resume_from=cfg.get("resume_from"),
         engine=options,
         notes=tuple(notes),
     )
+
+
+def _whole(value: Any, what: str, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{what} is {value!r}; it must be a whole number, at least {least}")
+    return value
+
+
+def known_metrics(metrics: tuple[str, ...], where: str) -> tuple[str, ...]:
+    """`metrics` as they are. Raises ConfigError for one that mmseg does not have; where: what named it, for the message."""
+    for metric in metrics:
+        if metric not in SCORES:
+            raise ConfigError(f"{where}: there is no metric {metric!r}; the metrics are {', '.join(SCORES)}")
+    return metrics
+
+
+def _best_by(save_best: Any, metrics: tuple[str, ...], path: str) -> str | None:
+    if not save_best:
+        return None
+    if save_best in ("auto", True):
+        return metrics[0]
+    scores = [score for metric in metrics for score in SCORES[metric]]
+    if save_best not in scores:
+        raise ConfigError(f"evaluation.save_best={save_best!r} of {path} is no score of evaluation.metric={'/'.join(metrics)}; there are {', '.join(scores)}, or 'auto'")
+    return save_best
+
+
+def _log_level(level: Any, path: str) -> str:
+    if level not in logging.getLevelNamesMapping():
+        raise ConfigError(f"log_level={level!r} of {path} is no level of logging; 'INFO' is the usual one")
+    return level
 
 
 def _load(config: str | os.PathLike | Config) -> tuple[str, Config]:
@@ -188,14 +234,26 @@ def _option_exists(cfg: Config, option: str, path: str) -> None:
             if part in known:
                 return
         is_argument = part == leaf and depth == len(parents) and isinstance(node, Mapping)
-        if is_argument and ("type" in node or prefix in OPEN_SECTIONS):
+        if is_argument and (part in KNOWN[prefix] if prefix in KNOWN else "type" in node):
             return
+        known += KNOWN.get(prefix, ())
         near = difflib.get_close_matches(part, known, n=1)
         guess = f"; did you mean {'.'.join(filter(None, [prefix, near[0]]))}?" if near else f"; there are {', '.join(known) or 'no keys'}"
         raise ConfigError(f"--cfg-options {option}: {part!r} exists nowhere in {prefix or path}{guess}")
 
 
-OPEN_SECTIONS = ("model.train_cfg", "model.test_cfg", "data", "evaluation", "checkpoint_config", "optimizer_config", "lr_config", "log_config", "runner")
+# what the engine reads of the sections that configured mmcv's runner, and mmseg of `test_cfg`
+KNOWN = {
+    "data": ("samples_per_gpu", "workers_per_gpu", "train", "val", "test", "train_dataloader"),
+    "evaluation": ("interval", "metric", "save_best", "by_epoch", "pre_eval"),
+    "checkpoint_config": ("interval", "max_keep_ckpts", "by_epoch"),
+    "optimizer_config": ("grad_clip", "cumulative_iters", "type"),
+    "lr_config": ("policy", "warmup", "warmup_iters", "warmup_ratio", "power", "min_lr", "by_epoch"),
+    "log_config": ("interval", "hooks"),
+    "runner": ("type", "max_iters"),
+    "model.test_cfg": ("mode", "crop_size", "stride"),
+    "model.train_cfg": (),
+}
 
 
 def _engine_options(section: Mapping[str, Any], path: str) -> EngineOptions:

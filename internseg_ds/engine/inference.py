@@ -80,6 +80,9 @@ def find_images(paths: Sequence[str | os.PathLike]) -> list[Path]:
             found.append(path)
         else:
             raise DataError(f"there is no image or folder {path}")
+    for path in found:
+        if not cv2.haveImageReader(str(path)):
+            raise DataError(f"{path} is no image that OpenCV can read; leave it out, or copy it again")
     if not found:
         raise DataError(f"no image ({', '.join(IMAGE_ENDINGS)}) in {', '.join(map(str, paths))}")
     return found

@@ -10,21 +10,24 @@ from pathlib import Path
 from typing import Any
 
 from mmcv import ConfigDict
+from mmcv.parallel import DataContainer
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset
 
 from internseg_ds.checkpoints.fitting import Fit
 from internseg_ds.checkpoints.weights import Weights, open_weights
-from internseg_ds.data.loading import build_datasets
+from internseg_ds.data.loading import build_datasets, first_sample
 from internseg_ds.distributed.construction import build_on_meta
 from internseg_ds.distributed.ds_config import DsConfig, resolve_ds_config
 from internseg_ds.distributed.loading import fit_backbone, fit_segmentor
 from internseg_ds.distributed.optimizers import check_optimizer
 from internseg_ds.distributed.parameter_groups import parameter_groups
 from internseg_ds.distributed.process_group import World
+from internseg_ds.engine.checkpointing import check_resumable
 from internseg_ds.engine.experiment import Experiment, leaf_datasets
+from internseg_ds.engine.trackers import check_trackers
 from internseg_ds.errors import CheckpointError, ConfigError, DataError
 from internseg_ds.planning.memory import training_state_bytes
 
@@ -42,23 +45,36 @@ class Plan:
 
 
 def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, Any], world: World, *, validate: bool = True,
-          load_from: str | os.PathLike | None = None) -> Plan:
+          load_from: str | os.PathLike | None = None, resume_from: Path | None = None) -> Plan:
     """Raises UserError (ConfigError, DataError, CheckpointError) with one sentence for whatever cannot work.
 
-    validate: whether the run will evaluate, and so needs the validation set.
+    validate: whether the run will evaluate, and so needs the validation set. resume_from: the checkpoint that it goes on from; it needs no other weights.
     """
+    _ = world.device  # each process has one
     meta_model = build_on_meta(experiment.model)
     ds = resolve_ds_config(
         ds_config, experiment=experiment.path, micro_batch=experiment.micro_batch, world_size=world.size, optimizer=experiment.optimizer,
         global_batch=experiment.engine.global_batch, accumulation=experiment.accumulation, gradient_clipping=experiment.gradient_clipping,
         hidden_size=getattr(meta_model.backbone, "embed_dim", 1024))
-    check_optimizer(experiment.optimizer, ds)
+    if ds.stage == 0:
+        raise ConfigError(f"{ds.source} names no ZeRO stage; write \"zero_optimization\": {{\"stage\": 3}} (or 1, 2), or take one of ds_configs/")
     parameter_groups(meta_model, experiment.optimizer)
+    check_optimizer(experiment.optimizer, ds)
     check_patches(experiment, meta_model)
-    check_weights(experiment, meta_model, load_from)
+    if resume_from is None:
+        check_weights(experiment, meta_model, load_from)
+    else:
+        check_resumable(resume_from, world.size, ds.stage)
+    if world.is_main:
+        check_trackers(experiment.log_hooks)
     train_set = build_datasets(experiment.train, "data.train", list(leaf_datasets(experiment.train)))
-    val_set = validation_set(experiment) if validate else None
     check_classes(meta_model, train_set, "data.train")
+    check_sample(experiment, meta_model, first_sample(train_set, "data.train"), "data.train")
+    val_set = None
+    if validate:
+        val_set = validation_set(experiment)
+        check_classes(meta_model, val_set, "data.val")
+        check_sample(experiment, meta_model, first_sample(val_set, "data.val"), "data.val")
     return Plan(experiment, ds, world, meta_model, train_set, val_set)
 
 
@@ -97,16 +113,22 @@ def validation_set(experiment: Experiment, split: str = "val") -> Dataset:
     entry = experiment.test if split == "test" else experiment.val
     if entry is None:
         raise DataError(f"{experiment.path}: data has neither a 'val' nor a 'test' entry to evaluate on; add one, or train with --no-validate")
-    return build_datasets(entry, f"data.{split}", list(leaf_datasets(entry)), test_mode=True)
+    leaves = list(leaf_datasets(entry))
+    dataset = build_datasets(entry, f"data.{split}", leaves, test_mode=True)
+    if isinstance(dataset, ConcatDataset):
+        raise DataError(f"data.{split} joins {len(dataset.datasets)} data sets, but one is scored at a time; keep one of them")
+    return dataset
 
 
 def check_classes(model: nn.Module, dataset: Dataset, what: str) -> None:
     """The heads and the data set must count the same classes."""
     classes = getattr(dataset, "CLASSES", None)
+    if classes is None:
+        raise ConfigError(f"{what} does not name its classes; add classes=(...) and palette=[...] to it")
     heads = [head for name in ("decode_head", "auxiliary_head") if (head := getattr(model, name, None)) is not None]
     for head in heads:
         for part in head if isinstance(head, nn.ModuleList) else [head]:
-            if classes is not None and part.num_classes != len(classes):
+            if part.num_classes != len(classes):
                 raise ConfigError(f"{type(part).__name__} predicts num_classes={part.num_classes} classes but {what} has {len(classes)}; make them equal")
 
 
@@ -125,20 +147,39 @@ def check_patches(experiment: Experiment, model: nn.Module) -> None:
 def input_sizes(experiment: Experiment) -> list[tuple[str, tuple[int, int]]]:
     """The image sizes (h, w) that the config names and the backbone will see: training crops and padding, sliding windows."""
     found = []
-    if side := experiment.model.backbone.get("img_size"):
-        found.append(("model.backbone.img_size", (side, side) if isinstance(side, int) else side))
     for leaf in leaf_datasets(experiment.train):
         for step in leaf.get("pipeline", ()):
             for kind, key in (("RandomCrop", "crop_size"), ("Pad", "size")):
-                if step.get("type") == kind and step.get(key) is not None:
+                if step.get("type") == kind and isinstance(step.get(key), (list, tuple)):
                     found.append((f"data.train.pipeline {kind}.{key}", step[key]))
     test_cfg: Mapping[str, Any] = experiment.model.get("test_cfg") or ConfigDict()
+    if test_cfg.get("mode", "whole") not in ("slide", "whole"):
+        raise ConfigError(f"model.test_cfg.mode={test_cfg['mode']!r} of {experiment.path} is neither 'slide' nor 'whole'")
     if test_cfg.get("mode") == "slide":
+        for key in ("crop_size", "stride"):
+            if not isinstance(test_cfg.get(key), (list, tuple)) or len(test_cfg[key]) != 2:
+                raise ConfigError(f"model.test_cfg.{key}={test_cfg.get(key)!r} of {experiment.path}: mode='slide' needs crop_size=(h, w) and stride=(h, w)")
         found.append(("model.test_cfg.crop_size", test_cfg["crop_size"]))
         if any(stride > crop for stride, crop in zip(test_cfg["stride"], test_cfg["crop_size"], strict=True)):
             raise ConfigError(f"model.test_cfg.stride={tuple(test_cfg['stride'])} of {experiment.path} is larger than crop_size={tuple(test_cfg['crop_size'])}, "
                               f"which leaves pixels without a prediction; use a stride of about two thirds of the crop")
     return found
+
+
+def check_sample(experiment: Experiment, model: nn.Module, sample: Mapping[str, Any], what: str) -> None:
+    """An image as the pipeline hands it over must be whole patches, or be cut into such windows."""
+    patch = getattr(model.backbone, "patch_size", None)
+    images = sample["img"] if isinstance(sample["img"], list) else [sample["img"]]
+    test_cfg = experiment.model.get("test_cfg") or {}
+    for image in images:
+        size = tuple((image.data if isinstance(image, DataContainer) else image).shape[-2:])
+        seen = size
+        if what != "data.train" and test_cfg.get("mode") == "slide":
+            seen = tuple(map(min, size, test_cfg["crop_size"]))
+        if patch is not None and any(side % patch for side in seen):
+            raise ConfigError(f"the first image of {what} comes out of its pipeline with {size[0]} x {size[1]} pixels, which are no whole patches of {patch}; "
+                              f"add dict(type='ResizeToMultiple', size_divisor={patch}) after Resize to the pipeline of an evaluation, crop and pad to a multiple of "
+                              f"{patch} in training")
 
 
 def describe(plan: Plan, console: Console) -> None:

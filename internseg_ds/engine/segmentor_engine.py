@@ -23,6 +23,7 @@ import torch.distributed as dist
 from mmcv import Config
 from torch import Tensor
 
+from internseg_ds.checkpoints.manifest import read_manifest
 from internseg_ds.checkpoints.weights import open_weights
 from internseg_ds.data.loading import Batch
 from internseg_ds.distributed.construction import build_for_training
@@ -32,20 +33,22 @@ from internseg_ds.distributed.optimizers import build_optimizer
 from internseg_ds.distributed.parameter_groups import parameter_groups
 from internseg_ds.distributed.precision import apply_precision, backbone_dtype
 from internseg_ds.distributed.process_group import World, join, leave, world_from_environment
-from internseg_ds.engine.checkpointing import Checkpoints, check_resumable, find_checkpoint, load_checkpoint
+from internseg_ds.engine.checkpointing import Checkpoints, checkpoint_to_resume, load_checkpoint
 from internseg_ds.engine.evaluator import Evaluation, evaluate
 from internseg_ds.engine.experiment import Experiment, read_experiment
 from internseg_ds.engine.preflight import Plan, check, starting_weights
 from internseg_ds.engine.state import TrainState
 from internseg_ds.engine.trackers import start_logging
 from internseg_ds.engine.trainer import train
+from internseg_ds.errors import ConfigError
 from internseg_ds.seeding import derived_seed
 
 log = logging.getLogger(__name__)
 
 
 class SegmentorEngine:
-    """One experiment under one ds_config. Attributes: `plan` (experiment, ds_config, data sets), `deepspeed` (DeepSpeed's engine), `state`, `checkpoints`."""
+    """One experiment under one ds_config. Attributes: `plan` (experiment, ds_config, data sets), `deepspeed` (DeepSpeed's engine), `state`, `checkpoints`,
+    `resumed_unscored` (whether the checkpoint that it went on from was never evaluated)."""
 
     def __init__(
         self,
@@ -61,16 +64,20 @@ class SegmentorEngine:
     ) -> None:
         """config: an experiment config; ds_config: a DeepSpeed JSON. work_dir: default work_dirs/NAME_OF_CONFIG. load_from: weights of a whole segmentor to
         start from (over the config's `load_from`). resume: "auto" (the newest checkpoint of work_dir, if any) or a checkpoint to go on from exactly.
-        validate: False leaves the validation set alone. Joins the process group if there is none yet.
+        validate: False leaves the validation set alone. A run that resumes takes its weights from the checkpoint, whatever load_from says. Joins the
+        process group if there is none yet.
 
         Raises UserError before any accelerator memory is taken when anything in these contradicts itself or is missing.
         """
         world = world_from_environment()
+        if isinstance(config, Experiment) and cfg_options:
+            raise ConfigError("cfg_options change a config while it is read; give them to read_experiment")
         experiment = config if isinstance(config, Experiment) else read_experiment(config, cfg_options)
-        self.work_dir = Path(work_dir or Path("work_dirs") / experiment.name)
-        self.plan: Plan = check(experiment, ds_config, world, validate=validate, load_from=load_from)
+        self.work_dir = Path(work_dir) if work_dir else experiment.work_dir
+        resume_from = checkpoint_to_resume(resume or experiment.resume_from, self.work_dir)
+        self.plan: Plan = check(experiment, ds_config, world, validate=validate, load_from=load_from, resume_from=resume_from)
         self.checkpoints = Checkpoints(self.work_dir / "checkpoints", experiment.max_keep_ckpts)
-        resume_from = self._checkpoint_to_resume(resume)
+        self.resumed_unscored = resume_from is not None and not read_manifest(resume_from)["metrics"]
         self.state = TrainState(seed=seed)
         self._owns_group = not dist.is_initialized()
         if self._owns_group:
@@ -78,21 +85,10 @@ class SegmentorEngine:
         if world.is_main:
             self.work_dir.mkdir(parents=True, exist_ok=True)
         dist.barrier()
-        start_logging(self.work_dir, is_main=world.is_main)
+        start_logging(self.work_dir, level=experiment.log_level, is_main=world.is_main)
         for note in experiment.notes:
             log.info("config: %s", note)
         self._build(seed, load_from, resume_from)
-
-    def _checkpoint_to_resume(self, resume: str | os.PathLike | None) -> Path | None:
-        if resume is None and self.plan.experiment.resume_from:
-            resume = self.plan.experiment.resume_from
-        if resume == "auto":
-            resume = self.checkpoints.folder if (self.checkpoints.folder / "latest").exists() else None
-        if resume is None:
-            return None
-        path = find_checkpoint(resume)
-        check_resumable(path, self.world.size, self.plan.ds.stage)
-        return path
 
     def _build(self, seed: int, load_from: str | os.PathLike | None, resume_from: Path | None) -> None:
         import deepspeed
@@ -102,6 +98,7 @@ class SegmentorEngine:
         log.info("%d process%s on %s, ZeRO-%d, %s parameters, backbone computes in %s, heads in float32", self.world.size, "es" * (self.world.size > 1),
                  device.type, ds.stage, str(ds.param_dtype).removeprefix("torch."), str(self.compute_dtype).removeprefix("torch."))
         log.info("%d images per step = %d processes x %d images x %d accumulation steps", ds.global_batch, ds.world_size, ds.micro_batch, ds.accumulation)
+        torch.backends.cudnn.benchmark = experiment.cudnn_benchmark and not torch.are_deterministic_algorithms_enabled()
         model = build_for_training(experiment.model, ds, device, seed)
         start = starting_weights(experiment, model, load_from) if resume_from is None else None
         if start is not None:
@@ -114,7 +111,7 @@ class SegmentorEngine:
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=experiment.schedule.scheduler, config=ds.raw)
         if resume_from is not None:
             load_checkpoint(self.deepspeed, resume_from, self.state)
-            self.checkpoints.recall_best(self.state, experiment.metrics[0])
+            self.checkpoints.recall_best(self.state, experiment.best_by)
             log.info("resumed from %s: step %d, %d images seen", resume_from, self.state.step, self.state.images)
         if self.world.is_main:
             experiment.cfg.dump(str(self.work_dir / "config.py"))
@@ -142,6 +139,8 @@ class SegmentorEngine:
 
     def evaluate(self, *, verbose: bool = True) -> Evaluation:
         """mmseg's metrics on the validation set with the weights as they are. Gathers the weights once; the data set is split over the ranks."""
+        if self.plan.val_set is None:
+            raise ConfigError("this engine was built with validate=False and has no validation set; build it with validate=True to evaluate")
         with self.whole() as segmentor:
             return evaluate(segmentor, self.plan.val_set, world=self.world, workers=self.plan.experiment.workers, metrics=self.plan.experiment.metrics, verbose=verbose)
 

@@ -14,16 +14,14 @@ from rich.progress import track
 
 from internseg_ds.distributed.process_group import joined, world_from_environment
 from internseg_ds.engine.evaluator import Evaluation, evaluate
-from internseg_ds.engine.experiment import read_experiment
+from internseg_ds.engine.experiment import known_metrics, read_experiment
 from internseg_ds.engine.inference import Shower, find_images, load_trained, predict
 from internseg_ds.engine.pictures import side_by_side
 from internseg_ds.engine.preflight import check_weights_fit, validation_set
 from internseg_ds.engine.trackers import start_logging
-from internseg_ds.errors import ConfigError, DataError
+from internseg_ds.errors import DataError
 
 log = logging.getLogger(__name__)
-
-METRICS = ("mIoU", "mDice", "mFscore")
 
 
 def test(config: str | os.PathLike, checkpoint: str | os.PathLike, *, metrics: Sequence[str] | None = None, out: str | os.PathLike | None = None,
@@ -34,14 +32,11 @@ def test(config: str | os.PathLike, checkpoint: str | os.PathLike, *, metrics: S
     """
     world = world_from_environment()
     experiment = read_experiment(config, cfg_options)
-    metrics = tuple(metrics or experiment.metrics)
-    for metric in metrics:
-        if metric not in METRICS:
-            raise ConfigError(f"--eval {metric}: the metrics are {', '.join(METRICS)}")
+    metrics = known_metrics(tuple(metrics), "--eval") if metrics else experiment.metrics
     dataset = validation_set(experiment, "test")
     check_weights_fit(experiment, checkpoint)
     with joined(world):
-        start_logging(None, is_main=world.is_main)
+        start_logging(None, level=experiment.log_level, is_main=world.is_main)
         segmentor = load_trained(experiment, checkpoint, world.device)
         show = Shower(dataset, Path(show_dir), show_count) if show_dir is not None else None
         result = evaluate(segmentor, dataset, world=world, workers=experiment.workers, metrics=metrics, each=show)
@@ -70,7 +65,7 @@ def predict_files(config: str | os.PathLike, checkpoint: str | os.PathLike, imag
         dataset = validation_set(experiment, "test")
         classes, palette = dataset.CLASSES, dataset.PALETTE
     device = world_from_environment().device
-    start_logging(None, is_main=True)
+    start_logging(None, level=experiment.log_level, is_main=True)
     segmentor = load_trained(experiment, checkpoint, device)
     Path(out).mkdir(parents=True, exist_ok=True)
     for path, image, labels in track(predict(segmentor, experiment, files, device), "segmenting", total=len(files)):

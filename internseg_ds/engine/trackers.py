@@ -5,8 +5,11 @@ In: flat dicts of floats with a step. Rank 0 writes; on other ranks `open_tracke
 
 import json
 import logging
+import math
+import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -14,6 +17,8 @@ from typing import Any, Protocol, TextIO
 from internseg_ds.errors import ConfigError
 
 log = logging.getLogger(__name__)
+
+WANDB_HOOKS = ("WandbLoggerHook", "MMSegWandbHook")
 
 
 class Tracker(Protocol):
@@ -51,7 +56,8 @@ class JsonlTracker:
         self.file: TextIO = path.open("a")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        print(json.dumps({"step": step, "time": time.time(), **values}), file=self.file, flush=True)
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON knows neither NaN nor infinity
+        print(json.dumps({"step": step, "time": time.time(), **finite}), file=self.file, flush=True)
 
     def close(self) -> None:
         self.file.close()
@@ -84,10 +90,8 @@ class WandbTracker:
     """A Weights & Biases run; WANDB_MODE=offline keeps it in WORK_DIR/wandb and needs no account."""
 
     def __init__(self, folder: Path, init: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise ConfigError("log_config.hooks names a wandb hook, but wandb is not installed; pip install wandb, or drop the hook") from None
+        import wandb
+
         self.run = wandb.init(**{"dir": str(folder), "config": dict(config), **init})
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -97,27 +101,51 @@ class WandbTracker:
         self.run.finish()
 
 
-def open_trackers(work_dir: Path, hooks: Sequence[Mapping[str, Any]], *, max_steps: int, start: int, config: Mapping[str, Any], is_main: bool) -> list[Tracker]:
-    """The trackers of one run. start: the step that it resumes from. config: what wandb shows as the run's configuration."""
+def check_trackers(hooks: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ConfigError when a wandb hook cannot work: wandb is not installed, or would ask for an account that it does not know."""
+    for hook in hooks:
+        if hook["type"] not in WANDB_HOOKS:
+            continue
+        try:
+            import wandb
+        except ImportError:
+            raise ConfigError("log_config.hooks names a wandb hook, but wandb is not installed; pip install wandb, or drop the hook") from None
+        mode = (hook.get("init_kwargs") or {}).get("mode") or os.environ.get("WANDB_MODE", "online")
+        if mode == "online" and not wandb.api.api_key:
+            raise ConfigError("log_config.hooks names a wandb hook, but wandb knows no account here; run `wandb login`, or set WANDB_MODE=offline")
+
+
+@contextmanager
+def open_trackers(work_dir: Path, hooks: Sequence[Mapping[str, Any]], *, max_steps: int, start: int, config: Mapping[str, Any],
+                  is_main: bool) -> Iterator[list[Tracker]]:
+    """The trackers of one run, closed at the end of the block however it ends. start: the step that it resumes from. config: what wandb shows as the
+    run's configuration."""
     if not is_main:
-        return []
+        yield []
+        return
     trackers: list[Tracker] = [ConsoleTracker(max_steps, start), JsonlTracker(work_dir / "metrics.jsonl", start)]
     for hook in hooks:
         if hook["type"] == "TensorboardLoggerHook":
             trackers.append(TensorBoardTracker(Path(hook.get("log_dir") or work_dir / "tensorboard")))
-        elif hook["type"] in ("WandbLoggerHook", "MMSegWandbHook"):
+        elif hook["type"] in WANDB_HOOKS:
             trackers.append(WandbTracker(work_dir, hook.get("init_kwargs") or {}, config))
-    return trackers
+    try:
+        yield trackers
+    finally:
+        for tracker in trackers:
+            tracker.close()
 
 
-def start_logging(work_dir: Path | None, *, is_main: bool) -> None:
-    """Log lines of this package on rank 0: to the console, and to WORK_DIR/train.log. Other ranks log warnings only."""
+def start_logging(work_dir: Path | None, *, level: str, is_main: bool) -> None:
+    """Log lines of this package on rank 0: to the console, and to WORK_DIR/train.log. level: of rank 0 ("INFO"); other ranks log warnings only."""
     package = logging.getLogger("internseg_ds")
-    package.setLevel(logging.INFO if is_main else logging.WARNING)
+    package.setLevel(level if is_main else logging.WARNING)
     package.propagate = False
     for handler in list(package.handlers):
         package.removeHandler(handler)
         handler.close()
+    if not is_main:
+        logging.getLogger("internseg_ds.models").setLevel(logging.ERROR)  # all ranks build the same model: one says what it found
     handlers: list[logging.Handler] = [logging.StreamHandler()]
     if work_dir is not None and is_main:
         handlers.append(logging.FileHandler(work_dir / "train.log"))

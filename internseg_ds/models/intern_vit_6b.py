@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from mmcv.cnn.bricks import DropPath
 from mmcv.runner import BaseModule
 from mmseg.models.builder import BACKBONES
 from torch import Tensor, nn
@@ -85,6 +84,25 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
+class DropPath(nn.Module):
+    """Drops a residual branch of whole images with probability `drop_prob`, and scales what stays by 1 / (1 - drop_prob) (Huang et al., Stochastic Depth, 2016).
+
+    The coin is exact in every dtype; mmcv's adds a uniform number to 1 - drop_prob in the dtype of x, which bf16 rounds to another probability.
+    """
+
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (b, ...) -> the same shape and dtype."""
+        if not self.training:
+            return x
+        keep = 1 - self.drop_prob
+        kept = torch.empty(len(x), *[1] * (x.dim() - 1), dtype=torch.float32, device=x.device).bernoulli_(keep)
+        return x * (kept / keep).to(x.dtype)
+
+
 class Block(nn.Module):
     """x + drop_path(ls1(attn(norm1 x))), then the same with the MLP. init_values 0: no layer scale."""
 
@@ -141,6 +159,16 @@ def resize_to_shape(pos_embed: Tensor, shape: torch.Size) -> Tensor:
     return resize_position_embedding(pos_embed, (side, side))
 
 
+def is_square_embedding(stored: torch.Size, wanted: torch.Size) -> bool:
+    """Whether `stored` is (1, 1 + s * s, c) with the c of `wanted`: a class token and a square grid."""
+    return len(stored) == 3 and stored[0] == 1 and stored[1] > 1 and math.isqrt(stored[1] - 1) ** 2 == stored[1] - 1 and stored[2] == wanted[2]
+
+
+def is_patch_kernel(stored: torch.Size, wanted: torch.Size) -> bool:
+    """Whether `stored` (c, channels, p, p) differs from `wanted` in the patch size alone."""
+    return len(stored) == 4 and stored[:2] == wanted[:2]
+
+
 @BACKBONES.register_module()
 class InternViT6B(BaseModule):
     """The InternViT backbone (6 B parameters by default, 5.9 B of them in 48 blocks of 122.9 M).
@@ -151,8 +179,8 @@ class InternViT6B(BaseModule):
     graph; the FPN layers train. pretrained: weight file that the engine loads. Raises ValueError for sizes that do not fit each other.
     """
 
-    resizable = {"pos_embed": resize_to_shape, "patch_embed.proj.weight": resize_patch_kernel}
-    """Parameters whose shape in a weight file may differ, and what brings them to the model's."""
+    resizable = {"pos_embed": (is_square_embedding, resize_to_shape), "patch_embed.proj.weight": (is_patch_kernel, resize_patch_kernel)}
+    """Parameters whose shape in a weight file may differ: which (file's, model's) shapes can be brought together, and how."""
     pretrained_extras = ("clip_projector.",)
     """Prefixes of what published weight files hold beside the backbone."""
     not_pretrained = ("up1.", "up2.", "up3.", "up4.")
@@ -182,6 +210,9 @@ class InternViT6B(BaseModule):
         pretrained: str | None = None,
     ) -> None:
         super().__init__()
+        if img_size % patch_size:
+            below = img_size // patch_size * patch_size
+            raise ValueError(f"img_size={img_size} is not a multiple of patch_size={patch_size}; use {below} or {below + patch_size}")
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim={embed_dim} is not a multiple of num_heads={num_heads}")
         if not out_indices or not all(0 <= index < depth for index in out_indices) or list(out_indices) != sorted(set(out_indices)):

@@ -54,6 +54,9 @@ def test_one_safetensors_file_and_a_folder_with_an_index_are_read(tmp_path):
     (folder / "1.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"1\.safetensors is missing"):
         read(folder)
+    (folder / INDEX).write_text('{"weight_')
+    with pytest.raises(CheckpointError, match=r"index\.json is damaged"):
+        read(folder)
 
 
 @pytest.mark.parametrize(("name", "content", "words"), [
@@ -111,9 +114,19 @@ def test_a_prefix_picks_one_part_and_the_rest_is_ignored(tmp_path):
 
 
 def test_what_may_miss_and_what_may_be_resized_is_reported(tmp_path):
-    found = fitted({"backbone.a": (2, 5), "decode_head.b": (4,), "up1.w": (1,)}, tmp_path, resizable=["backbone.a"], may_miss=("up1.",))
+    found = fitted({"backbone.a": (2, 5), "decode_head.b": (4,), "up1.w": (1,)}, tmp_path, resizable={"backbone.a": lambda stored, wanted: stored[0] == wanted[0]}, may_miss=("up1.",))
     assert found.resized == ["backbone.a"] and found.missing == ["up1.w"]
     assert "1 resized (backbone.a)" in found.summary()
+
+
+def test_what_cannot_be_resized_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"backbone\.a is \[2, 3\] in the file and \[3, 5\] in the model"):
+        fitted({"backbone.a": (3, 5), "decode_head.b": (4,)}, tmp_path, resizable={"backbone.a": lambda stored, wanted: stored[0] == wanted[0]})
+
+
+def test_expected_extras_are_known_behind_a_prefix_too(tmp_path):
+    found = fitted({}, tmp_path, prefix="backbone.", ignore=("a",))
+    assert found.ignored == ["backbone.a", "decode_head.b"]
 
 
 @pytest.mark.parametrize(("shapes", "words"), [

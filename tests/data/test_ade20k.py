@@ -7,7 +7,7 @@ import pytest
 from mmseg.datasets import build_dataset
 
 from internseg_ds.data.ade20k import ADE20KDataset
-from internseg_ds.errors import ConfigError, DataError
+from internseg_ds.errors import ConfigError
 
 
 def folder_of(images: Path, names: list[str]) -> Path:
@@ -73,21 +73,6 @@ def test_a_published_config_that_names_ade20kdataset_builds_this_one(images):
     dataset = build_dataset(dict(type="ADE20KDataset", img_dir=str(images), max_image_num=20210 // 2, pipeline=[]))
     assert type(dataset) is ADE20KDataset
     assert dataset.reduce_zero_label and len(dataset.CLASSES) == 150
-
-
-def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(DataError, match="nowhere does not exist"):
-        names(tmp_path / "nowhere")
-
-
-def test_a_missing_split_file_is_named(tmp_path, images):
-    with pytest.raises(DataError, match=r"few\.txt does not exist"):
-        names(images, split=str(tmp_path / "few.txt"))
-
-
-def test_a_folder_without_images_is_an_error(tmp_path):
-    with pytest.raises(DataError, match=r"has no \*\.jpg images"):
-        names(folder_of(tmp_path / "empty", []))
 
 
 def test_a_subset_of_no_images_is_an_error(images):

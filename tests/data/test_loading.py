@@ -4,7 +4,7 @@ import pytest
 import torch
 from mmcv import Config
 
-from internseg_ds.data.loading import build_datasets, evaluation_batches, training_batches
+from internseg_ds.data.loading import build_datasets, evaluation_batches, first_sample, training_batches
 from internseg_ds.data.sampler import GlobalBatchSampler
 from internseg_ds.errors import DataError
 from tests.conftest import ROOT, TINY
@@ -55,7 +55,7 @@ def test_two_ranks_see_the_images_of_one(training):
 
 
 def test_the_same_image_is_augmented_anew_in_the_next_epoch(training):
-    stream = batches(training, 24)  # two epochs of 24 images
+    stream = batches(training, 23)  # two epochs of 23 images
     by_file = {}
     for batch in stream:
         for file, image in zip(batch.files, batch.inputs["img"]):
@@ -75,16 +75,29 @@ def test_more_ranks_than_images_leaves_some_without_any(data):
 
 
 @pytest.mark.parametrize(("change", "words"), [({"img_dir": "nowhere"}, "there is no folder .*nowhere"), ({"data_root": "/nowhere"}, "data_root = '/nowhere'"),
-                                               ({"type": "NoDataset"}, "NoDataset"), ({"typo": 1}, "typo")])
+                                               ({"img_dir": ["images/training", "elsewhere"]}, "there is no folder .*elsewhere"), ({"split": "few.txt"}, r"few\.txt"),
+                                               ({"pipeline": [{"type": "RandomFlip", "prob": 1.5}]}, "AssertionError"), ({"type": "NoDataset"}, "NoDataset"), ({"typo": 1}, "typo")])
 def test_data_that_is_not_there_is_one_sentence(data, change, words):
     entry = Config({**data.train, **change})._cfg_dict
     with pytest.raises(DataError, match=words):
         build_datasets(entry, "data.train", [entry])
 
 
+def test_folders_in_a_list_are_joined_as_mmseg_joins_them(data):
+    entry = Config({**data.train, "img_dir": ["images/training", "images/validation"], "ann_dir": ["annotations/training", "annotations/validation"]})._cfg_dict
+    assert len(build_datasets(entry, "data.train", [entry])) == 23 + 7
+
+
+def test_a_pipeline_that_fails_on_an_image_is_one_sentence(data):
+    entry = Config({**data.train, "pipeline": data.train.pipeline[:3]})._cfg_dict
+    entry.pipeline.append({"type": "Collect", "keys": ["gt_depth"], "meta_keys": []})
+    with pytest.raises(DataError, match=r"data\.train: its pipeline fails on the first image: KeyError: 'gt_depth'"):
+        first_sample(build_datasets(entry, "data.train", [entry]), "data.train")
+
+
 def test_an_empty_data_set_says_which_images_it_looked_for(data, tmp_path):
     entry = Config({**data.train, "data_root": str(tmp_path)})._cfg_dict
     for folder in (entry.img_dir, entry.ann_dir):
         (tmp_path / folder).mkdir(parents=True)
-    with pytest.raises(DataError, match="images/training has no"):
+    with pytest.raises(DataError, match=r"data\.train is empty: no image matches .*images/training"):
         build_datasets(entry, "data.train", [entry])

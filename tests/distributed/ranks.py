@@ -16,7 +16,7 @@ def spawn(function: Callable[..., None], world_size: int, *args: object) -> None
 
 def _rank(rank: int, function: Callable[..., None], world_size: int, port: int, args: tuple) -> None:
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(CUDA_VISIBLE_DEVICES="", RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo")
     try:
         function(*args)

@@ -52,9 +52,14 @@ def test_accumulation_may_come_from_the_ds_config_when_the_experiment_is_silent(
     ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, {}, ["bfloat16"]),
     ({"zero_optimisation": {"stage": 3}}, {}, ["unknown key 'zero_optimisation'", "did you mean 'zero_optimization'"]),
     ({"zero_optimization": {"stage": 3, "stage3_prefetch_bucket": 5}}, {}, ["unknown key 'stage3_prefetch_bucket'", "stage3_prefetch_bucket_size"]),
-    ({"zero_optimization": {"stage": "three"}}, {}, ["zero_optimization.stage", "three"]),
+    ({"zero_optimization": {"stage": "three"}}, {}, ["stage='three'", "DeepSpeedZeroConfig"]),
     ({"torch_autocast": {"enable": True}}, {}, ["unknown key 'enable'", "enabled"]),
     ({"bf16": True}, {}, ["must be a section"]),
+    ({"torch_autocast": True}, {}, ["torch_autocast", "must be a section"]),
+    ({"zero_optimization": {"stage": 3, "offload_optimizer": 5}}, {}, ["offload_optimizer of zero_optimization", "must be a section"]),
+    ({"bf16": {"enable": True}}, {}, ["enable", "BF16"]),
+    ({"bf16": {"enabled": "yes"}}, {}, ["bf16.enabled='yes'", "true or false"]),
+    ({"comms_logger": {"enable": True}}, {}, ["enable=True", "CommsLogger"]),
     ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}, {}, ["named twice", "lr=0.001", "lr=4e-05", "drop the optimizer"]),
     ({"optimizer": {"type": "SGD"}}, {}, ["named twice", "SGD"]),
     ({"scheduler": {"type": "WarmupLR"}}, {}, ["scheduler", "lr_config"]),
@@ -64,6 +69,11 @@ def test_a_contradiction_is_one_sentence_with_the_mend(raw, changes, words):
     with pytest.raises(ConfigError) as caught:
         resolve(raw, **changes)
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_null_sections_are_no_sections():
+    ds = resolve({"zero_optimization": {"stage": 3, "offload_optimizer": None}, "fp16": None, "optimizer": {"type": "AdamW", "params": None}})
+    assert ds.stage == 3 and not ds.cpu_adam
 
 
 def test_an_optimizer_section_with_the_same_values_is_no_contradiction():

@@ -10,6 +10,9 @@ from internseg_ds.errors import ConfigError
     ({"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"}, World(5, 8, 1, "srun")),
     ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, World(0, 1, 0, "python")),
     ({"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "2"}, World(2, 3, 2, "mpirun")),
+    ({"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "3", "SLURM_PROCID": "0", "SLURM_NTASKS": "3"}, World(2, 3, 0, "mpirun")),  # mpirun in a Slurm job
+    ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "ENVIRONMENT": "BATCH"}, World(0, 1, 0, "python")),  # python in a script of sbatch
+    ({"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_STEP_ID": "0", "ENVIRONMENT": "BATCH"}, World(3, 8, 0, "srun")),  # srun in it
     ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "SLURM_PROCID": "7", "SLURM_NTASKS": "8"}, World(0, 2, 0, "deepspeed, torchrun")),
 ])
 def test_each_launchers_variables_are_read(env, expected):

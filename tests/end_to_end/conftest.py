@@ -2,6 +2,7 @@
 
 import functools
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ LONG = [f"runner.max_iters={STEPS}", f"checkpoint_config.interval={STEPS}", *NO_
 class Run:
     work_dir: Path
     output: str
+    returncode: int
 
     @property
     def records(self) -> list[dict]:
@@ -41,12 +43,16 @@ class Run:
 
 @pytest.fixture(scope="session")
 def train(launch: Launch, ade20k: Path, tmp_path_factory: pytest.TempPathFactory):
-    """train(*arguments, options=[...], **launch settings) -> Run: launch/train.py on the small model and the generated data."""
+    """train(*arguments, options=[...], prepare=f, **launch settings) -> Run: launch/train.py on the small model and the generated data.
 
-    def run(*arguments: object, options: list[str] = [], **settings) -> Run:  # noqa: B006 - read only
+    prepare: called with the work directory before the run.
+    """
+
+    def run(*arguments: object, options: list[str] = [], prepare: Callable[[Path], None] = lambda _: None, **settings) -> Run:  # noqa: B006 - read only
         work_dir = tmp_path_factory.mktemp("run")
+        prepare(work_dir)
         done = launch("launch/train.py", TINY, "--work-dir", work_dir, *arguments, "--cfg-options", *SMALL, *data_options(ade20k), *options, **settings)
-        return Run(work_dir, done.stdout + done.stderr)
+        return Run(work_dir, done.stdout + done.stderr, done.returncode)
 
     return run
 

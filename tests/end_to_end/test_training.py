@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,38 +25,58 @@ DS_CONFIGS = ["zero1_bf16", "zero2_bf16", "zero3_bf16", "zero3_bf16_offload_opti
 
 @pytest.fixture(scope="module")
 def reference(ade20k) -> dict[int, float]:
+    return plain_losses(ade20k, STEPS)
+
+
+def plain_losses(ade20k: Path, steps: int, *more_options: str, micro_batch: int = 4, accumulation: int = 1, clip: float | None = None) -> dict[int, float]:
     """Loss per step of the same model and batches in one plain fp32 process: torch autograd, torch.optim.AdamW, no DeepSpeed."""
     from mmcv import DictAction
 
-    options = dict(option.split("=", 1) for option in [*SMALL, *LONG, *data_options(ade20k)])
+    options = dict(option.split("=", 1) for option in [*SMALL, *LONG, *data_options(ade20k), *more_options])
     options = {key: DictAction._parse_iterable(value) for key, value in options.items()}
     experiment = read_experiment(ROOT / TINY, options)
-    ds = resolve_ds_config({}, experiment="", micro_batch=4, world_size=1, optimizer=experiment.optimizer)
+    ds = resolve_ds_config({}, experiment="", micro_batch=micro_batch, world_size=1, optimizer=experiment.optimizer)
     model = build_for_training(experiment.model, ds, torch.device("cpu"), seed=0).train()
     optimizer = torch.optim.AdamW(parameter_groups(model, experiment.optimizer), lr=1.0, betas=(0.9, 0.999))
     bases = [group["lr"] for group in optimizer.param_groups]
     dataset = build_datasets(experiment.train, "data.train", list(leaf_datasets(experiment.train)))
-    batches = training_batches(dataset, GlobalBatchSampler(len(dataset), 4), workers=0, seed=0, device=torch.device("cpu"))
+    batches = training_batches(dataset, GlobalBatchSampler(len(dataset), micro_batch), workers=0, seed=0, device=torch.device("cpu"))
     losses = {}
-    for step, batch in enumerate(islice(batches, STEPS)):
+    for step in range(steps):
         for group, base in zip(optimizer.param_groups, bases):
             group["lr"] = experiment.schedule.lr(step, base)
-        terms = model(return_loss=True, **batch.inputs)
-        loss = sum(value for name, value in terms.items() if "loss" in name)
         optimizer.zero_grad()
-        loss.backward()
+        losses[step + 1] = 0.0
+        for batch in islice(batches, accumulation):
+            terms = model(return_loss=True, **batch.inputs)
+            loss = sum(value for name, value in terms.items() if "loss" in name) / accumulation
+            loss.backward()
+            losses[step + 1] += float(loss)
+        if clip is not None:
+            assert torch.nn.utils.clip_grad_norm_(model.parameters(), clip) > clip  # it does clip
         optimizer.step()
-        losses[step + 1] = float(loss)
     return losses
 
 
-def test_fp32_zero3_on_2_ranks_follows_plain_pytorch_within_1e_4(train, reference, tmp_path):
+@pytest.fixture(scope="module")
+def fp32(tmp_path_factory) -> Path:
+    """ds_configs/zero3_autocast.json, switched to fp32."""
     ds = json.loads((ROOT / "ds_configs/zero3_autocast.json").read_text())
     ds["torch_autocast"]["enabled"] = False
-    path = tmp_path / "zero3_fp32.json"
+    path = tmp_path_factory.mktemp("ds") / "zero3_fp32.json"
     path.write_text(json.dumps(ds))
-    losses = train("--deepspeed_config", path, "--no-validate", options=LONG).losses
+    return path
+
+
+def test_fp32_zero3_on_2_ranks_follows_plain_pytorch_within_1e_4(train, reference, fp32):
+    losses = train("--deepspeed_config", fp32, "--no-validate", options=LONG).losses
     assert losses == pytest.approx(reference, abs=1e-4)
+
+
+def test_accumulated_and_clipped_gradients_follow_plain_pytorch_within_1e_4(train, ade20k, fp32):
+    options = [*LONG, "runner.max_iters=8", "data.samples_per_gpu=1", "optimizer_config.grad_clip.max_norm=0.5"]
+    losses = train("--deepspeed_config", fp32, "--no-validate", options=options).losses
+    assert losses == pytest.approx(plain_losses(ade20k, 8, "runner.max_iters=8", micro_batch=2, accumulation=2, clip=0.5), abs=1e-4)
 
 
 @pytest.mark.parametrize("name", DS_CONFIGS)
@@ -65,18 +87,50 @@ def test_every_ds_config_follows_plain_pytorch_within_bf16(name, long_run, refer
     assert losses != pytest.approx(reference, rel=1e-7) or name == "zero3_autocast"  # it really is another arithmetic
 
 
-def test_a_bf16_backbone_follows_plain_pytorch_too(train, reference):
+@pytest.mark.parametrize("name", ["zero3_bf16", "zero3_autocast"])
+def test_a_bf16_backbone_follows_plain_pytorch_too(name, train, reference):
     """This machine may compute the backbone in fp32 by default; here the bf16 arithmetic of a GPU is asked for."""
-    losses = train("--no-validate", options=[*LONG, "runner.max_iters=6", "engine.backbone_dtype=bfloat16"]).losses
+    losses = train("--deepspeed_config", f"ds_configs/{name}.json", "--no-validate", options=[*LONG, "runner.max_iters=6", "engine.backbone_dtype=bfloat16"]).losses
     first = {step: reference[step] for step in range(1, 6)}
     assert {step: losses[step] for step in first} == pytest.approx(first, rel=2e-2)
+    assert {step: losses[step] for step in first} != pytest.approx(first, rel=1e-6)  # it really is another arithmetic
 
 
 def test_a_resumed_run_has_the_same_losses_to_the_last_bit(train, trained):
-    resumed = train("--resume", trained.work_dir / "checkpoints" / "iter_6", options=["runner.max_iters=12", "checkpoint_config.interval=6", "evaluation.interval=6"])
+    """The run stopped inside an epoch, after a save and before its evaluation: the score is made up for."""
+    from internseg_ds.checkpoints.manifest import update_metrics
+
+    def stopped(work_dir):
+        shutil.copytree(trained.work_dir / "checkpoints" / "iter_6", work_dir / "checkpoints" / "iter_6")
+        (work_dir / "checkpoints" / "latest").write_text("iter_6")
+        update_metrics(work_dir / "checkpoints" / "iter_6", {})
+
+    resumed = train("--auto-resume", options=["runner.max_iters=12", "checkpoint_config.interval=6", "evaluation.interval=6"], prepare=stopped)
     assert list(resumed.losses) == [7, 8, 9, 10, 11, 12]
     assert resumed.losses == {step: loss for step, loss in trained.losses.items() if step > 6}
-    assert resumed.scores[12] == trained.scores[12]
+    assert resumed.scores == {step: score for step, score in trained.scores.items() if step >= 6}
+
+
+def test_the_engine_is_a_few_lines_of_python(ade20k, tmp_path):
+    """The README's example, with the demo's config made small."""
+    options = dict(option.split("=", 1) for option in data_options(ade20k)) | {"runner.max_iters": 2, "data.samples_per_gpu": 2, "engine.global_batch": 2}
+    script = f"""
+from internseg_ds import SegmentorEngine
+
+with SegmentorEngine({TINY!r}, "ds_configs/zero3_bf16.json", work_dir={str(tmp_path)!r}, cfg_options={options!r}) as engine:
+    engine.train()
+    print(engine.evaluate().metrics["mIoU"])
+"""
+    path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=200,
+                          env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert 0 <= float(done.stdout.splitlines()[-1]) < 0.2
+
+
+def test_a_loss_that_is_not_finite_ends_with_3_and_names_step_rank_and_images(train):
+    run = train("--no-validate", options=["runner.max_iters=4", "checkpoint_config.interval=0", "model.decode_head.loss_decode.loss_weight=1e39"], check=False)
+    assert run.returncode == 3 and "not finite at step 1" in run.output and "rank 1: " in run.output and "ADE_train_" in run.output
 
 
 def test_a_run_leaves_checkpoints_metrics_log_curve_and_its_configs(trained):

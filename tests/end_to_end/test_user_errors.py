@@ -7,7 +7,7 @@ import pytest
 from internseg_ds.distributed.process_group import World
 from internseg_ds.engine.experiment import read_experiment
 from internseg_ds.engine.preflight import check
-from internseg_ds.errors import UserError
+from internseg_ds.errors import ConfigError, DataError, UserError
 from tests.conftest import ROOT, TINY, data_options
 
 
@@ -23,7 +23,7 @@ def test_rank_0_says_it_once_and_the_launcher_ends_with_2(launch, tmp_path):
 @pytest.mark.parametrize(("options", "words"), [
     ({"model.test_cfg.crop_size": (100, 112)}, ["model.test_cfg.crop_size", "patch size 14", "98 or 112"]),
     ({"model.test_cfg.stride": (200, 70)}, ["stride", "crop_size"]),
-    ({"model.backbone.img_size": 113}, ["img_size=(113, 113)", "patch size 14", "112 or 126"]),
+    ({"model.backbone.img_size": 113}, ["img_size=113", "patch_size=14", "112 or 126"]),
     ({"model.backbone.out_indices": [0, 1, 2, 9]}, ["out_indices", "depth=4"]),
     ({"model.backbone.typo": 1}, ["typo"]),
     ({"model.backbone.type": "NoSuchViT"}, ["NoSuchViT"]),
@@ -33,8 +33,19 @@ def test_rank_0_says_it_once_and_the_launcher_ends_with_2(launch, tmp_path):
     ({"data.val.img_dir": "images/nothing"}, ["data.val", "images/nothing"]),
     ({"optimizer.paramwise_cfg": {"num_layers": 7, "layer_decay_rate": 0.9}}, ["num_layers=7", "4 layers"]),
     ({"optimizer.type": "AdamWW"}, ["AdamWW"]),
+    ({"optimizer.momentum": 0.9}, ["AdamW", "momentum"]),
+    ({"optimizer.lr": -1}, ["optimizer.lr=-1"]),
+    ({"optimizer.lr": "4e-5x"}, ["optimizer.lr='4e-5x'"]),
+    ({"optimizer.constructor": "CustomLayerDecay"}, ["CustomLayerDecay"]),
+    ({"optimizer.paramwise_cfg": {"num_layers": 4, "layer_decay_rate": "a"}}, ["layer_decay_rate='a'"]),
+    ({"model.test_cfg.stride": None}, ["model.test_cfg.stride=None"]),
+    ({"model.test_cfg.mode": "slid"}, ["'slid'", "'whole'"]),
+    ({"model.test_cfg.mode": "whole", "data.val.pipeline.1.transforms.1.size_divisor": 32}, ["data.val", "no whole patches of 14", "ResizeToMultiple"]),
+    ({"data.train.pipeline.3.crop_size": 112}, ["data.train", "TypeError"]),
+    ({"data.val.type": "COCOStuffDataset"}, ["num_classes=150", "data.val has 171"]),
+    ({"data.train.type": "CustomDataset"}, ["data.train", "classes"]),
     ({"data.samples_per_gpu": 3}, ["engine.global_batch=8", "3 images"]),
-    ({"data.samples_per_gpu": 0}, ["samples_per_gpu=0"]),
+    ({"data.samples_per_gpu": 0}, ["samples_per_gpu", "is 0"]),
     ({"engine.global_bach": 8}, ["global_bach", "did you mean engine.global_batch"]),
     ({"modle.backbone": 8}, ["modle", "did you mean model"]),
     ({"model.bakbone.depth": 8}, ["bakbone", "did you mean model.backbone"]),
@@ -46,6 +57,24 @@ def test_a_wrong_setting_is_one_sentence(options, words, ade20k):
     with pytest.raises(UserError) as caught:
         check(read_experiment(ROOT / TINY, right | options), ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0))
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_a_joined_validation_set_is_refused(ade20k):
+    experiment = read_experiment(ROOT / TINY, dict(option.split("=") for option in data_options(ade20k)))
+    experiment.val.update(img_dir=["images/training", "images/validation"], ann_dir=["annotations/training", "annotations/validation"])
+    with pytest.raises(DataError, match=r"data\.val joins 2 data sets"):
+        check(experiment, ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0))
+
+
+def test_a_ds_config_without_a_stage_is_refused(ade20k):
+    experiment = read_experiment(ROOT / TINY, dict(option.split("=") for option in data_options(ade20k)))
+    with pytest.raises(ConfigError, match="no ZeRO stage"):
+        check(experiment, {"bf16": {"enabled": True}}, World(0, 2, 0))
+
+
+def test_an_option_without_a_value_is_a_usage_error(launch):
+    done = launch("launch/train.py", TINY, "--cfg-options", "model.backbone.depth", launcher="python", check=False)
+    assert done.returncode == 2 and "write KEY=VALUE" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_dry_run_prints_parameters_groups_and_memory_and_writes_nothing(launch, ade20k, tmp_path):
@@ -62,7 +91,7 @@ def test_help_shows_a_command(script, launch):
 
 def test_resuming_with_another_number_of_processes_says_what_to_do(trained, train):
     run = train("--resume", trained.work_dir, "--no-validate", options=["runner.max_iters=13"], processes=1, check=False)
-    assert "saved by 2 processes" in run.output and "--load-from" in run.output
+    assert "saved by 2 processes" in run.output and "--load-from" in run.output and "Traceback" not in run.output
 
 
 def test_a_truncated_checkpoint_is_refused_before_training(trained, launch, ade20k, tmp_path):

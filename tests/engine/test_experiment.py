@@ -18,9 +18,11 @@ def test_keys_of_mmcvs_runner_are_interpreted_or_answered_by_a_line():
     cfg.merge_from_dict(PUBLISHED_STYLE)
     experiment = read_experiment(cfg)
     assert (experiment.save_every, experiment.max_keep_ckpts, experiment.evaluate_every, experiment.log_every) == (1000, 2, 500, 50)
-    assert experiment.gradient_clipping == 0.1 and experiment.keep_best and experiment.metrics == ("mIoU",)
+    assert experiment.gradient_clipping == 0.1 and experiment.best_by == "mIoU" and experiment.metrics == ("mIoU",)
     for word in ("deepspeed_config", "ToBFloat16Hook", "dist_params", "workflow", "SomebodysHook"):
         assert any(word in note for note in experiment.notes), word
+    assert "checkpoint_config.deepspeed has no effect here" in experiment.notes
+    assert experiment.cudnn_benchmark and experiment.log_level == "INFO"
     assert not any("helper_variable" in note for note in experiment.notes)
 
 
@@ -29,8 +31,13 @@ def test_defaults_are_what_mmseg_users_expect():
     for key in ("checkpoint_config", "evaluation", "log_config", "engine", "optimizer_config"):
         cfg.pop(key)
     experiment = read_experiment(cfg)
-    assert experiment.engine.global_batch is None and experiment.gradient_clipping == 0.0 and not experiment.keep_best
+    assert experiment.engine.global_batch is None and experiment.gradient_clipping == 0.0 and experiment.best_by is None
     assert experiment.save_every == experiment.evaluate_every == experiment.max_steps == 420
+
+
+@pytest.mark.parametrize(("save_best", "best_by"), [("auto", "mIoU"), ("mAcc", "mAcc"), (True, "mIoU"), (False, None), (None, None)])
+def test_save_best_names_the_score(save_best, best_by):
+    assert read_experiment(ROOT / TINY, {"evaluation.save_best": save_best}).best_by == best_by
 
 
 def test_cumulative_iters_is_accumulation():
@@ -53,6 +60,18 @@ def test_options_reach_arguments_that_the_file_leaves_at_their_defaults():
     ({"engine.accumulate": 1}, "accumulate"),
     ({"data.train.pipeline.99.type": "x"}, "99"),
     ({"runner.max_iters": 0}, "at least 1"),
+    ({"runner.max_iter": 10}, "did you mean runner.max_iters"),
+    ({"data.sample_per_gpu": 8}, "did you mean data.samples_per_gpu"),
+    ({"evaluation.intervall": 5}, "did you mean evaluation.interval"),
+    ({"lr_config.warmup_iter": 3}, "did you mean lr_config.warmup_iters"),
+    ({"model.test_cfg.strid": (3, 3)}, "did you mean model.test_cfg.stride"),
+    ({"evaluation.metric": "mIou"}, "mIoU, mDice"),
+    ({"evaluation.metric": []}, "names no metric"),
+    ({"evaluation.save_best": "mDice"}, "save_best='mDice'.*mIoU, mAcc, aAcc"),
+    ({"evaluation.interval": "x"}, "evaluation.interval.*'x'"),
+    ({"checkpoint_config.interval": 2.5}, "checkpoint_config.interval.*2.5"),
+    ({"data.workers_per_gpu": -1}, "workers_per_gpu.*-1"),
+    ({"log_level": "LOUD"}, "LOUD"),
     ({"lr_config.warmup": "exp"}, "linear"),
 ])
 def test_options_that_mean_nothing_are_named(options, words):
@@ -68,5 +87,5 @@ def test_a_broken_config_is_one_sentence(tmp_path, text, words):
 
 
 def test_a_missing_config_names_the_nearest():
-    with pytest.raises(ConfigError, match="there is no config file"):
-        read_experiment("configs/intern_vit_tiny/upernet_tiny.py")
+    with pytest.raises(ConfigError, match=rf"there is no config file .*; did you mean {TINY}\?"):
+        read_experiment(TINY.replace("112", "113"))

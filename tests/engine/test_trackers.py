@@ -4,7 +4,8 @@ import pytest
 
 from internseg_ds.engine.curves import draw_curves
 from internseg_ds.engine.state import TrainState, due
-from internseg_ds.engine.trackers import JsonlTracker, open_trackers
+from internseg_ds.engine.trackers import JsonlTracker, check_trackers, open_trackers
+from internseg_ds.errors import ConfigError
 
 
 def steps(path):
@@ -32,17 +33,18 @@ def test_a_new_run_in_an_old_work_directory_starts_its_metrics_anew(tmp_path):
 
 
 def test_only_rank_0_writes(tmp_path):
-    assert open_trackers(tmp_path, [], max_steps=1, start=0, config={}, is_main=False) == []
+    with open_trackers(tmp_path, [], max_steps=1, start=0, config={}, is_main=False) as trackers:
+        assert trackers == []
     assert list(tmp_path.iterdir()) == []
 
 
 def test_tensorboard_holds_the_scalars(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    trackers = open_trackers(tmp_path, [{"type": "TensorboardLoggerHook"}], max_steps=3, start=0, config={}, is_main=True)
-    for tracker in trackers:
-        tracker.write(2, {"loss": 0.5})
-        tracker.close()
+    with pytest.raises(RuntimeError), open_trackers(tmp_path, [{"type": "TensorboardLoggerHook"}], max_steps=3, start=0, config={}, is_main=True) as trackers:
+        for tracker in trackers:
+            tracker.write(2, {"loss": 0.5})
+        raise RuntimeError("a run that dies")  # what was written must be on disk all the same
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(2, 0.5)]
@@ -51,11 +53,27 @@ def test_tensorboard_holds_the_scalars(tmp_path):
 def test_wandb_works_offline_without_an_account(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    trackers = open_trackers(tmp_path, [{"type": "WandbLoggerHook", "init_kwargs": {"project": "test"}}], max_steps=3, start=0, config={"lr": 1}, is_main=True)
-    for tracker in trackers:
-        tracker.write(1, {"loss": 0.5})
-        tracker.close()
+    hooks = [{"type": "WandbLoggerHook", "init_kwargs": {"project": "test"}}]
+    check_trackers(hooks)
+    with open_trackers(tmp_path, hooks, max_steps=3, start=0, config={"lr": 1}, is_main=True) as trackers:
+        for tracker in trackers:
+            tracker.write(1, {"loss": 0.5})
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_wandb_without_an_account_is_refused_before_the_run(tmp_path, monkeypatch):
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "nothing"))
+    with pytest.raises(ConfigError, match="WANDB_MODE=offline"):
+        check_trackers([{"type": "TextLoggerHook"}, {"type": "WandbLoggerHook"}])
+
+
+def test_a_number_that_json_does_not_know_is_null(tmp_path):
+    tracker = JsonlTracker(tmp_path / "metrics.jsonl", start=0)
+    tracker.write(1, {"loss": 1.0, "grad_norm": float("inf")})
+    tracker.close()
+    assert '"grad_norm": null' in (tmp_path / "metrics.jsonl").read_text()
 
 
 @pytest.mark.parametrize(("step", "every", "expected"), [(5, 5, True), (6, 5, False), (12, 5, True), (12, 0, True), (11, 0, False)])

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from mmseg.models import build_backbone
 
-from internseg_ds.models.intern_vit_6b import InternViT6B, TruncNormalLinear, resize_patch_kernel, resize_position_embedding
+from internseg_ds.models.intern_vit_6b import DropPath, InternViT6B, TruncNormalLinear, resize_patch_kernel, resize_position_embedding
 
 TINY = dict(embed_dim=24, depth=3, num_heads=3, patch_size=14, img_size=56, out_indices=[0, 2], use_flash_attn=False, with_cp=False)
 FPN = {**TINY, "depth": 4, "out_indices": [0, 1, 2, 3], "with_fpn": True}
@@ -135,13 +135,27 @@ def test_the_stored_grid_is_not_resampled():
 
 def test_stored_parameters_are_resized_to_the_shapes_of_the_model():
     embedding, kernel = torch.randn(1, 17, 8), torch.randn(8, 3, 16, 16)
-    resized = {name: resize(value, torch.Size(shape)) for (name, resize), value, shape in zip(
-        InternViT6B.resizable.items(), (embedding, kernel), ((1, 26, 8), (8, 3, 14, 14)), strict=True)}
+    resized = {}
+    for (name, (can_resize, resize)), value, shape in zip(InternViT6B.resizable.items(), (embedding, kernel), ((1, 26, 8), (8, 3, 14, 14)), strict=True):
+        assert can_resize(value.shape, torch.Size(shape))
+        resized[name] = resize(value, torch.Size(shape))
     assert list(resized) == ["pos_embed", "patch_embed.proj.weight"]
     grid = F.interpolate(embedding[:, 1:].reshape(1, 4, 4, 8).permute(0, 3, 1, 2), size=(5, 5), mode="bicubic", align_corners=False)
     assert torch.equal(resized["pos_embed"], torch.cat([embedding[:, :1], grid.permute(0, 2, 3, 1).reshape(1, 25, 8)], 1))
     assert torch.equal(resized["patch_embed.proj.weight"], F.interpolate(kernel, size=(14, 14), mode="bicubic", align_corners=False))
     assert torch.equal(resize_patch_kernel(kernel, kernel.shape), kernel)
+
+
+@pytest.mark.parametrize(("name", "stored", "wanted"), [
+    ("pos_embed", (1, 21, 8), (1, 26, 8)),  # 4 x 5 patches: which way round?
+    ("pos_embed", (1, 16, 8), (1, 26, 8)),  # no class token
+    ("pos_embed", (1, 17, 9), (1, 26, 8)),
+    ("patch_embed.proj.weight", (8, 3, 14, 14), (8, 4, 14, 14)),
+    ("patch_embed.proj.weight", (8, 3, 2, 14, 14), (8, 3, 14, 14)),
+])
+def test_shapes_that_no_resizing_brings_together_are_known(name, stored, wanted):
+    can_resize, _ = InternViT6B.resizable[name]
+    assert not can_resize(torch.Size(stored), torch.Size(wanted))
 
 
 @pytest.mark.parametrize(("height", "width"), [(57, 56), (56, 50)])
@@ -197,6 +211,15 @@ def test_drop_path_grows_linearly_with_depth():
     rates = [block.drop_path.drop_prob for block in rest]
     assert isinstance(first.drop_path, torch.nn.Identity) and rates == pytest.approx([0.1, 0.2, 0.3, 0.4])
     assert all(type(rate) is float for rate in rates)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_drop_path_keeps_the_mean_in_every_dtype(dtype):
+    torch.manual_seed(0)
+    out = DropPath(0.4).train()(torch.ones(200_000, 1, 1, dtype=dtype))
+    assert set(out.flatten().tolist()) == {0.0, torch.tensor(1 / 0.6).to(dtype).item()}
+    assert float((out > 0).double().mean()) == pytest.approx(0.6, abs=0.004)  # four standard deviations
+    assert torch.equal(DropPath(0.4).eval()(out), out)
 
 
 def test_every_owner_of_parameters_resets_them_and_only_them():
