@@ -118,11 +118,11 @@ model = dict(
     test_cfg=dict(mode="slide", crop_size=crop_size, stride=(154, 154)),  # overlapping windows, 11 patches apart
 )
 
-# -- the schedule, in steps: 367 photographs are 46 steps, so this is 35 times through them --
+# -- the schedule, in steps: 367 photographs are 46 steps, so this is 26 times through them --
 optimizer = dict(type="AdamW", lr=1e-3, betas=(0.9, 0.999), weight_decay=0.05)
 optimizer_config = dict()
 lr_config = dict(policy="poly", warmup="linear", warmup_iters=100, warmup_ratio=1e-6, power=1.0, min_lr=0.0, by_epoch=False)
-runner = dict(type="IterBasedRunner", max_iters=1600)
-checkpoint_config = dict(by_epoch=False, interval=800, max_keep_ckpts=2)
-evaluation = dict(interval=800, metric="mIoU", pre_eval=True, save_best="auto")
+runner = dict(type="IterBasedRunner", max_iters=1200)
+checkpoint_config = dict(by_epoch=False, interval=600, max_keep_ckpts=2)
+evaluation = dict(interval=600, metric="mIoU", pre_eval=True, save_best="auto")
 log_config = dict(interval=25)
