@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 CONFIG = "configs/intern_vit_tiny/upernet_intern_vit_tiny_112_ade20k.py"
 ADE20K = Path("data/ade/ADEChallengeData2016")
 WORK = Path("work_dirs/demo")
@@ -28,16 +30,17 @@ def step(title: str, command: str) -> None:
 def main() -> None:
     began = time.monotonic()
     python = sys.executable
+    processes = min(2, torch.cuda.device_count()) or 2  # on CPUs, two share the machine
     real = ADE20K.exists() and not (ADE20K / "GENERATED.json").exists()
     root = Path("data/generated_ade20k") if real else ADE20K  # a real ADE20K stays as it is; the demo trains on generated scenes all the same
     data = f"data.train.data_root={root} data.val.data_root={root} data.test.data_root={root}"
     step("a small data set in ADE20K's layout", f"{python} -m internseg_ds.data.generated_ade20k {root}")
-    step("full tuning under ZeRO-3 with 2 processes",
-         f"deepspeed --num_gpus 2 launch/train.py {CONFIG} --deepspeed_config ds_configs/zero3_bf16.json --work-dir {WORK} "
+    step("full tuning under ZeRO-3",
+         f"deepspeed --num_gpus {processes} launch/train.py {CONFIG} --deepspeed_config ds_configs/zero3_bf16.json --work-dir {WORK} "
          f"--cfg-options engine.evaluate_before=True {data}")
     step("one file out of the ZeRO checkpoint", f"{python} launch/consolidate.py {WORK}/checkpoints {WORK}/segmentor.pth --overwrite")
     step("evaluation of that file, with pictures",
-         f"deepspeed --num_gpus 2 launch/test.py {CONFIG} {WORK}/segmentor.pth --eval mIoU --out {WORK}/results.json --show-dir {WORK}/pictures "
+         f"deepspeed --num_gpus {processes} launch/test.py {CONFIG} {WORK}/segmentor.pth --eval mIoU --out {WORK}/results.json --show-dir {WORK}/pictures "
          f"--cfg-options {data}")
 
     records = [json.loads(line) for line in (WORK / "metrics.jsonl").read_text().splitlines()]

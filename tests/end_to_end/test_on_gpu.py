@@ -1,0 +1,62 @@
+"""What only a GPU can show: native bf16, nccl, torch's own SyncBatchNorm, peak memory. One GPU is enough; without any, all of this is skipped."""
+
+import json
+
+import pytest
+import torch
+
+from internseg_ds.distributed.sync_batch_norm import AnyDeviceSyncBatchNorm
+from internseg_ds.models.attention import attention
+from internseg_ds.models.norms import RMSNorm
+from tests.conftest import TINY, data_options
+from tests.end_to_end.conftest import LONG, SMALL
+from tests.end_to_end.test_training import plain_losses
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+ON_GPU = {"CUDA_VISIBLE_DEVICES": "0"}
+ONE = ["data.samples_per_gpu=4"]
+
+
+@pytest.fixture(scope="module")
+def run(train):
+    """6 steps in one process on the GPU, saved and evaluated at the end."""
+    options = [*LONG, *ONE, "runner.max_iters=6", "checkpoint_config.interval=6", "evaluation.interval=6"]
+    return train("--deepspeed_config", "ds_configs/zero3_bf16.json", options=options, processes=1, env=ON_GPU)
+
+
+def test_training_in_bf16_follows_plain_pytorch_on_the_cpu(run, ade20k):
+    assert "backbone computes in bfloat16" in run.output
+    assert run.losses == pytest.approx(plain_losses(ade20k, 6, "runner.max_iters=6"), rel=2e-2)
+    assert all(record["peak_gib"] > 0 for record in run.records if "loss" in record)
+
+
+def test_the_checkpoint_scores_the_same_on_gpu_and_cpu(run, launch, ade20k, tmp_path):
+    scores = []
+    for name, env in (("gpu", ON_GPU), ("cpu", {})):
+        out = tmp_path / f"{name}.json"
+        launch("launch/test.py", TINY, run.work_dir / "checkpoints", "--out", out, "--cfg-options", *SMALL, *ONE, *data_options(ade20k), processes=1, env=env)
+        scores.append(json.loads(out.read_text())["mIoU"])
+    assert scores == pytest.approx([run.scores[6]] * 2, abs=5e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_agree_with_the_formulas_in_fp64(dtype):
+    torch.manual_seed(0)
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-3
+    x, norm = torch.randn(3, 17, 3200), RMSNorm(3200)
+    expected = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    torch.testing.assert_close(norm.cuda().to(dtype)(x.cuda().to(dtype)).cpu().double(), expected, rtol=tolerance, atol=tolerance)
+    q, k, v = torch.randn(3, 2, 257, 5, 128)
+    weights = (q.double().transpose(1, 2) @ k.double().permute(0, 2, 3, 1) / 128**0.5).softmax(-1)
+    expected = (weights @ v.double().transpose(1, 2)).transpose(1, 2)
+    found = attention(*(part.cuda().to(dtype) for part in (q, k, v)))
+    torch.testing.assert_close(found.cpu().double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_batch_norm_is_the_same_on_gpu_and_cpu():
+    torch.manual_seed(0)
+    x, norm = torch.randn(4, 6, 5, 7), AnyDeviceSyncBatchNorm(6)
+    expected = norm(x)
+    other = AnyDeviceSyncBatchNorm(6).cuda()
+    torch.testing.assert_close(other(x.cuda()).cpu(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(other.running_var.cpu(), norm.running_var, rtol=1e-4, atol=1e-4)
