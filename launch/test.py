@@ -14,12 +14,13 @@ def main() -> None:
     parser.add_argument("--out", metavar="JSON", help="write the metrics to this file")
     parser.add_argument("--show-dir", metavar="DIR", help="write image, ground truth and prediction side by side as PNGs")
     parser.add_argument("--show-count", type=int, default=20, metavar="N", help="how many of them (default: %(default)s)")
+    parser.add_argument("--ema", action="store_true", help="evaluate the averaged weights of a ZeRO checkpoint of a run with engine.ema")
     command_line.add_config_options(parser)
     args = parser.parse_args()
 
     from internseg_ds.engine.testing import test
 
-    test(args.config, args.checkpoint, metrics=args.eval, out=args.out, show_dir=args.show_dir, show_count=args.show_count, cfg_options=args.cfg_options)
+    test(args.config, args.checkpoint, metrics=args.eval, out=args.out, show_dir=args.show_dir, show_count=args.show_count, ema=args.ema, cfg_options=args.cfg_options)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A ZeRO checkpoint turned into one ordinary checkpoint: an mmseg .pth, one .safetensors, or a folder of sharded safetensors with an index.
 
-Tensors are merged from memory-mapped shards. Sharded safetensors are written shard by shard; the one-file forms are held in memory whole before they
-are written. The result appears under its name only when it is complete, and `NAME.sha256` beside it has its checksums.
+Values are read from the shards, merged and written piece by piece (`streaming`), so that memory depends neither on the model's size nor on the number of
+processes that saved it. DeepSpeed's own `zero_to_fp32` holds the model in memory for one file, and for ZeRO-1/2 in any form. The result appears under its name only when it is complete, and `NAME.sha256` beside it has its checksums.
 """
 
 import hashlib
@@ -9,38 +9,45 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import rich.progress
 import torch
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.torch import save_file
-from torch import Tensor
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from internseg_ds.checkpoints.fitting import shortened
+from internseg_ds.checkpoints.stored import HeldTensor
+from internseg_ds.checkpoints.streaming import Advance, Entry, write_pth, write_safetensors
 from internseg_ds.checkpoints.weights import INDEX
-from internseg_ds.checkpoints.zero_checkpoint import ZeroCheckpoint
+from internseg_ds.checkpoints.zero_checkpoint import What, ZeroCheckpoint
 from internseg_ds.errors import CheckpointError
 
 SHARD_BYTES = 4 * 2**30
 SHARD_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
-def consolidate(source: Path, out: Path, *, dtype: Literal["float32", "bfloat16"] = "float32", tag: str | None = None, overwrite: bool = False) -> Path:
+def consolidate(source: Path, out: Path, *, dtype: Literal["float32", "bfloat16"] = "float32", tag: str | None = None, ema: bool = False,
+                overwrite: bool = False, select: Callable[[Mapping[str, Entry]], dict[str, Entry]] = dict, files: Mapping[str, str] = {},
+                bare: bool = False) -> Path:
     """Writes the weights of a ZeRO checkpoint to `out` (*.pth, *.safetensors, or a folder) and returns it.
 
     source: WORK_DIR, WORK_DIR/checkpoints, or one save. tag: which save ("best", "iter_N"; default the latest). dtype: of the backbone's parameters;
-    the rest stays float32. The .pth is mmseg's: {"meta": {CLASSES, PALETTE, config, iter, metrics}, "state_dict": ...}, loadable with weights_only.
+    the rest stays float32. ema: the averaged weights. select: picks and renames what is written (default: all). files: texts that go into a folder, by name.
+    The .pth is mmseg's: {"meta": {CLASSES, PALETTE, config, iter, metrics}, "state_dict": ...}, loadable with weights_only; bare: the state dict alone.
 
     Raises CheckpointError for a damaged source, an existing `out` (unless overwrite), and a target without enough space, before the first byte.
     """
     checkpoint = ZeroCheckpoint.open(source, tag)
     out = Path(out)
+    if ema and not checkpoint.has_ema:
+        raise CheckpointError(f"{checkpoint.path} holds no averaged weights; train with engine.ema=0.999 to have them")
     if out.exists() and not overwrite:
         raise CheckpointError(f"{out} exists already; choose another name, or give --overwrite")
     if out.is_dir():  # only what this function writes is ever deleted: `out` may be a work directory by mistake, even that of `source`
-        strangers = [item.name for item in sorted(out.iterdir()) if item.name != INDEX and not (item.is_file() and SHARD_NAME.fullmatch(item.name))]
+        strangers = [item.name for item in sorted(out.iterdir()) if item.name not in (INDEX, *files) and not (item.is_file() and SHARD_NAME.fullmatch(item.name))]
         if strangers:
             raise CheckpointError(f"{out} holds more than consolidated weights ({shortened(strangers)}) and is not overwritten; choose another name")
     if out.suffix and out.suffix not in (".pth", ".safetensors"):
@@ -48,69 +55,87 @@ def consolidate(source: Path, out: Path, *, dtype: Literal["float32", "bfloat16"
     place = next(parent for parent in out.absolute().parents if parent.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise CheckpointError(f"{out} cannot be written: {place} is no folder that this user may write to")
-    wanted = getattr(torch, dtype)
-    sizes = {name: shape.numel() * (wanted.itemsize if name.startswith("backbone.") else 4) for name, shape in checkpoint.shapes.items()}
-    sizes |= {name: buffer.nbytes for name, buffer in checkpoint.buffers.items()}
-    total, free = sum(sizes.values()), shutil.disk_usage(place).free
+    entries = select(_entries(checkpoint, getattr(torch, dtype), "ema" if ema else "fp32"))
+    total, free = sum(entry.nbytes for entry in entries.values()), shutil.disk_usage(place).free
     if total * 1.01 > free:
         raise CheckpointError(f"{out} needs {total / 2**30:.2f} GiB but only {free / 2**30:.2f} GiB are free in {place}; free some space, or choose another place")
     metrics = checkpoint.manifest.get("metrics", {})
     meta = {**checkpoint.manifest.get("meta", {}), "iter": checkpoint.manifest.get("step"), "metrics": metrics, "mIoU": metrics.get("mIoU")}
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
-    _remove(partial)
-    with Progress(TextColumn("consolidating"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn()) as progress:
+    unfinished = out.with_name(out.name + ".partial")
+    _remove(unfinished)
+    with Progress(TextColumn("consolidating"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn()) as progress:
         task = progress.add_task("", total=total)
 
-        def tensors() -> Iterator[tuple[str, Tensor]]:
-            for name in checkpoint.shapes:
-                value = checkpoint.read(name)
-                yield name, value.to(wanted) if name.startswith("backbone.") else value
-                progress.advance(task, sizes[name])
-            yield from checkpoint.buffers.items()
+        def advance(written: int) -> None:
+            progress.advance(task, written)
 
         if out.suffix == ".pth":
-            torch.save({"meta": meta, "state_dict": dict(tensors())}, partial)
+            sums = {out.name: write_pth(unfinished, entries, None if bare else meta, advance)}
         elif out.suffix == ".safetensors":
-            save_file({name: value.contiguous() for name, value in tensors()}, partial, {"format": "pt", "meta": json.dumps(meta)})
+            sums = {out.name: write_safetensors(unfinished, entries, {"format": "pt", "meta": json.dumps(meta)}, advance)}
         else:
-            _save_sharded(tensors(), sizes, partial, json.dumps(meta))
-    _publish(partial, out)
+            sums = write_sharded(unfinished, entries, {"format": "pt", "meta": json.dumps(meta)}, advance)
+            for name, text in files.items():
+                (unfinished / name).write_text(text)
+                sums[name] = hashlib.sha256(text.encode()).hexdigest()
+            sums = {f"{out.name}/{name}": digest for name, digest in sums.items()}
+    _publish(unfinished, out, sums)
     return out
 
 
-def _save_sharded(tensors: Iterator[tuple[str, Tensor]], sizes: dict[str, int], folder: Path, meta: str) -> None:
-    """Shards of at most SHARD_BYTES (or one tensor), and transformers' index file."""
-    plan: list[list[str]] = [[]]
-    filled = 0
-    for name, size in sizes.items():
-        if plan[-1] and filled + size > SHARD_BYTES:
-            plan.append([])
-            filled = 0
-        plan[-1].append(name)
-        filled += size
+def _entries(checkpoint: ZeroCheckpoint, dtype: torch.dtype, what: What) -> dict[str, Entry]:
+    """Every parameter and buffer of the checkpoint; the backbone's parameters in `dtype`, the rest as it was computed, in fp32."""
+    entries = {name: Entry(shape, dtype if name.startswith("backbone.") else torch.float32, partial(checkpoint.read_slice, name, what=what))
+               for name, shape in checkpoint.shapes.items()}
+    return entries | {name: Entry(value.shape, value.dtype, HeldTensor(value).read_slice) for name, value in checkpoint.buffers.items()}
+
+
+def write_sharded(folder: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str], advance: Advance) -> dict[str, str]:
+    """Safetensors of at most SHARD_BYTES (or one tensor) and transformers' index file; returns file name -> SHA-256."""
+    shards: list[dict[str, Entry]] = [{}]
+    for name, entry in entries.items():
+        if shards[-1] and sum(other.nbytes for other in shards[-1].values()) + entry.nbytes > SHARD_BYTES:
+            shards.append({})
+        shards[-1][name] = entry
     folder.mkdir()
-    weight_map = {}
-    for number, names in enumerate(plan, start=1):
-        file = f"model-{number:05d}-of-{len(plan):05d}.safetensors"
-        save_file({name: value.contiguous() for name, value in (next(tensors) for _ in names)}, folder / file, {"format": "pt", "meta": meta})
-        weight_map |= dict.fromkeys(names, file)
-    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}, indent=1))
+    files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    sums = {file: write_safetensors(folder / file, shard, metadata, advance) for file, shard in zip(files, shards)}
+    index = json.dumps({"metadata": {"total_size": sum(entry.nbytes for entry in entries.values())},
+                        "weight_map": {name: file for file, shard in zip(files, shards) for name in shard}}, indent=1)
+    (folder / INDEX).write_text(index)
+    return sums | {INDEX: hashlib.sha256(index.encode()).hexdigest()}
 
 
-def _publish(partial: Path, out: Path) -> None:
-    """Brings the result to disk, notes its checksums, and gives it its name."""
-    files = sorted(partial.iterdir()) if partial.is_dir() else [partial]
-    lines = []
-    for file in files:
+def _publish(unfinished: Path, out: Path, sums: Mapping[str, str]) -> None:
+    """Brings the result to disk, gives it its name, and notes its checksums beside it."""
+    for file in unfinished.iterdir() if unfinished.is_dir() else [unfinished]:
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
-            digest = hashlib.file_digest(opened, "sha256").hexdigest()
-        lines.append(f"{digest}  {out.name}{'/' + file.name if partial.is_dir() else ''}\n")
     _remove(out)
-    partial.rename(out)
-    out.with_name(out.name + ".sha256").write_text("".join(lines))
+    unfinished.rename(out)
+    checksums(out).write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
+
+
+def checksums(out: Path) -> Path:
+    """The file of checksums beside a result, in the format of `sha256sum -c`."""
+    return out.with_name(out.name + ".sha256")
+
+
+def verify(out: Path) -> None:
+    """Reads a result of `consolidate` again and holds it against its checksums. Raises CheckpointError naming what is missing or has changed."""
+    out = Path(out)
+    if not checksums(out).is_file():
+        raise CheckpointError(f"there is no {checksums(out)}, so nothing says what {out} should hold")
+    expected = dict(reversed(line.split(maxsplit=1)) for line in checksums(out).read_text().splitlines())
+    missing = [name for name in expected if not (out.parent / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{out.parent / missing[0]} is missing, but {checksums(out).name} names it; copy it again")
+    for name, digest in expected.items():
+        with rich.progress.open(out.parent / name, "rb", description=f"verifying {name}") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                raise CheckpointError(f"{out.parent / name} is not what was written: its SHA-256 is another than {checksums(out).name} says; copy it again")
 
 
 def _remove(path: Path) -> None:

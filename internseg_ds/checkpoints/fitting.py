@@ -13,8 +13,9 @@ CanResize = Callable[[torch.Size, torch.Size], bool]
 
 @dataclass
 class Fit:
-    """sources: name in the model -> name in the file, for what is loaded; resized, missing, ignored: names for the report."""
+    """weights: the file. sources: name in the model -> name in the file, for what is loaded; resized, missing, ignored: names for the report."""
 
+    weights: Weights
     sources: dict[str, str] = field(default_factory=dict)
     resized: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
@@ -38,7 +39,7 @@ def fit(weights: Weights, shapes: Mapping[str, torch.Size], *, prefix: str = "",
 
     Raises CheckpointError naming the keys that are unexpected, missing, or of another shape.
     """
-    found, extra, wrong = Fit(), [], []
+    found, extra, wrong = Fit(weights), [], []
     for source, shape in weights.shapes.items():
         name = source.removeprefix(prefix)
         if not source.startswith(prefix) or (name not in shapes and name.startswith(ignore)):

@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,12 @@ from internseg_ds.errors import CheckpointError
 MANIFEST = "internseg_ds.json"
 
 
-def write_manifest(directory: Path, *, step: int, world_size: int, zero_stage: int, meta: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-    """Records step, layout, meta (CLASSES, PALETTE, config text), metrics and the size of every other file in `directory`; atomic."""
+def write_manifest(directory: Path, *, step: int, world_size: int, zero_stage: int, meta: Mapping[str, Any], metrics: Mapping[str, float],
+                   groups: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Records step, layout, meta (CLASSES, PALETTE, config text), metrics, parameter groups (names, lr, weight_decay) and the size of every other file in `directory`; atomic."""
     files = {str(file.relative_to(directory)): file.stat().st_size for file in sorted(directory.rglob("*")) if file.is_file() and file.name != MANIFEST}
-    _write(directory, {"format": 1, "step": step, "saved_at": time.time(), "world_size": world_size, "zero_stage": zero_stage, "files": files, "meta": dict(meta), "metrics": dict(metrics)})
+    _write(directory, {"format": 1, "step": step, "saved_at": time.time(), "world_size": world_size, "zero_stage": zero_stage, "files": files, "meta": dict(meta), "metrics": dict(metrics),
+                       "groups": list(groups)})
 
 
 def update_metrics(directory: Path, metrics: Mapping[str, float]) -> None:

@@ -1,11 +1,11 @@
 """One interface over every kind of weight file: .pth, .safetensors (one, or a folder with an index), and ZeRO checkpoint directories.
 
-Out: names, shapes, and tensors read one at a time from memory-mapped files. Nothing is renamed (beyond wrappers' prefixes), cast or resized here.
+Out: names, shapes, and tensors or slices of them, read from where they lie in the files. Nothing is renamed (beyond wrappers' prefixes), cast or resized here.
 """
 
+import dataclasses
 import json
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from internseg_ds.checkpoints.zero_checkpoint import ZeroCheckpoint, is_zero_checkpoint, load_mapped
+from internseg_ds.checkpoints.stored import HeldTensor, Stored, load_stored, load_stored_safetensors
+from internseg_ds.checkpoints.zero_checkpoint import What, ZeroCheckpoint, is_zero_checkpoint
 from internseg_ds.errors import CheckpointError
 
 WRAPPERS = ("state_dict", "module", "model")
@@ -23,41 +24,53 @@ INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class Weights:
-    """shapes: name -> torch.Size. read(name): the tensor, in the dtype of the file. meta: CLASSES, PALETTE, ... where the file has them."""
+    """shapes: name -> torch.Size. read(name): the tensor, fresh, in the dtype of the file. read_slice(name, start, stop): elements of it laid out flat.
+    meta: CLASSES, PALETTE, ... where the file has them. config: a Hugging Face folder's config.json."""
 
     path: Path
-    shapes: dict[str, torch.Size]
+    shapes: Mapping[str, torch.Size]
     read: Callable[[str], Tensor]
+    read_slice: Callable[[str, int, int], Tensor]
     meta: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] | None = None
 
 
-@contextmanager
-def open_weights(path: Path) -> Iterator[Weights]:
+def open_weights(path: Path, *, ema: bool = False) -> Weights:
     """Opens a weight file, or a folder of safetensors, or a ZeRO checkpoint (WORK_DIR, its checkpoints folder, or one save), whatever it is.
 
-    Raises CheckpointError when it is missing, damaged, or no weight file.
+    ema: of a ZeRO checkpoint, the averaged weights. Nothing is held open: each read opens its file. Raises CheckpointError when it is missing, damaged, or no weight file.
     """
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"there is no weight file {path}")
-    with ExitStack() as files:
-        if is_zero_checkpoint(path):
-            yield _zero(path)
-        elif path.is_dir():
-            yield _safetensors(path, _shards(path), files)
-        elif path.suffix == ".safetensors":
-            yield _safetensors(path, [path], files)
-        elif path.suffix in (".pth", ".pt", ".bin", ".ckpt"):
-            yield _pth(path)
-        else:
-            raise CheckpointError(f"{path} has an unknown ending; weights are .pth, .safetensors, a folder of safetensors, or a ZeRO checkpoint directory")
+    if is_zero_checkpoint(path):
+        return _zero(path, "ema" if ema else "fp32")
+    if ema:
+        raise CheckpointError(f"{path} is no ZeRO checkpoint, which alone keeps averaged weights beside the others")
+    if path.is_dir():
+        return _safetensors(path, _shards(path))
+    if path.suffix == ".safetensors":
+        return _safetensors(path, [path])
+    if path.suffix in (".pth", ".pt", ".bin", ".ckpt"):
+        return _pth(path)
+    raise CheckpointError(f"{path} has an unknown ending; weights are .pth, .safetensors, a folder of safetensors, or a ZeRO checkpoint directory")
 
 
-def _zero(path: Path) -> Weights:
+def _zero(path: Path, what: What) -> Weights:
     checkpoint = ZeroCheckpoint.open(path)
-    shapes = checkpoint.shapes | {name: buffer.shape for name, buffer in checkpoint.buffers.items()}
-    return Weights(checkpoint.path, shapes, lambda name: checkpoint.buffers[name] if name in checkpoint.buffers else checkpoint.read(name),
+    buffers = {name: HeldTensor(value) for name, value in checkpoint.buffers.items()}
+    shapes = checkpoint.shapes | {name: buffer.shape for name, buffer in buffers.items()}
+
+    def read_slice(name: str, start: int, stop: int) -> Tensor:
+        return buffers[name].read_slice(start, stop) if name in buffers else checkpoint.read_slice(name, start, stop, what)
+
+    return Weights(checkpoint.path, shapes, lambda name: read_slice(name, 0, shapes[name].numel()).view(shapes[name]), read_slice,
                    checkpoint.manifest.get("meta", {}))
+
+
+def _of_tensors(path: Path, tensors: Mapping[str, Stored], meta: dict[str, Any]) -> Weights:
+    return Weights(path, {name: value.shape for name, value in tensors.items()}, lambda name: tensors[name].read(),
+                   lambda name, start, stop: tensors[name].read_slice(start, stop), meta)
 
 
 def _pth(path: Path) -> Weights:
@@ -66,7 +79,7 @@ def _pth(path: Path) -> Weights:
     if head.startswith(b"version https://git-lfs") or head.lstrip().lower().startswith((b"<!doctype", b"<html")):
         kind = "a git-lfs pointer" if head.startswith(b"version") else "a web page"
         raise CheckpointError(f"{path} is {kind}, not the weights themselves; download the file again")
-    content = load_mapped(path)
+    content = load_stored(path)
     meta = content.get("meta") if isinstance(content, dict) else None
     meta = meta if isinstance(meta, dict) else {}
     meta = {key: value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value for key, value in meta.items()}
@@ -76,10 +89,29 @@ def _pth(path: Path) -> Weights:
             break
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict of named weights")
-    tensors = {name.removeprefix("module."): value for name, value in content.items() if isinstance(value, Tensor)}
+    tensors = {name.removeprefix("module."): value for name, value in content.items() if isinstance(value, Stored)}
     if not tensors:
         raise CheckpointError(f"{path} holds no weights, only {', '.join(map(str, list(content)[:5]))}")
-    return Weights(path, {name: value.shape for name, value in tensors.items()}, tensors.__getitem__, meta)
+    return _of_tensors(path, tensors, meta)
+
+
+def renamed(weights: Weights, sources: Mapping[str, tuple[str, ...]], rest: Collection[str] = ()) -> Weights:
+    """A view of `weights` with other names: new name -> old names, several of which are joined along the first dimension. rest: old names that stay."""
+    sources = {**sources, **{name: (name,) for name in rest}}
+    shapes = {name: torch.Size([sum(weights.shapes[part][0] for part in parts), *weights.shapes[parts[0]][1:]]) if len(parts) > 1 else weights.shapes[parts[0]]
+              for name, parts in sources.items()}
+
+    def read_slice(name: str, start: int, stop: int) -> Tensor:
+        found, begin = [], 0
+        for part in sources[name]:
+            numel = weights.shapes[part].numel()
+            first, last = max(start - begin, 0), min(stop - begin, numel)
+            if first < last:
+                found.append(weights.read_slice(part, first, last))
+            begin += numel
+        return torch.cat(found) if found else torch.empty(0)
+
+    return dataclasses.replace(weights, shapes=shapes, read=lambda name: read_slice(name, 0, shapes[name].numel()).view(shapes[name]), read_slice=read_slice)
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -99,18 +131,21 @@ def _shards(folder: Path) -> list[Path]:
     return shards
 
 
-def _safetensors(path: Path, shards: list[Path], files: ExitStack) -> Weights:
-    from safetensors import SafetensorError, safe_open
-
-    where: dict[str, Any] = {}
-    shapes: dict[str, torch.Size] = {}
+def _safetensors(path: Path, shards: list[Path]) -> Weights:
+    tensors: dict[str, Stored] = {}
     meta: dict[str, Any] = {}
     for shard in shards:
-        try:
-            opened = files.enter_context(safe_open(shard, framework="pt"))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{shard} is truncated or no safetensors file ({error}); copy it again") from None
-        meta |= json.loads((opened.metadata() or {}).get("meta", "{}"))
-        for name in opened.keys():  # noqa: SIM118 - not a dict
-            where[name], shapes[name] = opened, torch.Size(opened.get_slice(name).get_shape())
-    return Weights(path, shapes, lambda name: where[name].get_tensor(name), meta)
+        found, metadata = load_stored_safetensors(shard)
+        tensors |= found
+        meta |= json.loads(metadata.get("meta", "{}"))
+    return dataclasses.replace(_of_tensors(path, tensors, meta), config=_config(path) if path.is_dir() else None)
+
+
+def _config(folder: Path) -> dict[str, Any] | None:
+    file = folder / "config.json"
+    if not file.is_file():
+        return None
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{file} is damaged ({error}); copy it again") from None

@@ -1,7 +1,7 @@
 """One logical view of a ZeRO checkpoint directory: parameter name -> whole fp32 master value, whatever the stage and number of processes.
 
-In: a directory that DeepSpeed's `save_checkpoint` wrote under ZeRO-1, 2 or 3. Out: tensors, one at a time, read from memory-mapped shards, so that no
-rank's file is ever in memory whole. Does not load DeepSpeed: its own `zero_to_fp32` imports it, unpickles whatever the file asks for, and holds the
+In: a directory that DeepSpeed's `save_checkpoint` wrote under ZeRO-1, 2 or 3. Out: tensors, or slices of them, read from where they lie in the shards
+(`stored`), so that no rank's file is ever in memory whole. Does not load DeepSpeed: its own `zero_to_fp32` imports it, unpickles whatever the file asks for, and holds the
 whole model in memory for ZeRO-1/2 and for one-file output.
 
 Layout (deepspeed 0.19.8): a rank's `*_optim_states.pt` holds flat fp32 partitions, one a group. ZeRO-1/2: a group's parameters end to end, padded, cut
@@ -11,85 +11,30 @@ are in the model_states: as fragments of every rank (ZeRO-3), whole (ZeRO-2), or
 `zero_to_fp32` leaves them out). ZeRO-1 in bf16 with fp32 gradients is another optimizer of DeepSpeed's, whose files do not say their stage.
 """
 
-import codecs
 import math
-import pickle
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from internseg_ds.checkpoints.manifest import MANIFEST, read_manifest, verify_manifest
+from internseg_ds.checkpoints.stored import Stored, load_stored
 from internseg_ds.errors import CheckpointError
 
-
-class _StandIn:
-    """Takes the place of DeepSpeed's own small classes in its files: holds what the pickle gives it and does nothing."""
-
-    def __init__(self, *args: Any) -> None:
-        self.args = args
-
-    def __setstate__(self, state: Any) -> None:
-        self.__dict__.update(state if isinstance(state, dict) else {})
-
-
-def _stand_in_enum(value: Any) -> Any:
-    """DeepSpeed's enums become their plain values."""
-    return value
-
-
-# what DeepSpeed pickles beside tensors, numbers, strings and containers, and numpy's numbers and arrays, which mmcv's `meta` has (best score, PALETTE);
-# anything else in a file is refused
-ALLOWED = [
-    (_StandIn, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
-    (_StandIn, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
-    (_stand_in_enum, "deepspeed.runtime.zero.config.ZeroStageEnum"),
-    (_StandIn, "deepspeed.utils.tensor_fragment.fragment_address"),
-    np.dtype,
-    np.ndarray,
-    *(type(np.dtype(kind)) for kind in "?bBhHiIlLqQefdSU"),
-    *((np.float64().__reduce__()[0], f"numpy.{module}.multiarray.scalar") for module in ("core", "_core")),  # numpy 1 and 2 name them differently
-    *((np.empty(0).__reduce__()[0], f"numpy.{module}.multiarray._reconstruct") for module in ("core", "_core")),
-    (codecs.encode, "_codecs.encode"),
-]
-
 RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank_00")
-What = Literal["fp32", "exp_avg", "exp_avg_sq"]
-
-ZIP = b"PK\x03\x04"
-"""What a file of torch 1.6 or later starts with."""
-
-
-def load_mapped(path: Path) -> Any:
-    """`torch.load` of a file on the CPU, refusing to run code; memory-mapped, but for files of torch before 1.6, which are no zip archives and are read whole.
-
-    Raises CheckpointError when it is missing, damaged or not such a file.
-    """
-    try:
-        with path.open("rb") as file:
-            zipped = file.read(len(ZIP)) == ZIP
-        with torch.serialization.safe_globals(ALLOWED):
-            return torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: the checkpoint is incomplete; copy it again with all its files") from None
-    except pickle.UnpicklingError as error:
-        if "unsupported" not in str(error).lower():  # torch's word for a class or function that it would have to import
-            raise CheckpointError(f"{path} is damaged or no PyTorch file; copy it again, or take another checkpoint") from None
-        raise CheckpointError(f"{path} holds objects that are not weights, and loading them would run code: {str(error).splitlines()[0]}") from None
-    except Exception as error:  # a damaged pickle can raise anything
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise CheckpointError(f"{path} is truncated or no PyTorch file ({reason}); copy it again, or take another checkpoint") from None
+What = Literal["fp32", "exp_avg", "exp_avg_sq", "ema"]
+EMA_FILE = "zero_pp_rank_{rank}_mp_rank_00_ema_states.pt"
+"""What a rank of this engine calls its shard of the averaged weights; it lies as the fp32 masters do."""
 
 
 class ZeroCheckpoint:
     """A ZeRO checkpoint directory, opened for reading.
 
     Attributes: path, stage, world_size, manifest (this engine's note, or {}), shapes (name -> torch.Size of every parameter, frozen ones too),
-    buffers (name -> Tensor), client_state.
+    buffers (name -> Tensor), client_state; trained (names), steps and samples (of the engine, skipped ones too), scheduled (steps of the learning-rate schedule), updates (of AdamW).
     """
 
     def __init__(self, path: Path) -> None:
@@ -114,21 +59,26 @@ class ZeroCheckpoint:
             raise CheckpointError(f"{path} has {len(model_files)} model_states files for {self.world_size} processes under ZeRO-{self.stage}"
                                   + (f": {_of_rank(model_files[0], len(model_files)).name} is missing" if len(model_files) < self.world_size else "")
                                   + "; copy the checkpoint again, with all its files")
-        models = [load_mapped(file) for file in model_files]
+        models = [load_stored(file) for file in model_files]
         for file, model in zip(model_files, models):
             if not isinstance(model, dict) or not {"module", "param_shapes", "buffer_names"} <= model.keys():
                 raise CheckpointError(f"{file} holds no model state of a ZeRO checkpoint; copy the checkpoint again, with all its files")
         _same(path, "step", {file: model.get("global_steps") for file, model in zip(model_files, models)})
         main = models[0]
         groups = [{name: torch.Size(shape) for name, shape in group.items()} for group in main["param_shapes"]]
+        self.steps: int = int(main.get("global_steps") or 0)
+        self.samples: int = int(main.get("global_samples") or 0)
+        self.scheduled: int = int((main.get("lr_scheduler") or {}).get("last_epoch", self.steps - int(main.get("skipped_steps") or 0)))
+        self.updates: int = next((step for step in map(_step, shards) if step is not None), 0)
         self.client_state: dict[str, Any] = {key: value for key, value in main.items() if key == "internseg_ds"}
         # widened, as heads are: DeepSpeed casts buffers to bf16 unless `data_types.keep_in_fp32_modules` says otherwise
-        self.buffers: dict[str, Tensor] = {name: _widened(main["module"][name]) for name in main["buffer_names"]}
+        self.buffers: dict[str, Tensor] = {name: _widened(main["module"][name].read()) for name in main["buffer_names"]}
         trained = {name: shape for group in groups for name, shape in group.items()}
+        self.trained = frozenset(trained)
         self._tied: dict[str, str] = dict(main.get("shared_params") or {}) if self.stage == 3 else _shared_memory(main["module"], trained)
         if self.stage == 1:
             stored = trained.keys() | self.buffers.keys() | self._tied.keys()
-            self._frozen = [{name: value for name, value in main["module"].items() if name not in stored and isinstance(value, Tensor)}]
+            self._frozen = [{name: value for name, value in main["module"].items() if name not in stored and isinstance(value, Stored)}]
             frozen = {name: value.shape for name, value in self._frozen[0].items()}
         else:
             self._frozen = [model.get("frozen_param_fragments") or {} for model in models]
@@ -136,12 +86,18 @@ class ZeroCheckpoint:
         self.shapes: dict[str, torch.Size] = trained | frozen
         self.shapes |= {name: self.shapes[kept] for name, kept in self._tied.items() if kept in self.shapes}
         # per rank one long vector (ZeRO-1/2: one a group), in pieces, and for each trained parameter where it begins in it
-        self._flat: dict[str, list[list[Tensor]]] = {"fp32": [_as_list(shard["fp32_flat_groups" if self.stage == 3 else "single_partition_of_fp32_groups"])
+        self._flat: dict[str, list[list[Stored]]] = {"fp32": [_as_list(shard["fp32_flat_groups" if self.stage == 3 else "single_partition_of_fp32_groups"])
                                                               for shard in shards]}
         states = [_adam_state(shard) for shard in shards]
         for what in ("exp_avg", "exp_avg_sq"):
             self._flat[what] = [[state[index][what] for index in range(len(pieces))] if all(what in state.get(index, {}) for index in range(len(pieces))) else []
                                 for state, pieces in zip(states, self._flat["fp32"])]  # all or none of a rank's, or offsets would shift
+        self.has_ema = any(path.glob("*_ema_states.pt"))
+        if self.has_ema:
+            averages = _by_rank(path, "ema_states")
+            if len(averages) != self.world_size:
+                raise CheckpointError(f"{path} has {len(averages)} ema_states files for {self.world_size} processes; copy the checkpoint again, with all its files")
+            self._flat["ema"] = [load_stored(file)["ema_flat_groups"] for file in averages]
         self._place: dict[str, tuple[int, int]] = {}
         paddings = shards[0].get("param_alignment_paddings")
         offset = 0
@@ -163,13 +119,17 @@ class ZeroCheckpoint:
         return self.read_slice(name, 0, self.shapes[name].numel()).view(self.shapes[name])
 
     def read_slice(self, name: str, start: int, stop: int, what: What = "fp32") -> Tensor:
-        """Elements [start, stop) of a parameter laid out flat, or of its AdamW moments: (stop - start,) fp32, a fresh tensor. Reads no more than these.
+        """Elements [start, stop) of a parameter laid out flat, of its AdamW moments, or of its average (EMA): (stop - start,) fp32, a fresh tensor. Reads no more than these.
 
         This is what a rank of another number of processes, or of another stage, needs of an old checkpoint.
         Raises CheckpointError for moments that the checkpoint lacks (a frozen parameter has none), and when elements are missing.
         """
         shape = self.shapes[name]
         name = self._tied.get(name, name)
+        if what == "ema":
+            if not self.has_ema:
+                raise CheckpointError(f"{self.path} holds no averaged weights; train with engine.ema=0.999 to have them")
+            what = "ema" if name in self._place else "fp32"  # frozen ones are their own average
         if name not in self._place and what != "fp32":
             raise CheckpointError(f"{self.path}: {name} is frozen, so it has no {what}")
         if name in self._place and self.stage < 3:
@@ -178,14 +138,19 @@ class ZeroCheckpoint:
         else:
             parts = []
             share = self._share(shape) if self.stage == 3 else shape.numel()  # frozen ones are whole in the only model_states file
-            ranks, begin = (self._flat[what], self._place[name][1]) if name in self._place else ([[each[name].flatten()] for each in self._frozen], 0)
+            ranks, begin = (self._flat[what], self._place[name][1]) if name in self._place else ([[each[name]] for each in self._frozen], 0)
             for rank, pieces in enumerate(ranks):
                 first, last = max(start, rank * share), min(stop, (rank + 1) * share)
                 parts += _slices(pieces, begin + first - rank * share, begin + last - rank * share) if first < last else []
-        found = torch.cat([part.float() for part in parts]) if parts else torch.empty(0)
-        if found.numel() != stop - start:
-            raise CheckpointError(f"{self.path}: {name} has {found.numel()} of the {stop - start} elements of {what} wanted; the checkpoint is damaged or was saved "
+        there = sum(last - first for _, first, last in parts)
+        if there != stop - start:
+            raise CheckpointError(f"{self.path}: {name} has {there} of the {stop - start} elements of {what} wanted; the checkpoint is damaged or was saved "
                                   f"before the first step, take another one")
+        found = torch.empty(there)
+        at = 0
+        for piece, first, last in parts:
+            found[at : at + last - first] = piece.read_slice(first, last)
+            at += last - first
         return found
 
     def _share(self, shape: torch.Size) -> int:
@@ -240,7 +205,7 @@ def _of_rank(file: Path, rank: int) -> Path:
 
 
 def _optimizer_state(file: Path) -> dict[str, Any]:
-    state = content.get("optimizer_state_dict") if isinstance(content := load_mapped(file), dict) else None
+    state = content.get("optimizer_state_dict") if isinstance(content := load_stored(file), dict) else None
     if not isinstance(state, dict) or "partition_count" not in state or not {"fp32_flat_groups", "single_partition_of_fp32_groups"} & state.keys():
         raise CheckpointError(f"{file} holds no optimizer state of ZeRO-1, 2 or 3; give a checkpoint that was saved under one of them")
     return state
@@ -252,14 +217,14 @@ def _layout(shard: dict[str, Any]) -> tuple[int, int]:
     return int(shard.get("zero_stage", 1)), int(max(partitions) if isinstance(partitions, (list, tuple)) else partitions)
 
 
-def _adam_state(shard: dict[str, Any]) -> dict[int, dict[str, Tensor]]:
+def _adam_state(shard: dict[str, Any]) -> dict[int, dict[str, Any]]:
     base = shard.get("optimizer_state_dict") or shard.get("base_optimizer_state") or {}
     return base.get("state", {}) if isinstance(base, dict) else {}
 
 
 def _step(shard: dict[str, Any]) -> int | None:
     """Updates that the optimizer had done, None where the shard does not say."""
-    return max((int(state["step"]) for state in _adam_state(shard).values() if "step" in state), default=None)
+    return max((int(state["step"].read() if isinstance(state["step"], Stored) else state["step"]) for state in _adam_state(shard).values() if "step" in state), default=None)
 
 
 def _same(path: Path, what: str, found: dict[Path, int | None]) -> None:
@@ -272,23 +237,23 @@ def _same(path: Path, what: str, found: dict[Path, int | None]) -> None:
 
 def _shared_memory(tensors: dict[str, Any], kept: Iterable[str]) -> dict[str, str]:
     """Second names of tied weights -> the name in `kept` that holds them. DeepSpeed lists only some: not those of a module that is registered twice."""
-    owner = {tensors[name].data_ptr(): name for name in kept if name in tensors}
-    return {name: owner[value.data_ptr()] for name, value in tensors.items() if isinstance(value, Tensor) and owner.get(value.data_ptr(), name) != name}
+    owner = {tensors[name]: name for name in kept if name in tensors}  # stored tensors are equal when they lie at the same place
+    return {name: owner[value] for name, value in tensors.items() if isinstance(value, Stored) and owner.get(value, name) != name}
 
 
 def _widened(value: Tensor) -> Tensor:
     return value.float() if value.is_floating_point() else value
 
 
-def _as_list(value: Tensor | list[Tensor]) -> list[Tensor]:
-    return [value] if isinstance(value, Tensor) else list(value)
+def _as_list(value: Stored | list[Stored]) -> list[Stored]:
+    return [value] if isinstance(value, Stored) else list(value)
 
 
-def _slices(pieces: list[Tensor], start: int, stop: int) -> Iterator[Tensor]:
-    """Elements [start, stop) of the vector that `pieces` make end to end."""
+def _slices(pieces: list[Stored], start: int, stop: int) -> Iterator[tuple[Stored, int, int]]:
+    """Elements [start, stop) of the vector that `pieces` make end to end, as (piece, first, last) in the piece."""
     begin = 0
     for piece in pieces:
         end = begin + piece.numel()
         if begin < stop and start < end:
-            yield piece[max(start - begin, 0) : stop - begin]
+            yield piece, max(start - begin, 0), min(stop, end) - begin
         begin = end

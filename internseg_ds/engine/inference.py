@@ -9,13 +9,13 @@ import cv2
 import numpy as np
 import torch
 from mmseg.datasets.pipelines import Compose
-from torch import nn
+from torch import Tensor, nn
 
 from internseg_ds.checkpoints.fitting import Fit
-from internseg_ds.checkpoints.weights import Weights, open_weights
+from internseg_ds.checkpoints.weights import open_weights
 from internseg_ds.data.loading import evaluation_batches
 from internseg_ds.distributed.construction import build_on_meta
-from internseg_ds.distributed.loading import fit_segmentor, reader
+from internseg_ds.distributed.loading import fit_segmentor, resized
 from internseg_ds.distributed.precision import apply_precision, backbone_dtype
 from internseg_ds.engine.evaluator import segment
 from internseg_ds.engine.experiment import Experiment
@@ -25,22 +25,24 @@ from internseg_ds.errors import DataError
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
 
-def load_trained(experiment: Experiment, checkpoint: str | os.PathLike, device: torch.device) -> nn.Module:
+def load_trained(experiment: Experiment, checkpoint: str | os.PathLike, device: torch.device, *, ema: bool = False) -> nn.Module:
     """The segmentor of a config with the weights of `checkpoint` (.pth, .safetensors, or a ZeRO checkpoint directory), in eval mode on `device`.
 
-    The backbone is stored in the dtype in which it computes, the rest in fp32. Raises CheckpointError when the weights are not those of this model.
+    ema: of a ZeRO checkpoint, the averaged weights. The backbone is stored in the dtype in which it computes, the rest in fp32. Raises CheckpointError when the weights are not those of this model.
     """
     model = build_on_meta(experiment.model)
     compute = backbone_dtype(experiment.engine.backbone_dtype, device)
-    with open_weights(Path(checkpoint)) as weights:
-        fill(model, weights, fit_segmentor(model, weights), compute, device)
+    fill(model, fit_segmentor(model, open_weights(Path(checkpoint), ema=ema)), compute, device)
     apply_precision(model, compute)
     return model.eval().requires_grad_(False)
 
 
-def fill(model: nn.Module, weights: Weights, found: Fit, compute: torch.dtype, device: torch.device) -> None:
+def fill(model: nn.Module, found: Fit, compute: torch.dtype, device: torch.device) -> None:
     """Gives every parameter and buffer of a model on the meta device its value; a missing batch counter starts at zero."""
-    read = reader(model, weights, found)
+
+    def read(name: str, shape: torch.Size) -> Tensor:
+        return resized(model, name, found.weights.read(found.sources[name]), shape)
+
     for owner_name, owner in model.named_modules():
         prefix = f"{owner_name}." if owner_name else ""
         dtype = compute if owner_name.partition(".")[0] == "backbone" else torch.float32

@@ -25,8 +25,10 @@ log = logging.getLogger(__name__)
 
 
 def test(config: str | os.PathLike, checkpoint: str | os.PathLike, *, metrics: Sequence[str] | None = None, out: str | os.PathLike | None = None,
-         show_dir: str | os.PathLike | None = None, show_count: int = 20, cfg_options: Mapping[str, Any] | None = None) -> Evaluation:
+         show_dir: str | os.PathLike | None = None, show_count: int = 20, ema: bool = False,
+         cfg_options: Mapping[str, Any] | None = None) -> Evaluation:
     """Evaluates `checkpoint` on the config's test set; collective. out: JSON file for the metrics. show_dir: folder for the first `show_count` overlays.
+    ema: of a ZeRO checkpoint, the averaged weights.
 
     Raises UserError when config, data or checkpoint cannot work, before any process takes its device.
     """
@@ -34,10 +36,10 @@ def test(config: str | os.PathLike, checkpoint: str | os.PathLike, *, metrics: S
     experiment = read_experiment(config, cfg_options)
     metrics = known_metrics(tuple(metrics), "--eval") if metrics else experiment.metrics
     dataset = validation_set(experiment, "test")
-    check_weights_fit(experiment, checkpoint)
+    check_weights_fit(experiment, checkpoint, ema=ema)
     with joined(world):
         start_logging(None, level=experiment.log_level, is_main=world.is_main)
-        segmentor = load_trained(experiment, checkpoint, world.device)
+        segmentor = load_trained(experiment, checkpoint, world.device, ema=ema)
         show = Shower(dataset, Path(show_dir), show_count) if show_dir is not None else None
         result = evaluate(segmentor, dataset, world=world, workers=experiment.workers, metrics=metrics, each=show)
         if world.is_main:

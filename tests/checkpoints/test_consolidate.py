@@ -18,10 +18,10 @@ from internseg_ds.errors import CheckpointError
 def test_no_weight_is_lost_and_each_is_exact(setting, out, toy_checkpoints, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "SHARD_BYTES", 100)
     expected = torch.load(toy_checkpoints / setting / "truth.pt")["global_step2"]
-    with open_weights(consolidate(toy_checkpoints / setting, tmp_path / out)) as weights:
-        assert set(weights.shapes) == set(expected["fp32"]) | set(expected["buffers"])
-        for name, value in (expected["fp32"] | expected["buffers"]).items():
-            assert torch.equal(weights.read(name), value.float() if value.is_floating_point() else value), name
+    weights = open_weights(consolidate(toy_checkpoints / setting, tmp_path / out))
+    assert set(weights.shapes) == set(expected["fp32"]) | set(expected["buffers"])
+    for name, value in (expected["fp32"] | expected["buffers"]).items():
+        assert torch.equal(weights.read(name), value.float() if value.is_floating_point() else value), name
 
 
 def test_bf16_is_for_the_backbone_alone_and_statistics_stay_fp32(toy_checkpoints, tmp_path):

@@ -17,8 +17,8 @@ STATE = {"backbone.a": torch.arange(6.0).view(2, 3), "decode_head.b": torch.ones
 
 
 def read(path):
-    with open_weights(path) as weights:
-        return {name: weights.read(name) for name in weights.shapes}, weights.meta
+    weights = open_weights(path)
+    return {name: weights.read(name) for name in weights.shapes}, weights.meta
 
 
 def same(found, expected=STATE):
@@ -104,8 +104,7 @@ def test_a_missing_file_and_a_file_without_weights_are_named(tmp_path):
 
 def fitted(shapes, path, **settings):
     torch.save(STATE, path / "w.pth")
-    with open_weights(path / "w.pth") as weights:
-        return fit(weights, {name: torch.Size(shape) for name, shape in shapes.items()}, **settings)
+    return fit(open_weights(path / "w.pth"), {name: torch.Size(shape) for name, shape in shapes.items()}, **settings)
 
 
 def test_a_prefix_picks_one_part_and_the_rest_is_ignored(tmp_path):

@@ -1,0 +1,180 @@
+"""Tensors where they lie in a file: dtype, shape and place, read by plain file reads when somebody asks for their elements.
+
+In: PyTorch's zip files (.pth, .pt, .bin) and safetensors. Out: their content with a `StoredTensor` for each tensor. Opening a file of any size costs
+no memory, and reading a slice costs that slice: memory-mapped pages (`torch.load(mmap=True)`) would count as resident memory of the process for as long
+as the file is open. Pickles may hold tensors, numbers, strings and containers; anything that would run code is refused.
+"""
+
+import codecs
+import json
+import math
+import pickle
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode  # under it, torch.load documents the place of each storage instead of reading it
+
+from internseg_ds.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file. place: byte at which its first element lies. stride: in elements, None when the elements lie in order (as nearly all do)."""
+
+    path: Path
+    place: int
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...] | None = None
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    def read(self) -> Tensor:
+        """The whole tensor, fresh, in the file's dtype."""
+        if self.stride is None:
+            return self.read_slice(0, self.numel()).view(self.shape)
+        reach = 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride)) if self.numel() else 0
+        return StoredTensor(self.path, self.place, self.dtype, torch.Size([reach])).read().as_strided(self.shape, self.stride).contiguous()
+
+    def read_slice(self, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of the tensor laid out flat: (stop - start,), fresh. Raises CheckpointError when the file ends before them."""
+        if self.stride is not None:
+            return self.read().flatten()[start:stop].clone()
+        out = torch.empty(stop - start, dtype=self.dtype)
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.place + start * self.dtype.itemsize)
+            room = memoryview(out.view(torch.uint8).numpy())
+            while room:
+                if not (count := file.readinto(room)):
+                    raise CheckpointError(f"{self.path} ends before its tensors do: it is truncated; copy it again")
+                room = room[count:]
+        return out
+
+
+@dataclass(frozen=True)
+class HeldTensor:
+    """A tensor in memory with the interface of a stored one."""
+
+    tensor: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.tensor.shape
+
+    def numel(self) -> int:
+        return self.tensor.numel()
+
+    def read(self) -> Tensor:
+        return self.tensor.clone()
+
+    def read_slice(self, start: int, stop: int) -> Tensor:
+        return self.tensor.flatten()[start:stop].clone()
+
+
+Stored = StoredTensor | HeldTensor
+
+
+class _StandIn:
+    """Takes the place of DeepSpeed's own small classes in its files: holds what the pickle gives it and does nothing."""
+
+    def __init__(self, *args: Any) -> None:
+        self.args = args
+
+    def __setstate__(self, state: Any) -> None:
+        self.__dict__.update(state if isinstance(state, dict) else {})
+
+
+def _stand_in_enum(value: Any) -> Any:
+    """DeepSpeed's enums become their plain values."""
+    return value
+
+
+# what DeepSpeed pickles beside tensors, numbers, strings and containers, and numpy's numbers and arrays, which mmcv's `meta` has (best score, PALETTE);
+# anything else in a file is refused
+ALLOWED = [
+    (_StandIn, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
+    (_StandIn, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
+    (_stand_in_enum, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+    (_StandIn, "deepspeed.utils.tensor_fragment.fragment_address"),
+    np.dtype,
+    np.ndarray,
+    *(type(np.dtype(kind)) for kind in "?bBhHiIlLqQefdSU"),
+    *((np.float64().__reduce__()[0], f"numpy.{module}.multiarray.scalar") for module in ("core", "_core")),  # numpy 1 and 2 name them differently
+    *((np.empty(0).__reduce__()[0], f"numpy.{module}.multiarray._reconstruct") for module in ("core", "_core")),
+    (codecs.encode, "_codecs.encode"),
+]
+
+ZIP = b"PK\x03\x04"
+"""What a file of torch 1.6 or later starts with."""
+
+
+def load_stored(path: Path) -> Any:
+    """The content of a file of torch.save, with a `StoredTensor` for each tensor. Files of torch before 1.6, which are no zip archives, are read whole.
+
+    Raises CheckpointError when it is missing, damaged or not such a file.
+    """
+    try:
+        with path.open("rb") as file:
+            zipped = file.read(len(ZIP)) == ZIP
+        with torch.serialization.safe_globals(ALLOWED), FakeTensorMode() if zipped else nullcontext():
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: the checkpoint is incomplete; copy it again with all its files") from None
+    except pickle.UnpicklingError as error:
+        if "unsupported" not in str(error).lower():  # torch's word for a class or function that it would have to import
+            raise CheckpointError(f"{path} is damaged or no PyTorch file; copy it again, or take another checkpoint") from None
+        raise CheckpointError(f"{path} holds objects that are not weights, and loading them would run code: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # a damaged pickle can raise anything
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckpointError(f"{path} is truncated or no PyTorch file ({reason}); copy it again, or take another checkpoint") from None
+    return _stored(content, path)
+
+
+def _stored(value: Any, path: Path) -> Any:
+    if isinstance(value, Tensor):
+        start = value.untyped_storage()._checkpoint_offset
+        if start is None:
+            return HeldTensor(value)
+        return StoredTensor(path, start + value.storage_offset() * value.itemsize, value.dtype, value.shape, None if value.is_contiguous() else value.stride())
+    if isinstance(value, Mapping):
+        return {key: _stored(item, path) for key, item in value.items()}
+    if isinstance(value, list) or type(value) is tuple:  # torch.Size stays what it is
+        return type(value)(_stored(item, path) for item in value)
+    return value
+
+
+SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
+                      "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def load_stored_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Names and tensors of a safetensors file, and its metadata. Raises CheckpointError when it is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt"):  # checks the header, and the file's length against it
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is truncated or no safetensors file ({error}); copy it again") from None
+    metadata = header.pop("__metadata__", {})
+    tensors = {}
+    for name, entry in header.items():
+        if entry["dtype"] not in SAFETENSORS_DTYPES:
+            raise CheckpointError(f"{path}: {name} has dtype {entry['dtype']}, which no weight of ours has; known are {', '.join(SAFETENSORS_DTYPES)}")
+        tensors[name] = StoredTensor(path, 8 + length + entry["data_offsets"][0], SAFETENSORS_DTYPES[entry["dtype"]], torch.Size(entry["shape"]))
+        assert math.prod(entry["shape"]) * tensors[name].dtype.itemsize == entry["data_offsets"][1] - entry["data_offsets"][0]
+    return tensors, metadata
