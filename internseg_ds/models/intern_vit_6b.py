@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from internseg_ds.models.attention import attention
-from internseg_ds.models.norms import ChannelsFirstLayerNorm, RMSNorm
+from internseg_ds.models.intern_vit_keys import arguments_of, exported_config, exported_names, published_sources
+from internseg_ds.models.norms import NORMS, ChannelsFirstLayerNorm, RMSNorm
 
 
 class TruncNormalLinear(nn.Linear):
@@ -60,12 +61,12 @@ class LayerScale(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention; queries and keys are normalised over the whole width, all heads together, before the split into heads."""
 
-    def __init__(self, width: int, num_heads: int, qkv_bias: bool, qk_normalization: bool, use_flash_attn: bool) -> None:
+    def __init__(self, width: int, num_heads: int, qkv_bias: bool, qk_normalization: bool, use_flash_attn: bool, eps: float) -> None:
         super().__init__()
         self.num_heads, self.use_flash_attn = num_heads, use_flash_attn
         self.qkv = TruncNormalLinear(width, 3 * width, bias=qkv_bias)
-        self.q_norm = RMSNorm(width) if qk_normalization else nn.Identity()
-        self.k_norm = RMSNorm(width) if qk_normalization else nn.Identity()
+        self.q_norm = RMSNorm(width, eps) if qk_normalization else nn.Identity()
+        self.k_norm = RMSNorm(width, eps) if qk_normalization else nn.Identity()
         self.proj = TruncNormalLinear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -107,12 +108,12 @@ class Block(nn.Module):
     """x + drop_path(ls1(attn(norm1 x))), then the same with the MLP. init_values 0: no layer scale."""
 
     def __init__(self, width: int, num_heads: int, mlp_ratio: float, qkv_bias: bool, qk_normalization: bool, drop_path: float, init_values: float,
-                 force_fp32: bool, use_flash_attn: bool) -> None:
+                 force_fp32: bool, use_flash_attn: bool, norm_type: str, eps: float) -> None:
         super().__init__()
-        self.norm1 = RMSNorm(width)
-        self.attn = Attention(width, num_heads, qkv_bias, qk_normalization, use_flash_attn)
+        self.norm1 = NORMS[norm_type](width, eps)
+        self.attn = Attention(width, num_heads, qkv_bias, qk_normalization, use_flash_attn, eps)
         self.ls1 = LayerScale(width, init_values, force_fp32) if init_values else nn.Identity()
-        self.norm2 = RMSNorm(width)
+        self.norm2 = NORMS[norm_type](width, eps)
         self.mlp = Mlp(width, int(width * mlp_ratio))
         self.ls2 = LayerScale(width, init_values, force_fp32) if init_values else nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
@@ -176,15 +177,18 @@ class InternViT6B(BaseModule):
     img_size: side of the image whose grid the position embedding has; other sizes are resized to at run time. pretrain_size: that of the weights to be
     loaded, kept for the published configs (the grid is read from the file). out_indices: blocks whose patch tokens become feature maps. with_fpn: four
     maps, at 4x, 2x, 1x and 1/2 of the patch grid. with_cp: recompute each block in the backward pass. freeze_vit: the ViT neither trains nor keeps a
-    graph; the FPN layers train. pretrained: weight file that the engine loads. Raises ValueError for sizes that do not fit each other.
+    graph; the FPN layers train. pretrained: weight file that the engine loads. norm_type ("rms_norm" or "layer_norm") and layer_norm_eps: of the blocks;
+    InternViT-300M has LayerNorm, qkv_bias and no qk_normalization. Raises ValueError for sizes that do not fit each other.
     """
 
     resizable = {"pos_embed": (is_square_embedding, resize_to_shape), "patch_embed.proj.weight": (is_patch_kernel, resize_patch_kernel)}
     """Parameters whose shape in a weight file may differ: which (file's, model's) shapes can be brought together, and how."""
-    pretrained_extras = ("clip_projector.",)
+    pretrained_extras = ("clip_projector.", "layernorm.")
     """Prefixes of what published weight files hold beside the backbone."""
     not_pretrained = ("up1.", "up2.", "up3.", "up4.")
     """Prefixes of what they lack: it is trained from its initial values."""
+    published_sources, arguments_of = staticmethod(published_sources), staticmethod(arguments_of)
+    """How other layouts name its parameters, and what a config.json says of its arguments."""
 
     def __init__(
         self,
@@ -208,8 +212,12 @@ class InternViT6B(BaseModule):
         with_fpn: bool = False,
         with_final_norm: bool = False,
         pretrained: str | None = None,
+        norm_type: str = "rms_norm",
+        layer_norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
+        if norm_type not in NORMS:
+            raise ValueError(f"norm_type={norm_type!r} is none of {', '.join(NORMS)}")
         if img_size % patch_size:
             below = img_size // patch_size * patch_size
             raise ValueError(f"img_size={img_size} is not a multiple of patch_size={patch_size}; use {below} or {below + patch_size}")
@@ -221,6 +229,9 @@ class InternViT6B(BaseModule):
             raise ValueError(f"with_fpn=True needs 4 out_indices, not {list(out_indices)}")
         self.patch_size, self.embed_dim, self.depth = patch_size, embed_dim, depth
         self.pretrain_size, self.pretrained = pretrain_size, pretrained
+        self.img_size, self.init_values = img_size, init_values
+        self.arguments = {"embed_dim": embed_dim, "num_heads": num_heads, "depth": depth, "mlp_ratio": mlp_ratio, "qkv_bias": qkv_bias,
+                          "qk_normalization": qk_normalization, "norm_type": norm_type, "layer_norm_eps": layer_norm_eps}
         self.out_indices, self.with_cp, self.freeze_vit, self.with_fpn = tuple(out_indices), with_cp, freeze_vit, with_fpn
 
         self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size)
@@ -229,7 +240,7 @@ class InternViT6B(BaseModule):
         self.reset_parameters()
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, mlp_ratio, qkv_bias, qk_normalization, drop_path_rate * index / max(depth - 1, 1), init_values,
-                  layerscale_force_fp32, use_flash_attn)
+                  layerscale_force_fp32, use_flash_attn, norm_type, layer_norm_eps)
             for index in range(depth))
         if freeze_vit:
             self.requires_grad_(False)  # before the FPN layers, which train
@@ -244,6 +255,10 @@ class InternViT6B(BaseModule):
         """Draws the class token and the position embedding; the other modules draw their own."""
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
+
+    def exported(self, layout: str) -> tuple[dict[str, tuple[str, ...]], dict[str, object] | None]:
+        """Names of the ViT's parameters in a published layout ("internvl", "opengvlab", "transformers"), and its config.json where it has one."""
+        return exported_names(layout, self.depth), exported_config(layout, self.arguments, self.img_size, self.patch_size, self.init_values)
 
     def layer_id(self, name: str) -> int:
         """The layer of a parameter, for layer-wise learning-rate decay; name is relative to the backbone.

@@ -1,4 +1,4 @@
-"""Normalisation layers of InternViT: RMSNorm over channels, and LayerNorm for channels-first feature maps.
+"""Normalisation layers of InternViT: RMSNorm or LayerNorm over the channels of tokens, and LayerNorm for channels-first feature maps.
 
 In and out: the same shape and dtype; the kernels sum in fp32 inside. Which RMSNorm kernel a machine runs is measured once and logged.
 """
@@ -97,6 +97,18 @@ def _finish(device: torch.device) -> None:
     """Waits for the kernels in flight."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+class TokenLayerNorm(nn.LayerNorm):
+    """LayerNorm over the last dimension, in the dtype of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., width) -> the same shape and dtype."""
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps).to(x.dtype)
+
+
+NORMS: dict[str, type[nn.Module]] = {"rms_norm": RMSNorm, "layer_norm": TokenLayerNorm}
+"""Norms of a block by the names that published config.json files use. Arguments: width, eps."""
 
 
 class ChannelsFirstLayerNorm(nn.LayerNorm):
