@@ -87,6 +87,8 @@ def resolve_ds_config(
     _optimizer_agrees(raw, optimizer, **where)
     if "scheduler" in raw:
         raise ConfigError(f"{name} has a scheduler section, but the learning-rate schedule comes from lr_config in {experiment}; drop it from {name}")
+    if "writer" in (raw.get("checkpoint") or {}):
+        raise ConfigError(f"checkpoint.writer of {name} asks for DeepSpeed's fast or decoupled writer, whose files are not on disk when a save returns; drop it")
     zero = raw.setdefault("zero_optimization", {"stage": 0})
     _fill_bucket_sizes(zero, hidden_size)
     _no_auto_left(raw, name)

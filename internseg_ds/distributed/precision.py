@@ -9,13 +9,13 @@ weights on use: parameter names, gathering and the stored dtype stay as they are
 """
 
 import functools
-import logging
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-log = logging.getLogger(__name__)
+from internseg_ds.distributed.ds_config import Precision
+from internseg_ds.errors import ConfigError
 
 
 def computes_bf16(device: torch.device) -> bool:
@@ -25,8 +25,15 @@ def computes_bf16(device: torch.device) -> bool:
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def backbone_dtype(requested: Literal["auto", "bfloat16", "float32"], device: torch.device) -> torch.dtype:
-    """The dtype in which the backbone computes on `device`; "auto" (the config's default) is bf16 where that is native."""
+def backbone_dtype(requested: Literal["auto", "bfloat16", "float32"], device: torch.device, precision: Precision = "bf16") -> torch.dtype:
+    """The dtype in which the backbone computes on `device`; "auto" (the config's default) is bf16 where that is native.
+
+    precision: of the ds_config. With "fp32" parameters and no autocast only fp32 can be computed: raises ConfigError where bfloat16 is asked for.
+    """
+    if precision == "fp32":
+        if requested == "bfloat16":
+            raise ConfigError("engine.backbone_dtype='bfloat16' needs bf16 weights or autocast; enable bf16 or torch_autocast in the ds_config")
+        return torch.float32
     if requested == "auto":
         return torch.bfloat16 if computes_bf16(device) else torch.float32
     return getattr(torch, requested)

@@ -11,15 +11,24 @@ one usable. DeepSpeed writes and reads the files; this module owns names, order 
 import logging
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
+from torch import nn
 
 from internseg_ds.checkpoints.manifest import MANIFEST, read_manifest, update_metrics, verify_manifest, write_manifest
-from internseg_ds.checkpoints.zero_checkpoint import find_save
+from internseg_ds.checkpoints.weights import open_weights
+from internseg_ds.checkpoints.zero_checkpoint import ZeroCheckpoint, find_save
+from internseg_ds.distributed.loading import fit_segmentor
+from internseg_ds.distributed.partitions import partitions
 from internseg_ds.engine.state import TrainState
 from internseg_ds.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from internseg_ds.distributed.ema import ShardedEma
 
 log = logging.getLogger(__name__)
 
@@ -32,20 +41,32 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int) -> None:
         """keep: how many of the newest stay (`max_keep_ckpts`); 0 or less keeps all. The best one stays beside them."""
         self.folder, self.keep = folder, keep
+        self.newest: str | None = None
+        """Tag of the newest save of this run that succeeded."""
 
-    def save(self, deepspeed_engine: Any, state: TrainState, meta: dict[str, Any]) -> Path:
-        """Writes weights, optimizer, schedule and `state`; returns the checkpoint's directory. meta: CLASSES, PALETTE, config text."""
+    def save(self, deepspeed_engine: Any, state: TrainState, meta: dict[str, Any], groups: Sequence[Mapping[str, Any]] = (),
+             ema: "ShardedEma | None" = None) -> Path | None:
+        """Writes weights, optimizer, schedule, `state` and the average `ema`; returns the checkpoint's directory.
+
+        A save that fails on any rank (a full disk) is cleared away, with a warning, and returns None: it shall not cost the training. meta: CLASSES, PALETTE, config text. groups: parameter groups as dicts of names, lr, weight_decay, for the check of a run that goes on from here.
+        """
         tag = f"iter_{state.step}"
         partial, final = self.folder / (tag + PARTIAL), self.folder / tag
         if dist.get_rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             for leftover in self.folder.glob("*" + PARTIAL):
                 shutil.rmtree(leftover)
-        deepspeed_engine.save_checkpoint(str(self.folder), tag=partial.name, client_state={"internseg_ds": state.state_dict()}, save_latest=False)
+        needed = _bytes_to_save(deepspeed_engine, ema)
+        failure = self._write(deepspeed_engine, partial, state, ema) if self._has_room(deepspeed_engine, needed) else OSError(f"{self.folder} is full")
+        if not _agreed(deepspeed_engine, failure is None):
+            if dist.get_rank() == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+                log.warning("step %d could not be saved: it needs %s MiB and %s MiB are free in %s (%s); training goes on, the newest checkpoint is %s",
+                            state.step, f"{needed / 2**20:,.0f}", f"{shutil.disk_usage(self.folder).free / 2**20:,.0f}", self.folder, failure or "another rank failed", self.newest or "none")
+            return None
         if dist.get_rank() == 0:
-            for file in partial.rglob("*"):
-                _to_disk(file)
-            write_manifest(partial, step=state.step, world_size=dist.get_world_size(), zero_stage=deepspeed_engine.zero_optimization_stage(), meta=meta, metrics={})
+            write_manifest(partial, step=state.step, world_size=dist.get_world_size(), zero_stage=deepspeed_engine.zero_optimization_stage(), meta=meta, metrics={},
+                           groups=groups)
             replaced = self.folder / (tag + ".replaced" + PARTIAL)
             if final.exists():
                 final.rename(replaced)  # a resumed run comes to this step again
@@ -55,16 +76,35 @@ class Checkpoints:
             publish(self.folder / "latest", tag)
             self._retain()
         dist.barrier()
+        self.newest = tag
         log.info("saved %s", final)
         return final
+
+    def _has_room(self, deepspeed_engine: Any, needed: int) -> bool:
+        """Whether rank 0 sees so many bytes free. Collective."""
+        return _agreed(deepspeed_engine, dist.get_rank() != 0 or shutil.disk_usage(self.folder).free > needed)
+
+    def _write(self, deepspeed_engine: Any, partial: Path, state: TrainState, ema: "ShardedEma | None") -> Exception | None:
+        """Every rank's files, brought to disk; what went wrong on this rank. Collective."""
+        writer = deepspeed_engine.checkpoint_engine
+        writer.forget()
+        deepspeed_engine.save_checkpoint(str(self.folder), tag=partial.name, client_state={"internseg_ds": state.state_dict()}, save_latest=False)
+        try:
+            if ema is not None:
+                ema.save(partial)
+            for file in partial.iterdir():
+                _to_disk(file)
+        except (OSError, RuntimeError) as error:
+            return error
+        return writer.failure
 
     def score(self, state: TrainState, metrics: dict[str, float], best_by: str | None) -> bool:
         """Notes the evaluation of the checkpoint of `state.step`, and marks it when it is the best so far by the score `best_by`; whether it is."""
         tag = f"iter_{state.step}"
-        better = best_by is not None and (state.best is None or metrics[best_by] > state.best)
+        better = best_by is not None and self.newest == tag and (state.best is None or metrics[best_by] > state.best)
         if better:
             state.best, state.best_tag = metrics[best_by], tag
-        if dist.get_rank() == 0 and (self.folder / tag / MANIFEST).exists():
+        if dist.get_rank() == 0 and self.newest == tag:
             update_metrics(self.folder / tag, metrics)
             if better:
                 publish(self.folder / "best", tag)
@@ -93,15 +133,31 @@ class Checkpoints:
                 shutil.rmtree(path)
 
 
+def _agreed(deepspeed_engine: Any, fine: bool) -> bool:
+    """Whether it is fine on every rank. Collective."""
+    trouble = torch.tensor(float(not fine), device=deepspeed_engine.device)
+    dist.all_reduce(trouble)
+    return not trouble
+
+
+def _bytes_to_save(deepspeed_engine: Any, ema: "ShardedEma | None") -> int:
+    """What the files of all ranks will take together: masters and two moments in fp32, the module's own weights, the average. Collective."""
+    masters = sum(master.numel() for master in partitions(deepspeed_engine))
+    module = sum(param.numel() * param.itemsize for param in deepspeed_engine.module.parameters()) if dist.get_rank() == 0 else 0  # under ZeRO-3 they are empty
+    total = torch.tensor(float(masters * (16 if ema is not None else 12) + module), dtype=torch.float64, device=deepspeed_engine.device)
+    dist.all_reduce(total)
+    return int(total * 1.01) + 2**20
+
+
 def find_checkpoint(path: str | os.PathLike) -> Path:
     """The checkpoint directory that `path` means: one itself, or a folder (WORK_DIR, WORK_DIR/checkpoints) whose `latest` names it.
 
     Raises CheckpointError when there is none, or when it was not finished.
     """
     path = find_save(Path(path))
-    if read_manifest(path) is None:
-        raise CheckpointError(f"{path} holds no {MANIFEST}: it is no checkpoint of this engine, or its save did not finish; take another one")
-    verify_manifest(path)
+    if path.name.endswith(PARTIAL):
+        raise CheckpointError(f"the save of {path} did not finish; take another checkpoint")
+    verify_manifest(path)  # where there is one: plain DeepSpeed writes none
     return path
 
 
@@ -112,20 +168,36 @@ def checkpoint_to_resume(resume: str | os.PathLike | None, work_dir: Path) -> Pa
     return find_checkpoint(resume) if resume is not None else None
 
 
-def check_resumable(path: Path, world_size: int, stage: int) -> None:
-    """Raises CheckpointError when the checkpoint was saved by another number of processes or under another ZeRO stage than the run that is to go on."""
-    manifest = read_manifest(path)
-    if (manifest["world_size"], manifest["zero_stage"]) != (world_size, stage):
-        raise CheckpointError(f"{path} was saved by {manifest['world_size']} processes under ZeRO-{manifest['zero_stage']}, this run has {world_size} under "
-                              f"ZeRO-{stage}; resume with the same, or start anew from its weights with --load-from")
+def check_resumable(path: Path, model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raises CheckpointError when the checkpoint is of another model than `model`, or trained other parameters, or in other groups.
+
+    groups: those of the run that is to go on, as `named_groups` gives them. Stage and number of processes may differ.
+    """
+    checkpoint = ZeroCheckpoint(path)
+    fit_segmentor(model, open_weights(path))
+    trains = {name for name, param in model.named_parameters() if param.requires_grad}
+    if differ := sorted(trains ^ checkpoint.trained):
+        name = differ[0]
+        raise CheckpointError(f"{path} {'froze' if name in trains else 'trained'} {name} and this run {'trains' if name in trains else 'freezes'} it ({len(differ)} parameters "
+                              f"differ); resume with the config that it was saved with, or start anew from its weights with --load-from")
+    then, now = ({name: (group["lr"], group["weight_decay"]) for group in them for name in group["names"]} for them in (checkpoint.manifest.get("groups") or groups, groups))
+    if differ := [name for name in now if then.get(name) != now[name]]:
+        name = differ[0]
+        raise CheckpointError(f"{path} trained {name} with lr and weight decay {then.get(name)}, this run's config says {now[name]} ({len(differ)} parameters differ); "
+                              f"resume with the optimizer section that it was saved with, or start anew from its weights with --load-from")
 
 
-def load_checkpoint(deepspeed_engine: Any, path: Path, state: TrainState) -> None:
-    """Fills the engine and `state` from a checkpoint directory that `check_resumable` has passed. Collective."""
-    loaded, client_state = deepspeed_engine.load_checkpoint(str(path.parent), tag=path.name)
-    if loaded is None:
-        raise CheckpointError(f"DeepSpeed could not load {path}")
-    state.load_state_dict(client_state["internseg_ds"])
+def named_groups(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Parameter groups without their parameters: names, lr, weight_decay."""
+    names = {id(param): name for name, param in model.named_parameters()}
+    return [{"names": [names[id(param)] for param in group["params"]], "lr": group["lr"], "weight_decay": group["weight_decay"]} for group in groups]
+
+
+def state_of(checkpoint: ZeroCheckpoint, seed: int) -> TrainState:
+    """The state that travels with a checkpoint; of one that plain DeepSpeed wrote, what its counters say."""
+    state = TrainState(step=checkpoint.steps, images=checkpoint.samples, seed=seed)
+    state.load_state_dict(checkpoint.client_state.get("internseg_ds", {}))
+    return state
 
 
 def publish(pointer: Path, tag: str) -> None:

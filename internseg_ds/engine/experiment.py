@@ -28,8 +28,17 @@ class EngineOptions:
     """dtype in which the backbone computes: "bfloat16", "float32", or "auto": bfloat16 where the hardware multiplies it natively, else float32."""
     evaluate_before: bool = False
     """Evaluate once before the first step, to see what training starts from."""
+    ema: float | None = None
+    """Decay of an exponential moving average of the weights, 0.999 say; it is evaluated in their place, and saved beside them. None: no average."""
+    weights_may_differ: tuple[str, ...] = ()
+    """Prefixes of names that the weights a run starts from may have too many or too few; any other difference is an error."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.weights_may_differ, str) or not all(isinstance(prefix, str) for prefix in self.weights_may_differ):
+            raise ConfigError(f"engine.weights_may_differ={self.weights_may_differ!r} must be a list of prefixes of names")
+        object.__setattr__(self, "weights_may_differ", tuple(self.weights_may_differ))
+        if self.ema is not None and not (isinstance(self.ema, float) and 0 < self.ema < 1):
+            raise ConfigError(f"engine.ema={self.ema!r} must be a number between 0 and 1, such as 0.999, or None")
         if self.backbone_dtype not in ("auto", "bfloat16", "float32"):
             raise ConfigError(f"engine.backbone_dtype={self.backbone_dtype!r} is none of 'auto', 'bfloat16', 'float32'")
         if self.global_batch is not None and (not isinstance(self.global_batch, int) or self.global_batch < 1):
@@ -146,7 +155,7 @@ def read_experiment(config: str | os.PathLike | Config, cfg_options: Mapping[str
         optimizer=cfg.optimizer,
         schedule=schedule,
         accumulation=cumulative,
-        gradient_clipping=float((optimizer_config.get("grad_clip") or {}).get("max_norm", 0.0)),
+        gradient_clipping=_clipping(optimizer_config.get("grad_clip") or {}, path),
         save_every=_whole(saving.get("interval", schedule.max_steps), f"checkpoint_config.interval of {path}", least=-1),
         max_keep_ckpts=_whole(saving.get("max_keep_ckpts", -1), f"checkpoint_config.max_keep_ckpts of {path}", least=-1),
         evaluate_every=_whole(evaluation.get("interval", schedule.max_steps), f"evaluation.interval of {path}", least=-1),
@@ -161,6 +170,13 @@ def read_experiment(config: str | os.PathLike | Config, cfg_options: Mapping[str
         engine=options,
         notes=tuple(notes),
     )
+
+
+def _clipping(grad_clip: Mapping[str, Any], path: str) -> float:
+    norm, kind = grad_clip.get("max_norm", 0.0), grad_clip.get("norm_type", 2)
+    if isinstance(norm, bool) or not isinstance(norm, (int, float)) or norm < 0 or kind != 2:
+        raise ConfigError(f"optimizer_config.grad_clip={dict(grad_clip)} of {path}: max_norm must be a number of at least 0, and norm_type 2, the only one that DeepSpeed has")
+    return float(norm)
 
 
 def _whole(value: Any, what: str, least: int) -> int:
@@ -233,6 +249,9 @@ def _option_exists(cfg: Config, option: str, path: str) -> None:
             known = [setting.name for setting in fields(EngineOptions)]
             if part in known:
                 return
+        if prefix in KNOWN and part in KNOWN[prefix] and f"{prefix}.{part}" in KNOWN and depth < len(parents):
+            node = {}  # a section that the file leaves out
+            continue
         is_argument = part == leaf and depth == len(parents) and isinstance(node, Mapping)
         if is_argument and (part in KNOWN[prefix] if prefix in KNOWN else "type" in node):
             return
@@ -248,6 +267,7 @@ KNOWN = {
     "evaluation": ("interval", "metric", "save_best", "by_epoch", "pre_eval"),
     "checkpoint_config": ("interval", "max_keep_ckpts", "by_epoch"),
     "optimizer_config": ("grad_clip", "cumulative_iters", "type"),
+    "optimizer_config.grad_clip": ("max_norm", "norm_type"),
     "lr_config": ("policy", "warmup", "warmup_iters", "warmup_ratio", "power", "min_lr", "by_epoch"),
     "log_config": ("interval", "hooks"),
     "runner": ("type", "max_iters"),

@@ -24,8 +24,9 @@ from internseg_ds.distributed.ds_config import DsConfig, resolve_ds_config
 from internseg_ds.distributed.loading import fit_backbone, fit_segmentor
 from internseg_ds.distributed.optimizers import check_optimizer
 from internseg_ds.distributed.parameter_groups import parameter_groups
+from internseg_ds.distributed.precision import backbone_dtype
 from internseg_ds.distributed.process_group import World
-from internseg_ds.engine.checkpointing import check_resumable
+from internseg_ds.engine.checkpointing import check_resumable, named_groups
 from internseg_ds.engine.experiment import Experiment, leaf_datasets
 from internseg_ds.engine.trackers import check_trackers
 from internseg_ds.errors import CheckpointError, ConfigError, DataError
@@ -50,7 +51,6 @@ def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, An
 
     validate: whether the run will evaluate, and so needs the validation set. resume_from: the checkpoint that it goes on from; it needs no other weights.
     """
-    _ = world.device  # each process has one
     meta_model = build_on_meta(experiment.model)
     ds = resolve_ds_config(
         ds_config, experiment=experiment.path, micro_batch=experiment.micro_batch, world_size=world.size, optimizer=experiment.optimizer,
@@ -58,13 +58,15 @@ def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, An
         hidden_size=getattr(meta_model.backbone, "embed_dim", 1024))
     if ds.stage == 0:
         raise ConfigError(f"{ds.source} names no ZeRO stage; write \"zero_optimization\": {{\"stage\": 3}} (or 1, 2), or take one of ds_configs/")
-    parameter_groups(meta_model, experiment.optimizer)
+    backbone_dtype(experiment.engine.backbone_dtype, world.device, ds.precision)
+    check_offload(experiment, ds, resume_from)
+    groups = parameter_groups(meta_model, experiment.optimizer)
     check_optimizer(experiment.optimizer, ds)
     check_patches(experiment, meta_model)
     if resume_from is None:
         check_weights(experiment, meta_model, load_from)
     else:
-        check_resumable(resume_from, world.size, ds.stage)
+        check_resumable(resume_from, meta_model, named_groups(meta_model, groups))
     if world.is_main:
         check_trackers(experiment.log_hooks)
     train_set = build_datasets(experiment.train, "data.train", list(leaf_datasets(experiment.train)))
@@ -78,6 +80,15 @@ def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, An
     return Plan(experiment, ds, world, meta_model, train_set, val_set)
 
 
+def check_offload(experiment: Experiment, ds: DsConfig, resume_from: Path | None) -> None:
+    """Averages and resumed runs read and write the optimizer's state in memory; on NVMe it is not there."""
+    zero = ds.raw["zero_optimization"]
+    on_nvme = [key for key in ("offload_optimizer", "offload_param") if zero.get(key, {}).get("device") == "nvme"]
+    if on_nvme and (resume_from is not None or experiment.engine.ema is not None):
+        what = "engine.ema" if resume_from is None else "--resume"
+        raise ConfigError(f"{what} cannot work with {on_nvme[0]}.device=\"nvme\" of {ds.source}; offload to \"cpu\"")
+
+
 def check_weights(experiment: Experiment, meta_model: nn.Module, load_from: str | os.PathLike | None) -> None:
     """The weight file that the run starts from must be there and fit the model: names and shapes are compared, values are not read.
 
@@ -89,11 +100,10 @@ def check_weights(experiment: Experiment, meta_model: nn.Module, load_from: str 
     option, path, fit = start
     if not path.exists():
         raise CheckpointError(f"{option}={str(path)!r}: there is no such file; put the weights there, or start from random weights with --cfg-options {option}=None")
-    with open_weights(path) as weights:
-        fit(meta_model, weights)
+    fit(meta_model, open_weights(path), experiment.engine.weights_may_differ)
 
 
-def starting_weights(experiment: Experiment, model: nn.Module, load_from: str | os.PathLike | None) -> tuple[str, Path, Callable[[nn.Module, Weights], Fit]] | None:
+def starting_weights(experiment: Experiment, model: nn.Module, load_from: str | os.PathLike | None) -> tuple[str, Path, Callable[[nn.Module, Weights, tuple[str, ...]], Fit]] | None:
     """Where a fresh run's weights come from: (setting, path, how they are matched), in order of precedence; None for random weights."""
     if load_from or experiment.load_from:
         return "load_from", Path(load_from or experiment.load_from), fit_segmentor
@@ -101,11 +111,11 @@ def starting_weights(experiment: Experiment, model: nn.Module, load_from: str | 
     return ("model.backbone.pretrained", Path(pretrained), fit_backbone) if pretrained else None
 
 
-def check_weights_fit(experiment: Experiment, checkpoint: str | os.PathLike) -> dict[str, Any]:
+def check_weights_fit(experiment: Experiment, checkpoint: str | os.PathLike, *, ema: bool = False) -> dict[str, Any]:
     """A finished checkpoint must be there and fit the config's model; returns its meta (CLASSES, PALETTE, ...). Raises CheckpointError."""
-    with open_weights(Path(checkpoint)) as weights:
-        fit_segmentor(build_on_meta(experiment.model), weights)
-        return weights.meta
+    weights = open_weights(Path(checkpoint), ema=ema)
+    fit_segmentor(build_on_meta(experiment.model), weights)
+    return weights.meta
 
 
 def validation_set(experiment: Experiment, split: str = "val") -> Dataset:

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,15 +26,19 @@ from torch import Tensor
 
 from internseg_ds.checkpoints.manifest import read_manifest
 from internseg_ds.checkpoints.weights import open_weights
+from internseg_ds.checkpoints.zero_checkpoint import ZeroCheckpoint
 from internseg_ds.data.loading import Batch
+from internseg_ds.distributed.checkpoint_engine import NotingCheckpointEngine
 from internseg_ds.distributed.construction import build_for_training
+from internseg_ds.distributed.ema import ShardedEma
 from internseg_ds.distributed.gathering import whole_segmentor
-from internseg_ds.distributed.loading import load
+from internseg_ds.distributed.loading import fit_segmentor, load
 from internseg_ds.distributed.optimizers import build_optimizer
 from internseg_ds.distributed.parameter_groups import parameter_groups
 from internseg_ds.distributed.precision import apply_precision, backbone_dtype
 from internseg_ds.distributed.process_group import World, join, leave, world_from_environment
-from internseg_ds.engine.checkpointing import Checkpoints, checkpoint_to_resume, load_checkpoint
+from internseg_ds.distributed.restoring import restore
+from internseg_ds.engine.checkpointing import Checkpoints, checkpoint_to_resume, named_groups, state_of
 from internseg_ds.engine.evaluator import Evaluation, evaluate
 from internseg_ds.engine.experiment import Experiment, read_experiment
 from internseg_ds.engine.preflight import Plan, check, starting_weights
@@ -77,7 +82,7 @@ class SegmentorEngine:
         resume_from = checkpoint_to_resume(resume or experiment.resume_from, self.work_dir)
         self.plan: Plan = check(experiment, ds_config, world, validate=validate, load_from=load_from, resume_from=resume_from)
         self.checkpoints = Checkpoints(self.work_dir / "checkpoints", experiment.max_keep_ckpts)
-        self.resumed_unscored = resume_from is not None and not read_manifest(resume_from)["metrics"]
+        self.resumed_unscored = resume_from is not None and not (read_manifest(resume_from) or {}).get("metrics")
         self.state = TrainState(seed=seed)
         self._owns_group = not dist.is_initialized()
         if self._owns_group:
@@ -94,25 +99,33 @@ class SegmentorEngine:
         import deepspeed
 
         experiment, ds, device = self.plan.experiment, self.plan.ds, self.world.device
-        self.compute_dtype = backbone_dtype(experiment.engine.backbone_dtype, device)
+        self.compute_dtype = backbone_dtype(experiment.engine.backbone_dtype, device, ds.precision)
         log.info("%d process%s on %s, ZeRO-%d, %s parameters, backbone computes in %s, heads in float32", self.world.size, "es" * (self.world.size > 1),
                  device.type, ds.stage, str(ds.param_dtype).removeprefix("torch."), str(self.compute_dtype).removeprefix("torch."))
         log.info("%d images per step = %d processes x %d images x %d accumulation steps", ds.global_batch, ds.world_size, ds.micro_batch, ds.accumulation)
         torch.backends.cudnn.benchmark = experiment.cudnn_benchmark and not torch.are_deterministic_algorithms_enabled()
         model = build_for_training(experiment.model, ds, device, seed)
-        start = starting_weights(experiment, model, load_from) if resume_from is None else None
-        if start is not None:
+        if resume_from is not None:
+            load(model, fit_segmentor(model, open_weights(resume_from)))
+        elif start := starting_weights(experiment, model, load_from):
             _, path, fit = start
-            with open_weights(path) as weights:
-                load(model, weights, fit(model, weights))
+            load(model, fit(model, open_weights(path), experiment.engine.weights_may_differ))
         apply_precision(model, self.compute_dtype, autocast=ds.precision == "autocast")
         groups = parameter_groups(model, experiment.optimizer)
         optimizer = build_optimizer(groups, experiment.optimizer, ds)
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=experiment.schedule.scheduler, config=ds.raw)
+        self.deepspeed.checkpoint_engine = NotingCheckpointEngine(self.deepspeed._config)
+        self.ema = ShardedEma(self.deepspeed, experiment.engine.ema) if experiment.engine.ema is not None else None
         if resume_from is not None:
-            load_checkpoint(self.deepspeed, resume_from, self.state)
+            checkpoint = ZeroCheckpoint(resume_from)
+            restore(self.deepspeed, checkpoint, experiment.schedule)
+            if self.ema is not None:
+                self.ema.restore(checkpoint)
+            self.state = state_of(checkpoint, seed)
+            self.checkpoints.newest = resume_from.name
             self.checkpoints.recall_best(self.state, experiment.best_by)
-            log.info("resumed from %s: step %d, %d images seen", resume_from, self.state.step, self.state.images)
+            log.info("resumed from %s (%d processes, ZeRO-%d): step %d, %d images seen", resume_from, checkpoint.world_size, checkpoint.stage, self.state.step,
+                     self.state.images)
         if self.world.is_main:
             experiment.cfg.dump(str(self.work_dir / "config.py"))
             (self.work_dir / "ds_config.json").write_text(json.dumps(ds.raw, indent=4) + "\n")
@@ -138,10 +151,13 @@ class SegmentorEngine:
         return train(self)
 
     def evaluate(self, *, verbose: bool = True) -> Evaluation:
-        """mmseg's metrics on the validation set with the weights as they are. Gathers the weights once; the data set is split over the ranks."""
+        """mmseg's metrics on the validation set with the weights as they are, or with their average (EMA) where the run keeps one.
+
+        Gathers the weights once; the data set is split over the ranks.
+        """
         if self.plan.val_set is None:
             raise ConfigError("this engine was built with validate=False and has no validation set; build it with validate=True to evaluate")
-        with self.whole() as segmentor:
+        with self.ema.in_place_of_weights() if self.ema is not None else nullcontext(), self.whole() as segmentor:
             return evaluate(segmentor, self.plan.val_set, world=self.world, workers=self.plan.experiment.workers, metrics=self.plan.experiment.metrics, verbose=verbose)
 
     def whole(self) -> Any:
@@ -149,11 +165,12 @@ class SegmentorEngine:
         return whole_segmentor(self.deepspeed.module, self.plan.experiment.model, self.compute_dtype, self.world.device,
                                autocast=self.plan.ds.precision == "autocast")
 
-    def save(self) -> Path:
-        """Writes a ZeRO checkpoint of this step into WORK_DIR/checkpoints; returns its directory."""
+    def save(self) -> Path | None:
+        """Writes a ZeRO checkpoint of this step into WORK_DIR/checkpoints; returns its directory, or None when it could not be written (a warning says why)."""
         dataset = self.plan.train_set
         meta = {"CLASSES": list(dataset.CLASSES), "PALETTE": [list(map(int, colour)) for colour in dataset.PALETTE], "config": self.plan.experiment.cfg.pretty_text}
-        return self.checkpoints.save(self.deepspeed, self.state, meta)
+        groups = named_groups(self.plan.meta_model, parameter_groups(self.plan.meta_model, self.plan.experiment.optimizer))
+        return self.checkpoints.save(self.deepspeed, self.state, meta, groups, self.ema)
 
     def close(self) -> None:
         """Frees the engine and leaves the process group if this engine joined it."""

@@ -57,6 +57,8 @@ def train(engine: "SegmentorEngine") -> TrainState:
                 engine.deepspeed.backward(losses["loss"])
                 engine.deepspeed.step()                       # DeepSpeed clips, updates and moves the schedule on the last micro-batch only
                 means.add(losses, batch.files)
+            if engine.ema is not None:
+                engine.ema.update()
             state.step += 1
             state.images += ds.global_batch
             skipped_in_a_row = skipped_in_a_row + 1 if engine.deepspeed.skipped_steps > skipped else 0

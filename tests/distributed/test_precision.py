@@ -1,7 +1,9 @@
+import pytest
 import torch
 from torch import nn
 
 from internseg_ds.distributed.precision import apply_precision, backbone_dtype, compute_in_fp32
+from internseg_ds.errors import ConfigError
 
 
 class Probe(nn.Module):
@@ -80,3 +82,6 @@ def test_the_config_can_ask_for_either_dtype():
     assert backbone_dtype("bfloat16", cpu) is torch.bfloat16
     assert backbone_dtype("float32", cpu) is torch.float32
     assert backbone_dtype("auto", cpu) in (torch.bfloat16, torch.float32)
+    assert backbone_dtype("auto", cpu, "fp32") is torch.float32  # fp32 weights and no autocast: on hardware with bf16 too
+    with pytest.raises(ConfigError, match="needs bf16 weights or autocast"):
+        backbone_dtype("bfloat16", cpu, "fp32")

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from internseg_ds.checkpoints.manifest import read_manifest
+from internseg_ds.distributed.checkpoint_engine import NotingCheckpointEngine
 from internseg_ds.engine.checkpointing import Checkpoints, checkpoint_to_resume, find_checkpoint
 from internseg_ds.engine.state import TrainState
 from tests.distributed.ranks import spawn
@@ -16,7 +17,9 @@ def toy_engine():
     deepspeed.init_distributed(verbose=False)
     model = torch.nn.Linear(4, 3)
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}
-    return deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters()), config=config)[0]
+    engine = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters()), config=config)[0]
+    engine.checkpoint_engine = NotingCheckpointEngine(engine._config)
+    return engine
 
 
 def there(folder: Path) -> set[str]:

@@ -60,6 +60,8 @@ def test_options_reach_arguments_that_the_file_leaves_at_their_defaults():
     ({"engine.accumulate": 1}, "accumulate"),
     ({"data.train.pipeline.99.type": "x"}, "99"),
     ({"runner.max_iters": 0}, "at least 1"),
+    ({"optimizer_config.grad_clip.max_norm": "x"}, "max_norm must be a number"),
+    ({"optimizer_config.grad_clip.max_norms": 1.0}, "did you mean optimizer_config.grad_clip.max_norm"),
     ({"runner.max_iter": 10}, "did you mean runner.max_iters"),
     ({"data.sample_per_gpu": 8}, "did you mean data.samples_per_gpu"),
     ({"evaluation.intervall": 5}, "did you mean evaluation.interval"),

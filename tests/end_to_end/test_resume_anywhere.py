@@ -1,0 +1,71 @@
+"""A run saved by 2 processes under one ds_config goes on under another, and with other numbers of processes, along the curve of the unbroken run."""
+
+import json
+import shutil
+
+import pytest
+
+from internseg_ds.checkpoints.zero_checkpoint import ZeroCheckpoint
+from tests.end_to_end.conftest import NO_NOISE
+
+STEPS = [*NO_NOISE, "runner.max_iters=10", "checkpoint_config.interval=5", "lr_config.warmup_iters=3"]
+
+
+@pytest.fixture(scope="module")
+def unbroken(train):
+    """10 steps under ZeRO-3 with an average of the weights, saved at step 5."""
+    return train("--deepspeed_config", "ds_configs/zero3_bf16.json", "--no-validate", options=[*STEPS, "engine.ema=0.9"])
+
+
+def resumed(train, unbroken, *arguments, **settings):
+    run = train("--resume", unbroken.work_dir / "checkpoints" / "iter_5", "--no-validate", *arguments, **settings)
+    assert list(run.losses) == [6, 7, 8, 9, 10]
+    return run
+
+
+@pytest.mark.parametrize(("name", "processes", "micro_batch"), [
+    ("zero3_bf16", 1, 4), ("zero3_bf16", 4, 1), ("zero1_bf16", 2, 2), ("zero3_autocast", 2, 2), ("zero3_bf16_offload_optimizer", 2, 2)])
+def test_it_goes_on_along_the_same_curve(name, processes, micro_batch, train, unbroken):
+    run = resumed(train, unbroken, "--deepspeed_config", f"ds_configs/{name}.json", processes=processes, options=[*STEPS, "engine.ema=0.9", f"data.samples_per_gpu={micro_batch}"])
+    expected = {step: loss for step, loss in unbroken.losses.items() if step > 5}
+    assert run.losses == pytest.approx(expected, rel=1e-2)
+    rates = [{record["step"]: record["lr"] for record in each.records if "loss" in record} for each in (run, unbroken)]
+    assert rates[0] == pytest.approx({step: rate for step, rate in rates[1].items() if step > 5})
+    then, now = ZeroCheckpoint.open(unbroken.work_dir), ZeroCheckpoint.open(run.work_dir)
+    for what in ("fp32", "ema"):  # 5 steps of at most lr each, of which the signs of a few tiny gradients may differ
+        for parameter in ("backbone.blocks.1.attn.qkv.weight", "decode_head.conv_seg.weight"):
+            numel = then.shapes[parameter].numel()
+            difference = (then.read_slice(parameter, 0, numel, what) - now.read_slice(parameter, 0, numel, what)).abs()
+            assert float(difference.mean()) < 2e-4, (what, parameter)
+
+
+def test_a_checkpoint_of_plain_deepspeed_goes_on_too(train, unbroken, tmp_path):
+    save = tmp_path / "global_step5"
+    shutil.copytree(unbroken.work_dir / "checkpoints" / "iter_5", save)
+    (save / "internseg_ds.json").unlink()
+    (tmp_path / "latest").write_text("global_step5")
+    run = train("--resume", tmp_path, "--no-validate", options=[*STEPS, "engine.ema=0.9"])
+    assert run.losses == {step: loss for step, loss in unbroken.losses.items() if step > 5}
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    (["model.backbone.mlp_ratio=2"], ["does not fit the model", "mlp.fc1"]),
+    (["optimizer.paramwise_cfg.layer_decay_rate=0.5"], ["lr and weight decay", "--load-from"]),
+    (["model.backbone.freeze_vit=True"], ["trained backbone", "freezes it"]),
+])
+def test_a_checkpoint_of_another_model_or_other_groups_is_refused(options, words, train, unbroken):
+    run = train("--resume", unbroken.work_dir, "--no-validate", options=[*STEPS, *options], processes=1, launcher="python", check=False)
+    assert run.returncode == 2 and "Traceback" not in run.output and all(word in run.output for word in words), run.output[-2000:]
+
+
+def test_the_average_is_scored_and_consolidated(unbroken, launch, ade20k, tmp_path):
+    from tests.conftest import TINY, data_options
+    from tests.end_to_end.conftest import SMALL
+
+    launch("launch/consolidate.py", unbroken.work_dir, tmp_path / "ema.pth", "--ema", launcher="python")
+    scores = []
+    for number, arguments in enumerate(([unbroken.work_dir, "--ema"], [tmp_path / "ema.pth"], [unbroken.work_dir])):
+        out = tmp_path / f"{number}.json"
+        launch("launch/test.py", TINY, *arguments, "--out", out, "--cfg-options", *SMALL, *data_options(ade20k), launcher="python")
+        scores.append(json.loads(out.read_text()))
+    assert scores[0] == scores[1] != scores[2]
