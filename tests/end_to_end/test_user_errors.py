@@ -89,11 +89,6 @@ def test_help_shows_a_command(script, launch):
     assert "example:" in done.stdout and f"launch/{script}.py" in done.stdout
 
 
-def test_resuming_with_another_number_of_processes_says_what_to_do(trained, train):
-    run = train("--resume", trained.work_dir, "--no-validate", options=["runner.max_iters=13"], processes=1, check=False)
-    assert "saved by 2 processes" in run.output and "--load-from" in run.output and "Traceback" not in run.output
-
-
 def test_a_truncated_checkpoint_is_refused_before_training(trained, launch, ade20k, tmp_path):
     import shutil
 
