@@ -9,13 +9,13 @@ PIP    := $(BIN)/pip install --quiet -c constraints.txt
 TORCH  := $(shell sed -n 's/^torch===//p' constraints.txt)
 MMCV   := $(shell sed -n 's/^mmcv-full==//p' constraints.txt)
 
-# compiled wheels and extensions outlive the checkout, so they are built once per machine
+# compiled wheels outlive the checkout, so they are built once per machine; extensions hold paths of their environment and stay in it
 CACHE  := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/internseg_ds
 TAG     = torch$(TORCH)-$(shell $(PYTHON) -c 'import sys; print("cp%d%d" % sys.version_info[:2])')
 WHEELS  = $(CACHE)/wheels-$(TAG)
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-export TORCH_EXTENSIONS_DIR ?= $(CACHE)/torch_extensions-$(TORCH)
+export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: demo test lint setup clean

@@ -40,6 +40,8 @@ class ZeroCheckpoint:
     def __init__(self, path: Path) -> None:
         """path: the directory of one save. Raises CheckpointError when files are missing, damaged, or from different runs."""
         self.path = path
+        if path.name.endswith(".partial"):
+            raise CheckpointError(f"the save of {path} did not finish; take another checkpoint")
         self.manifest: dict[str, Any] = read_manifest(path) or {}
         verify_manifest(path)
         files = _by_rank(path, "optim_states")

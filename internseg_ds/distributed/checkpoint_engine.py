@@ -1,24 +1,60 @@
-"""How DeepSpeed writes the files of a checkpoint: as always, but a write that fails is noted, not raised.
+"""How DeepSpeed writes the files of a checkpoint: a write that fails is noted, not raised, and on request the training goes on meanwhile.
 
 DeepSpeed's save_checkpoint holds barriers between the files of a rank. A rank that raised in there would leave the others waiting, and a full disk
-would end the training instead of the save.
+would end the training instead of the save. (DeepSpeed's own decoupled writer, 0.19.8, needs libaio and says nothing of a write that failed.)
 """
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import torch
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from torch.utils._pytree import tree_map
 
 
 class NotingCheckpointEngine(TorchCheckpointEngine):
-    """`failure`: what the first failed write since `forget` raised on this rank, or None."""
+    """background: `save` copies what it is given to host memory and returns; a thread writes the copy. Host memory holds this rank's files once more then."""
 
-    failure: Exception | None = None
+    def __init__(self, config: Any, *, background: bool = False) -> None:
+        super().__init__(config)
+        self.background, self.failure = background, None
+        self._thread, self._pending = ThreadPoolExecutor(1), []
 
     def save(self, state_dict: Any, path: str) -> None:
+        if self.background:
+            copies: dict[tuple, torch.Tensor] = {}  # two names of one tensor stay one tensor
+
+            def copied(value: Any) -> Any:
+                if not isinstance(value, torch.Tensor):
+                    return value
+                place = (value.data_ptr(), value.dtype, value.shape, value.stride())
+                if value.numel() == 0 or place not in copies:
+                    copies[place] = value.detach().to("cpu", copy=True)
+                return copies[place]
+
+            self._pending.append(self._thread.submit(self._write, tree_map(copied, state_dict), path))
+        else:
+            self._write(state_dict, path)
+
+    def _write(self, state_dict: Any, path: str) -> None:
         try:
             super().save(state_dict, path)
         except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError where the disk is full
             self.failure = self.failure or error
 
     def forget(self) -> None:
+        """Before the files of the next checkpoint."""
+        self.wait()
         self.failure = None
+
+    def done(self) -> bool:
+        """Whether nothing is left to be written."""
+        return all(write.done() for write in self._pending)
+
+    def wait(self) -> Exception | None:
+        """Waits for what is being written; the first thing that went wrong on this rank since `forget`."""
+        pending: list[Future] = self._pending
+        self._pending = []
+        for write in pending:
+            write.result()
+        return self.failure

@@ -5,7 +5,7 @@ initial values that depend on the seed and the parameter's name alone: the same 
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -13,7 +13,7 @@ from mmcv import ConfigDict
 from mmcv.cnn import ConvModule
 from mmcv.runner import BaseModule
 from mmseg.models import build_segmentor
-from torch import nn
+from torch import Tensor, nn
 
 import internseg_ds.models  # noqa: F401 - registers the backbones and heads
 from internseg_ds.distributed.ds_config import DsConfig
@@ -30,7 +30,7 @@ def build_on_meta(model: ConfigDict) -> nn.Module:
     try:
         with torch.device("meta"):
             segmentor = build_segmentor(model)
-    except (KeyError, TypeError, ValueError, AssertionError, AttributeError) as error:
+    except Exception as error:  # whatever some constructor refuses with
         raise ConfigError(f"the model section cannot be built: {type(error).__name__}: {error}") from error
     allow_any_device(segmentor)
     return segmentor
@@ -80,6 +80,19 @@ def initialise(segmentor: nn.Module, seed: int, dtype: torch.dtype) -> None:
 def _initialises_itself(module: nn.Module) -> bool:
     parts = [part for part in module.modules() if isinstance(part, BaseModule)]
     return any(part.init_cfg is not None or type(part).init_weights is not BaseModule.init_weights for part in parts)
+
+
+def fill(model: nn.Module, parameter: Callable[[str, torch.Size], Tensor], buffer: Callable[[str, Tensor], Tensor]) -> None:
+    """Gives every parameter and buffer of a model on the meta device a value; parameters stay frozen.
+
+    parameter(name, shape) and buffer(name, its meta tensor): the value of one, whole. Called in the order of the modules.
+    """
+    for owner_name, owner in model.named_modules():
+        prefix = f"{owner_name}." if owner_name else ""
+        for name, param in owner.named_parameters(recurse=False):
+            owner._parameters[name] = nn.Parameter(parameter(prefix + name, param.shape), requires_grad=False)
+        for name, hollow in owner.named_buffers(recurse=False):
+            owner._buffers[name] = buffer(prefix + name, hollow)
 
 
 @contextmanager

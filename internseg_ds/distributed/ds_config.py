@@ -90,6 +90,8 @@ def resolve_ds_config(
     if "writer" in (raw.get("checkpoint") or {}):
         raise ConfigError(f"checkpoint.writer of {name} asks for DeepSpeed's fast or decoupled writer, whose files are not on disk when a save returns; drop it")
     zero = raw.setdefault("zero_optimization", {"stage": 0})
+    if not isinstance(zero.get("stage", 0), int):
+        raise ConfigError(f"zero_optimization.stage={zero['stage']!r} of {name} must be 1, 2 or 3")
     _fill_bucket_sizes(zero, hidden_size)
     _no_auto_left(raw, name)
     _deepspeed_accepts(raw, name)

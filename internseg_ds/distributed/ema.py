@@ -6,13 +6,11 @@ averaged; they are those of the weights.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from internseg_ds.checkpoints.zero_checkpoint import EMA_FILE, ZeroCheckpoint
+from internseg_ds.checkpoints.zero_checkpoint import ZeroCheckpoint
 from internseg_ds.distributed.partitions import partitions, place_of, weights_follow
 
 
@@ -47,9 +45,9 @@ class ShardedEma:
             shard.copy_(held)
         weights_follow(self.engine)
 
-    def save(self, folder: Path) -> None:
-        """Writes this rank's shard beside its other files of a ZeRO checkpoint, in the same layout."""
-        torch.save({"decay": self.decay, "ema_flat_groups": self.shards}, folder / EMA_FILE.format(rank=dist.get_rank()))
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's shard, for a file beside its others of a ZeRO checkpoint (`EMA_FILE`), in the layout of the masters."""
+        return {"decay": self.decay, "ema_flat_groups": self.shards}
 
     def restore(self, checkpoint: ZeroCheckpoint) -> None:
         """Takes the average up from a checkpoint of any stage and number of processes; from its weights where it has none."""

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 
 import torch
 from mmcv import ConfigDict
-from torch import nn
+from torch import Tensor, nn
 
-from internseg_ds.distributed.construction import build_on_meta, gathered
+from internseg_ds.distributed.construction import build_on_meta, fill, gathered
 from internseg_ds.distributed.precision import apply_precision
 
 
@@ -31,17 +31,13 @@ def whole_segmentor(module: nn.Module, model: ConfigDict, compute: torch.dtype, 
         finally:
             module.train(training)
         return
-    copy = build_on_meta(model)
-    trained = dict(module.named_parameters())
-    for owner_name, owner in copy.named_modules():
-        for name, _ in owner.named_parameters(recurse=False):
-            source = trained[f"{owner_name}.{name}" if owner_name else name]
-            with gathered([source]), torch.no_grad():
-                owner._parameters[name] = nn.Parameter(source.data.to(device, copy=True), requires_grad=False)
-    buffers = dict(module.named_buffers())
-    for owner_name, owner in copy.named_modules():
-        for name, _ in owner.named_buffers(recurse=False):
-            owner._buffers[name] = buffers[f"{owner_name}.{name}" if owner_name else name].detach().clone()
+    copy, trained, buffers = build_on_meta(model), dict(module.named_parameters()), dict(module.named_buffers())
+
+    def whole(name: str, _: torch.Size) -> Tensor:
+        with gathered([trained[name]]):
+            return trained[name].data.to(device, copy=True)
+
+    fill(copy, whole, lambda name, _: buffers[name].detach().clone())
     apply_precision(copy, compute, autocast=autocast)
     copy.eval()
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):

@@ -8,6 +8,7 @@ import torch
 from mmcv.runner.optimizer import OPTIMIZERS
 
 from internseg_ds.distributed.ds_config import DsConfig
+from internseg_ds.distributed.extensions import build_extension
 from internseg_ds.errors import ConfigError
 
 
@@ -25,7 +26,7 @@ def check_optimizer(section: Mapping[str, Any], ds: DsConfig) -> str:
             from deepspeed.ops.adam import DeepSpeedCPUAdam
 
             inspect.signature(DeepSpeedCPUAdam).bind([], adamw_mode=True, **_settings(section))  # building one would compile it
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # whatever the optimizer's constructor refuses with
         raise ConfigError(f"optimizer {kind} does not take these settings: {error}") from None
     return kind
 
@@ -44,6 +45,7 @@ def build_optimizer(groups: list[dict[str, Any]], section: Mapping[str, Any], ds
     if ds.cpu_adam:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
+        build_extension("CPUAdamBuilder")
         return DeepSpeedCPUAdam(groups, adamw_mode=kind == "AdamW", **settings)
     if kind in ("Adam", "AdamW") and torch.cuda.is_available():
         settings.setdefault("fused", True)

@@ -4,14 +4,15 @@
     WORK_DIR/checkpoints/latest            the name of the newest complete one
     WORK_DIR/checkpoints/best              the name of the one with the best score
 
-A checkpoint is written under a temporary name, brought to disk, renamed, and only then named in `latest`: whatever is interrupted leaves the previous
-one usable. DeepSpeed writes and reads the files; this module owns names, order and retention.
+A checkpoint is written under a temporary name, at once or in the background, brought to disk, renamed, and only then named in `latest`: whatever is
+interrupted leaves the previous one usable. DeepSpeed writes and reads the files; this module owns names, order and retention.
 """
 
 import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from torch import nn
 
 from internseg_ds.checkpoints.manifest import MANIFEST, read_manifest, update_metrics, verify_manifest, write_manifest
 from internseg_ds.checkpoints.weights import open_weights
-from internseg_ds.checkpoints.zero_checkpoint import ZeroCheckpoint, find_save
+from internseg_ds.checkpoints.zero_checkpoint import EMA_FILE, ZeroCheckpoint, find_save
 from internseg_ds.distributed.loading import fit_segmentor
 from internseg_ds.distributed.partitions import partitions
 from internseg_ds.engine.state import TrainState
@@ -35,6 +36,16 @@ log = logging.getLogger(__name__)
 PARTIAL = ".partial"
 
 
+@dataclass(frozen=True)
+class Started:
+    """A save whose files are being written. needed: bytes; note: what the manifest will say."""
+
+    engine: Any
+    tag: str
+    needed: int
+    note: dict[str, Any]
+
+
 class Checkpoints:
     """The checkpoints folder of one run. Every method is collective: all ranks call it, with the same arguments."""
 
@@ -43,63 +54,73 @@ class Checkpoints:
         self.folder, self.keep = folder, keep
         self.newest: str | None = None
         """Tag of the newest save of this run that succeeded."""
+        self._started: Started | None = None
 
     def save(self, deepspeed_engine: Any, state: TrainState, meta: dict[str, Any], groups: Sequence[Mapping[str, Any]] = (),
              ema: "ShardedEma | None" = None) -> Path | None:
         """Writes weights, optimizer, schedule, `state` and the average `ema`; returns the checkpoint's directory.
 
-        A save that fails on any rank (a full disk) is cleared away, with a warning, and returns None: it shall not cost the training. meta: CLASSES, PALETTE, config text. groups: parameter groups as dicts of names, lr, weight_decay, for the check of a run that goes on from here.
+        A save that fails on any rank (a full disk) is cleared away, with a warning, and returns None: it shall not cost the training. Where the engine's
+        writer works in the background, this returns when the state is copied, and `finish` publishes it. meta: CLASSES, PALETTE, config text. groups:
+        parameter groups as dicts of names, lr, weight_decay, for the check of a run that goes on from here.
         """
-        tag = f"iter_{state.step}"
-        partial, final = self.folder / (tag + PARTIAL), self.folder / tag
+        self.finish()  # the save before this one
+        tag, writer = f"iter_{state.step}", deepspeed_engine.checkpoint_engine
+        partial = self.folder / (tag + PARTIAL)
         if dist.get_rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             for leftover in self.folder.glob("*" + PARTIAL):
                 shutil.rmtree(leftover)
+        writer.forget()
         needed = _bytes_to_save(deepspeed_engine, ema)
-        failure = self._write(deepspeed_engine, partial, state, ema) if self._has_room(deepspeed_engine, needed) else OSError(f"{self.folder} is full")
-        if not _agreed(deepspeed_engine, failure is None):
+        if _agreed(deepspeed_engine, dist.get_rank() != 0 or shutil.disk_usage(self.folder).free > needed):
+            deepspeed_engine.save_checkpoint(str(self.folder), tag=partial.name, client_state={"internseg_ds": state.state_dict()}, save_latest=False)
+            if ema is not None:
+                writer.save(ema.state_dict(), str(partial / EMA_FILE.format(rank=dist.get_rank())))
+        else:
+            writer.failure = OSError("no room")
+        self._started = Started(deepspeed_engine, tag, needed, {"step": state.step, "world_size": dist.get_world_size(), "meta": meta, "metrics": {}, "groups": groups,
+                                                                "zero_stage": deepspeed_engine.zero_optimization_stage()})
+        if not writer.background:
+            self.finish()
+        return self.folder / tag if self._started is not None or self.newest == tag else None
+
+    def finish(self, *, wait: bool = True) -> None:
+        """Publishes the save that `save` started, if any, once every rank's files are on disk. wait: False leaves it be while somebody still writes."""
+        started = self._started
+        if started is None:
+            return
+        writer, final = started.engine.checkpoint_engine, self.folder / started.tag
+        partial = final.with_name(started.tag + PARTIAL)
+        if not wait and not _agreed(started.engine, writer.done()):
+            return
+        self._started = None
+        failure = writer.wait() or _all_to_disk(partial)
+        if not _agreed(started.engine, failure is None):
             if dist.get_rank() == 0:
                 shutil.rmtree(partial, ignore_errors=True)
-                log.warning("step %d could not be saved: it needs %s MiB and %s MiB are free in %s (%s); training goes on, the newest checkpoint is %s",
-                            state.step, f"{needed / 2**20:,.0f}", f"{shutil.disk_usage(self.folder).free / 2**20:,.0f}", self.folder, failure or "another rank failed", self.newest or "none")
-            return None
+                log.warning("%s could not be saved: it needs %s MiB and %s MiB are free in %s (%s); training goes on, the newest checkpoint is %s", started.tag,
+                            f"{started.needed / 2**20:,.0f}", f"{shutil.disk_usage(self.folder).free / 2**20:,.0f}", self.folder, failure or "another rank failed",
+                            self.newest or "none")
+            dist.barrier()
+            return
         if dist.get_rank() == 0:
-            write_manifest(partial, step=state.step, world_size=dist.get_world_size(), zero_stage=deepspeed_engine.zero_optimization_stage(), meta=meta, metrics={},
-                           groups=groups)
-            replaced = self.folder / (tag + ".replaced" + PARTIAL)
+            write_manifest(partial, **started.note)
+            replaced = self.folder / (started.tag + ".replaced" + PARTIAL)
             if final.exists():
                 final.rename(replaced)  # a resumed run comes to this step again
             partial.rename(final)
             shutil.rmtree(replaced, ignore_errors=True)
             _to_disk(self.folder)
-            publish(self.folder / "latest", tag)
+            publish(self.folder / "latest", started.tag)
             self._retain()
         dist.barrier()
-        self.newest = tag
+        self.newest = started.tag
         log.info("saved %s", final)
-        return final
-
-    def _has_room(self, deepspeed_engine: Any, needed: int) -> bool:
-        """Whether rank 0 sees so many bytes free. Collective."""
-        return _agreed(deepspeed_engine, dist.get_rank() != 0 or shutil.disk_usage(self.folder).free > needed)
-
-    def _write(self, deepspeed_engine: Any, partial: Path, state: TrainState, ema: "ShardedEma | None") -> Exception | None:
-        """Every rank's files, brought to disk; what went wrong on this rank. Collective."""
-        writer = deepspeed_engine.checkpoint_engine
-        writer.forget()
-        deepspeed_engine.save_checkpoint(str(self.folder), tag=partial.name, client_state={"internseg_ds": state.state_dict()}, save_latest=False)
-        try:
-            if ema is not None:
-                ema.save(partial)
-            for file in partial.iterdir():
-                _to_disk(file)
-        except (OSError, RuntimeError) as error:
-            return error
-        return writer.failure
 
     def score(self, state: TrainState, metrics: dict[str, float], best_by: str | None) -> bool:
         """Notes the evaluation of the checkpoint of `state.step`, and marks it when it is the best so far by the score `best_by`; whether it is."""
+        self.finish()
         tag = f"iter_{state.step}"
         better = best_by is not None and self.newest == tag and (state.best is None or metrics[best_by] > state.best)
         if better:
@@ -155,8 +176,6 @@ def find_checkpoint(path: str | os.PathLike) -> Path:
     Raises CheckpointError when there is none, or when it was not finished.
     """
     path = find_save(Path(path))
-    if path.name.endswith(PARTIAL):
-        raise CheckpointError(f"the save of {path} did not finish; take another checkpoint")
     verify_manifest(path)  # where there is one: plain DeepSpeed writes none
     return path
 
@@ -164,7 +183,12 @@ def find_checkpoint(path: str | os.PathLike) -> Path:
 def checkpoint_to_resume(resume: str | os.PathLike | None, work_dir: Path) -> Path | None:
     """The checkpoint directory that --resume means: None, "auto" (the newest of `work_dir`, if there is any), or a path."""
     if resume == "auto":
-        resume = work_dir if (work_dir / "checkpoints" / "latest").exists() else None
+        folder = work_dir / "checkpoints"
+        if not (folder / "latest").exists():
+            return None
+        complete = sorted(folder.glob(f"iter_*/{MANIFEST}"), key=lambda note: read_manifest(note.parent).get("saved_at", 0))
+        # `latest` names a missing directory only where a run was killed while it replaced that very checkpoint
+        resume = work_dir if (folder / (folder / "latest").read_text()).is_dir() or not complete else complete[-1].parent
     return find_checkpoint(resume) if resume is not None else None
 
 
@@ -207,6 +231,16 @@ def publish(pointer: Path, tag: str) -> None:
     _to_disk(temporary)
     os.replace(temporary, pointer)
     _to_disk(pointer.parent)
+
+
+def _all_to_disk(folder: Path) -> OSError | None:
+    """Brings what this host wrote to disk; what went wrong."""
+    try:
+        for file in folder.iterdir():
+            _to_disk(file)
+    except OSError as error:
+        return error
+    return None
 
 
 def _to_disk(path: Path) -> None:

@@ -30,11 +30,13 @@ class EngineOptions:
     """Evaluate once before the first step, to see what training starts from."""
     ema: float | None = None
     """Decay of an exponential moving average of the weights, 0.999 say; it is evaluated in their place, and saved beside them. None: no average."""
+    background_save: bool = False
+    """Write checkpoints while the training goes on, from a copy in host memory."""
     weights_may_differ: tuple[str, ...] = ()
     """Prefixes of names that the weights a run starts from may have too many or too few; any other difference is an error."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.weights_may_differ, str) or not all(isinstance(prefix, str) for prefix in self.weights_may_differ):
+        if not isinstance(self.weights_may_differ, (list, tuple)) or not all(isinstance(prefix, str) for prefix in self.weights_may_differ):
             raise ConfigError(f"engine.weights_may_differ={self.weights_may_differ!r} must be a list of prefixes of names")
         object.__setattr__(self, "weights_may_differ", tuple(self.weights_may_differ))
         if self.ema is not None and not (isinstance(self.ema, float) and 0 < self.ema < 1):
@@ -105,6 +107,8 @@ REPLACED = {
 }
 SCORES = {"mIoU": ("mIoU", "mAcc", "aAcc"), "mDice": ("mDice", "mAcc", "aAcc"), "mFscore": ("mFscore", "mPrecision", "mRecall", "aAcc")}
 """mmseg's metrics, and the scores over all classes that each comes with."""
+SECTIONS = ("model", "data", "optimizer", "lr_config", "runner", "evaluation", "checkpoint_config", "log_config", "optimizer_config", "engine")
+OPTIONAL = SECTIONS[5:]
 LOG_HOOKS = ("TextLoggerHook", "TensorboardLoggerHook", "WandbLoggerHook", "MMSegWandbHook")
 
 
@@ -121,10 +125,12 @@ def read_experiment(config: str | os.PathLike | Config, cfg_options: Mapping[str
     for key in ("model", "data", "optimizer", "lr_config", "runner"):
         if key not in cfg:
             raise ConfigError(f"{path} has no {key!r} section; take one of configs/ as an example")
+    for key in SECTIONS:
+        if not isinstance(cfg.get(key, {}), Mapping) and (key not in OPTIONAL or cfg[key] is not None):
+            raise ConfigError(f"{key}={cfg[key]!r} of {path} must be a section dict(...)")
+    _check_data(cfg.data, path)
     notes = [f"{key} = {_short(cfg[key])} has no effect: {why}" for key, why in REPLACED.items() if cfg.get(key) is not None]
     loader = {**{k: v for k, v in cfg.data.items() if k in ("samples_per_gpu", "workers_per_gpu")}, **cfg.data.get("train_dataloader", {})}
-    if "train" not in cfg.data:
-        raise ConfigError(f"{path}: data has no 'train' entry")
     val = cfg.data.get("val") or cfg.data.get("test")
     for section in ("evaluation", "checkpoint_config", "log_config", "optimizer_config", "lr_config", "runner"):
         notes += [f"{section}.{key} has no effect here" for key in cfg.get(section) or {} if key not in KNOWN[section]]
@@ -137,10 +143,12 @@ def read_experiment(config: str | os.PathLike | Config, cfg_options: Mapping[str
     cumulative = optimizer_config.get("cumulative_iters")
     if cumulative is not None and options.global_batch is not None:
         raise ConfigError(f"{path} sets engine.global_batch={options.global_batch} and optimizer_config.cumulative_iters={cumulative}; keep one of them")
-    hooks = tuple(logging_.get("hooks", ()))
+    hooks = tuple(logging_.get("hooks") or ()) if isinstance(logging_.get("hooks", ()), (list, tuple, type(None))) else (None,)
+    if not all(isinstance(hook, Mapping) and "type" in hook for hook in hooks):
+        raise ConfigError(f"log_config.hooks={logging_['hooks']!r} of {path} must be a list of dict(type=...)")
     notes += [f"log_config.hooks: {hook['type']} is not known here and is left out" for hook in hooks if hook["type"] not in LOG_HOOKS]
     metric = evaluation.get("metric", "mIoU")
-    if not metric:
+    if not metric or not isinstance(metric, (str, list, tuple)):
         raise ConfigError(f"evaluation.metric={metric!r} of {path} names no metric; the metrics are {', '.join(SCORES)}")
     metrics = known_metrics((metric,) if isinstance(metric, str) else tuple(metric), f"evaluation.metric of {path}")
     return Experiment(
@@ -165,14 +173,38 @@ def read_experiment(config: str | os.PathLike | Config, cfg_options: Mapping[str
         log_hooks=hooks,
         log_level=_log_level(cfg.get("log_level", "INFO"), path),
         cudnn_benchmark=bool(cfg.get("cudnn_benchmark", False)),
-        load_from=cfg.get("load_from"),
-        resume_from=cfg.get("resume_from"),
+        load_from=_path(cfg.get("load_from"), f"load_from of {path}"),
+        resume_from=_path(cfg.get("resume_from"), f"resume_from of {path}"),
         engine=options,
         notes=tuple(notes),
     )
 
 
-def _clipping(grad_clip: Mapping[str, Any], path: str) -> float:
+def _path(value: Any, what: str) -> str | None:
+    if value is not None and not isinstance(value, (str, os.PathLike)):
+        raise ConfigError(f"{what} is {value!r}; it must be a path, or None")
+    return value
+
+
+def _check_data(data: Mapping[str, Any], path: str) -> None:
+    """The data sections must be dicts (or lists of them) with a pipeline, each data set inside wrappers too."""
+    for split in ("train", "val", "test"):
+        if split == "train" and data.get(split) is None:
+            raise ConfigError(f"{path}: data has no 'train' entry")
+        for entry in leaf_datasets(data[split]) if data.get(split) is not None else ():
+            if not isinstance(entry, Mapping):
+                raise ConfigError(f"data.{split} of {path} is {entry!r}; it must be a data set dict(type=..., pipeline=[...])")
+            if not isinstance(entry.get("pipeline"), (list, tuple)) or not entry["pipeline"]:
+                raise ConfigError(f"data.{split}.pipeline={entry.get('pipeline')!r} of {path} must be a list of transforms")
+            for key in ("data_root", "img_dir", "ann_dir"):
+                folders = entry.get(key) if isinstance(entry.get(key), (list, tuple)) else [entry.get(key)]
+                if not all(isinstance(folder, (str, type(None))) for folder in folders):
+                    raise ConfigError(f"data.{split}.{key}={entry[key]!r} of {path} must be a path")
+
+
+def _clipping(grad_clip: Any, path: str) -> float:
+    if not isinstance(grad_clip, Mapping):
+        raise ConfigError(f"optimizer_config.grad_clip={grad_clip!r} of {path} must be dict(max_norm=...)")
     norm, kind = grad_clip.get("max_norm", 0.0), grad_clip.get("norm_type", 2)
     if isinstance(norm, bool) or not isinstance(norm, (int, float)) or norm < 0 or kind != 2:
         raise ConfigError(f"optimizer_config.grad_clip={dict(grad_clip)} of {path}: max_norm must be a number of at least 0, and norm_type 2, the only one that DeepSpeed has")
@@ -205,7 +237,7 @@ def _best_by(save_best: Any, metrics: tuple[str, ...], path: str) -> str | None:
 
 
 def _log_level(level: Any, path: str) -> str:
-    if level not in logging.getLevelNamesMapping():
+    if not isinstance(level, str) or level not in logging.getLevelNamesMapping():
         raise ConfigError(f"log_level={level!r} of {path} is no level of logging; 'INFO' is the usual one")
     return level
 
@@ -291,7 +323,7 @@ def _schedule(cfg: Config, path: str) -> PolySchedule:
     if not isinstance(steps, int) or steps < 1:
         raise ConfigError(f"runner.max_iters={steps!r} of {path} must be a whole number of steps, at least 1")
     lr = cfg.lr_config
-    if lr.get("policy", "poly").lower() != "poly" or lr.get("by_epoch", True):
+    if str(lr.get("policy", "poly")).lower() != "poly" or lr.get("by_epoch", True):
         raise ConfigError(f"lr_config of {path} must be policy='poly' with by_epoch=False, not policy={lr.get('policy')!r}, by_epoch={lr.get('by_epoch', True)}")
     if lr.get("warmup") not in (None, "linear"):
         raise ConfigError(f"lr_config.warmup={lr.warmup!r} of {path}: only 'linear' warmup is known (or none)")
@@ -304,9 +336,7 @@ def leaf_datasets(entry: Any) -> Iterator[ConfigDict]:
     if isinstance(entry, (list, tuple)):
         for item in entry:
             yield from leaf_datasets(item)
-    elif "dataset" in entry:
-        yield from leaf_datasets(entry["dataset"])
-    elif "datasets" in entry:
-        yield from leaf_datasets(entry["datasets"])
+    elif isinstance(entry, Mapping) and ("dataset" in entry or "datasets" in entry):
+        yield from leaf_datasets(entry.get("dataset", entry.get("datasets")))
     else:
         yield entry

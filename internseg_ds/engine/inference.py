@@ -11,10 +11,9 @@ import torch
 from mmseg.datasets.pipelines import Compose
 from torch import Tensor, nn
 
-from internseg_ds.checkpoints.fitting import Fit
 from internseg_ds.checkpoints.weights import open_weights
 from internseg_ds.data.loading import evaluation_batches
-from internseg_ds.distributed.construction import build_on_meta
+from internseg_ds.distributed.construction import build_on_meta, fill
 from internseg_ds.distributed.loading import fit_segmentor, resized
 from internseg_ds.distributed.precision import apply_precision, backbone_dtype
 from internseg_ds.engine.evaluator import segment
@@ -32,24 +31,18 @@ def load_trained(experiment: Experiment, checkpoint: str | os.PathLike, device: 
     """
     model = build_on_meta(experiment.model)
     compute = backbone_dtype(experiment.engine.backbone_dtype, device)
-    fill(model, fit_segmentor(model, open_weights(Path(checkpoint), ema=ema)), compute, device)
+    found = fit_segmentor(model, open_weights(Path(checkpoint), ema=ema))
+
+    def parameter(name: str, shape: torch.Size) -> Tensor:
+        value = resized(model, name, found.weights.read(found.sources[name]), shape)
+        return value.to(device, compute if name.startswith("backbone.") else torch.float32)
+
+    def buffer(name: str, hollow: Tensor) -> Tensor:  # a batch norm's counter may be missing
+        return found.weights.read(found.sources[name]).to(device) if name in found.sources else torch.zeros_like(hollow, device=device)
+
+    fill(model, parameter, buffer)
     apply_precision(model, compute)
-    return model.eval().requires_grad_(False)
-
-
-def fill(model: nn.Module, found: Fit, compute: torch.dtype, device: torch.device) -> None:
-    """Gives every parameter and buffer of a model on the meta device its value; a missing batch counter starts at zero."""
-
-    def read(name: str, shape: torch.Size) -> Tensor:
-        return resized(model, name, found.weights.read(found.sources[name]), shape)
-
-    for owner_name, owner in model.named_modules():
-        prefix = f"{owner_name}." if owner_name else ""
-        dtype = compute if owner_name.partition(".")[0] == "backbone" else torch.float32
-        for name, param in owner.named_parameters(recurse=False):
-            owner._parameters[name] = nn.Parameter(read(prefix + name, param.shape).to(device, dtype), requires_grad=False)
-        for name, buffer in owner.named_buffers(recurse=False):
-            owner._buffers[name] = read(prefix + name, buffer.shape).to(device) if prefix + name in found.sources else torch.zeros_like(buffer, device=device)
+    return model.eval()
 
 
 def predict(segmentor: nn.Module, experiment: Experiment, images: Sequence[Path], device: torch.device) -> Iterator[tuple[Path, np.ndarray, np.ndarray]]:

@@ -108,6 +108,8 @@ def starting_weights(experiment: Experiment, model: nn.Module, load_from: str | 
     if load_from or experiment.load_from:
         return "load_from", Path(load_from or experiment.load_from), fit_segmentor
     pretrained = getattr(model.backbone, "pretrained", None)
+    if pretrained is not None and not isinstance(pretrained, (str, os.PathLike)):
+        raise ConfigError(f"model.backbone.pretrained={pretrained!r} must be a path, or None")
     return ("model.backbone.pretrained", Path(pretrained), fit_backbone) if pretrained else None
 
 
@@ -167,7 +169,7 @@ def input_sizes(experiment: Experiment) -> list[tuple[str, tuple[int, int]]]:
         raise ConfigError(f"model.test_cfg.mode={test_cfg['mode']!r} of {experiment.path} is neither 'slide' nor 'whole'")
     if test_cfg.get("mode") == "slide":
         for key in ("crop_size", "stride"):
-            if not isinstance(test_cfg.get(key), (list, tuple)) or len(test_cfg[key]) != 2:
+            if not isinstance(test_cfg.get(key), (list, tuple)) or len(test_cfg[key]) != 2 or not all(isinstance(side, int) and side > 0 for side in test_cfg[key]):
                 raise ConfigError(f"model.test_cfg.{key}={test_cfg.get(key)!r} of {experiment.path}: mode='slide' needs crop_size=(h, w) and stride=(h, w)")
         found.append(("model.test_cfg.crop_size", test_cfg["crop_size"]))
         if any(stride > crop for stride, crop in zip(test_cfg["stride"], test_cfg["crop_size"], strict=True)):

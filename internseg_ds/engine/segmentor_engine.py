@@ -114,7 +114,7 @@ class SegmentorEngine:
         groups = parameter_groups(model, experiment.optimizer)
         optimizer = build_optimizer(groups, experiment.optimizer, ds)
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=experiment.schedule.scheduler, config=ds.raw)
-        self.deepspeed.checkpoint_engine = NotingCheckpointEngine(self.deepspeed._config)
+        self.deepspeed.checkpoint_engine = NotingCheckpointEngine(self.deepspeed._config, background=experiment.engine.background_save)
         self.ema = ShardedEma(self.deepspeed, experiment.engine.ema) if experiment.engine.ema is not None else None
         if resume_from is not None:
             checkpoint = ZeroCheckpoint(resume_from)
@@ -122,7 +122,8 @@ class SegmentorEngine:
             if self.ema is not None:
                 self.ema.restore(checkpoint)
             self.state = state_of(checkpoint, seed)
-            self.checkpoints.newest = resume_from.name
+            if resume_from.parent.resolve() == self.checkpoints.folder.resolve():
+                self.checkpoints.newest = resume_from.name
             self.checkpoints.recall_best(self.state, experiment.best_by)
             log.info("resumed from %s (%d processes, ZeRO-%d): step %d, %d images seen", resume_from, checkpoint.world_size, checkpoint.stage, self.state.step,
                      self.state.images)
@@ -166,14 +167,18 @@ class SegmentorEngine:
                                autocast=self.plan.ds.precision == "autocast")
 
     def save(self) -> Path | None:
-        """Writes a ZeRO checkpoint of this step into WORK_DIR/checkpoints; returns its directory, or None when it could not be written (a warning says why)."""
+        """Writes a ZeRO checkpoint of this step into WORK_DIR/checkpoints; returns its directory, or None when it could not be written (a warning says why).
+
+        With `engine.background_save` it returns sooner, and the checkpoint is published at a later log step, evaluation, save, or `close`.
+        """
         dataset = self.plan.train_set
         meta = {"CLASSES": list(dataset.CLASSES), "PALETTE": [list(map(int, colour)) for colour in dataset.PALETTE], "config": self.plan.experiment.cfg.pretty_text}
         groups = named_groups(self.plan.meta_model, parameter_groups(self.plan.meta_model, self.plan.experiment.optimizer))
         return self.checkpoints.save(self.deepspeed, self.state, meta, groups, self.ema)
 
     def close(self) -> None:
-        """Frees the engine and leaves the process group if this engine joined it."""
+        """Publishes a save that is still being written, frees the engine, and leaves the process group if this engine joined it."""
+        self.checkpoints.finish()
         self.deepspeed.destroy()
         if self._owns_group:
             leave(together=True)

@@ -75,6 +75,7 @@ def train(engine: "SegmentorEngine") -> TrainState:
                 if world.device.type == "cuda":
                     values["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
                 record(trackers, state.step, values)
+                engine.checkpoints.finish(wait=False)         # a save that is written in the background
                 if not math.isfinite(values["loss"]):
                     raise Diverged(f"the loss is not finite at step {state.step}; it was not for these images: {means.not_finite()}")
                 means = RunningMeans()
@@ -88,6 +89,7 @@ def train(engine: "SegmentorEngine") -> TrainState:
                 score(engine, trackers)
                 engine.deepspeed.train()
             means.resume()
+    engine.checkpoints.finish()
     if world.is_main:
         draw_curves(engine.work_dir / "metrics.jsonl", engine.work_dir / "curves.png", experiment.metrics[0])
     return state

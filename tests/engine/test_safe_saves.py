@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from internseg_ds.checkpoints.zero_checkpoint import ZeroCheckpoint
 from internseg_ds.distributed.checkpoint_engine import NotingCheckpointEngine
-from internseg_ds.engine.checkpointing import Checkpoints, checkpoint_to_resume
+from internseg_ds.engine.checkpointing import Checkpoints, checkpoint_to_resume, find_checkpoint
 from internseg_ds.engine.state import TrainState
 from tests.conftest import free_port
 from tests.distributed.ranks import spawn
@@ -24,21 +24,21 @@ TRIES = 30
 SIZE = 2**18
 
 
-def toy_engine():
+def toy_engine(background: bool = False):
     model = torch.nn.Linear(SIZE // 64, 64, bias=False)
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}
     engine = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters()), config=config)[0]
-    engine.checkpoint_engine = NotingCheckpointEngine(engine._config)
+    engine.checkpoint_engine = NotingCheckpointEngine(engine._config, background=background)
     return engine
 
 
-def saves_for_ever(rank: int, port: int, folder: Path, first: int) -> None:
+def saves_for_ever(rank: int, port: int, folder: Path, first: int, background: bool) -> None:
     """Weights of step n are all n; saves one step after the other until somebody kills it."""
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES="")
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     deepspeed.init_distributed(verbose=False)
-    engine, checkpoints, step = toy_engine(), Checkpoints(folder, keep=2), first
+    engine, checkpoints, step = toy_engine(background), Checkpoints(folder, keep=2), first
     while True:
         step += 1
         for master in engine.optimizer.single_partition_of_fp32_groups:
@@ -46,12 +46,13 @@ def saves_for_ever(rank: int, port: int, folder: Path, first: int) -> None:
         checkpoints.save(engine, TrainState(step=step, images=8 * step), {"CLASSES": ["sky"]})
 
 
-def test_a_save_killed_at_any_moment_leaves_the_previous_one_usable(tmp_path):
+@pytest.mark.parametrize(("background", "tries"), [(False, TRIES), (True, 8)])
+def test_a_save_killed_at_any_moment_leaves_the_previous_one_usable(background, tries, tmp_path):
     folder, newest, chance = tmp_path / "checkpoints", 0, random.Random(0)
     forked = multiprocessing.get_context("fork")
-    for _ in range(TRIES):
+    for _ in range(tries):
         port = free_port()
-        ranks = [forked.Process(target=saves_for_ever, args=(rank, port, folder, newest)) for rank in range(2)]
+        ranks = [forked.Process(target=saves_for_ever, args=(rank, port, folder, newest, background)) for rank in range(2)]
         for process in ranks:
             process.start()
         deadline = time.monotonic() + 60
@@ -68,7 +69,7 @@ def test_a_save_killed_at_any_moment_leaves_the_previous_one_usable(tmp_path):
         assert step >= newest and found.name == f"iter_{step}" and checkpoint.manifest["step"] == step
         assert torch.equal(checkpoint.read("weight"), torch.full((64, SIZE // 64), float(step)))
         newest = step
-    assert newest > TRIES / 2  # it did save between the kills
+    assert newest > tries / 2  # it did save between the kills
 
 
 def a_save_without_room_does_not_end_the_training(folder: Path) -> None:
@@ -85,6 +86,26 @@ def a_save_without_room_does_not_end_the_training(folder: Path) -> None:
     dist.barrier()
     assert checkpoints.score(TrainState(step=2), {"mIoU": 1.0}, "mIoU") is False  # what was not saved cannot be the best
     assert checkpoints.save(engine, TrainState(step=3), {}) == folder / "iter_3"
+
+
+def a_save_in_the_background_holds_the_moment_of_the_call(folder: Path) -> None:
+    deepspeed.init_distributed(verbose=False)
+    engine, checkpoints = toy_engine(background=True), Checkpoints(folder, keep=2)
+    (master,) = engine.optimizer.single_partition_of_fp32_groups
+    for step in (1, 2):
+        master.data.fill_(step)
+        assert checkpoints.save(engine, TrainState(step=step), {}) == folder / f"iter_{step}"
+        master.data.fill_(99)  # the training goes on
+    assert find_checkpoint(folder).name == "iter_1"  # published before the next save began
+    while not (folder / "iter_2").is_dir():
+        checkpoints.finish(wait=False)
+    dist.barrier()
+    for step in (1, 2):
+        assert torch.equal(ZeroCheckpoint(folder / f"iter_{step}").read("weight"), torch.full((64, SIZE // 64), float(step)))
+
+
+def test_a_save_in_the_background_holds_the_moment_of_the_call(tmp_path):
+    spawn(a_save_in_the_background_holds_the_moment_of_the_call, 1, tmp_path / "checkpoints")
 
 
 def test_a_save_without_room_does_not_end_the_training(tmp_path):

@@ -1,0 +1,29 @@
+"""DeepSpeed's C++ extensions (shared-memory collectives and CPU Adam), compiled by one process at a time before anybody needs them.
+
+torch guards a build with a file named `lock`, which outlives a process that is killed while it compiles: every later run would wait for it, for ever and
+without a word. A lock of the operating system goes with its process, so whoever holds ours may remove such a leftover.
+"""
+
+import fcntl
+import logging
+from pathlib import Path
+
+from torch.utils.cpp_extension import _get_build_directory  # no public name says where extensions are built
+
+log = logging.getLogger(__name__)
+
+
+def build_extension(name: str) -> None:
+    """Builds (once per environment, about half a minute) and loads the extension of a DeepSpeed op builder, "CPUAdamBuilder" say. Talks to no other rank."""
+    from deepspeed.accelerator import get_accelerator
+
+    builder = get_accelerator().create_op_builder(name)
+    folder = Path(_get_build_directory(builder.name, verbose=False))
+    with (folder.parent / f"{builder.name}.flock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if (folder / "lock").exists():
+            log.warning("removing %s, which a run that was killed while it compiled has left", folder / "lock")
+            (folder / "lock").unlink(missing_ok=True)
+        if not list(folder.glob("*.so")):
+            log.info("compiling DeepSpeed's %s into %s, once; this takes about half a minute", builder.name, folder)
+        builder.load(verbose=False)
