@@ -52,6 +52,11 @@ def consolidate(source: Path, out: Path, *, dtype: Literal["float32", "bfloat16"
             raise CheckpointError(f"{out} holds more than consolidated weights ({shortened(strangers)}) and is not overwritten; choose another name")
     if out.suffix and out.suffix not in (".pth", ".safetensors"):
         raise CheckpointError(f"{out} has an unknown ending; use .pth, .safetensors, or a folder name without an ending")
+    if out.is_file() and not out.suffix:
+        raise CheckpointError(f"{out} is a file without an ending, none of ours, and is not overwritten; choose another name")
+    unfinished = out.with_name(out.name + ".partial")
+    if unfinished.is_dir() and not all(item.name in (INDEX, *files) or SHARD_NAME.fullmatch(item.name) for item in unfinished.iterdir()):
+        raise CheckpointError(f"{unfinished} is in the way and holds more than a consolidation that was interrupted; move it, or choose another name")
     place = next(parent for parent in out.absolute().parents if parent.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise CheckpointError(f"{out} cannot be written: {place} is no folder that this user may write to")
@@ -63,7 +68,6 @@ def consolidate(source: Path, out: Path, *, dtype: Literal["float32", "bfloat16"
     meta = {**checkpoint.manifest.get("meta", {}), "iter": checkpoint.manifest.get("step"), "metrics": metrics, "mIoU": metrics.get("mIoU")}
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(out.name + ".partial")
     _remove(unfinished)
     with Progress(TextColumn("consolidating"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn()) as progress:
         task = progress.add_task("", total=total)
@@ -113,9 +117,11 @@ def _publish(unfinished: Path, out: Path, sums: Mapping[str, str]) -> None:
     for file in unfinished.iterdir() if unfinished.is_dir() else [unfinished]:
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
+    note = checksums(out).with_name(checksums(out).name + ".partial")
+    note.write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
     _remove(out)
     unfinished.rename(out)
-    checksums(out).write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
+    note.replace(checksums(out))
 
 
 def checksums(out: Path) -> Path:
@@ -128,7 +134,10 @@ def verify(out: Path) -> None:
     out = Path(out)
     if not checksums(out).is_file():
         raise CheckpointError(f"there is no {checksums(out)}, so nothing says what {out} should hold")
-    expected = dict(reversed(line.split(maxsplit=1)) for line in checksums(out).read_text().splitlines())
+    lines = [line.split(maxsplit=1) for line in checksums(out).read_text(errors="replace").splitlines()]
+    if not lines or any(len(line) != 2 or not re.fullmatch("[0-9a-f]{64}", line[0]) for line in lines):
+        raise CheckpointError(f"{checksums(out)} is damaged or empty, so nothing says what {out} should hold; consolidate again")
+    expected = {name: digest for digest, name in lines}
     missing = [name for name in expected if not (out.parent / name).is_file()]
     if missing:
         raise CheckpointError(f"{out.parent / missing[0]} is missing, but {checksums(out).name} names it; copy it again")

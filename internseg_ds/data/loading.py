@@ -4,6 +4,7 @@ Training batches come from an endless, seeded stream: which images, and how each
 position in the stream alone (not on workers, ranks or restarts). Evaluation batches are single images, dealt out to the ranks in turn.
 """
 
+import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -56,18 +57,53 @@ def build_datasets(entry: Any, what: str, leaves: list[Any], **default_args: Any
         dataset = build_dataset(entry, default_args or None)
     except (KeyError, TypeError, AttributeError, AssertionError, OSError, ValueError) as error:
         raise DataError(f"{what} cannot be built: {type(error).__name__}: {error}") from error
+    _annotations_are_there(dataset, what)
     if len(dataset) == 0:
         places = ", ".join(f"{leaf.get('data_root')}/{leaf.get('img_dir')}/*{leaf.get('img_suffix', '.jpg')}" for leaf in leaves)
         raise DataError(f"{what} is empty: no image matches {places}")
     return dataset
 
 
+def _annotations_are_there(dataset: Dataset, what: str) -> None:
+    """Each image's label map must exist: looked for now, lest a run end at the first one that does not."""
+    for part in getattr(dataset, "datasets", [getattr(dataset, "dataset", dataset)]):
+        names = [info["ann"]["seg_map"] for info in getattr(part, "img_infos", ()) if "ann" in info] if getattr(part, "ann_dir", None) else []
+        missing = [name for name in names if not os.path.exists(os.path.join(part.ann_dir, name))]
+        if missing:
+            raise DataError(f"{what}: {len(missing)} of {len(names)} label maps are missing, the first is {os.path.join(part.ann_dir, missing[0])}; put them there, or take "
+                            f"their images away")
+
+
 def first_sample(dataset: Dataset, what: str) -> dict[str, Any]:
     """The first image of a data set through its pipeline. Raises DataError in the words of whichever transform refused."""
     try:
-        return dataset[0]
+        return sample(dataset, 0)
+    except DataError as error:
+        raise DataError(f"{what}: {error}") from error
+
+
+def sample(dataset: Dataset, index: int) -> dict[str, Any]:
+    """One image through its pipeline. Raises DataError naming the image, in the words of whichever transform refused."""
+    try:
+        return dataset[index]
     except Exception as error:  # transforms are anybody's code
-        raise DataError(f"{what}: its pipeline fails on the first image: {type(error).__name__}: {error}") from error
+        infos = getattr(dataset, "img_infos", None)
+        name = infos[index]["filename"] if infos else f"number {index}"
+        reason = " ".join(str(error).split())  # OpenCV's has several lines
+        raise DataError(f"the pipeline fails on image {name}: {type(error).__name__}: {reason}; is the image, or its label map, damaged?") from error
+
+
+class Named(Dataset):
+    """A data set whose errors name the image."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return sample(self.dataset, index)
 
 
 class PositionSeeded(Dataset):
@@ -83,14 +119,14 @@ class PositionSeeded(Dataset):
         position, index = key
         np.random.seed(derived_seed(self.seed, "augmentation", position))  # mmseg's transforms draw from numpy's global state
         random.seed(derived_seed(self.seed, "augmentation", position))
-        return {**self.dataset[index], "position": position}
+        return {**sample(self.dataset, index), "position": position}
 
 
 def training_batches(dataset: Dataset, sampler: GlobalBatchSampler, *, workers: int, seed: int, device: torch.device) -> Iterator[Batch]:
     """Endless micro-batches of this rank, on `device`. workers: processes that decode ahead; 0 decodes in this one."""
     loader = DataLoader(PositionSeeded(dataset, seed), batch_sampler=sampler, num_workers=workers, collate_fn=_collate, worker_init_fn=_quiet_worker,
                         pin_memory=device.type == "cuda", generator=torch.Generator().manual_seed(0))
-    for collated in loader:
+    for collated in _loaded(loader):
         position = int(collated.pop("position")[0])
         yield Batch(_to_device(collated, device), position)
 
@@ -101,10 +137,18 @@ def evaluation_batches(dataset: Dataset, *, rank: int, world_size: int, workers:
     inputs: img is a list over test-time augmentations of (1, 3, h, w) float32, img_metas a list over augmentations of lists of one dict.
     """
     indices = range(rank, len(dataset), world_size)
-    loader = DataLoader(Subset(dataset, indices), batch_size=1, num_workers=workers, collate_fn=_collate, worker_init_fn=_quiet_worker,
+    loader = DataLoader(Subset(Named(dataset), indices), batch_size=1, num_workers=workers, collate_fn=_collate, worker_init_fn=_quiet_worker,
                         pin_memory=device.type == "cuda", generator=torch.Generator().manual_seed(0))
-    for index, collated in zip(indices, loader, strict=True):
+    for index, collated in zip(indices, _loaded(loader), strict=True):
         yield index, _to_device(collated, device)
+
+
+def _loaded(loader: DataLoader) -> Iterator[Any]:
+    """The batches of a loader; of an error in a worker, its own sentence without the worker's traceback."""
+    try:
+        yield from loader
+    except DataError as error:
+        raise DataError(str(error).strip().splitlines()[-1].removeprefix(f"{DataError.__module__}.{DataError.__name__}: ")) from None
 
 
 def _collate(samples: list[dict[str, Any]]) -> Any:

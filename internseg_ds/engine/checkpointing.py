@@ -9,6 +9,7 @@ interrupted leaves the previous one usable. DeepSpeed writes and reads the files
 """
 
 import logging
+import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -122,7 +123,7 @@ class Checkpoints:
         """Notes the evaluation of the checkpoint of `state.step`, and marks it when it is the best so far by the score `best_by`; whether it is."""
         self.finish()
         tag = f"iter_{state.step}"
-        better = best_by is not None and self.newest == tag and (state.best is None or metrics[best_by] > state.best)
+        better = best_by is not None and self.newest == tag and metrics[best_by] > (-math.inf if state.best is None else state.best)  # never for NaN
         if better:
             state.best, state.best_tag = metrics[best_by], tag
         if dist.get_rank() == 0 and self.newest == tag:

@@ -40,6 +40,15 @@ class UpConv(nn.ConvTranspose2d):
         nn.init.zeros_(self.bias)
 
 
+class HalvingPool(nn.MaxPool2d):
+    """A 2x2 max pooling that leaves a side of one element as it is, where torch's refuses."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, c, h, w) -> (b, c, max(1, h // 2), max(1, w // 2))."""
+        kernel = [min(self.kernel_size, side) for side in x.shape[2:]]
+        return F.max_pool2d(x, kernel, stride=kernel)
+
+
 class LayerScale(nn.Module):
     """x * gamma per channel (Touvron et al., CaiT, 2021)."""
 
@@ -249,7 +258,7 @@ class InternViT6B(BaseModule):
             self.up1 = nn.Sequential(UpConv(embed_dim), ChannelsFirstLayerNorm(embed_dim), nn.GELU(), UpConv(embed_dim), *last())
             self.up2 = nn.Sequential(UpConv(embed_dim), *last())
             self.up3 = nn.Sequential(nn.Identity(), *last())
-            self.up4 = nn.Sequential(nn.MaxPool2d(kernel_size=2, stride=2), *last())
+            self.up4 = nn.Sequential(HalvingPool(kernel_size=2, stride=2), *last())
 
     def reset_parameters(self) -> None:
         """Draws the class token and the position embedding; the other modules draw their own."""

@@ -57,6 +57,17 @@ def test_a_work_directory_is_never_overwritten(toy_checkpoints, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_strangers_in_the_way_are_left_alone(toy_checkpoints, tmp_path):
+    (tmp_path / "latest").write_text("iter_3")
+    with pytest.raises(CheckpointError, match="none of ours"):
+        consolidate(toy_checkpoints / "zero3_bf16", tmp_path / "latest", overwrite=True)
+    (tmp_path / "keep.partial").mkdir()
+    (tmp_path / "keep.partial" / "thesis.txt").write_text("precious")
+    with pytest.raises(CheckpointError, match="in the way"):
+        consolidate(toy_checkpoints / "zero3_bf16", tmp_path / "keep")
+    assert (tmp_path / "latest").read_text() == "iter_3" and (tmp_path / "keep.partial" / "thesis.txt").read_text() == "precious"
+
+
 def test_a_full_disk_and_an_unknown_ending_are_noticed_before_the_first_byte(toy_checkpoints, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="unknown ending"):
         consolidate(toy_checkpoints / "zero3_bf16", tmp_path / "w.h5")

@@ -75,5 +75,8 @@ def test_a_changed_byte_and_a_missing_file_are_noticed(toy_checkpoints, tmp_path
         file.unlink()
         with pytest.raises(CheckpointError, match="missing"):
             verify(out)
-    with pytest.raises(CheckpointError, match="nothing says what"):
-        verify(tmp_path / "other.pth")
+    for text in (None, "", "garbage"):
+        if text is not None:
+            (tmp_path / "other.pth.sha256").write_text(text)
+        with pytest.raises(CheckpointError, match="nothing says what"):
+            verify(tmp_path / "other.pth")

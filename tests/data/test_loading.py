@@ -1,3 +1,4 @@
+import shutil
 from itertools import islice
 
 import pytest
@@ -91,8 +92,29 @@ def test_folders_in_a_list_are_joined_as_mmseg_joins_them(data):
 def test_a_pipeline_that_fails_on_an_image_is_one_sentence(data):
     entry = Config({**data.train, "pipeline": data.train.pipeline[:3]})._cfg_dict
     entry.pipeline.append({"type": "Collect", "keys": ["gt_depth"], "meta_keys": []})
-    with pytest.raises(DataError, match=r"data\.train: its pipeline fails on the first image: KeyError: 'gt_depth'"):
+    with pytest.raises(DataError, match=r"data\.train: the pipeline fails on image .*\.jpg: KeyError: 'gt_depth'"):
         first_sample(build_datasets(entry, "data.train", [entry]), "data.train")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_image_is_named_whoever_decodes_it(workers, data, ade20k, tmp_path):
+    shutil.copytree(ade20k, tmp_path / "ade")
+    victim = sorted((tmp_path / "ade/images/validation").iterdir())[3]
+    victim.write_bytes(b"")
+    entry = Config({**data.val, "data_root": str(tmp_path / "ade")})._cfg_dict
+    dataset = build_datasets(entry, "data.val", [entry], test_mode=True)
+    with pytest.raises(DataError) as caught:
+        list(evaluation_batches(dataset, rank=0, world_size=1, workers=workers, device=CPU))
+    assert victim.name in str(caught.value) and "Traceback" not in str(caught.value)
+
+
+def test_missing_label_maps_are_counted_before_the_run(data, ade20k, tmp_path):
+    shutil.copytree(ade20k, tmp_path / "ade")
+    for path in sorted((tmp_path / "ade/annotations/training").iterdir())[5:]:
+        path.unlink()
+    entry = Config({**data.train, "data_root": str(tmp_path / "ade")})._cfg_dict
+    with pytest.raises(DataError, match=r"data\.train: 18 of 23 label maps are missing"):
+        build_datasets(entry, "data.train", [entry])
 
 
 def test_an_empty_data_set_says_which_images_it_looked_for(data, tmp_path):

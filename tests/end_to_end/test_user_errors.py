@@ -54,7 +54,7 @@ def test_rank_0_says_it_once_and_the_launcher_ends_with_2(launch, tmp_path):
     ({"model.test_cfg.mode": "slid"}, ["'slid'", "'whole'"]),
     ({"model.test_cfg.mode": "whole", "data.val.pipeline.1.transforms.1.size_divisor": 32}, ["data.val", "no whole patches of 14", "ResizeToMultiple"]),
     ({"data.train.pipeline.3.crop_size": 112}, ["data.train", "TypeError"]),
-    ({"data.val.type": "COCOStuffDataset"}, ["num_classes=150", "data.val has 171"]),
+    ({"data.val.type": "CustomDataset", "data.val.classes": ("a", "b"), "data.val.palette": [[0, 0, 0], [1, 1, 1]]}, ["num_classes=150", "data.val has 2"]),
     ({"data.train.type": "CustomDataset"}, ["data.train", "classes"]),
     ({"data.samples_per_gpu": 3}, ["engine.global_batch=8", "3 images"]),
     ({"data.samples_per_gpu": 0}, ["samples_per_gpu", "is 0"]),

@@ -206,6 +206,11 @@ def test_blocks_after_the_last_output_do_not_run():
     assert ran == [0, 1] and feature.shape == (1, 24, 4, 4)
 
 
+def test_a_grid_of_one_patch_has_all_its_maps():
+    maps = InternViT6B(**FPN)(torch.randn(1, 3, 14, 70))
+    assert [tuple(features.shape[2:]) for features in maps] == [(4, 20), (2, 10), (1, 5), (1, 2)]
+
+
 def test_drop_path_grows_linearly_with_depth():
     first, *rest = vit(depth=5, drop_path_rate=0.4).blocks
     rates = [block.drop_path.drop_prob for block in rest]
