@@ -184,12 +184,13 @@ def find_checkpoint(path: str | os.PathLike) -> Path:
 def checkpoint_to_resume(resume: str | os.PathLike | None, work_dir: Path) -> Path | None:
     """The checkpoint directory that --resume means: None, "auto" (the newest of `work_dir`, if there is any), or a path."""
     if resume == "auto":
-        folder = work_dir / "checkpoints"
-        if not (folder / "latest").exists():
-            return None
-        complete = sorted(folder.glob(f"iter_*/{MANIFEST}"), key=lambda note: read_manifest(note.parent).get("saved_at", 0))
-        # `latest` names a missing directory only where a run was killed while it replaced that very checkpoint
-        resume = work_dir if (folder / (folder / "latest").read_text()).is_dir() or not complete else complete[-1].parent
+        pointer = work_dir / "checkpoints" / "latest"
+        tag = pointer.read_text().strip() if pointer.is_file() else ""
+        complete = sorted(pointer.parent.glob(f"iter_*/{MANIFEST}"), key=lambda note: read_manifest(note.parent).get("saved_at", 0))
+        named = pointer.parent / tag if tag else None
+        if named is None or not named.is_dir():  # somebody removed the pointer, or a run was killed while it replaced that very checkpoint
+            named = complete[-1].parent if complete else None
+        resume = named
     return find_checkpoint(resume) if resume is not None else None
 
 

@@ -327,7 +327,10 @@ def _schedule(cfg: Config, path: str) -> PolySchedule:
         raise ConfigError(f"lr_config of {path} must be policy='poly' with by_epoch=False, not policy={lr.get('policy')!r}, by_epoch={lr.get('by_epoch', True)}")
     if lr.get("warmup") not in (None, "linear"):
         raise ConfigError(f"lr_config.warmup={lr.warmup!r} of {path}: only 'linear' warmup is known (or none)")
-    warmup = lr.get("warmup_iters", 0) if lr.get("warmup") else 0
+    warmup = _whole(lr.get("warmup_iters", 0), f"lr_config.warmup_iters of {path}", least=0) if lr.get("warmup") else 0
+    for key in ("power", "min_lr", "warmup_ratio"):
+        if isinstance(lr.get(key, 0), bool) or not isinstance(lr.get(key, 0), (int, float)) or lr.get(key, 0) < 0:
+            raise ConfigError(f"lr_config.{key}={lr[key]!r} of {path} must be a number of at least 0")
     return PolySchedule(steps, lr.get("power", 1.0), lr.get("min_lr", 0.0), warmup, lr.get("warmup_ratio", 0.1))
 
 

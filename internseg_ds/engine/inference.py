@@ -57,6 +57,7 @@ class ImageFiles(torch.utils.data.Dataset):
 
     def __init__(self, images: Sequence[Path], pipeline: Sequence[dict[str, Any]]) -> None:
         self.images, self.pipeline = images, Compose(pipeline)
+        self.img_infos = [{"filename": str(path)} for path in images]
 
     def __len__(self) -> int:
         return len(self.images)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmcv import ConfigDict
 from mmcv.parallel import DataContainer
 from rich.console import Console
@@ -28,6 +29,7 @@ from internseg_ds.distributed.precision import backbone_dtype
 from internseg_ds.distributed.process_group import World
 from internseg_ds.engine.checkpointing import check_resumable, named_groups
 from internseg_ds.engine.experiment import Experiment, leaf_datasets
+from internseg_ds.engine.pictures import IGNORE
 from internseg_ds.engine.trackers import check_trackers
 from internseg_ds.errors import CheckpointError, ConfigError, DataError
 from internseg_ds.planning.memory import training_state_bytes
@@ -71,13 +73,40 @@ def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, An
         check_trackers(experiment.log_hooks)
     train_set = build_datasets(experiment.train, "data.train", list(leaf_datasets(experiment.train)))
     check_classes(meta_model, train_set, "data.train")
-    check_sample(experiment, meta_model, first_sample(train_set, "data.train"), "data.train")
+    first = first_sample(train_set, "data.train")
+    check_sample(experiment, meta_model, first, "data.train")
+    check_labels(first, len(train_set.CLASSES), "data.train")
+    check_forward(meta_model, first)
     val_set = None
     if validate:
         val_set = validation_set(experiment)
         check_classes(meta_model, val_set, "data.val")
         check_sample(experiment, meta_model, first_sample(val_set, "data.val"), "data.val")
     return Plan(experiment, ds, world, meta_model, train_set, val_set)
+
+
+def check_work_dir(work_dir: Path) -> None:
+    """The work directory must be one, or one that can be made. Raises ConfigError."""
+    place = next(path for path in (work_dir.absolute(), *work_dir.absolute().parents) if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise ConfigError(f"--work-dir {work_dir} cannot be written: {place} is no folder that this user may write to")
+
+
+def check_forward(model: nn.Module, sample: Mapping[str, Any]) -> None:
+    """A forward on the meta device: layers whose sizes do not fit each other are found without memory or data. Raises ConfigError."""
+    image = sample["img"].data if isinstance(sample["img"], DataContainer) else sample["img"]
+    model.eval()
+    try:
+        with torch.no_grad():
+            features = model.extract_feat(torch.empty(1, *image.shape, device="meta"))
+            for name in ("decode_head", "auxiliary_head"):
+                head = getattr(model, name, None)
+                for part in head if isinstance(head, nn.ModuleList) else [head] if head is not None else []:
+                    part(features)
+    except Exception as error:  # whatever some layer refuses with
+        raise ConfigError(f"the model cannot take a training image of {tuple(image.shape)}: {type(error).__name__}: {error}; do the in_channels of its heads fit?") from error
+    finally:
+        model.train()
 
 
 def check_offload(experiment: Experiment, ds: DsConfig, resume_from: Path | None) -> None:
@@ -192,6 +221,15 @@ def check_sample(experiment: Experiment, model: nn.Module, sample: Mapping[str, 
             raise ConfigError(f"the first image of {what} comes out of its pipeline with {size[0]} x {size[1]} pixels, which are no whole patches of {patch}; "
                               f"add dict(type='ResizeToMultiple', size_divisor={patch}) after Resize to the pipeline of an evaluation, crop and pad to a multiple of "
                               f"{patch} in training")
+
+
+def check_labels(sample: Mapping[str, Any], classes: int, what: str) -> None:
+    """The labels of a training image must be classes, or 255."""
+    labels = sample["gt_semantic_seg"].data if isinstance(sample["gt_semantic_seg"], DataContainer) else sample["gt_semantic_seg"]
+    wrong = labels[(labels >= classes) & (labels != IGNORE)]
+    if len(wrong):
+        raise DataError(f"the first image of {what} has label {int(wrong[0])}, but there are classes 0 to {classes - 1} and 255 for none; correct the label maps, or "
+                        f"set reduce_zero_label of LoadAnnotations as the data need it")
 
 
 def describe(plan: Plan, console: Console) -> None:

@@ -19,7 +19,7 @@ from internseg_ds.engine.inference import Shower, find_images, load_trained, pre
 from internseg_ds.engine.pictures import side_by_side
 from internseg_ds.engine.preflight import check_weights_fit, validation_set
 from internseg_ds.engine.trackers import start_logging
-from internseg_ds.errors import DataError
+from internseg_ds.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +35,8 @@ def test(config: str | os.PathLike, checkpoint: str | os.PathLike, *, metrics: S
     world = world_from_environment()
     experiment = read_experiment(config, cfg_options)
     metrics = known_metrics(tuple(metrics), "--eval") if metrics else experiment.metrics
+    if out is not None and Path(out).is_dir():
+        raise ConfigError(f"--out {out} is a folder; give the name of a JSON file in it")
     dataset = validation_set(experiment, "test")
     check_weights_fit(experiment, checkpoint, ema=ema)
     with joined(world):
@@ -61,6 +63,9 @@ def predict_files(config: str | os.PathLike, checkpoint: str | os.PathLike, imag
     stem, times = Counter(path.stem for path in files).most_common(1)[0]
     if times > 1:
         raise DataError(f"{times} images are called {stem!r}, their predictions would overwrite each other; give them to separate calls")
+    written = {(Path(out) / f"{path.stem}_{kind}.png").resolve(): path for path in files for kind in ("labels", "overlay")}
+    if taken := [path for path in files if path.resolve() in written]:
+        raise DataError(f"the prediction of {written[taken[0].resolve()]} would overwrite the image {taken[0]}; choose another --out")
     weights_meta = check_weights_fit(experiment, checkpoint)
     classes, palette = weights_meta.get("CLASSES"), weights_meta.get("PALETTE")
     if not classes or not palette:

@@ -50,6 +50,14 @@ def test_pictures_show_image_truth_and_prediction(one_file, launch, ade20k, tmp_
     assert width > 2 * 200 and height > 256
 
 
+def test_a_prediction_overwrites_no_image(one_file, launch, ade20k, tmp_path):
+    for name in ("a.jpg", "a_labels.png"):
+        cv2.imwrite(str(tmp_path / name), np.zeros((20, 20, 3), np.uint8))
+    before = (tmp_path / "a_labels.png").read_bytes()
+    done = launch("launch/predict.py", TINY, one_file, tmp_path, "--out", tmp_path, "--cfg-options", *SMALL, *data_options(ade20k), launcher="python", check=False)
+    assert done.returncode == 2 and "would overwrite the image" in done.stderr and (tmp_path / "a_labels.png").read_bytes() == before
+
+
 def test_predict_labels_are_those_of_the_evaluation(one_file, launch, ade20k, tmp_path):
     launch("launch/predict.py", TINY, one_file, ade20k / "images/validation", "--out", tmp_path, "--cfg-options", *SMALL, *data_options(ade20k), launcher="python")
     maps = sorted(tmp_path.glob("*_labels.png"))

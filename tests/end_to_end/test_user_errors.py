@@ -33,6 +33,10 @@ def test_rank_0_says_it_once_and_the_launcher_ends_with_2(launch, tmp_path):
     ({"data.val.img_dir": "images/nothing"}, ["data.val", "images/nothing"]),
     ({"optimizer.paramwise_cfg": {"num_layers": 7, "layer_decay_rate": 0.9}}, ["num_layers=7", "4 layers"]),
     ({"optimizer.type": "AdamWW"}, ["AdamWW"]),
+    ({"lr_config.power": "x"}, ["lr_config.power='x'"]),
+    ({"lr_config.warmup_iters": -1}, ["warmup_iters", "-1"]),
+    ({"model.test_cfg.stride": [0, 0]}, ["model.test_cfg.stride=[0, 0]"]),
+    ({"model.decode_head.in_channels": [128, 128, 128, 33]}, ["the model cannot take a training image", "in_channels"]),
     ({"optimizer.betas": [0.9]}, ["optimizer AdamW"]),
     ({"model.backbone.num_heads": 0}, ["ZeroDivisionError"]),
     ({"model.backbone.pretrained": 5}, ["pretrained=5"]),
@@ -82,6 +86,26 @@ def test_a_ds_config_without_a_stage_is_refused(ade20k):
     experiment = read_experiment(ROOT / TINY, dict(option.split("=") for option in data_options(ade20k)))
     with pytest.raises(ConfigError, match="no ZeRO stage"):
         check(experiment, {"bf16": {"enabled": True}}, World(0, 2, 0))
+
+
+@pytest.mark.parametrize("name", ["file", "file/below"])
+def test_a_work_directory_that_cannot_be_made_is_refused(name, ade20k, tmp_path):
+    from internseg_ds.engine.preflight import check_work_dir
+
+    (tmp_path / "file").write_text("precious")
+    check_work_dir(tmp_path / "new" / "one")
+    with pytest.raises(ConfigError, match=r"--work-dir .* cannot be written"):
+        check_work_dir(tmp_path / name)
+
+
+def test_labels_that_are_no_class_are_refused():
+    import torch
+
+    from internseg_ds.engine.preflight import check_labels
+
+    check_labels({"gt_semantic_seg": torch.tensor([[0, 149, 255]])}, 150, "data.train")
+    with pytest.raises(DataError, match=r"data\.train has label 150, but there are classes 0 to 149"):
+        check_labels({"gt_semantic_seg": torch.tensor([[0, 150, 255]])}, 150, "data.train")
 
 
 def test_an_option_without_a_value_is_a_usage_error(launch):

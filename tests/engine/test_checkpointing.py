@@ -91,6 +91,20 @@ def test_a_half_written_save_is_cleared_away(tmp_path):
     spawn(a_half_written_save_is_cleared_away, 2, tmp_path / "checkpoints")
 
 
+def the_pointer_is_lost(folder: Path) -> None:
+    engine, checkpoints, state = toy_engine(), Checkpoints(folder, keep=-1), TrainState()
+    for step in (9, 10):
+        state.step = step
+        checkpoints.save(engine, state, {})
+    for damage in (lambda: (folder / "latest").write_text("iter_11"), lambda: (folder / "latest").write_text(""), lambda: (folder / "latest").unlink()):
+        damage()
+        assert checkpoint_to_resume("auto", folder.parent) == folder / "iter_10"
+
+
+def test_resume_auto_finds_the_newest_when_the_pointer_is_lost(tmp_path):
+    spawn(the_pointer_is_lost, 1, tmp_path / "checkpoints")
+
+
 def test_resume_auto_is_a_fresh_start_where_nothing_was_saved(tmp_path):
     assert checkpoint_to_resume("auto", tmp_path) is None
     assert checkpoint_to_resume(None, tmp_path) is None
