@@ -16,7 +16,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -55,15 +54,20 @@ def write_checkpoint(folder: Path, gib: float, ranks: int) -> None:
         print(f"wrote rank {rank}", flush=True)
 
 
+# a process starts with the peak of the one that forked it (Linux keeps it over exec), so a small one stands in between
+SMALL = """import json, resource, subprocess, sys, time
+began = time.perf_counter()
+code = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode
+print(json.dumps([code, time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024]))"""
+
+
 def measure(command: list[str]) -> tuple[float, int]:
     """Seconds, and the peak resident bytes of a command."""
-    began = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT)
-    errors = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"{' '.join(command)} failed:\n{errors.decode()[-2000:]}")
-    return time.perf_counter() - began, usage.ru_maxrss * 1024
+    done = subprocess.run([sys.executable, "-S", "-c", SMALL, *command], capture_output=True, text=True, cwd=ROOT)
+    code, seconds, peak = json.loads(done.stdout)
+    if code:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    return seconds, peak
 
 
 def main() -> None:

@@ -48,6 +48,17 @@ class StoredTensor:
         if self.stride is not None:
             return self.read().flatten()[start:stop].clone()
         out = torch.empty(stop - start, dtype=self.dtype)
+        self._read_into(out, start)
+        return out
+
+    def read_slice_into(self, out: Tensor, start: int) -> None:
+        """The same, into `out` (flat, contiguous, of any floating dtype), from element `start` on."""
+        if self.stride is None and out.dtype == self.dtype:
+            self._read_into(out, start)
+        else:
+            out.copy_(self.read_slice(start, start + out.numel()))
+
+    def _read_into(self, out: Tensor, start: int) -> None:
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.place + start * self.dtype.itemsize)
             room = memoryview(out.view(torch.uint8).numpy())
@@ -55,7 +66,6 @@ class StoredTensor:
                 if not (count := file.readinto(room)):
                     raise CheckpointError(f"{self.path} ends before its tensors do: it is truncated; copy it again")
                 room = room[count:]
-        return out
 
 
 @dataclass(frozen=True)
@@ -80,6 +90,9 @@ class HeldTensor:
 
     def read_slice(self, start: int, stop: int) -> Tensor:
         return self.tensor.flatten()[start:stop].clone()
+
+    def read_slice_into(self, out: Tensor, start: int) -> None:
+        out.copy_(self.tensor.flatten()[start : start + out.numel()])
 
 
 Stored = StoredTensor | HeldTensor

@@ -151,7 +151,7 @@ class ZeroCheckpoint:
         found = torch.empty(there)
         at = 0
         for piece, first, last in parts:
-            found[at : at + last - first] = piece.read_slice(first, last)
+            piece.read_slice_into(found[at : at + last - first], first)
             at += last - first
         return found
 

@@ -8,14 +8,13 @@ import fcntl
 import logging
 from pathlib import Path
 
-from torch.utils.cpp_extension import _get_build_directory  # no public name says where extensions are built
-
 log = logging.getLogger(__name__)
 
 
 def build_extension(name: str) -> None:
     """Builds (once per environment, about half a minute) and loads the extension of a DeepSpeed op builder, "CPUAdamBuilder" say. Talks to no other rank."""
     from deepspeed.accelerator import get_accelerator
+    from torch.utils.cpp_extension import _get_build_directory  # no public name says where extensions are built
 
     builder = get_accelerator().create_op_builder(name)
     folder = Path(_get_build_directory(builder.name, verbose=False))
