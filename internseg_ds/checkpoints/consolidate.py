@@ -40,10 +40,9 @@ def consolidate(source: Path, out: Path, *, dtype: Literal["float32", "bfloat16"
 
     Raises CheckpointError for a damaged source, an existing `out` (unless overwrite), and a target without enough space, before the first byte.
     """
-    checkpoint = ZeroCheckpoint.open(source, tag)
+    checkpoint, what = ZeroCheckpoint.open(source, tag), "ema" if ema else "fp32"
+    checkpoint.check_holds(what)
     out = Path(out)
-    if ema and not checkpoint.has_ema:
-        raise CheckpointError(f"{checkpoint.path} holds no averaged weights; train with engine.ema=0.999 to have them")
     if out.exists() and not overwrite:
         raise CheckpointError(f"{out} exists already; choose another name, or give --overwrite")
     if out.is_dir():  # only what this function writes is ever deleted: `out` may be a work directory by mistake, even that of `source`
@@ -60,7 +59,7 @@ def consolidate(source: Path, out: Path, *, dtype: Literal["float32", "bfloat16"
     place = next(parent for parent in out.absolute().parents if parent.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise CheckpointError(f"{out} cannot be written: {place} is no folder that this user may write to")
-    entries = select(_entries(checkpoint, getattr(torch, dtype), "ema" if ema else "fp32"))
+    entries = select(_entries(checkpoint, getattr(torch, dtype), what))
     total, free = sum(entry.nbytes for entry in entries.values()), shutil.disk_usage(place).free
     if total * 1.01 > free:
         raise CheckpointError(f"{out} needs {total / 2**30:.2f} GiB but only {free / 2**30:.2f} GiB are free in {place}; free some space, or choose another place")

@@ -44,7 +44,7 @@ def open_weights(path: Path, *, ema: bool = False) -> Weights:
     if not path.exists():
         raise CheckpointError(f"there is no weight file {path}")
     if is_zero_checkpoint(path):
-        return _zero(path, "ema" if ema else "fp32")
+        return weights_of(ZeroCheckpoint.open(path), "ema" if ema else "fp32")
     if ema:
         raise CheckpointError(f"{path} is no ZeRO checkpoint, which alone keeps averaged weights beside the others")
     if path.is_dir():
@@ -56,8 +56,9 @@ def open_weights(path: Path, *, ema: bool = False) -> Weights:
     raise CheckpointError(f"{path} has an unknown ending; weights are .pth, .safetensors, a folder of safetensors, or a ZeRO checkpoint directory")
 
 
-def _zero(path: Path, what: What) -> Weights:
-    checkpoint = ZeroCheckpoint.open(path)
+def weights_of(checkpoint: ZeroCheckpoint, what: What = "fp32") -> Weights:
+    """The weights (or their average, what="ema") of a ZeRO checkpoint that is open already, and its buffers. Raises CheckpointError where it has no average."""
+    checkpoint.check_holds(what)
     buffers = {name: HeldTensor(value) for name, value in checkpoint.buffers.items()}
     shapes = checkpoint.shapes | {name: buffer.shape for name, buffer in buffers.items()}
 

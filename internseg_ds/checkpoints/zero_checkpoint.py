@@ -128,10 +128,9 @@ class ZeroCheckpoint:
         """
         shape = self.shapes[name]
         name = self._tied.get(name, name)
-        if what == "ema":
-            if not self.has_ema:
-                raise CheckpointError(f"{self.path} holds no averaged weights; train with engine.ema=0.999 to have them")
-            what = "ema" if name in self._place else "fp32"  # frozen ones are their own average
+        self.check_holds(what)
+        if what == "ema" and name not in self._place:
+            what = "fp32"  # a frozen one is its own average
         if name not in self._place and what != "fp32":
             raise CheckpointError(f"{self.path}: {name} is frozen, so it has no {what}")
         if name in self._place and self.stage < 3:
@@ -154,6 +153,11 @@ class ZeroCheckpoint:
             piece.read_slice_into(found[at : at + last - first], first)
             at += last - first
         return found
+
+    def check_holds(self, what: What) -> None:
+        """Raises CheckpointError when the average is asked for and there is none."""
+        if what == "ema" and not self.has_ema:
+            raise CheckpointError(f"{self.path} holds no averaged weights; train with engine.ema=0.999 to have them")
 
     def _share(self, shape: torch.Size) -> int:
         """How many elements of a parameter each rank of ZeRO-3 holds; the last may hold padding."""

@@ -18,6 +18,11 @@ class Place:
     start: int
     stop: int
 
+    @property
+    def held(self) -> slice:
+        """Where these elements lie in the partition."""
+        return slice(self.offset, self.offset + self.stop - self.start)
+
 
 def partitions(engine: Any) -> list[nn.Parameter]:
     """The flat fp32 tensors (masters) of this rank, one a group (ZeRO-1, 2) or sub-group (ZeRO-3): what the inner optimizer updates."""

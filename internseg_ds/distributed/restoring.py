@@ -32,7 +32,7 @@ def restore(engine: Any, checkpoint: ZeroCheckpoint, schedule: PolySchedule) -> 
         master = masters[place.partition]
         targets = {"fp32": master.data} | ({what: inner.state[master][what] for what in MOMENTS} if checkpoint.updates else {})
         for what, target in targets.items():
-            target[place.offset : place.offset + place.stop - place.start] = checkpoint.read_slice(name, place.start, place.stop, what)
+            target[place.held] = checkpoint.read_slice(name, place.start, place.stop, what)
     engine.global_steps, engine.skipped_steps = checkpoint.steps, checkpoint.steps - checkpoint.scheduled
     engine.global_samples = checkpoint.steps * engine.train_batch_size()
     engine.micro_steps = checkpoint.steps * engine.gradient_accumulation_steps()

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import nn
 
 from internseg_ds.checkpoints.manifest import MANIFEST, read_manifest, update_metrics, verify_manifest, write_manifest
-from internseg_ds.checkpoints.weights import open_weights
+from internseg_ds.checkpoints.weights import weights_of
 from internseg_ds.checkpoints.zero_checkpoint import EMA_FILE, ZeroCheckpoint, find_save
 from internseg_ds.distributed.loading import fit_segmentor
 from internseg_ds.distributed.partitions import partitions
@@ -148,8 +148,7 @@ class Checkpoints:
         """Newest by the time of the save, not by step: the folder may hold later steps of an earlier run."""
         if self.keep <= 0:
             return
-        saves = sorted((note.parent for note in self.folder.glob(f"iter_*/{MANIFEST}")), key=lambda path: read_manifest(path).get("saved_at", 0))
-        for path in saves[: -self.keep]:
+        for path in complete_saves(self.folder)[: -self.keep]:
             if path.name != self._best_tag():
                 log.info("removing %s (max_keep_ckpts = %d)", path, self.keep)
                 shutil.rmtree(path)
@@ -171,6 +170,12 @@ def _bytes_to_save(deepspeed_engine: Any, ema: "ShardedEma | None") -> int:
     return int(total * 1.01) + 2**20
 
 
+def complete_saves(folder: Path) -> list[Path]:
+    """The finished checkpoints of a folder, the newest last."""
+    saves = [note.parent for note in folder.glob(f"iter_*/{MANIFEST}")]
+    return sorted(saves, key=lambda path: read_manifest(path).get("saved_at", 0))
+
+
 def find_checkpoint(path: str | os.PathLike) -> Path:
     """The checkpoint directory that `path` means: one itself, or a folder (WORK_DIR, WORK_DIR/checkpoints) whose `latest` names it.
 
@@ -186,10 +191,9 @@ def checkpoint_to_resume(resume: str | os.PathLike | None, work_dir: Path) -> Pa
     if resume == "auto":
         pointer = work_dir / "checkpoints" / "latest"
         tag = pointer.read_text().strip() if pointer.is_file() else ""
-        complete = sorted(pointer.parent.glob(f"iter_*/{MANIFEST}"), key=lambda note: read_manifest(note.parent).get("saved_at", 0))
         named = pointer.parent / tag if tag else None
         if named is None or not named.is_dir():  # somebody removed the pointer, or a run was killed while it replaced that very checkpoint
-            named = complete[-1].parent if complete else None
+            named = next(reversed(complete_saves(pointer.parent)), None)
         resume = named
     return find_checkpoint(resume) if resume is not None else None
 
@@ -200,7 +204,7 @@ def check_resumable(path: Path, model: nn.Module, groups: Sequence[Mapping[str, 
     groups: those of the run that is to go on, as `named_groups` gives them. Stage and number of processes may differ.
     """
     checkpoint = ZeroCheckpoint(path)
-    fit_segmentor(model, open_weights(path))
+    fit_segmentor(model, weights_of(checkpoint))
     trains = {name for name, param in model.named_parameters() if param.requires_grad}
     if differ := sorted(trains ^ checkpoint.trained):
         name = differ[0]

@@ -25,7 +25,7 @@ from mmcv import Config
 from torch import Tensor
 
 from internseg_ds.checkpoints.manifest import read_manifest
-from internseg_ds.checkpoints.weights import open_weights
+from internseg_ds.checkpoints.weights import open_weights, weights_of
 from internseg_ds.checkpoints.zero_checkpoint import ZeroCheckpoint
 from internseg_ds.data.loading import Batch
 from internseg_ds.distributed.checkpoint_engine import NotingCheckpointEngine
@@ -106,8 +106,9 @@ class SegmentorEngine:
         log.info("%d images per step = %d processes x %d images x %d accumulation steps", ds.global_batch, ds.world_size, ds.micro_batch, ds.accumulation)
         torch.backends.cudnn.benchmark = experiment.cudnn_benchmark and not torch.are_deterministic_algorithms_enabled()
         model = build_for_training(experiment.model, ds, device, seed)
-        if resume_from is not None:
-            load(model, fit_segmentor(model, open_weights(resume_from)))
+        checkpoint = ZeroCheckpoint(resume_from) if resume_from is not None else None
+        if checkpoint is not None:
+            load(model, fit_segmentor(model, weights_of(checkpoint)))
         elif start := starting_weights(experiment, model, load_from):
             _, path, fit = start
             load(model, fit(model, open_weights(path), experiment.engine.weights_may_differ))
@@ -117,8 +118,7 @@ class SegmentorEngine:
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=experiment.schedule.scheduler, config=ds.raw)
         self.deepspeed.checkpoint_engine = NotingCheckpointEngine(self.deepspeed._config, background=experiment.engine.background_save)
         self.ema = ShardedEma(self.deepspeed, experiment.engine.ema) if experiment.engine.ema is not None else None
-        if resume_from is not None:
-            checkpoint = ZeroCheckpoint(resume_from)
+        if checkpoint is not None:
             restore(self.deepspeed, checkpoint, experiment.schedule)
             if self.ema is not None:
                 self.ema.restore(checkpoint)

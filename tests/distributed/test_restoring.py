@@ -88,7 +88,7 @@ def the_average_is_kept_swapped_saved_and_restored(folder: Path) -> None:
         other.restore(checkpoint)
         for param in engine.module.parameters():
             if place := place_of(engine, param):  # padding may differ
-                mine, again = (each.shards[place.partition][place.offset : place.offset + place.stop - place.start] for each in (ema, other))
+                mine, again = (each.shards[place.partition][place.held] for each in (ema, other))
                 assert torch.equal(mine, again)
         engine.destroy()
 
