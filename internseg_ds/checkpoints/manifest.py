@@ -14,7 +14,8 @@ MANIFEST = "internseg_ds.json"
 
 def write_manifest(directory: Path, *, step: int, world_size: int, zero_stage: int, meta: Mapping[str, Any], metrics: Mapping[str, float],
                    groups: Sequence[Mapping[str, Any]] = ()) -> None:
-    """Records step, layout, meta (CLASSES, PALETTE, config text), metrics, parameter groups (names, lr, weight_decay) and the size of every other file in `directory`; atomic."""
+    """Records step, layout, meta (CLASSES, PALETTE, config text), metrics, parameter groups (names, lr, weight_decay) and the size of every other file in
+    `directory`; atomic."""
     files = {str(file.relative_to(directory)): file.stat().st_size for file in sorted(directory.rglob("*")) if file.is_file() and file.name != MANIFEST}
     _write(directory, {"format": 1, "step": step, "saved_at": time.time(), "world_size": world_size, "zero_stage": zero_stage, "files": files, "meta": dict(meta), "metrics": dict(metrics),
                        "groups": list(groups)})

@@ -38,7 +38,8 @@ class Weights:
 def open_weights(path: Path, *, ema: bool = False) -> Weights:
     """Opens a weight file, or a folder of safetensors, or a ZeRO checkpoint (WORK_DIR, its checkpoints folder, or one save), whatever it is.
 
-    ema: of a ZeRO checkpoint, the averaged weights. Nothing is held open: each read opens its file. Raises CheckpointError when it is missing, damaged, or no weight file.
+    ema: of a ZeRO checkpoint, the averaged weights. Nothing is held open: each read opens its file. Raises CheckpointError when it is missing, damaged, or no
+    weight file.
     """
     path = Path(path)
     if not path.exists():

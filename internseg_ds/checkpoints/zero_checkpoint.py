@@ -34,7 +34,8 @@ class ZeroCheckpoint:
     """A ZeRO checkpoint directory, opened for reading.
 
     Attributes: path, stage, world_size, manifest (this engine's note, or {}), shapes (name -> torch.Size of every parameter, frozen ones too),
-    buffers (name -> Tensor), client_state; trained (names), steps and samples (of the engine, skipped ones too), scheduled (steps of the learning-rate schedule), updates (of AdamW).
+    buffers (name -> Tensor), client_state; trained (names), steps and samples (of the engine, skipped ones too), scheduled (steps of the learning-rate
+    schedule), updates (of AdamW), has_ema.
     """
 
     def __init__(self, path: Path) -> None:
@@ -121,7 +122,8 @@ class ZeroCheckpoint:
         return self.read_slice(name, 0, self.shapes[name].numel()).view(self.shapes[name])
 
     def read_slice(self, name: str, start: int, stop: int, what: What = "fp32") -> Tensor:
-        """Elements [start, stop) of a parameter laid out flat, of its AdamW moments, or of its average (EMA): (stop - start,) fp32, a fresh tensor. Reads no more than these.
+        """Elements [start, stop) of a parameter laid out flat, of its AdamW moments, or of its average (EMA): (stop - start,) fp32, a fresh
+        tensor. Reads no more than these.
 
         This is what a rank of another number of processes, or of another stage, needs of an old checkpoint.
         Raises CheckpointError for moments that the checkpoint lacks (a frozen parameter has none), and when elements are missing.

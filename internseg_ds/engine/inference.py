@@ -27,7 +27,8 @@ IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 def load_trained(experiment: Experiment, checkpoint: str | os.PathLike, device: torch.device, *, ema: bool = False) -> nn.Module:
     """The segmentor of a config with the weights of `checkpoint` (.pth, .safetensors, or a ZeRO checkpoint directory), in eval mode on `device`.
 
-    ema: of a ZeRO checkpoint, the averaged weights. The backbone is stored in the dtype in which it computes, the rest in fp32. Raises CheckpointError when the weights are not those of this model.
+    ema: of a ZeRO checkpoint, the averaged weights. The backbone is stored in the dtype in which it computes, the rest in fp32. Raises CheckpointError
+    when the weights are not those of this model.
     """
     model = build_on_meta(experiment.model)
     compute = backbone_dtype(experiment.engine.backbone_dtype, device)
