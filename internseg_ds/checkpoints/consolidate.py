@@ -1,10 +1,9 @@
 """A ZeRO checkpoint turned into one ordinary checkpoint: an mmseg .pth, one .safetensors, or a folder of sharded safetensors with an index.
 
 Values are read from the shards, merged and written piece by piece (`streaming`), so that memory depends neither on the model's size nor on the number of
-processes that saved it. DeepSpeed's own `zero_to_fp32` holds the model in memory for one file, and for ZeRO-1/2 in any form. The result appears under its name only when it is complete, and `NAME.sha256` beside it has its checksums.
+processes that saved it. DeepSpeed's own `zero_to_fp32` holds the model in memory for one file, and for ZeRO-1/2 in any form. The result appears under its name only when it is complete, and `NAME.xxh128` beside it has its checksums.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -16,6 +15,7 @@ from typing import Literal
 
 import rich.progress
 import torch
+import xxhash
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from internseg_ds.checkpoints.fitting import shortened
@@ -82,7 +82,7 @@ def consolidate(source: Path, out: Path, *, dtype: Literal["float32", "bfloat16"
             sums = write_sharded(unfinished, entries, {"format": "pt", "meta": json.dumps(meta)}, advance)
             for name, text in files.items():
                 (unfinished / name).write_text(text)
-                sums[name] = hashlib.sha256(text.encode()).hexdigest()
+                sums[name] = xxhash.xxh3_128_hexdigest(text.encode())
             sums = {f"{out.name}/{name}": digest for name, digest in sums.items()}
     _publish(unfinished, out, sums)
     return out
@@ -96,7 +96,7 @@ def _entries(checkpoint: ZeroCheckpoint, dtype: torch.dtype, what: What) -> dict
 
 
 def write_sharded(folder: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str], advance: Advance) -> dict[str, str]:
-    """Safetensors of at most SHARD_BYTES (or one tensor) and transformers' index file; returns file name -> SHA-256."""
+    """Safetensors of at most SHARD_BYTES (or one tensor) and transformers' index file; returns file name -> checksum."""
     shards: list[dict[str, Entry]] = [{}]
     for name, entry in entries.items():
         if shards[-1] and sum(other.nbytes for other in shards[-1].values()) + entry.nbytes > SHARD_BYTES:
@@ -108,7 +108,7 @@ def write_sharded(folder: Path, entries: Mapping[str, Entry], metadata: Mapping[
     index = json.dumps({"metadata": {"total_size": sum(entry.nbytes for entry in entries.values())},
                         "weight_map": {name: file for file, shard in zip(files, shards) for name in shard}}, indent=1)
     (folder / INDEX).write_text(index)
-    return sums | {INDEX: hashlib.sha256(index.encode()).hexdigest()}
+    return sums | {INDEX: xxhash.xxh3_128_hexdigest(index.encode())}
 
 
 def _publish(unfinished: Path, out: Path, sums: Mapping[str, str]) -> None:
@@ -124,8 +124,8 @@ def _publish(unfinished: Path, out: Path, sums: Mapping[str, str]) -> None:
 
 
 def checksums(out: Path) -> Path:
-    """The file of checksums beside a result, in the format of `sha256sum -c`."""
-    return out.with_name(out.name + ".sha256")
+    """The file of checksums beside a result, 128-bit XXH3 in the format of `xxh128sum -c`."""
+    return out.with_name(out.name + ".xxh128")
 
 
 def verify(out: Path) -> None:
@@ -134,7 +134,7 @@ def verify(out: Path) -> None:
     if not checksums(out).is_file():
         raise CheckpointError(f"there is no {checksums(out)}, so nothing says what {out} should hold")
     lines = [line.split(maxsplit=1) for line in checksums(out).read_text(errors="replace").splitlines()]
-    if not lines or any(len(line) != 2 or not re.fullmatch("[0-9a-f]{64}", line[0]) for line in lines):
+    if not lines or any(len(line) != 2 or not re.fullmatch("[0-9a-f]{32}", line[0]) for line in lines):
         raise CheckpointError(f"{checksums(out)} is damaged or empty, so nothing says what {out} should hold; consolidate again")
     expected = {name: digest for digest, name in lines}
     missing = [name for name in expected if not (out.parent / name).is_file()]
@@ -142,8 +142,11 @@ def verify(out: Path) -> None:
         raise CheckpointError(f"{out.parent / missing[0]} is missing, but {checksums(out).name} names it; copy it again")
     for name, digest in expected.items():
         with rich.progress.open(out.parent / name, "rb", description=f"verifying {name}") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                raise CheckpointError(f"{out.parent / name} is not what was written: its SHA-256 is another than {checksums(out).name} says; copy it again")
+            found = xxhash.xxh3_128()
+            while piece := file.read(2**22):
+                found.update(piece)
+            if found.hexdigest() != digest:
+                raise CheckpointError(f"{out.parent / name} is not what was written: its checksum is another than {checksums(out).name} says; copy it again")
 
 
 def _remove(path: Path) -> None:
