@@ -40,13 +40,13 @@ def main() -> None:
          f"--cfg-options engine.evaluate_before=True {data}")
     step("one file out of the ZeRO checkpoint", f"{python} launch/consolidate.py {WORK}/checkpoints {WORK}/segmentor.pth --overwrite")
     step("evaluation of that file, with pictures",
-         f"deepspeed --num_gpus {processes} launch/test.py {CONFIG} {WORK}/segmentor.pth --eval mIoU --out {WORK}/results.json --show-dir {WORK}/pictures "
+         f"deepspeed --num_gpus {processes} launch/test.py {CONFIG} {WORK}/segmentor.pth --eval mIoU --out {WORK}/evaluation --show-dir {WORK}/pictures "
          f"--cfg-options {data}")
 
     records = [json.loads(line) for line in (WORK / "metrics.jsonl").read_text().splitlines()]
     scores = {record["step"]: 100 * record["mIoU"] for record in records if "mIoU" in record}
     latest = (WORK / "checkpoints" / "latest").read_text()
-    after = 100 * json.loads((WORK / "results.json").read_text())["mIoU"]
+    after = 100 * json.loads((WORK / "evaluation" / "results.json").read_text())["mIoU"]
     print(f"""
 demo finished in {(time.monotonic() - began) / 60:.1f} minutes
   mIoU before training   {scores[0]:6.2f}
@@ -56,6 +56,7 @@ demo finished in {(time.monotonic() - began) / 60:.1f} minutes
   one-file checkpoint    {WORK}/segmentor.pth
   log, metrics           {WORK}/train.log, {WORK}/metrics.jsonl
   curve                  {WORK}/curves.png
+  scores by class        {WORK}/evaluation
   pictures               {WORK}/pictures""")
     if after < max(LEAST_MIOU, 10 * scores[0]):
         sys.exit(f"error: a score of {after:.2f} is below what this demo reaches (at least {LEAST_MIOU}, and ten times that of the untrained model); see {WORK}/train.log")

@@ -27,6 +27,19 @@ from internseg_ds.seeding import derived_seed
 
 
 @dataclass(frozen=True)
+class EvaluationImage:
+    """One image of an evaluation. fault: why it could not be read, naming it; the rest is empty then."""
+
+    index: int
+    inputs: dict[str, Any]
+    """What the segmentor's forward(return_loss=False) takes: img, a list over test-time augmentations of (1, 3, h, w) float32, and img_metas, a list over
+    augmentations of lists of one dict."""
+    truth: Tensor | None = None
+    """Class of each pixel of the original image, `ignore_index` of the data set for none: (h, w) uint8."""
+    fault: str | None = None
+
+
+@dataclass(frozen=True)
 class Batch:
     """One micro-batch of training images, and where it stands in the stream."""
 
@@ -93,17 +106,45 @@ def sample(dataset: Dataset, index: int) -> dict[str, Any]:
         raise DataError(f"the pipeline fails on image {name}: {type(error).__name__}: {reason}; is the image, or its label map, damaged?") from error
 
 
-class Named(Dataset):
-    """A data set whose errors name the image."""
+class Examined(Dataset):
+    """(inputs, ground truth, None), or (None, None, what is wrong) of each image of an evaluation."""
 
-    def __init__(self, dataset: Dataset) -> None:
-        self.dataset = dataset
+    def __init__(self, dataset: Dataset, truth: bool) -> None:
+        self.dataset, self.truth = dataset, truth
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return sample(self.dataset, index)
+    def __getitem__(self, index: int) -> tuple[dict[str, Any] | None, Tensor | None, str | None]:
+        try:
+            inputs = sample(self.dataset, index)
+            if not self.truth:
+                return inputs, None, None
+            truth, size = ground_truth(self.dataset, index), _one_of(_one_of(inputs["img_metas"])).data["ori_shape"][:2]
+        except DataError as error:
+            return None, None, str(error)
+        if truth.shape != size:
+            info = self.dataset.img_infos[index]
+            return None, None, (f"image {info['filename']} has {size[0]} x {size[1]} pixels but its label map {info['ann']['seg_map']} has "
+                                f"{truth.shape[0]} x {truth.shape[1]}; correct one of them")
+        return inputs, torch.from_numpy(truth), None
+
+
+def ground_truth(dataset: Dataset, index: int) -> np.ndarray:
+    """Classes (h, w) uint8 of an image, as mmseg's metrics read them: after `reduce_zero_label`, 255 stands for none. Raises DataError naming the file."""
+    try:
+        labels = dataset.get_gt_seg_map_by_idx(index)
+    except Exception as error:  # whatever a loader of theirs or OpenCV says
+        reason = " ".join(str(error).split())
+        raise DataError(f"label map {dataset.img_infos[index]['ann']['seg_map']} cannot be read: {type(error).__name__}: {reason}; copy it again") from error
+    if dataset.reduce_zero_label:
+        labels = np.where(labels == 0, 255, labels - 1).astype(np.uint8)
+        labels[labels == 254] = 255
+    return labels
+
+
+def _one_of(value: Any) -> Any:
+    return value[0] if isinstance(value, list) else value
 
 
 class PositionSeeded(Dataset):
@@ -131,16 +172,13 @@ def training_batches(dataset: Dataset, sampler: GlobalBatchSampler, *, workers: 
         yield Batch(_to_device(collated, device), position)
 
 
-def evaluation_batches(dataset: Dataset, *, rank: int, world_size: int, workers: int, device: torch.device) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(image index, inputs of forward(return_loss=False)) for images rank, rank + world size, ...: ranks may get different numbers of them.
-
-    inputs: img is a list over test-time augmentations of (1, 3, h, w) float32, img_metas a list over augmentations of lists of one dict.
-    """
+def evaluation_images(dataset: Dataset, *, rank: int, world_size: int, workers: int, device: torch.device, truth: bool = True) -> Iterator[EvaluationImage]:
+    """Images rank, rank + world size, ... on `device`: ranks may get different numbers of them. truth: with the ground truth."""
     indices = range(rank, len(dataset), world_size)
-    loader = DataLoader(Subset(Named(dataset), indices), batch_size=1, num_workers=workers, collate_fn=_collate, worker_init_fn=_quiet_worker,
+    loader = DataLoader(Subset(Examined(dataset, truth), indices), batch_size=1, num_workers=workers, collate_fn=_alone, worker_init_fn=_quiet_worker,
                         pin_memory=device.type == "cuda", generator=torch.Generator().manual_seed(0))
-    for index, collated in zip(indices, _loaded(loader), strict=True):
-        yield index, _to_device(collated, device)
+    for index, (inputs, labels, fault) in zip(indices, _loaded(loader), strict=True):
+        yield EvaluationImage(index, _to_device(inputs or {}, device), _to_device(labels, device), fault)
 
 
 def _loaded(loader: DataLoader) -> Iterator[Any]:
@@ -154,6 +192,11 @@ def _loaded(loader: DataLoader) -> Iterator[Any]:
 def _collate(samples: list[dict[str, Any]]) -> Any:
     """mmcv's batch without its DataContainers, whose memory torch would not pin."""
     return _unpacked(collate(samples, samples_per_gpu=len(samples)))
+
+
+def _alone(samples: list[tuple[dict[str, Any] | None, Tensor | None, str | None]]) -> tuple[Any, Tensor | None, str | None]:
+    inputs, truth, fault = samples[0]
+    return inputs and _collate([inputs]), truth, fault
 
 
 def _unpacked(value: Any) -> Any:

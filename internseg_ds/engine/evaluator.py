@@ -1,62 +1,134 @@
 """Distributed evaluation with mmseg's own metrics.
 
-In: a whole segmentor (see `distributed.gathering`) and a data set. Each rank segments every world-size-th image and adds up areas per class; the only
-collective is one all-reduce of those areas at the end, so ranks with more images or more sliding windows cannot dead-lock. Memory does not grow with
-the data set.
+In: a segmentor's forwards (see `distributed.gathering`) and a data set. Each rank segments every world-size-th image and counts pixels in a confusion
+matrix; the matrices are added up at the end, so ranks with more images or more sliding windows keep nobody waiting, and memory does not grow with the data
+set. Images that cannot be read are left out, counted and named.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from torch import Tensor
 
-from internseg_ds.data.loading import evaluation_batches
+from internseg_ds.data.loading import EvaluationImage, evaluation_images
+from internseg_ds.distributed.gathering import Forwards
 from internseg_ds.distributed.process_group import World
+from internseg_ds.engine.segmenting import Segmenter
+from internseg_ds.errors import DataError
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """metrics: mmseg's names (mIoU, mAcc, aAcc, IoU.wall, ...) with values of 0 to 1, of the classes that occur. areas: float64 (4, classes), pixels in the intersection, the
-    union, the prediction and the ground truth of each class over the whole data set."""
+    """The scores of a data set, the same on every rank."""
 
     metrics: dict[str, float]
-    areas: Tensor
+    """mmseg's names (mIoU, mAcc, aAcc, IoU.wall, ...) with values of 0 to 1, of the classes that occur."""
+    confusion: Tensor
+    """(classes + 1, classes) int64: pixels by true class (the last row: a label that is no class, and not "ignore" either) and predicted class."""
+    images: int
+    """How many were scored."""
+    faults: list[str]
+    """What was wrong with each image that was not."""
+
+    @property
+    def areas(self) -> Tensor:
+        """(4, classes) float64: pixels in the intersection, the union, the prediction and the ground truth of each class, as mmseg's metrics take them."""
+        return areas(self.confusion)
 
 
-def evaluate(segmentor: nn.Module, dataset: Any, *, world: World, workers: int, metrics: Sequence[str] = ("mIoU",), verbose: bool = True,
-             each: Callable[[int, np.ndarray], None] | None = None) -> Evaluation:
-    """Scores `segmentor` on `dataset` (an mmseg data set in test mode), split over the ranks. Collective, once, at the end.
+class Watcher(Protocol):
+    """Looks at each image that a rank has scored."""
 
-    each: called with (image index, labels (h, w) of the original image's size) for the images of this rank. verbose: rank 0 logs mmseg's per-class table.
+    def see(self, index: int, labels: np.ndarray, score: float) -> None:
+        """index: in the data set. labels: (h, w) int64. score: mean IoU over the classes of this image."""
+
+
+def evaluate(forwards: Forwards, dataset: Any, *, world: World, workers: int, metrics: Sequence[str] = ("mIoU",), strict: bool = False, verbose: bool = True,
+             watchers: Sequence[Watcher] = ()) -> Evaluation:
+    """Scores a segmentor on `dataset` (an mmseg data set in test mode), split over the ranks. Collective at the end.
+
+    strict: an image that cannot be read is an error. verbose: rank 0 logs mmseg's per-class table.
+    Raises DataError, on all ranks, when no image can be read, or one cannot under `strict`.
     """
-    areas = torch.zeros(4, len(dataset.CLASSES), dtype=torch.float64)
-    device = next(segmentor.parameters()).device
-    with Progress(TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), disable=not world.is_main) as progress:
-        task = progress.add_task("", total=len(range(world.rank, len(dataset), world.size)))
-        for index, inputs in evaluation_batches(dataset, rank=world.rank, world_size=world.size, workers=workers, device=device):
-            labels = segment(segmentor, inputs)
-            areas += torch.stack([part.double() for part in dataset.pre_eval(labels, [index])[0]])
-            if each is not None:
-                each(index, labels)
-            progress.advance(task)
-    if dist.is_initialized() and world.size > 1:
-        shared = areas.to(world.device)
-        dist.all_reduce(shared)
-        areas = shared.cpu()
-    scores = dataset.evaluate([tuple(areas)], metric=list(metrics), logger=None if verbose and world.is_main else "silent")
+    classes, device = len(dataset.CLASSES), next(forwards.segmentor.parameters()).device
+    confusion = torch.zeros(classes + 1, classes, dtype=torch.int64, device=device)
+    faults: list[str] = []
+    images = images_of(dataset, world, workers, device, faults, strict=strict)
+    scored = 0
+    for image, labels in Segmenter(forwards).labels((image, image.inputs) for image in images):
+        counted = count(labels, image.truth, classes, dataset.ignore_index)
+        confusion += counted
+        scored += 1
+        if watchers:
+            score, labels = image_score(counted), labels.cpu().numpy()
+            for watcher in watchers:
+                watcher.see(image.index, labels, score)
+    confusion, scored, faults = _of_all_ranks(confusion, scored, faults, world)
+    complain(faults, scored, strict)
+    summed = areas(confusion)
+    scores = dataset.evaluate([tuple(summed)], metric=list(metrics), logger=None if verbose and world.is_main else "silent")
     # a class that neither the ground truth nor the prediction holds has no score (NaN, which JSON does not know)
-    return Evaluation({name: float(value) for name, value in scores.items() if "." not in name or not np.isnan(value)}, areas)
+    return Evaluation({name: float(value) for name, value in scores.items() if "." not in name or not np.isnan(value)}, confusion, scored, faults)
 
 
-def segment(segmentor: nn.Module, inputs: dict[str, Any]) -> np.ndarray:
-    """Class labels (h, w) int64 of one image, at its original size; inputs as `evaluation_batches` yields them."""
-    with torch.no_grad():
-        return segmentor(return_loss=False, rescale=True, **inputs)[0]
+def images_of(dataset: Any, world: World, workers: int, device: torch.device, faults: list[str], *, strict: bool = False, truth: bool = True,
+              doing: str = "evaluating") -> Iterator[EvaluationImage]:
+    """This rank's images that can be read, with a progress bar; what is wrong with the others goes into `faults`. Stops at the first one under `strict`."""
+    with Progress(TextColumn(doing), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), disable=not world.is_main) as progress:
+        task = progress.add_task("", total=len(range(world.rank, len(dataset), world.size)))
+        for image in evaluation_images(dataset, rank=world.rank, world_size=world.size, workers=workers, device=device, truth=truth):
+            if image.fault is None:
+                yield image
+            else:
+                faults.append(image.fault)
+                if strict:
+                    return
+            progress.advance(task)
+
+
+def complain(faults: Sequence[str], good: int, strict: bool) -> None:
+    """Warns of images that were left out. Raises DataError when none is left, or when one is out under `strict`."""
+    if faults and strict:
+        raise DataError(f"{faults[0]} (without --strict it would be left out)")
+    if faults and not good:
+        raise DataError(f"none of the {len(faults)} images can be read; the first: {faults[0]}")
+    if faults:
+        log.warning("%d of %d images are left out, for they cannot be read:\n  %s", len(faults), len(faults) + good, "\n  ".join(faults))
+
+
+def count(labels: Tensor, truth: Tensor, classes: int, ignore: int) -> Tensor:
+    """The confusion matrix (classes + 1, classes) int64 of one image; labels (h, w) int64 and truth (h, w) uint8. See `Evaluation.confusion`."""
+    kept = truth != ignore
+    pairs = truth[kept].long().clamp(max=classes) * classes + labels[kept]
+    return torch.bincount(pairs, minlength=(classes + 1) * classes).view(classes + 1, classes)
+
+
+def areas(confusion: Tensor) -> Tensor:
+    """Intersection, union, prediction and ground truth (4, classes) float64 of a confusion matrix; mmseg's `intersect_and_union`, summed."""
+    intersection, prediction, truth = confusion[:-1].diagonal(), confusion.sum(0), confusion[:-1].sum(1)
+    return torch.stack([intersection, prediction + truth - intersection, prediction, truth]).double()
+
+
+def image_score(confusion: Tensor) -> float:
+    """Mean IoU over the classes that occur in one image or its prediction; 0 where nothing is labelled."""
+    intersection, union = areas(confusion)[:2]
+    present = union > 0
+    return (intersection[present] / union[present]).mean().item() if present.any() else 0.0
+
+
+def _of_all_ranks(confusion: Tensor, scored: int, faults: list[str], world: World) -> tuple[Tensor, int, list[str]]:
+    if not dist.is_initialized() or world.size == 1:
+        return confusion.cpu(), scored, faults
+    shared = confusion.to(world.device)
+    dist.all_reduce(shared)
+    told: list[Any] = [None] * world.size
+    dist.all_gather_object(told, (scored, faults))
+    return shared.cpu(), sum(number for number, _ in told), [fault for _, some in told for fault in some]

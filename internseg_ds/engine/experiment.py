@@ -28,6 +28,9 @@ class EngineOptions:
     """dtype in which the backbone computes: "bfloat16", "float32", or "auto": bfloat16 where the hardware multiplies it natively, else float32."""
     evaluate_before: bool = False
     """Evaluate once before the first step, to see what training starts from."""
+    evaluation_weights: str = "auto"
+    """How a model that ZeRO-3 has partitioned is evaluated: "whole" from a copy of the weights on each rank, "partitioned" layer by layer with the ranks in
+    step, "auto" from a copy where there is room for it."""
     ema: float | None = None
     """Decay of an exponential moving average of the weights, 0.999 say; it is evaluated in their place, and saved beside them. None: no average."""
     background_save: bool = False
@@ -43,6 +46,8 @@ class EngineOptions:
             raise ConfigError(f"engine.ema={self.ema!r} must be a number between 0 and 1, such as 0.999, or None")
         if self.backbone_dtype not in ("auto", "bfloat16", "float32"):
             raise ConfigError(f"engine.backbone_dtype={self.backbone_dtype!r} is none of 'auto', 'bfloat16', 'float32'")
+        if self.evaluation_weights not in ("auto", "whole", "partitioned"):
+            raise ConfigError(f"engine.evaluation_weights={self.evaluation_weights!r} is none of 'auto', 'whole', 'partitioned'")
         if self.global_batch is not None and (not isinstance(self.global_batch, int) or self.global_batch < 1):
             raise ConfigError(f"engine.global_batch={self.global_batch!r} must be a whole number of images, at least 1")
 
@@ -303,7 +308,7 @@ KNOWN = {
     "lr_config": ("policy", "warmup", "warmup_iters", "warmup_ratio", "power", "min_lr", "by_epoch"),
     "log_config": ("interval", "hooks"),
     "runner": ("type", "max_iters"),
-    "model.test_cfg": ("mode", "crop_size", "stride"),
+    "model.test_cfg": ("mode", "crop_size", "stride", "batch_size"),
     "model.train_cfg": (),
 }
 

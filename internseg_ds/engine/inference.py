@@ -1,24 +1,26 @@
-"""Segmenting with finished weights: a plain segmentor from any weight file, evaluated or applied to images. No DeepSpeed engine and no ZeRO."""
+"""Segmenting with finished weights: a plain segmentor from any weight file, and image files through it. No DeepSpeed engine and no ZeRO."""
 
+import glob
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from mmseg.datasets.pipelines import Compose
 from torch import Tensor, nn
 
 from internseg_ds.checkpoints.weights import open_weights
-from internseg_ds.data.loading import evaluation_batches
 from internseg_ds.distributed.construction import build_on_meta, fill
+from internseg_ds.distributed.gathering import Forwards
 from internseg_ds.distributed.loading import fit_segmentor, resized
 from internseg_ds.distributed.precision import apply_precision, backbone_dtype
-from internseg_ds.engine.evaluator import segment
+from internseg_ds.distributed.process_group import World
+from internseg_ds.engine.evaluator import images_of
 from internseg_ds.engine.experiment import Experiment
-from internseg_ds.engine.pictures import IGNORE, side_by_side
+from internseg_ds.engine.segmenting import Segmenter
 from internseg_ds.errors import DataError
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
@@ -46,11 +48,21 @@ def load_trained(experiment: Experiment, checkpoint: str | os.PathLike, device: 
     return model.eval()
 
 
-def predict(segmentor: nn.Module, experiment: Experiment, images: Sequence[Path], device: torch.device) -> Iterator[tuple[Path, np.ndarray, np.ndarray]]:
-    """(path, image (h, w, 3) uint8 BGR, labels (h, w) int64) for each image, through the config's test pipeline: the same labels as an evaluation gives."""
-    dataset = ImageFiles(images, experiment.test["pipeline"])
-    for index, inputs in evaluation_batches(dataset, rank=0, world_size=1, workers=min(experiment.workers, len(images)), device=device):
-        yield images[index], cv2.imread(str(images[index])), segment(segmentor, inputs)
+def predict(segmentor: nn.Module, dataset: "ImageFiles", world: World, workers: int, faults: list[str], *, strict: bool = False,
+            logits: bool = False) -> Iterator[tuple[Path, np.ndarray, np.ndarray | None]]:
+    """(path, labels (h, w) int64, logits (classes, h, w) float32 where asked for) of this rank's images: what an evaluation through the same pipeline gives.
+
+    faults: takes what is wrong with images that cannot be read; under `strict` the first one ends the loop.
+    """
+    device = next(segmentor.parameters()).device
+    images = images_of(dataset, world, workers, device, faults, strict=strict, truth=False, doing="segmenting")
+    segmenter, stream = Segmenter(Forwards(segmentor)), ((image.index, image.inputs) for image in images)
+    if logits:
+        for index, labels, values in segmenter.labels_and_logits(stream):
+            yield dataset.images[index], labels.cpu().numpy(), values.numpy()
+    else:
+        for index, labels in segmenter.labels(stream):
+            yield dataset.images[index], labels.cpu().numpy(), None
 
 
 class ImageFiles(torch.utils.data.Dataset):
@@ -68,37 +80,26 @@ class ImageFiles(torch.utils.data.Dataset):
 
 
 def find_images(paths: Sequence[str | os.PathLike]) -> list[Path]:
-    """The image files that `paths` name: files, and the images of folders, sorted. Raises DataError when one is missing or nothing is found."""
+    """The image files that `paths` name: files, globs ("frames/**/*.png"), and the images of folders; frame_2 before frame_10.
+
+    Raises DataError when one is missing or nothing is found.
+    """
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            found += sorted(item for item in path.iterdir() if item.suffix.lower() in IMAGE_ENDINGS)
+            found += sorted((item for item in path.iterdir() if item.suffix.lower() in IMAGE_ENDINGS), key=_natural)
         elif path.is_file():
             found.append(path)
+        elif glob.has_magic(str(path)):
+            matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
+            found += sorted((match for match in matches if match.suffix.lower() in IMAGE_ENDINGS and match.is_file()), key=_natural)
         else:
             raise DataError(f"there is no image or folder {path}")
-    for path in found:
-        if not cv2.haveImageReader(str(path)):
-            raise DataError(f"{path} is no image that OpenCV can read; leave it out, or copy it again")
     if not found:
         raise DataError(f"no image ({', '.join(IMAGE_ENDINGS)}) in {', '.join(map(str, paths))}")
-    return found
+    return list(dict.fromkeys(found))
 
 
-class Shower:
-    """Writes image | ground truth | prediction as PNGs while an evaluation runs: the first `count` images of the data set."""
-
-    def __init__(self, dataset: Any, folder: Path, count: int) -> None:
-        self.dataset, self.folder, self.count = dataset, folder, count
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def __call__(self, index: int, labels: np.ndarray) -> None:
-        if index >= self.count:
-            return
-        name = self.dataset.img_infos[index]["filename"]
-        image = cv2.imread(str(Path(self.dataset.img_dir) / name))
-        truth = self.dataset.get_gt_seg_map_by_idx(index)
-        if self.dataset.reduce_zero_label:  # as mmseg's metrics do: label 0 means none of the classes
-            truth = np.where(truth == 0, IGNORE, truth - 1)
-        picture = side_by_side(image, [("ground truth", truth), ("prediction", labels)], self.dataset.CLASSES, self.dataset.PALETTE)
-        cv2.imwrite(str(self.folder / Path(name).with_suffix(".png").name), picture)
+def _natural(path: Path) -> list[tuple[int, int | str]]:
+    """Sorts numbers in names by value."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", str(path))]

@@ -74,14 +74,14 @@ def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, An
     train_set = build_datasets(experiment.train, "data.train", list(leaf_datasets(experiment.train)))
     check_classes(meta_model, train_set, "data.train")
     first = first_sample(train_set, "data.train")
-    check_sample(experiment, meta_model, first, "data.train")
+    check_sample(meta_model, first)
     check_labels(first, len(train_set.CLASSES), "data.train")
     check_forward(meta_model, first)
     val_set = None
     if validate:
         val_set = validation_set(experiment)
         check_classes(meta_model, val_set, "data.val")
-        check_sample(experiment, meta_model, first_sample(val_set, "data.val"), "data.val")
+        first_sample(val_set, "data.val")
     return Plan(experiment, ds, world, meta_model, train_set, val_set)
 
 
@@ -194,6 +194,9 @@ def input_sizes(experiment: Experiment) -> list[tuple[str, tuple[int, int]]]:
                 if step.get("type") == kind and isinstance(step.get(key), (list, tuple)):
                     found.append((f"data.train.pipeline {kind}.{key}", step[key]))
     test_cfg: Mapping[str, Any] = experiment.model.get("test_cfg") or ConfigDict()
+    batch_size = test_cfg.get("batch_size", 1)
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ConfigError(f"model.test_cfg.batch_size={batch_size!r} of {experiment.path} must be a whole number of windows, at least 1")
     if test_cfg.get("mode", "whole") not in ("slide", "whole"):
         raise ConfigError(f"model.test_cfg.mode={test_cfg['mode']!r} of {experiment.path} is neither 'slide' nor 'whole'")
     if test_cfg.get("mode") == "slide":
@@ -207,20 +210,13 @@ def input_sizes(experiment: Experiment) -> list[tuple[str, tuple[int, int]]]:
     return found
 
 
-def check_sample(experiment: Experiment, model: nn.Module, sample: Mapping[str, Any], what: str) -> None:
-    """An image as the pipeline hands it over must be whole patches, or be cut into such windows."""
-    patch = getattr(model.backbone, "patch_size", None)
-    images = sample["img"] if isinstance(sample["img"], list) else [sample["img"]]
-    test_cfg = experiment.model.get("test_cfg") or {}
-    for image in images:
-        size = tuple((image.data if isinstance(image, DataContainer) else image).shape[-2:])
-        seen = size
-        if what != "data.train" and test_cfg.get("mode") == "slide":
-            seen = tuple(map(min, size, test_cfg["crop_size"]))
-        if patch is not None and any(side % patch for side in seen):
-            raise ConfigError(f"the first image of {what} comes out of its pipeline with {size[0]} x {size[1]} pixels, which are no whole patches of {patch}; "
-                              f"add dict(type='ResizeToMultiple', size_divisor={patch}) after Resize to the pipeline of an evaluation, crop and pad to a multiple of "
-                              f"{patch} in training")
+def check_sample(model: nn.Module, sample: Mapping[str, Any]) -> None:
+    """A training image as the pipeline hands it over must be whole patches."""
+    patch, image = getattr(model.backbone, "patch_size", None), sample["img"]
+    height, width = (image.data if isinstance(image, DataContainer) else image).shape[-2:]
+    if patch is not None and (height % patch or width % patch):
+        raise ConfigError(f"the first image of data.train comes out of its pipeline with {height} x {width} pixels, which are no whole patches of {patch}; "
+                          f"crop and pad to a multiple of {patch}")
 
 
 def check_labels(sample: Mapping[str, Any], classes: int, what: str) -> None:

@@ -31,7 +31,7 @@ from internseg_ds.data.loading import Batch
 from internseg_ds.distributed.checkpoint_engine import NotingCheckpointEngine
 from internseg_ds.distributed.construction import build_for_training
 from internseg_ds.distributed.ema import ShardedEma
-from internseg_ds.distributed.gathering import whole_segmentor
+from internseg_ds.distributed.gathering import forwards
 from internseg_ds.distributed.loading import fit_segmentor, load
 from internseg_ds.distributed.optimizers import build_optimizer
 from internseg_ds.distributed.parameter_groups import parameter_groups
@@ -155,17 +155,15 @@ class SegmentorEngine:
     def evaluate(self, *, verbose: bool = True) -> Evaluation:
         """mmseg's metrics on the validation set with the weights as they are, or with their average (EMA) where the run keeps one.
 
-        Gathers the weights once; the data set is split over the ranks.
+        The data set is split over the ranks. Under ZeRO-3 each rank gathers the weights once, or they run in step: `engine.evaluation_weights`.
         """
         if self.plan.val_set is None:
             raise ConfigError("this engine was built with validate=False and has no validation set; build it with validate=True to evaluate")
-        with self.ema.in_place_of_weights() if self.ema is not None else nullcontext(), self.whole() as segmentor:
-            return evaluate(segmentor, self.plan.val_set, world=self.world, workers=self.plan.experiment.workers, metrics=self.plan.experiment.metrics, verbose=verbose)
-
-    def whole(self) -> Any:
-        """Context manager: the segmentor with whole weights in eval mode, for this rank to call as it likes. Entering is collective."""
-        return whole_segmentor(self.deepspeed.module, self.plan.experiment.model, self.compute_dtype, self.world.device,
-                               autocast=self.plan.ds.precision == "autocast")
+        experiment = self.plan.experiment
+        ready = forwards(self.deepspeed.module, experiment.model, self.compute_dtype, self.world.device, autocast=self.plan.ds.precision == "autocast",
+                         weights=experiment.engine.evaluation_weights)
+        with self.ema.in_place_of_weights() if self.ema is not None else nullcontext(), ready as segmentor:
+            return evaluate(segmentor, self.plan.val_set, world=self.world, workers=experiment.workers, metrics=experiment.metrics, verbose=verbose)
 
     def save(self) -> Path | None:
         """Writes a ZeRO checkpoint of this step into WORK_DIR/checkpoints; returns its directory, or None when it could not be written (a warning says why).

@@ -1,6 +1,8 @@
-"""What launch/test.py and launch/predict.py do, for Python too: evaluate finished weights on a config's test set, or segment image files."""
+"""What launch/test.py and launch/predict.py do, for Python too: evaluate finished weights on a config's test set, or segment image files.
 
-import json
+Both split the images over the processes that a launcher started; weights are whole on each.
+"""
+
 import logging
 import os
 from collections import Counter
@@ -9,15 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import mmcv
 import numpy as np
-from rich.progress import track
+import torch.distributed as dist
 
+from internseg_ds.distributed.gathering import Forwards
 from internseg_ds.distributed.process_group import joined, world_from_environment
-from internseg_ds.engine.evaluator import Evaluation, evaluate
+from internseg_ds.engine.evaluator import Evaluation, complain, evaluate, images_of
 from internseg_ds.engine.experiment import known_metrics, read_experiment
-from internseg_ds.engine.inference import Shower, find_images, load_trained, predict
+from internseg_ds.engine.inference import ImageFiles, find_images, load_trained, predict
 from internseg_ds.engine.pictures import side_by_side
-from internseg_ds.engine.preflight import check_weights_fit, validation_set
+from internseg_ds.engine.preflight import check_classes, check_weights_fit, input_sizes, validation_set
+from internseg_ds.engine.report import Extremes, Shower, write_report
+from internseg_ds.engine.segmenting import Segmenter
 from internseg_ds.engine.trackers import start_logging
 from internseg_ds.errors import ConfigError, DataError
 
@@ -25,57 +31,123 @@ log = logging.getLogger(__name__)
 
 
 def test(config: str | os.PathLike, checkpoint: str | os.PathLike, *, metrics: Sequence[str] | None = None, out: str | os.PathLike | None = None,
-         show_dir: str | os.PathLike | None = None, show_count: int = 20, ema: bool = False,
+         extremes: int = 5, show_dir: str | os.PathLike | None = None, show_count: int = 20, strict: bool = False, ema: bool = False,
          cfg_options: Mapping[str, Any] | None = None) -> Evaluation:
-    """Evaluates `checkpoint` on the config's test set; collective. out: JSON file for the metrics. show_dir: folder for the first `show_count` overlays.
-    ema: of a ZeRO checkpoint, the averaged weights.
+    """Evaluates `checkpoint` on the config's test set; collective.
 
+    out: folder for results.json, per_class.csv, confusion.png and overlays of the `extremes` best and worst images. show_dir: folder for the first
+    `show_count` overlays. strict: an image that cannot be read is an error. ema: of a ZeRO checkpoint, the averaged weights.
     Raises UserError when config, data or checkpoint cannot work, before any process takes its device.
     """
     world = world_from_environment()
     experiment = read_experiment(config, cfg_options)
     metrics = known_metrics(tuple(metrics), "--eval") if metrics else experiment.metrics
-    if out is not None and Path(out).is_dir():
-        raise ConfigError(f"--out {out} is a folder; give the name of a JSON file in it")
+    folder = _folder(out, "--out") if out is not None else None
+    shown = _folder(show_dir, "--show-dir") if show_dir is not None else None
+    input_sizes(experiment)
     dataset = validation_set(experiment, "test")
+    if getattr(dataset, "ann_dir", None) is None:
+        raise ConfigError(f"data.test of {experiment.path} has no ann_dir, so there is no ground truth to score against; set it, or write the labels with --format-only DIR")
     check_weights_fit(experiment, checkpoint, ema=ema)
     with joined(world):
         start_logging(None, level=experiment.log_level, is_main=world.is_main)
         segmentor = load_trained(experiment, checkpoint, world.device, ema=ema)
-        show = Shower(dataset, Path(show_dir), show_count) if show_dir is not None else None
-        result = evaluate(segmentor, dataset, world=world, workers=experiment.workers, metrics=metrics, each=show)
+        check_classes(segmentor, dataset, "data.test")
+        extreme = Extremes(dataset, extremes if folder is not None else 0)
+        watchers = [extreme] * (folder is not None) + [Shower(dataset, shown, show_count)] * (shown is not None)
+        result = evaluate(Forwards(segmentor), dataset, world=world, workers=experiment.workers, metrics=metrics, strict=strict, watchers=watchers)
         if world.is_main:
             log.info("%s: %s", checkpoint, ", ".join(f"{name} {100 * value:.2f}" for name, value in result.metrics.items() if "." not in name))
-            if out is not None:
-                Path(out).parent.mkdir(parents=True, exist_ok=True)
-                Path(out).write_text(json.dumps(result.metrics, indent=1) + "\n")
+        if folder is not None:
+            if world.is_main:
+                write_report(result, dataset.CLASSES, folder)
+            extreme.write(folder, world)
     return result
 
 
-def predict_files(config: str | os.PathLike, checkpoint: str | os.PathLike, images: Sequence[str | os.PathLike], out: str | os.PathLike, *,
-                  cfg_options: Mapping[str, Any] | None = None) -> None:
-    """Writes NAME_overlay.png and NAME_labels.png (uint8 class indices, as the training labels count them) into `out` for every image.
+def write_submission(config: str | os.PathLike, checkpoint: str | os.PathLike, out: str | os.PathLike, *, strict: bool = False, ema: bool = False,
+                     cfg_options: Mapping[str, Any] | None = None) -> None:
+    """Writes the files that the benchmark of the config's test set takes (mmseg's `format_results`) into the folder `out`; needs no ground truth. Collective.
 
+    Raises UserError as `test` does, and for a data set without such a format.
+    """
+    world = world_from_environment()
+    experiment = read_experiment(config, cfg_options)
+    folder = _folder(out, "--format-only")
+    input_sizes(experiment)
+    dataset = validation_set(experiment, "test")
+    try:
+        dataset.format_results([], str(folder), indices=[])
+    except NotImplementedError:
+        raise ConfigError(f"{type(dataset).__name__} has no format for submissions; leave --format-only out, or use launch/predict.py for label maps") from None
+    check_weights_fit(experiment, checkpoint, ema=ema)
+    with joined(world):
+        start_logging(None, level=experiment.log_level, is_main=world.is_main)
+        segmentor = load_trained(experiment, checkpoint, world.device, ema=ema)
+        faults: list[str] = []
+        images = images_of(dataset, world, experiment.workers, world.device, faults, strict=strict, truth=False, doing="segmenting")
+        written = 0
+        for index, labels in Segmenter(Forwards(segmentor)).labels((image.index, image.inputs) for image in images):
+            dataset.format_results([labels.cpu().numpy()], str(folder), indices=[index])
+            written += 1
+        _end(written, faults, strict, world.size, f"submission files of {type(dataset).__name__} are in {folder}")
+
+
+def predict_files(config: str | os.PathLike, checkpoint: str | os.PathLike, images: Sequence[str | os.PathLike], out: str | os.PathLike, *,
+                  logits: bool = False, strict: bool = False, ema: bool = False, cfg_options: Mapping[str, Any] | None = None) -> None:
+    """Writes NAME_overlay.png and NAME_labels.png (class indices as the training labels count them) into `out` for every image.
+
+    images: files, folders and globs. logits: NAME_logits.npy too, (classes, h, w) float32. strict: an image that cannot be read is an error; else it is
+    left out and named at the end.
     Raises UserError when config, images or checkpoint cannot work, or when two images would write the same file.
     """
+    world = world_from_environment()
     experiment = read_experiment(config, cfg_options)
+    folder = _folder(out, "--out")
+    input_sizes(experiment)
     files = find_images(images)
     stem, times = Counter(path.stem for path in files).most_common(1)[0]
     if times > 1:
         raise DataError(f"{times} images are called {stem!r}, their predictions would overwrite each other; give them to separate calls")
-    written = {(Path(out) / f"{path.stem}_{kind}.png").resolve(): path for path in files for kind in ("labels", "overlay")}
+    written = {(folder / f"{path.stem}_{kind}.png").resolve(): path for path in files for kind in ("labels", "overlay")}
     if taken := [path for path in files if path.resolve() in written]:
         raise DataError(f"the prediction of {written[taken[0].resolve()]} would overwrite the image {taken[0]}; choose another --out")
-    weights_meta = check_weights_fit(experiment, checkpoint)
+    weights_meta = check_weights_fit(experiment, checkpoint, ema=ema)
     classes, palette = weights_meta.get("CLASSES"), weights_meta.get("PALETTE")
     if not classes or not palette:
         dataset = validation_set(experiment, "test")
         classes, palette = dataset.CLASSES, dataset.PALETTE
-    device = world_from_environment().device
-    start_logging(None, level=experiment.log_level, is_main=True)
-    segmentor = load_trained(experiment, checkpoint, device)
-    Path(out).mkdir(parents=True, exist_ok=True)
-    for path, image, labels in track(predict(segmentor, experiment, files, device), "segmenting", total=len(files)):
-        cv2.imwrite(str(Path(out) / f"{path.stem}_labels.png"), labels.astype(np.uint8))
-        cv2.imwrite(str(Path(out) / f"{path.stem}_overlay.png"), side_by_side(image, [("prediction", labels)], classes, palette))
-    log.info("%d images: overlays and label maps are in %s", len(files), out)
+    with joined(world):
+        start_logging(None, level=experiment.log_level, is_main=world.is_main)
+        segmentor = load_trained(experiment, checkpoint, world.device, ema=ema)
+        folder.mkdir(parents=True, exist_ok=True)
+        dataset, faults = ImageFiles(files, experiment.test["pipeline"]), []
+        done = 0
+        for path, labels, values in predict(segmentor, dataset, world, min(experiment.workers, len(files)), faults, strict=strict, logits=logits):
+            picture = side_by_side(mmcv.imread(path), [("prediction", labels)], classes, palette)
+            cv2.imwrite(str(folder / f"{path.stem}_labels.png"), labels.astype(np.uint8 if len(classes) < 256 else np.uint16))
+            cv2.imwrite(str(folder / f"{path.stem}_overlay.png"), picture)
+            if values is not None:
+                np.save(folder / f"{path.stem}_logits.npy", values)
+            done += 1
+        _end(done, faults, strict, world.size, f"overlays and label maps are in {folder}")
+
+
+def _folder(path: str | os.PathLike, option: str) -> Path:
+    """A folder that can be written. Raises ConfigError when there is something else in its place."""
+    folder = Path(path)
+    place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise ConfigError(f"{option} {folder} cannot be written: {place} is no folder that this user may write to")
+    return folder
+
+
+def _end(done: int, faults: list[str], strict: bool, ranks: int, words: str) -> None:
+    """Counts what all ranks have done, complains of images that could not be read, and says where the rest is. Collective."""
+    told: list[Any] = [(done, faults)]
+    if dist.is_initialized() and ranks > 1:
+        told = [None] * ranks
+        dist.all_gather_object(told, (done, faults))
+    done = sum(number for number, _ in told)
+    complain([fault for _, some in told for fault in some], done, strict)
+    log.info("%d images: %s", done, words)

@@ -1,11 +1,13 @@
+import re
 import shutil
 from itertools import islice
 
+import cv2
 import pytest
 import torch
 from mmcv import Config
 
-from internseg_ds.data.loading import build_datasets, evaluation_batches, first_sample, training_batches
+from internseg_ds.data.loading import build_datasets, evaluation_images, first_sample, training_batches
 from internseg_ds.data.sampler import GlobalBatchSampler
 from internseg_ds.errors import DataError
 from tests.conftest import ROOT, TINY
@@ -66,13 +68,13 @@ def test_the_same_image_is_augmented_anew_in_the_next_epoch(training):
 
 def test_ranks_share_the_validation_images_between_them(data):
     dataset = build_datasets(data.val, "data.val", [data.val], test_mode=True)
-    dealt = [[index for index, _ in evaluation_batches(dataset, rank=rank, world_size=3, workers=0, device=CPU)] for rank in range(3)]
+    dealt = [[image.index for image in evaluation_images(dataset, rank=rank, world_size=3, workers=0, device=CPU)] for rank in range(3)]
     assert dealt == [[0, 3, 6], [1, 4], [2, 5]]
 
 
 def test_more_ranks_than_images_leaves_some_without_any(data):
     dataset = build_datasets(data.val, "data.val", [data.val], test_mode=True)
-    assert list(evaluation_batches(dataset, rank=8, world_size=9, workers=1, device=CPU)) == []
+    assert list(evaluation_images(dataset, rank=8, world_size=9, workers=1, device=CPU)) == []
 
 
 @pytest.mark.parametrize(("change", "words"), [({"img_dir": "nowhere"}, "there is no folder .*nowhere"), ({"data_root": "/nowhere"}, "data_root = '/nowhere'"),
@@ -97,15 +99,31 @@ def test_a_pipeline_that_fails_on_an_image_is_one_sentence(data):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_damaged_image_is_named_whoever_decodes_it(workers, data, ade20k, tmp_path):
+def test_what_cannot_be_read_is_named_and_the_rest_goes_on(workers, data, ade20k, tmp_path):
     shutil.copytree(ade20k, tmp_path / "ade")
-    victim = sorted((tmp_path / "ade/images/validation").iterdir())[3]
-    victim.write_bytes(b"")
+    images, labels = (sorted((tmp_path / "ade" / kind / "validation").iterdir()) for kind in ("images", "annotations"))
+    images[3].write_bytes(b"")
+    labels[4].write_bytes(b"no image")
+    cv2.imwrite(str(labels[5]), cv2.imread(str(labels[5]), cv2.IMREAD_UNCHANGED)[:, 1:])
     entry = Config({**data.val, "data_root": str(tmp_path / "ade")})._cfg_dict
     dataset = build_datasets(entry, "data.val", [entry], test_mode=True)
-    with pytest.raises(DataError) as caught:
-        list(evaluation_batches(dataset, rank=0, world_size=1, workers=workers, device=CPU))
-    assert victim.name in str(caught.value) and "Traceback" not in str(caught.value)
+    found = list(evaluation_images(dataset, rank=0, world_size=1, workers=workers, device=CPU))
+    assert [image.index for image in found] == list(range(7))
+    for image in found:
+        assert (image.fault is None) == (image.index not in (3, 4, 5)) and "Traceback" not in str(image.fault)
+        if image.fault is None:
+            assert tuple(image.truth.shape) == image.inputs["img_metas"][0][0]["ori_shape"][:2]
+    for image, file in zip(found[3:6], (images[3], labels[4], labels[5])):
+        assert file.name in image.fault
+    assert re.search(r"has \d+ x \d+ pixels but its label map .* has \d+ x \d+", found[5].fault)
+
+
+def test_the_ground_truth_is_what_mmsegs_metrics_read(data):
+    dataset = build_datasets(data.val, "data.val", [data.val], test_mode=True)
+    for image in evaluation_images(dataset, rank=0, world_size=1, workers=0, device=CPU):
+        raw = torch.from_numpy(cv2.imread(f"{dataset.ann_dir}/{dataset.img_infos[image.index]['ann']['seg_map']}", cv2.IMREAD_UNCHANGED)).int()
+        assert torch.equal(image.truth.int(), torch.where(raw == 0, 255, raw - 1)) and (raw == 0).any()
+
 
 
 def test_missing_label_maps_are_counted_before_the_run(data, ade20k, tmp_path):

@@ -1,6 +1,9 @@
-"""Runs a function of a test module on several real gloo ranks: spawn(function, world_size, *args). The first exception of any rank fails the test."""
+"""Runs a function of a test module on several real gloo ranks: spawn(function, world_size, *args). The first exception of any rank fails the test.
+
+Ranks that wait for each other for ever are killed, and fail it too."""
 
 import os
+import time
 from collections.abc import Callable
 
 import torch
@@ -10,8 +13,17 @@ import torch.multiprocessing as mp
 from tests.conftest import free_port
 
 
+TIMEOUT_S = 240
+
+
 def spawn(function: Callable[..., None], world_size: int, *args: object) -> None:
-    mp.spawn(_rank, (function, world_size, free_port(), args), nprocs=world_size)
+    ranks = mp.spawn(_rank, (function, world_size, free_port(), args), nprocs=world_size, join=False)
+    deadline = time.monotonic() + TIMEOUT_S
+    while not ranks.join(timeout=1):
+        if time.monotonic() > deadline:
+            for process in ranks.processes:
+                process.kill()
+            raise AssertionError(f"{function.__name__} with {world_size} ranks has not ended after {TIMEOUT_S} s")
 
 
 def _rank(rank: int, function: Callable[..., None], world_size: int, port: int, args: tuple) -> None:

@@ -21,9 +21,9 @@ def one_file(trained, launch, tmp_path_factory):
 def test_the_score_is_the_same_from_shards_and_file_and_with_1_and_2_processes(trained, one_file, launch, ade20k, tmp_path):
     results = []
     for number, (checkpoint, processes) in enumerate([(trained.work_dir / "checkpoints", 1), (trained.work_dir / "checkpoints", 2), (one_file, 1), (one_file, 2)]):
-        out = tmp_path / f"{number}.json"
+        out = tmp_path / str(number)
         launch("launch/test.py", TINY, checkpoint, "--eval", "mIoU", "--out", out, "--cfg-options", *SMALL, *data_options(ade20k), processes=processes)
-        results.append(out.read_text())
+        results.append((out / "results.json").read_text())
     assert len(set(results)) == 1
     assert json.loads(results[0])["mIoU"] == pytest.approx(trained.scores[12], abs=5e-3)  # training evaluates bf16 copies of the same weights
 
@@ -69,6 +69,6 @@ def test_predict_labels_are_those_of_the_evaluation(one_file, launch, ade20k, tm
         assert labels.shape == truth.shape
         valid = truth > 0
         hits += [(labels[valid] == truth[valid] - 1).sum(), valid.sum(), 0]
-    out = tmp_path / "results.json"
+    out = tmp_path / "evaluation"
     launch("launch/test.py", TINY, one_file, "--out", out, "--cfg-options", *SMALL, *data_options(ade20k), launcher="python")
-    assert hits[0] / hits[1] == pytest.approx(json.loads(out.read_text())["aAcc"], abs=1e-4)
+    assert hits[0] / hits[1] == pytest.approx(json.loads((out / "results.json").read_text())["aAcc"], abs=1e-4)

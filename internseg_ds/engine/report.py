@@ -1,0 +1,118 @@
+"""What an evaluation leaves to look at: results.json, per_class.csv, confusion.png, and the best and the worst images as overlays.
+
+In: an `Evaluation`, and the images as they are scored. Out: files in one folder, complete when `write_report` returns.
+"""
+
+import csv
+import heapq
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch.distributed as dist
+
+from internseg_ds.data.loading import ground_truth
+from internseg_ds.distributed.process_group import World
+from internseg_ds.engine.evaluator import Evaluation
+from internseg_ds.engine.pictures import side_by_side
+
+
+def write_report(evaluation: Evaluation, classes: Sequence[str], folder: Path) -> None:
+    """Writes results.json, per_class.csv and confusion.png into `folder`. By one rank."""
+    folder.mkdir(parents=True, exist_ok=True)
+    totals = {name: value for name, value in evaluation.metrics.items() if "." not in name}
+    per_class: dict[str, dict[str, float]] = {name: {} for name in classes}
+    for key, value in evaluation.metrics.items():
+        score, _, name = key.partition(".")
+        if name:
+            per_class[name][score] = value
+    (folder / "results.json").write_text(json.dumps({**totals, "images": evaluation.images, "not_read": evaluation.faults, "classes": per_class}, indent=1) + "\n")
+    scores = list(dict.fromkeys(key.partition(".")[0] for key in evaluation.metrics if "." in key))
+    _, _, predicted, labelled = evaluation.areas.long().tolist()
+    with (folder / "per_class.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["class", *scores, "labelled_pixels", "predicted_pixels"])
+        for index, name in enumerate(classes):
+            values = (per_class[name].get(score) for score in scores)
+            writer.writerow([name, *("" if value is None else f"{value:.4f}" for value in values), labelled[index], predicted[index]])
+    draw_confusion(evaluation.confusion[:-1].double().numpy(), classes, folder / "confusion.png")
+
+
+def draw_confusion(confusion: np.ndarray, classes: Sequence[str], picture: Path) -> None:
+    """Draws where the pixels of each class (rows of `confusion` (classes, classes)) went, as shares of the row. Classes that do not occur are left out."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shown = np.flatnonzero(confusion.sum(0) + confusion.sum(1))
+    names, counts = [classes[index] for index in shown], confusion[np.ix_(shown, shown)]
+    shares = counts / np.maximum(confusion[shown].sum(1, keepdims=True), 1)
+    side = 3.5 + 0.22 * len(names)
+    figure = Figure(figsize=(side + 1, side), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(xlabel="predicted", ylabel="labelled", title="share of each class's pixels")
+    image = axes.imshow(shares, vmin=0, vmax=1, cmap="viridis")
+    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    if len(names) <= 30:
+        for row, column in zip(*np.nonzero(shares >= 0.005), strict=True):
+            axes.text(column, row, f"{100 * shares[row, column]:.0f}", ha="center", va="center", fontsize=6, color="black" if shares[row, column] > 0.6 else "white")
+    figure.colorbar(image, shrink=0.6)
+    figure.savefig(picture)
+
+
+class Shower:
+    """Writes image | ground truth | prediction as PNGs while an evaluation runs: the first `count` images of the data set."""
+
+    def __init__(self, dataset: Any, folder: Path, count: int) -> None:
+        self.dataset, self.folder, self.count = dataset, folder, count
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def see(self, index: int, labels: np.ndarray, score: float) -> None:
+        if index < self.count:
+            name = Path(self.dataset.img_infos[index]["filename"]).with_suffix(".png").name
+            cv2.imwrite(str(self.folder / name), picture_of(self.dataset, index, labels))
+
+
+class Extremes:
+    """Keeps the predictions of the `count` best and worst images of this rank, and draws those of all ranks at the end."""
+
+    def __init__(self, dataset: Any, count: int) -> None:
+        self.dataset, self.count = dataset, count
+        self._heaps: dict[str, list[tuple[float, int, np.ndarray]]] = {"best": [], "worst": []}
+
+    def see(self, index: int, labels: np.ndarray, score: float) -> None:
+        kept = labels.astype(np.uint8 if len(self.dataset.CLASSES) < 256 else np.uint16)
+        for heap, rank in ((self._heaps["best"], score), (self._heaps["worst"], -score)):
+            heapq.heappush(heap, (rank, -index, kept))
+            if len(heap) > self.count:
+                heapq.heappop(heap)
+
+    def write(self, folder: Path, world: World) -> None:
+        """Writes folder/{best,worst}/01_SCORE_NAME.png, each by the rank that has it. Collective."""
+        for name, heap in self._heaps.items():
+            mine = [(rank, index) for rank, index, _ in heap]
+            everyones: list[list[tuple[float, int]]] = [mine]
+            if dist.is_initialized() and world.size > 1:
+                everyones = [[] for _ in range(world.size)]
+                dist.all_gather_object(everyones, mine)
+            chosen = sorted((item for some in everyones for item in some), reverse=True)[: self.count]
+            labels_of = {-index: labels for _, index, labels in heap}
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            if world.is_main:
+                for stale in (folder / name).glob("[0-9][0-9]_*.png"):
+                    stale.unlink()
+            if dist.is_initialized() and world.size > 1:
+                dist.barrier()
+            for place, (rank, index) in enumerate(chosen, 1):
+                if -index in labels_of:
+                    stem = Path(self.dataset.img_infos[-index]["filename"]).stem
+                    cv2.imwrite(str(folder / name / f"{place:02d}_{100 * abs(rank):.1f}_{stem}.png"), picture_of(self.dataset, -index, labels_of[-index]))
+
+
+def picture_of(dataset: Any, index: int, labels: np.ndarray) -> np.ndarray:
+    """image | ground truth | prediction of an image of an mmseg data set."""
+    image = cv2.imread(str(Path(dataset.img_dir) / dataset.img_infos[index]["filename"]))
+    return side_by_side(image, [("ground truth", ground_truth(dataset, index)), ("prediction", labels)], dataset.CLASSES, dataset.PALETTE)

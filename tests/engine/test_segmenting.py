@@ -1,0 +1,207 @@
+"""Batched windows against mmseg's own slide, whole and augmented inference on the same model, and against closed forms."""
+
+import copy
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from mmcv import Config
+from mmcv.cnn.utils import revert_sync_batchnorm
+from mmseg.models import build_segmentor
+
+import internseg_ds.engine.segmenting as segmenting
+import internseg_ds.models  # noqa: F401 - registers the backbone
+from internseg_ds.distributed.gathering import Forwards
+from internseg_ds.distributed.precision import apply_precision
+from internseg_ds.engine.segmenting import Segmenter, windows
+from tests.conftest import ROOT, TINY
+
+SIZES = [(112, 112), (140, 182), (126, 322), (252, 112), (140, 182), (280, 266)]
+"""Sides of whole patches, so that mmseg can take them too."""
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """The demo's segmentor at width 32, with weights of some size, so that predictions are not one class."""
+    cfg = Config.fromfile(ROOT / TINY)
+    cfg.merge_from_dict({"model.backbone.embed_dim": 32, "model.backbone.num_heads": 2, "model.decode_head.in_channels": [32] * 4, "model.decode_head.channels": 16,
+                         "model.auxiliary_head.in_channels": 32, "model.auxiliary_head.channels": 16})
+    torch.manual_seed(0)
+    model = revert_sync_batchnorm(build_segmentor(cfg.model))
+    for param in model.parameters():
+        if param.dim() > 1:
+            torch.nn.init.normal_(param, 0.0, 2 / param[0].numel() ** 0.5)
+    return model.eval()
+
+
+def with_test_cfg(model, **changes):
+    changed = copy.copy(model)
+    changed.test_cfg = Config(dict(mode="slide", crop_size=(112, 112), stride=(70, 70)) | changes)._cfg_dict
+    return changed
+
+
+def meta(size, original=None, shown=None, flip=None):
+    return {"ori_shape": (*(original or size), 3), "img_shape": (*(shown or size), 3), "pad_shape": (*size, 3), "flip": flip is not None, "flip_direction": flip}
+
+
+def image(size, seed, **about):
+    """An augmentation as the test pipeline yields it: smooth blobs, so that neighbouring pixels agree on a class."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.nn.functional.interpolate(2 * torch.randn(1, 3, 12, 12, generator=generator), size=size, mode="bicubic")
+    return pixels, [meta(size, **about)]
+
+
+def inputs(*views):
+    return {"img": [pixels for pixels, _ in views], "img_metas": [metas for _, metas in views]}
+
+
+STREAM = [inputs(image(size, seed, original=(size[0] // 2 + seed, size[1] + 3 * seed), shown=(size[0] - seed, size[1]))) for seed, size in enumerate(SIZES)]
+
+
+def ours(model, stream):
+    return dict(Segmenter(Forwards(model)).labels(enumerate(stream)))
+
+
+def theirs(model, stream):
+    with torch.no_grad():
+        return {key: torch.from_numpy(model(return_loss=False, rescale=True, **given)[0]) for key, given in enumerate(stream)}
+
+
+def equal(found, expected):
+    assert set(found) == set(expected)
+    for key in expected:
+        assert found[key].shape == expected[key].shape and torch.equal(found[key], expected[key]), (key, (found[key] != expected[key]).sum())
+    assert len(torch.cat([labels.flatten() for labels in expected.values()]).unique()) > 5  # the model does tell classes apart
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 64])
+@pytest.mark.parametrize("mode", ["slide", "whole"])
+def test_labels_are_those_of_mmseg(tiny, mode, batch_size):
+    model = with_test_cfg(tiny, mode=mode, batch_size=batch_size)
+    equal(ours(model, STREAM), theirs(model, STREAM))
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 2**20])
+def test_labels_do_not_depend_on_how_many_classes_are_resized_at_a_time(tiny, chunk_bytes, monkeypatch):
+    model = with_test_cfg(tiny)
+    expected = theirs(model, STREAM)
+    monkeypatch.setattr(segmenting, "CHUNK_BYTES", chunk_bytes)
+    equal(ours(model, STREAM), expected)
+
+
+@pytest.mark.parametrize("mode", ["slide", "whole"])
+def test_several_scales_and_flips_are_averaged_as_mmseg_averages_them(tiny, mode, monkeypatch):
+    model = with_test_cfg(tiny, mode=mode)
+    stream = [inputs(*(image(size, 7 * seed + index, original=(150, 170 + seed), flip=flip)
+                       for index, (size, flip) in enumerate(itertools.product([(112, 126), (168, 182)], [None, "horizontal", "vertical"])))) for seed in range(2)]
+    expected = theirs(model, stream)
+    equal(ours(model, stream), expected)
+    monkeypatch.setattr(segmenting, "CHUNK_BYTES", 2**18)  # some classes at a time, where the softmax is rounded otherwise
+    for key, labels in ours(model, stream).items():
+        with torch.no_grad():
+            mean = sum(model.inference(pixels, metas, True) for pixels, metas in zip(stream[key]["img"], stream[key]["img_metas"]))[0] / 6
+        assert (mean.gather(0, labels[None])[0] >= mean.amax(0) - 1e-6).all()
+
+
+def test_in_bf16_labels_differ_from_mmsegs_only_where_two_classes_are_level(tiny):
+    model = copy.deepcopy(with_test_cfg(tiny, batch_size=4))
+    model.backbone.bfloat16()
+    apply_precision(model, torch.bfloat16)
+    found, expected = ours(model, STREAM), theirs(model, STREAM)
+    for key, given in enumerate(STREAM):
+        with torch.no_grad():
+            probabilities = model.inference(given["img"][0], given["img_metas"][0], True)[0]
+        chosen = probabilities.gather(0, found[key][None])[0]
+        assert (chosen >= probabilities.amax(0) * (1 - 2**-6)).all()  # some bf16 roundings
+        assert (found[key] == expected[key]).float().mean() > 0.99
+
+
+def test_logits_are_those_of_mmseg(tiny):
+    model = with_test_cfg(tiny)
+    for key, labels, logits in Segmenter(Forwards(model)).labels_and_logits(enumerate(STREAM)):
+        with torch.no_grad():
+            expected = model.slide_inference(STREAM[key]["img"][0], STREAM[key]["img_metas"][0], True)[0]
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-4)
+        assert torch.equal(logits.argmax(0), labels)
+
+
+@pytest.mark.parametrize("size", [(112, 113), (61, 200), (9, 5), (301, 14)])
+@pytest.mark.parametrize("mode", ["slide", "whole"])
+def test_images_of_any_size_are_segmented(tiny, mode, size):
+    (labels,) = ours(with_test_cfg(tiny, mode=mode), [inputs(image(size, 0))]).values()
+    assert labels.shape == size
+
+
+def test_padding_to_whole_patches_changes_little(tiny):
+    """An image one pixel short of whole patches gets nearly the labels of one that is not."""
+    model = with_test_cfg(tiny, mode="whole")
+    (given,) = [inputs(image((224, 224), 3))]
+    cut = inputs((given["img"][0][:, :, :223, :220], [meta((223, 220))]))
+    whole, part = ours(model, [given])[0][:223, :220], ours(model, [cut])[0]
+    assert (whole == part).float().mean() > 0.9
+
+
+def test_windows_of_several_images_share_forwards(tiny):
+    sizes = []
+
+    class Counted(Forwards):
+        def __call__(self, images, metas):
+            sizes.append(tuple(images.shape[:1] + images.shape[2:]))
+            assert len(metas) == len(images)
+            return super().__call__(images, metas)
+
+    model = with_test_cfg(tiny, batch_size=4)
+    dict(Segmenter(Counted(model)).labels(enumerate(STREAM)))
+    count = sum(len(windows(*size, (112, 112), (70, 70))) for size in SIZES)
+    assert count > 20 and len(sizes) == -(-count // 4)
+
+
+def test_images_of_rare_sizes_do_not_wait_for_ever(tiny):
+    """Small images make windows of their own sizes, which never fill a batch; yet only some images are held at a time."""
+    model, taken, done = with_test_cfg(tiny, batch_size=2), 0, 0
+
+    def stream():
+        nonlocal taken
+        for number in range(20):
+            taken += 1
+            assert taken - done <= 2 * 2 + 1
+            yield number, inputs(image((14, 14 * (number + 1)) if number < 7 else (112, 112), number))
+
+    for _ in Segmenter(Forwards(model)).labels(stream()):
+        done += 1
+    assert done == 20
+
+
+def test_a_device_without_room_gets_smaller_batches(tiny):
+    class Small(Forwards):
+        def __call__(self, images, metas):
+            if len(images) > 2:
+                raise torch.OutOfMemoryError
+            return super().__call__(images, metas)
+
+    model = with_test_cfg(tiny, batch_size=7)
+    segmenter = Segmenter(Small(model))
+    equal(dict(segmenter.labels(enumerate(STREAM))), theirs(model, STREAM))
+    assert segmenter.batch_size == 1
+
+
+def test_one_channel_for_two_classes_is_a_threshold(tiny):
+    model = with_test_cfg(tiny)
+    model.decode_head = copy.deepcopy(tiny.decode_head)
+    head = model.decode_head
+    torch.manual_seed(1)
+    head.conv_seg, head.out_channels, head.threshold, model.out_channels = torch.nn.Conv2d(head.channels, 1, 1), 1, 0.45, 1
+    found = ours(model, STREAM)
+    for key, expected in theirs(model, STREAM).items():
+        assert torch.equal(found[key], expected.long())
+    assert 0.05 < np.mean([labels.float().mean() for labels in found.values()]) < 0.95
+
+
+@pytest.mark.parametrize(("size", "crop", "stride", "expected"), [
+    ((10, 10), (10, 10), (5, 5), [(0, 10, 0, 10)]),
+    ((8, 14), (10, 10), (6, 6), [(0, 8, 0, 10), (0, 8, 4, 14)]),
+    ((10, 17), (10, 10), (5, 5), [(0, 10, 0, 10), (0, 10, 5, 15), (0, 10, 7, 17)]),
+])
+def test_windows_are_where_they_should_be(size, crop, stride, expected):
+    assert [tuple(window) for window in windows(*size, crop, stride)] == expected
