@@ -53,12 +53,13 @@ def test(config: str | os.PathLike, checkpoint: str | os.PathLike, *, metrics: S
         start_logging(None, level=experiment.log_level, is_main=world.is_main)
         segmentor = load_trained(experiment, checkpoint, world.device, ema=ema)
         check_classes(segmentor, dataset, "data.test")
-        extreme = Extremes(dataset, extremes if folder is not None else 0)
-        watchers = [extreme] * (folder is not None) + [Shower(dataset, shown, show_count)] * (shown is not None)
+        extreme = Extremes(dataset, extremes) if folder is not None else None
+        shower = Shower(dataset, shown, show_count) if shown is not None else None
+        watchers = [watcher for watcher in (extreme, shower) if watcher is not None]
         result = evaluate(Forwards(segmentor), dataset, world=world, workers=experiment.workers, metrics=metrics, strict=strict, watchers=watchers)
         if world.is_main:
             log.info("%s: %s", checkpoint, ", ".join(f"{name} {100 * value:.2f}" for name, value in result.metrics.items() if "." not in name))
-        if folder is not None:
+        if extreme is not None:
             if world.is_main:
                 write_report(result, dataset.CLASSES, folder)
             extreme.write(folder, world)

@@ -12,7 +12,6 @@ import torch.multiprocessing as mp
 
 from tests.conftest import free_port
 
-
 TIMEOUT_S = 240
 
 

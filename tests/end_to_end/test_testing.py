@@ -1,6 +1,7 @@
 """One checkpoint, one score: whatever form the weights are in, and however many processes look at the images."""
 
 import json
+import shutil
 
 import cv2
 import numpy as np
@@ -72,3 +73,32 @@ def test_predict_labels_are_those_of_the_evaluation(one_file, launch, ade20k, tm
     out = tmp_path / "evaluation"
     launch("launch/test.py", TINY, one_file, "--out", out, "--cfg-options", *SMALL, *data_options(ade20k), launcher="python")
     assert hits[0] / hits[1] == pytest.approx(json.loads((out / "results.json").read_text())["aAcc"], abs=1e-4)
+
+
+def test_a_submission_has_ade20ks_files(one_file, launch, ade20k, tmp_path):
+    """Labels 1 to 150, of the image's size, without any ground truth at hand."""
+    options = [*data_options(ade20k), "data.test.ann_dir=None"]
+    launch("launch/test.py", TINY, one_file, "--format-only", tmp_path / "files", "--cfg-options", *SMALL, *options)
+    launch("launch/predict.py", TINY, one_file, ade20k / "images/validation", "--out", tmp_path / "predicted", "--cfg-options", *SMALL, *options)
+    files = sorted((tmp_path / "files").iterdir())
+    assert len(files) == 7
+    for file in files:
+        predicted = cv2.imread(str(tmp_path / "predicted" / f"{file.stem}_labels.png"), cv2.IMREAD_UNCHANGED)
+        assert np.array_equal(cv2.imread(str(file), cv2.IMREAD_UNCHANGED), predicted + 1)
+
+
+def test_predict_takes_globs_and_names_what_it_cannot_read(one_file, launch, ade20k, tmp_path):
+    frames = tmp_path / "frames" / "deep"
+    frames.mkdir(parents=True)
+    for number, file in enumerate(sorted((ade20k / "images/validation").iterdir())[:3]):
+        shutil.copy(file, frames / f"frame_{number}.jpg")
+    (frames / "frame_3.jpg").write_bytes(b"no image")
+    arguments = ["launch/predict.py", TINY, one_file, str(tmp_path / "frames/**/*.jpg"), "--logits", "--out", tmp_path / "out", "--cfg-options", *SMALL, *data_options(ade20k)]
+    done = launch(*arguments, launcher="python")
+    assert "1 of 4 images are left out" in done.stdout + done.stderr and "frame_3.jpg" in done.stdout + done.stderr
+    assert len(list((tmp_path / "out").glob("*_overlay.png"))) == 3
+    for path in (tmp_path / "out").glob("*_logits.npy"):
+        logits, labels = np.load(path), cv2.imread(str(path).replace("_logits.npy", "_labels.png"), cv2.IMREAD_UNCHANGED)
+        assert logits.dtype == np.float32 and np.array_equal(logits.argmax(0), labels)
+    done = launch(*arguments[:5], "--strict", *arguments[5:], launcher="python", check=False)
+    assert done.returncode == 2 and "frame_3.jpg" in done.stderr

@@ -7,32 +7,14 @@ import numpy as np
 import pytest
 import torch
 from mmcv import Config
-from mmcv.cnn.utils import revert_sync_batchnorm
-from mmseg.models import build_segmentor
 
 import internseg_ds.engine.segmenting as segmenting
-import internseg_ds.models  # noqa: F401 - registers the backbone
 from internseg_ds.distributed.gathering import Forwards
 from internseg_ds.distributed.precision import apply_precision
 from internseg_ds.engine.segmenting import Segmenter, windows
-from tests.conftest import ROOT, TINY
 
 SIZES = [(112, 112), (140, 182), (126, 322), (252, 112), (140, 182), (280, 266)]
 """Sides of whole patches, so that mmseg can take them too."""
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    """The demo's segmentor at width 32, with weights of some size, so that predictions are not one class."""
-    cfg = Config.fromfile(ROOT / TINY)
-    cfg.merge_from_dict({"model.backbone.embed_dim": 32, "model.backbone.num_heads": 2, "model.decode_head.in_channels": [32] * 4, "model.decode_head.channels": 16,
-                         "model.auxiliary_head.in_channels": 32, "model.auxiliary_head.channels": 16})
-    torch.manual_seed(0)
-    model = revert_sync_batchnorm(build_segmentor(cfg.model))
-    for param in model.parameters():
-        if param.dim() > 1:
-            torch.nn.init.normal_(param, 0.0, 2 / param[0].numel() ** 0.5)
-    return model.eval()
 
 
 def with_test_cfg(model, **changes):

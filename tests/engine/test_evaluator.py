@@ -1,0 +1,121 @@
+"""Counts and scores against mmseg's own functions, what happens to images that cannot be read, and what a report holds."""
+
+import csv
+import json
+import logging
+import shutil
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from mmcv import Config
+from mmseg.core.evaluation import intersect_and_union
+
+from internseg_ds.data.loading import build_datasets
+from internseg_ds.distributed.gathering import Forwards
+from internseg_ds.distributed.process_group import World
+from internseg_ds.engine.evaluator import areas, count, evaluate, image_score
+from internseg_ds.engine.report import Extremes, write_report
+from internseg_ds.errors import DataError
+from tests.conftest import ROOT, TINY
+
+
+def validation(root):
+    entry = Config.fromfile(ROOT / TINY).data.val
+    entry.data_root = str(root)
+    return build_datasets(entry, "data.val", [entry], test_mode=True)
+
+
+def test_counts_are_those_of_mmseg():
+    random = np.random.default_rng(0)
+    labels, truth = random.integers(0, 9, (50, 40)), random.choice([0, 1, 2, 3, 5, 8, 12, 200, 255], (50, 40)).astype(np.uint8)  # 12, 200: no classes
+    expected = torch.stack(intersect_and_union(labels, truth.copy(), 9, 255))
+    confusion = count(torch.from_numpy(labels), torch.from_numpy(truth), 9, 255)
+    assert torch.equal(areas(confusion), expected.double())
+    assert confusion.sum() == (truth != 255).sum()
+    assert confusion[5, 2] == ((truth == 5) & (labels == 2)).sum() and confusion[9, 4] == (((truth == 12) | (truth == 200)) & (labels == 4)).sum()
+    present = (expected[1] > 0)
+    assert image_score(confusion) == pytest.approx((expected[0][present] / expected[1][present]).mean().item())
+
+
+def test_scores_are_those_of_mmsegs_test_loop(tiny, ade20k):
+    from mmcv.parallel import MMDataParallel
+    from mmseg.apis import single_gpu_test
+    from mmseg.datasets import build_dataloader
+
+    dataset = validation(ade20k)
+    loader = build_dataloader(dataset, 1, 0, dist=False, shuffle=False, persistent_workers=False)
+    expected = dataset.evaluate(single_gpu_test(MMDataParallel(tiny, device_ids=[-1]), loader, pre_eval=True), metric=["mIoU", "mDice", "mFscore"], logger="silent")
+    found = evaluate(Forwards(tiny), dataset, world=World(), workers=0, metrics=["mIoU", "mDice", "mFscore"], verbose=False)
+    assert found.images == 7 and not found.faults
+    assert found.metrics == pytest.approx({name: float(value) for name, value in expected.items() if not np.isnan(value)}, abs=1e-6)  # theirs are rounded in fp32
+    assert {"mIoU", "mDice", "mFscore", "aAcc", "mAcc"} <= set(found.metrics)
+
+
+@pytest.fixture
+def damaged(ade20k, tmp_path):
+    """Image 1 is empty, the label map of image 2 is half as wide as its image."""
+    shutil.copytree(ade20k, tmp_path / "ade")
+    images, labels = (sorted((tmp_path / "ade" / kind / "validation").iterdir()) for kind in ("images", "annotations"))
+    images[1].write_bytes(b"")
+    cv2.imwrite(str(labels[2]), cv2.imread(str(labels[2]), cv2.IMREAD_UNCHANGED)[:, ::2])
+    return tmp_path / "ade", images
+
+
+def test_images_that_cannot_be_read_are_left_out_counted_and_named(tiny, damaged, caplog):
+    root, images = damaged
+    caplog.set_level(logging.WARNING)
+    found = evaluate(Forwards(tiny), validation(root), world=World(), workers=1, verbose=False)
+    assert found.images == 5 and len(found.faults) == 2
+    for image, fault in zip(images[1:3], found.faults):
+        assert image.name in fault and image.name in caplog.text
+    assert "2 of 7 images are left out" in caplog.text
+    whole = validation(root)
+    whole.img_infos = [info for number, info in enumerate(whole.img_infos) if number not in (1, 2)]
+    assert found.metrics == evaluate(Forwards(tiny), whole, world=World(), workers=0, verbose=False).metrics
+
+
+def test_strict_makes_the_first_of_them_an_error(tiny, damaged):
+    root, images = damaged
+    with pytest.raises(DataError, match=images[1].name):
+        evaluate(Forwards(tiny), validation(root), world=World(), workers=0, strict=True, verbose=False)
+
+
+def test_no_image_at_all_is_an_error(tiny, damaged):
+    root, images = damaged
+    for image in images:
+        image.write_bytes(b"")
+    with pytest.raises(DataError, match="none of the 7 images can be read"):
+        evaluate(Forwards(tiny), validation(root), world=World(), workers=0, verbose=False)
+
+
+def test_a_report_holds_the_scores_and_the_best_and_worst_images(tiny, ade20k, tmp_path):
+    dataset, scores = validation(ade20k), {}
+
+    class Noting:
+        def see(self, index, labels, score):
+            scores[index] = score
+
+    extremes = Extremes(dataset, 2)
+    found = evaluate(Forwards(tiny), dataset, world=World(), workers=0, verbose=False, watchers=[extremes, Noting()])
+    for _ in range(2):  # a second report replaces the first
+        write_report(found, dataset.CLASSES, tmp_path)
+        extremes.write(tmp_path, World())
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["mIoU"] == found.metrics["mIoU"] and results["images"] == 7 and results["not_read"] == []
+    name = next(name for name, scores_of in results["classes"].items() if scores_of.get("IoU"))
+    assert results["classes"][name]["IoU"] == found.metrics[f"IoU.{name}"]
+    rows = list(csv.DictReader((tmp_path / "per_class.csv").open()))
+    assert [row["class"] for row in rows] == list(dataset.CLASSES)
+    assert float(next(row for row in rows if row["class"] == name)["IoU"]) == pytest.approx(found.metrics[f"IoU.{name}"], abs=1e-4)
+    assert sum(int(row["predicted_pixels"]) for row in rows) == found.confusion.sum()
+    assert cv2.imread(str(tmp_path / "confusion.png")).shape[0] > 300
+    ranked = sorted(scores, key=scores.get)
+    for name, indices in (("worst", ranked[:2]), ("best", ranked[:-3:-1])):
+        files = sorted((tmp_path / name).iterdir())
+        assert len(files) == 2
+        for file, index in zip(files, indices):
+            stem = dataset.img_infos[index]["filename"].removesuffix(".jpg")
+            assert file.stem.endswith(stem) and f"_{100 * scores[index]:.1f}_" in file.name
+            assert cv2.imread(str(file)).shape[1] > 300
