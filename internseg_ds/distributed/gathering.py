@@ -63,7 +63,7 @@ def forwards(module: nn.Module, model: ConfigDict, compute: torch.dtype, device:
 
     module: the trained segmentor, partitioned by ZeRO-3 or not. weights: see `EvaluationWeights`; says in the log what "auto" chose.
     """
-    if not is_partitioned(module) or weights == "whole" or (weights == "auto" and _copy_fits(module, device)):
+    if not is_partitioned(module) or weights == "whole" or (weights == "auto" and copy_fits(_whole_bytes(module), device)):
         with whole_segmentor(module, model, compute, device, autocast=autocast) as whole:
             yield Forwards(whole)
     else:
@@ -107,9 +107,12 @@ def is_partitioned(module: nn.Module) -> bool:
     return any(hasattr(param, "ds_id") for param in module.parameters())
 
 
-def _copy_fits(module: nn.Module, device: torch.device) -> bool:
-    """Whether a whole copy fits into the free memory of every rank. Collective."""
-    needed = sum(param.ds_numel * param.element_size() for param in module.parameters())
+def _whole_bytes(module: nn.Module) -> int:
+    return sum(param.ds_numel * param.element_size() for param in module.parameters())
+
+
+def copy_fits(needed: int, device: torch.device) -> bool:
+    """Whether `needed` bytes of weights fit into the free memory of every rank, and windows and logits beside them. Collective; says so in the log."""
     spare = torch.tensor(free_memory(device) * ROOM - needed, dtype=torch.float64, device=device)
     dist.all_reduce(spare, dist.ReduceOp.MIN)
     fits = spare.item() >= 0

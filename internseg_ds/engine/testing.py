@@ -1,6 +1,6 @@
 """What launch/test.py and launch/predict.py do, for Python too: evaluate finished weights on a config's test set, or segment image files.
 
-Both split the images over the processes that a launcher started; weights are whole on each.
+Both split the images over the processes that a launcher started.
 """
 
 import logging
@@ -15,11 +15,11 @@ import mmcv
 import numpy as np
 import torch.distributed as dist
 
-from internseg_ds.distributed.gathering import Forwards
+from internseg_ds.data.image_files import ImageFiles, find_images
 from internseg_ds.distributed.process_group import joined, world_from_environment
 from internseg_ds.engine.evaluator import Evaluation, complain, evaluate, images_of
 from internseg_ds.engine.experiment import known_metrics, read_experiment
-from internseg_ds.engine.inference import ImageFiles, find_images, load_trained, predict
+from internseg_ds.engine.inference import predict, ready
 from internseg_ds.engine.pictures import side_by_side
 from internseg_ds.engine.preflight import check_classes, check_weights_fit, input_sizes, validation_set
 from internseg_ds.engine.report import Extremes, Shower, write_report
@@ -51,12 +51,12 @@ def test(config: str | os.PathLike, checkpoint: str | os.PathLike, *, metrics: S
     check_weights_fit(experiment, checkpoint, ema=ema)
     with joined(world):
         start_logging(None, level=experiment.log_level, is_main=world.is_main)
-        segmentor = load_trained(experiment, checkpoint, world.device, ema=ema)
-        check_classes(segmentor, dataset, "data.test")
+        forwards = ready(experiment, checkpoint, world, ema=ema)
+        check_classes(forwards.segmentor, dataset, "data.test")
         extreme = Extremes(dataset, extremes) if folder is not None else None
         shower = Shower(dataset, shown, show_count) if shown is not None else None
         watchers = [watcher for watcher in (extreme, shower) if watcher is not None]
-        result = evaluate(Forwards(segmentor), dataset, world=world, workers=experiment.workers, metrics=metrics, strict=strict, watchers=watchers)
+        result = evaluate(forwards, dataset, world=world, workers=experiment.workers, metrics=metrics, strict=strict, watchers=watchers)
         if world.is_main:
             log.info("%s: %s", checkpoint, ", ".join(f"{name} {100 * value:.2f}" for name, value in result.metrics.items() if "." not in name))
         if extreme is not None:
@@ -84,11 +84,11 @@ def write_submission(config: str | os.PathLike, checkpoint: str | os.PathLike, o
     check_weights_fit(experiment, checkpoint, ema=ema)
     with joined(world):
         start_logging(None, level=experiment.log_level, is_main=world.is_main)
-        segmentor = load_trained(experiment, checkpoint, world.device, ema=ema)
+        forwards = ready(experiment, checkpoint, world, ema=ema)
         faults: list[str] = []
         images = images_of(dataset, world, experiment.workers, world.device, faults, strict=strict, truth=False, doing="segmenting")
         written = 0
-        for index, labels in Segmenter(Forwards(segmentor)).labels((image.index, image.inputs) for image in images):
+        for index, labels in Segmenter(forwards).labels((image.index, image.inputs) for image in images):
             dataset.format_results([labels.cpu().numpy()], str(folder), indices=[index])
             written += 1
         _end(written, faults, strict, world.size, f"submission files of {type(dataset).__name__} are in {folder}")
@@ -120,11 +120,11 @@ def predict_files(config: str | os.PathLike, checkpoint: str | os.PathLike, imag
         classes, palette = dataset.CLASSES, dataset.PALETTE
     with joined(world):
         start_logging(None, level=experiment.log_level, is_main=world.is_main)
-        segmentor = load_trained(experiment, checkpoint, world.device, ema=ema)
+        forwards = ready(experiment, checkpoint, world, ema=ema)
         folder.mkdir(parents=True, exist_ok=True)
         dataset, faults = ImageFiles(files, experiment.test["pipeline"]), []
         done = 0
-        for path, labels, values in predict(segmentor, dataset, world, min(experiment.workers, len(files)), faults, strict=strict, logits=logits):
+        for path, labels, values in predict(forwards, dataset, world, min(experiment.workers, len(files)), faults, strict=strict, logits=logits):
             picture = side_by_side(mmcv.imread(path), [("prediction", labels)], classes, palette)
             cv2.imwrite(str(folder / f"{path.stem}_labels.png"), labels.astype(np.uint8 if len(classes) < 256 else np.uint16))
             cv2.imwrite(str(folder / f"{path.stem}_overlay.png"), picture)

@@ -1,0 +1,55 @@
+"""Image files that are no data set: found by path, folder or glob, and read through an mmseg test pipeline."""
+
+import glob
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mmseg.datasets.pipelines import Compose
+from torch.utils.data import Dataset
+
+from internseg_ds.errors import DataError
+
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+
+
+class ImageFiles(Dataset):
+    """Image files through an mmseg test pipeline."""
+
+    def __init__(self, images: Sequence[Path], pipeline: Sequence[dict[str, Any]]) -> None:
+        self.images, self.pipeline = images, Compose(pipeline)
+        self.img_infos = [{"filename": str(path)} for path in images]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.pipeline({"img_info": {"filename": str(self.images[index])}, "img_prefix": None, "seg_fields": []})
+
+
+def find_images(paths: Sequence[str | os.PathLike]) -> list[Path]:
+    """The image files that `paths` name: files, globs ("frames/**/*.png"), and the images of folders; frame_2 before frame_10.
+
+    Raises DataError when one is missing or nothing is found.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            found += sorted((item for item in path.iterdir() if item.suffix.lower() in IMAGE_ENDINGS), key=_natural)
+        elif path.is_file():
+            found.append(path)
+        elif glob.has_magic(str(path)):
+            matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
+            found += sorted((match for match in matches if match.suffix.lower() in IMAGE_ENDINGS and match.is_file()), key=_natural)
+        else:
+            raise DataError(f"there is no image or folder {path}")
+    if not found:
+        raise DataError(f"no image ({', '.join(IMAGE_ENDINGS)}) in {', '.join(map(str, paths))}")
+    return list(dict.fromkeys(found))
+
+
+def _natural(path: Path) -> list[tuple[int, int | str]]:
+    """Sorts numbers in names by value."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", str(path))]
