@@ -44,6 +44,7 @@ def write_report(evaluation: Evaluation, classes: Sequence[str], folder: Path) -
 def draw_confusion(confusion: np.ndarray, classes: Sequence[str], picture: Path) -> None:
     """Draws where the pixels of each class (rows of `confusion` (classes, classes)) went, as shares of the row. Classes that do not occur are left out."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
 
     shown = np.flatnonzero(confusion.sum(0) + confusion.sum(1))
@@ -53,12 +54,12 @@ def draw_confusion(confusion: np.ndarray, classes: Sequence[str], picture: Path)
     figure = Figure(figsize=(side + 1, side), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(xlabel="predicted", ylabel="labelled", title="share of each class's pixels")
-    image = axes.imshow(shares, vmin=0, vmax=1, cmap="viridis")
+    image = axes.imshow(shares, norm=PowerNorm(0.5, vmin=0, vmax=1), cmap="Blues")  # a share of 5 % is to be seen
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
     axes.set_yticks(range(len(names)), names, fontsize=8)
     if len(names) <= 30:
         for row, column in zip(*np.nonzero(shares >= 0.005), strict=True):
-            axes.text(column, row, f"{100 * shares[row, column]:.0f}", ha="center", va="center", fontsize=6, color="black" if shares[row, column] > 0.6 else "white")
+            axes.text(column, row, f"{100 * shares[row, column]:.0f}", ha="center", va="center", fontsize=6, color="white" if shares[row, column] > 0.4 else "black")
     figure.colorbar(image, shrink=0.6)
     figure.savefig(picture)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from internseg_ds.data.loading import training_batches
 from internseg_ds.data.sampler import GlobalBatchSampler
 from internseg_ds.engine.curves import draw_curves
+from internseg_ds.engine.report import write_report
 from internseg_ds.engine.state import TrainState, due
 from internseg_ds.engine.trackers import Tracker, open_trackers
 
@@ -96,12 +97,15 @@ def train(engine: "SegmentorEngine") -> TrainState:
 
 
 def score(engine: "SegmentorEngine", trackers: list[Tracker]) -> None:
-    """Evaluates, records the scores, and marks the checkpoint of this step when it is the best so far. Collective."""
+    """Evaluates, records the scores, and marks the checkpoint of this step when it is the best so far, of which WORK_DIR/evaluation tells. Collective."""
     state, experiment = engine.state, engine.plan.experiment
-    metrics = engine.evaluate().metrics
+    evaluation = engine.evaluate()
+    metrics = evaluation.metrics
     best = engine.checkpoints.score(state, metrics, experiment.best_by)
     log.info("step %d: %s %.2f%s", state.step, experiment.metrics[0], 100 * metrics[experiment.metrics[0]], " (best so far)" * best)
     record(trackers, state.step, metrics)
+    if engine.world.is_main and (best or experiment.best_by is None):
+        write_report(evaluation, engine.plan.val_set.CLASSES, engine.work_dir / "evaluation")
 
 
 def record(trackers: list[Tracker], step: int, values: Mapping[str, float]) -> None:
