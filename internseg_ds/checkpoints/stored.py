@@ -10,7 +10,7 @@ import json
 import math
 import pickle
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode  # under it, torch.load documents the place of each storage instead of reading it
 
 from internseg_ds.errors import CheckpointError
 
@@ -140,8 +139,8 @@ def load_stored(path: Path) -> Any:
     try:
         with path.open("rb") as file:
             zipped = file.read(len(ZIP)) == ZIP
-        with torch.serialization.safe_globals(ALLOWED), FakeTensorMode() if zipped else nullcontext():
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(ALLOWED), _noting_places() if zipped else nullcontext():
+            content = torch.load(path, map_location="meta" if zipped else "cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: the checkpoint is incomplete; copy it again with all its files") from None
     except pickle.UnpicklingError as error:
@@ -152,6 +151,15 @@ def load_stored(path: Path) -> Any:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise CheckpointError(f"{path} is truncated or no PyTorch file ({reason}); copy it again, or take another checkpoint") from None
     return _stored(content, path)
+
+
+def _noting_places() -> AbstractContextManager:
+    """Inside, torch.load(map_location="meta") notes where each storage lies (`_checkpoint_offset`) instead of reading it."""
+    if torch.__version__ >= (2, 13):  # does so of itself
+        return nullcontext()
+    from torch._subclasses.fake_tensor import FakeTensorMode  # loads a good part of torch: a second, and 130 MB
+
+    return FakeTensorMode()
 
 
 def _stored(value: Any, path: Path) -> Any:

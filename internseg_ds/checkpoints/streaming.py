@@ -15,7 +15,6 @@ from typing import Any, BinaryIO
 import torch
 import xxhash
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from internseg_ds.checkpoints.stored import SAFETENSORS_DTYPES, load_stored
 
@@ -59,10 +58,10 @@ def write_pth(path: Path, entries: Mapping[str, Entry], meta: Mapping[str, Any] 
 
     The archive's own CRC-32 fields stay empty, which torch.load does not look at (`unzip -t` would complain).
     """
-    with FakeTensorMode():
-        hollow = {name: torch.empty(entry.shape, dtype=entry.dtype) for name, entry in entries.items()}
-    with torch.serialization.skip_data(materialize_fake_tensors=True):
+    hollow = {name: torch.empty(entry.shape, dtype=entry.dtype) for name, entry in entries.items()}  # addresses only: memory counts once it is written to
+    with torch.serialization.skip_data():
         torch.save(hollow if meta is None else {"meta": dict(meta), "state_dict": hollow}, path)
+    del hollow
     content = load_stored(path)
     places = {name: stored.place for name, stored in (content if meta is None else content["state_dict"]).items()}
     digest = xxhash.xxh3_128()
