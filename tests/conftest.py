@@ -38,9 +38,10 @@ def launch() -> Launch:
 
     def run(script: str, *args: object, processes: int = 2, launcher: str = "deepspeed", env: dict[str, str] | None = None, check: bool = True,
             timeout: float = 300) -> subprocess.CompletedProcess:
+        port = free_port()
         command = {
-            "deepspeed": ["deepspeed", "--num_gpus", str(processes), "--master_port", str(free_port())],
-            "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(free_port())],
+            "deepspeed": ["deepspeed", "--num_gpus", str(processes), "--master_port", str(port)],
+            "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(port)],
             "python": [sys.executable],
         }[launcher]
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -48,6 +49,8 @@ def launch() -> Launch:
                               env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(env or {})})
         if check and done.returncode:
             raise AssertionError(f"{script} {' '.join(map(str, args))} ended with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+        if not done.returncode:
+            assert not list(Path("/dev/shm").glob(f"deepspeed_*_{port}_*"))  # memory that would stay until the machine restarts
         return done
 
     return run

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import internseg_ds.models  # noqa: F401 - registers the backbones and heads
 from internseg_ds.distributed.ds_config import DsConfig
+from internseg_ds.distributed.precision import buffers_to_fp32
 from internseg_ds.distributed.sync_batch_norm import allow_any_device
 from internseg_ds.errors import ConfigError
 from internseg_ds.seeding import derived_seed
@@ -48,6 +49,7 @@ def build_for_training(model: ConfigDict, ds: DsConfig, device: torch.device, se
         with torch.device(device), _default_dtype(ds.param_dtype):
             segmentor = build_segmentor(model)
     allow_any_device(segmentor)
+    buffers_to_fp32(segmentor)
     initialise(segmentor, seed, ds.param_dtype)
     return segmentor
 

@@ -6,6 +6,7 @@ without a word. A lock of the operating system goes with its process, so whoever
 
 import fcntl
 import logging
+import os
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -26,3 +27,13 @@ def build_extension(name: str) -> None:
         if not list(folder.glob("*.so")):
             log.info("compiling DeepSpeed's %s into %s, once; this takes about half a minute", builder.name, folder)
         builder.load(verbose=False)
+
+
+def forget_shared_buffer(rank: int) -> None:
+    """Takes the name from the buffer (66 MiB in /dev/shm) of DeepSpeed's shared-memory collectives, once all ranks of the host have opened it.
+
+    DeepSpeed never does, so each run would leave its ranks' buffers in memory until the machine restarts. Without a name they go with their processes, even
+    with killed ones.
+    """
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{rank}"
+    Path("/dev/shm", name).unlink(missing_ok=True)

@@ -48,13 +48,18 @@ def apply_precision(segmentor: nn.Module, compute: torch.dtype, *, autocast: boo
     for name, child in segmentor.named_children():
         if name != "backbone" or compute == torch.float32:
             compute_in_fp32(child)
-    for owner in segmentor.modules():
-        for name, buffer in owner.named_buffers(recurse=False):
-            if buffer.is_floating_point() and buffer.dtype != torch.float32:
-                owner._buffers[name] = buffer.float()
+    buffers_to_fp32(segmentor)
     entry = torch.float32 if autocast else compute
     segmentor.backbone.register_forward_pre_hook(lambda _, args: tuple(_cast(arg, entry) for arg in args))
     segmentor.backbone.register_forward_hook(lambda _, __, features: _cast(features, torch.float32))
+
+
+def buffers_to_fp32(segmentor: nn.Module) -> None:
+    """Batch-norm statistics and other buffers in fp32, whatever the parameters are in: before values are read into them, which would be rounded."""
+    for owner in segmentor.modules():
+        for name, buffer in owner.named_buffers(recurse=False):
+            if buffer.is_floating_point():
+                owner._buffers[name] = buffer.float()
 
 
 def compute_in_fp32(module: nn.Module) -> None:

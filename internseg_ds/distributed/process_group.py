@@ -16,7 +16,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from internseg_ds.distributed.extensions import build_extension
+from internseg_ds.distributed.extensions import build_extension, forget_shared_buffer
 from internseg_ds.errors import ConfigError
 
 # variable names of (rank, world size, local rank); the first complete set wins. mpirun stands before srun: in a Slurm job it sets its own and inherits Slurm's
@@ -133,6 +133,9 @@ def join(world: World, timeout: timedelta = timedelta(minutes=30)) -> None:
     else:
         build_extension("ShareMemCommBuilder")  # DeepSpeed's own collectives on one host
     deepspeed.init_distributed(timeout=timeout, verbose=False)
+    if world.device.type == "cpu":
+        dist.barrier()
+        forget_shared_buffer(world.rank)
 
 
 def leave(*, together: bool = False) -> None:

@@ -36,7 +36,7 @@ def ready(experiment: Experiment, checkpoint: str | os.PathLike, world: World, *
 
 
 def _load_partitioned(experiment: Experiment, checkpoint: str | os.PathLike, world: World, compute: torch.dtype, *, ema: bool) -> nn.Module:
-    """The segmentor under ZeRO-3 without an optimizer, all weights in `compute`; each process reads its share."""
+    """The segmentor under ZeRO-3 without an optimizer, all weights in `compute`, those of the heads too; each process reads its share."""
     import deepspeed
 
     ds = resolve_ds_config({"bf16": {"enabled": compute == torch.bfloat16}, "zero_optimization": {"stage": 3}}, experiment=experiment.path,

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from internseg_ds.distributed.extensions import forget_shared_buffer
 from tests.conftest import free_port
 
 TIMEOUT_S = 240
@@ -32,5 +33,6 @@ def _rank(rank: int, function: Callable[..., None], world_size: int, port: int, 
     try:
         function(*args)
         dist.barrier()  # a rank that exits while another still talks to it can abort
+        forget_shared_buffer(rank)
     finally:
         dist.destroy_process_group()

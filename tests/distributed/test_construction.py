@@ -35,7 +35,7 @@ def partitioned_values_are_the_plain_ones(seed: int, bf16: bool) -> None:
         with gathered([param]):
             assert torch.equal(param.data, expected[name].to(torch.bfloat16 if bf16 else torch.float32)), name
     for name, buffer in model.named_buffers():
-        assert torch.equal(buffer.float(), expected[name].float()), name
+        assert torch.equal(buffer, expected[name]), name  # statistics are fp32 before anybody reads values into them
 
 
 @pytest.mark.parametrize("bf16", [True, False])
