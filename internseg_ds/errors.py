@@ -24,6 +24,10 @@ class CheckpointError(UserError):
     """A checkpoint is missing, incomplete, damaged, or does not fit the model."""
 
 
+class OutputError(UserError):
+    """A result cannot be written. The one UserError that can come late, and from one rank alone."""
+
+
 def unknown_key(key: str, known: Iterable[str], where: str) -> ConfigError:
     """The error for a key that exists nowhere, naming the nearest one that does."""
     known = sorted(known)

@@ -76,7 +76,7 @@ def evaluate(forwards: Forwards, dataset: Any, *, world: World, workers: int, me
     summed = areas(confusion)
     scores = dataset.evaluate([tuple(summed)], metric=list(metrics), logger=None if verbose and world.is_main else "silent")
     # a class that neither the ground truth nor the prediction holds has no score (NaN, which JSON does not know)
-    return Evaluation({name: float(value) for name, value in scores.items() if "." not in name or not np.isnan(value)}, confusion, scored, faults)
+    return Evaluation({name: round(float(value), 6) for name, value in scores.items() if "." not in name or not np.isnan(value)}, confusion, scored, faults)
 
 
 def images_of(dataset: Any, world: World, workers: int, device: torch.device, faults: list[str], *, strict: bool = False, truth: bool = True,

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 IGNORE = 255
-PANEL_HEIGHT = 256
+PANEL_HEIGHT, PANEL_WIDTH = 256, 1600
 FONT, FONT_SCALE, LINE = cv2.FONT_HERSHEY_SIMPLEX, 0.45, 20
 
 
@@ -24,8 +24,8 @@ def overlay(image: np.ndarray, labels: np.ndarray, palette: Sequence[Sequence[in
 
 def side_by_side(image: np.ndarray, panels: Sequence[tuple[str, np.ndarray]], classes: Sequence[str], palette: Sequence[Sequence[int]]) -> np.ndarray:
     """The image and one overlay per (title, labels) next to it, with the classes that appear in a legend below, largest first."""
-    scale = PANEL_HEIGHT / image.shape[0]
-    size = (max(round(image.shape[1] * scale), 80), PANEL_HEIGHT)
+    scale = min(PANEL_HEIGHT / image.shape[0], PANEL_WIDTH / image.shape[1])
+    size = (max(round(image.shape[1] * scale), 80), max(round(image.shape[0] * scale), 1))
     shown = [("image", cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC))]
     for title, labels in panels:
         enlarged = cv2.resize(labels.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)

@@ -5,6 +5,7 @@ In: an `Evaluation`, and the images as they are scored. Out: files in one folder
 
 import csv
 import heapq
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,27 +18,31 @@ import torch.distributed as dist
 from internseg_ds.data.loading import ground_truth
 from internseg_ds.distributed.process_group import World
 from internseg_ds.engine.evaluator import Evaluation
+from internseg_ds.engine.outputs import make_folder, whole_file, write_picture
 from internseg_ds.engine.pictures import side_by_side
 
 
 def write_report(evaluation: Evaluation, classes: Sequence[str], folder: Path) -> None:
     """Writes results.json, per_class.csv and confusion.png into `folder`. By one rank."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     totals = {name: value for name, value in evaluation.metrics.items() if "." not in name}
     per_class: dict[str, dict[str, float]] = {name: {} for name in classes}
     for key, value in evaluation.metrics.items():
         score, _, name = key.partition(".")
         if name:
             per_class[name][score] = value
-    (folder / "results.json").write_text(json.dumps({**totals, "images": evaluation.images, "not_read": evaluation.faults, "classes": per_class}, indent=1) + "\n")
+    with whole_file(folder / "results.json") as file:
+        file.write(json.dumps({**totals, "images": evaluation.images, "not_read": evaluation.faults, "classes": per_class}, indent=1).encode() + b"\n")
     scores = list(dict.fromkeys(key.partition(".")[0] for key in evaluation.metrics if "." in key))
     _, _, predicted, labelled = evaluation.areas.long().tolist()
-    with (folder / "per_class.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["class", *scores, "labelled_pixels", "predicted_pixels"])
-        for index, name in enumerate(classes):
-            values = (per_class[name].get(score) for score in scores)
-            writer.writerow([name, *("" if value is None else f"{value:.4f}" for value in values), labelled[index], predicted[index]])
+    table = io.StringIO(newline="")
+    writer = csv.writer(table)
+    writer.writerow(["class", *scores, "labelled_pixels", "predicted_pixels"])
+    for index, name in enumerate(classes):
+        values = (per_class[name].get(score) for score in scores)
+        writer.writerow([name, *("" if value is None else f"{value:.4f}" for value in values), labelled[index], predicted[index]])
+    with whole_file(folder / "per_class.csv") as file:
+        file.write(table.getvalue().encode())
     draw_confusion(evaluation.confusion[:-1].double().numpy(), classes, folder / "confusion.png")
 
 
@@ -61,7 +66,8 @@ def draw_confusion(confusion: np.ndarray, classes: Sequence[str], picture: Path)
         for row, column in zip(*np.nonzero(shares >= 0.005), strict=True):
             axes.text(column, row, f"{100 * shares[row, column]:.0f}", ha="center", va="center", fontsize=6, color="white" if shares[row, column] > 0.4 else "black")
     figure.colorbar(image, shrink=0.6)
-    figure.savefig(picture)
+    with whole_file(picture) as file:
+        figure.savefig(file, format="png")
 
 
 class Shower:
@@ -69,12 +75,12 @@ class Shower:
 
     def __init__(self, dataset: Any, folder: Path, count: int) -> None:
         self.dataset, self.folder, self.count = dataset, folder, count
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
 
     def see(self, index: int, labels: np.ndarray, score: float) -> None:
         if index < self.count:
             name = Path(self.dataset.img_infos[index]["filename"]).with_suffix(".png").name
-            cv2.imwrite(str(self.folder / name), picture_of(self.dataset, index, labels))
+            write_picture(self.folder / name, picture_of(self.dataset, index, labels))
 
 
 class Extremes:
@@ -101,7 +107,7 @@ class Extremes:
                 dist.all_gather_object(everyones, mine)
             chosen = sorted((item for some in everyones for item in some), reverse=True)[: self.count]
             labels_of = {-index: labels for _, index, labels in heap}
-            (folder / name).mkdir(parents=True, exist_ok=True)
+            make_folder(folder / name)
             if world.is_main:
                 for stale in (folder / name).glob("[0-9][0-9]_*.png"):
                     stale.unlink()
@@ -110,7 +116,7 @@ class Extremes:
             for place, (rank, index) in enumerate(chosen, 1):
                 if -index in labels_of:
                     stem = Path(self.dataset.img_infos[-index]["filename"]).stem
-                    cv2.imwrite(str(folder / name / f"{place:02d}_{100 * abs(rank):.1f}_{stem}.png"), picture_of(self.dataset, -index, labels_of[-index]))
+                    write_picture(folder / name / f"{place:02d}_{100 * abs(rank):.1f}_{stem}.png", picture_of(self.dataset, -index, labels_of[-index]))
 
 
 def picture_of(dataset: Any, index: int, labels: np.ndarray) -> np.ndarray:

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import cv2
 import mmcv
 import numpy as np
 import torch.distributed as dist
@@ -20,12 +19,13 @@ from internseg_ds.distributed.process_group import joined, world_from_environmen
 from internseg_ds.engine.evaluator import Evaluation, complain, evaluate, images_of
 from internseg_ds.engine.experiment import known_metrics, read_experiment
 from internseg_ds.engine.inference import predict, ready
+from internseg_ds.engine.outputs import make_folder, whole_file, write_picture
 from internseg_ds.engine.pictures import side_by_side
 from internseg_ds.engine.preflight import check_classes, check_weights_fit, input_sizes, validation_set
 from internseg_ds.engine.report import Extremes, Shower, write_report
 from internseg_ds.engine.segmenting import Segmenter
 from internseg_ds.engine.trackers import start_logging
-from internseg_ds.errors import ConfigError, DataError
+from internseg_ds.errors import ConfigError, DataError, OutputError
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,10 @@ def write_submission(config: str | os.PathLike, checkpoint: str | os.PathLike, o
         images = images_of(dataset, world, experiment.workers, world.device, faults, strict=strict, truth=False, doing="segmenting")
         written = 0
         for index, labels in Segmenter(forwards).labels((image.index, image.inputs) for image in images):
-            dataset.format_results([labels.cpu().numpy()], str(folder), indices=[index])
+            try:
+                dataset.format_results([labels.cpu().numpy()], str(folder), indices=[index])
+            except OSError as error:
+                raise OutputError(f"the submission files in {folder} cannot be written: {error.strerror or error}; make room there, or choose another folder") from error
             written += 1
         _end(written, faults, strict, world.size, f"submission files of {type(dataset).__name__} are in {folder}")
 
@@ -121,15 +124,16 @@ def predict_files(config: str | os.PathLike, checkpoint: str | os.PathLike, imag
     with joined(world):
         start_logging(None, level=experiment.log_level, is_main=world.is_main)
         forwards = ready(experiment, checkpoint, world, ema=ema)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         dataset, faults = ImageFiles(files, experiment.test["pipeline"]), []
         done = 0
         for path, labels, values in predict(forwards, dataset, world, min(experiment.workers, len(files)), faults, strict=strict, logits=logits):
             picture = side_by_side(mmcv.imread(path), [("prediction", labels)], classes, palette)
-            cv2.imwrite(str(folder / f"{path.stem}_labels.png"), labels.astype(np.uint8 if len(classes) < 256 else np.uint16))
-            cv2.imwrite(str(folder / f"{path.stem}_overlay.png"), picture)
+            write_picture(folder / f"{path.stem}_labels.png", labels.astype(np.uint8 if len(classes) < 256 else np.uint16))
+            write_picture(folder / f"{path.stem}_overlay.png", picture)
             if values is not None:
-                np.save(folder / f"{path.stem}_logits.npy", values)
+                with whole_file(folder / f"{path.stem}_logits.npy") as file:
+                    np.save(file, values)
             done += 1
         _end(done, faults, strict, world.size, f"overlays and label maps are in {folder}")
 

@@ -16,6 +16,7 @@ from internseg_ds.engine.curves import draw_curves
 from internseg_ds.engine.report import write_report
 from internseg_ds.engine.state import TrainState, due
 from internseg_ds.engine.trackers import Tracker, open_trackers
+from internseg_ds.errors import OutputError
 
 if TYPE_CHECKING:
     from internseg_ds.engine.segmentor_engine import SegmentorEngine
@@ -105,7 +106,10 @@ def score(engine: "SegmentorEngine", trackers: list[Tracker]) -> None:
     log.info("step %d: %s %.2f%s", state.step, experiment.metrics[0], 100 * metrics[experiment.metrics[0]], " (best so far)" * best)
     record(trackers, state.step, metrics)
     if engine.world.is_main and (best or experiment.best_by is None):
-        write_report(evaluation, engine.plan.val_set.CLASSES, engine.work_dir / "evaluation")
+        try:
+            write_report(evaluation, engine.plan.val_set.CLASSES, engine.work_dir / "evaluation")
+        except OutputError as error:
+            log.warning("%s; the training goes on", error)
 
 
 def record(trackers: list[Tracker], step: int, values: Mapping[str, float]) -> None:

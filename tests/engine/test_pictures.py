@@ -14,6 +14,12 @@ def test_an_overlay_tints_each_class_with_its_colour_and_leaves_ignored_pixels_a
     assert tinted[0, 2].tolist() == [100, 100, 100]
 
 
+def test_a_panorama_does_not_make_a_picture_without_end():
+    image = np.zeros((10, 22000, 3), np.uint8)
+    height, width, _ = side_by_side(image, [("prediction", np.zeros((10, 22000), int))], CLASSES, PALETTE).shape
+    assert width < 4000 and height < 200
+
+
 def test_the_legend_grows_with_the_classes_that_appear():
     image = np.zeros((50, 70, 3), np.uint8)
     names, colours = [f"class number {index}" for index in range(40)], [[index, 0, 0] for index in range(40)]

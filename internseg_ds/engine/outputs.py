@@ -1,0 +1,38 @@
+"""Result files that are whole or not there: pictures, tables and arrays get their names when their last byte is written."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import cv2
+import numpy as np
+
+from internseg_ds.errors import OutputError
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which becomes `path` at the end of the block. Raises OutputError where the disk is full or the place is taken."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            yield file
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}; make room there, or choose another folder") from error
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder where there is none. Raises OutputError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"the folder {folder} cannot be made: {error.strerror or error}; choose another one") from error
+
+
+def write_picture(path: Path, picture: np.ndarray) -> None:
+    """Writes (h, w) or (h, w, 3) BGR, uint8 or uint16, as PNG. Raises OutputError."""
+    with whole_file(path) as file:
+        file.write(cv2.imencode(".png", picture)[1])
