@@ -4,7 +4,7 @@
     torchrun --nproc_per_node 2 benchmarks/evaluate.py                       several: against multi_gpu_test
     python benchmarks/evaluate.py --config configs/intern_vit_6b/full_tuning/upernet_intern_vit_6b_504_80k_ade20k_bs16_lr4e-5.py   the 6 B model, on a GPU
 
-Weights are random: no score is looked at, only that both count the same pixels. Ends with a line of JSON: ours_over_mmseg (images per second, median of
+Weights are random: no score is looked at, only how far the areas of the predicted classes differ. Ends with a line of JSON: ours_over_mmseg (images per second, median of
 the rounds' ratios).
 """
 
@@ -115,7 +115,7 @@ def main() -> None:
                 seconds["mmseg"].append(their_time)
         if world.is_main:
             differing = (counted[2:] - expected[2:]).abs().sum().item() / expected[2:].sum().item()
-            print(f"\n{world.size} process{'es' * (world.size > 1)} on {world.device.type}, {args.images} images; counts differ in {differing:.2e} of the pixels")
+            print(f"\n{world.size} process{'es' * (world.size > 1)} on {world.device.type}, {args.images} images; the areas of the classes differ by {differing:.2e}")
             for who, values in seconds.items():
                 print(f"{who:6} {args.images / statistics.median(values):8.2f} images/s   rounds: {', '.join(f'{value:.2f} s' for value in values)}")
             ratio = statistics.median(theirs / ours for ours, theirs in zip(seconds["ours"], seconds["mmseg"], strict=True))

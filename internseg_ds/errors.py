@@ -24,8 +24,12 @@ class CheckpointError(UserError):
     """A checkpoint is missing, incomplete, damaged, or does not fit the model."""
 
 
+class FaultError(DataError):
+    """One image cannot be read, and that was to be an error. Comes late, and from one rank alone."""
+
+
 class OutputError(UserError):
-    """A result cannot be written. The one UserError that can come late, and from one rank alone."""
+    """A result cannot be written. Comes late, and from one rank alone."""
 
 
 def unknown_key(key: str, known: Iterable[str], where: str) -> ConfigError:

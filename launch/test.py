@@ -23,6 +23,8 @@ def main() -> None:
 
     from internseg_ds.engine.testing import test, write_submission
 
+    if args.format_only and (args.eval or args.out or args.show_dir):
+        parser.error("--format-only scores nothing, so --eval, --out and --show-dir make no sense beside it")
     if args.format_only:
         write_submission(args.config, args.checkpoint, args.format_only, strict=args.strict, ema=args.ema, cfg_options=args.cfg_options)
     else:

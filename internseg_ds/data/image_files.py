@@ -41,8 +41,10 @@ def find_images(paths: Sequence[str | os.PathLike]) -> list[Path]:
         elif path.is_file():
             found.append(path)
         elif glob.has_magic(str(path)):
-            matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
-            found += sorted((match for match in matches if match.suffix.lower() in IMAGE_ENDINGS and match.is_file()), key=_natural)
+            matches = [match for match in map(Path, glob.glob(str(path), recursive=True)) if match.suffix.lower() in IMAGE_ENDINGS and match.is_file()]
+            if not matches:
+                raise DataError(f"no image ({', '.join(IMAGE_ENDINGS)}) matches {path}")
+            found += sorted(matches, key=_natural)
         else:
             raise DataError(f"there is no image or folder {path}")
     if not found:

@@ -70,6 +70,9 @@ def build_datasets(entry: Any, what: str, leaves: list[Any], **default_args: Any
         dataset = build_dataset(entry, default_args or None)
     except (KeyError, TypeError, AttributeError, AssertionError, OSError, ValueError) as error:
         raise DataError(f"{what} cannot be built: {type(error).__name__}: {error}") from error
+    for part in getattr(dataset, "datasets", [getattr(dataset, "dataset", dataset)]):
+        if getattr(part, "label_map", None):  # of classes that the config leaves out; mmseg's -1 is no uint8, which numpy 2 minds
+            part.label_map = {old: 255 if new == -1 else new for old, new in part.label_map.items()}
     _annotations_are_there(dataset, what)
     if len(dataset) == 0:
         places = ", ".join(f"{leaf.get('data_root')}/{leaf.get('img_dir')}/*{leaf.get('img_suffix', '.jpg')}" for leaf in leaves)
@@ -123,10 +126,12 @@ class Examined(Dataset):
             truth, size = ground_truth(self.dataset, index), _one_of(_one_of(inputs["img_metas"])).data["ori_shape"][:2]
         except DataError as error:
             return None, None, str(error)
+        if truth.ndim < 2 and truth.size == size[0] * size[1]:
+            truth = truth.reshape(size)  # mmseg's loader drops sides of one pixel
         if truth.shape != size:
             info = self.dataset.img_infos[index]
             return None, None, (f"image {info['filename']} has {size[0]} x {size[1]} pixels but its label map {info['ann']['seg_map']} has "
-                                f"{truth.shape[0]} x {truth.shape[1]}; correct one of them")
+                                f"{' x '.join(map(str, truth.shape))}; it must have one class per pixel")
         return inputs, torch.from_numpy(truth), None
 
 
@@ -178,6 +183,8 @@ def evaluation_images(dataset: Dataset, *, rank: int, world_size: int, workers: 
     loader = DataLoader(Subset(Examined(dataset, truth), indices), batch_size=1, num_workers=workers, collate_fn=_alone, worker_init_fn=_quiet_worker,
                         pin_memory=device.type == "cuda", generator=torch.Generator().manual_seed(0))
     for index, (inputs, labels, fault) in zip(indices, _loaded(loader), strict=True):
+        if inputs and isinstance(inputs["img"], Tensor):  # a pipeline without MultiScaleFlipAug
+            inputs = {name: [value] for name, value in inputs.items()}
         yield EvaluationImage(index, _to_device(inputs or {}, device), _to_device(labels, device), fault)
 
 

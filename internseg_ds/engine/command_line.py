@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from internseg_ds.distributed.process_group import leave, world_from_environment
-from internseg_ds.errors import OutputError, UserError
+from internseg_ds.errors import FaultError, OutputError, UserError
 
 USER_ERROR, DIVERGED = 2, 3
 GRACE_S = 15
@@ -29,7 +29,7 @@ def run(main: Callable[[], None]) -> NoReturn:
         code = 0
     except UserError as error:
         code = USER_ERROR
-        if _rank() == 0 or isinstance(error, OutputError):
+        if _rank() == 0 or isinstance(error, (FaultError, OutputError)):
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(GRACE_S)

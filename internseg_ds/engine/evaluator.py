@@ -20,7 +20,7 @@ from internseg_ds.data.loading import EvaluationImage, evaluation_images
 from internseg_ds.distributed.gathering import Forwards
 from internseg_ds.distributed.process_group import World
 from internseg_ds.engine.segmenting import Segmenter
-from internseg_ds.errors import DataError
+from internseg_ds.errors import DataError, FaultError
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +47,8 @@ class Evaluation:
 class Watcher(Protocol):
     """Looks at each image that a rank has scored."""
 
-    def see(self, index: int, labels: np.ndarray, score: float) -> None:
-        """index: in the data set. labels: (h, w) int64. score: mean IoU over the classes of this image."""
+    def see(self, index: int, labels: np.ndarray, score: float | None) -> None:
+        """index: in the data set. labels: (h, w) int64. score: mean IoU over the classes of this image; None where nothing of it is labelled."""
 
 
 def evaluate(forwards: Forwards, dataset: Any, *, world: World, workers: int, metrics: Sequence[str] = ("mIoU",), strict: bool = False, verbose: bool = True,
@@ -56,23 +56,28 @@ def evaluate(forwards: Forwards, dataset: Any, *, world: World, workers: int, me
     """Scores a segmentor on `dataset` (an mmseg data set in test mode), split over the ranks. Collective at the end.
 
     strict: an image that cannot be read is an error. verbose: rank 0 logs mmseg's per-class table.
-    Raises DataError, on all ranks, when no image can be read, or one cannot under `strict`.
+    Raises DataError, on all ranks, when no image can be read or none is labelled, and FaultError, on the rank that finds it, when one cannot under `strict`.
     """
     classes, device = len(dataset.CLASSES), next(forwards.segmentor.parameters()).device
     confusion = torch.zeros(classes + 1, classes, dtype=torch.int64, device=device)
     faults: list[str] = []
     images = images_of(dataset, world, workers, device, faults, strict=strict)
     scored = 0
-    for image, labels in Segmenter(forwards).labels((image, image.inputs) for image in images):
-        counted = count(labels, image.truth, classes, dataset.ignore_index)
+    for segmented in Segmenter(forwards).segment((image, image.inputs) for image in images):
+        image = segmented.key
+        counted = count(segmented.labels, image.truth, classes, dataset.ignore_index)
         confusion += counted
         scored += 1
         if watchers:
-            score, labels = image_score(counted), labels.cpu().numpy()
+            score, labels = image_score(counted), segmented.labels.cpu().numpy()
             for watcher in watchers:
                 watcher.see(image.index, labels, score)
     confusion, scored, faults = _of_all_ranks(confusion, scored, faults, world)
-    complain(faults, scored, strict)
+    complain(faults, scored)
+    if not confusion[:-1].any():
+        raise DataError(f"no pixel of the {scored} images has the label of a class; are reduce_zero_label and the classes of the data set right?")
+    if strangers := int(confusion[-1].sum()):
+        log.warning("%d labelled pixels are of no class (0 to %d) and not %d either; they count as wrong", strangers, classes - 1, dataset.ignore_index)
     summed = areas(confusion)
     scores = dataset.evaluate([tuple(summed)], metric=list(metrics), logger=None if verbose and world.is_main else "silent")
     # a class that neither the ground truth nor the prediction holds has no score (NaN, which JSON does not know)
@@ -81,23 +86,21 @@ def evaluate(forwards: Forwards, dataset: Any, *, world: World, workers: int, me
 
 def images_of(dataset: Any, world: World, workers: int, device: torch.device, faults: list[str], *, strict: bool = False, truth: bool = True,
               doing: str = "evaluating") -> Iterator[EvaluationImage]:
-    """This rank's images that can be read, with a progress bar; what is wrong with the others goes into `faults`. Stops at the first one under `strict`."""
+    """This rank's images that can be read, with a progress bar; what is wrong with the others goes into `faults`, and is a FaultError under `strict`."""
     with Progress(TextColumn(doing), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), disable=not world.is_main) as progress:
         task = progress.add_task("", total=len(range(world.rank, len(dataset), world.size)))
         for image in evaluation_images(dataset, rank=world.rank, world_size=world.size, workers=workers, device=device, truth=truth):
             if image.fault is None:
                 yield image
+            elif strict:
+                raise FaultError(f"{image.fault} (without --strict it would be left out)")
             else:
                 faults.append(image.fault)
-                if strict:
-                    return
             progress.advance(task)
 
 
-def complain(faults: Sequence[str], good: int, strict: bool) -> None:
-    """Warns of images that were left out. Raises DataError when none is left, or when one is out under `strict`."""
-    if faults and strict:
-        raise DataError(f"{faults[0]} (without --strict it would be left out)")
+def complain(faults: Sequence[str], good: int) -> None:
+    """Warns of images that were left out. Raises DataError when none is left."""
     if faults and not good:
         raise DataError(f"none of the {len(faults)} images can be read; the first: {faults[0]}")
     if faults:
@@ -117,11 +120,11 @@ def areas(confusion: Tensor) -> Tensor:
     return torch.stack([intersection, prediction + truth - intersection, prediction, truth]).double()
 
 
-def image_score(confusion: Tensor) -> float:
-    """Mean IoU over the classes that occur in one image or its prediction; 0 where nothing is labelled."""
+def image_score(confusion: Tensor) -> float | None:
+    """Mean IoU over the classes that occur in one image or its prediction; None where nothing is labelled."""
     intersection, union = areas(confusion)[:2]
     present = union > 0
-    return (intersection[present] / union[present]).mean().item() if present.any() else 0.0
+    return (intersection[present] / union[present]).mean().item() if present.any() else None
 
 
 def _of_all_ranks(confusion: Tensor, scored: int, faults: list[str], world: World) -> tuple[Tensor, int, list[str]]:
@@ -131,4 +134,4 @@ def _of_all_ranks(confusion: Tensor, scored: int, faults: list[str], world: Worl
     dist.all_reduce(shared)
     told: list[Any] = [None] * world.size
     dist.all_gather_object(told, (scored, faults))
-    return shared.cpu(), sum(number for number, _ in told), [fault for _, some in told for fault in some]
+    return shared.cpu(), sum(number for number, _ in told), sorted(fault for _, some in told for fault in some)

@@ -74,14 +74,9 @@ def predict(forwards: Forwards, dataset: ImageFiles, world: World, workers: int,
             logits: bool = False) -> Iterator[tuple[Path, np.ndarray, np.ndarray | None]]:
     """(path, labels (h, w) int64, logits (classes, h, w) float32 where asked for) of this rank's images: what an evaluation through the same pipeline gives.
 
-    faults: takes what is wrong with images that cannot be read; under `strict` the first one ends the loop.
+    faults: takes what is wrong with images that cannot be read; under `strict` the first one is a FaultError.
     """
     device = next(forwards.segmentor.parameters()).device
     images = images_of(dataset, world, workers, device, faults, strict=strict, truth=False, doing="segmenting")
-    segmenter, stream = Segmenter(forwards), ((image.index, image.inputs) for image in images)
-    if logits:
-        for index, labels, values in segmenter.labels_and_logits(stream):
-            yield dataset.images[index], labels.cpu().numpy(), values.numpy()
-    else:
-        for index, labels in segmenter.labels(stream):
-            yield dataset.images[index], labels.cpu().numpy(), None
+    for segmented in Segmenter(forwards, logits=logits).segment((image.index, image.inputs) for image in images):
+        yield dataset.images[segmented.key], segmented.labels.cpu().numpy(), segmented.logits.numpy() if logits else None

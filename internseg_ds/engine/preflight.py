@@ -3,6 +3,7 @@
 In: what the user gave. Out: a `Plan`, from which `SegmentorEngine` is built and which `--dry-run` prints. Runs on every rank alike and talks to no other.
 """
 
+import copy
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmcv import ConfigDict
 from mmcv.parallel import DataContainer
 from rich.console import Console
 from rich.table import Table
@@ -64,6 +64,7 @@ def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, An
     check_offload(experiment, ds, resume_from)
     groups = parameter_groups(meta_model, experiment.optimizer)
     check_optimizer(experiment.optimizer, ds)
+    check_windows(experiment)
     check_patches(experiment, meta_model)
     if resume_from is None:
         check_weights(experiment, meta_model, load_from)
@@ -149,12 +150,22 @@ def check_weights_fit(experiment: Experiment, checkpoint: str | os.PathLike, *, 
     return weights.meta
 
 
-def validation_set(experiment: Experiment, split: str = "val") -> Dataset:
-    """The data set that is evaluated on, in test mode; split: "val" or "test". Raises DataError when it is missing or empty."""
+def validation_set(experiment: Experiment, split: str = "val", *, truth: bool = True) -> Dataset:
+    """The data set that is evaluated on, in test mode; split: "val" or "test". truth: whether there must be label maps; without, none is looked for.
+
+    Raises DataError when it is missing or empty.
+    """
     entry = experiment.test if split == "test" else experiment.val
     if entry is None:
         raise DataError(f"{experiment.path}: data has neither a 'val' nor a 'test' entry to evaluate on; add one, or train with --no-validate")
+    if not truth:
+        entry = copy.deepcopy(entry)
+        for leaf in leaf_datasets(entry):
+            leaf["ann_dir"] = None
     leaves = list(leaf_datasets(entry))
+    if truth and any(leaf.get("ann_dir") is None for leaf in leaves):
+        raise ConfigError(f"data.{split} of {experiment.path} has no ann_dir, so there is no ground truth to score against; set it (or train with --no-validate, or "
+                          "write labels with launch/test.py --format-only DIR)")
     dataset = build_datasets(entry, f"data.{split}", leaves, test_mode=True)
     if isinstance(dataset, ConcatDataset):
         raise DataError(f"data.{split} joins {len(dataset.datasets)} data sets, but one is scored at a time; keep one of them")
@@ -175,39 +186,38 @@ def check_classes(model: nn.Module, dataset: Dataset, what: str) -> None:
 
 def check_patches(experiment: Experiment, model: nn.Module) -> None:
     """Sizes that reach the backbone must be whole patches. Raises ConfigError naming the setting and the nearest size that works."""
-    patch = getattr(model.backbone, "patch_size", None)
-    if patch is None:
-        return
-    for setting, size in input_sizes(experiment):
+    patch = getattr(model.backbone, "patch_size", 1)
+    found = [("model.test_cfg.crop_size", experiment.model.test_cfg["crop_size"])] if experiment.model.test_cfg["mode"] == "slide" else []
+    for leaf in leaf_datasets(experiment.train):
+        for step in leaf.get("pipeline", ()):
+            for kind, key in (("RandomCrop", "crop_size"), ("Pad", "size")):
+                if step.get("type") == kind and isinstance(step.get(key), (list, tuple)):
+                    found.append((f"data.train.pipeline {kind}.{key}", step[key]))
+    for setting, size in found:
         for side in size:
             if side % patch:
                 below = side // patch * patch
                 raise ConfigError(f"{setting}={tuple(size)} of {experiment.path} is not a multiple of the patch size {patch}; use {below} or {below + patch}")
 
 
-def input_sizes(experiment: Experiment) -> list[tuple[str, tuple[int, int]]]:
-    """The image sizes (h, w) that the config names and the backbone will see: training crops and padding, sliding windows."""
-    found = []
-    for leaf in leaf_datasets(experiment.train):
-        for step in leaf.get("pipeline", ()):
-            for kind, key in (("RandomCrop", "crop_size"), ("Pad", "size")):
-                if step.get("type") == kind and isinstance(step.get(key), (list, tuple)):
-                    found.append((f"data.train.pipeline {kind}.{key}", step[key]))
-    test_cfg: Mapping[str, Any] = experiment.model.get("test_cfg") or ConfigDict()
+def check_windows(experiment: Experiment) -> None:
+    """`model.test_cfg` must say how an evaluation goes over an image. Raises ConfigError."""
+    test_cfg = experiment.model.get("test_cfg")
+    if not isinstance(test_cfg, Mapping) or test_cfg.get("mode") not in ("slide", "whole"):
+        mode = test_cfg.get("mode") if isinstance(test_cfg, Mapping) else None
+        raise ConfigError(f"model.test_cfg.mode={mode!r} of {experiment.path} is neither 'slide' nor 'whole'; write test_cfg=dict(mode='whole'), or mode='slide' with "
+                          "crop_size=(h, w) and stride=(h, w)")
     batch_size = test_cfg.get("batch_size", 1)
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ConfigError(f"model.test_cfg.batch_size={batch_size!r} of {experiment.path} must be a whole number of windows, at least 1")
-    if test_cfg.get("mode", "whole") not in ("slide", "whole"):
-        raise ConfigError(f"model.test_cfg.mode={test_cfg['mode']!r} of {experiment.path} is neither 'slide' nor 'whole'")
-    if test_cfg.get("mode") == "slide":
-        for key in ("crop_size", "stride"):
-            if not isinstance(test_cfg.get(key), (list, tuple)) or len(test_cfg[key]) != 2 or not all(isinstance(side, int) and side > 0 for side in test_cfg[key]):
-                raise ConfigError(f"model.test_cfg.{key}={test_cfg.get(key)!r} of {experiment.path}: mode='slide' needs crop_size=(h, w) and stride=(h, w)")
-        found.append(("model.test_cfg.crop_size", test_cfg["crop_size"]))
-        if any(stride > crop for stride, crop in zip(test_cfg["stride"], test_cfg["crop_size"], strict=True)):
-            raise ConfigError(f"model.test_cfg.stride={tuple(test_cfg['stride'])} of {experiment.path} is larger than crop_size={tuple(test_cfg['crop_size'])}, "
-                              f"which leaves pixels without a prediction; use a stride of about two thirds of the crop")
-    return found
+    if test_cfg["mode"] == "whole":
+        return
+    for key in ("crop_size", "stride"):
+        if not isinstance(test_cfg.get(key), (list, tuple)) or len(test_cfg[key]) != 2 or not all(isinstance(side, int) and side > 0 for side in test_cfg[key]):
+            raise ConfigError(f"model.test_cfg.{key}={test_cfg.get(key)!r} of {experiment.path}: mode='slide' needs crop_size=(h, w) and stride=(h, w)")
+    if any(stride > crop for stride, crop in zip(test_cfg["stride"], test_cfg["crop_size"], strict=True)):
+        raise ConfigError(f"model.test_cfg.stride={tuple(test_cfg['stride'])} of {experiment.path} is larger than crop_size={tuple(test_cfg['crop_size'])}, "
+                          f"which leaves pixels without a prediction; use a stride of about two thirds of the crop")
 
 
 def check_sample(model: nn.Module, sample: Mapping[str, Any]) -> None:

@@ -32,7 +32,7 @@ def write_report(evaluation: Evaluation, classes: Sequence[str], folder: Path) -
         if name:
             per_class[name][score] = value
     with whole_file(folder / "results.json") as file:
-        file.write(json.dumps({**totals, "images": evaluation.images, "not_read": evaluation.faults, "classes": per_class}, indent=1).encode() + b"\n")
+        file.write(json.dumps({**totals, "images": evaluation.images, "pixels_of_no_class": int(evaluation.confusion[-1].sum()), "not_read": evaluation.faults, "classes": per_class}, indent=1).encode() + b"\n")
     scores = list(dict.fromkeys(key.partition(".")[0] for key in evaluation.metrics if "." in key))
     _, _, predicted, labelled = evaluation.areas.long().tolist()
     table = io.StringIO(newline="")
@@ -77,7 +77,7 @@ class Shower:
         self.dataset, self.folder, self.count = dataset, folder, count
         make_folder(folder)
 
-    def see(self, index: int, labels: np.ndarray, score: float) -> None:
+    def see(self, index: int, labels: np.ndarray, score: float | None) -> None:
         if index < self.count:
             name = Path(self.dataset.img_infos[index]["filename"]).with_suffix(".png").name
             write_picture(self.folder / name, picture_of(self.dataset, index, labels))
@@ -90,7 +90,9 @@ class Extremes:
         self.dataset, self.count = dataset, count
         self._heaps: dict[str, list[tuple[float, int, np.ndarray]]] = {"best": [], "worst": []}
 
-    def see(self, index: int, labels: np.ndarray, score: float) -> None:
+    def see(self, index: int, labels: np.ndarray, score: float | None) -> None:
+        if score is None:
+            return
         kept = labels.astype(np.uint8 if len(self.dataset.CLASSES) < 256 else np.uint16)
         for heap, rank in ((self._heaps["best"], score), (self._heaps["worst"], -score)):
             heapq.heappush(heap, (rank, -index, kept))

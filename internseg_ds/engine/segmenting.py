@@ -1,27 +1,27 @@
 """From images to labels: sliding windows in batches, logits added up in fp32, resized and compared some classes at a time.
 
 In: images with their test-time augmentations, as `evaluation_images` yields them. Out: labels at the size of the original image, those of mmseg's
-`simple_test` and `aug_test`. Windows of one size share a forward, whichever image or augmentation they are from. Beside the model, the device holds the
-logits (classes, h, w) of the augmentations that are under way, once, and CHUNK_BYTES for resizing; where there are several augmentations, also the sum of
-their probabilities.
+`simple_test` and `aug_test`. Windows that follow each other share a forward when they have one size, whichever image or augmentation they are from. Beside
+the model and one forward, the device holds the logits (classes, h, w) of the augmentation under way and a few times CHUNK_BYTES for resizing; where there
+are several augmentations, also the sum of their probabilities.
 """
 
 import logging
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from internseg_ds.distributed.gathering import Forwards
 
 log = logging.getLogger(__name__)
 
 BATCH_SIZE = 8
-"""Windows per forward, where `model.test_cfg.batch_size` does not say."""
+"""Windows per forward, where `model.test_cfg.batch_size` does not say. One where ranks run in step, which they do for want of memory."""
 CHUNK_BYTES = 2**28
 """Of logits at the original image's size that are held at a time."""
 
@@ -93,7 +93,20 @@ class Pending:
     """An image whose windows are not all through yet."""
 
     key: Any
-    views: list[View] = field(default_factory=list)
+    views: int
+    total: Tensor | None = None
+    """Of several views, the sum of the probabilities (classes, h, w) so far, at the original image's size."""
+    done: int = 0
+
+
+@dataclass(frozen=True)
+class Segmented:
+    """What came out of one image. labels: (h, w) int64. logits: (classes, h, w) fp32 on the CPU where asked for; of several augmentations, those of the
+    mean probability."""
+
+    key: Any
+    labels: Tensor
+    logits: Tensor | None
 
 
 class Segmenter:
@@ -102,52 +115,33 @@ class Segmenter:
     Windows whose sides are no whole patches of the backbone (images smaller than the crop, whole images of any size) are padded with zeros for the forward.
     """
 
-    def __init__(self, forwards: Forwards) -> None:
-        self.forwards = forwards
+    def __init__(self, forwards: Forwards, *, logits: bool = False) -> None:
+        """logits: whether to give those out too."""
+        self.forwards, self.with_logits = forwards, logits
         segmentor = forwards.segmentor
-        self.test_cfg, self.align_corners, self.head = segmentor.test_cfg, segmentor.align_corners, segmentor.decode_head
+        head = segmentor.decode_head
+        self.test_cfg, self.align_corners, self.binary = segmentor.test_cfg, segmentor.align_corners, segmentor.out_channels == 1
+        self.threshold = (head[-1] if isinstance(head, nn.ModuleList) else head).threshold
         self.patch = getattr(segmentor.backbone, "patch_size", 1)
-        self.batch_size = self.test_cfg.get("batch_size", BATCH_SIZE)
+        self.batch_size = self.test_cfg.get("batch_size", 1 if forwards.in_step else BATCH_SIZE)
 
     @torch.no_grad()
-    def labels(self, images: Iterable[tuple[Any, Mapping[str, Any]]]) -> Iterator[tuple[Any, Tensor]]:
-        """(key, class labels (h, w) int64) for each (key, inputs), on the device; in the order in which images are finished.
+    def segment(self, images: Iterable[tuple[Any, Mapping[str, Any]]]) -> Iterator[Segmented]:
+        """Segments each (key, inputs), in their order. Ends with what ranks owe each other.
 
         inputs: img, a list over augmentations of (1, 3, h, w), and img_metas, a list over augmentations of lists of one dict.
         """
-        for pending in self._through(images):
-            yield pending.key, self._labels(pending.views)
-
-    @torch.no_grad()
-    def labels_and_logits(self, images: Iterable[tuple[Any, Mapping[str, Any]]]) -> Iterator[tuple[Any, Tensor, Tensor]]:
-        """The same with logits (classes, h, w) fp32 on the CPU; of several augmentations, the logarithm of the mean probability."""
-        for pending in self._through(images):
-            if len(pending.views) == 1:
-                logits = torch.cat([chunk.cpu() for _, chunk in pending.views[0].resized(self.align_corners)])
-            else:
-                logits = self._probabilities(pending.views).log().cpu()
-            yield pending.key, self._labels(pending.views), logits
-
-    def _through(self, images: Iterable[tuple[Any, Mapping[str, Any]]]) -> Iterator[Pending]:
-        """The images with all their logits. Ends with what ranks owe each other."""
-        queues: dict[tuple[int, int], deque[tuple[Pending, View, Window]]] = defaultdict(deque)
-        waiting: list[Pending] = []  # oldest first; images of rare sizes must not wait until the end, for they take memory
+        queue: deque[tuple[Pending, View, Window]] = deque()
         for key, inputs in images:
-            pending = Pending(key)
-            waiting.append(pending)
+            pending = Pending(key, len(inputs["img"]))
             for pixels, metas in zip(inputs["img"], inputs["img_metas"], strict=True):
                 view = View(pixels[0], metas[0], self._windows(*pixels.shape[2:]))
-                pending.views.append(view)
                 for window in view.windows:
-                    queues[window.bottom - window.top, window.right - window.left].append((pending, view, window))
-            for queue in queues.values():
-                while len(queue) >= self.batch_size:
-                    yield from self._run(queue, waiting)
-            while len(waiting) > 2 * self.batch_size:
-                yield from self._run(next(queue for queue in queues.values() if any(item[0] is waiting[0] for item in queue)), waiting)
-        for queue in queues.values():
-            while queue:
-                yield from self._run(queue, waiting)
+                    if queue and (len(queue) >= self.batch_size or _size(queue[0][2]) != _size(window)):
+                        yield from self._run(queue)
+                    queue.append((pending, view, window))
+        while queue:
+            yield from self._run(queue)
         self.forwards.finish()
 
     def _windows(self, height: int, width: int) -> list[Window]:
@@ -155,17 +149,16 @@ class Segmenter:
             return [Window(0, height, 0, width)]
         return windows(height, width, self.test_cfg.crop_size, self.test_cfg.stride)
 
-    def _run(self, queue: deque[tuple[Pending, View, Window]], waiting: list[Pending]) -> list[Pending]:
-        """One forward for the first windows of a queue; returns the images that it completed."""
-        batch = [queue.popleft() for _ in range(min(self.batch_size, len(queue)))]
+    def _run(self, queue: deque[tuple[Pending, View, Window]]) -> Iterator[Segmented]:
+        """A forward for all windows of the queue, and the images that it completes."""
+        batch = list(queue)
+        queue.clear()
         logits = self._forward(torch.stack([view.pixels[:, window.top : window.bottom, window.left : window.right] for _, view, window in batch]),
                                [view.meta for _, view, _ in batch])
-        for (_, view, window), part in zip(batch, logits, strict=True):
+        for (pending, view, window), part in zip(batch, logits, strict=True):
             view.add(window, part)
-        finished = [pending for pending in waiting if all(view.complete for view in pending.views)]
-        for pending in finished:
-            waiting.remove(pending)
-        return finished
+            if view.complete and (segmented := self._fold(pending, view)):
+                yield segmented
 
     def _forward(self, pixels: Tensor, metas: list[Mapping[str, Any]]) -> Tensor:
         """(b, 3, h, w) -> logits (b, classes, h, w). Where the device's memory does not suffice, in smaller batches from here on."""
@@ -181,15 +174,30 @@ class Segmenter:
         size = self.batch_size
         return torch.cat([self._forward(pixels[first : first + size], metas[first : first + size]) for first in range(0, len(pixels), size)])
 
-    def _labels(self, views: list[View]) -> Tensor:
-        if self.head.out_channels == 1:
-            sigmoids = sum(torch.cat([chunk for _, chunk in view.resized(self.align_corners)]).sigmoid() for view in views) / len(views)
-            return (sigmoids[0] > self.head.threshold).long()
-        if len(views) > 1:
-            return self._probabilities(views).argmax(dim=0)
-        (view,) = views
+    def _fold(self, pending: Pending, view: View) -> Segmented | None:
+        """Takes what a complete view says of its image, and drops its logits. Views come in their order; the last one completes the image."""
+        pending.done += 1
+        logits = None
+        if pending.views == 1 and not self.binary:
+            labels = self._largest(view)
+            if self.with_logits:
+                logits = torch.cat([chunk.cpu() for _, chunk in view.resized(self.align_corners)])
+        else:
+            self._add_probabilities(pending, view)
+            if pending.done < pending.views:
+                view.logits = None
+                return None
+            mean = pending.total.div_(pending.views)
+            labels = (mean[0] > self.threshold).long() if self.binary else mean.argmax(dim=0)
+            if self.with_logits:
+                logits = (mean.logit() if self.binary else mean.log()).cpu()
+        view.logits = None
+        return Segmented(pending.key, labels, logits)
+
+    def _largest(self, view: View) -> Tensor:
+        """Of each pixel, the class with the largest softmax, which is the one with the largest logit."""
         best: Tensor | None = None
-        for first, chunk in view.resized(self.align_corners):  # of the largest softmax, which is the largest logit
+        for first, chunk in view.resized(self.align_corners):
             value, index = chunk.max(dim=0)
             if best is None:
                 best, labels = value, index
@@ -198,18 +206,21 @@ class Segmenter:
                 best = torch.maximum(best, value)
         return labels
 
-    def _probabilities(self, views: list[View]) -> Tensor:
-        """The mean of the views' softmax (classes, h, w) at the original image's size."""
-        total = views[0].logits.new_zeros(len(views[0].logits), *views[0].meta["ori_shape"][:2])
-        for view in views:
-            chunks = view.resized(self.align_corners)
-            first, chunk = next(chunks)
-            if len(chunk) == len(total):
-                total += chunk.softmax(dim=0)
-                continue
-            norm = chunk.logsumexp(dim=0)  # over all classes, some at a time
-            for _, chunk in chunks:
-                norm = torch.logaddexp(norm, chunk.logsumexp(dim=0))
-            for first, chunk in view.resized(self.align_corners):
-                total[first : first + len(chunk)] += (chunk - norm).exp_()
-        return total.div_(len(views))
+    def _add_probabilities(self, pending: Pending, view: View) -> None:
+        """Adds the view's softmax (one channel: its sigmoid) at the original image's size."""
+        if pending.total is None:
+            pending.total = view.logits.new_zeros(len(view.logits), *view.meta["ori_shape"][:2])
+        total, chunks = pending.total, view.resized(self.align_corners)
+        _, chunk = next(chunks)
+        if len(chunk) == len(total):
+            total += chunk.sigmoid() if self.binary else chunk.softmax(dim=0)
+            return
+        norm = chunk.logsumexp(dim=0)  # over all classes, some at a time
+        for _, chunk in chunks:
+            norm = torch.logaddexp(norm, chunk.logsumexp(dim=0))
+        for first, chunk in view.resized(self.align_corners):
+            total[first : first + len(chunk)] += (chunk - norm).exp_()
+
+
+def _size(window: Window) -> tuple[int, int]:
+    return window.bottom - window.top, window.right - window.left

@@ -119,3 +119,42 @@ def test_a_report_holds_the_scores_and_the_best_and_worst_images(tiny, ade20k, t
             stem = dataset.img_infos[index]["filename"].removesuffix(".jpg")
             assert file.stem.endswith(stem) and f"_{100 * scores[index]:.1f}_" in file.name
             assert cv2.imread(str(file)).shape[1] > 300
+
+
+def test_labels_that_are_no_class_count_as_wrong_and_are_told(tiny, ade20k, tmp_path, caplog):
+    shutil.copytree(ade20k, tmp_path / "ade")
+    labels = sorted((tmp_path / "ade/annotations/validation").iterdir())[0]
+    changed = cv2.imread(str(labels), cv2.IMREAD_UNCHANGED)
+    changed[:5] = 200
+    cv2.imwrite(str(labels), changed)
+    found = evaluate(Forwards(tiny), validation(tmp_path / "ade"), world=World(), workers=0, verbose=False)
+    assert found.confusion[-1].sum() == 5 * changed.shape[1] and f"{5 * changed.shape[1]} labelled pixels are of no class" in caplog.text
+
+
+def test_images_without_any_label_have_no_score(tiny, ade20k, tmp_path):
+    shutil.copytree(ade20k, tmp_path / "ade")
+    files = sorted((tmp_path / "ade/annotations/validation").iterdir())
+    for file in files[1:]:
+        cv2.imwrite(str(file), np.zeros_like(cv2.imread(str(file), cv2.IMREAD_UNCHANGED)))
+    extremes = Extremes(validation(tmp_path / "ade"), 3)
+    evaluate(Forwards(tiny), validation(tmp_path / "ade"), world=World(), workers=0, verbose=False, watchers=[extremes])
+    extremes.write(tmp_path, World())
+    assert len(list((tmp_path / "worst").iterdir())) == 1
+    cv2.imwrite(str(files[0]), np.zeros_like(cv2.imread(str(files[0]), cv2.IMREAD_UNCHANGED)))
+    with pytest.raises(DataError, match="no pixel of the 7 images has the label of a class"):
+        evaluate(Forwards(tiny), validation(tmp_path / "ade"), world=World(), workers=0, verbose=False)
+
+
+def test_a_pipeline_without_augmentation_and_a_choice_of_classes_work(tiny, ade20k):
+    cfg = Config.fromfile(ROOT / TINY)
+    entry = cfg.data.val
+    entry.data_root = str(ade20k)
+    expected = evaluate(Forwards(tiny), build_datasets(entry, "data.val", [entry], test_mode=True), world=World(), workers=0, verbose=False)
+    flat = [entry.pipeline[0], dict(entry.pipeline[1].transforms[0], img_scale=entry.pipeline[1].img_scale), *entry.pipeline[1].transforms[1:]]
+    flat[3] = dict(type="RandomFlip", prob=0.0)
+    plain = Config(dict(entry, pipeline=flat))._cfg_dict
+    found = evaluate(Forwards(tiny), build_datasets(plain, "data.val", [plain], test_mode=True), world=World(), workers=0, verbose=False)
+    assert torch.equal(found.confusion, expected.confusion)
+    chosen = Config(dict(entry, classes=["sky", "tree", "grass"]))._cfg_dict
+    dataset = build_datasets(chosen, "data.val", [chosen], test_mode=True)
+    assert set(np.unique(dataset.get_gt_seg_map_by_idx(0))) <= {0, 1, 2, 255}

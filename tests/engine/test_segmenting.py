@@ -42,7 +42,7 @@ STREAM = [inputs(image(size, seed, original=(size[0] // 2 + seed, size[1] + 3 * 
 
 
 def ours(model, stream):
-    return dict(Segmenter(Forwards(model)).labels(enumerate(stream)))
+    return {segmented.key: segmented.labels for segmented in Segmenter(Forwards(model)).segment(enumerate(stream))}
 
 
 def theirs(model, stream):
@@ -101,11 +101,11 @@ def test_in_bf16_labels_differ_from_mmsegs_only_where_two_classes_are_level(tiny
 
 def test_logits_are_those_of_mmseg(tiny):
     model = with_test_cfg(tiny)
-    for key, labels, logits in Segmenter(Forwards(model)).labels_and_logits(enumerate(STREAM)):
+    for segmented in Segmenter(Forwards(model), logits=True).segment(enumerate(STREAM)):
         with torch.no_grad():
-            expected = model.slide_inference(STREAM[key]["img"][0], STREAM[key]["img_metas"][0], True)[0]
-        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-4)
-        assert torch.equal(logits.argmax(0), labels)
+            expected = model.slide_inference(STREAM[segmented.key]["img"][0], STREAM[segmented.key]["img_metas"][0], True)[0]
+        torch.testing.assert_close(segmented.logits, expected, rtol=1e-5, atol=1e-4)
+        assert torch.equal(segmented.logits.argmax(0), segmented.labels)
 
 
 @pytest.mark.parametrize("size", [(112, 113), (61, 200), (9, 5), (301, 14)])
@@ -134,25 +134,28 @@ def test_windows_of_several_images_share_forwards(tiny):
             return super().__call__(images, metas)
 
     model = with_test_cfg(tiny, batch_size=4)
-    dict(Segmenter(Counted(model)).labels(enumerate(STREAM)))
+    list(Segmenter(Counted(model)).segment(enumerate(STREAM)))
     count = sum(len(windows(*size, (112, 112), (70, 70))) for size in SIZES)
     assert count > 20 and len(sizes) == -(-count // 4)
 
 
-def test_images_of_rare_sizes_do_not_wait_for_ever(tiny):
-    """Small images make windows of their own sizes, which never fill a batch; yet only some images are held at a time."""
-    model, taken, done = with_test_cfg(tiny, batch_size=2), 0, 0
+@pytest.mark.parametrize("mode", ["slide", "whole"])
+def test_the_logits_of_one_augmentation_are_held_at_a_time(tiny, mode):
+    """Six augmentations of five images, in sizes that seldom fill a batch: beside the batch, one view's logits and two images' sums."""
+    import gc
 
-    def stream():
-        nonlocal taken
-        for number in range(20):
-            taken += 1
-            assert taken - done <= 2 * 2 + 1
-            yield number, inputs(image((14, 14 * (number + 1)) if number < 7 else (112, 112), number))
+    class Watched(Forwards):
+        def __call__(self, images, metas):
+            views = [item for item in gc.get_objects() if isinstance(item, segmenting.View) and item.logits is not None]
+            assert len(views) <= 1
+            assert sum(isinstance(item, segmenting.Pending) and item.total is not None for item in gc.get_objects()) <= 2
+            return super().__call__(images, metas)
 
-    for _ in Segmenter(Forwards(model)).labels(stream()):
-        done += 1
-    assert done == 20
+    gc.collect()
+    model = with_test_cfg(tiny, mode=mode, batch_size=4)
+    stream = [inputs(*(image((side, side + 14 * seed), seed, original=(90, 100), flip=flip) for side in (70, 112, 168) for flip in (None, "horizontal"))) for seed in range(5)]
+    found = [segmented.key for segmented in Segmenter(Watched(model)).segment(enumerate(stream))]
+    assert found == [0, 1, 2, 3, 4]
 
 
 def test_a_device_without_room_gets_smaller_batches(tiny):
@@ -164,7 +167,7 @@ def test_a_device_without_room_gets_smaller_batches(tiny):
 
     model = with_test_cfg(tiny, batch_size=7)
     segmenter = Segmenter(Small(model))
-    equal(dict(segmenter.labels(enumerate(STREAM))), theirs(model, STREAM))
+    equal({segmented.key: segmented.labels for segmented in segmenter.segment(enumerate(STREAM))}, theirs(model, STREAM))
     assert segmenter.batch_size == 1
 
 
@@ -177,6 +180,8 @@ def test_one_channel_for_two_classes_is_a_threshold(tiny):
     found = ours(model, STREAM)
     for key, expected in theirs(model, STREAM).items():
         assert torch.equal(found[key], expected.long())
+    for segmented in Segmenter(Forwards(model), logits=True).segment(enumerate(STREAM)):
+        assert torch.equal(segmented.logits.sigmoid()[0] > 0.45, segmented.labels.bool())
     assert 0.05 < np.mean([labels.float().mean() for labels in found.values()]) < 0.95
 
 
