@@ -10,16 +10,19 @@ from typing import Any
 from mmseg.datasets.pipelines import Compose
 from torch.utils.data import Dataset
 
-from internseg_ds.errors import DataError
+from internseg_ds.errors import ConfigError, DataError
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
 
 class ImageFiles(Dataset):
-    """Image files through an mmseg test pipeline."""
+    """Image files through an mmseg test pipeline. Raises ConfigError when it cannot be built."""
 
     def __init__(self, images: Sequence[Path], pipeline: Sequence[dict[str, Any]]) -> None:
-        self.images, self.pipeline = images, Compose(pipeline)
+        try:
+            self.images, self.pipeline = images, Compose(pipeline)
+        except Exception as error:  # whatever a transform's constructor refuses with
+            raise ConfigError(f"the pipeline of data.test cannot be built: {type(error).__name__}: {error}") from error
         self.img_infos = [{"filename": str(path)} for path in images]
 
     def __len__(self) -> int:
@@ -37,7 +40,7 @@ def find_images(paths: Sequence[str | os.PathLike]) -> list[Path]:
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            found += sorted((item for item in path.iterdir() if item.suffix.lower() in IMAGE_ENDINGS), key=_natural)
+            found += sorted((item for item in path.iterdir() if item.suffix.lower() in IMAGE_ENDINGS and item.is_file()), key=_natural)
         elif path.is_file():
             found.append(path)
         elif glob.has_magic(str(path)):

@@ -69,6 +69,14 @@ def parser(description: str, example: str) -> argparse.ArgumentParser:
     return made
 
 
+def count(text: str) -> int:
+    """The type of an option that counts things: a whole number of at least 0."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{number} is below 0")
+    return number
+
+
 def add_config_options(made: argparse.ArgumentParser) -> None:
     """--cfg-options, as mmseg's tools have it."""
     from mmcv import DictAction  # here: after `quieten`

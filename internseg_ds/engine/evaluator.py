@@ -73,10 +73,10 @@ def evaluate(forwards: Forwards, dataset: Any, *, world: World, workers: int, me
             for watcher in watchers:
                 watcher.see(image.index, labels, score)
     confusion, scored, faults = _of_all_ranks(confusion, scored, faults, world)
-    complain(faults, scored)
+    complain(faults, scored, aloud=world.is_main)
     if not confusion[:-1].any():
         raise DataError(f"no pixel of the {scored} images has the label of a class; are reduce_zero_label and the classes of the data set right?")
-    if strangers := int(confusion[-1].sum()):
+    if world.is_main and (strangers := int(confusion[-1].sum())):
         log.warning("%d labelled pixels are of no class (0 to %d) and not %d either; they count as wrong", strangers, classes - 1, dataset.ignore_index)
     summed = areas(confusion)
     scores = dataset.evaluate([tuple(summed)], metric=list(metrics), logger=None if verbose and world.is_main else "silent")
@@ -99,11 +99,11 @@ def images_of(dataset: Any, world: World, workers: int, device: torch.device, fa
             progress.advance(task)
 
 
-def complain(faults: Sequence[str], good: int) -> None:
-    """Warns of images that were left out. Raises DataError when none is left."""
+def complain(faults: Sequence[str], good: int, *, aloud: bool) -> None:
+    """Warns of images that were left out, on one rank: `aloud`. Raises DataError when none is left."""
     if faults and not good:
         raise DataError(f"none of the {len(faults)} images can be read; the first: {faults[0]}")
-    if faults:
+    if faults and aloud:
         log.warning("%d of %d images are left out, for they cannot be read:\n  %s", len(faults), len(faults) + good, "\n  ".join(faults))
 
 

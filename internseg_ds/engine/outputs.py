@@ -1,5 +1,6 @@
 """Result files that are whole or not there: pictures, tables and arrays get their names when their last byte is written."""
 
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from internseg_ds.errors import OutputError
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write, which becomes `path` at the end of the block. Raises OutputError where the disk is full or the place is taken."""
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")  # two runs may write into one folder
     try:
         with partial.open("wb") as file:
             yield file

@@ -79,7 +79,7 @@ class Shower:
 
     def see(self, index: int, labels: np.ndarray, score: float | None) -> None:
         if index < self.count:
-            name = Path(self.dataset.img_infos[index]["filename"]).with_suffix(".png").name
+            name = "_".join(Path(self.dataset.img_infos[index]["filename"]).with_suffix(".png").parts)
             write_picture(self.folder / name, picture_of(self.dataset, index, labels))
 
 
@@ -111,7 +111,7 @@ class Extremes:
             labels_of = {-index: labels for _, index, labels in heap}
             make_folder(folder / name)
             if world.is_main:
-                for stale in (folder / name).glob("[0-9][0-9]_*.png"):
+                for stale in (folder / name).glob("[0-9]*_[0-9]*_*.png"):
                     stale.unlink()
             if dist.is_initialized() and world.size > 1:
                 dist.barrier()

@@ -19,7 +19,7 @@ from mmseg.datasets import DATASETS
 
 from internseg_ds.data.image_files import ImageFiles, find_images
 from internseg_ds.distributed.construction import build_on_meta
-from internseg_ds.distributed.process_group import joined, world_from_environment
+from internseg_ds.distributed.process_group import World, joined, world_from_environment
 from internseg_ds.engine.evaluator import Evaluation, complain, evaluate, images_of
 from internseg_ds.engine.experiment import Experiment, known_metrics, leaf_datasets, read_experiment
 from internseg_ds.engine.inference import predict, ready
@@ -94,7 +94,7 @@ def write_submission(config: str | os.PathLike, checkpoint: str | os.PathLike, o
             except OSError as error:
                 raise OutputError(f"the submission files in {folder} cannot be written: {error.strerror or error}; make room there, or choose another folder") from error
             written += 1
-        _end(written, faults, world.size, f"submission files of {type(dataset).__name__} are in {folder}")
+        _end(written, faults, world, f"submission files of {type(dataset).__name__} are in {folder}")
 
 
 def predict_files(config: str | os.PathLike, checkpoint: str | os.PathLike, images: Sequence[str | os.PathLike], out: str | os.PathLike, *,
@@ -114,12 +114,12 @@ def predict_files(config: str | os.PathLike, checkpoint: str | os.PathLike, imag
     written = {(folder / f"{name}_{kind}.png").resolve(): path for path, name in names.items() for kind in ("labels", "overlay")}
     if taken := [path for path in files if path.resolve() in written]:
         raise DataError(f"the prediction of {written[taken[0].resolve()]} would overwrite the image {taken[0]}; choose another --out")
+    dataset = ImageFiles(files, experiment.test["pipeline"])
     classes, palette = _classes(experiment, check_weights_fit(experiment, checkpoint, ema=ema))
     with joined(world):
         start_logging(None, level=experiment.log_level, is_main=world.is_main)
         forwards = ready(experiment, checkpoint, world, ema=ema)
-        make_folder(folder)
-        dataset, faults = ImageFiles(files, experiment.test["pipeline"]), []
+        faults: list[str] = []
         done = 0
         for path, labels, values in predict(forwards, dataset, world, min(experiment.workers, len(files)), faults, strict=strict, logits=logits):
             picture = side_by_side(mmcv.imread(path), [("prediction", labels)], classes, palette)
@@ -129,11 +129,14 @@ def predict_files(config: str | os.PathLike, checkpoint: str | os.PathLike, imag
                 with whole_file(folder / f"{names[path]}_logits.npy") as file:
                     np.save(file, values)
             done += 1
-        _end(done, faults, world.size, f"overlays and label maps are in {folder}")
+        _end(done, faults, world, f"overlays and label maps are in {folder}")
 
 
 def _check_format(dataset: Any) -> None:
-    """A submission file must be possible: tried with one of a single pixel, before anything is loaded. Raises ConfigError."""
+    """A submission file must be possible: tried with one of a single pixel, before anything is loaded; and each image must have its own. Raises ConfigError."""
+    name, times = Counter(Path(info["filename"]).stem for info in dataset.img_infos).most_common(1)[0]
+    if times > 1:
+        raise ConfigError(f"{times} images of data.test are called {name}, their submission files would overwrite each other; give data.test one folder at a time")
     with tempfile.TemporaryDirectory() as place:
         try:
             dataset.format_results([np.zeros((1, 1), np.int64)], place, indices=[0])
@@ -167,20 +170,21 @@ def _names(files: Sequence[Path]) -> dict[Path, str]:
 
 
 def _folder(path: str | os.PathLike, option: str) -> Path:
-    """A folder that can be written. Raises ConfigError when there is something else in its place."""
+    """A folder that can be written, made where there is none. Raises ConfigError or OutputError when there is something else in its place."""
     folder = Path(path)
     place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise ConfigError(f"{option} {folder} cannot be written: {place} is no folder that this user may write to")
+    make_folder(folder)
     return folder
 
 
-def _end(done: int, faults: list[str], ranks: int, words: str) -> None:
+def _end(done: int, faults: list[str], world: World, words: str) -> None:
     """Counts what all ranks have done, complains of images that could not be read, and says where the rest is. Collective."""
     told: list[Any] = [(done, faults)]
-    if dist.is_initialized() and ranks > 1:
-        told = [None] * ranks
+    if dist.is_initialized() and world.size > 1:
+        told = [None] * world.size
         dist.all_gather_object(told, (done, faults))
     done = sum(number for number, _ in told)
-    complain(sorted(fault for _, some in told for fault in some), done)
+    complain(sorted(fault for _, some in told for fault in some), done, aloud=world.is_main)
     log.info("%d images: %s", done, words)
