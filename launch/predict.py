@@ -18,7 +18,7 @@ def main() -> None:
     command_line.add_config_options(parser)
     args = parser.parse_args()
 
-    from internseg_ds.engine.testing import predict_files
+    from internseg_ds.engine.prediction import predict_files
 
     predict_files(args.config, args.checkpoint, args.images, args.out, logits=args.logits, strict=args.strict, ema=args.ema, cfg_options=args.cfg_options)
 

@@ -72,8 +72,10 @@ def evaluate(forwards: Forwards, dataset: Any, *, world: World, workers: int, me
             score, labels = image_score(counted), segmented.labels.cpu().numpy()
             for watcher in watchers:
                 watcher.see(image.index, labels, score)
-    confusion, scored, faults = _of_all_ranks(confusion, scored, faults, world)
-    complain(faults, scored, aloud=world.is_main)
+    if dist.is_initialized() and world.size > 1:
+        dist.all_reduce(confusion)
+    confusion = confusion.cpu()
+    scored, faults = conclude(scored, faults, world)
     if not confusion[:-1].any():
         raise DataError(f"no pixel of the {scored} images has the label of a class; are reduce_zero_label and the classes of the data set right?")
     if world.is_main and (strangers := int(confusion[-1].sum())):
@@ -99,12 +101,21 @@ def images_of(dataset: Any, world: World, workers: int, device: torch.device, fa
             progress.advance(task)
 
 
-def complain(faults: Sequence[str], good: int, *, aloud: bool) -> None:
-    """Warns of images that were left out, on one rank: `aloud`. Raises DataError when none is left."""
-    if faults and not good:
+def conclude(done: int, faults: list[str], world: World) -> tuple[int, list[str]]:
+    """How many images all ranks have done, and what is wrong with the others, after a warning of these. Collective.
+
+    Raises DataError, on all ranks, when none is left.
+    """
+    told: list[Any] = [(done, faults)]
+    if dist.is_initialized() and world.size > 1:
+        told = [None] * world.size
+        dist.all_gather_object(told, (done, faults))
+    done, faults = sum(number for number, _ in told), sorted(fault for _, some in told for fault in some)
+    if faults and not done:
         raise DataError(f"none of the {len(faults)} images can be read; the first: {faults[0]}")
-    if faults and aloud:
-        log.warning("%d of %d images are left out, for they cannot be read:\n  %s", len(faults), len(faults) + good, "\n  ".join(faults))
+    if faults and world.is_main:
+        log.warning("%d of %d images are left out, for they cannot be read:\n  %s", len(faults), len(faults) + done, "\n  ".join(faults))
+    return done, faults
 
 
 def count(labels: Tensor, truth: Tensor, classes: int, ignore: int) -> Tensor:
@@ -125,13 +136,3 @@ def image_score(confusion: Tensor) -> float | None:
     intersection, union = areas(confusion)[:2]
     present = union > 0
     return (intersection[present] / union[present]).mean().item() if present.any() else None
-
-
-def _of_all_ranks(confusion: Tensor, scored: int, faults: list[str], world: World) -> tuple[Tensor, int, list[str]]:
-    if not dist.is_initialized() or world.size == 1:
-        return confusion.cpu(), scored, faults
-    shared = confusion.to(world.device)
-    dist.all_reduce(shared)
-    told: list[Any] = [None] * world.size
-    dist.all_gather_object(told, (scored, faults))
-    return shared.cpu(), sum(number for number, _ in told), sorted(fault for _, some in told for fault in some)

@@ -1,24 +1,19 @@
 """Segmenting with finished weights from any weight file: whole on each process, or, where a device has no room for them, partitioned by ZeRO-3."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from internseg_ds.checkpoints.weights import open_weights
-from internseg_ds.data.image_files import ImageFiles
 from internseg_ds.distributed.construction import build_for_training, build_on_meta, fill
 from internseg_ds.distributed.ds_config import resolve_ds_config
 from internseg_ds.distributed.gathering import Forwards, copy_fits
 from internseg_ds.distributed.loading import fit_segmentor, load, resized
 from internseg_ds.distributed.precision import apply_precision, backbone_dtype
 from internseg_ds.distributed.process_group import World
-from internseg_ds.engine.evaluator import images_of
 from internseg_ds.engine.experiment import Experiment
-from internseg_ds.engine.segmenting import Segmenter
 
 
 def ready(experiment: Experiment, checkpoint: str | os.PathLike, world: World, *, ema: bool = False) -> Forwards:
@@ -68,15 +63,3 @@ def load_trained(experiment: Experiment, checkpoint: str | os.PathLike, device: 
     fill(model, parameter, buffer)
     apply_precision(model, compute)
     return model.eval()
-
-
-def predict(forwards: Forwards, dataset: ImageFiles, world: World, workers: int, faults: list[str], *, strict: bool = False,
-            logits: bool = False) -> Iterator[tuple[Path, np.ndarray, np.ndarray | None]]:
-    """(path, labels (h, w) int64, logits (classes, h, w) float32 where asked for) of this rank's images: what an evaluation through the same pipeline gives.
-
-    faults: takes what is wrong with images that cannot be read; under `strict` the first one is a FaultError.
-    """
-    device = next(forwards.segmentor.parameters()).device
-    images = images_of(dataset, world, workers, device, faults, strict=strict, truth=False, doing="segmenting")
-    for segmented in Segmenter(forwards, logits=logits).segment((image.index, image.inputs) for image in images):
-        yield dataset.images[segmented.key], segmented.labels.cpu().numpy(), segmented.logits.numpy() if logits else None

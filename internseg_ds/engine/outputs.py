@@ -1,5 +1,6 @@
 """Result files that are whole or not there: pictures, tables and arrays get their names when their last byte is written."""
 
+import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from typing import BinaryIO
 import cv2
 import numpy as np
 
-from internseg_ds.errors import OutputError
+from internseg_ds.errors import ConfigError, OutputError
 
 
 @contextmanager
@@ -37,3 +38,13 @@ def write_picture(path: Path, picture: np.ndarray) -> None:
     """Writes (h, w) or (h, w, 3) BGR, uint8 or uint16, as PNG. Raises OutputError."""
     with whole_file(path) as file:
         file.write(cv2.imencode(".png", picture)[1])
+
+
+def output_folder(path: str | os.PathLike, option: str) -> Path:
+    """A folder that can be written, made where there is none. Raises ConfigError or OutputError when there is something else in its place."""
+    folder = Path(path)
+    place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise ConfigError(f"{option} {folder} cannot be written: {place} is no folder that this user may write to")
+    make_folder(folder)
+    return folder

@@ -1,6 +1,6 @@
-"""What launch/test.py and launch/predict.py do, for Python too: evaluate finished weights on a config's test set, or segment image files.
+"""What launch/test.py does, for Python too: evaluate finished weights on a config's test set, or write what the set's benchmark takes.
 
-Both split the images over the processes that a launcher started.
+The images are split over the processes that a launcher started.
 """
 
 import logging
@@ -11,25 +11,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import mmcv
 import numpy as np
-import torch.distributed as dist
-from mmcv import ConfigDict
-from mmseg.datasets import DATASETS
 
-from internseg_ds.data.image_files import ImageFiles, find_images
 from internseg_ds.distributed.construction import build_on_meta
-from internseg_ds.distributed.process_group import World, joined, world_from_environment
-from internseg_ds.engine.evaluator import Evaluation, complain, evaluate, images_of
-from internseg_ds.engine.experiment import Experiment, known_metrics, leaf_datasets, read_experiment
-from internseg_ds.engine.inference import predict, ready
-from internseg_ds.engine.outputs import make_folder, whole_file, write_picture
-from internseg_ds.engine.pictures import side_by_side
+from internseg_ds.distributed.process_group import joined, world_from_environment
+from internseg_ds.engine.evaluator import Evaluation, conclude, evaluate, images_of
+from internseg_ds.engine.experiment import known_metrics, read_experiment
+from internseg_ds.engine.inference import ready
+from internseg_ds.engine.outputs import output_folder
 from internseg_ds.engine.preflight import check_classes, check_weights_fit, check_windows, validation_set
 from internseg_ds.engine.report import Extremes, Shower, write_report
 from internseg_ds.engine.segmenting import Segmenter
 from internseg_ds.engine.trackers import start_logging
-from internseg_ds.errors import ConfigError, DataError, OutputError
+from internseg_ds.errors import ConfigError, OutputError
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +40,8 @@ def test(config: str | os.PathLike, checkpoint: str | os.PathLike, *, metrics: S
     world = world_from_environment()
     experiment = read_experiment(config, cfg_options)
     metrics = known_metrics(tuple(metrics), "--eval") if metrics else experiment.metrics
-    folder = _folder(out, "--out") if out is not None else None
-    shown = _folder(show_dir, "--show-dir") if show_dir is not None else None
+    folder = output_folder(out, "--out") if out is not None else None
+    shown = output_folder(show_dir, "--show-dir") if show_dir is not None else None
     check_windows(experiment)
     dataset = validation_set(experiment, "test")
     check_classes(build_on_meta(experiment.model), dataset, "data.test")
@@ -76,7 +70,7 @@ def write_submission(config: str | os.PathLike, checkpoint: str | os.PathLike, o
     """
     world = world_from_environment()
     experiment = read_experiment(config, cfg_options)
-    folder = _folder(out, "--format-only")
+    folder = output_folder(out, "--format-only")
     check_windows(experiment)
     dataset = validation_set(experiment, "test", truth=False)
     check_classes(build_on_meta(experiment.model), dataset, "data.test")
@@ -94,42 +88,8 @@ def write_submission(config: str | os.PathLike, checkpoint: str | os.PathLike, o
             except OSError as error:
                 raise OutputError(f"the submission files in {folder} cannot be written: {error.strerror or error}; make room there, or choose another folder") from error
             written += 1
-        _end(written, faults, world, f"submission files of {type(dataset).__name__} are in {folder}")
-
-
-def predict_files(config: str | os.PathLike, checkpoint: str | os.PathLike, images: Sequence[str | os.PathLike], out: str | os.PathLike, *,
-                  logits: bool = False, strict: bool = False, ema: bool = False, cfg_options: Mapping[str, Any] | None = None) -> None:
-    """Writes NAME_overlay.png and NAME_labels.png (class indices as the training labels count them) into `out` for every image.
-
-    images: files, folders and globs. logits: NAME_logits.npy too, (classes, h, w) float32. strict: an image that cannot be read is an error; else it is
-    left out and named at the end.
-    Raises UserError when config, images or checkpoint cannot work, or when two images would write the same file.
-    """
-    world = world_from_environment()
-    experiment = read_experiment(config, cfg_options)
-    folder = _folder(out, "--out")
-    check_windows(experiment)
-    files = find_images(images)
-    names = _names(files)
-    written = {(folder / f"{name}_{kind}.png").resolve(): path for path, name in names.items() for kind in ("labels", "overlay")}
-    if taken := [path for path in files if path.resolve() in written]:
-        raise DataError(f"the prediction of {written[taken[0].resolve()]} would overwrite the image {taken[0]}; choose another --out")
-    dataset = ImageFiles(files, experiment.test["pipeline"])
-    classes, palette = _classes(experiment, check_weights_fit(experiment, checkpoint, ema=ema))
-    with joined(world):
-        start_logging(None, level=experiment.log_level, is_main=world.is_main)
-        forwards = ready(experiment, checkpoint, world, ema=ema)
-        faults: list[str] = []
-        done = 0
-        for path, labels, values in predict(forwards, dataset, world, min(experiment.workers, len(files)), faults, strict=strict, logits=logits):
-            picture = side_by_side(mmcv.imread(path), [("prediction", labels)], classes, palette)
-            write_picture(folder / f"{names[path]}_labels.png", labels.astype(np.uint8 if len(classes) < 256 else np.uint16))
-            write_picture(folder / f"{names[path]}_overlay.png", picture)
-            if values is not None:
-                with whole_file(folder / f"{names[path]}_logits.npy") as file:
-                    np.save(file, values)
-            done += 1
-        _end(done, faults, world, f"overlays and label maps are in {folder}")
+        total, _ = conclude(written, faults, world)
+        log.info("%d images: submission files of %s are in %s", total, type(dataset).__name__, folder)
 
 
 def _check_format(dataset: Any) -> None:
@@ -144,47 +104,3 @@ def _check_format(dataset: Any) -> None:
             raise ConfigError(f"{type(dataset).__name__} has no format for submissions; leave --format-only out, or use launch/predict.py for label maps") from None
         except ModuleNotFoundError as error:
             raise ConfigError(f"the submission files of {type(dataset).__name__} need the package {error.name}; pip install {error.name}") from None
-
-
-def _classes(experiment: Experiment, meta: Mapping[str, Any]) -> tuple[Sequence[str], Sequence[Sequence[int]]]:
-    """Names and colours: of the checkpoint's meta, else of the config's test set, or of its class in mmseg; needs no data."""
-    (entry, *_) = leaf_datasets(experiment.test) if experiment.test is not None else (ConfigDict(),)
-    kind = DATASETS.get(entry.get("type", ""))
-    classes = meta.get("CLASSES") or entry.get("classes") or getattr(kind, "CLASSES", None)
-    palette = meta.get("PALETTE") or entry.get("palette") or getattr(kind, "PALETTE", None)
-    if not isinstance(classes, (list, tuple)) or not isinstance(palette, (list, tuple)) or len(classes) != len(palette):
-        raise ConfigError(f"neither the checkpoint nor data.test of {experiment.path} names the classes and their colours; add classes=(...) and palette=[...] to data.test")
-    return classes, palette
-
-
-def _names(files: Sequence[Path]) -> dict[Path, str]:
-    """What predictions are called: the file's name, with its folders where two files have one name. Raises DataError when that does not tell them apart."""
-    names = {path: path.stem for path in files}
-    if len(set(names.values())) < len(names):
-        common = os.path.commonpath([path.absolute().parent for path in files])
-        names = {path: "_".join(path.absolute().relative_to(common).with_suffix("").parts) for path in files}
-    name, times = Counter(names.values()).most_common(1)[0]
-    if times > 1:
-        raise DataError(f"{times} images are called {name!r}, their predictions would overwrite each other; give them to separate calls")
-    return names
-
-
-def _folder(path: str | os.PathLike, option: str) -> Path:
-    """A folder that can be written, made where there is none. Raises ConfigError or OutputError when there is something else in its place."""
-    folder = Path(path)
-    place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise ConfigError(f"{option} {folder} cannot be written: {place} is no folder that this user may write to")
-    make_folder(folder)
-    return folder
-
-
-def _end(done: int, faults: list[str], world: World, words: str) -> None:
-    """Counts what all ranks have done, complains of images that could not be read, and says where the rest is. Collective."""
-    told: list[Any] = [(done, faults)]
-    if dist.is_initialized() and world.size > 1:
-        told = [None] * world.size
-        dist.all_gather_object(told, (done, faults))
-    done = sum(number for number, _ in told)
-    complain(sorted(fault for _, some in told for fault in some), done, aloud=world.is_main)
-    log.info("%d images: %s", done, words)
