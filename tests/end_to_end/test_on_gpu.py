@@ -33,9 +33,9 @@ def test_training_in_bf16_follows_plain_pytorch_on_the_cpu(run, ade20k):
 def test_the_checkpoint_scores_the_same_on_gpu_and_cpu(run, launch, ade20k, tmp_path):
     scores = []
     for name, env in (("gpu", ON_GPU), ("cpu", {})):
-        out = tmp_path / f"{name}.json"
+        out = tmp_path / name
         launch("launch/test.py", TINY, run.work_dir / "checkpoints", "--out", out, "--cfg-options", *SMALL, *ONE, *data_options(ade20k), processes=1, env=env)
-        scores.append(json.loads(out.read_text())["mIoU"])
+        scores.append(json.loads((out / "results.json").read_text())["mIoU"])
     assert scores == pytest.approx([run.scores[6]] * 2, abs=5e-3)
 
 

@@ -65,7 +65,7 @@ def test_the_average_is_scored_and_consolidated(unbroken, launch, ade20k, tmp_pa
     launch("launch/consolidate.py", unbroken.work_dir, tmp_path / "ema.pth", "--ema", launcher="python")
     scores = []
     for number, arguments in enumerate(([unbroken.work_dir, "--ema"], [tmp_path / "ema.pth"], [unbroken.work_dir])):
-        out = tmp_path / f"{number}.json"
+        out = tmp_path / str(number)
         launch("launch/test.py", TINY, *arguments, "--out", out, "--cfg-options", *SMALL, *data_options(ade20k), launcher="python")
-        scores.append(json.loads(out.read_text()))
+        scores.append(json.loads((out / "results.json").read_text()))
     assert scores[0] == scores[1] != scores[2]
