@@ -7,6 +7,7 @@ torch.save all the same (`skip_data` leaves room for the values), and the safete
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -93,7 +94,22 @@ def write_safetensors(path: Path, entries: Mapping[str, Entry], metadata: Mappin
 
 
 def _write(file: BinaryIO, entry: Entry, digest: xxhash.xxh3_128, advance: Advance) -> None:
-    for data in entry.pieces():
+    for data in _ahead(entry.pieces(), digest):
         file.write(data)
-        digest.update(data)
         advance(len(data))
+
+
+def _ahead(pieces: Iterator[memoryview], digest: xxhash.xxh3_128) -> Iterator[memoryview]:
+    """The same pieces; a thread reads the next one, and adds it to the checksum, while this one is written."""
+
+    def following() -> memoryview | None:
+        piece = next(pieces, None)
+        if piece is not None:
+            digest.update(piece)
+        return piece
+
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(following)
+        while (piece := coming.result()) is not None:
+            coming = thread.submit(following)
+            yield piece

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from mmcv import Config
 
 from internseg_ds.data.loading import build_datasets
+from internseg_ds.distributed import gathering
 from internseg_ds.distributed.construction import build_for_training, gathered
 from internseg_ds.distributed.ds_config import resolve_ds_config
 from internseg_ds.distributed.gathering import forwards
@@ -79,8 +80,8 @@ def step(engine, number: int) -> float:
 
 def evaluated(engine, config, dataset, way: str, autocast: bool = False):
     world = World(dist.get_rank(), dist.get_world_size(), dist.get_rank())
-    with forwards(engine.module, config, torch.bfloat16 if autocast else torch.float32, DEVICE, autocast=autocast, weights=way) as ready:
-        assert not ready.segmentor.training and ready.in_step == (way == "partitioned" and engine.zero_optimization_partition_weights())
+    with forwards(engine.module, config, torch.bfloat16 if autocast else torch.float32, DEVICE, autocast=autocast, weights=way.split()[0]) as ready:
+        assert not ready.segmentor.training and ready.in_step == (way in ("partitioned", "auto without room") and engine.zero_optimization_partition_weights())
         return evaluate(ready, dataset, world=world, workers=0, verbose=False)
 
 
@@ -89,7 +90,9 @@ def confusions(root: Path, out: Path) -> None:
     deepspeed.init_distributed(verbose=False)
     config, engine = engine_of(dist.get_world_size(), 3, False)
     found = {}
-    for way in ("whole", "partitioned", "auto"):
+    for way in ("whole", "partitioned", "auto", "auto without room"):
+        if way == "auto without room":
+            gathering.ROOM = 0.0  # of the free memory
         for count in (len(SIZES), 1):  # of one image, some ranks get none
             result = evaluated(engine, config, dataset_of(root, count), way)
             assert result.images == count and result.confusion.sum() > 0

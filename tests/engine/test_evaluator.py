@@ -68,8 +68,8 @@ def test_images_that_cannot_be_read_are_left_out_counted_and_named(tiny, damaged
     caplog.set_level(logging.WARNING)
     found = evaluate(Forwards(tiny), validation(root), world=World(), workers=1, verbose=False)
     assert found.images == 5 and len(found.faults) == 2
-    for image, fault in zip(images[1:3], found.faults):
-        assert image.name in fault and image.name in caplog.text
+    for image in images[1:3]:
+        assert sum(image.name in fault for fault in found.faults) == 1 and image.name in caplog.text
     assert "2 of 7 images are left out" in caplog.text
     whole = validation(root)
     whole.img_infos = [info for number, info in enumerate(whole.img_infos) if number not in (1, 2)]
