@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -136,6 +137,15 @@ def join(world: World, timeout: timedelta = timedelta(minutes=30)) -> None:
     if world.device.type == "cpu":
         dist.barrier()
         forget_shared_buffer(world.rank)
+
+
+def of_all_ranks(value: Any) -> list[Any]:
+    """`value` of every rank, in their order; of this one alone where there is no group. Collective."""
+    if not dist.is_initialized():
+        return [value]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
 
 
 def leave(*, together: bool = False) -> None:

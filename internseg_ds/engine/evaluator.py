@@ -18,7 +18,7 @@ from torch import Tensor
 
 from internseg_ds.data.loading import EvaluationImage, evaluation_images
 from internseg_ds.distributed.gathering import Forwards
-from internseg_ds.distributed.process_group import World
+from internseg_ds.distributed.process_group import World, of_all_ranks
 from internseg_ds.engine.segmenting import Segmenter
 from internseg_ds.errors import DataError, FaultError
 
@@ -72,7 +72,7 @@ def evaluate(forwards: Forwards, dataset: Any, *, world: World, workers: int, me
             score, labels = image_score(counted), segmented.labels.cpu().numpy()
             for watcher in watchers:
                 watcher.see(image.index, labels, score)
-    if dist.is_initialized() and world.size > 1:
+    if dist.is_initialized():
         dist.all_reduce(confusion)
     confusion = confusion.cpu()
     scored, faults = conclude(scored, faults, world)
@@ -106,10 +106,7 @@ def conclude(done: int, faults: list[str], world: World) -> tuple[int, list[str]
 
     Raises DataError, on all ranks, when none is left.
     """
-    told: list[Any] = [(done, faults)]
-    if dist.is_initialized() and world.size > 1:
-        told = [None] * world.size
-        dist.all_gather_object(told, (done, faults))
+    told = of_all_ranks((done, faults))
     done, faults = sum(number for number, _ in told), sorted(fault for _, some in told for fault in some)
     if faults and not done:
         raise DataError(f"none of the {len(faults)} images can be read; the first: {faults[0]}")

@@ -23,11 +23,14 @@ def ready(experiment: Experiment, checkpoint: str | os.PathLike, world: World, *
     """
     how = experiment.engine.evaluation_weights
     compute = backbone_dtype(experiment.engine.backbone_dtype, world.device)
-    params = build_on_meta(experiment.model).named_parameters()
-    needed = sum(param.numel() * (compute if name.startswith("backbone.") else torch.float32).itemsize for name, param in params)
-    if how == "whole" or world.size == 1 or (how == "auto" and copy_fits(needed, world.device)):
+    if how == "whole" or world.size == 1 or (how == "auto" and copy_fits(_whole_bytes(experiment, compute), world.device)):
         return Forwards(load_trained(experiment, checkpoint, world.device, ema=ema))
     return Forwards(_load_partitioned(experiment, checkpoint, world, compute, ema=ema), in_step=True)
+
+
+def _whole_bytes(experiment: Experiment, compute: torch.dtype) -> int:
+    params = build_on_meta(experiment.model).named_parameters()
+    return sum(param.numel() * (compute if name.startswith("backbone.") else torch.float32).itemsize for name, param in params)
 
 
 def _load_partitioned(experiment: Experiment, checkpoint: str | os.PathLike, world: World, compute: torch.dtype, *, ema: bool) -> nn.Module:

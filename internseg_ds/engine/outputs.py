@@ -40,11 +40,16 @@ def write_picture(path: Path, picture: np.ndarray) -> None:
         file.write(cv2.imencode(".png", picture)[1])
 
 
-def output_folder(path: str | os.PathLike, option: str) -> Path:
-    """A folder that can be written, made where there is none. Raises ConfigError or OutputError when there is something else in its place."""
-    folder = Path(path)
+def check_writable(folder: Path, option: str) -> None:
+    """A folder must be one, or one that can be made; makes nothing. Raises ConfigError naming the option that gave it."""
     place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise ConfigError(f"{option} {folder} cannot be written: {place} is no folder that this user may write to")
+
+
+def output_folder(path: str | os.PathLike, option: str) -> Path:
+    """A folder that can be written, made where there is none. Raises ConfigError or OutputError when there is something else in its place."""
+    folder = Path(path)
+    check_writable(folder, option)
     make_folder(folder)
     return folder

@@ -16,6 +16,7 @@ from mmcv import ConfigDict
 from mmseg.datasets import DATASETS
 
 from internseg_ds.data.image_files import ImageFiles, find_images
+from internseg_ds.distributed.construction import build_on_meta
 from internseg_ds.distributed.process_group import joined, world_from_environment
 from internseg_ds.engine.evaluator import conclude, images_of
 from internseg_ds.engine.experiment import Experiment, leaf_datasets, read_experiment
@@ -48,7 +49,7 @@ def predict_files(config: str | os.PathLike, checkpoint: str | os.PathLike, imag
     if taken := [path for path in files if path.resolve() in written]:
         raise DataError(f"the prediction of {written[taken[0].resolve()]} would overwrite the image {taken[0]}; choose another --out")
     dataset = ImageFiles(files, experiment.test["pipeline"])
-    classes, palette = _classes(experiment, check_weights_fit(experiment, checkpoint, ema=ema))
+    classes, palette = _classes(experiment, check_weights_fit(build_on_meta(experiment.model), checkpoint, ema=ema))
     with joined(world):
         start_logging(None, level=experiment.log_level, is_main=world.is_main)
         forwards = ready(experiment, checkpoint, world, ema=ema)

@@ -86,13 +86,6 @@ def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, An
     return Plan(experiment, ds, world, meta_model, train_set, val_set)
 
 
-def check_work_dir(work_dir: Path) -> None:
-    """The work directory must be one, or one that can be made. Raises ConfigError."""
-    place = next(path for path in (work_dir.absolute(), *work_dir.absolute().parents) if path.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise ConfigError(f"--work-dir {work_dir} cannot be written: {place} is no folder that this user may write to")
-
-
 def check_forward(model: nn.Module, sample: Mapping[str, Any]) -> None:
     """A forward on the meta device: layers whose sizes do not fit each other are found without memory or data. Raises ConfigError."""
     image = sample["img"].data if isinstance(sample["img"], DataContainer) else sample["img"]
@@ -143,10 +136,10 @@ def starting_weights(experiment: Experiment, model: nn.Module, load_from: str | 
     return ("model.backbone.pretrained", Path(pretrained), fit_backbone) if pretrained else None
 
 
-def check_weights_fit(experiment: Experiment, checkpoint: str | os.PathLike, *, ema: bool = False) -> dict[str, Any]:
-    """A finished checkpoint must be there and fit the config's model; returns its meta (CLASSES, PALETTE, ...). Raises CheckpointError."""
+def check_weights_fit(model: nn.Module, checkpoint: str | os.PathLike, *, ema: bool = False) -> dict[str, Any]:
+    """A finished checkpoint must be there and fit the model (on the meta device); returns its meta (CLASSES, PALETTE, ...). Raises CheckpointError."""
     weights = open_weights(Path(checkpoint), ema=ema)
-    fit_segmentor(build_on_meta(experiment.model), weights)
+    fit_segmentor(model, weights)
     return weights.meta
 
 
@@ -222,9 +215,9 @@ def check_windows(experiment: Experiment) -> None:
 
 def check_sample(model: nn.Module, sample: Mapping[str, Any]) -> None:
     """A training image as the pipeline hands it over must be whole patches."""
-    patch, image = getattr(model.backbone, "patch_size", None), sample["img"]
+    patch, image = getattr(model.backbone, "patch_size", 1), sample["img"]
     height, width = (image.data if isinstance(image, DataContainer) else image).shape[-2:]
-    if patch is not None and (height % patch or width % patch):
+    if height % patch or width % patch:
         raise ConfigError(f"the first image of data.train comes out of its pipeline with {height} x {width} pixels, which are no whole patches of {patch}; "
                           f"crop and pad to a multiple of {patch}")
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch.distributed as dist
 
 from internseg_ds.data.loading import ground_truth
-from internseg_ds.distributed.process_group import World
+from internseg_ds.distributed.process_group import World, of_all_ranks
 from internseg_ds.engine.evaluator import Evaluation
 from internseg_ds.engine.outputs import make_folder, whole_file, write_picture
 from internseg_ds.engine.pictures import side_by_side
@@ -102,18 +102,14 @@ class Extremes:
     def write(self, folder: Path, world: World) -> None:
         """Writes folder/{best,worst}/01_SCORE_NAME.png, each by the rank that has it. Collective."""
         for name, heap in self._heaps.items():
-            mine = [(rank, index) for rank, index, _ in heap]
-            everyones: list[list[tuple[float, int]]] = [mine]
-            if dist.is_initialized() and world.size > 1:
-                everyones = [[] for _ in range(world.size)]
-                dist.all_gather_object(everyones, mine)
+            everyones = of_all_ranks([(rank, index) for rank, index, _ in heap])
             chosen = sorted((item for some in everyones for item in some), reverse=True)[: self.count]
             labels_of = {-index: labels for _, index, labels in heap}
             make_folder(folder / name)
             if world.is_main:
                 for stale in (folder / name).glob("[0-9]*_[0-9]*_*.png"):
                     stale.unlink()
-            if dist.is_initialized() and world.size > 1:
+            if dist.is_initialized():
                 dist.barrier()
             for place, (rank, index) in enumerate(chosen, 1):
                 if -index in labels_of:

@@ -7,7 +7,6 @@ are several augmentations, also the sum of their probabilities.
 """
 
 import logging
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -131,17 +130,18 @@ class Segmenter:
 
         inputs: img, a list over augmentations of (1, 3, h, w), and img_metas, a list over augmentations of lists of one dict.
         """
-        queue: deque[tuple[Pending, View, Window]] = deque()
+        batch: list[tuple[Pending, View, Window]] = []
         for key, inputs in images:
             pending = Pending(key, len(inputs["img"]))
             for pixels, metas in zip(inputs["img"], inputs["img_metas"], strict=True):
                 view = View(pixels[0], metas[0], self._windows(*pixels.shape[2:]))
                 for window in view.windows:
-                    if queue and (len(queue) >= self.batch_size or _size(queue[0][2]) != _size(window)):
-                        yield from self._run(queue)
-                    queue.append((pending, view, window))
-        while queue:
-            yield from self._run(queue)
+                    if batch and (len(batch) >= self.batch_size or _size(batch[0][2]) != _size(window)):
+                        yield from self._run(batch)
+                        batch = []
+                    batch.append((pending, view, window))
+        if batch:
+            yield from self._run(batch)
         self.forwards.finish()
 
     def _windows(self, height: int, width: int) -> list[Window]:
@@ -149,16 +149,17 @@ class Segmenter:
             return [Window(0, height, 0, width)]
         return windows(height, width, self.test_cfg.crop_size, self.test_cfg.stride)
 
-    def _run(self, queue: deque[tuple[Pending, View, Window]]) -> Iterator[Segmented]:
-        """A forward for all windows of the queue, and the images that it completes."""
-        batch = list(queue)
-        queue.clear()
+    def _run(self, batch: list[tuple[Pending, View, Window]]) -> Iterator[Segmented]:
+        """A forward for all windows of a batch, and the images that it completes."""
         logits = self._forward(torch.stack([view.pixels[:, window.top : window.bottom, window.left : window.right] for _, view, window in batch]),
                                [view.meta for _, view, _ in batch])
         for (pending, view, window), part in zip(batch, logits, strict=True):
             view.add(window, part)
-            if view.complete and (segmented := self._fold(pending, view)):
-                yield segmented
+            if view.complete:
+                segmented = self._fold(pending, view)
+                view.logits = None
+                if segmented:
+                    yield segmented
 
     def _forward(self, pixels: Tensor, metas: list[Mapping[str, Any]]) -> Tensor:
         """(b, 3, h, w) -> logits (b, classes, h, w). Where the device's memory does not suffice, in smaller batches from here on."""
@@ -175,7 +176,7 @@ class Segmenter:
         return torch.cat([self._forward(pixels[first : first + size], metas[first : first + size]) for first in range(0, len(pixels), size)])
 
     def _fold(self, pending: Pending, view: View) -> Segmented | None:
-        """Takes what a complete view says of its image, and drops its logits. Views come in their order; the last one completes the image."""
+        """Takes what a complete view says of its image. Views come in their order; the last one completes the image."""
         pending.done += 1
         logits = None
         if pending.views == 1 and not self.binary:
@@ -185,13 +186,11 @@ class Segmenter:
         else:
             self._add_probabilities(pending, view)
             if pending.done < pending.views:
-                view.logits = None
                 return None
             mean = pending.total.div_(pending.views)
             labels = (mean[0] > self.threshold).long() if self.binary else mean.argmax(dim=0)
             if self.with_logits:
                 logits = (mean.logit() if self.binary else mean.log()).cpu()
-        view.logits = None
         return Segmented(pending.key, labels, logits)
 
     def _largest(self, view: View) -> Tensor:

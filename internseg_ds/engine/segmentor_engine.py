@@ -41,7 +41,8 @@ from internseg_ds.distributed.restoring import restore
 from internseg_ds.engine.checkpointing import Checkpoints, checkpoint_to_resume, named_groups, state_of
 from internseg_ds.engine.evaluator import Evaluation, evaluate
 from internseg_ds.engine.experiment import Experiment, read_experiment
-from internseg_ds.engine.preflight import Plan, check, check_work_dir, starting_weights
+from internseg_ds.engine.outputs import check_writable
+from internseg_ds.engine.preflight import Plan, check, starting_weights
 from internseg_ds.engine.state import TrainState
 from internseg_ds.engine.trackers import start_logging
 from internseg_ds.engine.trainer import train
@@ -79,7 +80,7 @@ class SegmentorEngine:
             raise ConfigError("cfg_options change a config while it is read; give them to read_experiment")
         experiment = config if isinstance(config, Experiment) else read_experiment(config, cfg_options)
         self.work_dir = Path(work_dir) if work_dir else experiment.work_dir
-        check_work_dir(self.work_dir)
+        check_writable(self.work_dir, "--work-dir")
         resume_from = checkpoint_to_resume(resume or experiment.resume_from, self.work_dir)
         self.plan: Plan = check(experiment, ds_config, world, validate=validate, load_from=load_from, resume_from=resume_from)
         self.checkpoints = Checkpoints(self.work_dir / "checkpoints", experiment.max_keep_ckpts)

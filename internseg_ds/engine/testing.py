@@ -44,8 +44,9 @@ def test(config: str | os.PathLike, checkpoint: str | os.PathLike, *, metrics: S
     shown = output_folder(show_dir, "--show-dir") if show_dir is not None else None
     check_windows(experiment)
     dataset = validation_set(experiment, "test")
-    check_classes(build_on_meta(experiment.model), dataset, "data.test")
-    check_weights_fit(experiment, checkpoint, ema=ema)
+    meta_model = build_on_meta(experiment.model)
+    check_classes(meta_model, dataset, "data.test")
+    check_weights_fit(meta_model, checkpoint, ema=ema)
     with joined(world):
         start_logging(None, level=experiment.log_level, is_main=world.is_main)
         forwards = ready(experiment, checkpoint, world, ema=ema)
@@ -73,9 +74,10 @@ def write_submission(config: str | os.PathLike, checkpoint: str | os.PathLike, o
     folder = output_folder(out, "--format-only")
     check_windows(experiment)
     dataset = validation_set(experiment, "test", truth=False)
-    check_classes(build_on_meta(experiment.model), dataset, "data.test")
+    meta_model = build_on_meta(experiment.model)
+    check_classes(meta_model, dataset, "data.test")
     _check_format(dataset)
-    check_weights_fit(experiment, checkpoint, ema=ema)
+    check_weights_fit(meta_model, checkpoint, ema=ema)
     with joined(world):
         start_logging(None, level=experiment.log_level, is_main=world.is_main)
         forwards = ready(experiment, checkpoint, world, ema=ema)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from internseg_ds.data.loading import training_batches
 from internseg_ds.data.sampler import GlobalBatchSampler
+from internseg_ds.distributed.process_group import of_all_ranks
 from internseg_ds.engine.curves import draw_curves
 from internseg_ds.engine.report import write_report
 from internseg_ds.engine.state import TrainState, due
@@ -157,6 +158,4 @@ class RunningMeans:
     def not_finite(self) -> str:
         """The image files of the micro-batches whose loss was not finite, by rank. Collective."""
         mine = [file for finite, files in self.finite if not finite for file in files]
-        everyones: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(everyones, mine)
-        return "; ".join(f"rank {rank}: {', '.join(files)}" for rank, files in enumerate(everyones) if files)
+        return "; ".join(f"rank {rank}: {', '.join(files)}" for rank, files in enumerate(of_all_ranks(mine)) if files)

@@ -94,12 +94,12 @@ def test_a_ds_config_without_a_stage_is_refused(ade20k):
 
 @pytest.mark.parametrize("name", ["file", "file/below"])
 def test_a_work_directory_that_cannot_be_made_is_refused(name, ade20k, tmp_path):
-    from internseg_ds.engine.preflight import check_work_dir
+    from internseg_ds.engine.outputs import check_writable
 
     (tmp_path / "file").write_text("precious")
-    check_work_dir(tmp_path / "new" / "one")
+    check_writable(tmp_path / "new" / "one", "--work-dir")
     with pytest.raises(ConfigError, match=r"--work-dir .* cannot be written"):
-        check_work_dir(tmp_path / name)
+        check_writable(tmp_path / name, "--work-dir")
 
 
 def test_labels_that_are_no_class_are_refused():

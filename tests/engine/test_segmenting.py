@@ -172,8 +172,7 @@ def test_a_device_without_room_gets_smaller_batches(tiny):
 
 
 def test_one_channel_for_two_classes_is_a_threshold(tiny):
-    model = with_test_cfg(tiny)
-    model.decode_head = copy.deepcopy(tiny.decode_head)
+    model = copy.deepcopy(with_test_cfg(tiny))  # a shallow copy shares its children with the others
     head = model.decode_head
     torch.manual_seed(1)
     head.conv_seg, head.out_channels, head.threshold, model.out_channels = torch.nn.Conv2d(head.channels, 1, 1), 1, 0.45, 1
