@@ -33,10 +33,10 @@ def processes_of(work_dir: Path) -> list[psutil.Process]:
 
 
 @contextmanager
-def running(work_dir: Path, ade20k: Path, *arguments: str, options: list[str] = ENDLESS) -> Iterator[tuple[subprocess.Popen, dict[int, psutil.Process]]]:
+def running(work_dir: Path, ade20k: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen, dict[int, psutil.Process]]]:
     """(the launcher of 2 ranks that train for ever, the ranks); they have begun."""
     command = ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), "launch/train.py", TINY, "--work-dir", work_dir, "--no-validate", *arguments,
-               "--cfg-options", *SMALL, *data_options(ade20k), *options]
+               "--cfg-options", *SMALL, *data_options(ade20k), *ENDLESS]
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     launcher = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
     try:
@@ -85,16 +85,16 @@ def test_a_rank_that_is_frozen_ends_the_others_after_the_heartbeat_timeout(ade20
         assert re.search(r"rank 1 .* has given no sign of life for 4 s", (tmp_path / "train.log").read_text())
 
 
-def test_a_rank_that_hangs_is_named_with_its_line(ade20k, tmp_path):
-    """One of its images is a pipe that nobody writes to."""
+def test_a_rank_that_hangs_is_named_with_its_line(launch, ade20k, tmp_path):
+    """One of its label maps is a pipe that nobody writes to."""
     root, work_dir = tmp_path / "ade", tmp_path / "run"
     shutil.copytree(ade20k, root)
-    image = sorted((root / "images" / "training").glob("*.jpg"))[9]
-    image.unlink()
-    os.mkfifo(image)
-    with running(work_dir, root, "--heartbeat-timeout", "4", options=[*ENDLESS, "data.workers_per_gpu=0"]) as (launcher, _):
-        output, _ = launcher.communicate(timeout=60)
-        assert launcher.returncode == LOST and nothing_stays(work_dir, within_s=10)
-    found = re.search(r"no rank has got on for 4 s: the other 1 wait for rank (\d) .* at step (\d+), data \((\S+)", output)
-    assert found and "file_client" in found[3], output[-3000:]
-    assert "most recent call first" in output  # the stack of the one that hangs
+    labels = sorted((root / "annotations" / "training").iterdir())[9]
+    labels.unlink()
+    os.mkfifo(labels)
+    done = launch("launch/train.py", TINY, "--work-dir", work_dir, "--no-validate", "--heartbeat-timeout", "4", "--cfg-options", *SMALL, *data_options(root), *ENDLESS,
+                  "data.workers_per_gpu=0", check=False)
+    assert done.returncode == LOST and nothing_stays(work_dir, within_s=10)
+    found = re.search(r"no rank has got on for 4 s: the other 1 wait for rank (\d) .* at step (\d+), data \((\S+)", done.stderr)
+    assert found and "file_client" in found[3], done.stderr[-3000:]
+    assert "most recent call first" in done.stderr  # the stack of the one that hangs
