@@ -5,13 +5,13 @@ import math
 from pathlib import Path
 
 import torch
-from mmcv import Config
 from mmseg.datasets.builder import PIPELINES
 
 from internseg_ds.engine.segmentor_engine import SegmentorEngine
 from internseg_ds.engine.skipped import poisoned
-from tests.conftest import ROOT, TINY
+from tests.conftest import ROOT
 from tests.distributed.ranks import spawn
+from tests.engine.small import small_experiment
 
 STEPS = 6
 
@@ -26,25 +26,14 @@ class SpoilOneImage:
         return results
 
 
-def experiment(root: Path, **engine) -> Config:
-    cfg = Config.fromfile(ROOT / TINY)
-    cfg.merge_from_dict({"model.backbone.embed_dim": 32, "model.backbone.num_heads": 2, "model.decode_head.in_channels": [32] * 4, "model.decode_head.channels": 16,
-                         "model.auxiliary_head.in_channels": 32, "model.auxiliary_head.channels": 16, "data.samples_per_gpu": 2, "data.workers_per_gpu": 0,
-                         "engine": {"global_batch": 4, **engine}, "log_config.interval": 1, "runner.max_iters": STEPS, "checkpoint_config.interval": 0})
-    for split in ("train", "val", "test"):
-        cfg.data[split].data_root = str(root)
-    names = [step["type"] for step in cfg.data.train.pipeline]
-    cfg.data.train.pipeline.insert(names.index("Normalize") + 1, dict(type="SpoilOneImage"))
-    return cfg
-
-
 def one_bad_image_costs_its_steps_and_nothing_else(root: Path, folder: Path) -> None:
     for ds_config in ("zero3_bf16.json", "zero1_bf16.json", "zero3_autocast.json"):
         one_bad_image(root, folder / ds_config, ds_config)
 
 
 def one_bad_image(root: Path, work_dir: Path, ds_config: str) -> None:
-    with SegmentorEngine(experiment(root), ROOT / "ds_configs" / ds_config, work_dir=work_dir, validate=False) as engine:
+    cfg = small_experiment(root, f"runner.max_iters={STEPS}", after_normalize="SpoilOneImage")
+    with SegmentorEngine(cfg, ROOT / "ds_configs" / ds_config, work_dir=work_dir, validate=False) as engine:
         engine.train()
         skipped = engine.deepspeed.skipped_steps
         assert 1 <= skipped < STEPS

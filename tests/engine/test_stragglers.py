@@ -1,13 +1,46 @@
+import json
+import re
 import time
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from mmseg.datasets.builder import PIPELINES
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from internseg_ds.engine.segmentor_engine import SegmentorEngine
 from internseg_ds.engine.stragglers import LayerClock, slowest
+from tests.conftest import ROOT
+from tests.distributed.ranks import spawn
+from tests.engine.small import small_experiment
 
 HOSTS = ["a", "a", "b", "b"]
+
+
+@PIPELINES.register_module()
+class SleepOnRankOne:
+    """A slow disk."""
+
+    def __call__(self, results):
+        time.sleep(0.5 * dist.get_rank())
+        return results
+
+
+def the_log_names_the_rank_whose_data_come_late(root: Path, work_dir: Path) -> None:
+    cfg = small_experiment(root, "runner.max_iters=4", after_normalize="SleepOnRankOne")
+    with SegmentorEngine(cfg, ROOT / "ds_configs/zero3_bf16.json", work_dir=work_dir, validate=False) as engine:
+        engine.train()
+    if dist.get_rank() == 0:
+        records = [json.loads(line) for line in (work_dir / "metrics.jsonl").read_text().splitlines()]
+        assert min(record["waits_for_slowest"] for record in records[1:]) > 0.2
+        log = (work_dir / "train.log").read_text()
+        assert re.search(r"straggler: rank 1 \(host \S+\) waits 1\.\d\d s a step for data where the median rank waits 0\.\d\d s; the others wait for it \d\d%", log), log
+
+
+def test_the_log_names_the_rank_whose_data_come_late(ade20k, tmp_path):
+    spawn(the_log_names_the_rank_whose_data_come_late, 2, ade20k, tmp_path)
 
 
 def test_the_rank_whose_data_come_late_is_named_with_what_it_costs():
