@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -128,9 +129,13 @@ with SegmentorEngine({TINY!r}, "ds_configs/zero3_bf16.json", work_dir={str(tmp_p
     assert 0 <= float(done.stdout.splitlines()[-1]) < 0.2
 
 
-def test_a_loss_that_is_not_finite_ends_with_3_and_names_step_rank_and_images(train):
-    run = train("--no-validate", options=["runner.max_iters=4", "checkpoint_config.interval=0", "model.decode_head.loss_decode.loss_weight=1e39"], check=False)
-    assert run.returncode == 3 and "not finite at step 1" in run.output and "rank 1: " in run.output and "ADE_train_" in run.output
+def test_losses_that_are_not_finite_end_with_3_and_name_step_rank_and_images(train):
+    run = train("--no-validate", options=["runner.max_iters=9", "checkpoint_config.interval=0", "model.decode_head.loss_decode.loss_weight=1e39",
+                                          "engine.max_skipped_steps=3"], check=False)
+    assert run.returncode == 3 and re.search(r"3 steps in a row, up to step 3, were skipped; .*rank 1: \S+ADE_train_", run.output)
+    noted = [json.loads(line) for line in (run.work_dir / "skipped_steps.jsonl").read_text().splitlines()]
+    assert [note["step"] for note in noted] == [1, 2, 3]
+    assert all(len(rank[0]["images"]) == 2 and rank[0]["loss"] == "inf" for note in noted for rank in note["ranks"])
 
 
 def test_a_run_leaves_checkpoints_metrics_log_curve_and_its_configs(trained):
