@@ -20,5 +20,5 @@ DEVICES = {device.name: device for device in (
     Device("A100", 312, 156, 80, 2039, 300, 32),      # NVIDIA A100 data sheet, SXM 80 GB: NVLink 600 GB/s both ways, PCIe 4
     Device("H100", 989, 494, 80, 3350, 450, 64),      # NVIDIA H100 data sheet, SXM: half of the figures "with sparsity"; NVLink 900 GB/s both ways, PCIe 5
     Device("H200", 989, 494, 141, 4800, 450, 64),     # NVIDIA H200 data sheet, SXM
-    Device("B200", 2250, 1120, 180, 8000, 900, 64),   # NVIDIA DGX B200 and HGX data sheets, an eighth of 8 GPUs; NVLink 1.8 TB/s both ways
+    Device("B200", 2250, 1100, 180, 8000, 900, 64),   # NVIDIA HGX B200 and DGX B200 data sheets, an eighth of 8 GPUs; NVLink 1.8 TB/s both ways
 )}
