@@ -34,7 +34,7 @@ def main() -> None:
             line = dict(color=f"C{colour}", linestyle=style, marker="o", markersize=3, label=f"{label}, {network}")
             times.plot(NODES, [row.time.step for row in rows], **line)
             shares.plot(NODES, [100 * (1 - row.time.compute / row.time.step) for row in rows], **line)
-    times.set(title="seconds per step of 2 images per GPU", yscale="log")
+    times.set(title="seconds per step of 2 images per GPU", yscale="log", yticks=(0.5, 1, 2, 5), yticklabels=(0.5, 1, 2, 5))
     shares.set(title="share of the step that is not computation, %", ylim=(0, 100))
     for axes in (times, shares):
         axes.set(xlabel="nodes of 8 H100s", xscale="log", xticks=NODES, xticklabels=NODES)

@@ -47,7 +47,7 @@ def test_the_crop_is_that_of_the_training_pipeline():
     experiment = read_experiment(ROOT / TINY)
     assert crop_size(experiment) == (112, 112)
     experiment.train.pipeline = [step for step in experiment.train.pipeline if step.type not in ("RandomCrop", "Pad")]
-    with pytest.raises(ConfigError, match="RandomCrop.crop_size"):
+    with pytest.raises(ConfigError, match=r"RandomCrop\.crop_size"):
         crop_size(experiment)
 
 
