@@ -101,7 +101,7 @@ def bit16_groups(engine: SegmentorEngine) -> list[list[Tensor]]:
 
 
 ZERO3 = {"stage": 3, "stage3_param_persistence_threshold": 320}
-TIGHT = {**ZERO3, "stage3_max_reuse_distance": 20_000, "stage3_prefetch_bucket_size": 5_000, "reduce_bucket_size": 30_000}
+TIGHT = {**ZERO3, "stage3_max_reuse_distance": 20_000, "stage3_max_live_parameters": 40_000, "stage3_prefetch_bucket_size": 5_000, "reduce_bucket_size": 30_000}
 """At this model's size, what DeepSpeed's defaults are at 6 B: some weights are kept from forward to backward, most are gathered twice."""
 
 
