@@ -30,3 +30,10 @@ def test_offloaded_state_lies_on_the_host():
     zero = {"stage": 3, "offload_optimizer": {"device": "cpu"}}
     places = {part: place for part, _, place in training_state_bytes(nn.Linear(4, 4), {"zero_optimization": zero}, "bf16", 1)}
     assert places == {"weights": "accelerator", "gradients": "cpu", "optimizer": "cpu"}
+
+
+def test_hpz_keeps_a_second_copy_of_the_weights_within_each_node():
+    model = nn.Linear(640, 640, bias=False, device="meta")
+    rows = training_state_bytes(model, {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}, "bf16", N)
+    assert rows[-1] == ("second copy", 2 * 640 * 640 // 8, "accelerator")
+    assert rows[:-1] == training_state_bytes(model, {"zero_optimization": {"stage": 3}}, "bf16", N)

@@ -1,0 +1,73 @@
+import pytest
+
+from internseg_ds.planning.communication import Collective, Traffic
+from internseg_ds.planning.devices import DEVICES, Device
+from internseg_ds.planning.step_time import ADAM_BYTES, Assumptions, Cluster, seconds, step_time
+from internseg_ds.planning.training_pass import TrainingPass
+
+GPU = Device("test", bf16=100, tf32=50, memory=80, memory_gbs=1000, nvlink_gbs=100, host_gbs=10)
+PLAIN = Assumptions(compute=0.5, link=1.0, hop_within_s=0, hop_between_s=0, host_memory_gbs=80)
+PASS = TrainingPass((), backbone_forward=10**12, backbone_backward=3 * 10**12, backbone_recomputed=10**12, heads_forward=10**12, heads_backward=10**12)
+COMPUTE_S = 2 * (4 / 100 + 2 / 50) / 0.5  # two images
+STATE = 10**9
+
+
+def gather(gigabytes: float, ranks: int = 2, calls: int = 1, what: str = "weights") -> Collective:
+    """An all-gather of which each of the ranks sends so much."""
+    return Collective("all_gather", what, int(gigabytes * 1e9 * ranks / (ranks - 1)), calls, ranks)
+
+
+def time_of(micro_batches, after=(), zero=None, nodes=1, per_node=2, host_bytes=0):
+    return step_time(PASS, 2, Traffic(tuple(micro_batches), tuple(after)), STATE, host_bytes, zero or {"stage": 3}, Cluster(GPU, nodes, per_node, 10), PLAIN)
+
+
+def test_computation_takes_its_flops_at_the_share_of_the_peak_that_is_reached():
+    time = time_of([()])
+    assert time.floor == pytest.approx(COMPUTE_S / 2)
+    assert time.compute == pytest.approx(COMPUTE_S)
+    assert time.update == pytest.approx(ADAM_BYTES * STATE / 2 / 1e12)
+    assert time.step == pytest.approx(time.compute + time.update)
+
+
+def test_communication_hides_behind_computation_where_the_settings_let_it():
+    hidden, longer = gather(8), gather(40)  # 0.08 and 0.4 s beside 0.32 s
+    assert time_of([(hidden,)]).waiting == pytest.approx(0)
+    assert time_of([(longer,)]).waiting == pytest.approx(0.4 - COMPUTE_S)
+    assert time_of([(hidden,)], zero={"stage": 3, "overlap_comm": False}).waiting == pytest.approx(0.08)
+    assert time_of([(hidden,)], zero={"stage": 1}).waiting == pytest.approx(0.08)  # DeepSpeed overlaps in ZeRO-3 alone unless it is told to
+    assert time_of([(gather(8, what="batch norm"),)]).waiting == pytest.approx(0.08)
+    assert time_of([(), ()], after=[hidden]).waiting == pytest.approx(0.08)
+
+
+def test_micro_batches_wait_for_their_own_communication_only():
+    time = time_of([(gather(40),), ()])
+    assert time.step == pytest.approx(0.4 + COMPUTE_S + time.update)
+    assert time.communication == pytest.approx(0.4)
+
+
+def test_the_slower_link_decides():
+    cluster = Cluster(GPU, nodes=2, per_node=2, between_gbs=10)
+    assert seconds([gather(8, ranks=4)], cluster, PLAIN) == pytest.approx(4 / 10)  # half of it leaves the node
+    assert seconds([gather(8, ranks=2)], cluster, PLAIN) == pytest.approx(8 / 100)
+
+
+def test_each_call_takes_its_hops():
+    cluster, slow = Cluster(GPU, nodes=2, per_node=2, between_gbs=10), Assumptions(link=1.0, hop_within_s=1, hop_between_s=10)
+    assert seconds([gather(0, ranks=4, calls=3)], cluster, slow) == 3 * (2 + 20)
+    assert seconds([Collective("all_reduce", "gradients", 0, 1, 4)], cluster, slow) == 2 * (2 + 20)
+    assert seconds([gather(0, ranks=2)], cluster, slow) == 1
+
+
+def test_an_offloaded_update_runs_at_the_speed_of_the_hosts_memory():
+    time = time_of([()], zero={"stage": 3, "offload_optimizer": {"device": "cpu"}}, host_bytes=2 * 10**9)
+    assert time.host == pytest.approx(0.2)
+    assert time.update == pytest.approx(ADAM_BYTES * STATE / 2 / (80e9 / 2))
+    assert time.step == pytest.approx(COMPUTE_S + time.host + time.update)
+
+
+def test_devices_are_in_order_of_their_peak():
+    peaks = [device.bf16 for device in DEVICES.values()]
+    assert peaks == sorted(peaks)
+    assert all(device.name == name and 1.9 < device.bf16 / device.tf32 < 2.1 for name, device in DEVICES.items())
+
+
