@@ -20,17 +20,18 @@ run=(srun "${wanted[@]}" --kill-on-bad-exit=1 "${srun_args[@]}" python -u launch
 
 if [ "${BATCH:-}" != 1 ]; then exec "${run[@]}" "$@"; fi
 
-if [ "${IN_BATCH_JOB:-}" != 1 ]; then  # Slurm warns the ranks 120 s before the time limit
-    IN_BATCH_JOB=1 exec sbatch "${wanted[@]}" --requeue --signal=USR1@120 --open-mode=append --output="%x-%j.log" "${sbatch_args[@]}" "$0" "$partition" "$job" "$config" "$@"
-fi
-
 work_dir=work_dirs/$(basename "$config" .py)
 for ((i = 1; i <= $#; i++)); do
     case ${!i} in
         --work-dir) next=$((i + 1)); work_dir=${!next} ;;
         --work-dir=*) work_dir=${!i#*=} ;;
+        --resume*) echo "error: a batch job goes on from the newest checkpoint of its work directory by itself; leave ${!i} out, or BATCH=1" >&2; exit 2 ;;
     esac
 done
+if [ "${IN_BATCH_JOB:-}" != 1 ]; then  # Slurm warns the ranks 120 s before the time limit
+    IN_BATCH_JOB=1 exec sbatch "${wanted[@]}" --requeue --signal=USR1@120 --open-mode=append --output="%x-%j.log" "${sbatch_args[@]}" "$0" "$partition" "$job" "$config" "$@"
+fi
+
 code=0
 "${run[@]}" --resume auto "$@" || code=$?
 if [ $code = 75 ] && [ ! -e "$work_dir/STOP" ]; then  # saved, and stopped because it was asked to

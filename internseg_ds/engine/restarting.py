@@ -6,7 +6,6 @@ WORK_DIR/checkpoints/latest; what a checkpoint is, it does not know.
 
 import ctypes
 import logging
-import os
 import re
 import shlex
 import signal
@@ -100,7 +99,7 @@ class KeptRunning:
                 break
             if self._newest() != before:
                 restarts = 0
-            if restarts == self.max_restarts:
+            if restarts >= self.max_restarts:
                 log.error("it ended with code %d; no restart is left, %d in a row brought no new checkpoint", code, restarts)
                 break
             delay_s = min(self.delay_s * 2**restarts, LONGEST_DELAY_S)
