@@ -119,7 +119,11 @@ class KeptRunning:
             self._pass_on()
         code = child.wait()
         log.info("ended with code %d", code)
-        _, left = psutil.wait_procs(_descendants(), timeout=PATIENCE_S)
+        left = _descendants()
+        if code == 0 and any(map(_saves_on_request, left)):
+            log.warning("its training goes on without it, so it did not end well")  # deepspeed 0.19 says 0 when its own launch.py is killed
+            code = FAILED
+        _, left = psutil.wait_procs(left, timeout=PATIENCE_S)
         for process in left:
             log.warning("killing process %d, which it left behind", process.pid)
             process.kill()

@@ -110,9 +110,10 @@ def test_a_real_training_saves_is_requeued_and_finishes(slurm, training, tmp_pat
     script, config, *options = training(work_dir)
     assert script == "launch/train.py"
     job, log = submit(slurm, ROOT, config, *options, SBATCH_ARGS=f"--output={tmp_path}/job.log")
-    wait_for_words(log, "step 2/", timeout_s=120)
+    wait_for(lambda: (work_dir / "metrics.jsonl").exists() and steps_of(work_dir), "step", output=lambda: log.read_text() if log.exists() else "")
     slurm.run("scancel", "--signal=USR1", job, cwd=ROOT)
     wait_for_words(log, f"saved; job {job} goes back into the queue")
+    assert steps_of(work_dir)[-1] < STEPS
     wait_for(lambda: slurm.state(job) == "COMPLETED", "end of the job", timeout_s=180, output=log.read_text)
     assert steps_of(work_dir) == list(range(1, STEPS + 1))
 
