@@ -13,4 +13,4 @@ GPUS_PER_NODE=${GPUS_PER_NODE:-$((GPUS < 8 ? GPUS : 8))}
 GRES=${GRES-gpu:$GPUS_PER_NODE}
 read -ra srun_args <<<"${SRUN_ARGS:-}"
 exec srun --partition="$partition" --job-name="$job" --ntasks="$GPUS" --ntasks-per-node="$GPUS_PER_NODE" --cpus-per-task="${CPUS_PER_TASK:-10}" \
-          ${GRES:+--gres="$GRES"} --kill-on-bad-exit=1 "${srun_args[@]}" python -u launch/test.py "$config" "$checkpoint" "$@"
+          ${GRES:+--gres="$GRES"} --kill-on-bad-exit=0 --wait=60 "${srun_args[@]}" python -u launch/test.py "$config" "$checkpoint" "$@"

@@ -16,7 +16,8 @@ read -ra srun_args <<<"${SRUN_ARGS:-}"
 read -ra sbatch_args <<<"${SBATCH_ARGS:-}"
 wanted=(--partition="$partition" --job-name="$job" --ntasks="$GPUS" --ntasks-per-node="$GPUS_PER_NODE" --cpus-per-task="${CPUS_PER_TASK:-10}"
         ${GRES:+--gres="$GRES"})
-run=(srun "${wanted[@]}" --kill-on-bad-exit=1 "${srun_args[@]}" python -u launch/train.py "$config")
+# a rank that ends takes the others along, but not at once: srun's exit code is the highest, and shall be that of the ranks, not of the signal that ended them
+run=(srun "${wanted[@]}" --kill-on-bad-exit=0 --wait=60 "${srun_args[@]}" python -u launch/train.py "$config")
 
 if [ "${BATCH:-}" != 1 ]; then exec "${run[@]}" "$@"; fi
 

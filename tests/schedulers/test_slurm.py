@@ -31,6 +31,11 @@ import os, signal, sys, time
 from pathlib import Path
 rank, start = os.environ["SLURM_PROCID"], os.environ.get("SLURM_RESTART_COUNT", "0")
 print("rank", rank, "of", os.environ["SLURM_NTASKS"], "start", start, *sys.argv[1:], flush=True)
+if "--apart" in sys.argv:
+    if rank == "0":
+        sys.exit(int(sys.argv[-1]))
+    time.sleep(4)
+    sys.exit(75)
 if start == "1":
     sys.exit(int(os.environ.get("SECOND_CODE", 0)))
 signal.signal(signal.SIGUSR1, lambda *_: os._exit(75))
@@ -65,6 +70,12 @@ def wait_for_words(log: Path, words: str, *, timeout_s: float = 60) -> None:
 def test_srun_gives_every_task_its_rank_and_passes_options_and_the_exit_code_on(slurm, project):
     done = slurm.run("sh", "launch/slurm_test.sh", "tests", "job", "cfg.py", "w.pth", "--eval", "mIoU", cwd=project, SLURM_RESTART_COUNT="1", SECOND_CODE="3", check=False, **CPUS)
     assert sorted(done.stdout.splitlines()) == [f"rank {rank} of 2 start 1 cfg.py w.pth --eval mIoU" for rank in (0, 1)] and done.returncode == 3
+
+
+@pytest.mark.parametrize(("first", "wait_s", "code"), [(75, 60, 75), (1, 1, 137)])
+def test_ranks_that_end_one_after_the_other_have_time_for_it_and_hanging_ones_are_ended(first, wait_s, code, slurm, project):
+    done = slurm.run("sh", "launch/slurm_train.sh", "tests", "job", "cfg.py", "--apart", first, cwd=project, check=False, SRUN_ARGS=f"--wait={wait_s}", **CPUS)
+    assert done.returncode == code, done.stderr
 
 
 def test_a_batch_job_that_is_told_to_save_goes_back_into_the_queue_and_resumes(slurm, project):
