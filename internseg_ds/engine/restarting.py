@@ -102,7 +102,7 @@ class KeptRunning:
             if restarts >= self.max_restarts:
                 log.error("it ended with code %d; no restart is left, %d in a row brought no new checkpoint", code, restarts)
                 break
-            delay_s = min(self.delay_s * 2**restarts, LONGEST_DELAY_S)
+            delay_s = min(self.delay_s * 2 ** min(restarts, 30), LONGEST_DELAY_S)
             restarts += 1
             log.warning("it ended with code %d; restart %d of %d in %.0f s", code, restarts, self.max_restarts, delay_s)
             if self._asked.wait(delay_s):
@@ -126,7 +126,8 @@ class KeptRunning:
         _, left = psutil.wait_procs(left, timeout=PATIENCE_S)
         for process in left:
             log.warning("killing process %d, which it left behind", process.pid)
-            process.kill()
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         psutil.wait_procs(left)
         return code
 
