@@ -1,0 +1,169 @@
+"""Runs a training command again when it ends in a way that starting it again can mend.
+
+In: a command line that trains (deepspeed, mpirun, ssh ... launch/train.py CONFIG ...). Out: the exit code of its last run. It sees processes, exit codes and
+WORK_DIR/checkpoints/latest; what a checkpoint is, it does not know.
+"""
+
+import ctypes
+import logging
+import re
+import shlex
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+from internseg_ds.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+FAILED, LOST, SIGNALLED = 1, 69, 128
+"""Exit codes that a restart may mend: a crash, another rank's loss, and all from 128 on: signals, which shells and mpirun report as 128 + n and deepspeed as 256 - n,
+and ssh's 255."""
+LONGEST_DELAY_S = 300.0
+SAME_REQUEST_S = 2.0
+"""Signals so close together are one request."""
+PATIENCE_S = 60.0
+"""For processes that an ended command left behind; then they are killed."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+RESUME = ("--resume", "--resume-from", "--auto-resume")
+PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+
+
+def can_be_mended(code: int) -> bool:
+    """Whether another start may end better. Not after 0, a user's error (2), a diverged loss (3), a stop on request (75), or a command that does not exist (127)."""
+    return code in (FAILED, LOST) or code >= SIGNALLED or code < 0
+
+
+def work_dir_of(command: Sequence[str]) -> Path:
+    """Where the command's run keeps its checkpoints: its --work-dir, or what train.py takes without one. Raises ConfigError when neither can be told."""
+    for place, word in enumerate(command):
+        if word == "--work-dir" and place + 1 < len(command):
+            return Path(command[place + 1])
+        if word.startswith("--work-dir="):
+            return Path(word.partition("=")[2])
+    scripts = [word for word in command if word.endswith(".py")]
+    if len(scripts) < 2:
+        raise ConfigError(f"no --work-dir and no config can be found in: {shlex.join(command)}; name the script and the config, or give the script a --work-dir")
+    return Path("work_dirs") / Path(scripts[1]).stem
+
+
+def resuming(command: Sequence[str], *, saved: bool) -> list[str]:
+    """The command that goes on from the newest checkpoint of its work directory.
+
+    A checkpoint that the command itself names stays until the run has `saved` one of its own.
+    """
+    named = any(word.partition("=")[0] in RESUME for word in command)
+    if named and not saved:
+        return list(command)
+    kept: list[str] = []
+    words = iter(command)
+    for word in words:
+        if word in RESUME[:2]:
+            next(words, None)
+        elif word.partition("=")[0] not in RESUME:
+            kept.append(word)
+    return [*kept, "--resume", "auto"]
+
+
+class KeptRunning:
+    """A command, and the processes that it starts.
+
+    SIGTERM, SIGINT and SIGUSR1 ask it to end, and it is not started again. The training processes among its own get SIGUSR1, and so save; where there are none
+    (yet, or on this host), all get the signal itself. A second request is SIGTERM for all of them.
+    """
+
+    def __init__(self, command: Sequence[str], *, max_restarts: int, delay_s: float) -> None:
+        """max_restarts: in a row without a new checkpoint. delay_s: before the first restart in a row; it doubles with each, up to LONGEST_DELAY_S."""
+        self.command, self.max_restarts, self.delay_s = command, max_restarts, delay_s
+        self.pointer = work_dir_of(command) / "checkpoints" / "latest"
+        self._asked = threading.Event()
+        self._signal, self._again, self._asked_at = signal.SIGTERM, False, -SAME_REQUEST_S
+
+    def run(self) -> int:
+        """Runs it until it is done, cannot be mended, or was asked to end; returns its last exit code, 128 + n for signal n. For the main thread."""
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)  # what a killed launcher leaves behind becomes our child, and can be found
+        for number in SIGNALS:
+            signal.signal(number, self._request)
+        restarts, first = 0, self._newest()
+        while True:
+            before = self._newest()
+            code = self._once(resuming(self.command, saved=before != first))
+            if self._asked.is_set() or not can_be_mended(code):
+                break
+            if self._newest() != before:
+                restarts = 0
+            if restarts >= self.max_restarts:
+                log.error("it ended with code %d; no restart is left, %d in a row brought no new checkpoint", code, restarts)
+                break
+            delay_s = min(self.delay_s * 2 ** min(restarts, 30), LONGEST_DELAY_S)
+            restarts += 1
+            log.warning("it ended with code %d; restart %d of %d in %.0f s", code, restarts, self.max_restarts, delay_s)
+            if self._asked.wait(delay_s):
+                break
+        return code if code >= 0 else SIGNALLED - code
+
+    def _once(self, command: list[str]) -> int:
+        log.info("starting %s", shlex.join(command))
+        try:
+            child = subprocess.Popen(command, start_new_session=True)  # a terminal's Ctrl-C shall come to us alone
+        except OSError as error:
+            raise ConfigError(f"{command[0]} cannot be started: {error.strerror}; is it installed, and in PATH?") from error
+        if self._asked.is_set():
+            self._pass_on()
+        code = child.wait()
+        log.info("ended with code %d", code)
+        left = _descendants()
+        if code == 0 and any(map(_saves_on_request, left)):
+            log.warning("its training goes on without it, so it did not end well")  # deepspeed 0.19 says 0 when its own launch.py is killed
+            code = FAILED
+        _, left = psutil.wait_procs(left, timeout=PATIENCE_S)
+        for process in left:
+            log.warning("killing process %d, which it left behind", process.pid)
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(left)
+        return code
+
+    def _newest(self) -> tuple[str, int] | None:
+        """Changes whenever the run publishes a checkpoint."""
+        try:
+            return self.pointer.read_text(), self.pointer.stat().st_mtime_ns
+        except FileNotFoundError:
+            return None
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if time.monotonic() - self._asked_at < SAME_REQUEST_S:
+            return
+        self._asked_at = time.monotonic()
+        self._signal = signal.SIGTERM if self._asked.is_set() else signal.Signals(number)
+        self._again = self._asked.is_set()
+        self._asked.set()
+        log.info("got %s; there will be no restart", signal.Signals(number).name)
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        everybody = _descendants()
+        training = [] if self._again else list(filter(_saves_on_request, everybody))
+        for process in training or everybody:
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGUSR1 if training else self._signal)
+
+
+def _descendants() -> list[psutil.Process]:
+    return psutil.Process().children(recursive=True)
+
+
+def _saves_on_request(process: psutil.Process) -> bool:
+    """Whether it catches SIGUSR1, as a training process does (deepspeed and torchrun do not)."""
+    try:
+        caught = re.search(r"^SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text(), re.MULTILINE)
+    except OSError:  # it has ended
+        return False
+    return caught is not None and bool(int(caught[1], 16) >> (signal.SIGUSR1 - 1) & 1)

@@ -1,0 +1,30 @@
+"""Starts a training again when it fails, for launchers that do not (deepspeed, mpirun, ssh)."""
+
+import argparse
+import logging
+import sys
+
+from internseg_ds.engine.restarting import KeptRunning
+from internseg_ds.errors import UserError
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Runs COMMAND with --resume auto, and again when a crash, a signal or a lost rank ends it. SIGTERM, SIGINT and SIGUSR1 have it save and stop.",
+        epilog="example:\n  python launch/keep_running.py --max-restarts 5 -- deepspeed --hostfile hostfile launch/train.py CONFIG --work-dir work_dirs/mine",
+        formatter_class=argparse.RawDescriptionHelpFormatter)  # without `command_line`: what only waits beside a training loads no torch
+    parser.add_argument("--max-restarts", type=int, default=3, metavar="N", help="in a row that bring no new checkpoint (default: %(default)s)")
+    parser.add_argument("--delay", type=float, default=10.0, metavar="SECONDS",
+                        help="before the first restart; it doubles with each that brings no new checkpoint, up to 5 minutes (default: %(default)s)")
+    parser.add_argument("command", nargs="+", metavar="COMMAND", help="after --: a launcher, launch/train.py and its options")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s keep_running: %(message)s")
+    try:
+        sys.exit(KeptRunning(args.command, max_restarts=args.max_restarts, delay_s=args.delay).run())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
