@@ -17,7 +17,7 @@ CONFIG = ROOT / "configs/intern_vit_6b/full_tuning/upernet_intern_vit_6b_504_80k
 DS_CONFIGS = {
     "ZeRO-1 and ZeRO-2": "ds_configs/zero2_bf16.json",
     "ZeRO-3": "ds_configs/zero3_bf16.json",
-    "ZeRO-3, hpZ": "docs/zero3_bf16_hpz.json",
+    "ZeRO-3, hpZ": "ds_configs/zero3_bf16_hpz.json",
     "ZeRO-3, optimizer offloaded": "ds_configs/zero3_bf16_offload_optimizer.json",
 }
 NODES = (1, 2, 4, 8, 16, 32, 64)
