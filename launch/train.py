@@ -1,11 +1,10 @@
 """Trains the segmentor of an experiment config under DeepSpeed."""
 
 import os
-import sys
 from pathlib import Path
 
 from internseg_ds.engine import command_line
-from internseg_ds.engine.stopping import STOPPED, exit_on_request
+from internseg_ds.engine.stopping import exit_on_request, exit_stopped
 
 
 def main() -> None:
@@ -60,7 +59,7 @@ def main() -> None:
                          validate=not args.no_validate, heartbeat_timeout=args.heartbeat_timeout) as engine:
         engine.train()
     if engine.stopped:
-        sys.exit(STOPPED)
+        exit_stopped()
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import pytest
 
 
 @pytest.mark.parametrize("package", ["internseg_ds", "internseg_ds.models", "internseg_ds.data", "internseg_ds.checkpoints.weights", "internseg_ds.checkpoints.consolidate",
-                                     "internseg_ds.planning.memory"])
+                                     "internseg_ds.planning.memory", "internseg_ds.planning.step_time", "internseg_ds.planning.training_pass", "internseg_ds.engine.restarting"])
 def test_parts_that_need_no_engine_load_no_deepspeed(package):
     code = f"import sys, {package}; sys.exit('deepspeed' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0

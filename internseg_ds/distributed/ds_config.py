@@ -92,6 +92,9 @@ def resolve_ds_config(
     zero = raw.setdefault("zero_optimization", {"stage": 0})
     if not isinstance(zero.get("stage", 0), int):
         raise ConfigError(f"zero_optimization.stage={zero['stage']!r} of {name} must be 1, 2 or 3")
+    node = zero.get("zero_hpz_partition_size", 1)
+    if not isinstance(node, int) or node < 1 or world_size % node:
+        raise ConfigError(f"zero_hpz_partition_size={node!r} of {name} must be the number of GPUs of a node, which divides the {world_size} process{'es' * (world_size > 1)}")
     _fill_bucket_sizes(zero, hidden_size)
     _no_auto_left(raw, name)
     _deepspeed_accepts(raw, name)

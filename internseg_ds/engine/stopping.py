@@ -6,11 +6,12 @@ A signal or the file is only noted here; ranks agree on it at the end of a step 
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from internseg_ds.distributed.watch import Watch
 from internseg_ds.errors import ConfigError
@@ -38,6 +39,13 @@ def exit_on_request() -> None:
     """Until a training watches for requests itself, each ends the process at once, with the code of a run that may be started again: nothing is lost yet."""
     for number in SIGNALS:
         signal.signal(number, lambda *_: os._exit(STOPPED))
+
+
+def exit_stopped() -> NoReturn:
+    """Ends a run that saved and stopped with its code; a launcher that ends it for having ended changes nothing about that."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(STOPPED)
 
 
 class StopRequests:
