@@ -31,6 +31,7 @@ def spawn(function: Callable[..., None], world_size: int, *args: object) -> None
 
 def _rank(rank: int, function: Callable[..., None], world_size: int, port: int, args: tuple) -> None:
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of data workers, as in any training
     os.environ.update(CUDA_VISIBLE_DEVICES="", RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo")
     try:

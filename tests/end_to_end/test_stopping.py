@@ -30,6 +30,7 @@ def a_rank(rank: int, port: int, work_dir: Path, options: list[str], log: Path) 
 
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES="")
     os.chdir(ROOT)
+    multiprocessing.set_start_method("fork", force=True)  # of its data workers, as in any training
     torch.set_num_threads(1)
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
