@@ -27,6 +27,8 @@ from internseg_ds.data.transforms import CheckAnnotation
 from internseg_ds.errors import DataError, FaultError
 from internseg_ds.seeding import derived_seed
 
+WORKER_GRACE_S = 60
+"""How long a data worker goes on after SIGTERM."""
 REPLACEMENTS = 20
 """Images that are tried for one place of the stream, before all of them are taken for damaged."""
 
@@ -276,10 +278,14 @@ def _unpacked(value: Any) -> Any:
 
 
 def _quiet_worker(_: int) -> None:
-    """One OpenCV thread a worker: the workers are the parallelism. A request to stop is the training process's to answer, which still wants its batch."""
+    """One OpenCV thread a worker: the workers are the parallelism.
+
+    Launchers and schedulers signal workers too, but a request to stop is the training process's to answer, and it still wants its batch. So a worker lives on
+    for a while: not for ever, since a process that ends terminates its workers in the same way, and waits for them.
+    """
     cv2.setNumThreads(0)
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE_S))
 
 
 def _to_device(value: Any, device: torch.device) -> Any:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,12 +37,12 @@ def train(engine: "SegmentorEngine") -> TrainState:
     experiment, ds, world, deepspeed = plan.experiment, plan.ds, engine.world, engine.deepspeed
     last, evaluates = experiment.max_steps, plan.val_set is not None
     sampler = GlobalBatchSampler(len(plan.train_set), ds.micro_batch, rank=world.rank, world_size=world.size, seed=state.seed, start=state.images)
-    batches = training_batches(plan.train_set, sampler, workers=experiment.workers, seed=state.seed, device=world.device)
     faults = DataFaults(engine.work_dir / "data_faults.txt", experiment.engine.max_data_faults)
     skipped = SkippedSteps(deepspeed, engine.work_dir / "skipped_steps.jsonl", experiment.engine.max_skipped_steps)
     clock, stragglers, spikes, interval = LayerClock(deepspeed.module, world.device), Stragglers(), Spikes(), Interval()
     with (open_trackers(engine.work_dir, experiment.log_hooks, max_steps=last, start=state.step, config=experiment.cfg._cfg_dict.to_dict(),
                         is_main=world.is_main) as trackers,
+          closing(training_batches(plan.train_set, sampler, workers=experiment.workers, seed=state.seed, device=world.device)) as batches,
           StopRequests(stop_file(engine.work_dir) if world.is_main else None, watch) as stop):
         if evaluates and state.step == 0 and experiment.engine.evaluate_before:
             evaluate(engine, trackers, stop)
