@@ -38,7 +38,7 @@ from internseg_ds.distributed.parameter_groups import parameter_groups
 from internseg_ds.distributed.precision import apply_precision, backbone_dtype
 from internseg_ds.distributed.process_group import World, join, leave, world_from_environment
 from internseg_ds.distributed.restoring import restore
-from internseg_ds.engine.checkpointing import Checkpoints, checkpoint_to_resume, named_groups, state_of
+from internseg_ds.engine.checkpointing import Checkpoints, agree_to_resume, checkpoint_to_resume, named_groups, state_of
 from internseg_ds.engine.evaluator import Evaluation, evaluate
 from internseg_ds.engine.experiment import Experiment, read_experiment
 from internseg_ds.engine.outputs import check_writable
@@ -46,6 +46,7 @@ from internseg_ds.engine.preflight import Plan, check, starting_weights
 from internseg_ds.engine.state import TrainState
 from internseg_ds.engine.trackers import start_logging
 from internseg_ds.engine.trainer import train
+from internseg_ds.engine.work_dir import leaders
 from internseg_ds.errors import ConfigError
 from internseg_ds.seeding import derived_seed
 
@@ -83,18 +84,18 @@ class SegmentorEngine:
         check_writable(self.work_dir, "--work-dir")
         resume_from = checkpoint_to_resume(resume or experiment.resume_from, self.work_dir)
         self.plan: Plan = check(experiment, ds_config, world, validate=validate, load_from=load_from, resume_from=resume_from)
-        self.checkpoints = Checkpoints(self.work_dir / "checkpoints", experiment.max_keep_ckpts)
-        self.resumed_unscored = resume_from is not None and not (read_manifest(resume_from) or {}).get("metrics")
         self.state = TrainState(seed=seed)
         self._owns_group = not dist.is_initialized()
         if self._owns_group:
             join(world)
-        if world.is_main:
-            self.work_dir.mkdir(parents=True, exist_ok=True)
-        dist.barrier()
+        node_local = self.plan.ds.raw.get("checkpoint", {}).get("use_node_local_storage", False)
+        in_charge = leaders(self.work_dir, world, node_local=node_local, ds_config=self.plan.ds.source)
+        self.checkpoints = Checkpoints(self.work_dir / "checkpoints", experiment.max_keep_ckpts, in_charge)
         start_logging(self.work_dir, level=experiment.log_level, is_main=world.is_main)
         for note in experiment.notes:
             log.info("config: %s", note)
+        resume_from = agree_to_resume(resume_from, self.plan.ds.stage)
+        self.resumed_unscored = resume_from is not None and not (read_manifest(resume_from) or {}).get("metrics")
         self._build(seed, load_from, resume_from)
 
     def _build(self, seed: int, load_from: str | os.PathLike | None, resume_from: Path | None) -> None:
@@ -107,7 +108,7 @@ class SegmentorEngine:
         log.info("%d images per step = %d processes x %d images x %d accumulation steps", ds.global_batch, ds.world_size, ds.micro_batch, ds.accumulation)
         torch.backends.cudnn.benchmark = experiment.cudnn_benchmark and not torch.are_deterministic_algorithms_enabled()
         model = build_for_training(experiment.model, ds, device, seed)
-        checkpoint = ZeroCheckpoint(resume_from) if resume_from is not None else None
+        checkpoint = ZeroCheckpoint(resume_from, partial=True) if resume_from is not None else None
         if checkpoint is not None:
             load(model, fit_segmentor(model, weights_of(checkpoint)))
         elif start := starting_weights(experiment, model, load_from):
