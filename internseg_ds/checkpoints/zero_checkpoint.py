@@ -108,8 +108,10 @@ class ZeroCheckpoint:
             if len(averages) != len(files):
                 raise CheckpointError(f"{path} has {len(averages)} ema_states files for {len(files)} processes; {again}")
             self._flat["ema"] = [load_stored(file)["ema_flat_groups"] for file in averages.values()]
-        for what, held in self._flat.items():  # all ranks' partitions are equally long
-            self._flat[what] = self._of_every_rank(held, lambda rank, like=held[0]: [_Elsewhere(path, rank, piece.numel()) for piece in like])
+        # ranks' partitions are equally long, but DeepSpeed saves the masters of the last one, and those alone, without the padding behind them
+        lengths = [max(piece.numel() for piece in pieces) for pieces in zip(*(pieces for held in self._flat.values() for pieces in held if pieces))]
+        for what, held in self._flat.items():
+            self._flat[what] = self._of_every_rank(held, lambda rank: [_Elsewhere(path, rank, length) for length in lengths])
         self._computed_with = main["module"]
         self._place: dict[str, tuple[int, int]] = {}
         paddings = shards[0].get("param_alignment_paddings")

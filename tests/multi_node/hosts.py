@@ -1,4 +1,4 @@
-"""Several hosts on one machine: each has a network, host name, processes, /dev/shm, /etc/ssh and /etc/hosts of its own, and an sshd.
+"""Several hosts on one machine: each has a network, host name, processes, /dev/shm, /etc/ssh and /etc/hosts of its own, an sshd, and no GPU.
 
 A host is one process tree in Linux namespaces of its own. Networks and mounts live in those namespaces and go with them, and the tree goes with the process
 that started it, so that nothing stays on the machine, even when the tests are killed. The hosts share the file system, except for one folder, `local`, which
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-TOOLS = {"ip": "iproute2", "sshd": "openssh-server", "ssh": "openssh-client", "pdsh": "pdsh", "unshare": "util-linux"}
+TOOLS = {"ip": "iproute2", "sshd": "openssh-server", "ssh": "openssh-client", "pdsh": "pdsh", "unshare": "util-linux", "nsenter": "util-linux"}
 INTERFACE = "fabric0"
 
 SSHD_CONFIG = """
@@ -43,6 +43,7 @@ mount --bind {mine} {local}
 mount -t tmpfs tmpfs /dev/shm
 mount -t tmpfs tmpfs /run
 mkdir /run/sshd
+for device in /dev/nvidia*; do [ ! -c $device ] || mount --bind /dev/null $device; done
 exec {sshd} -D -e -f /etc/ssh/sshd_config
 """
 
@@ -73,7 +74,7 @@ class Host:
         return output
 
     def python_processes(self) -> dict[int, str]:
-        """What a run has on this host, the command that a test started on it left out: pid -> command line."""
+        """What came to this host by ssh, python's alone (launcher, ranks, their data workers): pid, in the numbers of this machine -> command line."""
         found = {}
         for process in self.process.children(recursive=True):
             try:
