@@ -211,10 +211,10 @@ def checkpoint_to_resume(resume: str | os.PathLike | None, work_dir: Path) -> Pa
     return find_checkpoint(resume) if resume is not None else None
 
 
-def agree_to_resume(found: Path | None, stage: int) -> Path | None:
+def agree_to_resume(found: Path | None, stage: int) -> ZeroCheckpoint | None:
     """The checkpoint that all hosts go on from, given what each has found (`checkpoint_to_resume`): the same, or else the newest that all have. Collective.
 
-    stage: of ZeRO, of this run. Raises CheckpointError, on every rank, when hosts have none in common, or when one lacks what its processes saved.
+    stage: of ZeRO, of this run. Raises CheckpointError, on every rank, when hosts have none in common, or when one lacks what its processes need of it.
     """
     def identity(path: Path) -> tuple[str, float]:  # a step may have been saved twice
         return path.name, (read_manifest(path) or {}).get("saved_at", 0)
@@ -231,14 +231,17 @@ def agree_to_resume(found: Path | None, stage: int) -> Path | None:
         log.warning("the newest checkpoints of the hosts differ (%s); going on from %s, the newest that all have", they, found.name)
     if found is None:
         return None
-    checkpoint = ZeroCheckpoint(found, partial=True)
-    size, rank = dist.get_world_size(), dist.get_rank()
-    usable = len(checkpoint.ranks) == checkpoint.world_size or ((size, stage) == (checkpoint.world_size, checkpoint.stage) and rank in checkpoint.ranks)
-    unusable = [host for (host, _, _), fine in zip(hosts, of_all_ranks(usable)) if not fine]
-    if unusable:
-        raise CheckpointError(f"{found} of {unusable[0]} lacks files that {size} processes under ZeRO-{stage} need, {checkpoint.world_size} saved it under "
-                              f"ZeRO-{checkpoint.stage}; {advice(checkpoint.manifest)}")
-    return found
+    size, trouble, checkpoint = dist.get_world_size(), None, None
+    try:
+        checkpoint = ZeroCheckpoint(found, partial=True)
+        if len(checkpoint.ranks) < checkpoint.world_size and ((size, stage) != (checkpoint.world_size, checkpoint.stage) or dist.get_rank() not in checkpoint.ranks):
+            trouble = (f"{found} of {socket.gethostname()} lacks files that {size} processes under ZeRO-{stage} need, {checkpoint.world_size} saved it under "
+                       f"ZeRO-{checkpoint.stage}; {advice(checkpoint.manifest)}")
+    except CheckpointError as error:
+        trouble = f"on {socket.gethostname()}: {error}"
+    if troubles := [each for each in of_all_ranks(trouble) if each is not None]:
+        raise CheckpointError(troubles[0])
+    return checkpoint
 
 
 def check_resumable(path: Path, model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> None:

@@ -24,7 +24,6 @@ import torch.distributed as dist
 from mmcv import Config
 from torch import Tensor
 
-from internseg_ds.checkpoints.manifest import read_manifest
 from internseg_ds.checkpoints.weights import open_weights, weights_of
 from internseg_ds.checkpoints.zero_checkpoint import ZeroCheckpoint
 from internseg_ds.data.loading import Batch
@@ -94,11 +93,11 @@ class SegmentorEngine:
         start_logging(self.work_dir, level=experiment.log_level, is_main=world.is_main)
         for note in experiment.notes:
             log.info("config: %s", note)
-        resume_from = agree_to_resume(resume_from, self.plan.ds.stage)
-        self.resumed_unscored = resume_from is not None and not (read_manifest(resume_from) or {}).get("metrics")
-        self._build(seed, load_from, resume_from)
+        checkpoint = agree_to_resume(resume_from, self.plan.ds.stage)
+        self.resumed_unscored = checkpoint is not None and not checkpoint.manifest.get("metrics")
+        self._build(seed, load_from, checkpoint)
 
-    def _build(self, seed: int, load_from: str | os.PathLike | None, resume_from: Path | None) -> None:
+    def _build(self, seed: int, load_from: str | os.PathLike | None, checkpoint: ZeroCheckpoint | None) -> None:
         import deepspeed
 
         experiment, ds, device = self.plan.experiment, self.plan.ds, self.world.device
@@ -108,7 +107,6 @@ class SegmentorEngine:
         log.info("%d images per step = %d processes x %d images x %d accumulation steps", ds.global_batch, ds.world_size, ds.micro_batch, ds.accumulation)
         torch.backends.cudnn.benchmark = experiment.cudnn_benchmark and not torch.are_deterministic_algorithms_enabled()
         model = build_for_training(experiment.model, ds, device, seed)
-        checkpoint = ZeroCheckpoint(resume_from, partial=True) if resume_from is not None else None
         if checkpoint is not None:
             load(model, fit_segmentor(model, weights_of(checkpoint)))
         elif start := starting_weights(experiment, model, load_from):
@@ -125,10 +123,10 @@ class SegmentorEngine:
             if self.ema is not None:
                 self.ema.restore(checkpoint)
             self.state = state_of(checkpoint, seed)
-            if resume_from.parent.resolve() == self.checkpoints.folder.resolve():
-                self.checkpoints.newest = resume_from.name
+            if checkpoint.path.parent.resolve() == self.checkpoints.folder.resolve():
+                self.checkpoints.newest = checkpoint.path.name
             self.checkpoints.recall_best(self.state, experiment.best_by)
-            log.info("resumed from %s (%d processes, ZeRO-%d): step %d, %d images seen", resume_from, checkpoint.world_size, checkpoint.stage, self.state.step,
+            log.info("resumed from %s (%d processes, ZeRO-%d): step %d, %d images seen", checkpoint.path, checkpoint.world_size, checkpoint.stage, self.state.step,
                      self.state.images)
         if self.world.is_main:
             experiment.cfg.dump(str(self.work_dir / "config.py"))

@@ -65,7 +65,7 @@ def every_host_saves_marks_and_retains(place: Path) -> None:
     assert ((mine / "checkpoints" / "latest").read_text(), (mine / "checkpoints" / "best").read_text()) == ("iter_30", "iter_20")
     manifest = read_manifest(mine / "checkpoints" / "iter_30")
     assert manifest["node_local"] and any(f"rank_{dist.get_rank()}_" in name for name in manifest["files"]) and not any(f"rank_{1 - dist.get_rank()}_" in name for name in manifest["files"])
-    assert agree_to_resume(checkpoint_to_resume("auto", mine), 1) == mine / "checkpoints" / "iter_30"
+    assert agree_to_resume(checkpoint_to_resume("auto", mine), 1).path == mine / "checkpoints" / "iter_30"
 
 
 def hosts_whose_newest_differ_agree(place: Path) -> None:
@@ -78,9 +78,13 @@ def hosts_whose_newest_differ_agree(place: Path) -> None:
         (mine / "checkpoints" / "latest").write_text("iter_20")
     found = checkpoint_to_resume("auto", mine)
     assert found.name == ("iter_20" if dist.get_rank() else "iter_30")
-    assert agree_to_resume(found, 1) == mine / "checkpoints" / "iter_20"
+    assert agree_to_resume(found, 1).path == mine / "checkpoints" / "iter_20"
     with pytest.raises(CheckpointError, match=r"lacks files that 2 processes under ZeRO-2 need"):
         agree_to_resume(found, 2)
+    if dist.get_rank() == 1:  # damaged where the others do not see it
+        next((mine / "checkpoints" / "iter_20").glob("*optim_states.pt")).write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"on \S+: .*truncated"):
+        agree_to_resume(found, 1)
     if dist.get_rank() == 1:
         shutil.rmtree(mine / "checkpoints")
     with pytest.raises(CheckpointError, match=r"hosts have different checkpoints to go on from \(\S+ iter_30, \S+ none\) and none that all have"):
@@ -97,7 +101,7 @@ def the_same_step_of_another_save_is_not_the_same(place: Path) -> None:
     if dist.get_rank() == 1:
         shutil.rmtree(mine / "checkpoints" / "iter_20")
         (place / "old").rename(mine / "checkpoints" / "iter_20")
-    assert agree_to_resume(checkpoint_to_resume("auto", mine), 1).name == "iter_10"
+    assert agree_to_resume(checkpoint_to_resume("auto", mine), 1).path.name == "iter_10"
 
 
 def a_save_that_fails_on_one_host_is_on_none(place: Path) -> None:

@@ -37,7 +37,8 @@ def test_two_hosts_train_with_a_shared_folder(shared):
 def test_two_hosts_evaluate(shared, two):
     out = two.folder / "evaluation"
     two.run("launch/test.py", TINY, shared.work_dir, "--eval", "mIoU", "--out", out, "--cfg-options", *SMALL, *data_options(two.data))
-    assert 0 <= json.loads((out / "results.json").read_text())["metrics"]["mIoU"] <= 1
+    results = json.loads((out / "results.json").read_text())
+    assert results["images"] == 7 and 0 <= results["mIoU"] <= 1
 
 
 @pytest.mark.parametrize(("launcher", "tolerance"), [("", 0), ("--include node1", 1e-2)], ids=["both hosts", "one host"])
