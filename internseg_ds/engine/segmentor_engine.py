@@ -87,7 +87,7 @@ class SegmentorEngine:
         self._owns_group = not dist.is_initialized()
         if self._owns_group:
             join(world)
-        node_local = self.plan.ds.raw.get("checkpoint", {}).get("use_node_local_storage", False)
+        node_local = (self.plan.ds.raw.get("checkpoint") or {}).get("use_node_local_storage", False)
         in_charge = leaders(self.work_dir, world, node_local=node_local, ds_config=self.plan.ds.source)
         self.checkpoints = Checkpoints(self.work_dir / "checkpoints", experiment.max_keep_ckpts, in_charge)
         start_logging(self.work_dir, level=experiment.log_level, is_main=world.is_main)
