@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from internseg_ds.checkpoints.manifest import read_manifest
@@ -132,3 +134,17 @@ def test_nothing_of_the_hosts_stays_on_this_machine(tmp_path):
         assert found[0].run("ssh", "node2", "hostname").strip() == "node2"
         raise ZeroDivisionError
     assert state() == before and not Path(f"/proc/{first}").exists() and not Path(f"/proc/{second}").exists()
+
+
+def test_hosts_go_with_the_process_that_has_them_even_when_it_is_killed(tmp_path):
+    script = "import sys, time, pathlib; from tests.multi_node.hosts import hosts\nwith hosts(1, pathlib.Path(sys.argv[1])) as found: print(found[0].init, flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", script, tmp_path / "hosts"], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    init = psutil.Process(int(process.stdout.readline()))
+    assert "sshd" in init.name()
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 10
+    with suppress(psutil.NoSuchProcess):
+        while init.status() != psutil.STATUS_ZOMBIE:  # in a container whose process 1 reaps nobody
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
