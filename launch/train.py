@@ -1,9 +1,11 @@
 """Trains the segmentor of an experiment config under DeepSpeed."""
 
 import os
+import sys
 from pathlib import Path
 
 from internseg_ds.engine import command_line
+from internseg_ds.engine.stopping import STOPPED, exit_on_request
 
 
 def main() -> None:
@@ -20,11 +22,14 @@ def main() -> None:
     parser.add_argument("--no-validate", action="store_true", help="train without evaluating")
     parser.add_argument("--seed", type=int, default=0, help="of data order, augmentation, initial weights and noise (default: %(default)s)")
     parser.add_argument("--deterministic", action="store_true", help="deterministic GPU kernels where torch has them; slower")
+    parser.add_argument("--heartbeat-timeout", type=float, default=600.0, metavar="S",
+                        help="seconds in which no process gets on, after which all end and name the one that hangs; 0: wait for ever (default: %(default)g)")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print parameters, groups and memory, and take no accelerator")
     command_line.add_config_options(parser)
     args = parser.parse_args()
     if args.load_from and args.resume not in (None, "auto"):
         parser.error("--load-from and --resume PATH exclude each other; with --resume auto, --load-from is what the first run starts from")
+    exit_on_request()
 
     from internseg_ds.engine.experiment import read_experiment
 
@@ -52,8 +57,10 @@ def main() -> None:
     from internseg_ds.engine.segmentor_engine import SegmentorEngine
 
     with SegmentorEngine(experiment, args.deepspeed_config, work_dir=args.work_dir, seed=args.seed, load_from=args.load_from, resume=args.resume,
-                         validate=not args.no_validate) as engine:
+                         validate=not args.no_validate, heartbeat_timeout=args.heartbeat_timeout) as engine:
         engine.train()
+    if engine.stopped:
+        sys.exit(STOPPED)
 
 
 if __name__ == "__main__":

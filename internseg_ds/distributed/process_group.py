@@ -8,7 +8,8 @@ OMPI_COMM_WORLD_RANK ...; none: a plain `python` is a group of one). Out: a `Wor
 import os
 import re
 import socket
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from internseg_ds.distributed.extensions import build_extension, forget_shared_buffer
-from internseg_ds.errors import ConfigError
+from internseg_ds.errors import ConfigError, UserError
 
 # variable names of (rank, world size, local rank); the first complete set wins. mpirun stands before srun: in a Slurm job it sets its own and inherits Slurm's
 LAUNCHERS = {
@@ -27,6 +28,8 @@ LAUNCHERS = {
     "srun": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
 }
 DEFAULT_PORT = 29500
+REFUSAL = timedelta(seconds=60)
+"""How long a process that cannot run waits for the others, to tell them."""
 
 
 @dataclass(frozen=True)
@@ -124,19 +127,54 @@ def joined(world: World, timeout: timedelta = timedelta(minutes=30)) -> Iterator
         leave()
 
 
-def join(world: World, timeout: timedelta = timedelta(minutes=30)) -> None:
-    """Makes the process group and takes this process's device."""
-    import deepspeed  # here: half a dozen seconds, and readers of the environment need none of it
+def join(world: World, timeout: timedelta = timedelta(minutes=30), *, refusal: UserError | None = None) -> None:
+    """Makes the process group and takes this process's device.
 
+    refusal: what this process cannot run with. Raises it, and in its words a UserError on all other processes, before any device is taken: a host that lacks
+    the data shall not leave the others waiting.
+    """
     os.environ.update(rendezvous(world))
+    store = _meet(world, timeout, refusal)
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     else:
         build_extension("ShareMemCommBuilder")  # DeepSpeed's own collectives on one host
-    deepspeed.init_distributed(timeout=timeout, verbose=False)
+    dist.init_process_group("nccl" if world.device.type == "cuda" else "gloo", store=dist.PrefixStore("group", store), rank=world.rank, world_size=world.size,
+                            timeout=timeout)
+    adopt()
     if world.device.type == "cpu":
         dist.barrier()
         forget_shared_buffer(world.rank)
+
+
+def adopt() -> None:
+    """Has DeepSpeed use the process group that there is."""
+    import deepspeed  # here: half a dozen seconds, and readers of the environment need none of it
+
+    deepspeed.init_distributed(verbose=False)
+
+
+def _meet(world: World, timeout: timedelta, refusal: UserError | None) -> dist.Store:
+    """The store that all processes share, once each has said that it can run. Raises UserError on all when one cannot."""
+    if refusal is not None and world.size == 1:
+        raise refusal
+    try:
+        store, *_ = next(dist.rendezvous("env://", world.rank, world.size, timeout=timeout if refusal is None else REFUSAL))
+        store.set(f"refusal/{world.rank}", f"{refusal} (on host {socket.gethostname()})" if refusal is not None else "")
+        if world.is_main:
+            store.set("refusal", next(filter(None, (store.get(f"refusal/{rank}").decode() for rank in range(world.size))), ""))
+        found = store.get("refusal").decode()
+        read = store.add("read", 1)
+        while found and world.is_main and read < world.size:  # the store goes with this process
+            time.sleep(0.05)
+            read = store.add("read", 0)
+    except dist.DistError:
+        if refusal is None:
+            raise
+        raise refusal from None  # the others have not come: what is wrong here is still wrong
+    if found:
+        raise refusal or UserError(found)
+    return store
 
 
 def of_all_ranks(value: Any) -> list[Any]:
@@ -146,6 +184,13 @@ def of_all_ranks(value: Any) -> list[Any]:
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, value)
     return found
+
+
+def any_rank(facts: Sequence[bool], device: torch.device) -> list[bool]:
+    """Of each fact: whether it holds on some rank. Collective."""
+    told = torch.tensor(facts, dtype=torch.int32, device=device)
+    dist.all_reduce(told, dist.ReduceOp.MAX)
+    return [bool(fact) for fact in told.tolist()]
 
 
 def leave(*, together: bool = False) -> None:

@@ -1,6 +1,7 @@
 """What the scripts in launch/ share: running a `main`, its exit codes, and the options that all of them have.
 
-Exit codes: 0 done; 2 the user's input is wrong (one sentence on stderr, from rank 0); 3 the loss is not finite any more; 1 anything else.
+Exit codes: 0 done; 2 the user's input is wrong (one sentence on stderr, from rank 0); 3 the loss is not finite any more; 69 another process died or hung
+(`distributed.watch`); 75 saved and stopped on request (`engine.stopping`); 130 Ctrl-C; 1 anything else.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from typing import NoReturn
 from internseg_ds.distributed.process_group import leave, world_from_environment
 from internseg_ds.errors import FaultError, OutputError, UserError
 
-USER_ERROR, DIVERGED = 2, 3
+USER_ERROR, DIVERGED, INTERRUPTED = 2, 3, 130
 GRACE_S = 15
 """Seconds that ranks other than 0 wait before they exit on a user's error: launchers kill the others at the first exit, and rank 0 is to speak first."""
 
@@ -33,8 +34,10 @@ def run(main: Callable[[], None]) -> NoReturn:
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(GRACE_S)
+    except KeyboardInterrupt:
+        code = INTERRUPTED
     except Exception as error:
-        from internseg_ds.engine.trainer import Diverged
+        from internseg_ds.engine.skipped import Diverged
 
         if not isinstance(error, Diverged):
             raise

@@ -6,7 +6,7 @@ set. Images that cannot be read are left out, counted and named.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -44,6 +44,10 @@ class Evaluation:
         return areas(self.confusion)
 
 
+class Abandoned(Exception):
+    """A request to stop came before the last image."""
+
+
 class Watcher(Protocol):
     """Looks at each image that a rank has scored."""
 
@@ -52,18 +56,26 @@ class Watcher(Protocol):
 
 
 def evaluate(forwards: Forwards, dataset: Any, *, world: World, workers: int, metrics: Sequence[str] = ("mIoU",), strict: bool = False, verbose: bool = True,
-             watchers: Sequence[Watcher] = ()) -> Evaluation:
+             watchers: Sequence[Watcher] = (), stop: Callable[[], bool] = lambda: False) -> Evaluation:
     """Scores a segmentor on `dataset` (an mmseg data set in test mode), split over the ranks. Collective at the end.
 
-    strict: an image that cannot be read is an error. verbose: rank 0 logs mmseg's per-class table.
-    Raises DataError, on all ranks, when no image can be read or none is labelled, and FaultError, on the rank that finds it, when one cannot under `strict`.
+    strict: an image that cannot be read is an error. verbose: rank 0 logs mmseg's per-class table. stop: asked before each image.
+    Raises Abandoned, on all ranks, when `stop` said so on one of them. DataError, on all ranks, when no image can be read or none is labelled, and FaultError, on the rank that finds it, when one cannot under `strict`.
     """
     classes, device = len(dataset.CLASSES), next(forwards.segmentor.parameters()).device
     confusion = torch.zeros(classes + 1, classes, dtype=torch.int64, device=device)
     faults: list[str] = []
     images = images_of(dataset, world, workers, device, faults, strict=strict)
-    scored = 0
-    for segmented in Segmenter(forwards).segment((image, image.inputs) for image in images):
+    scored, stopped = 0, False
+
+    def until_stopped() -> Iterator[tuple[EvaluationImage, dict[str, Any]]]:
+        nonlocal stopped
+        for image in images:
+            if stopped := stop():
+                return
+            yield image, image.inputs
+
+    for segmented in Segmenter(forwards).segment(until_stopped()):
         image = segmented.key
         counted = count(segmented.labels, image.truth, classes, dataset.ignore_index)
         confusion += counted
@@ -72,6 +84,8 @@ def evaluate(forwards: Forwards, dataset: Any, *, world: World, workers: int, me
             score, labels = image_score(counted), segmented.labels.cpu().numpy()
             for watcher in watchers:
                 watcher.see(image.index, labels, score)
+    if any(of_all_ranks(stopped)):
+        raise Abandoned
     if dist.is_initialized():
         dist.all_reduce(confusion)
     confusion = confusion.cpu()

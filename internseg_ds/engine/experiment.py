@@ -35,6 +35,10 @@ class EngineOptions:
     """Decay of an exponential moving average of the weights, 0.999 say; it is evaluated in their place, and saved beside them. None: no average."""
     background_save: bool = False
     """Write checkpoints while the training goes on, from a copy in host memory."""
+    max_data_faults: int = 0
+    """Training images that may be damaged: each is named, and another takes its place. One more ends the run; by default, the first."""
+    max_skipped_steps: int = 10
+    """Steps in a row that may be skipped for a loss or a gradient that is not finite; that many end the run."""
     weights_may_differ: tuple[str, ...] = ()
     """Prefixes of names that the weights a run starts from may have too many or too few; any other difference is an error."""
 
@@ -48,8 +52,10 @@ class EngineOptions:
             raise ConfigError(f"engine.backbone_dtype={self.backbone_dtype!r} is none of 'auto', 'bfloat16', 'float32'")
         if self.evaluation_weights not in ("auto", "whole", "partitioned"):
             raise ConfigError(f"engine.evaluation_weights={self.evaluation_weights!r} is none of 'auto', 'whole', 'partitioned'")
-        if self.global_batch is not None and (not isinstance(self.global_batch, int) or self.global_batch < 1):
-            raise ConfigError(f"engine.global_batch={self.global_batch!r} must be a whole number of images, at least 1")
+        if self.global_batch is not None:
+            _whole(self.global_batch, "engine.global_batch", least=1)
+        _whole(self.max_data_faults, "engine.max_data_faults", least=0)
+        _whole(self.max_skipped_steps, "engine.max_skipped_steps", least=1)
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ rank makes the same calls.
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -35,18 +36,21 @@ from internseg_ds.distributed.loading import fit_segmentor, load
 from internseg_ds.distributed.optimizers import build_optimizer
 from internseg_ds.distributed.parameter_groups import parameter_groups
 from internseg_ds.distributed.precision import apply_precision, backbone_dtype
-from internseg_ds.distributed.process_group import World, join, leave, world_from_environment
+from internseg_ds.distributed.process_group import World, adopt, join, leave, world_from_environment
 from internseg_ds.distributed.restoring import restore
+from internseg_ds.distributed.watch import Watch
 from internseg_ds.engine.checkpointing import Checkpoints, agree_to_resume, checkpoint_to_resume, named_groups, state_of
 from internseg_ds.engine.evaluator import Evaluation, evaluate
 from internseg_ds.engine.experiment import Experiment, read_experiment
 from internseg_ds.engine.outputs import check_writable
 from internseg_ds.engine.preflight import Plan, check, starting_weights
+from internseg_ds.engine.skipped import Diverged
 from internseg_ds.engine.state import TrainState
+from internseg_ds.engine.stopping import check_no_stop_file
 from internseg_ds.engine.trackers import start_logging
 from internseg_ds.engine.trainer import train
 from internseg_ds.engine.work_dir import leaders
-from internseg_ds.errors import ConfigError
+from internseg_ds.errors import ConfigError, FaultError, OutputError, UserError
 from internseg_ds.seeding import derived_seed
 
 log = logging.getLogger(__name__)
@@ -54,7 +58,8 @@ log = logging.getLogger(__name__)
 
 class SegmentorEngine:
     """One experiment under one ds_config. Attributes: `plan` (experiment, ds_config, data sets), `deepspeed` (DeepSpeed's engine), `state`, `checkpoints`,
-    `resumed_unscored` (whether the checkpoint that it went on from was never evaluated)."""
+    `watch` (over the other ranks), `resumed_unscored` (whether the checkpoint that it went on from was never evaluated), `stopped` (whether training ended
+    early, on request)."""
 
     def __init__(
         self,
@@ -67,11 +72,12 @@ class SegmentorEngine:
         resume: str | os.PathLike | None = None,
         cfg_options: Mapping[str, Any] | None = None,
         validate: bool = True,
+        heartbeat_timeout: float = 600.0,
     ) -> None:
         """config: an experiment config; ds_config: a DeepSpeed JSON. work_dir: default work_dirs/NAME_OF_CONFIG. load_from: weights of a whole segmentor to
         start from (over the config's `load_from`). resume: "auto" (the newest checkpoint of work_dir, if any) or a checkpoint to go on from exactly.
-        validate: False leaves the validation set alone. A run that resumes takes its weights from the checkpoint, whatever load_from says. Joins the
-        process group if there is none yet.
+        validate: False leaves the validation set alone. A run that resumes takes its weights from the checkpoint, whatever load_from says. heartbeat_timeout:
+        seconds in which no rank gets on that end the run (`distributed.watch`); 0: any. Joins the process group if there is none yet.
 
         Raises UserError before any accelerator memory is taken when anything in these contradicts itself or is missing.
         """
@@ -80,22 +86,36 @@ class SegmentorEngine:
             raise ConfigError("cfg_options change a config while it is read; give them to read_experiment")
         experiment = config if isinstance(config, Experiment) else read_experiment(config, cfg_options)
         self.work_dir = Path(work_dir) if work_dir else experiment.work_dir
-        check_writable(self.work_dir, "--work-dir")
-        resume_from = checkpoint_to_resume(resume or experiment.resume_from, self.work_dir)
-        self.plan: Plan = check(experiment, ds_config, world, validate=validate, load_from=load_from, resume_from=resume_from)
-        self.state = TrainState(seed=seed)
+        refusal: UserError | None = None
+        try:
+            check_writable(self.work_dir, "--work-dir")
+            check_no_stop_file(self.work_dir)
+            resume_from = checkpoint_to_resume(resume or experiment.resume_from, self.work_dir)
+            self.plan: Plan = check(experiment, ds_config, world, validate=validate, load_from=load_from, resume_from=resume_from)
+        except UserError as error:
+            refusal = error
         self._owns_group = not dist.is_initialized()
         if self._owns_group:
-            join(world)
+            join(world, timedelta(seconds=max(1800.0, 2 * heartbeat_timeout)), refusal=refusal)  # the watch is to speak before that time is over
+        elif refusal is not None:
+            raise refusal
+        else:
+            adopt()
         node_local = (self.plan.ds.raw.get("checkpoint") or {}).get("use_node_local_storage", False)
         in_charge = leaders(self.work_dir, world, node_local=node_local, ds_config=self.plan.ds.source)
         self.checkpoints = Checkpoints(self.work_dir / "checkpoints", experiment.max_keep_ckpts, in_charge)
+        self.state, self.stopped = TrainState(seed=seed), False
         start_logging(self.work_dir, level=experiment.log_level, is_main=world.is_main)
         for note in experiment.notes:
             log.info("config: %s", note)
         checkpoint = agree_to_resume(resume_from, self.plan.ds.stage)
         self.resumed_unscored = checkpoint is not None and not checkpoint.manifest.get("metrics")
-        self._build(seed, load_from, checkpoint)
+        self.watch = Watch(world, hang_s=heartbeat_timeout)
+        try:
+            self._build(seed, load_from, checkpoint)
+        except BaseException as error:
+            self.watch.close(_of_one_rank(error))
+            raise
 
     def _build(self, seed: int, load_from: str | os.PathLike | None, checkpoint: ZeroCheckpoint | None) -> None:
         import deepspeed
@@ -152,10 +172,11 @@ class SegmentorEngine:
         """Trains to the last step of the schedule, logging, saving and evaluating as the config says."""
         return train(self)
 
-    def evaluate(self, *, verbose: bool = True) -> Evaluation:
+    def evaluate(self, *, verbose: bool = True, stop: Callable[[], bool] = lambda: False) -> Evaluation:
         """mmseg's metrics on the validation set with the weights as they are, or with their average (EMA) where the run keeps one.
 
         The data set is split over the ranks. Under ZeRO-3 each rank gathers the weights once, or they run in step: `engine.evaluation_weights`.
+        stop: asked before each image; when it says so on some rank, all raise Abandoned.
         """
         if self.plan.val_set is None:
             raise ConfigError("this engine was built with validate=False and has no validation set; build it with validate=True to evaluate")
@@ -163,7 +184,8 @@ class SegmentorEngine:
         ready = forwards(self.deepspeed.module, experiment.model, self.compute_dtype, self.world.device, autocast=self.plan.ds.precision == "autocast",
                          weights=experiment.engine.evaluation_weights)
         with self.ema.in_place_of_weights() if self.ema is not None else nullcontext(), ready as segmentor:
-            return evaluate(segmentor, self.plan.val_set, world=self.world, workers=experiment.workers, metrics=experiment.metrics, verbose=verbose)
+            return evaluate(segmentor, self.plan.val_set, world=self.world, workers=experiment.workers, metrics=experiment.metrics, verbose=verbose,
+                            stop=lambda: self.watch.mark() or stop())
 
     def save(self) -> Path | None:
         """Writes a ZeRO checkpoint of this step into WORK_DIR/checkpoints; returns its directory, or None when it could not be written (a warning says why).
@@ -179,6 +201,7 @@ class SegmentorEngine:
         """Publishes a save that is still being written, frees the engine, and leaves the process group if this engine joined it."""
         self.checkpoints.finish()
         self.deepspeed.destroy()
+        self.watch.close()
         if self._owns_group:
             leave(together=True)
 
@@ -188,5 +211,13 @@ class SegmentorEngine:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is None:
             self.close()
-        elif self._owns_group:
+            return
+        self.watch.close(_of_one_rank(error))
+        if self._owns_group:
             leave()
+
+
+def _of_one_rank(error: BaseException) -> BaseException | None:
+    """An error that the other ranks may know nothing of; None of one that all ranks raise."""
+    of_all = isinstance(error, (UserError, Diverged)) and not isinstance(error, (FaultError, OutputError))
+    return None if of_all else error

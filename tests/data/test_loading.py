@@ -141,3 +141,49 @@ def test_an_empty_data_set_says_which_images_it_looked_for(data, tmp_path):
         (tmp_path / folder).mkdir(parents=True)
     with pytest.raises(DataError, match=r"data\.train is empty: no image matches .*images/training"):
         build_datasets(entry, "data.train", [entry])
+
+
+@pytest.fixture(scope="module")
+def damaged(data, ade20k, tmp_path_factory):
+    """(the training set with a truncated image, a label map of another size and one with a label that is no class; their names in that order)."""
+    root = tmp_path_factory.mktemp("damaged") / "ade"
+    shutil.copytree(ade20k, root)
+    images, labels = (sorted((root / kind / "training").iterdir()) for kind in ("images", "annotations"))
+    images[3].write_bytes(images[3].read_bytes()[:100])
+    cv2.imwrite(str(labels[5]), cv2.imread(str(labels[5]), cv2.IMREAD_UNCHANGED)[:-7])
+    wrong = cv2.imread(str(labels[8]), cv2.IMREAD_UNCHANGED)
+    wrong[0, 0] = 151
+    cv2.imwrite(str(labels[8]), wrong)
+    entry = data.train.copy() | {"data_root": str(root)}
+    return build_datasets(entry, "data.train", [entry]), (images[3].name, labels[5].name, labels[8].name)
+
+
+def test_damaged_training_images_are_named_with_the_mend_and_replaced(damaged):
+    dataset, names = damaged
+    seen = batches(dataset, 12)  # all 23 images
+    faults = sorted({fault for batch in seen for fault in batch.faults})
+    assert len(faults) == 3
+    for name, words in zip(names, ("is no picture that can be read; copy it again", "pixels and its image .*one class per pixel", "has label 150, but there are classes 0 to 149")):
+        assert any(re.search(f"{name}.*{words}", fault) for fault in faults), faults
+    stems = tuple(name.split(".")[0] for name in names)
+    assert not any(file.split("/")[-1].startswith(stems) for batch in seen for file in batch.files)
+
+
+def test_what_replaces_a_damaged_image_depends_on_neither_workers_nor_ranks(damaged):
+    dataset, _ = damaged
+    alone, helped = batches(dataset, 6, micro_batch=4), batches(dataset, 6, micro_batch=4, workers=2)
+    assert any(batch.faults for batch in alone)
+    for one, other in zip(alone, helped):
+        assert one.faults == other.faults and torch.equal(one.inputs["img"], other.inputs["img"])
+    ranks = [batches(dataset, 6, rank=rank, world_size=2) for rank in range(2)]
+    for step, one in enumerate(alone):
+        assert torch.equal(one.inputs["img"], torch.cat([ranks[rank][step].inputs["img"] for rank in range(2)]))
+
+
+def test_a_data_set_of_damaged_images_only_ends_the_run(data, ade20k, tmp_path):
+    shutil.copytree(ade20k, tmp_path / "ade")
+    for image in (tmp_path / "ade/images/training").iterdir():
+        image.write_bytes(b"")
+    entry = data.train.copy() | {"data_root": str(tmp_path / "ade")}
+    with pytest.raises(DataError, match="20 training images in a row cannot be used"):
+        batches(build_datasets(entry, "data.train", [entry]), 1)

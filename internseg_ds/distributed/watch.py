@@ -1,0 +1,257 @@
+"""Ranks that look after each other: when one dies or hangs, the others say so and end, instead of waiting in a collective for ever.
+
+    rank r  --(where it stands, once a second)-->  rank 0  --(a request to stop; the end, and why)-->  all ranks
+
+A rank that dies closes its connection, whatever killed it, so the others end within seconds. A hanging one is told from a slow one by a limit on the time
+in which no rank gets on. Threads do all of it; the training only says where it stands, which writes to memory.
+"""
+
+import faulthandler
+import logging
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+import weakref
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from multiprocessing import Pipe
+from multiprocessing.connection import Client, Connection, Listener, wait
+from typing import Any, Literal
+
+from internseg_ds.distributed.process_group import World, of_all_ranks
+
+log = logging.getLogger(__name__)
+
+LOST = 69
+"""Exit code of a rank that ends because another was lost or hung: sysexits' "unavailable". Starting the run again with --resume auto mends it."""
+BEAT_S = 1.0
+"""Seconds between two signs of life."""
+CONNECT_S = 60.0
+GRACE_S = 3.0
+"""Seconds in which a rank that fails may learn that another one's death was the reason."""
+
+Doing = Literal["building", "data", "forward", "backward", "update", "agreeing", "evaluating", "saving"]
+STEP_PARTS: tuple[Doing, ...] = ("data", "forward", "backward", "update", "agreeing")
+"""In the order in which a step goes through them: a rank that stands at an earlier one keeps the others waiting."""
+UNTIMED: tuple[Doing, ...] = ("building", "saving")
+"""What may take any time."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank stands. marks: how often it has got on. line: of its main thread, which waits there for other ranks or not."""
+
+    rank: int
+    host: str
+    process: int
+    step: int = 0
+    doing: Doing = "building"
+    marks: int = 0
+    line: str = ""
+    waits: bool = False
+    asked_to_stop: bool = False
+    left: bool = False
+    failure: str = ""
+    """The error that the rank leaves with, alone as far as it knows."""
+
+    @property
+    def name(self) -> str:
+        return f"rank {self.rank} (host {self.host}, process {self.process})"
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """How far it has come."""
+        return self.step, STEP_PARTS.index(self.doing) if self.doing in STEP_PARTS else len(STEP_PARTS)
+
+    def __str__(self) -> str:
+        return f"{self.name} at step {self.step}, {self.doing}"
+
+
+class Watch:
+    """One rank's part in it. Made by all ranks together; a group of one has nobody to look after, and starts no thread."""
+
+    def __init__(self, world: World, *, hang_s: float) -> None:
+        """hang_s: seconds in which no rank gets on (saving and building left out), or one gives no sign of life, that end the run; 0: any. Collective."""
+        self.world, self.hang_s = world, hang_s
+        self.asked_to_stop = False
+        """Whether some rank was asked to stop."""
+        self._place = Place(world.rank, socket.gethostname(), os.getpid())
+        self._main = threading.get_ident()
+        self._peers: dict[Connection, Place] = {}
+        """By connection: of rank 0, where the other ranks stand; of another rank, where rank 0 does."""
+        self._woken, self._wake = Pipe(duplex=False)
+        self._thread: threading.Thread | None = None
+        if world.size > 1 and self._connected():
+            alive = weakref.ref(self)
+            os.register_at_fork(after_in_child=lambda: (here := alive()) and here._disown())
+            self._thread = threading.Thread(target=self._oversee if world.is_main else self._report, daemon=True, name="watch")
+            self._thread.start()
+
+    def at(self, step: int, doing: Doing) -> None:
+        """This rank has come to this part of this step (the one after `step` - 1 updates)."""
+        self._place = replace(self._place, step=step, doing=doing, marks=self._place.marks + 1)
+
+    def mark(self) -> None:
+        """This rank gets on."""
+        self._place = replace(self._place, marks=self._place.marks + 1)
+
+    def ask_to_stop(self) -> None:
+        """This rank was asked to; the others hear of it."""
+        self.asked_to_stop = True
+
+    def close(self, failure: BaseException | None = None) -> None:
+        """Ends this rank's part. failure: what it fails with, alone as far as it knows. Should another rank's death be the reason, that ends the process."""
+        if self._thread is None:
+            return
+        if failure is not None:
+            self._place = replace(self._place, failure=f"{type(failure).__name__}: {failure}".splitlines()[0])
+            time.sleep(GRACE_S)  # the thread speaks, and ends the process, where it knows better
+        self._place = replace(self._place, left=True)
+        self._wake.send(None)
+        self._thread.join()
+        self._thread = None
+
+    def _connected(self) -> bool:
+        """Connects every rank with rank 0; where one cannot, nobody watches, and a warning says so. Collective."""
+        key, listener = secrets.token_bytes(16), None
+        if self.world.is_main:
+            listener = Listener(("0.0.0.0", 0), backlog=self.world.size, authkey=key)
+            threading.Thread(target=self._welcome, args=(listener,), daemon=True).start()
+        address, port, key = of_all_ranks((os.environ.get("MASTER_ADDR", self._place.host), listener and listener.address[1], key))[0]
+        reached = True
+        if listener is None:
+            try:
+                to_main = Client((address, port), authkey=key)
+                to_main.send(self._place)
+                self._peers[to_main] = Place(0, address, 0)
+            except OSError:
+                reached = False
+        cannot = [rank for rank, reaches in enumerate(of_all_ranks(reached)) if not reaches]
+        if listener is not None:
+            deadline = time.monotonic() + CONNECT_S
+            while not cannot and len(self._peers) < self.world.size - 1 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            listener.close()
+            if cannot:
+                log.warning("rank %d cannot reach rank 0 at %s:%d (a firewall?), so nobody watches for dead and hanging ranks but the collectives' own time limit",
+                            cannot[0], address, port)
+        return not cannot
+
+    def _welcome(self, listener: Listener) -> None:
+        with suppress(OSError, EOFError):  # closed
+            while len(self._peers) < self.world.size - 1:
+                peer = listener.accept()
+                self._peers[peer] = peer.recv()
+
+    def _disown(self) -> None:
+        """In a forked process (a data worker): a connection that it held open would hide this rank's death."""
+        for peer in self._peers:
+            peer.close()
+        self._peers = {}
+
+    def _here(self) -> Place:
+        line, waits = _line_of(self._main)
+        return replace(self._place, line=line, waits=waits, asked_to_stop=self.asked_to_stop)
+
+    def _report(self) -> None:
+        """The thread of a rank that is not 0."""
+        (to_main, main), = self._peers.items()
+        heard = time.monotonic()
+        try:
+            while True:
+                if to_main in wait([to_main, self._woken], BEAT_S):
+                    word, about, main = to_main.recv()
+                    heard = time.monotonic()
+                    self.asked_to_stop |= main.asked_to_stop
+                    if word:
+                        self._end(word, about)
+                    if main.left:
+                        return
+                to_main.send(self._here())
+                if self._place.left:
+                    return
+                if self.hang_s and time.monotonic() - heard > self.hang_s:
+                    self._end(f"{main} has given no sign of life for {self.hang_s:.0f} s", main)
+        except (OSError, EOFError):
+            if not self._place.left:
+                self._end(f"{main} died", main)
+
+    def _oversee(self) -> None:
+        """The thread of rank 0."""
+        got_on = beat = time.monotonic()
+        heard, marks = dict.fromkeys(self._peers, got_on), -1
+        while True:
+            for peer in wait([*self._peers, self._woken], BEAT_S):
+                if peer is self._woken:
+                    continue
+                try:
+                    self._peers[peer] = place = peer.recv()
+                    heard[peer] = time.monotonic()
+                    self.asked_to_stop |= place.asked_to_stop
+                    if place.left and place.failure and not self._place.failure:
+                        self._tell(f"{place} ended with {place.failure}", place)
+                except (OSError, EOFError):
+                    place = self._peers.pop(peer)
+                    if not place.left:
+                        self._tell(f"{place} died", place)
+            now, here = time.monotonic(), self._here()
+            if here.left:
+                self._send(f"{here} ended with {here.failure}" if here.failure else "", here)
+                return
+            everybody = [here, *self._peers.values()]
+            if (seen := sum(place.marks for place in everybody)) != marks or any(place.doing in UNTIMED or place.left for place in everybody):
+                marks, got_on = seen, now
+            if self.hang_s:
+                for peer, place in self._peers.items():
+                    if now - heard[peer] > self.hang_s:
+                        self._tell(f"{place} has given no sign of life for {self.hang_s:.0f} s: its process is stopped, or its host is down", place)
+                if now - got_on > self.hang_s:
+                    self._tell(*_verdict(everybody, self.hang_s))
+            if now - beat >= BEAT_S:
+                beat = now
+                self._send("", here)
+
+    def _tell(self, word: str, about: Place) -> None:
+        """The end for all ranks."""
+        self._send(word, about)
+        self._end(word, about)
+
+    def _send(self, word: str, about: Place) -> None:
+        for peer in self._peers:
+            with suppress(OSError):  # a death is noticed when it is listened for
+                peer.send((word, about, self._here()))
+
+    def _end(self, word: str, about: Place) -> None:
+        """Ends this process, whose main thread may be in a collective that never returns."""
+        if about.rank == self.world.rank:
+            faulthandler.dump_traceback(file=sys.__stderr__)
+        if self.world.local_rank == 0 or about.rank == 0:
+            log.error("%s. This run ends; start it again with --resume auto.", word)
+        os._exit(LOST)
+
+
+def _verdict(everybody: list[Place], hang_s: float) -> tuple[str, Place]:
+    """Whom the others wait for: who stands furthest behind, and where all stand level, who does not wait for others."""
+    furthest = min(place.order for place in everybody)
+    behind = [place for place in everybody if place.order == furthest]
+    if len(behind) == len(everybody):
+        behind = [place for place in everybody if not place.waits] or everybody
+    names = "; ".join(f"{place} ({place.line})" for place in behind[:4])
+    others = len(everybody) - len(behind)
+    return f"no rank has got on for {hang_s:.0f} s: {f'the other {others} wait for' if others else 'all wait for each other,'} {names}", behind[0]
+
+
+def _line_of(thread: int) -> tuple[str, bool]:
+    """(file:line function of a thread's innermost frame, whether it waits for other ranks there)."""
+    frame: Any = sys._current_frames().get(thread)
+    if frame is None:
+        return "", False
+    place = f"{'/'.join(frame.f_code.co_filename.split('/')[-3:])}:{frame.f_lineno} {frame.f_code.co_name}"
+    while frame is not None:
+        if any(part in frame.f_code.co_filename for part in ("/torch/distributed/", "/deepspeed/comm/")):
+            return place, True
+        frame = frame.f_back
+    return place, False

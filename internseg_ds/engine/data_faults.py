@@ -1,0 +1,42 @@
+"""Training images that cannot be used: named once each, kept in a file, and too many of them end the run."""
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch.distributed as dist
+
+from internseg_ds.distributed.process_group import of_all_ranks
+from internseg_ds.errors import DataError
+
+log = logging.getLogger(__name__)
+
+
+class DataFaults:
+    """What was wrong with the images of one run. `pending` is this rank's affair; `share` is collective."""
+
+    def __init__(self, file: Path, limit: int) -> None:
+        """file: a line is added for each. limit: how many different ones a run may have (`engine.max_data_faults`)."""
+        self.file, self.limit = file, limit
+        self.known: set[str] = set()
+        """Of all ranks."""
+        self.pending: set[str] = set()
+        """Of this rank, not shared yet."""
+
+    def add(self, faults: Iterable[str]) -> None:
+        self.pending |= set(faults) - self.known
+
+    def share(self) -> None:
+        """Tells all ranks of all ranks' pending faults. Raises DataError, on every rank, when there are more than the limit. Collective."""
+        new = sorted(set().union(*of_all_ranks(self.pending)) - self.known)
+        self.known |= set(new)
+        self.pending = set()
+        is_main = dist.get_rank() == 0
+        if is_main:
+            with self.file.open("a") as file:
+                file.writelines(f"{fault}\n" for fault in new)
+        if len(self.known) > self.limit:
+            raise DataError(f"{new[-1]}" + (f" ({len(self.known)} damaged training images are more than engine.max_data_faults={self.limit}; {self.file} names them)" if self.limit else
+                                            "; with engine.max_data_faults=10 up to 10 such images would be replaced by others"))
+        for fault in new if is_main else ():
+            log.warning("%s; another image takes its place (%d of at most %d)", fault, len(self.known), self.limit)

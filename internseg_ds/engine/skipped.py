@@ -1,0 +1,73 @@
+"""Steps whose loss or gradient is not finite: they are skipped, counted, and noted with their images; too many in a row end the run.
+
+DeepSpeed leaves weights and moments alone when the norm of the gradient is not finite on any rank. What it does not know: a loss that is not finite whose
+gradient is, and batch-norm statistics, which the forward has spoilt by then.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from internseg_ds.distributed.process_group import of_all_ranks
+
+log = logging.getLogger(__name__)
+
+
+class Diverged(RuntimeError):
+    """The loss or the gradient is not finite any more."""
+
+
+def poisoned(loss: Tensor) -> Tensor:
+    """`loss`; one that is not finite makes every gradient NaN, so that the step is skipped. Does not wait for the device."""
+    return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+
+
+class SkippedSteps:
+    """Those of one run. Every rank makes the same calls."""
+
+    def __init__(self, deepspeed_engine: Any, file: Path, limit: int) -> None:
+        """file: a line of JSON is added for each skipped step. limit: skipped steps in a row that end the run."""
+        self.deepspeed, self.file, self.limit = deepspeed_engine, file, limit
+        self.in_a_row = 0
+        self._seen = deepspeed_engine.skipped_steps
+        self._buffers = [buffer for buffer in deepspeed_engine.module.buffers() if buffer.numel()]
+        self._kept = [buffer.clone() for buffer in self._buffers]
+
+    def values(self) -> dict[str, float]:
+        """For a log record: how many there were since the training began, restarts included, if any."""
+        return {"skipped_steps": self.deepspeed.skipped_steps} if self.deepspeed.skipped_steps else {}
+
+    def after_step(self, step: int, micro_batches: Sequence[tuple[Tensor, list[str]]]) -> bool:
+        """Whether DeepSpeed skipped this step. micro_batches: this rank's losses and image files. Collective when it did.
+
+        Raises Diverged, on every rank, at the `limit`-th in a row.
+        """
+        if self.deepspeed.skipped_steps == self._seen:
+            self.in_a_row = 0
+            torch._foreach_copy_(self._kept, self._buffers)
+            return False
+        self._seen, self.in_a_row = self.deepspeed.skipped_steps, self.in_a_row + 1
+        torch._foreach_copy_(self._buffers, self._kept)
+        told = of_all_ranks([(float(loss), files) for loss, files in micro_batches])
+        at_fault = [(rank, files) for rank, some in enumerate(told) for loss, files in some if not math.isfinite(loss)]
+        names = "; ".join(f"rank {rank}: {', '.join(files)}" for rank, files in at_fault)
+        reason = f"the loss is not finite for these images: {names}" if names else "the losses are finite, the gradient is not"
+        is_main = dist.get_rank() == 0
+        if is_main:
+            with self.file.open("a") as file:
+                ranks = [[{"loss": str(loss), "images": files} for loss, files in some] for some in told]
+                print(json.dumps({"step": step, "ranks": ranks}), file=file)
+        if self.in_a_row >= self.limit:
+            raise Diverged(f"{self.in_a_row} steps in a row, up to step {step}, were skipped; at the last {reason}. {self.file} names the images of all of them. Lower the "
+                           "learning rate, or clip the gradients with optimizer_config=dict(grad_clip=dict(max_norm=...))")
+        if is_main:
+            log.warning("step %d is skipped (%d in a row): %s", step, self.in_a_row, reason)
+        return True
+

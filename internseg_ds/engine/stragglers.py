@@ -1,0 +1,113 @@
+"""Which rank keeps the others waiting, how much of their time that costs, and by what: data that come late, or layers that compute slowly.
+
+In synchronous training all ranks take the same time for a step, so step times tell nothing. Compared are the parts that are a rank's own: its waiting for
+data, and the time inside the forwards of its layers, whose weights are there by then, measured in one step per log record.
+"""
+
+import logging
+import socket
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from internseg_ds.distributed.process_group import of_all_ranks
+from internseg_ds.engine.interval import Interval
+
+log = logging.getLogger(__name__)
+
+NOTABLE = 0.15
+"""Share of the others' time from which a slow rank is named."""
+
+
+class LayerClock:
+    """A `with` block that adds up the time that layers with parameters take in their forwards, recomputation included: on a GPU by its own events."""
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        self.layers = [layer for layer in module.modules() if next(layer.children(), None) is None and next(layer.parameters(), None) is not None]
+        self.on_gpu = device.type == "cuda"
+        self._began: dict[nn.Module, Any] = {}
+        self._spans: list[tuple[Any, Any]] = []
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> "LayerClock":
+        self._spans = []
+        # after ZeRO-3's own hooks, which gather a layer's weights before its forward
+        self._hooks = [hook for layer in self.layers for hook in (layer.register_forward_pre_hook(self._start), layer.register_forward_hook(self._stop))]
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    @property
+    def seconds(self) -> float:
+        """Of the last block. Waits for the device."""
+        if self.on_gpu:
+            torch.cuda.synchronize()
+            return sum(start.elapsed_time(stop) for start, stop in self._spans) / 1000
+        return sum(stop - start for start, stop in self._spans)
+
+    def _now(self) -> Any:
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _start(self, layer: nn.Module, _: Any) -> None:
+        self._began[layer] = self._now()
+
+    def _stop(self, layer: nn.Module, _: Any, __: Any) -> None:
+        self._spans.append((self._began.pop(layer), self._now()))
+
+
+class Stragglers:
+    """Looks at each log record for a rank that keeps the others waiting; twice in a row, the log names it."""
+
+    def __init__(self) -> None:
+        self._last: Straggler | None = None
+
+    def values(self, interval: Interval, layers_s: float) -> dict[str, float]:
+        """For a log record: the share of their time that ranks wait for the slowest. layers_s: of this rank, by its LayerClock. Collective."""
+        ranks = of_all_ranks((interval.waited_s / len(interval.losses), layers_s, socket.gethostname()))
+        if len(ranks) == 1:
+            return {}
+        data_s, layers, hosts = zip(*ranks, strict=True)
+        found, before = slowest(data_s, layers, interval.seconds / len(interval.losses), hosts), self._last
+        self._last = found
+        if before and (before.rank, before.cause) == (found.rank, found.cause) and min(before.share, found.share) > NOTABLE:
+            log.info("straggler: %s", found.text)
+        return {"waits_for_slowest": found.share}
+
+
+@dataclass(frozen=True)
+class Straggler:
+    """The slowest rank. share: of the other ranks' time, that they wait for it."""
+
+    rank: int
+    cause: Literal["data", "layers"]
+    share: float
+    text: str
+
+
+def slowest(data_s: Sequence[float], layers_s: Sequence[float], step_s: float, hosts: Sequence[str]) -> Straggler:
+    """Of each rank: the seconds a step that it waited for data, and the seconds that its layers took in the measured step. step_s: seconds a step.
+
+    The rank that is worst against the median of all: by data, the difference over the step; by its layers, 1 - median / own, which is how long the others
+    wait at most.
+    """
+    late, slow = (max(range(len(values)), key=values.__getitem__) for values in (data_s, layers_s))
+    usual_wait, usual_layers = statistics.median_low(data_s), statistics.median_low(layers_s)
+    by_data = (data_s[late] - usual_wait) / step_s
+    by_layers = 1 - usual_layers / layers_s[slow] if layers_s[slow] > 0 else 0.0
+    if by_data >= by_layers:
+        return Straggler(late, "data", by_data, f"rank {late} (host {hosts[late]}) waits {data_s[late]:.2f} s a step for data where the median rank waits {usual_wait:.2f} s; "
+                                                f"the others wait for it {by_data:.0%} of the time")
+    return Straggler(slow, "layers", by_layers, f"rank {slow} (host {hosts[slow]}) computes {layers_s[slow] / usual_layers:.2f} times as long as the median rank; "
+                                                f"the others wait for it up to {by_layers:.0%} of the time")

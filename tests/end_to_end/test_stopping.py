@@ -1,0 +1,136 @@
+"""Runs that are asked to stop: they save, end with a code of their own, and a resumed run ends with the weights of one that nobody disturbed."""
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+
+from internseg_ds.checkpoints.weights import open_weights
+from internseg_ds.engine.stopping import SAME_REQUEST_S, STOPPED
+from tests.conftest import ROOT, TINY, data_options, free_port
+from tests.end_to_end.conftest import SMALL
+
+TRIES = 20
+STEPS = 24
+OPTIONS = [f"runner.max_iters={STEPS}", f"checkpoint_config.interval={STEPS}", "data.workers_per_gpu=1", "data.samples_per_gpu=1", "engine.global_batch=2"]
+forks = multiprocessing.get_context("forkserver")  # its processes start with everything imported
+forks.set_forkserver_preload(["internseg_ds.engine.segmentor_engine", "torch._dynamo", "tests.end_to_end.test_stopping"])
+
+
+def a_rank(rank: int, port: int, work_dir: Path, options: list[str], log: Path) -> None:
+    """One process of launch/train.py CONFIG --resume auto --no-validate, without the seconds that its imports take."""
+    import runpy
+    import sys
+
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES="")
+    os.chdir(ROOT)
+    torch.set_num_threads(1)
+    with log.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = ["launch/train.py", TINY, "--work-dir", str(work_dir), "--resume", "auto", "--no-validate", "--cfg-options", *options]
+    runpy.run_path("launch/train.py", run_name="__main__")
+
+
+class Run:
+    """Two ranks in one work directory, with a log file of both."""
+
+    def __init__(self, work_dir: Path, options: list[str]) -> None:
+        port, self.log = free_port(), work_dir.with_suffix(f".{time.monotonic_ns()}.log")
+        self.ranks = [forks.Process(target=a_rank, args=(rank, port, work_dir, options, self.log)) for rank in range(2)]
+        for rank in self.ranks:
+            rank.start()
+
+    def wait_for(self, text: str) -> None:
+        deadline = time.monotonic() + 120
+        while not self.log.exists() or text not in self.log.read_text():
+            assert time.monotonic() < deadline and all(rank.is_alive() for rank in self.ranks), self.log.read_text()[-3000:]
+            time.sleep(0.02)
+
+    def codes(self, patience_s: float = 90) -> list[int]:
+        """Exit codes. As launchers do, what still runs 10 s after another rank ended is killed."""
+        deadline = time.monotonic() + patience_s
+        while all(rank.is_alive() for rank in self.ranks):
+            assert time.monotonic() < deadline, self.log.read_text()[-3000:]
+            time.sleep(0.02)
+        for rank in self.ranks:
+            rank.join(10)
+            rank.kill()
+            rank.join()
+        return [rank.exitcode for rank in self.ranks]
+
+
+@pytest.fixture(scope="module")
+def options(ade20k) -> list[str]:
+    return [*SMALL, *data_options(ade20k), *OPTIONS]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(options, tmp_path_factory) -> Path:
+    work_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    run = Run(work_dir, options)
+    assert run.codes() == [0, 0], run.log.read_text()[-3000:]
+    return work_dir
+
+
+def test_a_run_disturbed_at_random_moments_ends_with_the_weights_of_an_undisturbed_one(undisturbed, options, tmp_path):
+    expected, chance, tries, finished, stopped = open_weights(undisturbed), random.Random(0), 0, 0, 0
+    while tries < TRIES or not finished:
+        work_dir = tmp_path / f"run{finished}"
+        run = Run(work_dir, options)
+        if tries < TRIES:
+            tries += 1
+            early = chance.random() < 0.2  # while it starts
+            if not early:
+                run.wait_for("  eta")
+            time.sleep(chance.uniform(0, 2))
+            number = chance.choice([signal.SIGTERM, signal.SIGUSR1])
+            with suppress(ProcessLookupError):  # it has finished
+                os.kill(chance.choice(run.ranks).pid, number)
+            codes = run.codes()
+            assert codes in ([STOPPED, STOPPED], [0, 0]) or (early and STOPPED in codes), (codes, run.log.read_text()[-3000:])
+            stopped += codes == [STOPPED, STOPPED]
+        else:
+            assert run.codes() == [0, 0], run.log.read_text()[-3000:]
+        if (work_dir / "checkpoints" / f"iter_{STEPS}").exists():
+            found = open_weights(work_dir)
+            assert all(torch.equal(found.read(name), expected.read(name)) for name in expected.shapes)
+            finished += 1
+    assert stopped > TRIES / 2  # the signals did not all come too late
+
+
+def test_a_stop_file_stops_all_ranks_and_must_be_removed_to_go_on(options, tmp_path, launch):
+    work_dir = tmp_path / "run"
+    run = Run(work_dir, options)
+    run.wait_for("  eta")
+    (work_dir / "STOP").touch()
+    assert run.codes() == [STOPPED, STOPPED]
+    tag = (work_dir / "checkpoints" / "latest").read_text()
+    assert f"--resume auto goes on from {tag}" in run.log.read_text() and tag != f"iter_{STEPS}"
+    refused = launch("launch/train.py", TINY, "--work-dir", work_dir, "--cfg-options", *options, launcher="python", check=False)
+    assert refused.returncode == 2 and f"{work_dir / 'STOP'} is there" in refused.stderr
+
+
+def test_a_second_signal_ends_a_rank_at_once_even_inside_a_collective(options, tmp_path):
+    run = Run(tmp_path / "run", options)
+    run.wait_for("  eta")
+    os.kill(run.ranks[1].pid, signal.SIGSTOP)  # rank 0 now waits for it
+    time.sleep(0.5)
+    os.kill(run.ranks[0].pid, signal.SIGTERM)
+    time.sleep(SAME_REQUEST_S / 2)
+    os.kill(run.ranks[0].pid, signal.SIGTERM)  # a launcher that passes on the same request
+    time.sleep(SAME_REQUEST_S)
+    assert run.ranks[0].is_alive()
+    os.kill(run.ranks[0].pid, signal.SIGTERM)
+    run.ranks[0].join(5)
+    assert run.ranks[0].exitcode == 128 + signal.SIGTERM
+    os.kill(run.ranks[1].pid, signal.SIGCONT)
+    assert run.codes()[1] == 69  # it finds that rank 0 is gone
+
+

@@ -1,0 +1,81 @@
+import json
+import re
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from mmseg.datasets.builder import PIPELINES
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from internseg_ds.engine.segmentor_engine import SegmentorEngine
+from internseg_ds.engine.stragglers import LayerClock, slowest
+from tests.conftest import ROOT
+from tests.distributed.ranks import spawn
+from tests.engine.small import small_experiment
+
+HOSTS = ["a", "a", "b", "b"]
+
+
+@PIPELINES.register_module()
+class SleepOnRankOne:
+    """A slow disk."""
+
+    def __call__(self, results):
+        time.sleep(0.5 * dist.get_rank())
+        return results
+
+
+def the_log_names_the_rank_whose_data_come_late(root: Path, work_dir: Path) -> None:
+    cfg = small_experiment(root, "runner.max_iters=4", after_normalize="SleepOnRankOne")
+    with SegmentorEngine(cfg, ROOT / "ds_configs/zero3_bf16.json", work_dir=work_dir, validate=False) as engine:
+        engine.train()
+    if dist.get_rank() == 0:
+        records = [json.loads(line) for line in (work_dir / "metrics.jsonl").read_text().splitlines()]
+        assert min(record["waits_for_slowest"] for record in records[1:]) > 0.2
+        log = (work_dir / "train.log").read_text()
+        assert re.search(r"straggler: rank 1 \(host \S+\) waits 1\.\d\d s a step for data where the median rank waits 0\.\d\d s; the others wait for it \d\d%", log), log
+
+
+def test_the_log_names_the_rank_whose_data_come_late(ade20k, tmp_path):
+    spawn(the_log_names_the_rank_whose_data_come_late, 2, ade20k, tmp_path)
+
+
+def test_the_rank_whose_data_come_late_is_named_with_what_it_costs():
+    found = slowest([0.01, 0.02, 0.51, 0.01], [0.4, 0.4, 0.4, 0.42], step_s=1.0, hosts=HOSTS)
+    assert (found.rank, found.cause) == (2, "data") and found.share == pytest.approx(0.5)
+    assert "rank 2 (host b) waits 0.51 s a step for data where the median rank waits 0.01 s" in found.text
+
+
+def test_the_rank_that_computes_slowly_is_named_with_what_it_costs_at_most():
+    found = slowest([0.01, 0.02, 0.01, 0.01], [0.4, 0.5, 0.4, 0.4], step_s=1.0, hosts=HOSTS)
+    assert (found.rank, found.cause) == (1, "layers") and found.share == pytest.approx(0.2)
+    assert "rank 1 (host a) computes 1.25 times as long" in found.text
+
+
+def test_of_two_ranks_the_faster_one_is_what_the_slower_is_held_against():
+    assert slowest([0.0, 0.3], [1.0, 1.0], step_s=1.0, hosts=["a", "a"]).share == pytest.approx(0.3)
+
+
+class Sleeping(nn.Linear):
+    def forward(self, x):
+        time.sleep(0.02)
+        return super().forward(x)
+
+
+def test_the_clock_adds_up_the_layers_and_their_recomputation_and_nothing_between():
+    layers = nn.ModuleList([Sleeping(2, 2), nn.Sequential(Sleeping(2, 2), Sleeping(2, 2))])
+    clock, x = LayerClock(layers, torch.device("cpu")), torch.ones(1, 2, requires_grad=True)
+    with clock:
+        y = layers[0](x)
+        time.sleep(0.2)
+        checkpoint(layers[1], y, use_reentrant=False).sum().backward()
+    seconds = clock.seconds
+    assert 0.08 <= seconds < 0.2  # three forwards, and the recomputation up to the last one's input, which is all that the backward needs
+    layers[0](x)
+    assert clock.seconds == seconds  # the hooks are gone
+    with clock:
+        pass
+    assert clock.seconds == 0
