@@ -13,12 +13,12 @@ MANIFEST = "internseg_ds.json"
 
 
 def write_manifest(directory: Path, *, step: int, world_size: int, zero_stage: int, meta: Mapping[str, Any], metrics: Mapping[str, float],
-                   groups: Sequence[Mapping[str, Any]] = ()) -> None:
+                   groups: Sequence[Mapping[str, Any]] = (), saved_at: float | None = None, node_local: bool = False) -> None:
     """Records step, layout, meta (CLASSES, PALETTE, config text), metrics, parameter groups (names, lr, weight_decay) and the size of every other file in
-    `directory`; atomic."""
+    `directory`; atomic. saved_at: seconds since 1970, now if None. node_local: other hosts have written the files of their ranks into folders of their own."""
     files = {str(file.relative_to(directory)): file.stat().st_size for file in sorted(directory.rglob("*")) if file.is_file() and file.name != MANIFEST}
-    _write(directory, {"format": 1, "step": step, "saved_at": time.time(), "world_size": world_size, "zero_stage": zero_stage, "files": files, "meta": dict(meta), "metrics": dict(metrics),
-                       "groups": list(groups)})
+    _write(directory, {"format": 1, "step": step, "saved_at": time.time() if saved_at is None else saved_at, "world_size": world_size, "zero_stage": zero_stage,
+                       "node_local": node_local, "files": files, "meta": dict(meta), "metrics": dict(metrics), "groups": list(groups)})
 
 
 def update_metrics(directory: Path, metrics: Mapping[str, float]) -> None:

@@ -13,7 +13,8 @@ are in the model_states: as fragments of every rank (ZeRO-3), whole (ZeRO-2), or
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +29,8 @@ RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank_00")
 What = Literal["fp32", "exp_avg", "exp_avg_sq", "ema"]
 EMA_FILE = "zero_pp_rank_{rank}_mp_rank_00_ema_states.pt"
 """What a rank of this engine calls its shard of the averaged weights; it lies as the fp32 masters do."""
+TOGETHER = ("it was saved with checkpoint.use_node_local_storage, each host's files in its own folder: copy the folders of all hosts together into one, "
+            "or, to train on, start on the same hosts in the same order")
 
 
 class ZeroCheckpoint:
@@ -35,17 +38,21 @@ class ZeroCheckpoint:
 
     Attributes: path, stage, world_size, manifest (this engine's note, or {}), shapes (name -> torch.Size of every parameter, frozen ones too),
     buffers (name -> Tensor), client_state; trained (names), steps and samples (of the engine, skipped ones too), scheduled (steps of the learning-rate
-    schedule), updates (of AdamW), has_ema.
+    schedule), updates (of AdamW), has_ema; ranks (whose files are here: all of them, unless `partial`).
     """
 
-    def __init__(self, path: Path) -> None:
-        """path: the directory of one save. Raises CheckpointError when files are missing, damaged, or from different runs."""
+    def __init__(self, path: Path, *, partial: bool = False) -> None:
+        """path: the directory of one save. partial: where each host wrote into a folder of its own (node-local storage), this host's files will do; its processes
+        can read what they themselves saved. Raises CheckpointError when files are missing, damaged, or from different runs."""
         self.path = path
         if path.name.endswith(".partial"):
             raise CheckpointError(f"the save of {path} did not finish; take another checkpoint")
         self.manifest: dict[str, Any] = read_manifest(path) or {}
         verify_manifest(path)
-        files = _by_rank(path, "optim_states")
+        partial = partial and self.manifest.get("node_local", False)
+        again = advice(self.manifest)
+        by_rank = _by_rank(path, "optim_states", partial, again)
+        self.ranks, files = tuple(by_rank), list(by_rank.values())
         shards = [_optimizer_state(file) for file in files]
         self.stage, self.world_size = _layout(shards[0])
         for file, shard in zip(files, shards):
@@ -53,15 +60,13 @@ class ZeroCheckpoint:
             if (stage, written_by) != (self.stage, self.world_size) or len(files) > self.world_size:
                 raise CheckpointError(f"{path} mixes runs: {file.name} was saved by {written_by} processes under ZeRO-{stage}, but there are {len(files)} such files "
                                       f"and {files[0].name} was saved by {self.world_size} under ZeRO-{self.stage}; copy the checkpoint again, with all its files")
-        if len(files) < self.world_size:
-            raise CheckpointError(f"{_of_rank(files[0], len(files))} is missing: {files[0].name} was saved by {self.world_size} processes; copy the checkpoint again, "
-                                  f"with the optim_states and model_states files of every rank")
+        if len(files) < self.world_size and not partial:
+            raise CheckpointError(f"{_of_rank(files[0], len(files))} is missing: {files[0].name} was saved by {self.world_size} processes; {again}")
         _same(path, "optimizer step", {file: _step(shard) for file, shard in zip(files, shards)})
-        model_files = _by_rank(path, "model_states")
-        if len(model_files) != (self.world_size if self.stage == 3 else 1):
-            raise CheckpointError(f"{path} has {len(model_files)} model_states files for {self.world_size} processes under ZeRO-{self.stage}"
-                                  + (f": {_of_rank(model_files[0], len(model_files)).name} is missing" if len(model_files) < self.world_size else "")
-                                  + "; copy the checkpoint again, with all its files")
+        model_files = list(_by_rank(path, "model_states", partial, again).values())
+        if len(model_files) != (len(files) if self.stage == 3 else 1):
+            raise CheckpointError(f"{path} has {len(model_files)} model_states files for {len(files)} processes under ZeRO-{self.stage}"
+                                  + (f": {_of_rank(model_files[0], len(model_files)).name} is missing" if len(model_files) < len(files) else "") + f"; {again}")
         models = [load_stored(file) for file in model_files]
         for file, model in zip(model_files, models):
             if not isinstance(model, dict) or not {"module", "param_shapes", "buffer_names"} <= model.keys():
@@ -86,21 +91,28 @@ class ZeroCheckpoint:
         else:
             self._frozen = [model.get("frozen_param_fragments") or {} for model in models]
             frozen = {name: torch.Size(shape) for name, shape in (main.get("frozen_param_shapes") or {}).items()}
+            if self.stage == 3:
+                self._frozen = self._of_every_rank(self._frozen, lambda rank: {name: _Elsewhere(path, rank, value.numel()) for name, value in self._frozen[0].items()})
         self.shapes: dict[str, torch.Size] = trained | frozen
         self.shapes |= {name: self.shapes[kept] for name, kept in self._tied.items() if kept in self.shapes}
         # per rank one long vector (ZeRO-1/2: one a group), in pieces, and for each trained parameter where it begins in it
-        self._flat: dict[str, list[list[Stored]]] = {"fp32": [_as_list(shard["fp32_flat_groups" if self.stage == 3 else "single_partition_of_fp32_groups"])
-                                                              for shard in shards]}
+        self._flat: dict[str, list[list[Piece]]] = {"fp32": [_as_list(shard["fp32_flat_groups" if self.stage == 3 else "single_partition_of_fp32_groups"])
+                                                             for shard in shards]}
         states = [_adam_state(shard) for shard in shards]
         for what in ("exp_avg", "exp_avg_sq"):
             self._flat[what] = [[state[index][what] for index in range(len(pieces))] if all(what in state.get(index, {}) for index in range(len(pieces))) else []
                                 for state, pieces in zip(states, self._flat["fp32"])]  # all or none of a rank's, or offsets would shift
         self.has_ema = any(path.glob("*_ema_states.pt"))
         if self.has_ema:
-            averages = _by_rank(path, "ema_states")
-            if len(averages) != self.world_size:
-                raise CheckpointError(f"{path} has {len(averages)} ema_states files for {self.world_size} processes; copy the checkpoint again, with all its files")
-            self._flat["ema"] = [load_stored(file)["ema_flat_groups"] for file in averages]
+            averages = _by_rank(path, "ema_states", partial, again)
+            if len(averages) != len(files):
+                raise CheckpointError(f"{path} has {len(averages)} ema_states files for {len(files)} processes; {again}")
+            self._flat["ema"] = [load_stored(file)["ema_flat_groups"] for file in averages.values()]
+        # ranks' partitions are equally long, but DeepSpeed saves the masters of the last one, and those alone, without the padding behind them
+        lengths = [max(piece.numel() for piece in pieces) for pieces in zip(*(pieces for held in self._flat.values() for pieces in held if pieces))]
+        for what, held in self._flat.items():
+            self._flat[what] = self._of_every_rank(held, lambda rank: [_Elsewhere(path, rank, length) for length in lengths])
+        self._computed_with = main["module"]
         self._place: dict[str, tuple[int, int]] = {}
         paddings = shards[0].get("param_alignment_paddings")
         offset = 0
@@ -111,6 +123,11 @@ class ZeroCheckpoint:
                 offset += self._share(shape) if self.stage == 3 else shape.numel()
                 if self.stage < 3 and paddings is not None:
                     offset += paddings[index][position]
+
+    def _of_every_rank(self, held: list, elsewhere: Callable[[int], Any]) -> list:
+        """What each rank has, given that of the ranks whose files are here, in their order."""
+        there = dict(zip(self.ranks, held, strict=True))
+        return [there[rank] if rank in there else elsewhere(rank) for rank in range(self.world_size)]
 
     @classmethod
     def open(cls, path: Path, tag: str | None = None) -> "ZeroCheckpoint":
@@ -149,6 +166,8 @@ class ZeroCheckpoint:
         if there != stop - start:
             raise CheckpointError(f"{self.path}: {name} has {there} of the {stop - start} elements of {what} wanted; the checkpoint is damaged or was saved "
                                   f"before the first step, take another one")
+        if what == "fp32" and self.stage < 3 and any(isinstance(piece, _Elsewhere) for piece, _, _ in parts):
+            return _widened(self._computed_with[name].read_slice(start, stop))  # each host has these whole: the masters, rounded to the dtype of the run
         found = torch.empty(there)
         at = 0
         for piece, first, last in parts:
@@ -190,8 +209,31 @@ def find_save(path: Path, tag: str | None = None) -> Path:
     return folder / tag
 
 
-def _by_rank(path: Path, kind: str) -> list[Path]:
-    """The files of one kind, ordered by data-parallel rank, none missing."""
+@dataclass(frozen=True)
+class _Elsewhere:
+    """What lies in the file of a rank of another host."""
+
+    path: Path
+    rank: int
+    length: int
+
+    def numel(self) -> int:
+        return self.length
+
+    def read_slice_into(self, out: Tensor, start: int) -> None:
+        raise CheckpointError(f"{self.path} lacks the files of rank {self.rank}, which another host saved; {TOGETHER}")
+
+
+Piece = Stored | _Elsewhere
+
+
+def advice(manifest: dict[str, Any]) -> str:
+    """What to do where files of a save are missing."""
+    return TOGETHER if manifest.get("node_local") else "copy the checkpoint again, with the optim_states and model_states files of every rank"
+
+
+def _by_rank(path: Path, kind: str, partial: bool, again: str) -> dict[int, Path]:
+    """The files of one kind by data-parallel rank, in order, none missing unless `partial`."""
     found: dict[int, Path] = {}
     for file in sorted(path.glob(f"*_{kind}.pt")):
         match = RANK.search(file.name)
@@ -202,9 +244,9 @@ def _by_rank(path: Path, kind: str) -> list[Path]:
     if not found:
         raise CheckpointError(f"{path} holds no *_{kind}.pt: it is no ZeRO checkpoint, or its save did not finish ({MANIFEST} is written last)")
     missing = [rank for rank in range(max(found) + 1) if rank not in found]
-    if missing:
-        raise CheckpointError(f"{path}: the {kind} file of rank {missing[0]} is missing; copy the checkpoint again, with all its files")
-    return [found[rank] for rank in range(len(found))]
+    if missing and not partial:
+        raise CheckpointError(f"{path}: the {kind} file of rank {missing[0]} is missing; {again}")
+    return dict(sorted(found.items()))
 
 
 def _of_rank(file: Path, rank: int) -> Path:
@@ -257,7 +299,7 @@ def _as_list(value: Stored | list[Stored]) -> list[Stored]:
     return [value] if isinstance(value, Stored) else list(value)
 
 
-def _slices(pieces: list[Stored], start: int, stop: int) -> Iterator[tuple[Stored, int, int]]:
+def _slices(pieces: list[Piece], start: int, stop: int) -> Iterator[tuple[Piece, int, int]]:
     """Elements [start, stop) of the vector that `pieces` make end to end, as (piece, first, last) in the piece."""
     begin = 0
     for piece in pieces:

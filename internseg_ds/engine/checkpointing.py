@@ -6,12 +6,17 @@
 
 A checkpoint is written under a temporary name, at once or in the background, brought to disk, renamed, and only then named in `latest`: whatever is
 interrupted leaves the previous one usable. DeepSpeed writes and reads the files; this module owns names, order and retention.
+
+Where hosts have folders of their own (node-local storage), each holds all of this for the files of its own ranks: a save is published on every host or on
+none, and a run that resumes goes on from one that all hosts have.
 """
 
 import logging
 import math
 import os
 import shutil
+import socket
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +28,10 @@ from torch import nn
 
 from internseg_ds.checkpoints.manifest import MANIFEST, read_manifest, update_metrics, verify_manifest, write_manifest
 from internseg_ds.checkpoints.weights import weights_of
-from internseg_ds.checkpoints.zero_checkpoint import EMA_FILE, ZeroCheckpoint, find_save
+from internseg_ds.checkpoints.zero_checkpoint import EMA_FILE, ZeroCheckpoint, advice, find_save
 from internseg_ds.distributed.loading import fit_segmentor
 from internseg_ds.distributed.partitions import partitions
+from internseg_ds.distributed.process_group import of_all_ranks
 from internseg_ds.engine.state import TrainState
 from internseg_ds.errors import CheckpointError
 
@@ -39,7 +45,7 @@ PARTIAL = ".partial"
 
 @dataclass(frozen=True)
 class Started:
-    """A save whose files are being written. needed: bytes; note: what the manifest will say."""
+    """A save whose files are being written. needed: bytes in this folder; note: what the manifest will say."""
 
     engine: Any
     tag: str
@@ -50,9 +56,12 @@ class Started:
 class Checkpoints:
     """The checkpoints folder of one run. Every method is collective: all ranks call it, with the same arguments."""
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        """keep: how many of the newest stay (`max_keep_ckpts`); 0 or less keeps all. The best one stays beside them."""
+    def __init__(self, folder: Path, keep: int, leaders: Sequence[int] | None = None) -> None:
+        """keep: how many of the newest stay (`max_keep_ckpts`); 0 or less keeps all. The best one stays beside them. leaders: for each rank, the one that
+        looks after its folder (`work_dir.leaders`); rank 0 after all by default."""
         self.folder, self.keep = folder, keep
+        self.leaders = list(leaders or [0] * dist.get_world_size())
+        self.leads = self.leaders[dist.get_rank()] == dist.get_rank()
         self.newest: str | None = None
         """Tag of the newest save of this run that succeeded."""
         self._started: Started | None = None
@@ -68,20 +77,21 @@ class Checkpoints:
         self.finish()  # the save before this one
         tag, writer = f"iter_{state.step}", deepspeed_engine.checkpoint_engine
         partial = self.folder / (tag + PARTIAL)
-        if dist.get_rank() == 0:
+        if self.leads:
             self.folder.mkdir(parents=True, exist_ok=True)
             for leftover in self.folder.glob("*" + PARTIAL):
                 shutil.rmtree(leftover)
         writer.forget()
-        needed = _bytes_to_save(deepspeed_engine, ema)
-        if _agreed(deepspeed_engine, dist.get_rank() != 0 or shutil.disk_usage(self.folder).free > needed):
+        needed = self._bytes_to_save(deepspeed_engine, ema)
+        if _agreed(deepspeed_engine, not self.leads or shutil.disk_usage(self.folder).free > needed):
             deepspeed_engine.save_checkpoint(str(self.folder), tag=partial.name, client_state={"internseg_ds": state.state_dict()}, save_latest=False)
             if ema is not None:
                 writer.save(ema.state_dict(), str(partial / EMA_FILE.format(rank=dist.get_rank())))
         else:
             writer.failure = OSError("no room")
         self._started = Started(deepspeed_engine, tag, needed, {"step": state.step, "world_size": dist.get_world_size(), "meta": meta, "metrics": {}, "groups": groups,
-                                                                "zero_stage": deepspeed_engine.zero_optimization_stage()})
+                                                                "zero_stage": deepspeed_engine.zero_optimization_stage(), "node_local": len(set(self.leaders)) > 1,
+                                                                "saved_at": of_all_ranks(time.time())[0]})  # on every host the same: it tells two saves of one step apart
         if not writer.background:
             self.finish()
         return self.folder / tag if self._started is not None or self.newest == tag else None
@@ -97,16 +107,18 @@ class Checkpoints:
             return
         self._started = None
         failure = writer.wait() or _all_to_disk(partial)
-        if not _agreed(started.engine, failure is None):
-            if dist.get_rank() == 0:
+        if fine := _agreed(started.engine, failure is None):
+            failure = _noted(partial, started.note) if self.leads else None
+            fine = _agreed(started.engine, failure is None)
+        if not fine:
+            if self.leads:
                 shutil.rmtree(partial, ignore_errors=True)
                 log.warning("%s could not be saved: it needs %s MiB and %s MiB are free in %s (%s); training goes on, the newest checkpoint is %s", started.tag,
                             f"{started.needed / 2**20:,.0f}", f"{shutil.disk_usage(self.folder).free / 2**20:,.0f}", self.folder, failure or "another rank failed",
                             self.newest or "none")
             dist.barrier()
             return
-        if dist.get_rank() == 0:
-            write_manifest(partial, **started.note)
+        if self.leads:
             replaced = self.folder / (started.tag + ".replaced" + PARTIAL)
             if final.exists():
                 final.rename(replaced)  # a resumed run comes to this step again
@@ -114,6 +126,8 @@ class Checkpoints:
             shutil.rmtree(replaced, ignore_errors=True)
             _to_disk(self.folder)
             publish(self.folder / "latest", started.tag)
+        dist.barrier()  # published on every host, before one removes an older one
+        if self.leads:
             self._retain()
         dist.barrier()
         self.newest = started.tag
@@ -126,7 +140,7 @@ class Checkpoints:
         better = best_by is not None and self.newest == tag and metrics[best_by] > (-math.inf if state.best is None else state.best)  # never for NaN
         if better:
             state.best, state.best_tag = metrics[best_by], tag
-        if dist.get_rank() == 0 and self.newest == tag:
+        if self.leads and self.newest == tag:
             update_metrics(self.folder / tag, metrics)
             if better:
                 publish(self.folder / "best", tag)
@@ -139,10 +153,18 @@ class Checkpoints:
         tag = self._best_tag()
         if tag and (manifest := read_manifest(self.folder / tag)) and manifest["step"] <= state.step:
             state.best, state.best_tag = manifest["metrics"].get(best_by), tag
+        state.best, state.best_tag = of_all_ranks((state.best, state.best_tag))[0]  # hosts with folders of their own must not differ
 
     def _best_tag(self) -> str | None:
         pointer = self.folder / "best"
         return pointer.read_text() if pointer.is_file() else None
+
+    def _bytes_to_save(self, deepspeed_engine: Any, ema: "ShardedEma | None") -> int:
+        """What the files in this rank's folder will take together: masters and two moments in fp32, the module's own weights, the average. Collective."""
+        masters = sum(master.numel() for master in partitions(deepspeed_engine))
+        module = sum(param.numel() * param.itemsize for param in deepspeed_engine.module.parameters()) if self.leads else 0  # under ZeRO-3 they are empty
+        written = of_all_ranks(masters * (16 if ema is not None else 12) + module)
+        return int(1.01 * sum(size for size, leader in zip(written, self.leaders) if leader == self.leaders[dist.get_rank()])) + 2**20
 
     def _retain(self) -> None:
         """Newest by the time of the save, not by step: the folder may hold later steps of an earlier run."""
@@ -159,15 +181,6 @@ def _agreed(deepspeed_engine: Any, fine: bool) -> bool:
     trouble = torch.tensor(float(not fine), device=deepspeed_engine.device)
     dist.all_reduce(trouble)
     return not trouble
-
-
-def _bytes_to_save(deepspeed_engine: Any, ema: "ShardedEma | None") -> int:
-    """What the files of all ranks will take together: masters and two moments in fp32, the module's own weights, the average. Collective."""
-    masters = sum(master.numel() for master in partitions(deepspeed_engine))
-    module = sum(param.numel() * param.itemsize for param in deepspeed_engine.module.parameters()) if dist.get_rank() == 0 else 0  # under ZeRO-3 they are empty
-    total = torch.tensor(float(masters * (16 if ema is not None else 12) + module), dtype=torch.float64, device=deepspeed_engine.device)
-    dist.all_reduce(total)
-    return int(total * 1.01) + 2**20
 
 
 def complete_saves(folder: Path) -> list[Path]:
@@ -198,12 +211,45 @@ def checkpoint_to_resume(resume: str | os.PathLike | None, work_dir: Path) -> Pa
     return find_checkpoint(resume) if resume is not None else None
 
 
+def agree_to_resume(found: Path | None, stage: int) -> ZeroCheckpoint | None:
+    """The checkpoint that all hosts go on from, given what each has found (`checkpoint_to_resume`): the same, or else the newest that all have. Collective.
+
+    stage: of ZeRO, of this run. Raises CheckpointError, on every rank, when hosts have none in common, or when one lacks what its processes need of it.
+    """
+    def identity(path: Path) -> tuple[str, float]:  # a step may have been saved twice
+        return path.name, (read_manifest(path) or {}).get("saved_at", 0)
+
+    here = {identity(path): path for path in [*complete_saves(found.parent), found]} if found is not None else {}
+    hosts = of_all_ranks((socket.gethostname(), identity(found) if found is not None else None, list(here)))
+    if len({chosen for _, chosen, _ in hosts}) > 1:
+        common = set(here).intersection(*(saves for _, _, saves in hosts))
+        they = ", ".join(dict.fromkeys(f"{host} {chosen[0] if chosen else 'none'}" for host, chosen, _ in hosts))
+        if not common:
+            raise CheckpointError(f"hosts have different checkpoints to go on from ({they}) and none that all have; give the missing folders back to their hosts, or start "
+                                  "anew in another work directory")
+        found = here[max(common, key=lambda save: save[1])]
+        log.warning("the newest checkpoints of the hosts differ (%s); going on from %s, the newest that all have", they, found.name)
+    if found is None:
+        return None
+    size, trouble, checkpoint = dist.get_world_size(), None, None
+    try:
+        checkpoint = ZeroCheckpoint(found, partial=True)
+        if len(checkpoint.ranks) < checkpoint.world_size and ((size, stage) != (checkpoint.world_size, checkpoint.stage) or dist.get_rank() not in checkpoint.ranks):
+            trouble = (f"{found} of {socket.gethostname()} lacks files that {size} processes under ZeRO-{stage} need, {checkpoint.world_size} saved it under "
+                       f"ZeRO-{checkpoint.stage}; {advice(checkpoint.manifest)}")
+    except CheckpointError as error:
+        trouble = f"on {socket.gethostname()}: {error}"
+    if troubles := [each for each in of_all_ranks(trouble) if each is not None]:
+        raise CheckpointError(troubles[0])
+    return checkpoint
+
+
 def check_resumable(path: Path, model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> None:
     """Raises CheckpointError when the checkpoint is of another model than `model`, or trained other parameters, or in other groups.
 
     groups: those of the run that is to go on, as `named_groups` gives them. Stage and number of processes may differ.
     """
-    checkpoint = ZeroCheckpoint(path)
+    checkpoint = ZeroCheckpoint(path, partial=True)
     fit_segmentor(model, weights_of(checkpoint))
     trains = {name for name, param in model.named_parameters() if param.requires_grad}
     if differ := sorted(trains ^ checkpoint.trained):
@@ -237,6 +283,15 @@ def publish(pointer: Path, tag: str) -> None:
     _to_disk(temporary)
     os.replace(temporary, pointer)
     _to_disk(pointer.parent)
+
+
+def _noted(partial: Path, note: dict[str, Any]) -> OSError | None:
+    """Writes the manifest; what went wrong."""
+    try:
+        write_manifest(partial, **note)
+    except OSError as error:
+        return error
+    return None
 
 
 def _all_to_disk(folder: Path) -> OSError | None:

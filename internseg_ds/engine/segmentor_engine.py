@@ -25,7 +25,6 @@ import torch.distributed as dist
 from mmcv import Config
 from torch import Tensor
 
-from internseg_ds.checkpoints.manifest import read_manifest
 from internseg_ds.checkpoints.weights import open_weights, weights_of
 from internseg_ds.checkpoints.zero_checkpoint import ZeroCheckpoint
 from internseg_ds.data.loading import Batch
@@ -40,7 +39,7 @@ from internseg_ds.distributed.precision import apply_precision, backbone_dtype
 from internseg_ds.distributed.process_group import World, adopt, join, leave, world_from_environment
 from internseg_ds.distributed.restoring import restore
 from internseg_ds.distributed.watch import Watch
-from internseg_ds.engine.checkpointing import Checkpoints, checkpoint_to_resume, named_groups, state_of
+from internseg_ds.engine.checkpointing import Checkpoints, agree_to_resume, checkpoint_to_resume, named_groups, state_of
 from internseg_ds.engine.evaluator import Evaluation, evaluate
 from internseg_ds.engine.experiment import Experiment, read_experiment
 from internseg_ds.engine.outputs import check_writable
@@ -50,6 +49,7 @@ from internseg_ds.engine.state import TrainState
 from internseg_ds.engine.stopping import check_no_stop_file
 from internseg_ds.engine.trackers import start_logging
 from internseg_ds.engine.trainer import train
+from internseg_ds.engine.work_dir import leaders
 from internseg_ds.errors import ConfigError, FaultError, OutputError, UserError
 from internseg_ds.seeding import derived_seed
 
@@ -101,23 +101,23 @@ class SegmentorEngine:
             raise refusal
         else:
             adopt()
-        self.checkpoints = Checkpoints(self.work_dir / "checkpoints", experiment.max_keep_ckpts)
-        self.resumed_unscored = resume_from is not None and not (read_manifest(resume_from) or {}).get("metrics")
+        node_local = (self.plan.ds.raw.get("checkpoint") or {}).get("use_node_local_storage", False)
+        in_charge = leaders(self.work_dir, world, node_local=node_local, ds_config=self.plan.ds.source)
+        self.checkpoints = Checkpoints(self.work_dir / "checkpoints", experiment.max_keep_ckpts, in_charge)
         self.state, self.stopped = TrainState(seed=seed), False
-        if world.is_main:
-            self.work_dir.mkdir(parents=True, exist_ok=True)
-        dist.barrier()
         start_logging(self.work_dir, level=experiment.log_level, is_main=world.is_main)
         for note in experiment.notes:
             log.info("config: %s", note)
+        checkpoint = agree_to_resume(resume_from, self.plan.ds.stage)
+        self.resumed_unscored = checkpoint is not None and not checkpoint.manifest.get("metrics")
         self.watch = Watch(world, hang_s=heartbeat_timeout)
         try:
-            self._build(seed, load_from, resume_from)
+            self._build(seed, load_from, checkpoint)
         except BaseException as error:
             self.watch.close(_of_one_rank(error))
             raise
 
-    def _build(self, seed: int, load_from: str | os.PathLike | None, resume_from: Path | None) -> None:
+    def _build(self, seed: int, load_from: str | os.PathLike | None, checkpoint: ZeroCheckpoint | None) -> None:
         import deepspeed
 
         experiment, ds, device = self.plan.experiment, self.plan.ds, self.world.device
@@ -127,7 +127,6 @@ class SegmentorEngine:
         log.info("%d images per step = %d processes x %d images x %d accumulation steps", ds.global_batch, ds.world_size, ds.micro_batch, ds.accumulation)
         torch.backends.cudnn.benchmark = experiment.cudnn_benchmark and not torch.are_deterministic_algorithms_enabled()
         model = build_for_training(experiment.model, ds, device, seed)
-        checkpoint = ZeroCheckpoint(resume_from) if resume_from is not None else None
         if checkpoint is not None:
             load(model, fit_segmentor(model, weights_of(checkpoint)))
         elif start := starting_weights(experiment, model, load_from):
@@ -144,10 +143,10 @@ class SegmentorEngine:
             if self.ema is not None:
                 self.ema.restore(checkpoint)
             self.state = state_of(checkpoint, seed)
-            if resume_from.parent.resolve() == self.checkpoints.folder.resolve():
-                self.checkpoints.newest = resume_from.name
+            if checkpoint.path.parent.resolve() == self.checkpoints.folder.resolve():
+                self.checkpoints.newest = checkpoint.path.name
             self.checkpoints.recall_best(self.state, experiment.best_by)
-            log.info("resumed from %s (%d processes, ZeRO-%d): step %d, %d images seen", resume_from, checkpoint.world_size, checkpoint.stage, self.state.step,
+            log.info("resumed from %s (%d processes, ZeRO-%d): step %d, %d images seen", checkpoint.path, checkpoint.world_size, checkpoint.stage, self.state.step,
                      self.state.images)
         if self.world.is_main:
             experiment.cfg.dump(str(self.work_dir / "config.py"))

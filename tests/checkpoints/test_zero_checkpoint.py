@@ -127,3 +127,42 @@ def test_sizes_are_held_against_the_manifest_where_there_is_one(toy_checkpoints,
     cut(only(path, "*rank_1*optim*"))
     with pytest.raises(CheckpointError, match=r"rank_1.*optim_states\.pt has .* bytes, its save wrote"):
         ZeroCheckpoint(path)
+
+
+@EVERY
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_host_with_its_own_files_alone_reads_what_its_process_saved(name, rank, toy_checkpoints, tmp_path):
+    """As with node-local storage: the shards of the other rank are gone."""
+    whole = ZeroCheckpoint.open(toy_checkpoints / name)
+    path = tmp_path / "iter_2"
+    shutil.copytree(whole.path, path)
+    for file in path.glob(f"*zero_pp_rank_{1 - rank}_*"):
+        file.unlink()
+    write_manifest(path, step=2, world_size=2, zero_stage=whole.stage, meta={}, metrics={}, node_local=True)
+    with pytest.raises(CheckpointError, match="copy the folders of all hosts together into one"):
+        ZeroCheckpoint(path)
+    here = ZeroCheckpoint(path, partial=True)
+    assert here.ranks == (rank,) and here.trained == whole.trained
+    assert whole.shapes.keys() - here.shapes.keys() <= {"tied_head.weight"}  # a second name, which only rank 0's file of ZeRO-3 knows
+    mine = elsewhere = 0
+    for parameter, shape in here.shapes.items():
+        for index in range(shape.numel()):
+            for what in ("fp32", "exp_avg") if parameter in whole.trained else ("fp32",):
+                try:
+                    value = here.read_slice(parameter, index, index + 1, what)
+                except CheckpointError as error:
+                    assert f"lacks the files of rank {1 - rank}" in str(error)
+                    elsewhere += 1
+                else:  # under ZeRO-1 and 2 the weights of the other rank are what this one computed with
+                    expected = whole.read_slice(parameter, index, index + 1, what)
+                    assert torch.equal(value, expected) or (what == "fp32" and whole.stage < 3 and torch.equal(value, expected.bfloat16().float()))
+                    mine += 1
+    assert mine and elsewhere
+
+
+def test_without_a_manifest_that_says_so_every_file_must_be_there(toy_checkpoints, tmp_path):
+    path = tmp_path / "iter_2"
+    shutil.copytree(ZeroCheckpoint.open(toy_checkpoints / "zero3_bf16").path, path)
+    next(path.glob("*zero_pp_rank_1_*optim_states.pt")).unlink()
+    with pytest.raises(CheckpointError, match="is missing"):
+        ZeroCheckpoint(path, partial=True)
