@@ -32,6 +32,16 @@ class OutputError(UserError):
     """A result cannot be written. Comes late, and from one rank alone."""
 
 
+class Diverged(RuntimeError):
+    """The loss or the gradient is not finite any more. Raised on every rank."""
+
+
+def of_one_rank(error: BaseException) -> BaseException | None:
+    """An error that the other ranks may know nothing of; None for one that all ranks raise."""
+    of_all = isinstance(error, (UserError, Diverged)) and not isinstance(error, (FaultError, OutputError))
+    return None if of_all else error
+
+
 def unknown_key(key: str, known: Iterable[str], where: str) -> ConfigError:
     """The error for a key that exists nowhere, naming the nearest one that does."""
     known = sorted(known)

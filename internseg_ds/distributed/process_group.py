@@ -9,8 +9,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -108,23 +107,6 @@ def rendezvous(world: World, env: Mapping[str, str] = os.environ) -> dict[str, s
     else:
         port = str(DEFAULT_PORT + int(env.get("SLURM_JOB_ID", 0)) % 1000)
     return {"RANK": str(world.rank), "WORLD_SIZE": str(world.size), "LOCAL_RANK": str(world.local_rank), "MASTER_ADDR": address, "MASTER_PORT": port}
-
-
-@contextmanager
-def joined(world: World, timeout: timedelta = timedelta(minutes=30)) -> Iterator[World]:
-    """The process group of `world`, for the length of a `with` block. Collective: returns once all processes have come.
-
-    A group that exists already (a notebook, another library) is used and left as it is.
-    """
-    if dist.is_initialized():
-        yield world
-        return
-    join(world, timeout)
-    try:
-        yield world
-        leave(together=True)
-    finally:
-        leave()
 
 
 def join(world: World, timeout: timedelta = timedelta(minutes=30), *, refusal: UserError | None = None) -> None:

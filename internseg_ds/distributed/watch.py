@@ -15,13 +15,17 @@ import sys
 import threading
 import time
 import weakref
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Client, Connection, Listener, wait
 from typing import Any, Literal
 
-from internseg_ds.distributed.process_group import World, of_all_ranks
+import torch.distributed as dist
+
+from internseg_ds.distributed.process_group import World, join, leave, of_all_ranks
+from internseg_ds.errors import ConfigError, of_one_rank
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +33,7 @@ LOST = 69
 """Exit code of a rank that ends because another was lost or hung: sysexits' "unavailable". Starting the run again with --resume auto mends it."""
 BEAT_S = 1.0
 """Seconds between two signs of life."""
+LEAST_HANG_S = 3 * BEAT_S
 CONNECT_S = 60.0
 GRACE_S = 3.0
 """Seconds in which a rank that fails may learn that another one's death was the reason."""
@@ -231,6 +236,36 @@ class Watch:
         if self.world.local_rank == 0 or about.rank == 0:
             log.error("%s. This run ends; start it again with --resume auto.", word)
         os._exit(LOST)
+
+
+@contextmanager
+def joined(world: World) -> Iterator[World]:
+    """The process group of `world`, whose ranks watch each other, for the length of a `with` block. Collective: returns once all processes have come.
+
+    A group that exists already (a notebook, another library) is used and left as it is.
+    """
+    owned = not dist.is_initialized()
+    if owned:
+        join(world)
+    try:
+        watch = Watch(world, hang_s=0)
+        try:
+            yield world
+        except BaseException as error:
+            watch.close(of_one_rank(error))
+            raise
+        watch.close()
+        if owned:
+            leave(together=True)
+    finally:
+        if owned:
+            leave()
+
+
+def check_heartbeat_timeout(seconds: float) -> None:
+    """Raises ConfigError for one that healthy ranks would exceed, or that is no time."""
+    if not (seconds == 0 or LEAST_HANG_S <= seconds < float("inf")):
+        raise ConfigError(f"--heartbeat-timeout {seconds:g} must be at least {LEAST_HANG_S:g} seconds, or 0 for no limit; 600 is the usual one")
 
 
 def _verdict(everybody: list[Place], hang_s: float) -> tuple[str, Place]:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from internseg_ds.distributed.process_group import leave, world_from_environment
-from internseg_ds.errors import FaultError, OutputError, UserError
+from internseg_ds.errors import Diverged, FaultError, OutputError, UserError
 
 USER_ERROR, DIVERGED, INTERRUPTED = 2, 3, 130
 GRACE_S = 15
@@ -36,11 +36,7 @@ def run(main: Callable[[], None]) -> NoReturn:
             time.sleep(GRACE_S)
     except KeyboardInterrupt:
         code = INTERRUPTED
-    except Exception as error:
-        from internseg_ds.engine.skipped import Diverged
-
-        if not isinstance(error, Diverged):
-            raise
+    except Diverged as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         code = DIVERGED
     finally:

@@ -17,7 +17,8 @@ from mmseg.datasets import DATASETS
 
 from internseg_ds.data.image_files import ImageFiles, find_images
 from internseg_ds.distributed.construction import build_on_meta
-from internseg_ds.distributed.process_group import joined, world_from_environment
+from internseg_ds.distributed.process_group import world_from_environment
+from internseg_ds.distributed.watch import joined
 from internseg_ds.engine.evaluator import conclude, images_of
 from internseg_ds.engine.experiment import Experiment, leaf_datasets, read_experiment
 from internseg_ds.engine.inference import ready

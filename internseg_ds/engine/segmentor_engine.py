@@ -38,19 +38,18 @@ from internseg_ds.distributed.parameter_groups import parameter_groups
 from internseg_ds.distributed.precision import apply_precision, backbone_dtype
 from internseg_ds.distributed.process_group import World, adopt, join, leave, world_from_environment
 from internseg_ds.distributed.restoring import restore
-from internseg_ds.distributed.watch import Watch
+from internseg_ds.distributed.watch import Watch, check_heartbeat_timeout
 from internseg_ds.engine.checkpointing import Checkpoints, agree_to_resume, checkpoint_to_resume, named_groups, state_of
 from internseg_ds.engine.evaluator import Evaluation, evaluate
 from internseg_ds.engine.experiment import Experiment, read_experiment
 from internseg_ds.engine.outputs import check_writable
 from internseg_ds.engine.preflight import Plan, check, starting_weights
-from internseg_ds.engine.skipped import Diverged
 from internseg_ds.engine.state import TrainState
 from internseg_ds.engine.stopping import check_no_stop_file
 from internseg_ds.engine.trackers import start_logging
 from internseg_ds.engine.trainer import train
 from internseg_ds.engine.work_dir import leaders
-from internseg_ds.errors import ConfigError, FaultError, OutputError, UserError
+from internseg_ds.errors import ConfigError, UserError, of_one_rank
 from internseg_ds.seeding import derived_seed
 
 log = logging.getLogger(__name__)
@@ -82,6 +81,7 @@ class SegmentorEngine:
         Raises UserError before any accelerator memory is taken when anything in these contradicts itself or is missing.
         """
         world = world_from_environment()
+        check_heartbeat_timeout(heartbeat_timeout)
         if isinstance(config, Experiment) and cfg_options:
             raise ConfigError("cfg_options change a config while it is read; give them to read_experiment")
         experiment = config if isinstance(config, Experiment) else read_experiment(config, cfg_options)
@@ -114,7 +114,7 @@ class SegmentorEngine:
         try:
             self._build(seed, load_from, checkpoint)
         except BaseException as error:
-            self.watch.close(_of_one_rank(error))
+            self.watch.close(of_one_rank(error))
             raise
 
     def _build(self, seed: int, load_from: str | os.PathLike | None, checkpoint: ZeroCheckpoint | None) -> None:
@@ -212,12 +212,6 @@ class SegmentorEngine:
         if error is None:
             self.close()
             return
-        self.watch.close(_of_one_rank(error))
+        self.watch.close(of_one_rank(error))
         if self._owns_group:
             leave()
-
-
-def _of_one_rank(error: BaseException) -> BaseException | None:
-    """An error that the other ranks may know nothing of; None of one that all ranks raise."""
-    of_all = isinstance(error, (UserError, Diverged)) and not isinstance(error, (FaultError, OutputError))
-    return None if of_all else error

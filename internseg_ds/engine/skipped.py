@@ -16,12 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from internseg_ds.distributed.process_group import of_all_ranks
+from internseg_ds.errors import Diverged
 
 log = logging.getLogger(__name__)
-
-
-class Diverged(RuntimeError):
-    """The loss or the gradient is not finite any more."""
 
 
 def poisoned(loss: Tensor) -> Tensor:

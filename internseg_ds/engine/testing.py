@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from internseg_ds.distributed.construction import build_on_meta
-from internseg_ds.distributed.process_group import joined, world_from_environment
+from internseg_ds.distributed.process_group import world_from_environment
+from internseg_ds.distributed.watch import joined
 from internseg_ds.engine.evaluator import Evaluation, conclude, evaluate, images_of
 from internseg_ds.engine.experiment import known_metrics, read_experiment
 from internseg_ds.engine.inference import ready

@@ -52,7 +52,9 @@ class JsonlTracker:
     def __init__(self, path: Path, start: int) -> None:
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= start] if start else []
-            path.write_text("".join(f"{line}\n" for line in kept))
+            rewritten = path.with_suffix(".new")
+            rewritten.write_text("".join(f"{line}\n" for line in kept))
+            rewritten.replace(path)  # at once: a run that is killed here loses no record
         self.file: TextIO = path.open("a")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

@@ -1,0 +1,141 @@
+"""The watch alone: real ranks that die, fail, leave and are asked to stop, without a training around them."""
+
+import logging
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.distributed as dist
+
+from internseg_ds.distributed.process_group import world_from_environment
+from internseg_ds.distributed.watch import GRACE_S, LOST, Watch, joined
+from internseg_ds.errors import DataError
+from tests.conftest import free_port
+
+forks = multiprocessing.get_context("forkserver")
+
+
+def ranks(function: Callable[[int], None], count: int, folder: Path) -> tuple[list[int], str]:
+    """Exit codes of `count` ranks that ran `function` under a watch, and what they logged."""
+    port = free_port()
+    processes = [forks.Process(target=_rank, args=(rank, count, port, function, folder / f"{rank}.log")) for rank in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        process.kill()
+    return [process.exitcode for process in processes], "".join((folder / f"{rank}.log").read_text() for rank in range(count))
+
+
+def _rank(rank: int, size: int, port: int, function: Callable[[int], None], log: Path) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES="")
+    logging.getLogger("internseg_ds").addHandler(logging.FileHandler(log))
+    with joined(world_from_environment()):
+        function(rank)
+
+
+def waits_while_rank_2_is_killed(rank: int) -> None:
+    if rank == 2:
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.barrier()
+
+
+def test_all_ranks_end_when_one_is_killed(tmp_path):
+    began = time.monotonic()
+    codes, log = ranks(waits_while_rank_2_is_killed, 3, tmp_path)
+    assert codes == [LOST, LOST, -signal.SIGKILL] and log.count("rank 2 (host ") == 1 and " died. This run ends" in log
+    assert time.monotonic() - began < 50
+
+
+def waits_while_rank_0_is_killed(rank: int) -> None:
+    if rank == 0:
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.barrier()
+
+
+def test_all_ranks_end_when_rank_0_is_killed(tmp_path):
+    codes, log = ranks(waits_while_rank_0_is_killed, 3, tmp_path)
+    assert codes == [-signal.SIGKILL, LOST, LOST] and "rank 0 (host " in log
+
+
+def fails_on_rank_1_alone(rank: int) -> None:
+    if rank == 1:
+        raise ZeroDivisionError("of rank 1")
+    dist.barrier()
+
+
+def test_the_error_of_one_rank_is_told_to_the_others(tmp_path):
+    codes, log = ranks(fails_on_rank_1_alone, 2, tmp_path)
+    assert codes == [LOST, 1] and "ended with ZeroDivisionError: of rank 1" in log
+
+
+def fails_on_all_ranks(rank: int) -> None:
+    time.sleep(0.3 * rank)
+    raise DataError("known to all")
+
+
+def test_an_error_of_all_ranks_is_no_loss(tmp_path):
+    codes, log = ranks(fails_on_all_ranks, 2, tmp_path)
+    assert codes == [1, 1] and log == ""
+
+
+def leaves_one_after_the_other(rank: int) -> None:
+    time.sleep(rank)
+
+
+def test_ranks_that_are_done_at_different_times_are_no_loss(tmp_path):
+    assert ranks(leaves_one_after_the_other, 3, tmp_path) == ([0, 0, 0], "")
+
+
+def one_is_asked_and_all_hear(rank: int) -> None:
+    watch = Watch(world_from_environment(), hang_s=0)
+    if rank == 1:
+        watch.ask_to_stop()
+    deadline = time.monotonic() + 5 * GRACE_S
+    while not watch.asked_to_stop:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(3)  # whoever leaves at once might take the news along
+    watch.close()
+
+
+def test_a_request_to_stop_reaches_every_rank(tmp_path):
+    assert ranks(one_is_asked_and_all_hear, 3, tmp_path) == ([0, 0, 0], "")
+
+
+def stands_still_on_rank_1(rank: int) -> None:
+    watch = Watch(world_from_environment(), hang_s=3)
+    for step in range(1, 40):
+        watch.at(step, "data")
+        if rank == 1 and step == 30:
+            time.sleep(60)
+        watch.at(step, "forward")
+        time.sleep(0.1)
+        watch.at(step, "agreeing")
+        dist.barrier()
+    watch.close()
+
+
+def test_a_rank_that_stands_still_is_told_from_those_that_wait_for_it(tmp_path):
+    codes, log = ranks(stands_still_on_rank_1, 3, tmp_path)
+    assert codes == [LOST, LOST, LOST]
+    assert "no rank has got on for 3 s: the other 2 wait for rank 1 (host " in log and "at step 30, data (" in log and "stands_still_on_rank_1" in log
+
+
+def saves_longer_than_the_limit(rank: int) -> None:
+    watch = Watch(world_from_environment(), hang_s=3)
+    watch.at(1, "data")
+    watch.at(1, "saving")
+    time.sleep(6)
+    dist.barrier()
+    watch.at(2, "data")
+    watch.close()
+
+
+def test_a_slow_save_is_no_hang(tmp_path):
+    assert ranks(saves_longer_than_the_limit, 2, tmp_path) == ([0, 0], "")
