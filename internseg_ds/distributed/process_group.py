@@ -121,19 +121,18 @@ def join(world: World, timeout: timedelta = timedelta(minutes=30), *, refusal: U
         torch.cuda.set_device(world.device)
     else:
         build_extension("ShareMemCommBuilder")  # DeepSpeed's own collectives on one host
-    dist.init_process_group("nccl" if world.device.type == "cuda" else "gloo", store=dist.PrefixStore("group", store), rank=world.rank, world_size=world.size,
-                            timeout=timeout)
-    adopt()
+    adopt(timeout)
+    del store  # until now: rank 0 serves the group's own store at the same port
     if world.device.type == "cpu":
         dist.barrier()
         forget_shared_buffer(world.rank)
 
 
-def adopt() -> None:
-    """Has DeepSpeed use the process group that there is."""
+def adopt(timeout: timedelta = timedelta(minutes=30)) -> None:
+    """Has DeepSpeed use the process group that there is, or make one."""
     import deepspeed  # here: half a dozen seconds, and readers of the environment need none of it
 
-    deepspeed.init_distributed(verbose=False)
+    deepspeed.init_distributed(timeout=timeout, verbose=False)
 
 
 def _meet(world: World, timeout: timedelta, refusal: UserError | None) -> dist.Store:
