@@ -1,29 +1,24 @@
-"""From mmseg data-set configs to batches of tensors.
+"""From mmseg data sets to batches of tensors.
 
 Training batches come from an endless, seeded stream: which images, and how each is cropped, flipped and coloured, depends on the seed and the image's
 position in the stream alone (not on workers, ranks or restarts). Evaluation batches are single images, dealt out to the ranks in turn.
 """
 
-import os
 import random
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import torch
 from mmcv.parallel import DataContainer, collate
-from mmseg.datasets import build_dataset
-from mmseg.datasets.pipelines import LoadAnnotations
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-import internseg_ds.data.ade20k  # noqa: F401 - registers the published few-shot data set
+from internseg_ds.data.datasets import sample
 from internseg_ds.data.sampler import GlobalBatchSampler
-from internseg_ds.data.transforms import CheckAnnotation
 from internseg_ds.errors import DataError, FaultError
 from internseg_ds.seeding import derived_seed
 
@@ -60,102 +55,6 @@ class Batch:
     @property
     def files(self) -> list[str]:
         return [meta["filename"] for meta in self.inputs["img_metas"]]
-
-
-def build_datasets(entry: Any, what: str, leaves: list[Any], **default_args: Any) -> Dataset:
-    """mmseg's data set of a config entry, after a look at its folders.
-
-    what: its name in messages ("data.train"). leaves: the plain data sets inside wrappers. Raises DataError when a folder is missing or the set is empty.
-    """
-    for leaf in leaves:
-        root = Path(leaf.get("data_root") or "")
-        for key in ("img_dir", "ann_dir"):
-            folders = leaf.get(key) or []
-            for folder in folders if isinstance(folders, (list, tuple)) else [folders]:  # mmseg joins the data sets of several folders
-                if not (root / folder).is_dir():
-                    raise DataError(f"{what}: there is no folder {root / folder} ({key} = {folder!r} under data_root = {leaf.get('data_root')!r}); "
-                                    f"put the data there, or set {what}.data_root")
-    try:
-        dataset = build_dataset(entry, default_args or None)
-    except (KeyError, TypeError, AttributeError, AssertionError, OSError, ValueError) as error:
-        raise DataError(f"{what} cannot be built: {type(error).__name__}: {error}") from error
-    for part in _plain(dataset):
-        if getattr(part, "label_map", None):  # of classes that the config leaves out; mmseg's -1 is no uint8, which numpy 2 minds
-            part.label_map = {old: 255 if new == -1 else new for old, new in part.label_map.items()}
-        _check_annotations_of(part)
-    _annotations_are_there(dataset, what)
-    if len(dataset) == 0:
-        places = ", ".join(f"{leaf.get('data_root')}/{leaf.get('img_dir')}/*{leaf.get('img_suffix', '.jpg')}" for leaf in leaves)
-        raise DataError(f"{what} is empty: no image matches {places}")
-    return dataset
-
-
-def _plain(dataset: Dataset) -> Iterator[Dataset]:
-    """The data sets inside wrappers, in their order."""
-    if hasattr(dataset, "datasets"):
-        for part in dataset.datasets:
-            yield from _plain(part)
-    elif hasattr(dataset, "dataset"):
-        yield from _plain(dataset.dataset)
-    else:
-        yield dataset
-
-
-def _check_annotations_of(dataset: Dataset) -> None:
-    """Has each label map that the pipeline loads looked at, before anything is done to it."""
-    transforms = dataset.pipeline.transforms
-    for place, transform in reversed(list(enumerate(transforms))):
-        if isinstance(transform, LoadAnnotations) and dataset.CLASSES is not None:
-            transforms.insert(place + 1, CheckAnnotation(len(dataset.CLASSES), dataset.ignore_index))
-
-
-def _annotations_are_there(dataset: Dataset, what: str) -> None:
-    """Each image's label map must exist: looked for now, lest a run end at the first one that does not."""
-    for part in _plain(dataset):
-        names = [info["ann"]["seg_map"] for info in getattr(part, "img_infos", ()) if "ann" in info] if getattr(part, "ann_dir", None) else []
-        missing = [name for name in names if not os.path.exists(os.path.join(part.ann_dir, name))]
-        if missing:
-            raise DataError(f"{what}: {len(missing)} of {len(names)} label maps are missing, the first is {os.path.join(part.ann_dir, missing[0])}; put them there, or take "
-                            f"their images away")
-
-
-def first_sample(dataset: Dataset, what: str, *, tolerated: int = 0) -> dict[str, Any]:
-    """The first image of a data set that passes its pipeline; before it, at most `tolerated` may fail. Raises DataError in the words of the first that did."""
-    first: DataError | None = None
-    for index in range(min(tolerated + 1, len(dataset))):
-        try:
-            return sample(dataset, index)
-        except DataError as error:
-            first = first or error
-    raise DataError(f"{what}: {first}") from first
-
-
-def sample(dataset: Dataset, index: int) -> dict[str, Any]:
-    """One image through its pipeline. Raises DataError naming the file that is at fault, or the image and the words of whichever transform refused."""
-    try:
-        return dataset[index]
-    except DataError:
-        raise
-    except Exception as error:  # transforms are anybody's code
-        image, labels = _files(dataset, index)
-        for file in filter(None, (image, labels)):
-            if cv2.imread(file, cv2.IMREAD_UNCHANGED) is None:
-                raise DataError(f"{file} {'is no picture that can be read' if os.path.exists(file) else 'is not there'}; copy it again, or take the image away") from error
-        reason = " ".join(str(error).split())  # OpenCV's has several lines
-        raise DataError(f"the pipeline fails on image {image}: {type(error).__name__}: {reason}; is the image, or its label map, damaged?") from error
-
-
-def _files(dataset: Dataset, index: int) -> tuple[str, str | None]:
-    """Image and label map of an entry, inside wrappers too."""
-    if hasattr(dataset, "dataset"):  # RepeatDataset
-        return _files(dataset.dataset, index % len(dataset.dataset))
-    for part in getattr(dataset, "datasets", ()):
-        if index < len(part):
-            return _files(part, index)
-        index -= len(part)
-    info = dataset.img_infos[index]
-    labels = os.path.join(dataset.ann_dir or "", info["ann"]["seg_map"]) if "ann" in info else None
-    return os.path.join(dataset.img_dir or "", info["filename"]), labels
 
 
 class Examined(Dataset):

@@ -19,7 +19,7 @@ from torch.utils.data import ConcatDataset, Dataset
 
 from internseg_ds.checkpoints.fitting import Fit
 from internseg_ds.checkpoints.weights import Weights, open_weights
-from internseg_ds.data.loading import build_datasets, first_sample
+from internseg_ds.data.datasets import build_datasets, first_sample
 from internseg_ds.distributed.construction import build_on_meta
 from internseg_ds.distributed.ds_config import DsConfig, resolve_ds_config
 from internseg_ds.distributed.loading import fit_backbone, fit_segmentor

@@ -7,7 +7,8 @@ import pytest
 import torch
 from mmcv import Config
 
-from internseg_ds.data.loading import build_datasets, evaluation_images, first_sample, training_batches
+from internseg_ds.data.datasets import build_datasets, first_sample
+from internseg_ds.data.loading import evaluation_images, training_batches
 from internseg_ds.data.sampler import GlobalBatchSampler
 from internseg_ds.errors import DataError
 from tests.conftest import ROOT, TINY

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from mmcv import Config
 
-from internseg_ds.data.loading import build_datasets
+from internseg_ds.data.datasets import build_datasets
 from internseg_ds.distributed import gathering
 from internseg_ds.distributed.construction import build_for_training, gathered
 from internseg_ds.distributed.ds_config import resolve_ds_config

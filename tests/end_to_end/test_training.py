@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from internseg_ds.data.loading import build_datasets, training_batches
+from internseg_ds.data.datasets import build_datasets
+from internseg_ds.data.loading import training_batches
 from internseg_ds.data.sampler import GlobalBatchSampler
 from internseg_ds.distributed.construction import build_for_training
 from internseg_ds.distributed.ds_config import resolve_ds_config

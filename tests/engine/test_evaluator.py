@@ -12,7 +12,7 @@ import torch
 from mmcv import Config
 from mmseg.core.evaluation import intersect_and_union
 
-from internseg_ds.data.loading import build_datasets
+from internseg_ds.data.datasets import build_datasets
 from internseg_ds.distributed.gathering import Forwards
 from internseg_ds.distributed.process_group import World
 from internseg_ds.engine.evaluator import areas, count, evaluate, image_score
