@@ -15,6 +15,7 @@ from pathlib import Path
 
 import deepspeed
 import torch
+import torch.distributed as dist
 
 from internseg_ds.distributed.checkpoint_engine import NotingCheckpointEngine
 from internseg_ds.distributed.process_group import join, leave, world_from_environment
@@ -45,7 +46,8 @@ def main() -> None:
             pauses[how].append(time.perf_counter() - began)
             checkpoints.finish()
             print(f"{how:10}  training stood for {pauses[how][-1]:6.2f} s, published after {time.perf_counter() - began:6.2f} s", flush=True)
-    leave(together=True)
+    dist.barrier()
+    leave()
     median = {how: statistics.median(values) for how, values in pauses.items()}
     print(json.dumps({"ratio": round(median["background"] / median["at once"], 4), **{f"{how.replace(' ', '_')}_s": round(value, 3) for how, value in median.items()}}))
 

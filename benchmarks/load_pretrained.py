@@ -56,7 +56,8 @@ def one_rank(how: str, path: Path, width: int, depth: int) -> None:
     dist.all_gather_object(found, (seconds, grown))
     if world.is_main:
         print(json.dumps({"seconds": max(each[0] for each in found), "bytes": max(each[1] for each in found)}))
-    leave(together=True)
+    dist.barrier()
+    leave()
 
 
 def peak() -> int:

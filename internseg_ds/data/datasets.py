@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import numpy as np
 from mmseg.datasets import build_dataset
 from mmseg.datasets.pipelines import LoadAnnotations
 from torch.utils.data import Dataset
@@ -96,10 +97,17 @@ def sample(dataset: Dataset, index: int) -> dict[str, Any]:
     except Exception as error:  # transforms are anybody's code
         image, labels = _files(dataset, index)
         for file in filter(None, (image, labels)):
-            if cv2.imread(file, cv2.IMREAD_UNCHANGED) is None:
+            if not _is_picture(file):
                 raise DataError(f"{file} {'is no picture that can be read' if os.path.exists(file) else 'is not there'}; copy it again, or take the image away") from error
         reason = " ".join(str(error).split())  # OpenCV's has several lines
         raise DataError(f"the pipeline fails on image {image}: {type(error).__name__}: {reason}; is the image, or its label map, damaged?") from error
+
+
+def _is_picture(file: str) -> bool:
+    try:
+        return cv2.imdecode(np.fromfile(file, np.uint8), cv2.IMREAD_UNCHANGED) is not None
+    except (OSError, cv2.error):  # of an empty file
+        return False
 
 
 def _files(dataset: Dataset, index: int) -> tuple[str, str | None]:
@@ -111,5 +119,5 @@ def _files(dataset: Dataset, index: int) -> tuple[str, str | None]:
             return _files(part, index)
         index -= len(part)
     info = dataset.img_infos[index]
-    labels = os.path.join(dataset.ann_dir or "", info["ann"]["seg_map"]) if "ann" in info else None
-    return os.path.join(dataset.img_dir or "", info["filename"]), labels
+    labels = os.path.join(dataset.ann_dir, info["ann"]["seg_map"]) if getattr(dataset, "ann_dir", None) and "ann" in info else None
+    return os.path.join(getattr(dataset, "img_dir", None) or "", info["filename"]), labels

@@ -4,8 +4,10 @@ Training batches come from an endless, seeded stream: which images, and how each
 position in the stream alone (not on workers, ranks or restarts). Evaluation batches are single images, dealt out to the ranks in turn.
 """
 
+import os
 import random
 import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +24,6 @@ from internseg_ds.data.sampler import GlobalBatchSampler
 from internseg_ds.errors import DataError, FaultError
 from internseg_ds.seeding import derived_seed
 
-WORKER_GRACE_S = 60
-"""How long a data worker goes on after SIGTERM."""
 REPLACEMENTS = 20
 """Images that are tried for one place of the stream, before all of them are taken for damaged."""
 
@@ -179,12 +179,20 @@ def _unpacked(value: Any) -> Any:
 def _quiet_worker(_: int) -> None:
     """One OpenCV thread a worker: the workers are the parallelism.
 
-    Launchers and schedulers signal workers too, but a request to stop is the training process's to answer, and it still wants its batch. So a worker lives on
-    for a while: not for ever, since a process that ends terminates its workers in the same way, and waits for them.
+    Launchers and schedulers signal workers too, but a request to stop is the training process's to answer, and it still wants its batch. So a worker ends by
+    SIGTERM only when that process sent it.
     """
     cv2.setNumThreads(0)
+    signal.set_wakeup_fd(-1)  # it is the training process's
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE_S))
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_when_the_parent_says_so, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_the_parent_says_so(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def _to_device(value: Any, device: torch.device) -> Any:

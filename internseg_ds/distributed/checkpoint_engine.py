@@ -4,6 +4,7 @@ DeepSpeed's save_checkpoint holds barriers between the files of a rank. A rank t
 would end the training instead of the save. (DeepSpeed's own decoupled writer, 0.19.8, needs libaio and says nothing of a write that failed.)
 """
 
+import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -39,6 +40,8 @@ class NotingCheckpointEngine(TorchCheckpointEngine):
     def _write(self, state_dict: Any, path: str) -> None:
         try:
             super().save(state_dict, path)
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())  # here, where the training need not wait for it
         except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError where the disk is full
             self.failure = self.failure or error
 

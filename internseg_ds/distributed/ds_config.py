@@ -182,6 +182,8 @@ def _precision(raw: dict[str, Any], name: str) -> Precision:
     if raw.get("fp16", {}).get("enabled", False):
         raise ConfigError(f"fp16 is enabled in {name}, but activations of InternViT-sized backbones leave fp16's range; use \"bf16\": {{\"enabled\": true}}")
     raw.pop("fp16", None)
+    if not raw.get("bf16", {}).get("check_grad_overflow", True):
+        raise ConfigError(f"bf16.check_grad_overflow is false in {name}, but steps whose gradient is not finite are skipped here; drop it")
     bf16, autocast = (raw.get(section, {}).get("enabled", False) for section in ("bf16", "torch_autocast"))
     if bf16 and autocast:
         raise ConfigError(f"bf16 and torch_autocast are both enabled in {name}; bf16 stores bf16 weights, torch_autocast keeps them fp32: disable one")

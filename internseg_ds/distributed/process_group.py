@@ -174,12 +174,7 @@ def any_rank(facts: Sequence[bool], device: torch.device) -> list[bool]:
     return [bool(fact) for fact in told.tolist()]
 
 
-def leave(*, together: bool = False) -> None:
-    """Ends the process group, if there is one. A rank that just exits can abort while another still talks to it, so every path ends here.
-
-    together: wait for the other ranks first. Not after an error, where they may never come.
-    """
+def leave() -> None:
+    """Ends the process group, if there is one. A rank that just exits can abort while another still talks to it, so every path ends here."""
     if dist.is_initialized():
-        if together:
-            dist.barrier()
         dist.destroy_process_group()

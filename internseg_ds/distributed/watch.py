@@ -11,6 +11,7 @@ import logging
 import os
 import secrets
 import socket
+import struct
 import sys
 import threading
 import time
@@ -18,19 +19,18 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from multiprocessing import Pipe
+from multiprocessing import AuthenticationError, Pipe
 from multiprocessing.connection import Client, Connection, Listener, wait
 from typing import Any, Literal
 
 import torch.distributed as dist
 
 from internseg_ds.distributed.process_group import World, join, leave, of_all_ranks
-from internseg_ds.errors import ConfigError, of_one_rank
+from internseg_ds.errors import ConfigError, UserError, of_one_rank
+from internseg_ds.exit_codes import FAILED, LOST, USER_ERROR
 
 log = logging.getLogger(__name__)
 
-LOST = 69
-"""Exit code of a rank that ends because another was lost or hung: sysexits' "unavailable". Starting the run again with --resume auto mends it."""
 BEAT_S = 1.0
 """Seconds between two signs of life."""
 LEAST_HANG_S = 3 * BEAT_S
@@ -53,6 +53,7 @@ class Place:
     host: str
     process: int
     step: int = 0
+    micro_batch: int = 0
     doing: Doing = "building"
     marks: int = 0
     line: str = ""
@@ -61,15 +62,22 @@ class Place:
     left: bool = False
     failure: str = ""
     """The error that the rank leaves with, alone as far as it knows."""
+    code: int = LOST
+    """What the others end with when this one is gone."""
 
     @property
     def name(self) -> str:
         return f"rank {self.rank} (host {self.host}, process {self.process})"
 
     @property
-    def order(self) -> tuple[int, int]:
+    def order(self) -> tuple[int, int, int]:
         """How far it has come."""
-        return self.step, STEP_PARTS.index(self.doing) if self.doing in STEP_PARTS else len(STEP_PARTS)
+        return self.step, self.micro_batch, STEP_PARTS.index(self.doing) if self.doing in STEP_PARTS else len(STEP_PARTS)
+
+    @property
+    def fate(self) -> str:
+        """Of a rank whose connection is gone."""
+        return f"{self} ended with {self.failure}" if self.failure else f"{self} died"
 
     def __str__(self) -> str:
         return f"{self.name} at step {self.step}, {self.doing}"
@@ -88,6 +96,7 @@ class Watch:
         self._peers: dict[Connection, Place] = {}
         """By connection: of rank 0, where the other ranks stand; of another rank, where rank 0 does."""
         self._woken, self._wake = Pipe(duplex=False)
+        self._unreachable = threading.Event()
         self._thread: threading.Thread | None = None
         if world.size > 1 and self._connected():
             alive = weakref.ref(self)
@@ -95,9 +104,9 @@ class Watch:
             self._thread = threading.Thread(target=self._oversee if world.is_main else self._report, daemon=True, name="watch")
             self._thread.start()
 
-    def at(self, step: int, doing: Doing) -> None:
-        """This rank has come to this part of this step (the one after `step` - 1 updates)."""
-        self._place = replace(self._place, step=step, doing=doing, marks=self._place.marks + 1)
+    def at(self, step: int, doing: Doing, micro_batch: int = 0) -> None:
+        """This rank has come to this part of this step (the one after `step` - 1 updates). micro_batch: of the step, from 0."""
+        self._place = replace(self._place, step=step, doing=doing, micro_batch=micro_batch, marks=self._place.marks + 1)
 
     def mark(self) -> None:
         """This rank gets on."""
@@ -108,16 +117,19 @@ class Watch:
         self.asked_to_stop = True
 
     def close(self, failure: BaseException | None = None) -> None:
-        """Ends this rank's part. failure: what it fails with, alone as far as it knows. Should another rank's death be the reason, that ends the process."""
+        """Ends this rank's part. failure: what it fails with, alone as far as it knows. Should another rank's death be the reason, that ends the process;
+        else the others hear of it when this process ends, after its traceback."""
         if self._thread is None:
             return
-        if failure is not None:
-            self._place = replace(self._place, failure=f"{type(failure).__name__}: {failure}".splitlines()[0])
-            time.sleep(GRACE_S)  # the thread speaks, and ends the process, where it knows better
-        self._place = replace(self._place, left=True)
-        self._wake.send(None)
-        self._thread.join()
-        self._thread = None
+        if failure is None:
+            self._place = replace(self._place, left=True)
+            self._wake.send(None)
+            self._thread.join(GRACE_S)
+            self._thread = None
+            return
+        self._place = replace(self._place, failure=f"{type(failure).__name__}: {failure}".splitlines()[0],
+                              code=USER_ERROR if isinstance(failure, UserError) else FAILED)
+        time.sleep(GRACE_S)  # the thread speaks, and ends the process, where it knows better
 
     def _connected(self) -> bool:
         """Connects every rank with rank 0; where one cannot, nobody watches, and a warning says so. Collective."""
@@ -128,28 +140,38 @@ class Watch:
         address, port, key = of_all_ranks((os.environ.get("MASTER_ADDR", self._place.host), listener and listener.address[1], key))[0]
         reached = True
         if listener is None:
-            try:
-                to_main = Client((address, port), authkey=key)
-                to_main.send(self._place)
-                self._peers[to_main] = Place(0, address, 0)
-            except OSError:
-                reached = False
+            reaching = threading.Thread(target=self._reach, args=(address, port, key), daemon=True)
+            reaching.start()
+            reaching.join(CONNECT_S)
+            reached = bool(self._peers)
         cannot = [rank for rank, reaches in enumerate(of_all_ranks(reached)) if not reaches]
         if listener is not None:
             deadline = time.monotonic() + CONNECT_S
             while not cannot and len(self._peers) < self.world.size - 1 and time.monotonic() < deadline:
                 time.sleep(0.01)
+            if len(self._peers) < self.world.size - 1:
+                cannot = cannot or [min(set(range(1, self.world.size)) - {place.rank for place in self._peers.values()})]
+            self._unreachable.set()
             listener.close()
             if cannot:
                 log.warning("rank %d cannot reach rank 0 at %s:%d (a firewall?), so nobody watches for dead and hanging ranks but the collectives' own time limit",
                             cannot[0], address, port)
-        return not cannot
+        return not any(of_all_ranks(bool(cannot)))
+
+    def _reach(self, address: str, port: int, key: bytes) -> None:
+        with suppress(OSError, EOFError, AuthenticationError):
+            to_main = Client((address, port), authkey=key)
+            to_main.send(self._place)
+            _drop_what_blocks(to_main)
+            self._peers[to_main] = Place(0, address, 0)
 
     def _welcome(self, listener: Listener) -> None:
-        with suppress(OSError, EOFError):  # closed
-            while len(self._peers) < self.world.size - 1:
+        while len(self._peers) < self.world.size - 1 and not self._unreachable.is_set():
+            with suppress(OSError, EOFError, AuthenticationError):  # closed, or a stranger
                 peer = listener.accept()
-                self._peers[peer] = peer.recv()
+                place = peer.recv()
+                _drop_what_blocks(peer)
+                self._peers[peer] = place
 
     def _disown(self) -> None:
         """In a forked process (a data worker): a connection that it held open would hide this rank's death."""
@@ -164,12 +186,13 @@ class Watch:
     def _report(self) -> None:
         """The thread of a rank that is not 0."""
         (to_main, main), = self._peers.items()
-        heard = time.monotonic()
+        heard, failed_first = time.monotonic(), False
         try:
             while True:
                 if to_main in wait([to_main, self._woken], BEAT_S):
                     word, about, main = to_main.recv()
                     heard = time.monotonic()
+                    failed_first |= bool(main.failure and not self._place.failure)
                     self.asked_to_stop |= main.asked_to_stop
                     if word:
                         self._end(word, about)
@@ -181,13 +204,14 @@ class Watch:
                 if self.hang_s and time.monotonic() - heard > self.hang_s:
                     self._end(f"{main} has given no sign of life for {self.hang_s:.0f} s", main)
         except (OSError, EOFError):
-            if not self._place.left:
-                self._end(f"{main} died", main)
+            if not self._place.left and (not main.failure or failed_first):
+                self._end(main.fate, main)
 
     def _oversee(self) -> None:
         """The thread of rank 0."""
         got_on = beat = time.monotonic()
         heard, marks = dict.fromkeys(self._peers, got_on), -1
+        failed_first: set[Connection] = set()  # before this rank: a failure of all at once speaks for itself, by its own traceback on each
         while True:
             for peer in wait([*self._peers, self._woken], BEAT_S):
                 if peer is self._woken:
@@ -196,22 +220,22 @@ class Watch:
                     self._peers[peer] = place = peer.recv()
                     heard[peer] = time.monotonic()
                     self.asked_to_stop |= place.asked_to_stop
-                    if place.left and place.failure and not self._place.failure:
-                        self._tell(f"{place} ended with {place.failure}", place)
+                    if place.failure and not self._place.failure:
+                        failed_first.add(peer)
                 except (OSError, EOFError):
                     place = self._peers.pop(peer)
-                    if not place.left:
-                        self._tell(f"{place} died", place)
+                    if not place.left and (not place.failure or peer in failed_first):
+                        self._tell(place.fate, place)
             now, here = time.monotonic(), self._here()
             if here.left:
-                self._send(f"{here} ended with {here.failure}" if here.failure else "", here)
+                self._send("", here)
                 return
             everybody = [here, *self._peers.values()]
             if (seen := sum(place.marks for place in everybody)) != marks or any(place.doing in UNTIMED or place.left for place in everybody):
                 marks, got_on = seen, now
             if self.hang_s:
                 for peer, place in self._peers.items():
-                    if now - heard[peer] > self.hang_s:
+                    if now - heard[peer] > self.hang_s and not place.left:
                         self._tell(f"{place} has given no sign of life for {self.hang_s:.0f} s: its process is stopped, or its host is down", place)
                 if now - got_on > self.hang_s:
                     self._tell(*_verdict(everybody, self.hang_s))
@@ -235,7 +259,7 @@ class Watch:
             faulthandler.dump_traceback(file=sys.__stderr__)
         if self.world.local_rank == 0 or about.rank == 0:
             log.error("%s. This run ends; start it again with --resume auto.", word)
-        os._exit(LOST)
+        os._exit(about.code)
 
 
 @contextmanager
@@ -254,9 +278,8 @@ def joined(world: World) -> Iterator[World]:
         except BaseException as error:
             watch.close(of_one_rank(error))
             raise
+        dist.barrier()
         watch.close()
-        if owned:
-            leave(together=True)
     finally:
         if owned:
             leave()
@@ -277,6 +300,12 @@ def _verdict(everybody: list[Place], hang_s: float) -> tuple[str, Place]:
     names = "; ".join(f"{place} ({place.line})" for place in behind[:4])
     others = len(everybody) - len(behind)
     return f"no rank has got on for {hang_s:.0f} s: {f'the other {others} wait for' if others else 'all wait for each other,'} {names}", behind[0]
+
+
+def _drop_what_blocks(peer: Connection) -> None:
+    """Sends to a peer that does not read fail after a while, in the place of waiting for ever."""
+    with socket.socket(fileno=os.dup(peer.fileno())) as same:
+        same.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(GRACE_S), 0))
 
 
 def _line_of(thread: int) -> tuple[str, bool]:

@@ -32,6 +32,7 @@ from internseg_ds.checkpoints.zero_checkpoint import EMA_FILE, ZeroCheckpoint, a
 from internseg_ds.distributed.loading import fit_segmentor
 from internseg_ds.distributed.partitions import partitions
 from internseg_ds.distributed.process_group import of_all_ranks
+from internseg_ds.engine.outputs import unless_disk_full
 from internseg_ds.engine.state import TrainState
 from internseg_ds.errors import CheckpointError
 
@@ -124,8 +125,9 @@ class Checkpoints:
                 final.rename(replaced)  # a resumed run comes to this step again
             partial.rename(final)
             shutil.rmtree(replaced, ignore_errors=True)
-            _to_disk(self.folder)
-            publish(self.folder / "latest", started.tag)
+            with unless_disk_full(f"{final} is saved, but `latest` does not name it"):  # --resume auto finds it all the same
+                _to_disk(self.folder)
+                publish(self.folder / "latest", started.tag)
         dist.barrier()  # published on every host, before one removes an older one
         if self.leads:
             self._retain()
@@ -141,10 +143,11 @@ class Checkpoints:
         if better:
             state.best, state.best_tag = metrics[best_by], tag
         if self.leads and self.newest == tag:
-            update_metrics(self.folder / tag, metrics)
-            if better:
-                publish(self.folder / "best", tag)
-                self._retain()
+            with unless_disk_full(f"the score of {tag} is not noted beside it"):
+                update_metrics(self.folder / tag, metrics)
+                if better:
+                    publish(self.folder / "best", tag)
+                    self._retain()
         dist.barrier()
         return better
 

@@ -1,7 +1,6 @@
 """What the scripts in launch/ share: running a `main`, its exit codes, and the options that all of them have.
 
-Exit codes: 0 done; 2 the user's input is wrong (one sentence on stderr, from rank 0); 3 the loss is not finite any more; 69 another process died or hung
-(`distributed.watch`); 75 saved and stopped on request (`engine.stopping`); 130 Ctrl-C; 1 anything else.
+Exit codes are in `exit_codes`. A user's error is one sentence on stderr, from rank 0, or from the one rank that knows of it.
 """
 
 import argparse
@@ -13,10 +12,10 @@ import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
+from internseg_ds import exit_codes
 from internseg_ds.distributed.process_group import leave, world_from_environment
 from internseg_ds.errors import Diverged, FaultError, OutputError, UserError
 
-USER_ERROR, DIVERGED, INTERRUPTED = 2, 3, 130
 GRACE_S = 15
 """Seconds that ranks other than 0 wait before they exit on a user's error: launchers kill the others at the first exit, and rank 0 is to speak first."""
 
@@ -24,21 +23,21 @@ GRACE_S = 15
 def run(main: Callable[[], None]) -> NoReturn:
     """Calls `main` and exits with its code; leaves the process group on every path."""
     quieten()
-    code = 1
+    code = exit_codes.FAILED
     try:
         main()
         code = 0
     except UserError as error:
-        code = USER_ERROR
+        code = exit_codes.USER_ERROR
         if _rank() == 0 or isinstance(error, (FaultError, OutputError)):
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(GRACE_S)
     except KeyboardInterrupt:
-        code = INTERRUPTED
+        code = exit_codes.INTERRUPTED
     except Diverged as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        code = DIVERGED
+        code = exit_codes.DIVERGED
     finally:
         leave()
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""What a rank gathers between two log records: loss terms, gradient norms, and where the time went. Kept on the device, so that noting never waits for it."""
+"""What a rank gathers between two log records: loss terms, gradient norms, and where the time went. Losses are kept on the device, so that noting them never waits for it."""
 
 import logging
 import math
@@ -101,6 +101,6 @@ class Spikes:
                 spread = statistics.median(abs(value - median) for value in self.before)
                 if loss > max(median + SPIKE * spread, 1.5 * median):
                     found += 1
-                    log.warning("step %d: the loss of %.4g is a spike; the median of the %d steps before is %.4g", step, loss, len(self.before), median)
+                    log.info("step %d: the loss of %.4g is a spike; the median of the %d steps before is %.4g", step, loss, len(self.before), median)
             self.before.append(loss)
         return {"loss_spikes": found} if found else {}

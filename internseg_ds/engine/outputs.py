@@ -1,5 +1,6 @@
 """Result files that are whole or not there: pictures, tables and arrays get their names when their last byte is written."""
 
+import logging
 import os
 import uuid
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ import cv2
 import numpy as np
 
 from internseg_ds.errors import ConfigError, OutputError
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -24,6 +27,15 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise OutputError(f"{path} cannot be written: {error.strerror or error}; make room there, or choose another folder") from error
+
+
+@contextmanager
+def unless_disk_full(loss: str) -> Iterator[None]:
+    """What a training can do without: where it cannot be written, a warning says so. loss: what there will not be."""
+    try:
+        yield
+    except (OSError, OutputError) as error:
+        log.warning("%s: %s; the training goes on", loss, error)
 
 
 def make_folder(folder: Path) -> None:

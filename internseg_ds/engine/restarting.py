@@ -10,7 +10,6 @@ import re
 import shlex
 import signal
 import subprocess
-import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -20,12 +19,12 @@ from types import FrameType
 import psutil
 
 from internseg_ds.errors import ConfigError
+from internseg_ds.exit_codes import FAILED, LOST
 
 log = logging.getLogger(__name__)
 
-FAILED, LOST, SIGNALLED = 1, 69, 128
-"""Exit codes that a restart may mend: a crash, another rank's loss, and all from 128 on: signals, which shells and mpirun report as 128 + n and deepspeed as 256 - n,
-and ssh's 255."""
+SIGNALLED = 128
+"""From here on exit codes are signals, which shells and mpirun report as 128 + n and deepspeed as 256 - n, and ssh's 255."""
 LONGEST_DELAY_S = 300.0
 SAME_REQUEST_S = 2.0
 """Signals so close together are one request."""
@@ -83,7 +82,7 @@ class KeptRunning:
         """max_restarts: in a row without a new checkpoint. delay_s: before the first restart in a row; it doubles with each, up to LONGEST_DELAY_S."""
         self.command, self.max_restarts, self.delay_s = command, max_restarts, delay_s
         self.pointer = work_dir_of(command) / "checkpoints" / "latest"
-        self._asked = threading.Event()
+        self._asked = False
         self._signal, self._again, self._asked_at = signal.SIGTERM, False, -SAME_REQUEST_S
 
     def run(self) -> int:
@@ -95,7 +94,7 @@ class KeptRunning:
         while True:
             before = self._newest()
             code = self._once(resuming(self.command, saved=before != first))
-            if self._asked.is_set() or not can_be_mended(code):
+            if self._asked or not can_be_mended(code):
                 break
             if self._newest() != before:
                 restarts = 0
@@ -105,7 +104,10 @@ class KeptRunning:
             delay_s = min(self.delay_s * 2 ** min(restarts, 30), LONGEST_DELAY_S)
             restarts += 1
             log.warning("it ended with code %d; restart %d of %d in %.0f s", code, restarts, self.max_restarts, delay_s)
-            if self._asked.wait(delay_s):
+            until = time.monotonic() + delay_s
+            while not self._asked and time.monotonic() < until:
+                time.sleep(0.1)
+            if self._asked:
                 break
         return code if code >= 0 else SIGNALLED - code
 
@@ -115,7 +117,7 @@ class KeptRunning:
             child = subprocess.Popen(command, start_new_session=True)  # a terminal's Ctrl-C shall come to us alone
         except OSError as error:
             raise ConfigError(f"{command[0]} cannot be started: {error.strerror}; is it installed, and in PATH?") from error
-        if self._asked.is_set():
+        if self._asked:
             self._pass_on()
         code = child.wait()
         log.info("ended with code %d", code)
@@ -142,9 +144,9 @@ class KeptRunning:
         if time.monotonic() - self._asked_at < SAME_REQUEST_S:
             return
         self._asked_at = time.monotonic()
-        self._signal = signal.SIGTERM if self._asked.is_set() else signal.Signals(number)
-        self._again = self._asked.is_set()
-        self._asked.set()
+        self._signal = signal.SIGTERM if self._asked else signal.Signals(number)
+        self._again = self._asked
+        self._asked = True
         log.info("got %s; there will be no restart", signal.Signals(number).name)
         self._pass_on()
 

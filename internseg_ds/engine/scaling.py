@@ -1,10 +1,10 @@
-"""What one experiment will take on clusters of several sizes: `planning`'s numbers put together, one row per number of nodes, for `launch/plan.py`.
+"""What one experiment will take on clusters of several sizes: `planning`'s numbers put together, for `launch/plan.py`.
 
-In: an experiment, a ds_config and the clusters. Out: rows of numbers, and a table of them. Takes no accelerator and reads no data.
+In: an experiment, a ds_config and the clusters. Out: numbers per number of nodes, and a table of them. Takes no accelerator and reads no data.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,26 +107,37 @@ def crop_size(experiment: Experiment) -> tuple[int, int]:
 
 
 def describe_scaling(plan: Scaling, console: Console) -> None:
-    """Prints the table, and below it what it rests on."""
-    device, gib, gb = plan.rows[0].cluster.device, 2**30, 1e9
-    table = Table(title=f"{plan.experiment.name}\n{plan.source}: ZeRO-{plan.stage}, {plan.precision}, {plan.rows[0].cluster.per_node} x {device.name} per node, "
-                        f"{plan.rows[0].cluster.between_gbs:g} GB/s per GPU between nodes")
-    for heading in ("nodes", "GPUs", "images\nper step", "state GiB\nper GPU", "state GiB\nhost, node", "sent GB\nin node", "sent GB\nbetween", "floor s", "compute s",
-                    "commun. s", "step s", "waiting", "images/s", "hours"):
-        table.add_column(heading, justify="right")
+    """Prints the table, a column per number of nodes, and below it what it rests on."""
+    first, gib, gb = plan.rows[0].cluster, 2**30, 1e9
+    table = Table("nodes", title=f"{plan.experiment.name}\n{plan.source}: ZeRO-{plan.stage}, {plan.precision}\n{first.per_node} x {first.device.name} per node, "
+                                 f"{first.between_gbs:g} GB/s per GPU between nodes")
     for row in plan.rows:
-        cluster, time = row.cluster, row.time
-        table.add_row(f"{cluster.nodes}", f"{cluster.world_size}", f"{row.global_batch}{'' if row.keeps_batch else '*'}", f"{row.gpu_state / gib:.1f}",
-                      f"{row.host_state * cluster.per_node / gib:.0f}", f"{row.within_node / gb:.1f}", f"{row.between_nodes / gb:.2f}", f"{time.floor:.2f}", f"{time.compute:.2f}",
-                      f"{time.communication:.2f}", f"{time.step:.2f}", f"{(time.waiting + time.host + time.update) / time.step:.0%}", f"{row.images_per_s:.1f}", f"{row.hours:.1f}")
+        table.add_column(f"{row.cluster.nodes}", justify="right")
+    lines: dict[str, Callable[[Row], str]] = {
+        "GPUs": lambda row: f"{row.cluster.world_size}",
+        "images per step": lambda row: f"{row.global_batch}{'' if row.keeps_batch else '*'}",
+        "state, GiB per GPU": lambda row: f"{row.gpu_state / gib:.1f}",
+        "state, GiB per host": lambda row: f"{row.host_state * row.cluster.per_node / gib:.0f}",
+        "sent in node, GB": lambda row: f"{row.within_node / gb:.1f}",
+        "sent between, GB": lambda row: f"{row.between_nodes / gb:.2f}",
+        "floor, s": lambda row: f"{row.time.floor:.2f}",
+        "computation, s": lambda row: f"{row.time.compute:.2f}",
+        "communication, s": lambda row: f"{row.time.communication:.2f}",
+        "step, s": lambda row: f"{row.time.step:.2f}",
+        "waiting": lambda row: f"{(row.time.waiting + row.time.host + row.time.update) / row.time.step:.0%}",
+        "images/s": lambda row: f"{row.images_per_s:.0f}",
+        "hours": lambda row: f"{row.hours:.1f}",
+    }
+    for label, shown in lines.items():
+        table.add_row(label, *map(shown, plan.rows))
     console.print(table)
     passed, assumed = plan.passed, plan.assumed
     console.print(f"TFLOP per {plan.crop[0]} x {plan.crop[1]} image: backbone {passed.backbone_flops / 1e12:.3g}, of which {passed.backbone_recomputed / 1e12:.3g} recomputed; heads "
                   f"{passed.heads_flops / 1e12:.3g}.")
     console.print("state: weights, gradients, optimizer; activations and gathered weights come on top. sent: per GPU and step. floor: computation at the GPU's peak. waiting: "
                   "share of the step that is not computation.")
-    console.print(f"Planned, not measured. Assumed: {assumed.compute:.0%} of the peak ({device.bf16:g} TFLOP/s in bf16 for the backbone, {device.tf32:g} in TF32 for the heads), "
-                  f"{assumed.link:.0%} of each link ({device.nvlink_gbs:g} GB/s within a node), {1e6 * assumed.hop_within_s:g} and {1e6 * assumed.hop_between_s:g} us per hop of a ring, and "
+    console.print(f"Planned, not measured. Assumed: {assumed.compute:.0%} of the peak ({first.device.bf16:g} TFLOP/s in bf16 for the backbone, {first.device.tf32:g} in TF32 for the heads), "
+                  f"{assumed.link:.0%} of each link ({first.device.nvlink_gbs:g} GB/s within a node), {1e6 * assumed.hop_within_s:g} and {1e6 * assumed.hop_between_s:g} us per hop of a ring, and "
                   "communication of a micro-batch hidden behind its computation where overlap_comm is set.")
     if not all(row.keeps_batch for row in plan.rows):
         console.print(f"*: the recipe's {plan.experiment.engine.global_batch} images per step cannot be kept; hours are for as many images as its "

@@ -36,7 +36,7 @@ from internseg_ds.distributed.loading import fit_segmentor, load
 from internseg_ds.distributed.optimizers import build_optimizer
 from internseg_ds.distributed.parameter_groups import parameter_groups
 from internseg_ds.distributed.precision import apply_precision, backbone_dtype
-from internseg_ds.distributed.process_group import World, adopt, join, leave, world_from_environment
+from internseg_ds.distributed.process_group import World, adopt, join, leave, of_all_ranks, world_from_environment
 from internseg_ds.distributed.restoring import restore
 from internseg_ds.distributed.watch import Watch, check_heartbeat_timeout
 from internseg_ds.engine.checkpointing import Checkpoints, agree_to_resume, checkpoint_to_resume, named_groups, state_of
@@ -88,7 +88,7 @@ class SegmentorEngine:
         self.work_dir = Path(work_dir) if work_dir else experiment.work_dir
         refusal: UserError | None = None
         try:
-            check_writable(self.work_dir, "--work-dir")
+            check_writable(self.work_dir / "checkpoints", "--work-dir")
             check_no_stop_file(self.work_dir)
             resume_from = checkpoint_to_resume(resume or experiment.resume_from, self.work_dir)
             self.plan: Plan = check(experiment, ds_config, world, validate=validate, load_from=load_from, resume_from=resume_from)
@@ -109,7 +109,7 @@ class SegmentorEngine:
         for note in experiment.notes:
             log.info("config: %s", note)
         checkpoint = agree_to_resume(resume_from, self.plan.ds.stage)
-        self.resumed_unscored = checkpoint is not None and not checkpoint.manifest.get("metrics")
+        self.resumed_unscored = any(of_all_ranks(checkpoint is not None and not checkpoint.manifest.get("metrics")))  # hosts may differ
         self.watch = Watch(world, hang_s=heartbeat_timeout)
         try:
             self._build(seed, load_from, checkpoint)
@@ -181,6 +181,7 @@ class SegmentorEngine:
         if self.plan.val_set is None:
             raise ConfigError("this engine was built with validate=False and has no validation set; build it with validate=True to evaluate")
         experiment = self.plan.experiment
+        self.watch.at(self.state.step, "evaluating")
         ready = forwards(self.deepspeed.module, experiment.model, self.compute_dtype, self.world.device, autocast=self.plan.ds.precision == "autocast",
                          weights=experiment.engine.evaluation_weights)
         with self.ema.in_place_of_weights() if self.ema is not None else nullcontext(), ready as segmentor:
@@ -192,6 +193,7 @@ class SegmentorEngine:
 
         With `engine.background_save` it returns sooner, and the checkpoint is published at a later log step, evaluation, save, or `close`.
         """
+        self.watch.at(self.state.step, "saving")
         dataset = self.plan.train_set
         meta = {"CLASSES": list(dataset.CLASSES), "PALETTE": [list(map(int, colour)) for colour in dataset.PALETTE], "config": self.plan.experiment.cfg.pretty_text}
         groups = named_groups(self.plan.meta_model, parameter_groups(self.plan.meta_model, self.plan.experiment.optimizer))
@@ -201,9 +203,10 @@ class SegmentorEngine:
         """Publishes a save that is still being written, frees the engine, and leaves the process group if this engine joined it."""
         self.checkpoints.finish()
         self.deepspeed.destroy()
+        dist.barrier()  # a rank that dies on its way here is still noticed
         self.watch.close()
         if self._owns_group:
-            leave(together=True)
+            leave()
 
     def __enter__(self) -> "SegmentorEngine":
         return self
@@ -212,6 +215,9 @@ class SegmentorEngine:
         if error is None:
             self.close()
             return
-        self.watch.close(of_one_rank(error))
+        alone = of_one_rank(error)
+        if alone is None:
+            self.checkpoints.finish()
+        self.watch.close(alone)
         if self._owns_group:
             leave()

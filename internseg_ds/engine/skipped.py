@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from internseg_ds.distributed.process_group import of_all_ranks
+from internseg_ds.engine.outputs import unless_disk_full
+from internseg_ds.engine.trackers import rewind
 from internseg_ds.errors import Diverged
 
 log = logging.getLogger(__name__)
@@ -29,13 +31,15 @@ def poisoned(loss: Tensor) -> Tensor:
 class SkippedSteps:
     """Those of one run. Every rank makes the same calls."""
 
-    def __init__(self, deepspeed_engine: Any, file: Path, limit: int) -> None:
-        """file: a line of JSON is added for each skipped step. limit: skipped steps in a row that end the run."""
+    def __init__(self, deepspeed_engine: Any, file: Path, limit: int, *, start: int = 0) -> None:
+        """file: a line of JSON is added for each skipped step. limit: skipped steps in a row that end the run. start: the step that the run goes on from."""
         self.deepspeed, self.file, self.limit = deepspeed_engine, file, limit
         self.in_a_row = 0
         self._seen = deepspeed_engine.skipped_steps
         self._buffers = [buffer for buffer in deepspeed_engine.module.buffers() if buffer.numel()]
         self._kept = [buffer.clone() for buffer in self._buffers]
+        if dist.get_rank() == 0:
+            rewind(file, start)
 
     def values(self) -> dict[str, float]:
         """For a log record: how many there were since the training began, restarts included, if any."""
@@ -48,17 +52,17 @@ class SkippedSteps:
         """
         if self.deepspeed.skipped_steps == self._seen:
             self.in_a_row = 0
-            torch._foreach_copy_(self._kept, self._buffers)
+            self._copy(self._buffers, self._kept)
             return False
         self._seen, self.in_a_row = self.deepspeed.skipped_steps, self.in_a_row + 1
-        torch._foreach_copy_(self._buffers, self._kept)
+        self._copy(self._kept, self._buffers)
         told = of_all_ranks([(float(loss), files) for loss, files in micro_batches])
         at_fault = [(rank, files) for rank, some in enumerate(told) for loss, files in some if not math.isfinite(loss)]
         names = "; ".join(f"rank {rank}: {', '.join(files)}" for rank, files in at_fault)
         reason = f"the loss is not finite for these images: {names}" if names else "the losses are finite, the gradient is not"
         is_main = dist.get_rank() == 0
         if is_main:
-            with self.file.open("a") as file:
+            with unless_disk_full("the images of a skipped step are not noted"), self.file.open("a") as file:
                 ranks = [[{"loss": str(loss), "images": files} for loss, files in some] for some in told]
                 print(json.dumps({"step": step, "ranks": ranks}), file=file)
         if self.in_a_row >= self.limit:
@@ -67,4 +71,8 @@ class SkippedSteps:
         if is_main:
             log.warning("step %d is skipped (%d in a row): %s", step, self.in_a_row, reason)
         return True
+
+    def _copy(self, source: list[Tensor], target: list[Tensor]) -> None:
+        if source:  # not every model has batch norms
+            torch._foreach_copy_(target, source)
 

@@ -9,15 +9,15 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from internseg_ds.distributed.watch import Watch
 from internseg_ds.errors import ConfigError
+from internseg_ds.exit_codes import STOPPED
 
-STOPPED = 75
-"""Exit code of a run that saved and stopped because it was asked to: sysexits' "try again later". Starting it again with --resume auto goes on."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 SAME_REQUEST_S = 2.0
 """Signals so close together are one request: a launcher passes on what its processes were sent, too."""
@@ -37,8 +37,30 @@ def check_no_stop_file(work_dir: Path) -> None:
 
 def exit_on_request() -> None:
     """Until a training watches for requests itself, each ends the process at once, with the code of a run that may be started again: nothing is lost yet."""
-    for number in SIGNALS:
-        signal.signal(number, lambda *_: os._exit(STOPPED))
+    _listen(lambda _: os._exit(STOPPED))
+
+
+def _listen(hear: Callable[[int], None]) -> Callable[[], None]:
+    """Calls `hear` with each of SIGNALS, in a thread: the main one may be in a collective that never returns. Returns what ends that. For the main thread."""
+    arriving, written = socket.socketpair()
+    written.setblocking(False)
+    written_before = signal.set_wakeup_fd(written.fileno(), warn_on_full_buffer=False)
+    handlers_before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+
+    def take(arriving: socket.socket, _: socket.socket) -> None:  # which closes when nobody holds it
+        with arriving:
+            while numbers := arriving.recv(64):
+                for number in set(numbers) & set(SIGNALS):
+                    hear(number)
+
+    def end() -> None:
+        for number, handler in handlers_before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(written_before)
+        written.close()  # and the thread ends
+
+    threading.Thread(target=take, args=(arriving, written), daemon=True, name="signals").start()
+    return end
 
 
 def exit_stopped() -> NoReturn:
@@ -51,31 +73,25 @@ def exit_stopped() -> NoReturn:
 class StopRequests:
     """What was asked of this rank. Inside the block signals are noted; a second one ends the process at once, and nothing that was saved suffers from it.
 
-    A thread takes the signals, since the main one may be in a collective that never returns. Where the training does not run in the main thread, signals
-    stay as they are.
+    Where the training does not run in the main thread, signals stay as they are.
     """
 
     def __init__(self, file: Path | None, watch: Watch) -> None:
         """file: looked for, by the rank that is given it. watch: is told, and knows whether another rank was asked."""
         self.file, self.watch = file, watch
         self._first, self._looked = 0.0, 0.0
-        self._before: dict[int, Any] = {}
+        self._unlisten: Callable[[], None] = lambda: None
 
     def __enter__(self) -> "StopRequests":
         if threading.current_thread() is threading.main_thread():
-            arriving, self._written = socket.socketpair()
-            self._written.setblocking(False)
-            self._wakeup_before = signal.set_wakeup_fd(self._written.fileno(), warn_on_full_buffer=False)
-            threading.Thread(target=self._take, args=(arriving,), daemon=True, name="signals").start()
-            self._before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+            self._unlisten = _listen(self._note)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._before:
-            for number, handler in self._before.items():
-                signal.signal(number, handler)
-            signal.set_wakeup_fd(self._wakeup_before)
-            self._written.close()  # and the thread ends
+        self._unlisten()
+        if error is not None:  # nothing is saved any more, so nobody shall take the end for that
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_DFL)
 
     def __call__(self) -> bool:
         """Whether some rank was asked, as far as this one knows."""
@@ -85,11 +101,8 @@ class StopRequests:
                 self.watch.ask_to_stop()
         return self.watch.asked_to_stop
 
-    def _take(self, arriving: socket.socket) -> None:
-        with arriving:
-            while numbers := arriving.recv(64):
-                for number in set(numbers) & set(SIGNALS):
-                    if self._first and time.monotonic() - self._first > SAME_REQUEST_S:
-                        os._exit(128 + number)
-                    self._first = self._first or time.monotonic()
-                    self.watch.ask_to_stop()
+    def _note(self, number: int) -> None:
+        if self._first and time.monotonic() - self._first > SAME_REQUEST_S:
+            os._exit(128 + number)
+        self._first = self._first or time.monotonic()
+        self.watch.ask_to_stop()

@@ -29,7 +29,8 @@ class LayerClock:
     """A `with` block that adds up the time that layers with parameters take in their forwards, recomputation included: on a GPU by its own events."""
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
-        self.layers = [layer for layer in module.modules() if next(layer.children(), None) is None and next(layer.parameters(), None) is not None]
+        self.layers = [layer for layer in module.modules() if next(layer.children(), None) is None and next(layer.parameters(), None) is not None
+                       and not isinstance(layer, nn.modules.batchnorm._BatchNorm)]  # which may wait for other ranks' moments
         self.on_gpu = device.type == "cuda"
         self._began: dict[nn.Module, Any] = {}
         self._spans: list[tuple[Any, Any]] = []

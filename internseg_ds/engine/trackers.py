@@ -9,11 +9,12 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+from internseg_ds.engine.outputs import unless_disk_full
 from internseg_ds.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -50,19 +51,25 @@ class JsonlTracker:
     """metrics.jsonl: one JSON object per record, flushed at once, appended to on resume. Records of steps that are done again are dropped first."""
 
     def __init__(self, path: Path, start: int) -> None:
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= start] if start else []
-            rewritten = path.with_suffix(".new")
-            rewritten.write_text("".join(f"{line}\n" for line in kept))
-            rewritten.replace(path)  # at once: a run that is killed here loses no record
+        rewind(path, start)
         self.file: TextIO = path.open("a")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON knows neither NaN nor infinity
-        print(json.dumps({"step": step, "time": time.time(), **finite}), file=self.file, flush=True)
+        with unless_disk_full(f"the record of step {step} is lost"):
+            print(json.dumps({"step": step, "time": time.time(), **finite}), file=self.file, flush=True)
 
     def close(self) -> None:
-        self.file.close()
+        with suppress(OSError):  # of a full disk, which was warned of
+            self.file.close()
+
+
+def rewind(path: Path, start: int) -> None:
+    """Leaves the records of a file of JSON lines up to step `start`, those that a resumed run does not write again; at once, or not at all."""
+    if path.exists():
+        rewritten = path.with_suffix(".new")
+        rewritten.write_text("".join(f"{line}\n" for line in path.read_text().splitlines() if 0 < start >= _step_of(line)))
+        rewritten.replace(path)
 
 
 def _step_of(line: str) -> float:

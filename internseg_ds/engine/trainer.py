@@ -14,13 +14,13 @@ from internseg_ds.engine.curves import draw_curves
 from internseg_ds.engine.data_faults import DataFaults
 from internseg_ds.engine.evaluator import Abandoned
 from internseg_ds.engine.interval import Interval, Spikes
+from internseg_ds.engine.outputs import unless_disk_full
 from internseg_ds.engine.report import write_report
 from internseg_ds.engine.skipped import SkippedSteps, poisoned
 from internseg_ds.engine.state import TrainState, due
 from internseg_ds.engine.stopping import StopRequests, stop_file
 from internseg_ds.engine.stragglers import LayerClock, Stragglers
 from internseg_ds.engine.trackers import Tracker, open_trackers
-from internseg_ds.errors import OutputError
 
 if TYPE_CHECKING:
     from internseg_ds.engine.segmentor_engine import SegmentorEngine
@@ -37,9 +37,9 @@ def train(engine: "SegmentorEngine") -> TrainState:
     experiment, ds, world, deepspeed = plan.experiment, plan.ds, engine.world, engine.deepspeed
     last, evaluates = experiment.max_steps, plan.val_set is not None
     sampler = GlobalBatchSampler(len(plan.train_set), ds.micro_batch, rank=world.rank, world_size=world.size, seed=state.seed, start=state.images)
-    faults = DataFaults(engine.work_dir / "data_faults.txt", experiment.engine.max_data_faults)
-    skipped = SkippedSteps(deepspeed, engine.work_dir / "skipped_steps.jsonl", experiment.engine.max_skipped_steps)
-    clock, stragglers, spikes, interval = LayerClock(deepspeed.module, world.device), Stragglers(), Spikes(), Interval()
+    faults = DataFaults(engine.work_dir / "data_faults.txt", experiment.engine.max_data_faults, start=state.step)
+    skipped = SkippedSteps(deepspeed, engine.work_dir / "skipped_steps.jsonl", experiment.engine.max_skipped_steps, start=state.step)
+    clock, stragglers, spikes = LayerClock(deepspeed.module, world.device), Stragglers(), Spikes()
     with (open_trackers(engine.work_dir, experiment.log_hooks, max_steps=last, start=state.step, config=experiment.cfg._cfg_dict.to_dict(),
                         is_main=world.is_main) as trackers,
           closing(training_batches(plan.train_set, sampler, workers=experiment.workers, seed=state.seed, device=world.device)) as batches,
@@ -48,31 +48,32 @@ def train(engine: "SegmentorEngine") -> TrainState:
             evaluate(engine, trackers, stop)
         if evaluates and engine.resumed_unscored and due(state.step, experiment.evaluate_every, last):
             evaluate(engine, trackers, stop, scored=True)     # the run was interrupted between save and evaluation
+        interval = Interval()
         deepspeed.train()
         while state.step < last and not engine.stopped:
             step, lr = state.step + 1, max(deepspeed.get_lr())
             logged, micro_batches = due(step, experiment.log_every, last), []
             with clock if logged else nullcontext():
-                for _ in range(ds.accumulation):              # micro-batches of one optimizer step
-                    watch.at(step, "data")
+                for micro_batch in range(ds.accumulation):    # of one optimizer step
+                    watch.at(step, "data", micro_batch)
                     with interval.waiting():
                         batch = next(batches)
-                    watch.at(step, "forward")
+                    watch.at(step, "forward", micro_batch)
                     losses = engine.forward(batch)
-                    watch.at(step, "backward")
+                    watch.at(step, "backward", micro_batch)
                     deepspeed.backward(poisoned(losses["loss"]))
-                    watch.at(step, "update")
+                    watch.at(step, "update", micro_batch)
                     deepspeed.step()                          # DeepSpeed clips, updates and moves the schedule on the last micro-batch only
                     interval.add(losses)
                     faults.add(batch.faults)
                     micro_batches.append((losses["loss"].detach(), batch.files))
-            watch.at(step, "agreeing")
+            watch.at(step, "agreeing", ds.accumulation)
             if skipped.after_step(step, micro_batches):
                 interval.end_step(None)
             else:
                 interval.end_step(deepspeed.get_global_grad_norm())
-            if engine.ema is not None:
-                engine.ema.update()
+                if engine.ema is not None:
+                    engine.ema.update()
             state.step = step
             state.images += ds.global_batch
             stopping, faulty = any_rank((stop(), bool(faults.pending)), world.device)  # all ranks stop at the same step, or none
@@ -91,11 +92,11 @@ def train(engine: "SegmentorEngine") -> TrainState:
                 if world.device.type == "cuda":
                     values["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
                 record(trackers, step, values)
+                watch.at(step, "saving")
                 engine.checkpoints.finish(wait=False)         # a save that is written in the background
                 interval = Interval()
             with interval.paused():
                 if saved:
-                    watch.at(step, "saving")
                     engine.save()                             # before evaluating: an evaluation that dies costs no training
                 if stopping:
                     engine.stopped = True
@@ -109,7 +110,8 @@ def train(engine: "SegmentorEngine") -> TrainState:
     if engine.stopped:
         log.info("stopped at step %d, as asked to; --resume auto goes on from %s", state.step, engine.checkpoints.newest or "its beginning")
     if world.is_main:
-        draw_curves(engine.work_dir / "metrics.jsonl", engine.work_dir / "curves.png", experiment.metrics[0])
+        with unless_disk_full("the curves are not drawn"):
+            draw_curves(engine.work_dir / "metrics.jsonl", engine.work_dir / "curves.png", experiment.metrics[0])
     return state
 
 
@@ -119,7 +121,6 @@ def evaluate(engine: "SegmentorEngine", trackers: list[Tracker], stop: StopReque
     scored: marks the checkpoint of this step when it is the best so far, of which WORK_DIR/evaluation tells.
     """
     state, experiment = engine.state, engine.plan.experiment
-    engine.watch.at(state.step, "evaluating")
     try:
         evaluation = engine.evaluate(verbose=scored, stop=stop)
     except Abandoned:
@@ -129,13 +130,12 @@ def evaluate(engine: "SegmentorEngine", trackers: list[Tracker], stop: StopReque
     record(trackers, state.step, metrics)
     if not scored:
         return
+    engine.watch.at(state.step, "saving")
     best = engine.checkpoints.score(state, metrics, experiment.best_by)
     log.info("step %d: %s %.2f%s", state.step, experiment.metrics[0], 100 * metrics[experiment.metrics[0]], " (best so far)" * best)
     if engine.world.is_main and (best or experiment.best_by is None):
-        try:
+        with unless_disk_full("the report of this score is not written"):
             write_report(evaluation, engine.plan.val_set.CLASSES, engine.work_dir / "evaluation")
-        except OutputError as error:
-            log.warning("%s; the training goes on", error)
 
 
 def record(trackers: list[Tracker], step: int, values: Mapping[str, float]) -> None:

@@ -1,8 +1,12 @@
 import re
 import shutil
+import signal
+import subprocess
+from contextlib import suppress
 from itertools import islice
 
 import cv2
+import psutil
 import pytest
 import torch
 from mmcv import Config
@@ -188,3 +192,19 @@ def test_a_data_set_of_damaged_images_only_ends_the_run(data, ade20k, tmp_path):
     entry = data.train.copy() | {"data_root": str(tmp_path / "ade")}
     with pytest.raises(DataError, match="20 training images in a row cannot be used"):
         batches(build_datasets(entry, "data.train", [entry]), 1)
+
+
+def test_a_data_worker_ends_by_sigterm_of_its_own_process_only(training):
+    """Launchers signal the workers of a run too, which is to save first; a process that ends terminates its workers, and waits for them."""
+    stream = training_batches(training, GlobalBatchSampler(len(training), 2), workers=1, seed=0, device=CPU)
+    next(stream)
+    (worker,) = [process for process in psutil.Process().children() if process.name() != "resource_tracker" and "forkserver" not in " ".join(process.cmdline())]
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        subprocess.run(["kill", f"-{number.value}", str(worker.pid)], check=True)
+    for _ in range(5):
+        next(stream)
+    assert worker.is_running()
+    worker.terminate()
+    assert worker.wait(timeout=5) is not None
+    with suppress(RuntimeError):  # torch notices
+        next(stream)

@@ -53,6 +53,7 @@ def test_accumulation_may_come_from_the_ds_config_when_the_experiment_is_silent(
     ({"zero_optimisation": {"stage": 3}}, {}, ["unknown key 'zero_optimisation'", "did you mean 'zero_optimization'"]),
     ({"zero_optimization": {"stage": 3, "stage3_prefetch_bucket": 5}}, {}, ["unknown key 'stage3_prefetch_bucket'", "stage3_prefetch_bucket_size"]),
     ({"zero_optimization": {"stage": "three"}}, {}, ["zero_optimization.stage='three'", "1, 2 or 3"]),
+    ({"bf16": {"enabled": True, "check_grad_overflow": False}}, {}, ["check_grad_overflow", "drop it"]),
     ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 3}}, {}, ["zero_hpz_partition_size=3", "divides the 4 processes"]),
     ({"torch_autocast": {"enable": True}}, {}, ["unknown key 'enable'", "enabled"]),
     ({"zero_optimization": {"stage": 3, "reduce_bucket_size": "big"}}, {}, ["reduce_bucket_size='big'", "DeepSpeedZeroConfig"]),

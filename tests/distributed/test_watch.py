@@ -11,8 +11,9 @@ from pathlib import Path
 import torch.distributed as dist
 
 from internseg_ds.distributed.process_group import world_from_environment
-from internseg_ds.distributed.watch import GRACE_S, LOST, Watch, joined
+from internseg_ds.distributed.watch import GRACE_S, Watch, joined
 from internseg_ds.errors import DataError
+from internseg_ds.exit_codes import FAILED, LOST
 from tests.conftest import free_port
 
 forks = multiprocessing.get_context("forkserver")
@@ -71,7 +72,7 @@ def fails_on_rank_1_alone(rank: int) -> None:
 
 def test_the_error_of_one_rank_is_told_to_the_others(tmp_path):
     codes, log = ranks(fails_on_rank_1_alone, 2, tmp_path)
-    assert codes == [LOST, 1] and "ended with ZeroDivisionError: of rank 1" in log
+    assert codes == [FAILED, FAILED] and "ended with ZeroDivisionError: of rank 1" in log
 
 
 def fails_on_all_ranks(rank: int) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from internseg_ds.distributed.watch import LOST
+from internseg_ds.exit_codes import LOST
 from tests.conftest import ROOT, TINY, data_options, free_port
 from tests.end_to_end.conftest import SMALL
 
@@ -77,12 +77,26 @@ def test_a_rank_that_is_killed_ends_the_others_within_seconds(victim, ade20k, tm
 
 
 def test_a_rank_that_is_frozen_ends_the_others_after_the_heartbeat_timeout(ade20k, tmp_path):
-    with running(tmp_path, ade20k, "--heartbeat-timeout", "4") as (_, ranks):
+    with running(tmp_path, ade20k, "--heartbeat-timeout", "4") as (launcher, ranks):
         ranks[1].suspend()
         frozen = time.monotonic()
-        assert ranks[0].wait(timeout=15) in (LOST, None)
+        ranks[0].wait(timeout=15)
         assert time.monotonic() - frozen > 3
         assert re.search(r"rank 1 .* has given no sign of life for 4 s", (tmp_path / "train.log").read_text())
+        ranks[1].resume()  # lest the launcher wait 30 s for it
+        assert launcher.wait(timeout=60) == LOST and nothing_stays(tmp_path, within_s=10)
+
+
+def test_a_rank_that_is_frozen_for_less_goes_on(ade20k, tmp_path):
+    with running(tmp_path, ade20k, "--heartbeat-timeout", "30") as (launcher, ranks):
+        ranks[1].suspend()
+        time.sleep(3)
+        ranks[1].resume()
+        before = (tmp_path / "metrics.jsonl").read_text().count("\n")
+        deadline = time.monotonic() + 60
+        while (tmp_path / "metrics.jsonl").read_text().count("\n") < before + 3:
+            assert time.monotonic() < deadline and launcher.poll() is None
+            time.sleep(0.1)
 
 
 def test_a_rank_that_hangs_is_named_with_its_line(launch, ade20k, tmp_path):

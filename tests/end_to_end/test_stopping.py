@@ -1,5 +1,6 @@
 """Runs that are asked to stop: they save, end with a code of their own, and a resumed run ends with the weights of one that nobody disturbed."""
 
+import json
 import multiprocessing
 import os
 import random
@@ -12,7 +13,8 @@ import pytest
 import torch
 
 from internseg_ds.checkpoints.weights import open_weights
-from internseg_ds.engine.stopping import SAME_REQUEST_S, STOPPED
+from internseg_ds.engine.stopping import SAME_REQUEST_S
+from internseg_ds.exit_codes import LOST, STOPPED
 from tests.conftest import ROOT, TINY, data_options, free_port
 from tests.end_to_end.conftest import SMALL
 
@@ -23,8 +25,8 @@ forks = multiprocessing.get_context("forkserver")  # its processes start with ev
 forks.set_forkserver_preload(["internseg_ds.engine.segmentor_engine", "torch._dynamo", "tests.end_to_end.test_stopping"])
 
 
-def a_rank(rank: int, port: int, work_dir: Path, options: list[str], log: Path) -> None:
-    """One process of launch/train.py CONFIG --resume auto --no-validate, without the seconds that its imports take."""
+def a_rank(rank: int, port: int, work_dir: Path, options: list[str], log: Path, validate: bool) -> None:
+    """One process of launch/train.py CONFIG --resume auto, without the seconds that its imports take."""
     import runpy
     import sys
 
@@ -35,16 +37,16 @@ def a_rank(rank: int, port: int, work_dir: Path, options: list[str], log: Path) 
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    sys.argv = ["launch/train.py", TINY, "--work-dir", str(work_dir), "--resume", "auto", "--no-validate", "--cfg-options", *options]
+    sys.argv = ["launch/train.py", TINY, "--work-dir", str(work_dir), "--resume", "auto", *["--no-validate"] * (not validate), "--cfg-options", *options]
     runpy.run_path("launch/train.py", run_name="__main__")
 
 
 class Run:
     """Two ranks in one work directory, with a log file of both."""
 
-    def __init__(self, work_dir: Path, options: list[str]) -> None:
+    def __init__(self, work_dir: Path, options: list[str], *, validate: bool = False) -> None:
         port, self.log = free_port(), work_dir.with_suffix(f".{time.monotonic_ns()}.log")
-        self.ranks = [forks.Process(target=a_rank, args=(rank, port, work_dir, options, self.log)) for rank in range(2)]
+        self.ranks = [forks.Process(target=a_rank, args=(rank, port, work_dir, options, self.log, validate)) for rank in range(2)]
         for rank in self.ranks:
             rank.start()
 
@@ -106,6 +108,34 @@ def test_a_run_disturbed_at_random_moments_ends_with_the_weights_of_an_undisturb
     assert stopped > TRIES / 2  # the signals did not all come too late
 
 
+def test_an_evaluation_is_left_and_made_up_for(options, ade20k, tmp_path):
+    work_dir = tmp_path / "run"
+    options = [*options, "data.val.img_dir=images/training", "data.val.ann_dir=annotations/training", "model.test_cfg.stride=(14,14)", "data.val.data_root=" + str(ade20k),
+               "runner.max_iters=4", "checkpoint_config.interval=4", "evaluation.interval=2", "engine.ema=0.9"]  # some seconds for each
+    stopped_in = set()
+    for _ in range(8):
+        run = Run(work_dir, options, validate=True)
+        deadline = time.monotonic() + 90
+        saves = set(work_dir.glob("checkpoints/iter_*[0-9]"))
+        while set(work_dir.glob("checkpoints/iter_*[0-9]")) == saves and all(rank.is_alive() for rank in run.ranks):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        time.sleep(1)
+        with suppress(ProcessLookupError):
+            os.kill(run.ranks[1].pid, signal.SIGTERM)
+        codes = run.codes()
+        assert codes in ([STOPPED, STOPPED], [0, 0]), (codes, run.log.read_text()[-3000:])
+        if codes == [0, 0]:
+            break
+        records = [json.loads(line) for line in (work_dir / "metrics.jsonl").read_text().splitlines()]
+        stopped_in.add(records[-1]["step"])
+        assert "mIoU" not in records[-1]
+    assert codes == [0, 0] and stopped_in
+    records = [json.loads(line) for line in (work_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if "mIoU" in record] == [2, 4]
+    assert [record["step"] for record in records if "loss" in record] == [1, 2, 3, 4]
+
+
 def test_a_stop_file_stops_all_ranks_and_must_be_removed_to_go_on(options, tmp_path, launch):
     work_dir = tmp_path / "run"
     run = Run(work_dir, options)
@@ -132,6 +162,6 @@ def test_a_second_signal_ends_a_rank_at_once_even_inside_a_collective(options, t
     run.ranks[0].join(5)
     assert run.ranks[0].exitcode == 128 + signal.SIGTERM
     os.kill(run.ranks[1].pid, signal.SIGCONT)
-    assert run.codes()[1] == 69  # it finds that rank 0 is gone
+    assert run.codes()[1] == LOST  # it finds that rank 0 is gone
 
 

@@ -36,7 +36,7 @@ def the_log_names_the_rank_whose_data_come_late(root: Path, work_dir: Path) -> N
         records = [json.loads(line) for line in (work_dir / "metrics.jsonl").read_text().splitlines()]
         assert min(record["waits_for_slowest"] for record in records[1:]) > 0.2
         log = (work_dir / "train.log").read_text()
-        assert re.search(r"straggler: rank 1 \(host \S+\) waits 1\.\d\d s a step for data where the median rank waits 0\.\d\d s; the others wait for it \d\d%", log), log
+        assert re.search(r"straggler: rank 1 \(host \S+\) waits [1-9]\.\d\d s a step for data where the median rank waits 0\.\d\d s; the others wait for it \d+%", log), log
 
 
 def test_the_log_names_the_rank_whose_data_come_late(ade20k, tmp_path):
@@ -65,15 +65,20 @@ class Sleeping(nn.Linear):
         return super().forward(x)
 
 
+def test_batch_norms_which_wait_for_other_ranks_are_not_on_the_clock():
+    assert LayerClock(nn.Sequential(nn.Linear(2, 2), nn.SyncBatchNorm(2)), torch.device("cpu")).layers[0].in_features == 2
+    assert len(LayerClock(nn.Sequential(nn.Linear(2, 2), nn.SyncBatchNorm(2)), torch.device("cpu")).layers) == 1
+
+
 def test_the_clock_adds_up_the_layers_and_their_recomputation_and_nothing_between():
     layers = nn.ModuleList([Sleeping(2, 2), nn.Sequential(Sleeping(2, 2), Sleeping(2, 2))])
     clock, x = LayerClock(layers, torch.device("cpu")), torch.ones(1, 2, requires_grad=True)
     with clock:
         y = layers[0](x)
-        time.sleep(0.2)
+        time.sleep(2)
         checkpoint(layers[1], y, use_reentrant=False).sum().backward()
     seconds = clock.seconds
-    assert 0.08 <= seconds < 0.2  # three forwards, and the recomputation up to the last one's input, which is all that the backward needs
+    assert 0.08 <= seconds < 1.5  # three forwards, and the recomputation up to the last one's input, which is all that the backward needs
     layers[0](x)
     assert clock.seconds == seconds  # the hooks are gone
     with clock:
