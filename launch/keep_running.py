@@ -18,6 +18,8 @@ def main() -> None:
                         help="before the first restart; it doubles with each that brings no new checkpoint, up to 5 minutes (default: %(default)s)")
     parser.add_argument("command", nargs="+", metavar="COMMAND", help="after --: a launcher, launch/train.py and its options")
     args = parser.parse_args()
+    if args.max_restarts < 0 or not 0 <= args.delay < float("inf"):
+        parser.error("--max-restarts and --delay must be at least 0")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s keep_running: %(message)s")
     try:
         sys.exit(KeptRunning(args.command, max_restarts=args.max_restarts, delay_s=args.delay).run())

@@ -24,7 +24,7 @@ if [ "${BATCH:-}" != 1 ]; then exec "${run[@]}" "$@"; fi
 work_dir=work_dirs/$(basename "$config" .py)
 for ((i = 1; i <= $#; i++)); do
     case ${!i} in
-        --work-dir) next=$((i + 1)); work_dir=${!next} ;;
+        --work-dir) next=$((i + 1)); work_dir=${!next:-} ;;
         --work-dir=*) work_dir=${!i#*=} ;;
         --resume*) echo "error: a batch job goes on from the newest checkpoint of its work directory by itself; leave ${!i} out, or BATCH=1" >&2; exit 2 ;;
     esac

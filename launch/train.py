@@ -3,8 +3,10 @@
 import os
 from pathlib import Path
 
-from internseg_ds.engine import command_line
 from internseg_ds.engine.stopping import exit_on_request, exit_stopped
+
+exit_on_request()  # before the next import, which takes seconds
+from internseg_ds.engine import command_line  # noqa: E402
 
 
 def main() -> None:
@@ -28,7 +30,6 @@ def main() -> None:
     args = parser.parse_args()
     if args.load_from and args.resume not in (None, "auto"):
         parser.error("--load-from and --resume PATH exclude each other; with --resume auto, --load-from is what the first run starts from")
-    exit_on_request()
 
     from internseg_ds.engine.experiment import read_experiment
 

@@ -36,7 +36,8 @@ def run(main: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt:
         code = exit_codes.INTERRUPTED
     except Diverged as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        if _rank() == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
         code = exit_codes.DIVERGED
     finally:
         leave()

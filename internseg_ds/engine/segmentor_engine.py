@@ -45,10 +45,10 @@ from internseg_ds.engine.experiment import Experiment, read_experiment
 from internseg_ds.engine.outputs import check_writable
 from internseg_ds.engine.preflight import Plan, check, starting_weights
 from internseg_ds.engine.state import TrainState
-from internseg_ds.engine.stopping import check_no_stop_file
+from internseg_ds.engine.stopping import StopRequests, check_no_stop_file, stop_file
 from internseg_ds.engine.trackers import start_logging
 from internseg_ds.engine.trainer import train
-from internseg_ds.engine.work_dir import leaders
+from internseg_ds.engine.work_dir import claim, leaders
 from internseg_ds.errors import ConfigError, UserError, of_one_rank
 from internseg_ds.seeding import derived_seed
 
@@ -103,6 +103,7 @@ class SegmentorEngine:
             adopt()
         node_local = (self.plan.ds.raw.get("checkpoint") or {}).get("use_node_local_storage", False)
         in_charge = leaders(self.work_dir, world, node_local=node_local, ds_config=self.plan.ds.source)
+        self._claimed = claim(self.work_dir, world, in_charge)
         self.checkpoints = Checkpoints(self.work_dir / "checkpoints", experiment.max_keep_ckpts, in_charge)
         self.state, self.stopped = TrainState(seed=seed), False
         start_logging(self.work_dir, level=experiment.log_level, is_main=world.is_main)
@@ -111,6 +112,7 @@ class SegmentorEngine:
         checkpoint = agree_to_resume(resume_from, self.plan.ds.stage)
         self.resumed_unscored = any(of_all_ranks(checkpoint is not None and not checkpoint.manifest.get("metrics")))  # hosts may differ
         self.watch = Watch(world, hang_s=heartbeat_timeout)
+        self.stop_requests = StopRequests(stop_file(self.work_dir) if world.is_main else None, self.watch)
         try:
             self._build(seed, load_from, checkpoint)
         except BaseException as error:
@@ -170,6 +172,7 @@ class SegmentorEngine:
 
     def train(self) -> TrainState:
         """Trains to the last step of the schedule, logging, saving and evaluating as the config says."""
+        self.stop_requests.listen()  # until the end: what comes too late to be answered is no reason to end before the other ranks
         return train(self)
 
     def evaluate(self, *, verbose: bool = True, stop: Callable[[], bool] = lambda: False) -> Evaluation:
@@ -207,6 +210,8 @@ class SegmentorEngine:
         self.watch.close()
         if self._owns_group:
             leave()
+        self.stop_requests.close()
+        self._claimed.close()
 
     def __enter__(self) -> "SegmentorEngine":
         return self
@@ -215,6 +220,7 @@ class SegmentorEngine:
         if error is None:
             self.close()
             return
+        self.stop_requests.close(failed=True)
         alone = of_one_rank(error)
         if alone is None:
             self.checkpoints.finish()

@@ -11,12 +11,13 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from internseg_ds.distributed.watch import Watch
 from internseg_ds.errors import ConfigError
 from internseg_ds.exit_codes import STOPPED
+
+if TYPE_CHECKING:
+    from internseg_ds.distributed.watch import Watch  # which loads torch, and the first signal may come before that
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 SAME_REQUEST_S = 2.0
@@ -71,26 +72,26 @@ def exit_stopped() -> NoReturn:
 
 
 class StopRequests:
-    """What was asked of this rank. Inside the block signals are noted; a second one ends the process at once, and nothing that was saved suffers from it.
+    """What was asked of this rank. Between `listen` and `close` signals are noted; a second one ends the process at once, and nothing that was saved suffers
+    from it."""
 
-    Where the training does not run in the main thread, signals stay as they are.
-    """
-
-    def __init__(self, file: Path | None, watch: Watch) -> None:
+    def __init__(self, file: Path | None, watch: "Watch") -> None:
         """file: looked for, by the rank that is given it. watch: is told, and knows whether another rank was asked."""
         self.file, self.watch = file, watch
         self._first, self._looked = 0.0, 0.0
-        self._unlisten: Callable[[], None] = lambda: None
+        self._unlisten: Callable[[], None] | None = None
 
-    def __enter__(self) -> "StopRequests":
-        if threading.current_thread() is threading.main_thread():
+    def listen(self) -> None:
+        """From now on signals are noted. In a thread that is not the main one, they stay as they are."""
+        if self._unlisten is None and threading.current_thread() is threading.main_thread():
             self._unlisten = _listen(self._note)
-        return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._unlisten()
-        if error is not None:  # nothing is saved any more, so nobody shall take the end for that
-            for number in SIGNALS:
+    def close(self, *, failed: bool = False) -> None:
+        """Signals are what they were before; where the run failed, the system's default: nothing is saved any more, so nobody shall take the end for that."""
+        if self._unlisten is not None:
+            self._unlisten()
+            self._unlisten = None
+            for number in SIGNALS if failed else ():
                 signal.signal(number, signal.SIG_DFL)
 
     def __call__(self) -> bool:

@@ -14,7 +14,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from internseg_ds.engine.outputs import unless_disk_full
 from internseg_ds.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -56,12 +55,10 @@ class JsonlTracker:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON knows neither NaN nor infinity
-        with unless_disk_full(f"the record of step {step} is lost"):
-            print(json.dumps({"step": step, "time": time.time(), **finite}), file=self.file, flush=True)
+        print(json.dumps({"step": step, "time": time.time(), **finite}), file=self.file, flush=True)
 
     def close(self) -> None:
-        with suppress(OSError):  # of a full disk, which was warned of
-            self.file.close()
+        self.file.close()
 
 
 def rewind(path: Path, start: int) -> None:
@@ -142,7 +139,8 @@ def open_trackers(work_dir: Path, hooks: Sequence[Mapping[str, Any]], *, max_ste
         yield trackers
     finally:
         for tracker in trackers:
-            tracker.close()
+            with suppress(OSError):  # of a full disk, which was warned of
+                tracker.close()
 
 
 def start_logging(work_dir: Path | None, *, level: str, is_main: bool) -> None:

@@ -18,7 +18,7 @@ from internseg_ds.engine.outputs import unless_disk_full
 from internseg_ds.engine.report import write_report
 from internseg_ds.engine.skipped import SkippedSteps, poisoned
 from internseg_ds.engine.state import TrainState, due
-from internseg_ds.engine.stopping import StopRequests, stop_file
+from internseg_ds.engine.stopping import StopRequests
 from internseg_ds.engine.stragglers import LayerClock, Stragglers
 from internseg_ds.engine.trackers import Tracker, open_trackers
 
@@ -33,7 +33,7 @@ def train(engine: "SegmentorEngine") -> TrainState:
 
     Raises Diverged when too many steps in a row were skipped for a loss or gradient that is not finite, DataError when too many images are damaged.
     """
-    plan, state, watch = engine.plan, engine.state, engine.watch
+    plan, state, watch, stop = engine.plan, engine.state, engine.watch, engine.stop_requests
     experiment, ds, world, deepspeed = plan.experiment, plan.ds, engine.world, engine.deepspeed
     last, evaluates = experiment.max_steps, plan.val_set is not None
     sampler = GlobalBatchSampler(len(plan.train_set), ds.micro_batch, rank=world.rank, world_size=world.size, seed=state.seed, start=state.images)
@@ -42,8 +42,7 @@ def train(engine: "SegmentorEngine") -> TrainState:
     clock, stragglers, spikes = LayerClock(deepspeed.module, world.device), Stragglers(), Spikes()
     with (open_trackers(engine.work_dir, experiment.log_hooks, max_steps=last, start=state.step, config=experiment.cfg._cfg_dict.to_dict(),
                         is_main=world.is_main) as trackers,
-          closing(training_batches(plan.train_set, sampler, workers=experiment.workers, seed=state.seed, device=world.device)) as batches,
-          StopRequests(stop_file(engine.work_dir) if world.is_main else None, watch) as stop):
+          closing(training_batches(plan.train_set, sampler, workers=experiment.workers, seed=state.seed, device=world.device)) as batches):
         if evaluates and state.step == 0 and experiment.engine.evaluate_before:
             evaluate(engine, trackers, stop)
         if evaluates and engine.resumed_unscored and due(state.step, experiment.evaluate_every, last):
@@ -140,4 +139,5 @@ def evaluate(engine: "SegmentorEngine", trackers: list[Tracker], stop: StopReque
 
 def record(trackers: list[Tracker], step: int, values: Mapping[str, float]) -> None:
     for tracker in trackers:
-        tracker.write(step, values)
+        with unless_disk_full(f"the record of step {step} is lost"):
+            tracker.write(step, values)
