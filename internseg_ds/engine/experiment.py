@@ -54,6 +54,9 @@ class EngineOptions:
             raise ConfigError(f"engine.evaluation_weights={self.evaluation_weights!r} is none of 'auto', 'whole', 'partitioned'")
         if self.global_batch is not None:
             _whole(self.global_batch, "engine.global_batch", least=1)
+        for name in ("evaluate_before", "background_save"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"engine.{name}={getattr(self, name)!r} must be True or False")
         _whole(self.max_data_faults, "engine.max_data_faults", least=0)
         _whole(self.max_skipped_steps, "engine.max_skipped_steps", least=1)
 
