@@ -42,6 +42,7 @@ def test_an_interval_of_two_ranks(what):
 
 def test_a_loss_that_stands_out_is_a_spike_and_noise_is_none(caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("internseg_ds"), "propagate", True)  # a run before may have switched it off
+    caplog.set_level(logging.INFO, "internseg_ds")
     spikes, noise = Spikes(), torch.randn(300, generator=torch.Generator().manual_seed(0)) * 0.1
     falling = [float(5 * 0.99**step + 1 + noise[step]) for step in range(300)]
     assert spikes.among(falling, 300) == {}

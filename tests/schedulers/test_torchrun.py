@@ -16,6 +16,7 @@ def agent(port: int, *options: object) -> list[object]:
             "--local-addr", "localhost", *options]
 
 
+@pytest.mark.multinode
 def test_two_agents_train_together(training, tmp_path):
     port, work_dir = free_port(), tmp_path / "run"
     command = [*agent(port), *training(work_dir), "runner.max_iters=2", "checkpoint_config.interval=2"]
