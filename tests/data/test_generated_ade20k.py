@@ -205,8 +205,10 @@ def test_an_interrupted_run_leaves_what_was_there_and_nothing_half_written(tmp_p
     if had_one:
         write_generated_ade20k(tmp_path / "ade", **SMALL)
     before = contents(tmp_path)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # what a job in the background ignores
     writer = FORK.Process(target=write_generated_ade20k, args=(tmp_path / "ade", 5000, 1), daemon=True)
     writer.start()
+    signal.signal(signal.SIGINT, handler)
     wait_until(lambda: len(list(tmp_path.glob(".ade.*/images/training/*.jpg"))) >= 3)
     os.kill(writer.pid, signal.SIGINT)
     writer.join(timeout=30)
