@@ -195,9 +195,10 @@ def test_a_data_set_of_damaged_images_only_ends_the_run(data, ade20k, tmp_path):
 
 def test_a_data_worker_ends_by_sigterm_of_its_own_process_only(training):
     """Launchers signal the workers of a run too, which is to save first; a process that ends terminates its workers, and waits for them."""
+    before = set(psutil.Process().children())
     stream = training_batches(training, GlobalBatchSampler(len(training), 2), workers=1, seed=0, device=CPU)
     next(stream)
-    (worker,) = [process for process in psutil.Process().children() if process.name() != "resource_tracker" and "forkserver" not in " ".join(process.cmdline())]
+    (worker,) = set(psutil.Process().children()) - before
     for number in (signal.SIGTERM, signal.SIGUSR1):
         subprocess.run(["kill", f"-{number.value}", str(worker.pid)], check=True)
     for _ in range(5):
