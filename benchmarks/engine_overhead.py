@@ -8,6 +8,7 @@ data workers' queues). Prints seconds per step of every round, and ends with a l
 
 import dataclasses
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -58,7 +59,8 @@ def main() -> None:
     parser.add_argument("--deepspeed_config", default="ds_configs/zero3_bf16.json")
     parser.add_argument("--rounds", type=int, default=6)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, SegmentorEngine(args.config, args.deepspeed_config, work_dir=Path(folder), validate=False) as engine:
+    folder = Path(tempfile.gettempdir(), f"engine_overhead_{os.environ.get('MASTER_PORT', 'alone')}")  # one for all ranks
+    with SegmentorEngine(args.config, args.deepspeed_config, work_dir=folder, validate=False) as engine:
         times: dict[str, list[float]] = {"ours": [], "bare": []}
         for round_ in range(args.rounds):
             start = engine.state.images

@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from internseg_ds.distributed.process_group import World, joined, world_from_environment
+from internseg_ds.distributed.process_group import World, world_from_environment
+from internseg_ds.distributed.watch import joined
 from internseg_ds.engine import command_line
 
 ROOT = Path(__file__).resolve().parent.parent
