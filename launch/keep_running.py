@@ -6,6 +6,7 @@ import sys
 
 from internseg_ds.engine.restarting import KeptRunning
 from internseg_ds.errors import UserError
+from internseg_ds.exit_codes import USER_ERROR
 
 
 def main() -> None:
@@ -25,7 +26,7 @@ def main() -> None:
         sys.exit(KeptRunning(args.command, max_restarts=args.max_restarts, delay_s=args.delay).run())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(USER_ERROR)
 
 
 if __name__ == "__main__":

@@ -66,10 +66,6 @@ class Place:
     """What the others end with when this one is gone."""
 
     @property
-    def name(self) -> str:
-        return f"rank {self.rank} (host {self.host}, process {self.process})"
-
-    @property
     def order(self) -> tuple[int, int, int]:
         """How far it has come."""
         return self.step, self.micro_batch, STEP_PARTS.index(self.doing) if self.doing in STEP_PARTS else len(STEP_PARTS)
@@ -80,7 +76,7 @@ class Place:
         return f"{self} ended with {self.failure}" if self.failure else f"{self} died"
 
     def __str__(self) -> str:
-        return f"{self.name} at step {self.step}, {self.doing}"
+        return f"rank {self.rank} (host {self.host}, process {self.process}) at step {self.step}, {self.doing}"
 
 
 class Watch:

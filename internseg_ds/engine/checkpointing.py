@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -31,7 +30,7 @@ from internseg_ds.checkpoints.weights import weights_of
 from internseg_ds.checkpoints.zero_checkpoint import EMA_FILE, ZeroCheckpoint, advice, find_save
 from internseg_ds.distributed.loading import fit_segmentor
 from internseg_ds.distributed.partitions import partitions
-from internseg_ds.distributed.process_group import of_all_ranks
+from internseg_ds.distributed.process_group import any_rank, of_all_ranks
 from internseg_ds.engine.outputs import unless_disk_full
 from internseg_ds.engine.state import TrainState
 from internseg_ds.errors import CheckpointError
@@ -181,8 +180,7 @@ class Checkpoints:
 
 def _agreed(deepspeed_engine: Any, fine: bool) -> bool:
     """Whether it is fine on every rank. Collective."""
-    trouble = torch.tensor(float(not fine), device=deepspeed_engine.device)
-    dist.all_reduce(trouble)
+    (trouble,) = any_rank([not fine], deepspeed_engine.device)
     return not trouble
 
 

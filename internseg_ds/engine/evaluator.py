@@ -60,7 +60,8 @@ def evaluate(forwards: Forwards, dataset: Any, *, world: World, workers: int, me
     """Scores a segmentor on `dataset` (an mmseg data set in test mode), split over the ranks. Collective at the end.
 
     strict: an image that cannot be read is an error. verbose: rank 0 logs mmseg's per-class table. stop: asked before each image.
-    Raises Abandoned, on all ranks, when `stop` said so on one of them. DataError, on all ranks, when no image can be read or none is labelled, and FaultError, on the rank that finds it, when one cannot under `strict`.
+    Raises Abandoned, on all ranks, when `stop` said so on one of them; DataError, on all ranks, when no image can be read or none is labelled; and
+    FaultError, on the rank that finds it, when one cannot under `strict`.
     """
     classes, device = len(dataset.CLASSES), next(forwards.segmentor.parameters()).device
     confusion = torch.zeros(classes + 1, classes, dtype=torch.int64, device=device)

@@ -1,4 +1,7 @@
-"""What a rank gathers between two log records: loss terms, gradient norms, and where the time went. Losses are kept on the device, so that noting them never waits for it."""
+"""What a rank gathers between two log records: loss terms, gradient norms, and where the time went.
+
+Losses are kept on the device, so that noting them never waits for it.
+"""
 
 import logging
 import math

@@ -18,6 +18,7 @@ from types import FrameType
 
 import psutil
 
+from internseg_ds.engine.stopping import SAME_REQUEST_S
 from internseg_ds.errors import ConfigError
 from internseg_ds.exit_codes import FAILED, LOST
 
@@ -26,8 +27,6 @@ log = logging.getLogger(__name__)
 SIGNALLED = 128
 """From here on exit codes are signals, which shells and mpirun report as 128 + n and deepspeed as 256 - n, and ssh's 255."""
 LONGEST_DELAY_S = 300.0
-SAME_REQUEST_S = 2.0
-"""Signals so close together are one request."""
 PATIENCE_S = 60.0
 """For processes that an ended command left behind; then they are killed."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
