@@ -79,6 +79,7 @@ def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, An
     first = first_sample(train_set, "data.train", tolerated=experiment.engine.max_data_faults)
     check_sample(meta_model, first)
     check_forward(meta_model, first)
+    check_batch_norms(meta_model, first, ds.micro_batch, world.size)
     val_set = None
     if validate:
         val_set = validation_set(experiment)
@@ -89,17 +90,49 @@ def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, An
 
 def check_forward(model: nn.Module, sample: Mapping[str, Any]) -> None:
     """A forward on the meta device: layers whose sizes do not fit each other are found without memory or data. Raises ConfigError."""
-    image = sample["img"].data if isinstance(sample["img"], DataContainer) else sample["img"]
+    shape = _image_shape(sample)
+    try:
+        _forward_on_meta(model, shape)
+    except Exception as error:  # whatever some layer refuses with
+        raise ConfigError(f"the model cannot take a training image of {shape}: {type(error).__name__}: {error}; do the in_channels of its heads fit?") from error
+
+
+def check_batch_norms(model: nn.Module, sample: Mapping[str, Any], micro_batch: int, processes: int) -> None:
+    """A batch norm needs two values per channel in training, which one image pooled to a point does not give it. Raises ConfigError naming the layer."""
+    starved: list[str] = []
+
+    def look(name: str, norm: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        images = micro_batch * (processes if isinstance(norm, nn.SyncBatchNorm) else 1)
+        if args[0].numel() // args[0].size(1) * images < 2:
+            starved.append(name)
+
+    norms = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training]
+    hooks = [norm.register_forward_pre_hook(lambda module, args, name=name: look(name, module, args)) for name, norm in norms]
+    _forward_on_meta(model, _image_shape(sample))
+    for hook in hooks:
+        hook.remove()
+    if starved:
+        raise ConfigError(f"batch norm {starved[0]} gets one value per channel from {micro_batch} image a process on {processes} process{'es' * (processes > 1)}, and needs "
+                          "two in training; raise data.samples_per_gpu" + (", or train on more processes" if isinstance(model.get_submodule(starved[0]), nn.SyncBatchNorm) else
+                                                                            ", or use norm_cfg=dict(type='SyncBN')"))
+
+
+def _image_shape(sample: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Channels, height, width of a training image as its pipeline hands it over."""
+    image = sample["img"]
+    return tuple((image.data if isinstance(image, DataContainer) else image).shape)
+
+
+def _forward_on_meta(model: nn.Module, shape: tuple[int, int, int]) -> None:
+    """One image (c, h, w) through backbone and heads, in eval mode: batch norms in training mode would want values."""
     model.eval()
     try:
         with torch.no_grad():
-            features = model.extract_feat(torch.empty(1, *image.shape, device="meta"))
+            features = model.extract_feat(torch.empty(1, *shape, device="meta"))
             for name in ("decode_head", "auxiliary_head"):
                 head = getattr(model, name, None)
                 for part in head if isinstance(head, nn.ModuleList) else [head] if head is not None else []:
                     part(features)
-    except Exception as error:  # whatever some layer refuses with
-        raise ConfigError(f"the model cannot take a training image of {tuple(image.shape)}: {type(error).__name__}: {error}; do the in_channels of its heads fit?") from error
     finally:
         model.train()
 
@@ -216,8 +249,7 @@ def check_windows(experiment: Experiment) -> None:
 
 def check_sample(model: nn.Module, sample: Mapping[str, Any]) -> None:
     """A training image as the pipeline hands it over must be whole patches."""
-    patch, image = getattr(model.backbone, "patch_size", 1), sample["img"]
-    height, width = (image.data if isinstance(image, DataContainer) else image).shape[-2:]
+    patch, (_, height, width) = getattr(model.backbone, "patch_size", 1), _image_shape(sample)
     if height % patch or width % patch:
         raise ConfigError(f"the first image of data.train comes out of its pipeline with {height} x {width} pixels, which are no whole patches of {patch}; "
                           f"crop and pad to a multiple of {patch}")

@@ -92,6 +92,13 @@ def test_a_ds_config_without_a_stage_is_refused(ade20k):
         check(experiment, {"bf16": {"enabled": True}}, World(0, 2, 0))
 
 
+def test_a_batch_norm_over_one_value_is_refused_before_it_fails(ade20k):
+    experiment = read_experiment(ROOT / TINY, dict(option.split("=") for option in data_options(ade20k)) | {"data.samples_per_gpu": 1, "engine.global_batch": None})
+    check(experiment, ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0))  # two processes have two values
+    with pytest.raises(ConfigError, match=r"decode_head\.psp_modules.* one value per channel .* raise data\.samples_per_gpu"):
+        check(experiment, ROOT / "ds_configs/zero3_bf16.json", World(0, 1, 0))
+
+
 @pytest.mark.parametrize("name", ["file", "file/below"])
 def test_a_work_directory_that_cannot_be_made_is_refused(name, ade20k, tmp_path):
     from internseg_ds.engine.outputs import check_writable
