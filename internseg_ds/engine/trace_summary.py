@@ -24,7 +24,7 @@ PARTS = ("data", "backbone forward", "heads forward", "losses forward", "losses 
          "other backward", "update", "agreeing")
 
 _COLLECTIVE = re.compile(r"c10d::|gloo:|nccl|record_param_comms", re.IGNORECASE)
-_ATTENTION = re.compile(r"scaled_dot_product|flash_attn|flashattn|fmha|_efficient_attention", re.IGNORECASE)
+_ATTENTION = re.compile(r"scaled_dot_product|flash|fmha|sdpa|_efficient_attention", re.IGNORECASE)
 _MATMUL = re.compile(r"aten::(_?(add)?(mm|bmm)|baddbmm|matmul|linear|einsum|_scaled_mm|\w*conv\w*|mkldnn_linear\w*)$")
 _GEMM_KERNEL = re.compile(r"gemm|cutlass|nvjet|wgrad|dgrad|conv\w*_kernel|implicit_con", re.IGNORECASE)
 _OPERATION = re.compile(r"aten::|triton_|cpp_fused|CompiledFunction|Torch-Compiled")
@@ -40,6 +40,10 @@ class Context:
     kind: str = REST
     fixed: bool = False
     busy: bool = False
+
+
+OF_AUTOGRAD = Context(part="backward")
+"""On other threads than the main one, which is in some range all the time, and where nothing else is known."""
 
 
 class Slice(NamedTuple):
@@ -83,14 +87,12 @@ def break_down(trace: Mapping[str, Any]) -> Breakdown:
     if not steps:
         raise ValueError("the trace holds no range 'step N'")
     main = steps[0]["tid"]
-    threads: dict[Any, list[Slice]] = defaultdict(list)
     by_thread: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
     for event in events:
         if event.get("cat") in ("cpu_op", "user_annotation"):
             by_thread[event["tid"]].append(event)
     forward_parts = _forward_parts(by_thread[main])
-    for thread, found in by_thread.items():
-        threads[thread] = list(_slices(found, forward_parts, Context() if thread == main else Context(part="backward")))
+    threads = {thread: list(_slices(found, forward_parts, Context() if thread == main else OF_AUTOGRAD)) for thread, found in by_thread.items()}
     kernels = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
     collectives = [event for event in (kernels or events) if _COLLECTIVE.match(event["name"]) and (kernels or (event["tid"] != main and event.get("cat") == "user_annotation"))]
     if kernels:
@@ -198,7 +200,7 @@ def _kernel_span(kernel: Mapping[str, Any], launches: Mapping[int, Mapping[str, 
     """kernel: an event of the GPU. Its kind and part are those of the operation that launched it."""
     start, end, name = kernel["ts"], kernel["ts"] + kernel["dur"], kernel["name"]
     launch = launches.get(kernel.get("args", {}).get("correlation"))
-    context = _context_at(threads.get(launch["tid"], []), launch["ts"]) if launch is not None else Context()
+    context = _context_at(threads.get(launch["tid"], []), launch["ts"]) if launch is not None else OF_AUTOGRAD
     if _COLLECTIVE.match(name):
         return Span(start, end, 1, COMMUNICATION, context.part)
     kind = context.kind
@@ -209,7 +211,7 @@ def _kernel_span(kernel: Mapping[str, Any], launches: Mapping[int, Mapping[str, 
 
 def _context_at(slices: list[Slice], time: float) -> Context:
     index = bisect.bisect_right(slices, time, key=lambda each: each.start) - 1
-    return slices[index].context if index >= 0 and time < slices[index].end else Context()
+    return slices[index].context if index >= 0 and time < slices[index].end else OF_AUTOGRAD
 
 
 def _owners(spans: Iterable[Span], main: Iterable[Slice]) -> Iterator[tuple[float, float, Span, str]]:
