@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -60,7 +61,10 @@ class StepProfile:
         self._close_ranges(0)
         if self._profiler is not None and self._recorded and (kind is None or issubclass(kind, KeyboardInterrupt)):
             self._finish()
-        elif self.steps and not self._recorded and kind is None:
+        elif self._profiler is not None:
+            with suppress(RuntimeError):  # there may be another error on its way
+                self._profiler.stop()
+        if self.steps and not self._recorded and kind is None:
             log.info("there is no profile: the run stopped before step %d", self.steps[0])
         self._unhook()
 
@@ -130,20 +134,24 @@ class StepProfile:
                 plain = Path(scratch, "trace.json")
                 profiler.export_chrome_trace(str(plain))
                 text = plain.read_bytes()
-            try:
-                trace = json.loads(text)
-            except ValueError as error:
-                raise OSError(f"the trace is cut off ({error}); is the disk full?") from error
             path = self.folder / f"rank{self.world.rank}.json.gz"
             with whole_file(path) as file, gzip.open(file, "wb", compresslevel=5) as packed:
                 packed.write(text)
             if self.world.is_main:
-                table = summarise(trace)
-                on_gpu = self.world.device.type == "cuda"
-                top = profiler.key_averages().table(sort_by="self_device_time_total" if on_gpu else "self_cpu_time_total", row_limit=15)
-                with whole_file(self.folder / "summary.txt") as file:
-                    file.write(f"{table}\n\nOperations that took longest, by torch.profiler:\n\n{top}\n".encode())
-                log.info("profile of steps %d to %d: %s (and one of each other rank) opens in https://ui.perfetto.dev\n%s", self._recorded[0], self._recorded[-1], path, table)
+                log.info("profile of steps %d to %d: %s (and one of each other rank) opens in https://ui.perfetto.dev\n%s", self._recorded[0], self._recorded[-1], path,
+                         self._summarised(profiler, text))
+
+    def _summarised(self, profiler: profile, trace: bytes) -> str:
+        """The table of the summary, which is written."""
+        try:
+            table = summarise(json.loads(trace))
+        except (ValueError, KeyError, TypeError) as error:  # some other torch may write it otherwise: no reason to end a training
+            return f"but it cannot be summarised: {type(error).__name__}: {error}"
+        by = "self_device_time_total" if self.world.device.type == "cuda" else "self_cpu_time_total"
+        top = profiler.key_averages().table(sort_by=by, row_limit=15)
+        with whole_file(self.folder / "summary.txt") as file:
+            file.write(f"{table}\n\nOperations that took longest, by torch.profiler:\n\n{top}\n".encode())
+        return table
 
 
 def _parts(head: nn.Module | None) -> list[nn.Module]:
