@@ -1,5 +1,6 @@
 """Trains the segmentor of an experiment config under DeepSpeed."""
 
+import argparse
 import os
 from pathlib import Path
 
@@ -7,6 +8,13 @@ from internseg_ds.engine.stopping import exit_on_request, exit_stopped
 
 exit_on_request()  # before the next import, which takes seconds
 from internseg_ds.engine import command_line  # noqa: E402
+
+
+def _steps(text: str) -> int:
+    """The type of --profile."""
+    if not text.isascii() or not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of steps; write --profile 3, and --profile alone at the end of the command only")
+    return int(text)
 
 
 def main() -> None:
@@ -25,6 +33,8 @@ def main() -> None:
     parser.add_argument("--deterministic", action="store_true", help="deterministic GPU kernels where torch has them; slower")
     parser.add_argument("--heartbeat-timeout", type=float, default=600.0, metavar="S",
                         help="seconds in which no process gets on, after which all end and name the one that hangs; 0: wait for ever (default: %(default)g)")
+    parser.add_argument("--profile", nargs="?", type=_steps, const=3, default=0, metavar="STEPS",
+                        help="record so many steps (3) with torch.profiler into the work directory's profile/: a trace per rank, and where the time goes")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print parameters, groups and memory, and take no accelerator")
     command_line.add_config_options(parser)
     args = parser.parse_args()
@@ -57,7 +67,7 @@ def main() -> None:
     from internseg_ds.engine.segmentor_engine import SegmentorEngine
 
     with SegmentorEngine(experiment, args.deepspeed_config, work_dir=args.work_dir, seed=args.seed, load_from=args.load_from, resume=args.resume,
-                         validate=not args.no_validate, heartbeat_timeout=args.heartbeat_timeout) as engine:
+                         validate=not args.no_validate, heartbeat_timeout=args.heartbeat_timeout, profiled_steps=args.profile) as engine:
         engine.train()
     if engine.stopped:
         exit_stopped()

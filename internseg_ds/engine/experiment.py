@@ -6,6 +6,7 @@ interpreted; a key that has no effect here becomes one line in `Experiment.notes
 
 import difflib
 import logging
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -41,6 +42,8 @@ class EngineOptions:
     """Steps in a row that may be skipped for a loss or a gradient that is not finite; that many end the run."""
     weights_may_differ: tuple[str, ...] = ()
     """Prefixes of names that the weights a run starts from may have too many or too few; any other difference is an error."""
+    peak_tflops: float | None = None
+    """Peak of matrix products in the backbone's compute dtype, in TFLOP/s per device, which mfu and hfu are relative to. None: measured at the start."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.weights_may_differ, (list, tuple)) or not all(isinstance(prefix, str) for prefix in self.weights_may_differ):
@@ -59,6 +62,9 @@ class EngineOptions:
                 raise ConfigError(f"engine.{name}={getattr(self, name)!r} must be True or False")
         _whole(self.max_data_faults, "engine.max_data_faults", least=0)
         _whole(self.max_skipped_steps, "engine.max_skipped_steps", least=1)
+        peak = self.peak_tflops
+        if peak is not None and (isinstance(peak, bool) or not isinstance(peak, (int, float)) or not 0 < peak < math.inf):
+            raise ConfigError(f"engine.peak_tflops={peak!r} must be a number of TFLOP/s per device above 0, such as 989 for an H100 in bf16, or None to measure it")
 
 
 @dataclass(frozen=True)

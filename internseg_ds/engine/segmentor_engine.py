@@ -44,10 +44,12 @@ from internseg_ds.engine.evaluator import Evaluation, evaluate
 from internseg_ds.engine.experiment import Experiment, read_experiment
 from internseg_ds.engine.outputs import check_writable
 from internseg_ds.engine.preflight import Plan, check, starting_weights
+from internseg_ds.engine.profiling import check_profiled_steps
 from internseg_ds.engine.state import TrainState
 from internseg_ds.engine.stopping import StopRequests, check_no_stop_file, stop_file
 from internseg_ds.engine.trackers import start_logging
 from internseg_ds.engine.trainer import train
+from internseg_ds.engine.utilization import make_meter
 from internseg_ds.engine.work_dir import claim, leaders
 from internseg_ds.errors import ConfigError, UserError, of_one_rank
 from internseg_ds.seeding import derived_seed
@@ -57,7 +59,7 @@ log = logging.getLogger(__name__)
 
 class SegmentorEngine:
     """One experiment under one ds_config. Attributes: `plan` (experiment, ds_config, data sets), `deepspeed` (DeepSpeed's engine), `state`, `checkpoints`,
-    `watch` (over the other ranks), `resumed_unscored` (whether the checkpoint that it went on from was never evaluated), `stopped` (whether training ended
+    `watch` (over the other ranks), `meter` (of speed and memory), `resumed_unscored` (whether the checkpoint that it went on from was never evaluated), `stopped` (whether training ended
     early, on request)."""
 
     def __init__(
@@ -72,16 +74,19 @@ class SegmentorEngine:
         cfg_options: Mapping[str, Any] | None = None,
         validate: bool = True,
         heartbeat_timeout: float = 600.0,
+        profiled_steps: int = 0,
     ) -> None:
         """config: an experiment config; ds_config: a DeepSpeed JSON. work_dir: default work_dirs/NAME_OF_CONFIG. load_from: weights of a whole segmentor to
         start from (over the config's `load_from`). resume: "auto" (the newest checkpoint of work_dir, if any) or a checkpoint to go on from exactly.
         validate: False leaves the validation set alone. A run that resumes takes its weights from the checkpoint, whatever load_from says. heartbeat_timeout:
-        seconds in which no rank gets on that end the run (`distributed.watch`); 0: any. Joins the process group if there is none yet.
+        seconds in which no rank gets on that end the run (`distributed.watch`); 0: any. profiled_steps: how many steps of a training are recorded
+        (`engine.profiling`). Joins the process group if there is none yet.
 
         Raises UserError before any accelerator memory is taken when anything in these contradicts itself or is missing.
         """
         world = world_from_environment()
         check_heartbeat_timeout(heartbeat_timeout)
+        self.profiled_steps = check_profiled_steps(profiled_steps)
         if isinstance(config, Experiment) and cfg_options:
             raise ConfigError("cfg_options change a config while it is read; give them to read_experiment")
         experiment = config if isinstance(config, Experiment) else read_experiment(config, cfg_options)
@@ -127,6 +132,7 @@ class SegmentorEngine:
         log.info("%d process%s on %s, ZeRO-%d, %s parameters, backbone computes in %s, heads in float32", self.world.size, "es" * (self.world.size > 1),
                  device.type, ds.stage, str(ds.param_dtype).removeprefix("torch."), str(self.compute_dtype).removeprefix("torch."))
         log.info("%d images per step = %d processes x %d images x %d accumulation steps", ds.global_batch, ds.world_size, ds.micro_batch, ds.accumulation)
+        self.meter = make_meter(experiment, self.plan.meta_model, self.world, self.compute_dtype)
         torch.backends.cudnn.benchmark = experiment.cudnn_benchmark and not torch.are_deterministic_algorithms_enabled()
         model = build_for_training(experiment.model, ds, device, seed)
         if checkpoint is not None:

@@ -1,4 +1,5 @@
-"""Which rank keeps the others waiting, how much of their time that costs, and by what: data that come late, or layers that compute slowly.
+"""Which rank keeps the others waiting, how much of their time that costs, and by what: data that come late, or layers that compute slowly. And whether all
+of them wait for data.
 
 In synchronous training all ranks take the same time for a step, so step times tell nothing. Compared are the parts that are a rank's own: its waiting for
 data, and the time inside the forwards of its layers, whose weights are there by then, measured in one step per log record.
@@ -23,6 +24,8 @@ log = logging.getLogger(__name__)
 
 NOTABLE = 0.15
 """Share of the others' time from which a slow rank is named."""
+STARVING = 0.10
+"""Share of their time that ranks wait for data, all of them, from which the mend is named."""
 
 
 class LayerClock:
@@ -69,22 +72,36 @@ class LayerClock:
 
 
 class Stragglers:
-    """Looks at each log record for a rank that keeps the others waiting; twice in a row, the log names it."""
+    """Looks at each log record for a rank that keeps the others waiting; twice in a row, the log names it. And once a run, that the data come late on all."""
 
-    def __init__(self) -> None:
+    def __init__(self, workers: int) -> None:
+        """workers: processes that decode data for each rank."""
+        self.workers = workers
         self._last: Straggler | None = None
+        self._starved, self._told = False, False
 
     def values(self, interval: Interval, layers_s: float) -> dict[str, float]:
         """For a log record: the share of their time that ranks wait for the slowest. layers_s: of this rank, by its LayerClock. Collective."""
         ranks = of_all_ranks((interval.waited_s / len(interval.losses), layers_s, socket.gethostname()))
+        data_s, layers, hosts = zip(*ranks, strict=True)
+        step_s = interval.seconds / len(interval.losses)
+        self._see_data(statistics.median_low(data_s) / step_s)
         if len(ranks) == 1:
             return {}
-        data_s, layers, hosts = zip(*ranks, strict=True)
-        found, before = slowest(data_s, layers, interval.seconds / len(interval.losses), hosts), self._last
+        found, before = slowest(data_s, layers, step_s, hosts), self._last
         self._last = found
         if before and (before.rank, before.cause) == (found.rank, found.cause) and min(before.share, found.share) > NOTABLE:
             log.info("straggler: %s", found.text)
         return {"waits_for_slowest": found.share}
+
+    def _see_data(self, share: float) -> None:
+        """share: of its time, that the median rank waits for data."""
+        starved, before = share > STARVING, self._starved
+        self._starved = starved
+        if starved and before and not self._told:
+            self._told = True
+            log.info("the training waits for data %.0f%% of the time: raise data.workers_per_gpu, which is %d, if the host has cores to spare, or speed up the pipeline or the disk",
+                     100 * share, self.workers)
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from contextlib import closing, nullcontext
 from typing import TYPE_CHECKING
 
-import torch
-
 from internseg_ds.data.loading import training_batches
 from internseg_ds.data.sampler import GlobalBatchSampler
 from internseg_ds.distributed.process_group import any_rank
@@ -15,6 +13,7 @@ from internseg_ds.engine.data_faults import DataFaults
 from internseg_ds.engine.evaluator import Abandoned
 from internseg_ds.engine.interval import Interval, Spikes
 from internseg_ds.engine.outputs import unless_disk_full
+from internseg_ds.engine.profiling import StepProfile
 from internseg_ds.engine.report import write_report
 from internseg_ds.engine.skipped import SkippedSteps, poisoned
 from internseg_ds.engine.state import TrainState, due
@@ -39,10 +38,11 @@ def train(engine: "SegmentorEngine") -> TrainState:
     sampler = GlobalBatchSampler(len(plan.train_set), ds.micro_batch, rank=world.rank, world_size=world.size, seed=state.seed, start=state.images)
     faults = DataFaults(engine.work_dir / "data_faults.txt", experiment.engine.max_data_faults, start=state.step)
     skipped = SkippedSteps(deepspeed, engine.work_dir / "skipped_steps.jsonl", experiment.engine.max_skipped_steps, start=state.step)
-    clock, stragglers, spikes = LayerClock(deepspeed.module, world.device), Stragglers(), Spikes()
+    clock, stragglers, spikes = LayerClock(deepspeed.module, world.device), Stragglers(experiment.workers), Spikes()
+    profile = StepProfile(engine.work_dir / "profile", engine.profiled_steps, deepspeed.module, world, watch, start=state.step, last=last)
     with (open_trackers(engine.work_dir, experiment.log_hooks, max_steps=last, start=state.step, config=experiment.cfg._cfg_dict.to_dict(),
                         is_main=world.is_main) as trackers,
-          closing(training_batches(plan.train_set, sampler, workers=experiment.workers, seed=state.seed, device=world.device)) as batches):
+          closing(training_batches(plan.train_set, sampler, workers=experiment.workers, seed=state.seed, device=world.device)) as batches, profile):
         if evaluates and state.step == 0 and experiment.engine.evaluate_before:
             evaluate(engine, trackers, stop)
         if evaluates and engine.resumed_unscored and due(state.step, experiment.evaluate_every, last):
@@ -54,19 +54,19 @@ def train(engine: "SegmentorEngine") -> TrainState:
             logged, micro_batches = due(step, experiment.log_every, last), []
             with clock if logged else nullcontext():
                 for micro_batch in range(ds.accumulation):    # of one optimizer step
-                    watch.at(step, "data", micro_batch)
+                    profile.at(step, "data", micro_batch)
                     with interval.waiting():
                         batch = next(batches)
-                    watch.at(step, "forward", micro_batch)
+                    profile.at(step, "forward", micro_batch)
                     losses = engine.forward(batch)
-                    watch.at(step, "backward", micro_batch)
+                    profile.at(step, "backward", micro_batch)
                     deepspeed.backward(poisoned(losses["loss"]))
-                    watch.at(step, "update", micro_batch)
+                    profile.at(step, "update", micro_batch)
                     deepspeed.step()                          # DeepSpeed clips, updates and moves the schedule on the last micro-batch only
                     interval.add(losses)
                     faults.add(batch.faults)
                     micro_batches.append((losses["loss"].detach(), batch.files))
-            watch.at(step, "agreeing", ds.accumulation)
+            profile.at(step, "agreeing", ds.accumulation)
             if skipped.after_step(step, micro_batches):
                 interval.end_step(None)
             else:
@@ -83,18 +83,16 @@ def train(engine: "SegmentorEngine") -> TrainState:
             saved = stopping or due(step, experiment.save_every, last) or (scored and experiment.best_by is not None)
             if saved or logged:                               # at each save too, so that a resumed run's records are those of an unbroken one
                 values, step_losses = interval.of_all_ranks()
-                values |= {"lr": lr, "images_per_s": interval.micro_batches * ds.micro_batch * world.size / interval.seconds,
-                           "data_wait": interval.waited_s / interval.seconds}
+                values |= {"lr": lr, **engine.meter.values(interval, interval.micro_batches * ds.micro_batch * world.size)}
                 values |= spikes.among(step_losses, step) | skipped.values()
                 if logged:
                     values |= stragglers.values(interval, clock.seconds)
-                if world.device.type == "cuda":
-                    values["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
                 record(trackers, step, values)
                 watch.at(step, "saving")
                 engine.checkpoints.finish(wait=False)         # a save that is written in the background
                 interval = Interval()
             with interval.paused():
+                profile.end_step(step, pauses=saved or scored)
                 if saved:
                     engine.save()                             # before evaluating: an evaluation that dies costs no training
                 if stopping:

@@ -1,4 +1,5 @@
 import json
+import logging
 import re
 import time
 from pathlib import Path
@@ -10,8 +11,9 @@ from mmseg.datasets.builder import PIPELINES
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from internseg_ds.engine.interval import Interval
 from internseg_ds.engine.segmentor_engine import SegmentorEngine
-from internseg_ds.engine.stragglers import LayerClock, slowest
+from internseg_ds.engine.stragglers import LayerClock, Stragglers, slowest
 from tests.conftest import ROOT
 from tests.distributed.ranks import spawn
 from tests.engine.small import small_experiment
@@ -57,6 +59,19 @@ def test_the_rank_that_computes_slowly_is_named_with_what_it_costs_at_most():
 
 def test_of_two_ranks_the_faster_one_is_what_the_slower_is_held_against():
     assert slowest([0.0, 0.3], [1.0, 1.0], step_s=1.0, hosts=["a", "a"]).share == pytest.approx(0.3)
+
+
+def test_the_mend_of_waiting_for_data_is_named_once_and_after_two_records_in_a_row(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("internseg_ds"), "propagate", True)  # a run before may have switched it off
+    caplog.set_level(logging.INFO, "internseg_ds")
+    stragglers, lines = Stragglers(workers=3), []
+    for share in (0.9, 0.0, 0.9, 0.9, 0.9):
+        interval = Interval()
+        interval.losses = [torch.zeros(())]
+        interval._spent_s, interval.waited_s = 100.0, 100 * share
+        assert stragglers.values(interval, 1.0) == {}  # alone, nobody is the slowest
+        lines.append(caplog.text.count("waits for data 90% of the time: raise data.workers_per_gpu, which is 3"))
+    assert lines == [0, 0, 0, 1, 1]
 
 
 class Sleeping(nn.Linear):
