@@ -154,7 +154,7 @@ def describe_comparison(found: dict[Path, Forecast | str], cluster: Cluster, ass
 
 
 def conclusion(found: dict[Path, Forecast | str]) -> str:
-    """A sentence: which ds_configs fit, and which of them is fastest; where steps take as long, the one that leaves more memory."""
+    """A sentence: which ds_configs fit, and which of them is fastest; where steps take as long (within 1 %), the one that leaves more memory."""
     fitting = {path: plan for path, plan in found.items() if isinstance(plan, Forecast) and plan.fits}
     if not fitting:
         return "None of these ds_configs fits. Use more GPUs or larger ones, fewer images per GPU (data.samples_per_gpu), or smaller crops."
@@ -162,7 +162,8 @@ def conclusion(found: dict[Path, Forecast | str]) -> str:
     timed = {path: plan for path, plan in fitting.items() if plan.row is not None}
     if not timed:
         return f"These fit: {names}."
-    best = min(timed, key=lambda path: (round(timed[path].row.time.step, 2), timed[path].footprint.peak))
+    soonest = min(plan.row.time.step for plan in timed.values())
+    best = min((path for path in timed if timed[path].row.time.step <= 1.01 * soonest), key=lambda path: timed[path].footprint.peak)
     return f"These fit: {names}. Fastest: {best.stem}, {timed[best].row.time.step:.2f} s a step, {timed[best].row.images_per_s:.3g} images/s."
 
 
