@@ -106,15 +106,22 @@ def footprint(model: nn.Module, ds_raw: Mapping[str, Any], precision: Literal["b
 
 
 def _evaluation(parts: Sequence[Part], evaluation: Evaluation, stage: int, whole: int, device_bytes: float) -> list[Part]:
-    """whole: bytes of all weights, which ZeRO-3 gathers into a copy where they fit, or layer by layer, one window at a time (`distributed.gathering`)."""
+    """whole: bytes of all weights, which ZeRO-3 gathers into a copy where they fit, or layer by layer (`distributed.gathering`).
+
+    Windows that do not fit are run in halves of a batch (`engine.segmenting`), but where ranks run in step.
+    """
     phase: tuple[Phase, ...] = ("evaluate",)
-    windows, weights = evaluation.batch, []
+    used, windows, weights = CONTEXT + sum(part.device for part in parts if "evaluate" in part.phases), evaluation.batch, []
     if stage == 3:
-        free = device_bytes - CONTEXT - sum(part.device for part in parts if "evaluate" in part.phases)
-        if evaluation.weights == "whole" or (evaluation.weights == "auto" and whole <= evaluation.room * free):
+        if evaluation.weights == "whole" or (evaluation.weights == "auto" and whole <= evaluation.room * (device_bytes - used)):
             weights = [Part("evaluation: a whole copy of the weights", whole, phases=phase)]
         else:
             windows = evaluation.in_step
             gathered = next((part.device for part in parts if part.name == "gathered weights"), 0)
             weights = [Part("evaluation: gathered weights", gathered, phases=phase)]
-    return [*weights, Part(f"evaluation: {windows} window{'s' * (windows > 1)}", evaluation.forward(windows), phases=phase), Part("evaluation: logits of an image", evaluation.logits, phases=phase)]
+    room = device_bytes - used - sum(part.device for part in weights) - evaluation.logits
+    if windows != evaluation.in_step:
+        while windows > 1 and (1 + FRAGMENTATION) * evaluation.forward(windows) > room:
+            windows //= 2
+    return [*weights, Part(f"evaluation: {windows} window{'s' * (windows > 1)}", evaluation.forward(windows), phases=phase),
+            Part("evaluation: logits of an image", evaluation.logits, phases=phase)]

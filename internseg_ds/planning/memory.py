@@ -92,13 +92,13 @@ def passing(model: nn.Module, ds_raw: Mapping[str, Any], precision: str, world_s
     parts = []
     contiguous = zero.get("contiguous_gradients", True)
     if stage == 3:
-        if contiguous:  # one for each dtype that gradients are sent in (stage3.py, `bucket.buffer`)
-            parts.append(Part("communication buckets", bucket * (width + 2 * (precision == "autocast"))))
+        if contiguous:  # kept from start to end (stage3.py, `bucket.buffer`)
+            parts.append(Part("communication buckets", bucket * width))
         parts.append(Part("gradients being sent", 2 * width * max(largest, min(bucket, sum(trained))), phases=("train",)))
         parts += _gathered(model, zero, width, n, uses)
     elif stage and contiguous:  # stage_1_and_2.py, `setup_buckets`: taken at the first gradient, given back after the last
         count = 2 if zero.get("overlap_comm", False) else 1
-        parts.append(Part("communication buckets", bucket * width * count * (2 if precision == "autocast" else 1), phases=("train",)))
+        parts.append(Part("communication buckets", bucket * width * count, phases=("train",)))
     if not offloaded:
         # one (sub-)group at a time is flattened and made fp32 (`_prepare_fp32_grad_for_sub_group`; ZeRO-1, 2: `step`); norms are taken in fp64
         share = max((_flattened(size, zero, n) for size in group_sizes), default=0)

@@ -51,6 +51,16 @@ def test_an_evaluation_copies_the_weights_where_there_is_room(planner):
     assert parts(2**31 + 8 * MIB, **{"engine.evaluation_weights": "whole"})["evaluation: a whole copy of the weights"] == total
 
 
+def test_windows_of_an_evaluation_are_halved_until_they_fit(planner):
+    def windows(device_bytes: float) -> str:
+        return next(part.name for part in plan(planner, "zero1_bf16", device_bytes).footprint.parts if "window" in part.name)
+
+    needed = plan(planner, "zero1_bf16").footprint.device("evaluate")
+    assert windows(2**35) == "evaluation: 8 windows"
+    assert windows(needed - 20 * MIB) in ("evaluation: 4 windows", "evaluation: 2 windows")
+    assert windows(2**30) == "evaluation: 1 window"
+
+
 def test_the_moving_average_and_the_background_save_are_parts():
     plain, more = (Planner(read_experiment(ROOT / TINY, {"engine.global_batch": 32, **options})) for options in ({}, {"engine.ema": 0.9, "engine.background_save": True}))
     trained = sum(plain.group_sizes)
