@@ -29,9 +29,9 @@ from internseg_ds.distributed.precision import backbone_dtype
 from internseg_ds.distributed.process_group import World
 from internseg_ds.engine.checkpointing import check_resumable, named_groups
 from internseg_ds.engine.experiment import Experiment, leaf_datasets
+from internseg_ds.engine.forecast import memory_table, of_this_run, verdict
 from internseg_ds.engine.trackers import check_trackers
 from internseg_ds.errors import CheckpointError, ConfigError, DataError
-from internseg_ds.planning.memory import training_state_bytes
 
 TOLERATED = 8
 """Damaged images at the start of a validation set, which an evaluation will leave out, that are no reason to think its pipeline wrong."""
@@ -256,7 +256,7 @@ def check_sample(model: nn.Module, sample: Mapping[str, Any]) -> None:
 
 
 def describe(plan: Plan, console: Console) -> None:
-    """Prints what `--dry-run` shows: parameters by part, groups, batches, and the training state per process."""
+    """Prints what `--dry-run` shows: parameters by part, groups, batches, and the memory of a process. Raises ConfigError where `Planner` does."""
     counts = Table("part", "parameters", "of which train", title=f"{plan.experiment.name}: model")
     for name, child in [*plan.meta_model.named_children(), ("all", plan.meta_model)]:
         params = list(child.parameters())
@@ -270,8 +270,7 @@ def describe(plan: Plan, console: Console) -> None:
     console.print(f"batch: {ds.global_batch} images per step = {ds.world_size} processes x {ds.micro_batch} images x {ds.accumulation} accumulation steps")
     console.print(f"data: {len(plan.train_set):,} training images, {len(plan.val_set) if plan.val_set is not None else 0:,} validation images; "
                   f"{experiment.max_steps:,} steps = {experiment.max_steps * ds.global_batch / len(plan.train_set):.1f} epochs")
-    memory = Table("training state per process", "GiB", "lies in", title=f"{ds.source}: ZeRO-{ds.stage}, {ds.precision}, {ds.world_size} processes")
-    for part, size, place in training_state_bytes(plan.meta_model, ds.raw, ds.precision, ds.world_size):
-        memory.add_row(part, f"{size / 2**30:.3f}", place)
-    console.print(memory)
-    console.print("activations and gathered parameters come on top; nothing was taken from any accelerator")
+    memory = of_this_run(experiment, plan.meta_model, ds, plan.world, validate=plan.val_set is not None)
+    console.print(memory_table(memory, f"{ds.source}: ZeRO-{ds.stage}, {ds.precision}, {ds.world_size} process{'es' * (ds.world_size > 1)}"))
+    console.print(f"{verdict(memory)} {memory.footprint.checkpoint / 2**30:.3g} GiB on disk per checkpoint.")
+    console.print("planned, not measured; nothing was taken from any accelerator. launch/plan.py compares ds_configs, GPUs and their numbers")

@@ -42,6 +42,7 @@ from internseg_ds.distributed.watch import Watch, check_heartbeat_timeout
 from internseg_ds.engine.checkpointing import Checkpoints, agree_to_resume, checkpoint_to_resume, named_groups, state_of
 from internseg_ds.engine.evaluator import Evaluation, evaluate
 from internseg_ds.engine.experiment import Experiment, read_experiment
+from internseg_ds.engine.forecast import shortfall
 from internseg_ds.engine.outputs import check_writable
 from internseg_ds.engine.preflight import Plan, check, starting_weights
 from internseg_ds.engine.profiling import check_profiled_steps
@@ -114,6 +115,8 @@ class SegmentorEngine:
         start_logging(self.work_dir, level=experiment.log_level, is_main=world.is_main)
         for note in experiment.notes:
             log.info("config: %s", note)
+        if world.is_main and (said := shortfall(experiment, self.plan.meta_model, self.plan.ds, world, validate=self.plan.val_set is not None)):
+            log.warning(said)
         checkpoint = agree_to_resume(resume_from, self.plan.ds.stage)
         self.resumed_unscored = any(of_all_ranks(checkpoint is not None and not checkpoint.manifest.get("metrics")))  # hosts may differ
         self.watch = Watch(world, hang_s=heartbeat_timeout)

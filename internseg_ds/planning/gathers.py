@@ -3,6 +3,7 @@
 In: the order in which modules use their weights (`training_pass`) and DeepSpeed's settings. Out: the gathers, in order. The rules are those of DeepSpeed
 0.19.8, `runtime/zero/partitioned_param_coordinator.py`, once it has seen a whole micro-batch: weights are gathered when they are needed and not there, and
 some beforehand; they are given up after use, unless they are small, or needed again soon. Element counts are of whole parameters.
+`gathers` gives the gathers alone, `gathered` also how many elements are there at once.
 """
 
 from collections import Counter, deque
@@ -49,16 +50,29 @@ def persistent(model: nn.Module, settings: GatherSettings) -> frozenset[str]:
     return frozenset(kept)
 
 
+@dataclass(frozen=True)
+class Gathered:
+    """made: the parameters of each all-gather of a micro-batch, in order. live: the most elements that are there at once, persistent ones left out."""
+
+    made: list[tuple[str, ...]]
+    live: int
+
+
 def gathers(model: nn.Module, uses: Sequence[Use], settings: GatherSettings) -> list[tuple[str, ...]]:
     """The parameters of each all-gather of a micro-batch, in order; persistent ones are there already.
 
     uses: of the micro-batch, as `training_pass` observed it for this model. A parameter appears as often as it is gathered.
     """
+    return gathered(model, uses, settings).made
+
+
+def gathered(model: nn.Module, uses: Sequence[Use], settings: GatherSettings) -> Gathered:
+    """`gathers`, and what they pile up to."""
     sizes = {name: param.numel() for name, param in model.named_parameters()}
     owned = {name: [f"{name}.{own}" if name else own for own, _ in module.named_parameters(recurse=False)] for name, module in model.named_modules()}
     order = [use.module for use in uses if use.begins]
     keep = persistent(model, settings)
-    whole, live = set(keep), 0
+    whole, live, most = set(keep), 0, 0
     in_use: dict[str, set[str]] = {name: set() for name in sizes}
     ahead = deque((param, step) for step, module in enumerate(order) for param in owned[module])
     last_seen: Counter[str] = Counter({name: -1 for name in sizes})  # the step up to which a parameter's needs have been looked at
@@ -98,6 +112,7 @@ def gathers(model: nn.Module, uses: Sequence[Use], settings: GatherSettings) -> 
                 if param not in whole and param not in wanted:
                     wanted.append(param)
             live += gather(wanted)
+            most = max(most, live)
             step += 1
         else:
             soon = needed_soon(step)
@@ -106,4 +121,4 @@ def gathers(model: nn.Module, uses: Sequence[Use], settings: GatherSettings) -> 
                 if param in whole and param not in keep and param not in soon and last_seen[param] <= step and not in_use[param]:
                     whole.remove(param)
                     live -= sizes[param]
-    return made
+    return Gathered(made, most)

@@ -1,7 +1,8 @@
 import pytest
 
 from internseg_ds.engine.experiment import read_experiment
-from internseg_ds.engine.scaling import crop_size, plan_scaling
+from internseg_ds.engine.planner import crop_size, evaluation_size
+from internseg_ds.engine.scaling import plan_scaling
 from internseg_ds.errors import ConfigError
 from internseg_ds.planning.devices import DEVICES
 from internseg_ds.planning.step_time import Assumptions, Cluster
@@ -49,6 +50,17 @@ def test_the_crop_is_that_of_the_training_pipeline():
     experiment.train.pipeline = [step for step in experiment.train.pipeline if step.type not in ("RandomCrop", "Pad")]
     with pytest.raises(ConfigError, match=r"RandomCrop\.crop_size"):
         crop_size(experiment)
+
+
+def test_evaluated_images_are_as_large_as_the_test_pipeline_makes_them():
+    experiment = read_experiment(ROOT / TINY)
+    assert evaluation_size(experiment) == (112, 448)
+    experiment.val.pipeline[1].img_scale = [(448, 112), (600, 300)]
+    assert evaluation_size(experiment) == (300, 600)
+    experiment.val.pipeline[1].img_scale, experiment.val.pipeline[1].img_ratios = (448, 112), [0.5, 1.75]
+    assert evaluation_size(experiment) == (196, 784)
+    experiment.val.pipeline = experiment.val.pipeline[:1]
+    assert evaluation_size(experiment) == (112, 112)
 
 
 def test_pure_fp32_is_refused():

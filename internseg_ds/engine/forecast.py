@@ -1,0 +1,231 @@
+"""What one experiment will take on one cluster: memory part by part, time, disk; under each of several ds_configs, and which of them fit.
+
+In: an experiment, ds_configs, a cluster and its memory. Out: `Forecast`s, tables of them, and the sentence by which `train.py` warns. Takes no accelerator.
+"""
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from internseg_ds.distributed.ds_config import DsConfig
+from internseg_ds.distributed.precision import backbone_dtype
+from internseg_ds.distributed.process_group import World
+from internseg_ds.engine.experiment import Experiment
+from internseg_ds.engine.planner import Planner, Row
+from internseg_ds.engine.scaling import assumptions, flops
+from internseg_ds.errors import ConfigError
+from internseg_ds.planning.activations import most_bytes
+from internseg_ds.planning.footprint import Footprint
+from internseg_ds.planning.memory import Part
+from internseg_ds.planning.step_time import Assumptions, Cluster
+
+log = logging.getLogger(__name__)
+
+GIB = 2**30
+PHASES = {"train": "forward and backward", "update": "optimizer's step", "evaluate": "evaluation"}
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """One ds_config on one cluster. host_bytes: memory of a host, None where unknown. row: None where the time is not modelled, `untimed` says why."""
+
+    ds: DsConfig
+    footprint: Footprint
+    per_node: int
+    device_bytes: float
+    host_bytes: float | None = None
+    row: Row | None = None
+    untimed: str = ""
+
+    @property
+    def host(self) -> int:
+        """Bytes of one host."""
+        return self.footprint.host * self.per_node
+
+    @property
+    def fits_device(self) -> bool:
+        return self.footprint.peak <= self.device_bytes
+
+    @property
+    def fits_host(self) -> bool:
+        return self.host_bytes is None or self.host <= self.host_bytes
+
+    @property
+    def fits(self) -> bool:
+        return self.fits_device and self.fits_host
+
+
+def forecast(planner: Planner, ds_config: str | os.PathLike, cluster: Cluster, assumed: Assumptions, device_bytes: float, host_bytes: float | None) -> Forecast:
+    """Raises ConfigError where `resolve_ds_config` does for this number of processes."""
+    ds, _ = planner.resolve(ds_config, cluster.world_size)
+    try:
+        row, untimed = planner.row(ds_config, cluster, assumed), ""
+    except ConfigError as error:
+        row, untimed = None, str(error)
+    return Forecast(ds, planner.footprint(ds, device_bytes), cluster.per_node, device_bytes, host_bytes, row, untimed)
+
+
+def compare(planner: Planner, ds_configs: Sequence[Path], cluster: Cluster, assumed: Assumptions, device_bytes: float,
+            host_bytes: float | None) -> dict[Path, Forecast | str]:
+    """A forecast for each ds_config, or the sentence by which it is refused."""
+    found: dict[Path, Forecast | str] = {}
+    for path in ds_configs:
+        try:
+            found[path] = forecast(planner, path, cluster, assumed, device_bytes, host_bytes)
+        except ConfigError as error:
+            found[path] = str(error).splitlines()[0]
+    return found
+
+
+def memory_table(plan: Forecast, title: str) -> Table:
+    """Of one process, phase by phase."""
+    footprint = plan.footprint
+    table = Table("GiB per GPU", title=title)
+    for name in PHASES.values():
+        table.add_column(name, justify="right")
+    table.add_column("GiB per host", justify="right")
+
+    def amount(size: int) -> str:
+        return f"{size / GIB:.2f}" if size else ""
+
+    for part in footprint.parts:
+        if part.device or part.host or part.nvme:
+            table.add_row(part.name + (f" ({part.nvme / GIB:.2f} on NVMe)" if part.nvme else ""), *(amount(part.device if phase in part.phases else 0) for phase in PHASES),
+                          amount(part.host * plan.per_node))
+    table.add_section()
+    table.add_row("together", *(amount(footprint.device(phase)) for phase in PHASES), amount(plan.host))
+    return table
+
+
+def verdict(plan: Forecast) -> str:
+    """A sentence: the peak, and whether it fits."""
+    footprint = plan.footprint
+    said = (f"Peak: {footprint.peak / GIB:.1f} GiB per GPU ({PHASES[footprint.fullest]}) of {plan.device_bytes / GIB:.1f}: {'fits' if plan.fits_device else 'does not fit'}.")
+    if plan.host_bytes is not None:
+        said += f" {plan.host / GIB:.0f} GiB per host of {plan.host_bytes / GIB:.0f}: {'fits' if plan.fits_host else 'does not fit'}."
+    return said
+
+
+def describe_forecast(planner: Planner, plan: Forecast, cluster: Cluster, assumed: Assumptions, console: Console) -> None:
+    """Prints what one ds_config takes on the cluster: memory, work, time, disk."""
+    ds, row, footprint = plan.ds, plan.row, plan.footprint
+    gpus = f"{cluster.world_size} x {cluster.device.name}"
+    console.print(memory_table(plan, f"{planner.experiment.name}\n{ds.source}: ZeRO-{ds.stage}, {ds.precision}, {gpus}, {ds.micro_batch} images per GPU"))
+    console.print(verdict(plan))
+    console.print(flops(planner.passed, planner.crop))
+    console.print(f"Disk: {footprint.checkpoint / GIB:.1f} GiB per checkpoint, {footprint.consolidated / GIB:.1f} GiB for its consolidated fp32 file.")
+    if row is None:
+        console.print(f"Time: not planned. {plan.untimed}")
+    else:
+        console.print(f"Step: {row.global_batch} images = {cluster.world_size} GPUs x {ds.micro_batch} x {row.accumulation} accumulation steps in {row.time.step:.2f} s "
+                      f"({row.images_per_s:.3g} images/s); floor {row.time.floor:.2f} s, computation {row.time.compute:.2f} s, communication {row.time.communication:.2f} s, "
+                      f"copies to and from the host {row.time.host:.2f} s, update {row.time.update:.2f} s. Sent per GPU and step: {row.within_node / 1e9:.1f} GB within a node, "
+                      f"{row.between_nodes / 1e9:.2f} GB between nodes. {row.hours:.1f} hours for the schedule.")
+        if not row.keeps_batch:
+            console.print(f"The recipe's {planner.experiment.engine.global_batch} images per step cannot be kept; hours are for as many images as its "
+                          f"{planner.experiment.max_steps:,} steps see.")
+
+
+def describe_comparison(found: dict[Path, Forecast | str], cluster: Cluster, assumed: Assumptions, console: Console) -> None:
+    """Prints a line for each ds_config, and which fit and is fastest."""
+    table = Table("ds_config", title=f"ds_configs on {cluster.world_size} x {cluster.device.name}")
+    for name in ("GiB per GPU", "GiB per host", "fits", "step, s", "images/s", "hours"):
+        table.add_column(name, justify="right")
+    for path, plan in found.items():
+        if isinstance(plan, str):
+            table.add_row(path.stem, "", "", "no", "", "", "")
+            continue
+        timed = ("", "", "") if plan.row is None else (f"{plan.row.time.step:.2f}", f"{plan.row.images_per_s:.3g}", f"{plan.row.hours:.1f}")
+        table.add_row(path.stem, f"{plan.footprint.peak / GIB:.1f}", f"{plan.host / GIB:.0f}", "yes" if plan.fits else "no", *timed)
+    console.print(table)
+    for path, plan in found.items():
+        if isinstance(plan, str):
+            console.print(f"{path.stem}: {plan}")
+    console.print(conclusion(found))
+    console.print(assumptions(cluster, assumed))
+
+
+def conclusion(found: dict[Path, Forecast | str]) -> str:
+    """A sentence: which ds_configs fit, and which of them is fastest; where steps take as long (within 1 %), the one that leaves more memory."""
+    fitting = {path: plan for path, plan in found.items() if isinstance(plan, Forecast) and plan.fits}
+    if not fitting:
+        return "None of these ds_configs fits. Use more GPUs or larger ones, fewer images per GPU (data.samples_per_gpu), or smaller crops."
+    names = ", ".join(path.stem for path in fitting)
+    timed = {path: plan for path, plan in fitting.items() if plan.row is not None}
+    if not timed:
+        return f"These fit: {names}."
+    soonest = min(plan.row.time.step for plan in timed.values())
+    best = min((path for path in timed if timed[path].row.time.step <= 1.01 * soonest), key=lambda path: timed[path].footprint.peak)
+    return f"These fit: {names}. Fastest: {best.stem}, {timed[best].row.time.step:.2f} s a step, {timed[best].row.images_per_s:.3g} images/s."
+
+
+def processes_here(world: World) -> int:
+    """Processes of this host; all of them where the launcher does not say."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") or world.size)
+
+
+def device_memory(device: torch.device, world: World) -> int:
+    """Bytes of the accelerator; without one, this process's share of the host's memory."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().total // processes_here(world)
+
+
+def of_this_run(experiment: Experiment, model: nn.Module, ds: DsConfig, world: World, *, validate: bool) -> Forecast:
+    """The memory of a run on the device of this process. model: on the meta device. Raises ConfigError where `Planner` does."""
+    size, compute = device_memory(world.device, world), backbone_dtype(experiment.engine.backbone_dtype, world.device, ds.precision)
+    return Forecast(ds, Planner(experiment, model).footprint(ds, size, compute=compute, validate=validate), processes_here(world), size)
+
+
+def shortfall(experiment: Experiment, model: nn.Module, ds: DsConfig, world: World, *, validate: bool, ours: Path = Path("ds_configs")) -> str | None:
+    """The sentence by which a run is warned that it will not fit into its device's memory, with the mend; None when it fits. Never raises.
+
+    A model that is small beside the memory is not looked at closely. model: on the meta device. ours: the folder of ds_configs in which a smaller one is
+    looked for.
+    """
+    try:
+        device, planner = world.device, Planner(experiment, model)
+        size, compute = device_memory(device, world), backbone_dtype(experiment.engine.backbone_dtype, device, ds.precision)
+        if not _may_not_fit(planner, size):
+            return None
+        found = planner.footprint(ds, size, compute=compute, validate=validate, exact=False)
+        if found.peak <= size:
+            return None
+        largest: Part = max((part for part in found.parts if found.fullest in part.phases), key=lambda part: part.device)
+        said = (f"this run will not fit by the plan: it needs {found.peak / GIB:.1f} GiB per {'GPU' if device.type == 'cuda' else 'process'} ({PHASES[found.fullest]}) and "
+                f"there are {size / GIB:.1f}; the largest part is {largest.name}, {largest.device / GIB:.1f} GiB")
+        return f"{said}; {_mend(planner, ds, world, size, compute, validate, ours)}"
+    except Exception as error:  # an odd model is no reason not to train it
+        log.info("whether this run fits into memory could not be planned: %s: %s", type(error).__name__, error)
+        return None
+
+
+def _may_not_fit(planner: Planner, size: int) -> bool:
+    params = sum(param.numel() for param in planner.model.parameters())
+    state = 32 * params  # masters, moments, their average, gradients, weights and a copy of them, in whatever dtype
+    return state + most_bytes(planner.model, *planner.crop, planner.experiment.micro_batch) + 3 * GIB > size
+
+
+def _mend(planner: Planner, ds: DsConfig, world: World, size: int, compute: torch.dtype, validate: bool, ours: Path) -> str:
+    """What to do: the ds_config of ours that fits with the least on the host, else what else makes a run smaller."""
+    fitting = []
+    for path in sorted(ours.glob("*.json")):
+        try:
+            other, _ = planner.resolve(path, world.size)
+            if other.precision == ds.precision and (found := planner.footprint(other, size, compute=compute, validate=validate, exact=False)).peak <= size:
+                fitting.append((found.host, found.peak, path))
+        except ConfigError:
+            continue
+    if fitting:
+        host, peak, path = min(fitting)
+        return f"{path} would need {peak / GIB:.1f} GiB" + (f" and {host / GIB:.0f} GiB of the host's memory per process" if host > 5 * GIB else "")
+    return ("none of ds_configs/ would fit: use more GPUs, fewer images per GPU (data.samples_per_gpu), smaller crops, or activation checkpointing "
+            "(model.backbone.with_cp=True) if it is off")
