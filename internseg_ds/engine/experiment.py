@@ -26,6 +26,9 @@ class EngineOptions:
     """Images per optimizer step, whatever the number of processes; the gradient accumulation is derived from it. None: no accumulation."""
     backbone_dtype: str = "auto"
     """dtype in which the backbone computes: "bfloat16", "float32", or "auto": bfloat16 where the hardware multiplies it natively, else float32."""
+    recomputation: str | int = "config"
+    """Activation checkpointing of the backbone: "config" (as its with_cp says: every block or none), "none", "blocks" (every block), k (every k-th block), or
+    "all_but_matmuls" (each block keeps the results of matrix products and attention, and computes the rest again)."""
     evaluate_before: bool = False
     """Evaluate once before the first step, to see what training starts from."""
     evaluation_weights: str = "auto"

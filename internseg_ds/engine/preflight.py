@@ -20,7 +20,7 @@ from torch.utils.data import ConcatDataset, Dataset
 from internseg_ds.checkpoints.fitting import Fit
 from internseg_ds.checkpoints.weights import Weights, open_weights
 from internseg_ds.data.datasets import build_datasets, first_sample
-from internseg_ds.distributed.construction import build_on_meta
+from internseg_ds.distributed.construction import build_on_meta, choose_recomputation
 from internseg_ds.distributed.ds_config import DsConfig, resolve_ds_config
 from internseg_ds.distributed.loading import fit_backbone, fit_segmentor
 from internseg_ds.distributed.optimizers import check_optimizer
@@ -56,6 +56,7 @@ def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, An
     validate: whether the run will evaluate, and so needs the validation set. resume_from: the checkpoint that it goes on from; it needs no other weights.
     """
     meta_model = build_on_meta(experiment.model)
+    choose_recomputation(meta_model, experiment.engine.recomputation)
     ds = resolve_ds_config(
         ds_config, experiment=experiment.path, micro_batch=experiment.micro_batch, world_size=world.size, optimizer=experiment.optimizer,
         global_batch=experiment.engine.global_batch, accumulation=experiment.accumulation, gradient_clipping=experiment.gradient_clipping,

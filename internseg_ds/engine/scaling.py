@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from internseg_ds.distributed.construction import build_on_meta
+from internseg_ds.distributed.construction import build_on_meta, choose_recomputation
 from internseg_ds.distributed.ds_config import resolve_ds_config
 from internseg_ds.distributed.parameter_groups import parameter_groups
 from internseg_ds.engine.experiment import Experiment
@@ -63,6 +63,7 @@ def plan_scaling(experiment: Experiment, ds_config: str | os.PathLike | Mapping[
     it; then the hours are those of as many images, not as many steps.
     """
     model = build_on_meta(experiment.model)
+    choose_recomputation(model, experiment.engine.recomputation)
     crop = crop_size(experiment)
     if experiment.engine.backbone_dtype == "float32":
         raise ConfigError("engine.backbone_dtype='float32' cannot be planned: the times are of a backbone that computes in bfloat16; drop it")
