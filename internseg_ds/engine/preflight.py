@@ -31,6 +31,7 @@ from internseg_ds.engine.checkpointing import check_resumable, named_groups
 from internseg_ds.engine.experiment import Experiment, leaf_datasets
 from internseg_ds.engine.trackers import check_trackers
 from internseg_ds.errors import CheckpointError, ConfigError, DataError
+from internseg_ds.models.blocks import repeated_block
 from internseg_ds.planning.memory import training_state_bytes
 
 TOLERATED = 8
@@ -60,7 +61,7 @@ def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, An
     ds = resolve_ds_config(
         ds_config, experiment=experiment.path, micro_batch=experiment.micro_batch, world_size=world.size, optimizer=experiment.optimizer,
         global_batch=experiment.engine.global_batch, accumulation=experiment.accumulation, gradient_clipping=experiment.gradient_clipping,
-        hidden_size=getattr(meta_model.backbone, "embed_dim", 1024))
+        hidden_size=getattr(meta_model.backbone, "embed_dim", 1024), block=repeated_block(meta_model.backbone))
     if ds.stage == 0:
         raise ConfigError(f"{ds.source} names no ZeRO stage; write \"zero_optimization\": {{\"stage\": 3}} (or 1, 2), or take one of ds_configs/")
     backbone_dtype(experiment.engine.backbone_dtype, world.device, ds.precision)

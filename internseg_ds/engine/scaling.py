@@ -16,6 +16,7 @@ from internseg_ds.distributed.ds_config import resolve_ds_config
 from internseg_ds.distributed.parameter_groups import parameter_groups
 from internseg_ds.engine.experiment import Experiment
 from internseg_ds.errors import ConfigError
+from internseg_ds.models.blocks import repeated_block
 from internseg_ds.planning.communication import host_bytes, step_traffic
 from internseg_ds.planning.memory import training_state_bytes
 from internseg_ds.planning.step_time import Assumptions, Cluster, StepTime, step_time
@@ -77,7 +78,8 @@ def plan_scaling(experiment: Experiment, ds_config: str | os.PathLike | Mapping[
             batch, accumulation = None, max(1, batch // (cluster.world_size * experiment.micro_batch))
         ds = resolve_ds_config(
             ds_config, experiment=experiment.path, micro_batch=experiment.micro_batch, world_size=cluster.world_size, optimizer=experiment.optimizer,
-            global_batch=batch, accumulation=accumulation, gradient_clipping=experiment.gradient_clipping, hidden_size=getattr(model.backbone, "embed_dim", 1024))
+            global_batch=batch, accumulation=accumulation, gradient_clipping=experiment.gradient_clipping, hidden_size=getattr(model.backbone, "embed_dim", 1024),
+            block=repeated_block(model.backbone))
         if ds.precision == "fp32":
             raise ConfigError(f"{ds.source} trains in fp32, which the plan does not know; enable bf16 or torch_autocast")
         zero, width = ds.raw["zero_optimization"], 2 if ds.precision == "bf16" else 4

@@ -21,6 +21,8 @@ from tests.end_to_end.conftest import SMALL
 
 TIGHT = {"stage3_param_persistence_threshold": 320, "stage3_max_reuse_distance": 20_000, "stage3_prefetch_bucket_size": 5_000, "reduce_bucket_size": 30_000}
 """Most weights are gathered twice at this model's size, and gradients reduced in several buckets."""
+LEAF = {"leaf_module": "auto"}
+"""DeepSpeed's hooks sit on whole blocks, which are gathered as one."""
 
 
 def options(root: Path, **more: object) -> dict[str, object]:
@@ -35,7 +37,8 @@ def every_policy_is_equal(root: Path, work_dir: Path) -> None:
     """On each rank: the loss and the norm of all gradients of one batch, again and again under learning rate 0."""
     quieten()
     deepspeed.init_distributed("gloo", verbose=False)
-    for zero, more in (({"stage": 2}, {}), ({"stage": 3, **TIGHT}, {}), ({"stage": 3, **TIGHT}, {"model.backbone.freeze_vit": True})):
+    frozen, by_layer = {"model.backbone.freeze_vit": True}, {}
+    for zero, more in (({"stage": 2}, {}), ({"stage": 3, **TIGHT}, {}), ({"stage": 3, **TIGHT, **LEAF}, {}), ({"stage": 3, **TIGHT, **LEAF}, frozen)):
         experiment = read_experiment(ROOT / TINY, options(root, **more))
         with SegmentorEngine(experiment, {"bf16": {"enabled": True}, "zero_optimization": zero}, work_dir=work_dir, validate=False) as engine:
             sampler = GlobalBatchSampler(len(engine.plan.train_set), 2, rank=dist.get_rank(), world_size=dist.get_world_size(), seed=0, start=0)
@@ -59,6 +62,9 @@ def every_policy_is_equal(root: Path, work_dir: Path) -> None:
                     found.setdefault(policy, []).append(step())
             assert len({pair for pairs in found.values() for pair in pairs}) == 1, f"{zero}, {more}: {found}"
             assert found["none"][0][1] > 0
+            if zero["stage"] == 3 and not more:
+                by_layer = by_layer or found
+                assert found == by_layer, f"{zero}: {found}, {by_layer}"
 
 
 def test_every_policy_gives_the_same_losses_and_gradient_norms_under_every_stage(ade20k, tmp_path):
