@@ -25,7 +25,7 @@ from internseg_ds.distributed.ds_config import DsConfig, resolve_ds_config
 from internseg_ds.distributed.loading import fit_backbone, fit_segmentor
 from internseg_ds.distributed.optimizers import check_optimizer
 from internseg_ds.distributed.parameter_groups import parameter_groups
-from internseg_ds.distributed.precision import backbone_dtype
+from internseg_ds.distributed.precision import backbone_dtype, heads_dtype
 from internseg_ds.distributed.process_group import World
 from internseg_ds.engine.checkpointing import check_resumable, named_groups
 from internseg_ds.engine.experiment import Experiment, leaf_datasets
@@ -65,6 +65,7 @@ def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, An
     if ds.stage == 0:
         raise ConfigError(f"{ds.source} names no ZeRO stage; write \"zero_optimization\": {{\"stage\": 3}} (or 1, 2), or take one of ds_configs/")
     backbone_dtype(experiment.engine.backbone_dtype, world.device, ds.precision)
+    heads_dtype(experiment.engine.heads_dtype, meta_model, ds.precision)
     check_offload(experiment, ds, resume_from)
     groups = parameter_groups(meta_model, experiment.optimizer)
     check_optimizer(experiment.optimizer, ds)
