@@ -20,6 +20,7 @@ from internseg_ds.distributed.ds_config import DsConfig
 from internseg_ds.distributed.precision import buffers_to_fp32
 from internseg_ds.distributed.sync_batch_norm import allow_any_device
 from internseg_ds.errors import ConfigError
+from internseg_ds.models.recomputation import set_recomputation
 from internseg_ds.seeding import derived_seed
 
 
@@ -35,6 +36,16 @@ def build_on_meta(model: ConfigDict) -> nn.Module:
         raise ConfigError(f"the model section cannot be built: {type(error).__name__}: {error}") from error
     allow_any_device(segmentor)
     return segmentor
+
+
+def choose_recomputation(segmentor: nn.Module, recomputation: str | int) -> None:
+    """Applies `engine.recomputation` to a built segmentor; "config" leaves it as its config's `with_cp` says. Raises ConfigError for what cannot be."""
+    if recomputation == "config":
+        return
+    try:
+        set_recomputation(segmentor, recomputation)
+    except ValueError as error:
+        raise ConfigError(f"engine.recomputation={recomputation!r} cannot be: {error}; \"config\" leaves it to the backbone's with_cp") from None
 
 
 def build_for_training(model: ConfigDict, ds: DsConfig, device: torch.device, seed: int) -> nn.Module:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 from internseg_ds.errors import ConfigError, unknown_key
+from internseg_ds.models.blocks import RepeatedBlock
 
 Precision = Literal["bf16", "autocast", "fp32"]
 
@@ -60,13 +61,14 @@ def resolve_ds_config(
     accumulation: int | None = None,
     gradient_clipping: float = 0.0,
     hidden_size: int = 1024,
+    block: RepeatedBlock | None = None,
 ) -> DsConfig:
     """Fills the "auto" values of a ds_config from the experiment and refuses what contradicts it.
 
     source: path of a JSON file, or its content as a dict. experiment: path of the config, for messages. micro_batch: images per process and forward.
     global_batch: images per optimizer step that the recipe asks for, or accumulation: micro-batches per step; at most one of them, neither means 1
-    micro-batch unless the ds_config says more. optimizer: the experiment's section (type, lr, ...). hidden_size: width of the backbone, from which
-    "auto" ZeRO-3 bucket sizes are derived as transformers does.
+    micro-batch unless the ds_config says more. optimizer: the experiment's section (type, lr, ...). hidden_size: width of the backbone, block: what it
+    repeats; from these "auto" ZeRO-3 sizes follow, so that weights are gathered and gradients reduced block by block.
 
     Raises ConfigError for an unreadable file, an unknown key, fp16, a contradiction in batch, clipping or optimizer.
     """
@@ -95,7 +97,7 @@ def resolve_ds_config(
     node = zero.get("zero_hpz_partition_size", 1)
     if not isinstance(node, int) or node < 1 or world_size % node:
         raise ConfigError(f"zero_hpz_partition_size={node!r} of {name} must be the number of GPUs of a node, which divides the {world_size} process{'es' * (world_size > 1)}")
-    _fill_bucket_sizes(zero, hidden_size)
+    _fill_zero3_sizes(zero, hidden_size, block)
     _no_auto_left(raw, name)
     _deepspeed_accepts(raw, name)
     # DeepSpeed knows Adam and its relatives; others run unchanged in fp32 partitions, so they are allowed without a key for it
@@ -210,13 +212,24 @@ def _plain(value: Any) -> Any:
     return [float(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _fill_bucket_sizes(zero: dict[str, Any], hidden_size: int) -> None:
-    bucket = max(hidden_size * hidden_size, LEAST_BUCKET)
-    sizes = {"reduce_bucket_size": bucket, "stage3_prefetch_bucket_size": bucket * 9 // 10,
-             "stage3_param_persistence_threshold": 10 * hidden_size}
+def _fill_zero3_sizes(zero: dict[str, Any], hidden_size: int, block: RepeatedBlock | None) -> None:
+    """Vectors of the width stay whole on each rank. What is left of a block goes into one bucket: one gather, and one reduction, of a whole block.
+
+    leaf_module "auto": DeepSpeed's hooks sit on blocks and not on each of their layers. Without a block: sizes as transformers derives them.
+    """
+    if zero.get("stage3_param_persistence_threshold") == "auto":
+        zero["stage3_param_persistence_threshold"] = 10 * hidden_size
+    kept = zero.get("stage3_param_persistence_threshold", 100_000)
+    if block is None:
+        sizes = {"reduce_bucket_size": hidden_size * hidden_size, "stage3_prefetch_bucket_size": hidden_size * hidden_size * 9 // 10}
+    else:
+        partitioned = [size for size in block.sizes if not isinstance(kept, (int, float)) or size > kept]
+        sizes = {"reduce_bucket_size": sum(block.sizes), "stage3_prefetch_bucket_size": sum(partitioned)}
     for key, size in sizes.items():
         if zero.get(key) == "auto":
-            zero[key] = size
+            zero[key] = max(size, LEAST_BUCKET)
+    if zero.get("leaf_module") == "auto":
+        zero["leaf_module"] = {"classes": [block.class_name] if block else []}
 
 
 def _no_auto_left(section: Mapping[str, Any], where: str) -> None:

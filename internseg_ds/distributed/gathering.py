@@ -57,14 +57,14 @@ class Forwards:
 
 
 @contextmanager
-def forwards(module: nn.Module, model: ConfigDict, compute: torch.dtype, device: torch.device, *, autocast: bool = False,
-             weights: EvaluationWeights = "auto") -> Iterator[Forwards]:
+def forwards(module: nn.Module, model: ConfigDict, compute: torch.dtype, device: torch.device, *, heads: torch.dtype = torch.float32,
+             autocast: bool = False, weights: EvaluationWeights = "auto") -> Iterator[Forwards]:
     """The forwards of a trained segmentor, in eval mode, without gradients. Entering is collective; whether forwards are says `Forwards.in_step`.
 
     module: the trained segmentor, partitioned by ZeRO-3 or not. weights: see `EvaluationWeights`; says in the log what "auto" chose.
     """
     if not is_partitioned(module) or weights == "whole" or (weights == "auto" and copy_fits(_whole_bytes(module), device)):
-        with whole_segmentor(module, model, compute, device, autocast=autocast) as whole:
+        with whole_segmentor(module, model, compute, device, heads=heads, autocast=autocast) as whole:
             yield Forwards(whole)
     else:
         with _evaluating(module, device, autocast):
@@ -72,7 +72,8 @@ def forwards(module: nn.Module, model: ConfigDict, compute: torch.dtype, device:
 
 
 @contextmanager
-def whole_segmentor(module: nn.Module, model: ConfigDict, compute: torch.dtype, device: torch.device, *, autocast: bool = False) -> Iterator[nn.Module]:
+def whole_segmentor(module: nn.Module, model: ConfigDict, compute: torch.dtype, device: torch.device, *, heads: torch.dtype = torch.float32,
+                    autocast: bool = False) -> Iterator[nn.Module]:
     """A segmentor in eval mode whose forwards are this rank's own affair. Entering is collective under ZeRO-3; inside, nothing is.
 
     module: the trained segmentor. Under ZeRO-1/2 it is whole already and is lent; under ZeRO-3 a copy of `model` (the config's section) is filled,
@@ -87,7 +88,7 @@ def whole_segmentor(module: nn.Module, model: ConfigDict, compute: torch.dtype, 
 
         module = build_on_meta(model)
         fill(module, whole, lambda name, _: buffers[name].detach().clone())
-        apply_precision(module, compute, autocast=autocast)
+        apply_precision(module, compute, heads=heads, autocast=autocast)
     with _evaluating(module, device, autocast):
         yield module
 

@@ -3,12 +3,14 @@
 All parameters of a DeepSpeed engine share one dtype: bf16 (`bf16` ds_configs) or fp32 (`zero3_autocast`). Out of that:
 
     image --cast--> backbone (bf16, or fp32) --cast to fp32--> heads (fp32) --> losses (fp32)
+                                             --cast to bf16--> heads (bf16, where asked for) --> scores of the classes (fp32) --> losses (fp32)
 
-The casts at the backbone's border are forward hooks. Where a part computes in fp32, its leaves (convolutions, linears, norms ...) upcast their own
-weights on use: parameter names, gathering and the stored dtype stay as they are, and gradients flow back into the stored dtype.
+The casts at the backbone's border are forward hooks. Where a part computes in another dtype than the stored one, its leaves (convolutions, linears, norms
+...) cast their own weights on use: parameter names, gathering and the stored dtype stay as they are, and gradients flow back into the stored dtype.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -39,19 +41,39 @@ def backbone_dtype(requested: Literal["auto", "bfloat16", "float32"], device: to
     return getattr(torch, requested)
 
 
-def apply_precision(segmentor: nn.Module, compute: torch.dtype, *, autocast: bool = False) -> None:
-    """Makes `segmentor.backbone` compute in `compute`, and everything beside it in fp32. Once per model, before deepspeed.initialize.
+def heads_dtype(requested: Literal["float32", "bfloat16"], segmentor: nn.Module, precision: Precision = "bf16") -> torch.dtype:
+    """The dtype in which the heads of `segmentor` compute. Raises ConfigError where bfloat16 is asked for and cannot be."""
+    if requested == "bfloat16":
+        if precision == "fp32":
+            raise ConfigError("engine.heads_dtype='bfloat16' needs bf16 weights or autocast; enable bf16 or torch_autocast in the ds_config")
+        for head in _heads(segmentor):
+            if not isinstance(getattr(head, "conv_seg", None), nn.Conv2d):
+                raise ConfigError(f"engine.heads_dtype='bfloat16' is not for {type(head).__name__}: it has no conv_seg, from which on scores and losses are fp32; drop it")
+    return getattr(torch, requested)
 
-    compute: torch.bfloat16 or torch.float32. autocast: parameters are fp32 and the caller runs the model under torch.autocast, which then does the
-    backbone's casts. Batch-norm statistics and other buffers become fp32.
+
+def _heads(segmentor: nn.Module) -> list[nn.Module]:
+    """decode_head and auxiliary_head, or each of them where they are lists."""
+    found = [head for name in ("decode_head", "auxiliary_head") if (head := getattr(segmentor, name, None)) is not None]
+    return [part for head in found for part in (head if isinstance(head, nn.ModuleList) else [head])]
+
+
+def apply_precision(segmentor: nn.Module, compute: torch.dtype, *, heads: torch.dtype = torch.float32, autocast: bool = False) -> None:
+    """Makes `segmentor.backbone` compute in `compute`, and everything beside it in `heads`. Once per model, before deepspeed.initialize.
+
+    compute, heads: torch.bfloat16 or torch.float32. autocast: parameters are fp32 and the caller runs the model under torch.autocast, which then does the
+    backbone's casts. In bf16 heads, norms keep fp32 parameters, moments and sums, and class scores (`conv_seg`) are fp32. Batch-norm statistics and other
+    buffers become fp32.
     """
     for name, child in segmentor.named_children():
-        if name != "backbone" or compute == torch.float32:
+        if name != "backbone" and heads == torch.bfloat16:
+            compute_in_bf16(child, except_for=[head.conv_seg for head in _heads(segmentor)])
+        elif name != "backbone" or compute == torch.float32:
             compute_in_fp32(child)
     buffers_to_fp32(segmentor)
     entry = torch.float32 if autocast else compute
     segmentor.backbone.register_forward_pre_hook(lambda _, args: tuple(_cast(arg, entry) for arg in args))
-    segmentor.backbone.register_forward_hook(lambda _, __, features: _cast(features, torch.float32))
+    segmentor.backbone.register_forward_hook(lambda _, __, features: _cast(features, heads))
 
 
 def buffers_to_fp32(segmentor: nn.Module) -> None:
@@ -64,26 +86,38 @@ def buffers_to_fp32(segmentor: nn.Module) -> None:
 
 def compute_in_fp32(module: nn.Module) -> None:
     """Turns every leaf of `module` (a module that owns parameters) into a subclass of its class that computes in fp32."""
-    for leaf in module.modules():
-        if any(True for _ in leaf.parameters(recurse=False)) and not any(True for _ in leaf.children()):
-            leaf.__class__ = _fp32_class(type(leaf))
+    for leaf in _leaves(module):
+        leaf.__class__ = _casting_class(type(leaf), torch.float32, torch.float32)
+
+
+def compute_in_bf16(module: nn.Module, except_for: Sequence[nn.Module] = ()) -> None:
+    """Turns every leaf of `module` into a subclass of its class that computes in bf16; `except_for` in fp32, and norms in fp32 with a bf16 result."""
+    for leaf in _leaves(module):
+        exact = any(leaf is other for other in except_for)
+        is_norm = isinstance(leaf, (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm))
+        leaf.__class__ = _casting_class(type(leaf), torch.float32 if exact or is_norm else torch.bfloat16, torch.float32 if exact else torch.bfloat16)
+
+
+def _leaves(module: nn.Module) -> list[nn.Module]:
+    return [leaf for leaf in module.modules() if any(True for _ in leaf.parameters(recurse=False)) and not any(True for _ in leaf.children())]
 
 
 @functools.cache
-def _fp32_class(leaf_class: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of `leaf_class` whose forward sees fp32 inputs and fp32 copies of the parameters, with autocast off."""
+def _casting_class(leaf_class: type[nn.Module], compute: torch.dtype, result: torch.dtype) -> type[nn.Module]:
+    """A subclass of `leaf_class` whose forward sees inputs and copies of the parameters in `compute`, with autocast off, and returns `result`."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         stored = dict(self._parameters)  # under ZeRO-3 these are whole here: the pre-forward hook has gathered them
         device = next(param.device.type for param in stored.values() if param is not None)
         with torch.autocast(device, enabled=False):
             try:
-                self._parameters.update((name, param.float()) for name, param in stored.items() if param is not None)
-                return leaf_class.forward(self, *(_cast(arg, torch.float32) for arg in args), **kwargs)
+                self._parameters.update((name, param.to(compute)) for name, param in stored.items() if param is not None)
+                return _cast(leaf_class.forward(self, *(_cast(arg, compute) for arg in args), **kwargs), result)
             finally:
                 self._parameters.update(stored)
 
-    return type(f"Fp32{leaf_class.__name__}", (leaf_class,), {"forward": forward, "__doc__": f"{leaf_class.__name__}, computed in fp32."})
+    word = "Fp32" if compute == torch.float32 else "Bf16"
+    return type(f"{word}{leaf_class.__name__}", (leaf_class,), {"forward": forward, "__doc__": f"{leaf_class.__name__}, computed in {word.lower()}."})
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

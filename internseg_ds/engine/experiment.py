@@ -27,6 +27,11 @@ class EngineOptions:
     """Images per optimizer step, whatever the number of processes; the gradient accumulation is derived from it. None: no accumulation."""
     backbone_dtype: str = "auto"
     """dtype in which the backbone computes: "bfloat16", "float32", or "auto": bfloat16 where the hardware multiplies it natively, else float32."""
+    heads_dtype: str = "float32"
+    """dtype in which training computes the heads: "float32" (TF32 in a GPU's convolutions), or "bfloat16", with norms, class scores and losses in float32."""
+    recomputation: str | int = "config"
+    """Activation checkpointing of the backbone: "config" (as its with_cp says: every block or none), "none", "blocks" (every block), k (every k-th block), or
+    "all_but_matmuls" (each block keeps the results of matrix products and attention, and computes the rest again)."""
     evaluate_before: bool = False
     """Evaluate once before the first step, to see what training starts from."""
     evaluation_weights: str = "auto"
@@ -53,6 +58,8 @@ class EngineOptions:
             raise ConfigError(f"engine.ema={self.ema!r} must be a number between 0 and 1, such as 0.999, or None")
         if self.backbone_dtype not in ("auto", "bfloat16", "float32"):
             raise ConfigError(f"engine.backbone_dtype={self.backbone_dtype!r} is none of 'auto', 'bfloat16', 'float32'")
+        if self.heads_dtype not in ("float32", "bfloat16"):
+            raise ConfigError(f"engine.heads_dtype={self.heads_dtype!r} is none of 'float32', 'bfloat16'")
         if self.evaluation_weights not in ("auto", "whole", "partitioned"):
             raise ConfigError(f"engine.evaluation_weights={self.evaluation_weights!r} is none of 'auto', 'whole', 'partitioned'")
         if self.global_batch is not None:

@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from internseg_ds.distributed.construction import build_on_meta
+from internseg_ds.distributed.construction import build_on_meta, choose_recomputation
 from internseg_ds.distributed.ds_config import DsConfig, Precision, resolve_ds_config
 from internseg_ds.distributed.gathering import ROOM
 from internseg_ds.distributed.parameter_groups import parameter_groups
-from internseg_ds.distributed.precision import apply_precision
+from internseg_ds.distributed.precision import apply_precision, heads_dtype
 from internseg_ds.engine.experiment import Experiment, leaf_datasets
 from internseg_ds.engine.segmenting import BATCH_SIZE, CHUNK_BYTES
 from internseg_ds.errors import ConfigError
+from internseg_ds.models.blocks import repeated_block
 from internseg_ds.planning.activations import Activations, evaluation_bytes, training_activations
 from internseg_ds.planning.communication import host_bytes, step_traffic
 from internseg_ds.planning.footprint import Evaluation, Footprint, footprint
@@ -56,6 +57,7 @@ class Planner:
         """model: of the experiment, on the meta device, where it is built already."""
         self.experiment = experiment
         self.model = model if model is not None else build_on_meta(experiment.model)
+        choose_recomputation(self.model, experiment.engine.recomputation)
         self.crop = crop_size(experiment)
         self.group_sizes = [sum(param.numel() for param in group["params"]) for group in parameter_groups(self.model, experiment.optimizer)]
         self._found: dict[tuple[Precision, torch.dtype, bool], tuple[Activations, Evaluation | None]] = {}
@@ -77,7 +79,8 @@ class Planner:
             batch, accumulation = None, max(1, batch // (world_size * experiment.micro_batch))
         ds = resolve_ds_config(
             ds_config, experiment=experiment.path, micro_batch=experiment.micro_batch, world_size=world_size, optimizer=experiment.optimizer,
-            global_batch=batch, accumulation=accumulation, gradient_clipping=experiment.gradient_clipping, hidden_size=getattr(self.model.backbone, "embed_dim", 1024))
+            global_batch=batch, accumulation=accumulation, gradient_clipping=experiment.gradient_clipping, hidden_size=getattr(self.model.backbone, "embed_dim", 1024),
+            block=repeated_block(self.model.backbone))
         return ds, keeps
 
     def row(self, ds_config: str | os.PathLike | Mapping[str, Any], cluster: Cluster, assumed: Assumptions) -> Row:
@@ -121,7 +124,7 @@ class Planner:
             model = copy.deepcopy(self.model)
             model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
             autocast = precision == "autocast"
-            apply_precision(model, compute, autocast=autocast)
+            apply_precision(model, compute, heads=heads_dtype(self.experiment.engine.heads_dtype, model, precision), autocast=autocast)
             activations = training_activations(model, *self.crop, self.experiment.micro_batch, autocast=autocast)
             self._found[key] = activations, self._evaluation(model, autocast) if validate else None
         return self._found[key]

@@ -20,18 +20,19 @@ from torch.utils.data import ConcatDataset, Dataset
 from internseg_ds.checkpoints.fitting import Fit
 from internseg_ds.checkpoints.weights import Weights, open_weights
 from internseg_ds.data.datasets import build_datasets, first_sample
-from internseg_ds.distributed.construction import build_on_meta
+from internseg_ds.distributed.construction import build_on_meta, choose_recomputation
 from internseg_ds.distributed.ds_config import DsConfig, resolve_ds_config
 from internseg_ds.distributed.loading import fit_backbone, fit_segmentor
 from internseg_ds.distributed.optimizers import check_optimizer
 from internseg_ds.distributed.parameter_groups import parameter_groups
-from internseg_ds.distributed.precision import backbone_dtype
+from internseg_ds.distributed.precision import backbone_dtype, heads_dtype
 from internseg_ds.distributed.process_group import World
 from internseg_ds.engine.checkpointing import check_resumable, named_groups
 from internseg_ds.engine.experiment import Experiment, leaf_datasets
 from internseg_ds.engine.forecast import memory_table, of_this_run, verdict
 from internseg_ds.engine.trackers import check_trackers
 from internseg_ds.errors import CheckpointError, ConfigError, DataError
+from internseg_ds.models.blocks import repeated_block
 
 TOLERATED = 8
 """Damaged images at the start of a validation set, which an evaluation will leave out, that are no reason to think its pipeline wrong."""
@@ -56,13 +57,15 @@ def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, An
     validate: whether the run will evaluate, and so needs the validation set. resume_from: the checkpoint that it goes on from; it needs no other weights.
     """
     meta_model = build_on_meta(experiment.model)
+    choose_recomputation(meta_model, experiment.engine.recomputation)
     ds = resolve_ds_config(
         ds_config, experiment=experiment.path, micro_batch=experiment.micro_batch, world_size=world.size, optimizer=experiment.optimizer,
         global_batch=experiment.engine.global_batch, accumulation=experiment.accumulation, gradient_clipping=experiment.gradient_clipping,
-        hidden_size=getattr(meta_model.backbone, "embed_dim", 1024))
+        hidden_size=getattr(meta_model.backbone, "embed_dim", 1024), block=repeated_block(meta_model.backbone))
     if ds.stage == 0:
         raise ConfigError(f"{ds.source} names no ZeRO stage; write \"zero_optimization\": {{\"stage\": 3}} (or 1, 2), or take one of ds_configs/")
     backbone_dtype(experiment.engine.backbone_dtype, world.device, ds.precision)
+    heads_dtype(experiment.engine.heads_dtype, meta_model, ds.precision)
     check_offload(experiment, ds, resume_from)
     groups = parameter_groups(meta_model, experiment.optimizer)
     check_optimizer(experiment.optimizer, ds)

@@ -29,13 +29,13 @@ from internseg_ds.checkpoints.weights import open_weights, weights_of
 from internseg_ds.checkpoints.zero_checkpoint import ZeroCheckpoint
 from internseg_ds.data.loading import Batch
 from internseg_ds.distributed.checkpoint_engine import NotingCheckpointEngine
-from internseg_ds.distributed.construction import build_for_training
+from internseg_ds.distributed.construction import build_for_training, choose_recomputation
 from internseg_ds.distributed.ema import ShardedEma
 from internseg_ds.distributed.gathering import forwards
 from internseg_ds.distributed.loading import fit_segmentor, load
 from internseg_ds.distributed.optimizers import build_optimizer
 from internseg_ds.distributed.parameter_groups import parameter_groups
-from internseg_ds.distributed.precision import apply_precision, backbone_dtype
+from internseg_ds.distributed.precision import apply_precision, backbone_dtype, heads_dtype
 from internseg_ds.distributed.process_group import World, adopt, join, leave, of_all_ranks, world_from_environment
 from internseg_ds.distributed.restoring import restore
 from internseg_ds.distributed.watch import Watch, check_heartbeat_timeout
@@ -132,18 +132,20 @@ class SegmentorEngine:
 
         experiment, ds, device = self.plan.experiment, self.plan.ds, self.world.device
         self.compute_dtype = backbone_dtype(experiment.engine.backbone_dtype, device, ds.precision)
-        log.info("%d process%s on %s, ZeRO-%d, %s parameters, backbone computes in %s, heads in float32", self.world.size, "es" * (self.world.size > 1),
-                 device.type, ds.stage, str(ds.param_dtype).removeprefix("torch."), str(self.compute_dtype).removeprefix("torch."))
+        self.heads_dtype = heads_dtype(experiment.engine.heads_dtype, self.plan.meta_model, ds.precision)
+        log.info("%d process%s on %s, ZeRO-%d, %s parameters, backbone computes in %s, heads in %s", self.world.size, "es" * (self.world.size > 1),
+                 device.type, ds.stage, *(str(dtype).removeprefix("torch.") for dtype in (ds.param_dtype, self.compute_dtype, self.heads_dtype)))
         log.info("%d images per step = %d processes x %d images x %d accumulation steps", ds.global_batch, ds.world_size, ds.micro_batch, ds.accumulation)
         self.meter = make_meter(experiment, self.plan.meta_model, self.world, self.compute_dtype)
         torch.backends.cudnn.benchmark = experiment.cudnn_benchmark and not torch.are_deterministic_algorithms_enabled()
         model = build_for_training(experiment.model, ds, device, seed)
+        choose_recomputation(model, experiment.engine.recomputation)
         if checkpoint is not None:
             load(model, fit_segmentor(model, weights_of(checkpoint)))
         elif start := starting_weights(experiment, model, load_from):
             _, path, fit = start
             load(model, fit(model, open_weights(path), experiment.engine.weights_may_differ))
-        apply_precision(model, self.compute_dtype, autocast=ds.precision == "autocast")
+        apply_precision(model, self.compute_dtype, heads=self.heads_dtype, autocast=ds.precision == "autocast")
         groups = parameter_groups(model, experiment.optimizer)
         optimizer = build_optimizer(groups, experiment.optimizer, ds)
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=experiment.schedule.scheduler, config=ds.raw)
@@ -194,8 +196,8 @@ class SegmentorEngine:
             raise ConfigError("this engine was built with validate=False and has no validation set; build it with validate=True to evaluate")
         experiment = self.plan.experiment
         self.watch.at(self.state.step, "evaluating")
-        ready = forwards(self.deepspeed.module, experiment.model, self.compute_dtype, self.world.device, autocast=self.plan.ds.precision == "autocast",
-                         weights=experiment.engine.evaluation_weights)
+        ready = forwards(self.deepspeed.module, experiment.model, self.compute_dtype, self.world.device, heads=self.heads_dtype,
+                         autocast=self.plan.ds.precision == "autocast", weights=experiment.engine.evaluation_weights)
         with self.ema.in_place_of_weights() if self.ema is not None else nullcontext(), ready as segmentor:
             return evaluate(segmentor, self.plan.val_set, world=self.world, workers=experiment.workers, metrics=experiment.metrics, verbose=verbose,
                             stop=lambda: self.watch.mark() or stop())

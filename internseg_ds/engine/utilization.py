@@ -17,7 +17,7 @@ from torch.utils.benchmark import Timer
 from internseg_ds.distributed.process_group import World, of_all_ranks
 from internseg_ds.engine.experiment import Experiment
 from internseg_ds.engine.interval import Interval
-from internseg_ds.engine.scaling import crop_size
+from internseg_ds.engine.planner import crop_size
 from internseg_ds.errors import ConfigError
 from internseg_ds.planning.training_pass import TrainingPass, training_pass
 

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from mmcv.runner import BaseModule
 from mmseg.models.builder import BACKBONES
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from internseg_ds.models.attention import attention
 from internseg_ds.models.intern_vit_keys import arguments_of, exported_config, exported_names, published_sources
 from internseg_ds.models.norms import NORMS, ChannelsFirstLayerNorm, RMSNorm
+from internseg_ds.models.recomputation import Recomputation, run_block
 
 
 class TruncNormalLinear(nn.Linear):
@@ -185,9 +185,9 @@ class InternViT6B(BaseModule):
 
     img_size: side of the image whose grid the position embedding has; other sizes are resized to at run time. pretrain_size: that of the weights to be
     loaded, kept for the published configs (the grid is read from the file). out_indices: blocks whose patch tokens become feature maps. with_fpn: four
-    maps, at 4x, 2x, 1x and 1/2 of the patch grid. with_cp: recompute each block in the backward pass. freeze_vit: the ViT neither trains nor keeps a
-    graph; the FPN layers train. pretrained: weight file that the engine loads. norm_type ("rms_norm" or "layer_norm") and layer_norm_eps: of the blocks;
-    InternViT-300M has LayerNorm, qkv_bias and no qk_normalization. Raises ValueError for sizes that do not fit each other.
+    maps, at 4x, 2x, 1x and 1/2 of the patch grid. with_cp: recompute each block in the backward pass, or what the attribute
+    `recomputation` says. freeze_vit: the ViT neither trains nor keeps a graph; the FPN layers train. pretrained: weight file that the engine loads.
+    norm_type ("rms_norm" or "layer_norm") and layer_norm_eps: of the blocks; InternViT-300M has LayerNorm, qkv_bias and no qk_normalization. Raises ValueError for sizes that do not fit each other.
     """
 
     resizable = {"pos_embed": (is_square_embedding, resize_to_shape), "patch_embed.proj.weight": (is_patch_kernel, resize_patch_kernel)}
@@ -242,6 +242,7 @@ class InternViT6B(BaseModule):
         self.arguments = {"embed_dim": embed_dim, "num_heads": num_heads, "depth": depth, "mlp_ratio": mlp_ratio, "qkv_bias": qkv_bias,
                           "qk_normalization": qk_normalization, "norm_type": norm_type, "layer_norm_eps": layer_norm_eps}
         self.out_indices, self.with_cp, self.freeze_vit, self.with_fpn = tuple(out_indices), with_cp, freeze_vit, with_fpn
+        self.recomputation: Recomputation = "blocks"
 
         self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
@@ -300,8 +301,7 @@ class InternViT6B(BaseModule):
         x = tokens + resize_position_embedding(self.pos_embed, grid).to(tokens.dtype)
         maps = []
         for index, block in zip(range(self.out_indices[-1] + 1), self.blocks):  # no output depends on the blocks after these
-            recompute = self.with_cp and self.training and torch.is_grad_enabled()
-            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+            x = run_block(block, x, index=index, recomputation=self.recomputation if self.with_cp and self.training else "none")
             if index in self.out_indices:
                 maps.append(x[:, 1:].mT.unflatten(2, grid))  # (b, 1 + n, c) -> (b, c, h / patch, w / patch)
         return maps

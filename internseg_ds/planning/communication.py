@@ -8,12 +8,13 @@ code where it does otherwise: ZeRO-1 and ZeRO-2 reduce each bucket by an all-red
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Literal
 
 from torch import nn
 
 from internseg_ds.errors import ConfigError
-from internseg_ds.planning.gathers import GatherSettings, gathers, persistent
+from internseg_ds.planning.gathers import GatherSettings, gathers, leaves, persistent
 from internseg_ds.planning.training_pass import Use
 
 Kind = Literal["all_gather", "reduce_scatter", "all_reduce"]
@@ -87,7 +88,7 @@ def step_traffic(model: nn.Module, uses: Sequence[Use], group_sizes: Sequence[in
         return Traffic(tuple((*norms, *((gradients,) if often or last else ())) for last in _lasts(accumulation)), (weights,) if stage else ())
     settings = GatherSettings.of(zero)
     limit = int(float(zero.get("reduce_bucket_size", 500_000_000)))
-    scattered = Collective("reduce_scatter", "gradients", width * sum(_padded(size, n) for size in trained), buckets(trained, limit), n)
+    scattered = Collective("reduce_scatter", "gradients", width * sum(_padded(size, n) for size in trained), buckets(reduced_together(model, settings), limit), n)
     sizes = {name: _padded(param.numel(), n) for name, param in model.named_parameters()}
     made = gathers(model, uses, settings)
     node = int(zero.get("zero_hpz_partition_size", 1))
@@ -131,6 +132,14 @@ def batch_norm_collectives(model: nn.Module, world_size: int, *, on_gpus: bool =
         return [Collective("all_reduce", "batch norm", 2 * 8 * forward, 2 * len(channels), world_size)]
     return [Collective("all_gather", "batch norm", 4 * forward * world_size, len(channels), world_size),
             Collective("all_reduce", "batch norm", 4 * sum(2 * c for c in channels), len(channels), world_size)]
+
+
+def reduced_together(model: nn.Module, settings: GatherSettings) -> list[int]:
+    """Sizes of the gradients, the first to be reduced last. A leaf module's come together, those of parameter groups without decay (vectors) first."""
+    inside = {id(param): leaf for leaf in leaves(model, settings.leaf_classes) for param in model.get_submodule(leaf).parameters()}
+    trained = [param for param in model.parameters() if param.requires_grad]
+    together = [list(params) for _, params in groupby(trained, key=lambda param: inside.get(id(param), id(param)))]
+    return [param.numel() for params in together for param in sorted(reversed(params), key=lambda param: param.dim() == 1)]
 
 
 def buckets(sizes: Sequence[int], limit: int) -> int:

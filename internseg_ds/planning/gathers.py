@@ -30,6 +30,8 @@ class GatherSettings:
     """Parameters up to this size stay whole, and are gathered once after each step."""
     model_persistence_threshold: float = float("inf")
     """What all of these may hold together."""
+    leaf_classes: tuple[str, ...] = ()
+    """Classes (module and name) whose modules are gathered as one: DeepSpeed's hooks sit on them and on nothing inside them."""
 
     @classmethod
     def of(cls, zero: Mapping[str, Any]) -> "GatherSettings":
@@ -37,7 +39,7 @@ class GatherSettings:
         names = {"prefetch_bucket_size": "stage3_prefetch_bucket_size", "max_live_parameters": "stage3_max_live_parameters",
                  "max_reuse_distance": "stage3_max_reuse_distance", "param_persistence_threshold": "stage3_param_persistence_threshold",
                  "model_persistence_threshold": "stage3_model_persistence_threshold"}
-        return cls(**{ours: int(float(zero[key])) for ours, key in names.items() if key in zero})
+        return cls(**{ours: int(float(zero[key])) for ours, key in names.items() if key in zero}, leaf_classes=tuple(zero.get("leaf_module", {}).get("classes", ())))
 
 
 def persistent(model: nn.Module, settings: GatherSettings) -> frozenset[str]:
@@ -58,6 +60,16 @@ class Gathered:
     live: int
 
 
+def leaves(model: nn.Module, classes: Sequence[str]) -> list[str]:
+    """Names of the outermost modules of these classes."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        kind = type(module)
+        if {f"{kind.__module__}.{kind.__qualname__}", kind.__name__} & set(classes) and not name.startswith(tuple(f"{leaf}." for leaf in found)):
+            found.append(name)
+    return found
+
+
 def gathers(model: nn.Module, uses: Sequence[Use], settings: GatherSettings) -> list[tuple[str, ...]]:
     """The parameters of each all-gather of a micro-batch, in order; persistent ones are there already.
 
@@ -69,7 +81,14 @@ def gathers(model: nn.Module, uses: Sequence[Use], settings: GatherSettings) -> 
 def gathered(model: nn.Module, uses: Sequence[Use], settings: GatherSettings) -> Gathered:
     """`gathers`, and what they pile up to."""
     sizes = {name: param.numel() for name, param in model.named_parameters()}
-    owned = {name: [f"{name}.{own}" if name else own for own, _ in module.named_parameters(recurse=False)] for name, module in model.named_modules()}
+    leaf_names = leaves(model, settings.leaf_classes)
+    uses = [use for use in uses if not use.module.startswith(tuple(f"{leaf}." for leaf in leaf_names))] if leaf_names else uses
+
+    def params_of(recurse: bool) -> dict[str, list[str]]:
+        return {name: [f"{name}.{own}" if name else own for own, _ in module.named_parameters(recurse=recurse)] for name, module in model.named_modules()}
+
+    held = params_of(recurse=True) if leaf_names else {}
+    owned = params_of(recurse=False) | {leaf: held[leaf] for leaf in leaf_names}
     order = [use.module for use in uses if use.begins]
     keep = persistent(model, settings)
     whole, live, most = set(keep), 0, 0
@@ -85,14 +104,14 @@ def gathered(model: nn.Module, uses: Sequence[Use], settings: GatherSettings) ->
             whole.update(missing)
         return sum(sizes[param] for param in missing)
 
-    def needed_soon(start: int) -> set[str]:
+    def needed_soon(start: int, by_module: Mapping[str, list[str]]) -> set[str]:
         found: set[str] = set()
         passed = 0
         for module in order[start:]:
             if passed >= settings.max_reuse_distance:
                 break
-            found.update(owned[module])
-            passed += sum(sizes[param] for param in owned[module])
+            found.update(by_module[module])
+            passed += sum(sizes[param] for param in by_module[module])
         return found
 
     for use in uses:
@@ -115,7 +134,7 @@ def gathered(model: nn.Module, uses: Sequence[Use], settings: GatherSettings) ->
             most = max(most, live)
             step += 1
         else:
-            soon = needed_soon(step)
+            soon = needed_soon(step, held if use.module in leaf_names else owned)  # for a leaf DeepSpeed looks into all that follows, containers too
             for param in mine:
                 in_use[param].discard(use.module)
                 if param in whole and param not in keep and param not in soon and last_seen[param] <= step and not in_use[param]:

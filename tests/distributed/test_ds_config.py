@@ -5,6 +5,8 @@ import torch
 
 from internseg_ds.distributed.ds_config import resolve_ds_config
 from internseg_ds.errors import ConfigError
+from internseg_ds.models.blocks import repeated_block
+from internseg_ds.models.intern_vit_6b import InternViT6B
 
 ADAMW = {"type": "AdamW", "lr": 4e-5, "betas": (0.9, 0.999), "weight_decay": 0.05}
 
@@ -24,6 +26,18 @@ def test_auto_values_are_filled_from_the_experiment():
     zero = ds.raw["zero_optimization"]
     assert (zero["reduce_bucket_size"], zero["stage3_prefetch_bucket_size"], zero["stage3_param_persistence_threshold"]) == (4_000_000, 3_600_000, 20_000)
     assert (ds.stage, ds.precision, ds.param_dtype, ds.global_batch) == (3, "bf16", torch.bfloat16, 16)
+
+
+def test_zero3_sizes_are_those_of_the_block_that_the_backbone_repeats():
+    with torch.device("meta"):
+        block = repeated_block(InternViT6B())
+    assert block.class_name == "internseg_ds.models.intern_vit_6b.Block" and sum(block.sizes) == 122_918_400
+    sizes = {key: "auto" for key in ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "leaf_module")}
+    zero = resolve({"zero_optimization": {"stage": 3, **sizes}}, hidden_size=3200, block=block).raw["zero_optimization"]
+    assert zero["reduce_bucket_size"] == 122_918_400  # 12 x 3200^2 in matrices and 12 x 3200 in vectors
+    assert zero["stage3_prefetch_bucket_size"] == 122_880_000 and zero["stage3_param_persistence_threshold"] == 32_000  # the vectors stay
+    assert zero["leaf_module"] == {"classes": ["internseg_ds.models.intern_vit_6b.Block"]}
+    assert repeated_block(torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 4))) is None
 
 
 def test_clipping_is_written_out_because_deepspeeds_default_clips_at_1():

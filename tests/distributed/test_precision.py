@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from internseg_ds.distributed.precision import apply_precision, backbone_dtype, compute_in_fp32
+from internseg_ds.distributed.precision import apply_precision, backbone_dtype, compute_in_fp32, heads_dtype
 from internseg_ds.errors import ConfigError
 
 
@@ -85,3 +85,48 @@ def test_the_config_can_ask_for_either_dtype():
     assert backbone_dtype("auto", cpu, "fp32") is torch.float32  # fp32 weights and no autocast: on hardware with bf16 too
     with pytest.raises(ConfigError, match="needs bf16 weights or autocast"):
         backbone_dtype("bfloat16", cpu, "fp32")
+
+
+class Head(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.conv_seg = nn.Conv2d(4, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 5, 1)
+        self.probes = nn.ModuleList(Probe() for _ in range(4))
+
+    def forward(self, x):
+        x = self.probes[0](x)
+        x = self.probes[1](self.conv(x))
+        return self.probes[3](self.conv_seg(self.probes[2](self.norm(x)).relu()))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bf16_heads_have_fp32_moments_class_scores_and_gradients_near_those_of_fp32(autocast):
+    torch.manual_seed(0)
+    models = {}
+    for heads in (torch.float32, torch.bfloat16):
+        model = Segmentor()
+        model.decode_head = Head()
+        if models:
+            model.load_state_dict(models[torch.float32].state_dict())
+        models[heads] = model if autocast else model.bfloat16()
+    image, gradients = torch.rand(2, 3, 8, 8), {}
+    for heads, model in models.items():
+        apply_precision(model, torch.bfloat16, heads=heads, autocast=autocast)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            scores = model(image)
+        assert scores.dtype == torch.float32 and model.decode_head.norm.running_var.dtype == torch.float32
+        assert [probe.seen for probe in model.decode_head.probes] == [heads] * 3 + [torch.float32]
+        scores.square().mean().backward()
+        gradients[heads] = torch.cat([param.grad.float().flatten() for param in model.parameters()])
+        assert all(param.grad.dtype == param.dtype for param in model.parameters())
+    exact, near = gradients.values()
+    assert 0 < (exact - near).norm() < 0.03 * exact.norm()
+
+
+def test_heads_whose_class_scores_are_not_known_are_not_computed_in_bf16():
+    model = Segmentor()
+    assert heads_dtype("float32", model) is torch.float32
+    with pytest.raises(ConfigError, match="Sequential: it has no conv_seg"):
+        heads_dtype("bfloat16", model)
+    with pytest.raises(ConfigError, match="needs bf16 weights or autocast"):
+        heads_dtype("bfloat16", model, "fp32")

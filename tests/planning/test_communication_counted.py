@@ -105,10 +105,13 @@ TIGHT = {**ZERO3, "stage3_max_reuse_distance": 20_000, "stage3_prefetch_bucket_s
 """At this model's size, what DeepSpeed's defaults are at 6 B: some weights are kept from forward to backward, most are gathered twice."""
 LIVE = {**TIGHT, "stage3_max_live_parameters": 40_000}
 """Without accumulation only: with it, this bound makes DeepSpeed gather some per cent more here than planned (docs/scaling.md)."""
+LEAF = {"leaf_module": {"classes": ["internseg_ds.models.intern_vit_6b.Block"]}}
+BLOCKWISE = {**TIGHT, **LEAF, "stage3_prefetch_bucket_size": 12_288, "reduce_bucket_size": 12_672}
+"""As "auto" fills them in: blocks of 12,672 elements, of which 12,288 are partitioned."""
 
 
 @pytest.mark.parametrize(("world_size", "settings"), [
-    (2, [({"stage": 1}, 2), ({"stage": 2}, 1), ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, 2), (LIVE, 1), (TIGHT, 2)]),
+    (2, [({"stage": 1}, 2), ({"stage": 2}, 1), ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, 2), (LIVE, 1), (TIGHT, 2), ({**TIGHT, **LEAF}, 2), (BLOCKWISE, 1)]),
     (4, [({"stage": 1}, 1), ({**TIGHT, "zero_hpz_partition_size": 2}, 2)]),
 ])
 def test_planned_bytes_and_calls_are_those_of_real_steps(world_size, settings, ade20k, tmp_path):

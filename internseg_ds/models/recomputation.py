@@ -1,0 +1,116 @@
+"""Activation checkpointing: which activations of a backbone's blocks are kept for the backward pass, and which are computed again in it.
+
+For any backbone with `with_cp` (mmseg's name of the switch) and a `recomputation` that it hands to `run_block`. No policy changes a loss or a gradient,
+not in the last bit; random numbers of a block (drop-path) are drawn alike both times.
+Sources: Chen et al., "Training deep nets with sublinear memory cost" (2016); Korthikanti et al., "Reducing activation recomputation" (2022), section 5,
+for recomputing what is cheap and large.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+Recomputation = Literal["none", "blocks", "all_but_matmuls"] | int
+"""none: everything is kept. blocks: a block keeps its input, and runs again. k: so does every k-th block, the others keep everything. all_but_matmuls: a
+block keeps its input and the results of matrix products, convolutions and attention; what lies between them (norms, activations, scales) runs again."""
+NAMES = ("none", "blocks", "all_but_matmuls")
+
+
+def check_recomputation(value: Any) -> None:
+    """Raises ValueError unless `value` is a `Recomputation`."""
+    if isinstance(value, bool) or not (value in NAMES if isinstance(value, str) else isinstance(value, int) and value >= 1):
+        raise ValueError(f"it is neither {', '.join(map(repr, NAMES))} nor a whole number k of at least 1, for every k-th block")
+
+
+def set_recomputation(model: nn.Module, recomputation: Recomputation) -> None:
+    """Gives every backbone in `model` that can recompute its blocks this policy in place of its config's `with_cp`; built models and meta ones alike.
+
+    Raises ValueError for what is no policy, or when the model holds no such backbone.
+    """
+    check_recomputation(recomputation)
+    backbones = [module for module in model.modules() if hasattr(module, "with_cp") and hasattr(module, "recomputation")]
+    if not backbones:
+        raise ValueError("the backbone has no activation checkpointing")
+    for backbone in backbones:
+        backbone.with_cp = recomputation != "none"
+        if backbone.with_cp:
+            backbone.recomputation = recomputation
+
+
+def run_block(block: nn.Module, *inputs: Tensor, index: int, recomputation: Recomputation) -> Any:
+    """block(*inputs), keeping for the backward pass what `recomputation` says. index: of the block, from 0; every k-th block: 0, k, 2 k, ...
+
+    Nothing is recomputed where no gradients are recorded.
+    """
+    if recomputation == "none" or not torch.is_grad_enabled() or (isinstance(recomputation, int) and index % recomputation):
+        return block(*inputs)
+    if recomputation == "all_but_matmuls":
+        return checkpoint(block, *inputs, use_reentrant=False, context_fn=_keeping_matmuls)
+    return checkpoint(block, *inputs, use_reentrant=False)
+
+
+KEPT = frozenset({"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution", "aten::_scaled_dot_product_flash_attention",
+                  "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_scaled_dot_product_efficient_attention",
+                  "aten::_scaled_dot_product_cudnn_attention", "aten::_scaled_dot_product_fused_attention_overrideable",
+                  "flash_attn::_flash_attn_forward", "flash_attn_3::fwd"})
+"""Operations whose results `all_but_matmuls` keeps: their FLOPs per byte of result are hundreds, those of all others a few. A backbone with an operation of
+its own adds it."""
+
+
+def _keeping_matmuls() -> tuple[TorchDispatchMode, TorchDispatchMode]:
+    kept: list[Any] = []
+    return _Keep(kept), _Return(kept)
+
+
+# torch.utils.checkpoint.create_selective_checkpoint_contexts does the same for operations that are the same both times. Under ZeRO-3 they are not: modules'
+# hooks gather weights in one pass and find them there in the other, and DeepSpeed's linear layer adds its bias in place to a product that was kept.
+
+
+class _Keep(TorchDispatchMode):
+    """Appends what the operations of `KEPT` return to a list."""
+
+    def __init__(self, kept: list[Any]) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func._schema.name in KEPT:
+            self.kept.append(_detached(out))
+        return out
+
+
+class _Return(TorchDispatchMode):
+    """Gives that list out again, in order, instead of running these operations. What changed a kept tensor in place has changed it already."""
+
+    def __init__(self, kept: list[Any]) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def __enter__(self) -> "_Return":
+        self.next, self.storages = iter(self.kept), set()
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func._schema.name in KEPT:
+            out = _detached(next(self.next))
+            self.storages.update(tensor.untyped_storage()._cdata for tensor in _tensors(out))
+            return out
+        if func._schema.is_mutable and args and isinstance(args[0], Tensor) and args[0].untyped_storage()._cdata in self.storages:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def _detached(out: Any) -> Any:
+    """The same values without their graphs, which would hold each other for ever."""
+    if isinstance(out, Tensor):
+        return out.detach()
+    return type(out)(map(_detached, out)) if isinstance(out, (tuple, list)) else out
+
+
+def _tensors(out: Any) -> list[Tensor]:
+    return [out] if isinstance(out, Tensor) else [item for item in out if isinstance(item, Tensor)]
