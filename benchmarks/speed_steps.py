@@ -34,7 +34,12 @@ BLOCK = "internseg_ds.models.intern_vit_6b.Block"
 SWITCHES: dict[str, dict[str, dict[str, Any]]] = {
     "recomputation": {name: {"engine.recomputation": value} for name, value in
                       {"blocks": "blocks", "every 2nd": 2, "all_but_matmuls": "all_but_matmuls", "none": "none"}.items()},
-    "leaf_module": {"a fetch per layer": {"zero": {"leaf_module": {"classes": []}}}, "a fetch per block": {"zero": {"leaf_module": {"classes": [BLOCK]}}}},
+    "zero3": {  # for ZeRO-3 ds_configs
+        "hooks on layers": {"zero": {"leaf_module": {"classes": []}}},
+        "hooks on blocks": {"zero": {"leaf_module": {"classes": [BLOCK]}}},
+    },
+    "heads_dtype": {name: {"engine.heads_dtype": name} for name in ("float32", "bfloat16")},
+    "fused": {name: {"optimizer.fused": fused} for name, fused in {"AdamW": False, "fused AdamW": True}.items()},
 }
 """switch -> variant -> its options; those under "zero" belong to the ds_config's zero_optimization."""
 
