@@ -119,9 +119,9 @@ def _evaluation(parts: Sequence[Part], evaluation: Evaluation, stage: int, whole
             windows = evaluation.in_step
             gathered = next((part.device for part in parts if part.name == "gathered weights"), 0)
             weights = [Part("evaluation: gathered weights", gathered, phases=phase)]
-    room = device_bytes - used - sum(part.device for part in weights) - evaluation.logits
-    if windows != evaluation.in_step:
-        while windows > 1 and (1 + FRAGMENTATION) * evaluation.forward(windows) > room:
-            windows //= 2
+    beside = sum(part.device for part in weights) + evaluation.logits
+    comes = sum(part.device for part in parts if "evaluate" in part.phases and part.phases != ALWAYS)
+    while windows > evaluation.in_step and used + beside + evaluation.forward(windows) + FRAGMENTATION * (comes + beside + evaluation.forward(windows)) > device_bytes:
+        windows //= 2
     return [*weights, Part(f"evaluation: {windows} window{'s' * (windows > 1)}", evaluation.forward(windows), phases=phase),
             Part("evaluation: logits of an image", evaluation.logits, phases=phase)]
