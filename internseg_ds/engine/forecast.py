@@ -96,10 +96,11 @@ def memory_table(plan: Forecast, title: str) -> Table:
     def amount(size: int) -> str:
         return f"{size / GIB:.2f}" if size else ""
 
-    for part in footprint.parts:
-        if part.device or part.host or part.nvme:
-            table.add_row(part.name + (f" ({part.nvme / GIB:.2f} on NVMe)" if part.nvme else ""), *(amount(part.device if phase in part.phases else 0) for phase in PHASES),
-                          amount(part.host * plan.per_node))
+    for name in dict.fromkeys(part.name for part in footprint.parts if part.device or part.host or part.nvme):
+        same = [part for part in footprint.parts if part.name == name]
+        nvme = sum(part.nvme for part in same)
+        table.add_row(name + (f" ({nvme / GIB:.2f} on NVMe)" if nvme else ""), *(amount(sum(part.device for part in same if phase in part.phases)) for phase in PHASES),
+                      amount(sum(part.host for part in same) * plan.per_node))
     table.add_section()
     table.add_row("together", *(amount(footprint.device(phase)) for phase in PHASES), amount(plan.host))
     return table

@@ -100,8 +100,9 @@ def footprint(model: nn.Module, ds_raw: Mapping[str, Any], precision: Literal["b
         parts.append(Part("save in the background", host=(16 if ema else 12) * shard + (width * total if stage < 3 else 0)))
     if evaluation is not None:
         parts += _evaluation(parts, evaluation, stage, width * total, device_bytes)
-    passes = max(sum(part.device for part in parts if phase in part.phases and part.phases != ALWAYS) for phase in ALWAYS)
-    parts.append(Part("context and fragmentation", CONTEXT + int(FRAGMENTATION * passes), HOST_PROCESS))
+    comes = {phase: sum(part.device for part in parts if phase in part.phases and part.phases != ALWAYS) for phase in ALWAYS}
+    parts += [Part("fragmentation", int(FRAGMENTATION * size), phases=(phase,)) for phase, size in comes.items()]
+    parts.append(Part("process and context", CONTEXT, HOST_PROCESS))
     return Footprint(tuple(parts), files, 4 * total + buffers)
 
 
