@@ -96,10 +96,11 @@ def memory_table(plan: Forecast, title: str) -> Table:
     def amount(size: int) -> str:
         return f"{size / GIB:.2f}" if size else ""
 
-    for part in footprint.parts:
-        if part.device or part.host or part.nvme:
-            table.add_row(part.name + (f" ({part.nvme / GIB:.2f} on NVMe)" if part.nvme else ""), *(amount(part.device if phase in part.phases else 0) for phase in PHASES),
-                          amount(part.host * plan.per_node))
+    for name in dict.fromkeys(part.name for part in footprint.parts if part.device or part.host or part.nvme):
+        same = [part for part in footprint.parts if part.name == name]
+        nvme = sum(part.nvme for part in same)
+        table.add_row(name + (f" ({nvme / GIB:.2f} on NVMe)" if nvme else ""), *(amount(sum(part.device for part in same if phase in part.phases)) for phase in PHASES),
+                      amount(sum(part.host for part in same) * plan.per_node))
     table.add_section()
     table.add_row("together", *(amount(footprint.device(phase)) for phase in PHASES), amount(plan.host))
     return table
@@ -185,10 +186,11 @@ def of_this_run(experiment: Experiment, model: nn.Module, ds: DsConfig, world: W
     return Forecast(ds, Planner(experiment, model).footprint(ds, size, compute=compute, validate=validate), processes_here(world), size)
 
 
-def shortfall(experiment: Experiment, model: nn.Module, ds: DsConfig, world: World, *, validate: bool, ours: Path = Path("ds_configs")) -> str | None:
+def shortfall(experiment: Experiment, model: nn.Module, ds: DsConfig, world: World, *, ours: Path = Path("ds_configs")) -> str | None:
     """The sentence by which a run is warned that it will not fit into its device's memory, with the mend; None when it fits. Never raises.
 
-    A model that is small beside the memory is not looked at closely. model: on the meta device. ours: the folder of ds_configs in which a smaller one is
+    A model that is small beside the memory is not looked at closely, and evaluations, which take fewer windows where there is less room, are not looked at:
+    the start of a run is not to wait. model: on the meta device. ours: the folder of ds_configs in which a smaller one is
     looked for.
     """
     try:
@@ -196,13 +198,13 @@ def shortfall(experiment: Experiment, model: nn.Module, ds: DsConfig, world: Wor
         size, compute = device_memory(device, world), backbone_dtype(experiment.engine.backbone_dtype, device, ds.precision)
         if not _may_not_fit(planner, size):
             return None
-        found = planner.footprint(ds, size, compute=compute, validate=validate, exact=False)
+        found = planner.footprint(ds, size, compute=compute, validate=False, exact=False)
         if found.peak <= size:
             return None
         largest: Part = max((part for part in found.parts if found.fullest in part.phases), key=lambda part: part.device)
         said = (f"this run will not fit by the plan: it needs {found.peak / GIB:.1f} GiB per {'GPU' if device.type == 'cuda' else 'process'} ({PHASES[found.fullest]}) and "
                 f"there are {size / GIB:.1f}; the largest part is {largest.name}, {largest.device / GIB:.1f} GiB")
-        return f"{said}; {_mend(planner, ds, world, size, compute, validate, ours)}"
+        return f"{said}; {_mend(planner, ds, world, size, compute, ours)}"
     except Exception as error:  # an odd model is no reason not to train it
         log.info("whether this run fits into memory could not be planned: %s: %s", type(error).__name__, error)
         return None
@@ -214,13 +216,13 @@ def _may_not_fit(planner: Planner, size: int) -> bool:
     return state + most_bytes(planner.model, *planner.crop, planner.experiment.micro_batch) + 3 * GIB > size
 
 
-def _mend(planner: Planner, ds: DsConfig, world: World, size: int, compute: torch.dtype, validate: bool, ours: Path) -> str:
+def _mend(planner: Planner, ds: DsConfig, world: World, size: int, compute: torch.dtype, ours: Path) -> str:
     """What to do: the ds_config of ours that fits with the least on the host, else what else makes a run smaller."""
     fitting = []
     for path in sorted(ours.glob("*.json")):
         try:
             other, _ = planner.resolve(path, world.size)
-            if other.precision == ds.precision and (found := planner.footprint(other, size, compute=compute, validate=validate, exact=False)).peak <= size:
+            if other.precision == ds.precision and (found := planner.footprint(other, size, compute=compute, validate=False, exact=False)).peak <= size:
                 fitting.append((found.host, found.peak, path))
         except ConfigError:
             continue

@@ -115,7 +115,7 @@ class SegmentorEngine:
         start_logging(self.work_dir, level=experiment.log_level, is_main=world.is_main)
         for note in experiment.notes:
             log.info("config: %s", note)
-        if world.is_main and (said := shortfall(experiment, self.plan.meta_model, self.plan.ds, world, validate=self.plan.val_set is not None)):
+        if world.is_main and (said := shortfall(experiment, self.plan.meta_model, self.plan.ds, world)):
             log.warning(said)
         checkpoint = agree_to_resume(resume_from, self.plan.ds.stage)
         self.resumed_unscored = any(of_all_ranks(checkpoint is not None and not checkpoint.manifest.get("metrics")))  # hosts may differ

@@ -100,8 +100,9 @@ def footprint(model: nn.Module, ds_raw: Mapping[str, Any], precision: Literal["b
         parts.append(Part("save in the background", host=(16 if ema else 12) * shard + (width * total if stage < 3 else 0)))
     if evaluation is not None:
         parts += _evaluation(parts, evaluation, stage, width * total, device_bytes)
-    passes = max(sum(part.device for part in parts if phase in part.phases and part.phases != ALWAYS) for phase in ALWAYS)
-    parts.append(Part("context and fragmentation", CONTEXT + int(FRAGMENTATION * passes), HOST_PROCESS))
+    comes = {phase: sum(part.device for part in parts if phase in part.phases and part.phases != ALWAYS) for phase in ALWAYS}
+    parts += [Part("fragmentation", int(FRAGMENTATION * size), phases=(phase,)) for phase, size in comes.items()]
+    parts.append(Part("process and context", CONTEXT, HOST_PROCESS))
     return Footprint(tuple(parts), files, 4 * total + buffers)
 
 
@@ -119,9 +120,9 @@ def _evaluation(parts: Sequence[Part], evaluation: Evaluation, stage: int, whole
             windows = evaluation.in_step
             gathered = next((part.device for part in parts if part.name == "gathered weights"), 0)
             weights = [Part("evaluation: gathered weights", gathered, phases=phase)]
-    room = device_bytes - used - sum(part.device for part in weights) - evaluation.logits
-    if windows != evaluation.in_step:
-        while windows > 1 and (1 + FRAGMENTATION) * evaluation.forward(windows) > room:
-            windows //= 2
+    beside = sum(part.device for part in weights) + evaluation.logits
+    comes = sum(part.device for part in parts if "evaluate" in part.phases and part.phases != ALWAYS)
+    while windows > evaluation.in_step and used + beside + evaluation.forward(windows) + FRAGMENTATION * (comes + beside + evaluation.forward(windows)) > device_bytes:
+        windows //= 2
     return [*weights, Part(f"evaluation: {windows} window{'s' * (windows > 1)}", evaluation.forward(windows), phases=phase),
             Part("evaluation: logits of an image", evaluation.logits, phases=phase)]
