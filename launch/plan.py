@@ -86,10 +86,10 @@ def main() -> None:
     planner, given = Planner(experiment), Path(args.deepspeed_config)
     sizes = args.gpu_memory or device.memory_gib * 2**30, args.host_memory
     chosen = forecast(planner, given, cluster, assumed, *sizes)
-    describe_forecast(planner, chosen, cluster, assumed, console)
+    describe_forecast(chosen, cluster, console)
     others = [path for path in sorted(given.parent.glob("*.json")) if path != given]
     found = {given: chosen, **compare(planner, others, cluster, assumed, *sizes)}
-    describe_comparison(dict(sorted(found.items())), cluster, assumed, console)
+    describe_comparison(planner, dict(sorted(found.items())), cluster, assumed, console)
 
 
 if __name__ == "__main__":

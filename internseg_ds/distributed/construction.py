@@ -39,8 +39,8 @@ def build_on_meta(model: ConfigDict) -> nn.Module:
 
 
 def choose_recomputation(segmentor: nn.Module, recomputation: str | int) -> None:
-    """Applies `engine.recomputation` to a built segmentor; "config" leaves it as its config's `with_cp` says. Raises ConfigError for what cannot be."""
-    if recomputation == "config":
+    """Applies `engine.recomputation` to a built segmentor; "config" leaves it as its config's `with_cp` says, "auto" until it is chosen. Raises ConfigError for what cannot be."""
+    if recomputation in ("config", "auto"):
         return
     try:
         set_recomputation(segmentor, recomputation)

@@ -30,8 +30,9 @@ class EngineOptions:
     heads_dtype: str = "float32"
     """dtype in which training computes the heads: "float32" (TF32 in a GPU's convolutions), or "bfloat16", with norms, class scores and losses in float32."""
     recomputation: str | int = "config"
-    """Activation checkpointing of the backbone: "config" (as its with_cp says: every block or none), "none", "blocks" (every block), k (every k-th block), or
-    "all_but_matmuls" (each block keeps the results of matrix products and attention, and computes the rest again)."""
+    """Activation checkpointing of the backbone: "config" (as its with_cp says: every block or none), "none", "blocks" (every block), k (every k-th block),
+    "all_but_matmuls" (each block keeps the results of matrix products and attention, and computes the rest again), or "auto" (by the plan of the run's memory,
+    the one that recomputes least and fits)."""
     evaluate_before: bool = False
     """Evaluate once before the first step, to see what training starts from."""
     evaluation_weights: str = "auto"

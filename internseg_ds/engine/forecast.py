@@ -9,17 +9,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from internseg_ds.distributed.device_memory import device_memory, processes_here
 from internseg_ds.distributed.ds_config import DsConfig
 from internseg_ds.distributed.precision import backbone_dtype
 from internseg_ds.distributed.process_group import World
 from internseg_ds.engine.experiment import Experiment
 from internseg_ds.engine.planner import Planner, Row
+from internseg_ds.engine.recomputation import least_recomputation
 from internseg_ds.engine.scaling import assumptions, flops
 from internseg_ds.errors import ConfigError
 from internseg_ds.planning.activations import most_bytes
@@ -35,8 +36,10 @@ PHASES = {"train": "forward and backward", "update": "optimizer's step", "evalua
 
 @dataclass(frozen=True)
 class Forecast:
-    """One ds_config on one cluster. host_bytes: memory of a host, None where unknown. row: None where the time is not modelled, `untimed` says why."""
+    """One ds_config on one cluster. planner: of the experiment with the activation checkpointing that it will have. host_bytes: memory of a host, None where
+    unknown. row: None where the time is not modelled, `untimed` says why."""
 
+    planner: Planner
     ds: DsConfig
     footprint: Footprint
     per_node: int
@@ -66,11 +69,19 @@ class Forecast:
 def forecast(planner: Planner, ds_config: str | os.PathLike, cluster: Cluster, assumed: Assumptions, device_bytes: float, host_bytes: float | None) -> Forecast:
     """Raises ConfigError where `resolve_ds_config` does for this number of processes."""
     ds, _ = planner.resolve(ds_config, cluster.world_size)
+    planner = as_it_will_train(planner, ds, device_bytes)
     try:
         row, untimed = planner.row(ds_config, cluster, assumed), ""
     except ConfigError as error:
         row, untimed = None, str(error)
-    return Forecast(ds, planner.footprint(ds, device_bytes), cluster.per_node, device_bytes, host_bytes, row, untimed)
+    return Forecast(planner, ds, planner.footprint(ds, device_bytes), cluster.per_node, device_bytes, host_bytes, row, untimed)
+
+
+def as_it_will_train(planner: Planner, ds: DsConfig, device_bytes: float, *, compute: torch.dtype | None = None) -> Planner:
+    """The planner of the activation checkpointing that `engine.recomputation="auto"` will choose; the same one where it is chosen already."""
+    if planner.experiment.engine.recomputation != "auto":
+        return planner
+    return planner.under(least_recomputation(planner, ds, device_bytes, compute=compute))
 
 
 def compare(planner: Planner, ds_configs: Sequence[Path], cluster: Cluster, assumed: Assumptions, device_bytes: float,
@@ -88,10 +99,10 @@ def compare(planner: Planner, ds_configs: Sequence[Path], cluster: Cluster, assu
 def memory_table(plan: Forecast, title: str) -> Table:
     """Of one process, phase by phase."""
     footprint = plan.footprint
-    table = Table("GiB per GPU", title=title)
-    for name in PHASES.values():
+    table = Table(title=title)
+    table.add_column("GiB per GPU, and per host", no_wrap=True)
+    for name in (*PHASES, "host"):
         table.add_column(name, justify="right")
-    table.add_column("GiB per host", justify="right")
 
     def amount(size: int) -> str:
         return f"{size / GIB:.2f}" if size else ""
@@ -115,12 +126,13 @@ def verdict(plan: Forecast) -> str:
     return said
 
 
-def describe_forecast(planner: Planner, plan: Forecast, cluster: Cluster, assumed: Assumptions, console: Console) -> None:
+def describe_forecast(plan: Forecast, cluster: Cluster, console: Console) -> None:
     """Prints what one ds_config takes on the cluster: memory, work, time, disk."""
-    ds, row, footprint = plan.ds, plan.row, plan.footprint
+    planner, ds, row, footprint = plan.planner, plan.ds, plan.row, plan.footprint
     gpus = f"{cluster.world_size} x {cluster.device.name}"
     console.print(memory_table(plan, f"{planner.experiment.name}\n{ds.source}: ZeRO-{ds.stage}, {ds.precision}, {gpus}, {ds.micro_batch} images per GPU"))
     console.print(verdict(plan))
+    console.print(f"Activation checkpointing: {planner.recomputation}" + (" (chosen by memory)." if planner.experiment.engine.recomputation == "auto" else "."))
     console.print(flops(planner.passed, planner.crop))
     console.print(f"Disk: {footprint.checkpoint / GIB:.1f} GiB per checkpoint, {footprint.consolidated / GIB:.1f} GiB for its consolidated fp32 file.")
     if row is None:
@@ -135,23 +147,27 @@ def describe_forecast(planner: Planner, plan: Forecast, cluster: Cluster, assume
                           f"{planner.experiment.max_steps:,} steps see.")
 
 
-def describe_comparison(found: dict[Path, Forecast | str], cluster: Cluster, assumed: Assumptions, console: Console) -> None:
+def describe_comparison(planner: Planner, found: dict[Path, Forecast | str], cluster: Cluster, assumed: Assumptions, console: Console) -> None:
     """Prints a line for each ds_config, and which fit and is fastest."""
-    table = Table("ds_config", title=f"ds_configs on {cluster.world_size} x {cluster.device.name}")
-    for name in ("GiB per GPU", "GiB per host", "fits", "step, s", "images/s", "hours"):
+    table = Table(title=f"ds_configs on {cluster.world_size} x {cluster.device.name}")
+    table.add_column("ds_config", no_wrap=True)
+    for name in ("GPU, GiB", "host, GiB", "fits", "step, s", "img/s", "hours"):
         table.add_column(name, justify="right")
+    chosen = planner.experiment.engine.recomputation == "auto"
+    if chosen:
+        table.add_column("recomputes")
     for path, plan in found.items():
         if isinstance(plan, str):
-            table.add_row(path.stem, "", "", "no", "", "", "")
+            table.add_row(path.stem, "", "", "no")
             continue
         timed = ("", "", "") if plan.row is None else (f"{plan.row.time.step:.2f}", f"{plan.row.images_per_s:.3g}", f"{plan.row.hours:.1f}")
-        table.add_row(path.stem, f"{plan.footprint.peak / GIB:.1f}", f"{plan.host / GIB:.0f}", "yes" if plan.fits else "no", *timed)
+        table.add_row(path.stem, f"{plan.footprint.peak / GIB:.1f}", f"{plan.host / GIB:.0f}", "yes" if plan.fits else "no", *timed, *[str(plan.planner.recomputation)] * chosen)
     console.print(table)
     for path, plan in found.items():
         if isinstance(plan, str):
             console.print(f"{path.stem}: {plan}")
     console.print(conclusion(found))
-    console.print(assumptions(cluster, assumed))
+    console.print(assumptions(planner.experiment, cluster, assumed))
 
 
 def conclusion(found: dict[Path, Forecast | str]) -> str:
@@ -168,22 +184,11 @@ def conclusion(found: dict[Path, Forecast | str]) -> str:
     return f"These fit: {names}. Fastest: {best.stem}, {timed[best].row.time.step:.2f} s a step, {timed[best].row.images_per_s:.3g} images/s."
 
 
-def processes_here(world: World) -> int:
-    """Processes of this host; all of them where the launcher does not say."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") or world.size)
-
-
-def device_memory(device: torch.device, world: World) -> int:
-    """Bytes of the accelerator; without one, this process's share of the host's memory."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return psutil.virtual_memory().total // processes_here(world)
-
-
 def of_this_run(experiment: Experiment, model: nn.Module, ds: DsConfig, world: World, *, validate: bool) -> Forecast:
     """The memory of a run on the device of this process. model: on the meta device. Raises ConfigError where `Planner` does."""
-    size, compute = device_memory(world.device, world), backbone_dtype(experiment.engine.backbone_dtype, world.device, ds.precision)
-    return Forecast(ds, Planner(experiment, model).footprint(ds, size, compute=compute, validate=validate), processes_here(world), size)
+    size, compute = device_memory(world), backbone_dtype(experiment.engine.backbone_dtype, world.device, ds.precision)
+    planner = as_it_will_train(Planner(experiment, model), ds, size, compute=compute)
+    return Forecast(planner, ds, planner.footprint(ds, size, compute=compute, validate=validate), processes_here(world), size)
 
 
 def shortfall(experiment: Experiment, model: nn.Module, ds: DsConfig, world: World, *, ours: Path = Path("ds_configs")) -> str | None:
@@ -195,7 +200,7 @@ def shortfall(experiment: Experiment, model: nn.Module, ds: DsConfig, world: Wor
     """
     try:
         device, planner = world.device, Planner(experiment, model)
-        size, compute = device_memory(device, world), backbone_dtype(experiment.engine.backbone_dtype, device, ds.precision)
+        size, compute = device_memory(world), backbone_dtype(experiment.engine.backbone_dtype, device, ds.precision)
         if not _may_not_fit(planner, size):
             return None
         found = planner.footprint(ds, size, compute=compute, validate=False, exact=False)

@@ -22,6 +22,7 @@ from internseg_ds.engine.experiment import Experiment, leaf_datasets
 from internseg_ds.engine.segmenting import BATCH_SIZE, CHUNK_BYTES
 from internseg_ds.errors import ConfigError
 from internseg_ds.models.blocks import repeated_block
+from internseg_ds.models.recomputation import Recomputation
 from internseg_ds.planning.activations import Activations, evaluation_bytes, training_activations
 from internseg_ds.planning.communication import host_bytes, step_traffic
 from internseg_ds.planning.footprint import Evaluation, Footprint, footprint
@@ -53,14 +54,26 @@ class Row:
 class Planner:
     """Raises ConfigError for a model that cannot be built and an unknown crop size."""
 
-    def __init__(self, experiment: Experiment, model: nn.Module | None = None) -> None:
-        """model: of the experiment, on the meta device, where it is built already."""
-        self.experiment = experiment
+    def __init__(self, experiment: Experiment, model: nn.Module | None = None, recomputation: Recomputation | None = None) -> None:
+        """model: of the experiment, on the meta device, where it is built already. recomputation: its activation checkpointing, where that is not what
+        the experiment says; the model has it."""
+        self.experiment, self.recomputation = experiment, recomputation or experiment.engine.recomputation
         self.model = model if model is not None else build_on_meta(experiment.model)
-        choose_recomputation(self.model, experiment.engine.recomputation)
+        if model is None:
+            choose_recomputation(self.model, experiment.engine.recomputation)
         self.crop = crop_size(experiment)
         self.group_sizes = [sum(param.numel() for param in group["params"]) for group in parameter_groups(self.model, experiment.optimizer)]
         self._found: dict[tuple[Precision, torch.dtype, bool], tuple[Activations, Evaluation | None]] = {}
+
+        self._under: dict[Recomputation, Planner] = {}
+
+    def under(self, recomputation: Recomputation) -> "Planner":
+        """The same experiment with this activation checkpointing. Raises ConfigError for a backbone that has none."""
+        if recomputation not in self._under:
+            model = copy.deepcopy(self.model)
+            choose_recomputation(model, recomputation)
+            self._under[recomputation] = Planner(self.experiment, model, recomputation)
+        return self._under[recomputation]
 
     @cached_property
     def passed(self) -> TrainingPass:
@@ -95,7 +108,8 @@ class Planner:
         traffic = step_traffic(self.model, self.passed.uses, self.group_sizes, zero, width=width, world_size=ds.world_size, accumulation=ds.accumulation)
         links = [part.sent_by_link(cluster.per_node) for part in traffic]
         moved = host_bytes(self.model, traffic, zero, width=width, world_size=ds.world_size)
-        time = step_time(self.passed, ds.micro_batch, traffic, sum(self.group_sizes), moved, zero, cluster, assumed)
+        time = step_time(self.passed, ds.micro_batch, traffic, sum(self.group_sizes), moved, zero, cluster, assumed,
+                         heads_bf16=experiment.engine.heads_dtype == "bfloat16")
         kept = state(self.model, ds.raw, ds.precision, ds.world_size, ds.accumulation)
         images = experiment.max_steps * (experiment.engine.global_batch or ds.global_batch)
         return Row(

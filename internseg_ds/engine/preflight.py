@@ -30,6 +30,7 @@ from internseg_ds.distributed.process_group import World
 from internseg_ds.engine.checkpointing import check_resumable, named_groups
 from internseg_ds.engine.experiment import Experiment, leaf_datasets
 from internseg_ds.engine.forecast import memory_table, of_this_run, verdict
+from internseg_ds.engine.planner import Planner
 from internseg_ds.engine.trackers import check_trackers
 from internseg_ds.errors import CheckpointError, ConfigError, DataError
 from internseg_ds.models.blocks import repeated_block
@@ -58,6 +59,8 @@ def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, An
     """
     meta_model = build_on_meta(experiment.model)
     choose_recomputation(meta_model, experiment.engine.recomputation)
+    if experiment.engine.recomputation == "auto":
+        Planner(experiment, meta_model).under("blocks")  # whether there is something to choose
     ds = resolve_ds_config(
         ds_config, experiment=experiment.path, micro_batch=experiment.micro_batch, world_size=world.size, optimizer=experiment.optimizer,
         global_batch=experiment.engine.global_batch, accumulation=experiment.accumulation, gradient_clipping=experiment.gradient_clipping,

@@ -14,6 +14,7 @@ from rich.table import Table
 from internseg_ds.distributed.ds_config import DsConfig
 from internseg_ds.engine.experiment import Experiment
 from internseg_ds.engine.planner import Planner, Row
+from internseg_ds.errors import ConfigError
 from internseg_ds.planning.step_time import Assumptions, Cluster
 from internseg_ds.planning.training_pass import TrainingPass
 
@@ -36,6 +37,8 @@ def plan_scaling(experiment: Experiment, ds_config: str | os.PathLike | Mapping[
     Where the recipe's batch (`engine.global_batch`) cannot be made of a cluster's processes, each takes one micro-batch per step, or as many as stay below
     it; then the hours are those of as many images, not as many steps.
     """
+    if experiment.engine.recomputation == "auto":
+        raise ConfigError("engine.recomputation=\"auto\" goes by the memory of one size, which --gpus N plans; name a policy for a table over --nodes")
     planner = Planner(experiment)
     rows = tuple(planner.row(ds_config, cluster, assumed) for cluster in clusters)
     ds, _ = planner.resolve(ds_config, clusters[0].world_size)
@@ -70,7 +73,7 @@ def describe_scaling(plan: Scaling, console: Console) -> None:
     console.print(flops(plan.passed, plan.crop))
     console.print("state: weights, gradients, optimizer; activations and gathered weights come on top (--gpus N shows them). sent: per GPU and step. floor: computation at the "
                   "GPU's peak. waiting: share of the step that is not computation.")
-    console.print(assumptions(first, plan.assumed))
+    console.print(assumptions(plan.experiment, first, plan.assumed))
     if not all(row.keeps_batch for row in plan.rows):
         console.print(f"*: the recipe's {plan.experiment.engine.global_batch} images per step cannot be kept; hours are for as many images as its "
                       f"{plan.experiment.max_steps:,} steps see. Its learning rate and score are not for such a batch.")
@@ -82,9 +85,10 @@ def flops(passed: TrainingPass, crop: tuple[int, int]) -> str:
             f"{passed.heads_flops / 1e12:.3g}.")
 
 
-def assumptions(cluster: Cluster, assumed: Assumptions) -> str:
+def assumptions(experiment: Experiment, cluster: Cluster, assumed: Assumptions) -> str:
     """What the seconds rest on."""
     device = cluster.device
-    return (f"Planned, not measured. Assumed: {assumed.compute:.0%} of the peak ({device.bf16:g} TFLOP/s in bf16 for the backbone, {device.tf32:g} in TF32 for the heads), "
+    heads = " and the heads" if experiment.engine.heads_dtype == "bfloat16" else f", {device.tf32:g} in TF32 for the heads"
+    return (f"Planned, not measured. Assumed: {assumed.compute:.0%} of the peak ({device.bf16:g} TFLOP/s in bf16 for the backbone{heads}), "
             f"{assumed.link:.0%} of each link ({device.nvlink_gbs:g} GB/s within a node), {1e6 * assumed.hop_within_s:g} and {1e6 * assumed.hop_between_s:g} us per hop of a ring, "
             "and communication of a micro-batch hidden behind its computation where overlap_comm is set.")

@@ -46,6 +46,7 @@ from internseg_ds.engine.forecast import shortfall
 from internseg_ds.engine.outputs import check_writable
 from internseg_ds.engine.preflight import Plan, check, starting_weights
 from internseg_ds.engine.profiling import check_profiled_steps
+from internseg_ds.engine.recomputation import agreed_recomputation
 from internseg_ds.engine.state import TrainState
 from internseg_ds.engine.stopping import StopRequests, check_no_stop_file, stop_file
 from internseg_ds.engine.trackers import start_logging
@@ -136,10 +137,12 @@ class SegmentorEngine:
         log.info("%d process%s on %s, ZeRO-%d, %s parameters, backbone computes in %s, heads in %s", self.world.size, "es" * (self.world.size > 1),
                  device.type, ds.stage, *(str(dtype).removeprefix("torch.") for dtype in (ds.param_dtype, self.compute_dtype, self.heads_dtype)))
         log.info("%d images per step = %d processes x %d images x %d accumulation steps", ds.global_batch, ds.world_size, ds.micro_batch, ds.accumulation)
+        recomputation = agreed_recomputation(experiment, self.plan.meta_model, ds, self.world, self.compute_dtype)
+        choose_recomputation(self.plan.meta_model, recomputation)
         self.meter = make_meter(experiment, self.plan.meta_model, self.world, self.compute_dtype)
         torch.backends.cudnn.benchmark = experiment.cudnn_benchmark and not torch.are_deterministic_algorithms_enabled()
         model = build_for_training(experiment.model, ds, device, seed)
-        choose_recomputation(model, experiment.engine.recomputation)
+        choose_recomputation(model, recomputation)
         if checkpoint is not None:
             load(model, fit_segmentor(model, weights_of(checkpoint)))
         elif start := starting_weights(experiment, model, load_from):

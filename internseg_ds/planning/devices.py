@@ -19,7 +19,7 @@ class Device:
 
 DEVICES = {device.name: device for device in (
     Device("A100", 312, 156, 79.1, 2039, 300, 32),      # NVIDIA A100 data sheet, SXM 80 GB: NVLink 600 GB/s both ways, PCIe 4
-    Device("A100-40GB", 312, 156, 39.4, 1555, 300, 32), # the same, SXM 40 GB
+    Device("A100-40GB", 312, 156, 39.4, 1555, 300, 32),  # the same, SXM 40 GB
     Device("H100", 989, 494, 79.1, 3350, 450, 64),      # NVIDIA H100 data sheet, SXM: half of the figures "with sparsity"; NVLink 900 GB/s both ways, PCIe 5
     Device("H200", 989, 494, 139.8, 4800, 450, 64),     # NVIDIA H200 data sheet, SXM
     Device("B200", 2250, 1100, 178.0, 8000, 900, 64),   # NVIDIA HGX B200 and DGX B200 data sheets, an eighth of 8 GPUs; NVLink 1.8 TB/s both ways

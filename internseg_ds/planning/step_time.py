@@ -77,9 +77,13 @@ def seconds(collectives: Iterable[Collective], cluster: Cluster, assumed: Assump
 
 
 def step_time(passed: TrainingPass, micro_batch: int, traffic: Traffic, trained: int, host_bytes: int, zero: Mapping[str, Any], cluster: Cluster,
-              assumed: Assumptions) -> StepTime:
-    """passed: of one image; micro_batch: images; trained: parameters that train; host_bytes: by `communication.host_bytes`. Backbone in bf16, heads in TF32."""
-    floor = micro_batch * (passed.backbone_flops / cluster.device.bf16 + passed.heads_flops / cluster.device.tf32) / 1e12
+              assumed: Assumptions, *, heads_bf16: bool = False) -> StepTime:
+    """passed: of one image; micro_batch: images; trained: parameters that train; host_bytes: by `communication.host_bytes`.
+
+    The backbone computes in bf16, the heads in TF32, or in bf16 too (heads_bf16).
+    """
+    heads_rate = cluster.device.bf16 if heads_bf16 else cluster.device.tf32
+    floor = micro_batch * (passed.backbone_flops / cluster.device.bf16 + passed.heads_flops / heads_rate) / 1e12
     compute = floor / assumed.compute
     overlap = zero.get("overlap_comm", zero.get("stage", 0) == 3)
     during = communicated = 0.0

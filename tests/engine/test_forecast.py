@@ -1,12 +1,12 @@
 import logging
 from dataclasses import replace
 
+import psutil
 import pytest
 
 from internseg_ds.distributed.process_group import World
-from internseg_ds.engine import forecast as forecasts
 from internseg_ds.engine.experiment import read_experiment
-from internseg_ds.engine.forecast import compare, conclusion, device_memory, forecast, shortfall, verdict
+from internseg_ds.engine.forecast import compare, conclusion, forecast, shortfall, verdict
 from internseg_ds.engine.planner import Planner
 from internseg_ds.planning.devices import DEVICES
 from internseg_ds.planning.step_time import Assumptions, Cluster
@@ -87,7 +87,7 @@ def warning(monkeypatch, memory: float, name: str = "zero2_bf16", **options) -> 
     experiment = read_experiment(ROOT / TINY, {"engine.global_batch": None, **options})
     planner, world = Planner(experiment), World(size=2, launcher="deepspeed")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    monkeypatch.setattr(forecasts.psutil, "virtual_memory", lambda: type("Memory", (), {"total": 2 * memory}))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"total": 2 * memory}))
     return shortfall(experiment, planner.model, planner.resolve(OURS / f"{name}.json", world.size)[0], world, ours=OURS)
 
 
@@ -110,11 +110,3 @@ def test_a_model_that_cannot_be_planned_is_a_line_of_the_log_and_no_error(monkey
     monkeypatch.setattr(Planner, "footprint", lambda *_, **__: 1 / 0)
     assert warning(monkeypatch, 1.0) is None
     assert "could not be planned: ZeroDivisionError" in caplog.text
-
-
-def test_memory_of_a_process_without_a_gpu_is_its_share_of_the_host(monkeypatch):
-    import psutil
-    import torch
-
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert device_memory(torch.device("cpu"), World(size=8, launcher="torchrun")) == psutil.virtual_memory().total // 4

@@ -1,0 +1,27 @@
+"""Memory of the device of this process, in bytes: of its accelerator, or without one of its share of the host's. Talks to no other process."""
+
+import os
+
+import psutil
+import torch
+
+from internseg_ds.distributed.process_group import World
+
+
+def processes_here(world: World) -> int:
+    """Processes of this host; all of them where the launcher does not say."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") or world.size)
+
+
+def device_memory(world: World) -> int:
+    """All that there is."""
+    if world.device.type == "cuda":
+        return torch.cuda.get_device_properties(world.device).total_memory
+    return psutil.virtual_memory().total // processes_here(world)
+
+
+def free_memory(world: World) -> int:
+    """What this process may still take."""
+    if world.device.type == "cuda":
+        return torch.cuda.mem_get_info(world.device)[0] + torch.cuda.memory_reserved(world.device)
+    return psutil.virtual_memory().available // processes_here(world)
