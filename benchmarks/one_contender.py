@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node 2 benchmarks/one_contender.py NAME WORKLOAD.json RESULT.json
 
-Rank 0 writes {seconds, losses, peak_bytes, matmul_flops}, or {error} where it could not run, to RESULT.json.
+Rank 0 writes {seconds, losses, peak_bytes, start_bytes, matmul_flops}, or {error} where it could not run, to RESULT.json.
 """
 
 import importlib
@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from timing import matmul_flops
+from timing import matmul_flops, peak_bytes, reset_peak
 from workload import Workload
 
 from internseg_ds.distributed.process_group import join, leave, world_from_environment
@@ -30,9 +30,12 @@ def main() -> None:
         join(world)
         bf16 = workload.ds_config.get("bf16", {}).get("enabled", False)
         peak = matmul_flops(torch.bfloat16 if bf16 and world.device.type == "cuda" else torch.float32, world.device)
-        timed = importlib.import_module(f"contenders.{name}").run(workload, work_dir)
+        contender = importlib.import_module(f"contenders.{name}")
+        reset_peak(world.device)
+        start = peak_bytes(world.device)  # on a CPU, what the libraries take
+        timed = contender.run(workload, work_dir)
         if world.is_main:
-            result.write_text(json.dumps({**asdict(timed), "matmul_flops": peak}))
+            result.write_text(json.dumps({**asdict(timed), "start_bytes": start, "matmul_flops": peak}))
         leave()
     except Exception as error:
         if not result.exists():

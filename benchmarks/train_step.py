@@ -3,8 +3,9 @@
     python benchmarks/train_step.py --size tiny --world 2 --deepspeed_config ds_configs/zero3_bf16.json --published ~/InternVL
 
 Each contender runs in processes of its own (they register backbones of one name, and memory is to be told apart), once per round, in another order each
-time. Prints per contender the median seconds per step, its ratio to ours, the peak memory of a process during the timed steps, the model FLOPs utilization
-(of the fastest matrix product seen in the same run), and whether its first losses are ours. Ends with a line of JSON: ratio = ours / the best of the others.
+time. Prints per contender the median seconds per step, its ratio to ours, the peak memory of a process during the timed steps (and what of it is not the
+libraries), the model FLOPs utilization (of the fastest matrix product seen in the same run), and whether its first losses are ours. Ends with a line of
+JSON: ratio = ours / the best of the others.
 
 MMEngine and timm (which the published file imports) are installed into --packages, a folder of their own, the first time. On CPUs everything is fp32.
 """
@@ -64,7 +65,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--size", choices=("tiny", "300m", "6b"), default="tiny")
     parser.add_argument("--world", type=int, default=2, help="processes")
     parser.add_argument("--deepspeed_config", "--deepspeed-config", default="ds_configs/zero3_bf16.json", metavar="JSON")
-    parser.add_argument("--micro-batch", type=int, help="images per process (default: 4 tiny, 1 300m, 2 6b)")
+    parser.add_argument("--micro-batch", type=int, help="images per process (None: 4 tiny, 2 300m and 6b; at least 2 for a batch norm of one process)")
     parser.add_argument("--steps", type=int, default=15, help="timed steps per round")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them, whose losses are compared")
     parser.add_argument("--rounds", type=int, default=3)
@@ -127,12 +128,13 @@ def write_weights(workload: Workload, path: Path) -> str:
     return str(path)
 
 
-def measure(name: str, workload: Workload, world: int, folder: Path, *, packages: Path | None = None, under: str = "", timeout: float = 600) -> dict:
-    """Runs one contender in `world` processes: what `one_contender.py` wrote, or {"error": ...}."""
+def measure(name: str, workload: Workload, world: int, folder: Path, *, packages: Path | None = None, under: str = "", timeout: float = 600,
+            threads: int | None = None) -> dict:
+    """Runs one contender in `world` processes: what `one_contender.py` wrote, or {"error": ...}. threads: of each process, None for its share of the cores."""
     job, result = folder / "job.json", folder / "result.json"
     result.unlink(missing_ok=True)
     job.write_text(json.dumps(asdict(workload)))
-    threads = max(1, (os.cpu_count() or 1) // world)
+    threads = threads or max(1, (os.cpu_count() or 1) // world)
     paths = [str(ROOT), *([str(packages)] if packages else []), *filter(None, [os.environ.get("PYTHONPATH")])]
     command = [*under.split(), sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world),
                str(ROOT / "benchmarks/one_contender.py"), name, str(job), str(result)]
@@ -158,14 +160,15 @@ def report(measured: dict[str, list[dict]], failed: dict[str, str], workload: Wo
     ceiling = max(run["matmul_flops"] for runs in measured.values() for run in runs)
     seconds = {name: statistics.median(run["seconds"] for run in runs) for name, runs in measured.items()}
     peaks = {name: statistics.median(run["peak_bytes"] for run in runs) for name, runs in measured.items()}
-    table = Table("contender", "s/step", "ours / it", "peak GiB", "MFU %", "first losses",
+    own = {name: statistics.median(run["peak_bytes"] - run["start_bytes"] for run in runs) for name, runs in measured.items()}
+    table = Table("contender", "s/step", "ours / it", "peak GiB", "not libraries", "MFU %", "first losses",
                   title=f"{args.size}, {args.world} x {workload.micro_batch} images of {workload.image_px} px, {Path(args.deepspeed_config).stem}, "
                         f"matmul {ceiling / 1e12:.4g} TFLOP/s per process")
     same = {}
     for name in measured:
         ours, theirs = measured["ours"][0]["losses"], measured[name][0]["losses"]
         same[name] = max(abs(a - b) / abs(a) for a, b in zip(ours, theirs, strict=True))
-        table.add_row(name, f"{seconds[name]:.4f}", f"{seconds['ours'] / seconds[name]:.3f}", f"{peaks[name] / 2**30:.3f}",
+        table.add_row(name, f"{seconds[name]:.4f}", f"{seconds['ours'] / seconds[name]:.3f}", f"{peaks[name] / 2**30:.3f}", f"{own[name] / 2**30:.3f}",
                       f"{100 * flops / seconds[name] / ceiling:.1f}", "ours" if name == "ours" else f"differ by {same[name]:.1e}")
     Console(width=140).print(table)
     fp32 = not workload.ds_config.get("bf16", {}).get("enabled")
@@ -178,6 +181,7 @@ def report(measured: dict[str, list[dict]], failed: dict[str, str], workload: Wo
         "matmul_tflops": round(ceiling / 1e12, 4), "model_tflop_per_process": round(flops / 1e12, 4),
         "seconds": {name: round(value, 4) for name, value in seconds.items()},
         "peak_gib": {name: round(value / 2**30, 3) for name, value in peaks.items()},
+        "own_gib": {name: round(value / 2**30, 3) for name, value in own.items()},
         "mfu": {name: round(flops / value / ceiling, 4) for name, value in seconds.items()},
         "loss_difference": {name: round(value, 8) for name, value in same.items()},
         "rounds": {name: [round(run["seconds"], 4) for run in runs] for name, runs in measured.items()},

@@ -170,7 +170,7 @@ def size_of(name: str, norm: str) -> dict[str, Any]:
     if name == "300m":
         return dict(config=TINY, options=norms | vit(1024, 24, 16) | {"model.backbone.img_size": 224, "model.decode_head.channels": 256, "model.auxiliary_head.channels": 256,
                                                                       "model.backbone.qkv_bias": True, "model.backbone.qk_normalization": False},
-                    image_px=224, micro_batch=1)
+                    image_px=224, micro_batch=2)
     return dict(config=FULL, options=norms, image_px=504, micro_batch=2)
 
 
