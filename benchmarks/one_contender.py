@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node 2 benchmarks/one_contender.py NAME WORKLOAD.json RESULT.json
 
-Rank 0 writes {seconds, losses, peak_bytes, start_bytes, matmul_flops}, or {error} where it could not run, to RESULT.json.
+Rank 0 writes {seconds, losses, peak_bytes, cpu_seconds, start_bytes, matmul_flops}, or {error} where it could not run, to RESULT.json.
 """
 
 import importlib

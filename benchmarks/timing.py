@@ -12,11 +12,13 @@ from torch import Tensor
 
 @dataclass
 class Timed:
-    """seconds: per step. losses: of the first steps, means over the ranks. peak_bytes: the largest of any rank during the timed steps."""
+    """seconds, cpu_seconds: per step, of the clock and of this process's work (which other programs on the machine disturb less). losses: of the first steps,
+    means over the ranks. peak_bytes: the largest of any rank during the timed steps."""
 
     seconds: float
     losses: list[float]
     peak_bytes: int
+    cpu_seconds: float
 
 
 def time_steps(step: Callable[[], Tensor], warmup: int, steps: int, device: torch.device) -> Timed:
@@ -26,12 +28,12 @@ def time_steps(step: Callable[[], Tensor], warmup: int, steps: int, device: torc
         losses.append(mean_over_ranks(step().detach()))
     reset_peak(device)
     dist.barrier()
-    began = time.perf_counter()
+    began, cpu_began = time.perf_counter(), time.process_time()
     for _ in range(steps):
         loss = step()
     loss.item()  # waits for the device, as a log record does
-    seconds = (time.perf_counter() - began) / steps
-    return Timed(seconds, losses, peak_bytes(device))
+    seconds, cpu_seconds = (time.perf_counter() - began) / steps, (time.process_time() - cpu_began) / steps
+    return Timed(seconds, losses, peak_bytes(device), cpu_seconds)
 
 
 def mean_over_ranks(loss: Tensor) -> float:

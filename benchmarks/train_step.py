@@ -3,9 +3,9 @@
     python benchmarks/train_step.py --size tiny --world 2 --deepspeed_config ds_configs/zero3_bf16.json --published ~/InternVL
 
 Each contender runs in processes of its own (they register backbones of one name, and memory is to be told apart), once per round, in another order each
-time. Prints per contender the median seconds per step, its ratio to ours, the peak memory of a process during the timed steps (and what of it is not the
-libraries), the model FLOPs utilization (of the fastest matrix product seen in the same run), and whether its first losses are ours. Ends with a line of
-JSON: ratio = ours / the best of the others.
+time. Prints per contender the median seconds per step, its ratio to ours, the seconds that a process computed in a step (which other programs on the
+machine disturb less), the peak memory of a process during the timed steps (and what of it is not the libraries), the model FLOPs utilization (of the fastest
+matrix product seen in the same run), and whether its first losses are ours. Ends with a line of JSON: ratio = ours / the best of the others.
 
 MMEngine and timm (which the published file imports) are installed into --packages, a folder of their own, the first time. On CPUs everything is fp32.
 """
@@ -158,17 +158,16 @@ def report(measured: dict[str, list[dict]], failed: dict[str, str], workload: Wo
 
     flops = training_pass(build_on_meta(workload.experiment.model), workload.image_px, workload.image_px).model_flops * workload.micro_batch
     ceiling = max(run["matmul_flops"] for runs in measured.values() for run in runs)
-    seconds = {name: statistics.median(run["seconds"] for run in runs) for name, runs in measured.items()}
-    peaks = {name: statistics.median(run["peak_bytes"] for run in runs) for name, runs in measured.items()}
+    seconds, cpu, peaks = ({name: statistics.median(run[key] for run in runs) for name, runs in measured.items()} for key in ("seconds", "cpu_seconds", "peak_bytes"))
     own = {name: statistics.median(run["peak_bytes"] - run["start_bytes"] for run in runs) for name, runs in measured.items()}
-    table = Table("contender", "s/step", "ours / it", "peak GiB", "not libraries", "MFU %", "first losses",
+    table = Table("contender", "s/step", "ours / it", "CPU s/step", "peak GiB", "not libraries", "MFU %", "first losses",
                   title=f"{args.size}, {args.world} x {workload.micro_batch} images of {workload.image_px} px, {Path(args.deepspeed_config).stem}, "
                         f"matmul {ceiling / 1e12:.4g} TFLOP/s per process")
     same = {}
     for name in measured:
         ours, theirs = measured["ours"][0]["losses"], measured[name][0]["losses"]
         same[name] = max(abs(a - b) / abs(a) for a, b in zip(ours, theirs, strict=True))
-        table.add_row(name, f"{seconds[name]:.4f}", f"{seconds['ours'] / seconds[name]:.3f}", f"{peaks[name] / 2**30:.3f}", f"{own[name] / 2**30:.3f}",
+        table.add_row(name, f"{seconds[name]:.4f}", f"{seconds['ours'] / seconds[name]:.3f}", f"{cpu[name]:.4f}", f"{peaks[name] / 2**30:.3f}", f"{own[name] / 2**30:.3f}",
                       f"{100 * flops / seconds[name] / ceiling:.1f}", "ours" if name == "ours" else f"differ by {same[name]:.1e}")
     Console(width=140).print(table)
     fp32 = not workload.ds_config.get("bf16", {}).get("enabled")
@@ -180,6 +179,7 @@ def report(measured: dict[str, list[dict]], failed: dict[str, str], workload: Wo
         "size": args.size, "world": args.world, "micro_batch": workload.micro_batch, "ds_config": Path(args.deepspeed_config).stem,
         "matmul_tflops": round(ceiling / 1e12, 4), "model_tflop_per_process": round(flops / 1e12, 4),
         "seconds": {name: round(value, 4) for name, value in seconds.items()},
+        "cpu_seconds": {name: round(value, 4) for name, value in cpu.items()},
         "peak_gib": {name: round(value / 2**30, 3) for name, value in peaks.items()},
         "own_gib": {name: round(value / 2**30, 3) for name, value in own.items()},
         "mfu": {name: round(flops / value / ceiling, 4) for name, value in seconds.items()},

@@ -23,12 +23,12 @@ def main() -> None:
         for colour, name in enumerate(dict.fromkeys(row["series"] for row in found)):
             series = [row for row in found if row["series"] == name]
             xs = [row["x"] for row in series]
-            for line, key in enumerate(("seconds", "own_gib")):
+            for line, key in enumerate(("seconds" if curve == "world" else "cpu_seconds", "own_gib")):
                 panel, ys = axes[line, column], [row[key] for row in series]
                 panel.plot(xs, ys, color=f"C{colour}", marker="o", markersize=4, label=name)
                 if curve in ("model", "image"):
                     panel.plot(xs, [ys[0] * x / xs[0] for x in xs], color="0.6", linestyle=":", label="linear")
-        for line, title in enumerate(("seconds per step", "memory of a process, GiB, without libraries")):
+        for line, title in enumerate(("seconds per step (of CPU work but for processes)", "memory of a process, GiB, without libraries")):
             panel = axes[line, column]
             if curve in ("model", "image"):
                 panel.set(xscale="log", yscale="log")

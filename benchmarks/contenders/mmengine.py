@@ -53,7 +53,7 @@ class Clock(Hook):
     priority = "VERY_LOW"
 
     def __init__(self, workload: Workload) -> None:
-        self.workload, self.losses, self.seconds = workload, [], 0.0
+        self.workload, self.losses = workload, []
 
     def after_train_iter(self, runner: FlexibleRunner, batch_idx: int, data_batch: Any = None, outputs: dict[str, Tensor] | None = None) -> None:
         device = world_from_environment().device
@@ -62,11 +62,12 @@ class Clock(Hook):
         if runner.iter == self.workload.warmup - 1:
             reset_peak(device)
             dist.barrier()
-            self.began = time.perf_counter()
+            self.began, self.cpu_began = time.perf_counter(), time.process_time()
         if runner.iter == self.workload.warmup + self.workload.steps - 1:
             outputs["loss"].item()
-            self.seconds = (time.perf_counter() - self.began) / self.workload.steps
-            self.peak = peak_bytes(device)
+            steps = self.workload.steps
+            seconds, cpu_seconds = (time.perf_counter() - self.began) / steps, (time.process_time() - self.cpu_began) / steps
+            self.timed = Timed(seconds, self.losses, peak_bytes(device), cpu_seconds)
 
 
 def run(workload: Workload, work_dir: Path) -> Timed:
@@ -90,4 +91,4 @@ def run(workload: Workload, work_dir: Path) -> Timed:
         log_level="WARNING",
     )
     runner.train()
-    return Timed(clock.seconds, clock.losses, clock.peak)
+    return clock.timed
