@@ -1,7 +1,7 @@
 """InternVL's published backbone (a user's clone of OpenGVLab/InternVL, read where it lies) under mmseg's heads. Nothing in it is changed.
 
 What a user can set: `use_flash_attn=[]` where flash-attn is missing (the file passes the whole list to each block, and only an empty one is false),
-`segmentor.float()` against its own cast to bf16, and DistributedDataParallel's `static_graph` for its checkpointed blocks.
+and `segmentor.float()` against its own cast to bf16.
 """
 
 import importlib.util
@@ -61,7 +61,7 @@ def ddp(workload: Workload) -> Timed:
 
     cfg, world = workload.experiment, world_from_environment()
     model = published_segmentor(workload, cfg)
-    wrapped = DistributedDataParallel(model, static_graph=bool(cfg.model.backbone.with_cp))
+    wrapped = DistributedDataParallel(model, broadcast_buffers=False)  # as mmseg sets it
     optimizer = adamw(groups_of(model, cfg), cfg.optimizer, world.device)
     batches = micro_batches(workload, world.rank, world.size, world.device)
 
