@@ -1,4 +1,4 @@
-"""Draws docs/growth.png from the points that benchmarks/growth.py appended to a file.
+"""Draws docs/growth.png from the points that benchmarks/growth.py appended to a file: seconds by the clock over processes, else seconds of CPU work.
 
     python docs/draw_growth.py points.jsonl
 """
@@ -10,12 +10,12 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 CURVES = ("model", "image", "classes", "world", "groups")
-TITLES = {"model": "backbone and heads", "image": "image size", "classes": "classes", "world": "processes (2 cores)", "groups": "parameter groups"}
+TITLES = {"model": "model size", "image": "image size", "classes": "classes", "world": "processes, on 2 cores", "groups": "parameter groups"}
 
 
 def main() -> None:
     rows = [json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]
-    figure, axes = plt.subplots(2, len(CURVES), figsize=(16, 6), sharex="col")
+    figure, axes = plt.subplots(2, len(CURVES), figsize=(15, 5.5), sharex="col")
     for column, curve in enumerate(CURVES):
         found = [row for row in rows if row["curve"] == curve]
         if not found:
@@ -28,10 +28,11 @@ def main() -> None:
                 panel.plot(xs, ys, color=f"C{colour}", marker="o", markersize=4, label=name)
                 if curve in ("model", "image"):
                     panel.plot(xs, [ys[0] * x / xs[0] for x in xs], color="0.6", linestyle=":", label="linear")
-        for line, title in enumerate(("seconds per step (of CPU work but for processes)", "memory of a process, GiB, without libraries")):
+        for line, title in enumerate(("seconds per step", "GiB of a process")):
             panel = axes[line, column]
             if curve in ("model", "image"):
                 panel.set(xscale="log", yscale="log")
+                panel.xaxis.set_minor_formatter("")
             else:
                 panel.set_ylim(bottom=0)
             if curve == "world":
