@@ -1,0 +1,82 @@
+"""What the benchmarks measure with: seconds per step, peak memory of the timed steps, and the rate at which this machine multiplies matrices."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass
+class Timed:
+    """seconds, cpu_seconds: per step, of the clock and of this process's work (which other programs on the machine disturb less). losses: of the first steps,
+    means over the ranks. peak_bytes: the largest of any rank during the timed steps."""
+
+    seconds: float
+    losses: list[float]
+    peak_bytes: int
+    cpu_seconds: float
+
+
+def time_steps(step: Callable[[], Tensor], warmup: int, steps: int, device: torch.device) -> Timed:
+    """step: one optimizer step, which returns this rank's loss. The first `warmup` steps are not timed; their losses are kept. Collective."""
+    losses = []
+    for _ in range(warmup):
+        losses.append(mean_over_ranks(step().detach()))
+    reset_peak(device)
+    dist.barrier()
+    began, cpu_began = time.perf_counter(), time.process_time()
+    for _ in range(steps):
+        loss = step()
+    loss.item()  # waits for the device, as a log record does
+    seconds, cpu_seconds = (time.perf_counter() - began) / steps, (time.process_time() - cpu_began) / steps
+    return Timed(seconds, losses, peak_bytes(device), cpu_seconds)
+
+
+def mean_over_ranks(loss: Tensor) -> float:
+    total = loss.float().clone()
+    dist.all_reduce(total)
+    return total.item() / dist.get_world_size()
+
+
+def reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # of VmHWM (Linux, proc(5))
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Since `reset_peak`, the most that any rank had allocated on its GPU, or held in resident memory where it has none. Collective."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+        peak = 1024 * int(line.split()[1])
+    most = torch.tensor([peak], dtype=torch.float64, device=device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return int(most.item())
+
+
+def matmul_flops(dtype: torch.dtype, device: torch.device, seconds: float = 0.5) -> float:
+    """FLOP/s of this process in its fastest of many products of square matrices, while all ranks do the same. Collective."""
+    side = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
+    best, began = float("inf"), time.perf_counter()
+    dist.barrier()
+    while time.perf_counter() - began < seconds or best == float("inf"):
+        finish(device)
+        start = time.perf_counter()
+        a @ b
+        finish(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * side**3 / best
+
+
+def finish(device: torch.device) -> None:
+    """Waits for the kernels in flight."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
