@@ -96,13 +96,14 @@ def check_memory(world: int, workload: Workload) -> None:
     from workload import resolved_ds_config
 
     from internseg_ds.distributed.construction import build_on_meta
-    from internseg_ds.planning.memory import training_state_bytes
+    from internseg_ds.planning.memory import state
 
     cfg = workload.experiment
     raw = resolved_ds_config(workload, cfg, world)
     need = {"gpu": 0, "host": 0}
-    for _, size, place in training_state_bytes(build_on_meta(cfg.model), raw, "bf16" if raw.get("bf16", {}).get("enabled") else "fp32", world):
-        need["host" if place == "cpu" or not torch.cuda.is_available() else "gpu"] += size
+    for part in state(build_on_meta(cfg.model), raw, "bf16" if raw.get("bf16", {}).get("enabled") else "fp32", world):
+        need["gpu" if torch.cuda.is_available() else "host"] += part.device
+        need["host"] += part.host
     have = {"gpu": torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0,
             "host": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // world}
     for place, size in need.items():
