@@ -1,12 +1,12 @@
-"""Prints what full tuning of InternViT-6B needs on several GPUs under each ds_config, planned: the tables of docs/what_fits.md and of the README.
+"""Writes docs/what_fits.md: what full tuning of InternViT-6B needs on several GPUs under each ds_config, planned. The README has some of its rows.
 
-    python docs/tabulate_what_fits.py > docs/what_fits.md
+    python docs/tabulate_what_fits.py
 """
 
 from pathlib import Path
 
 from internseg_ds.engine.experiment import read_experiment
-from internseg_ds.engine.forecast import GIB, Forecast, compare
+from internseg_ds.engine.forecast import GIB, Forecast, compare, fastest
 from internseg_ds.engine.planner import Planner
 from internseg_ds.planning.devices import DEVICES, Device
 from internseg_ds.planning.step_time import Assumptions, Cluster
@@ -42,11 +42,10 @@ def host(plan: Forecast) -> str:
     return f" + {plan.host / GIB:.0f} host" if offloads else ""
 
 
-def fastest(plans: dict[Path, Forecast | str]) -> str:
-    fitting = [(plan.row.time.step, plan.footprint.peak, path, plan) for path, plan in plans.items() if isinstance(plan, Forecast) and plan.fits]
-    if not fitting:
+def best(plans: dict[Path, Forecast | str]) -> str:
+    if (path := fastest(plans)) is None:
         return "nothing"
-    *_, path, plan = min(fitting, key=lambda entry: (round(entry[0], 2), entry[1]))
+    plan = plans[path]
     recomputes = f", {plan.planner.recomputation}" if plan.planner.experiment.engine.recomputation == "auto" else ""
     return f"`{path.stem}`{recomputes}: {plan.footprint.peak / GIB:.0f} GiB{host(plan)}, {plan.row.images_per_s:.3g}/s"
 
@@ -60,12 +59,10 @@ def main() -> None:
         for count in COUNTS:
             plans = found(published, device, count)
             long.append(f"| {name}, {device.memory_gib:g} | {count} | {' | '.join(map(cell, plans.values()))} |")
-            short.append(f"| {name} | {count} | {fastest(plans)} | {fastest(found(auto, device, count))} |")
-    print(OPENING)
-    print("Bold: it fits; the peak per GPU in GiB, `+` what the host holds, and images per second. no (N): it would need N GiB. Empty: hpZ is for whole nodes of 8.\n")
-    print("\n".join(long))
-    print("\n## The fastest that fits\n\nThe ds_config, and what of the blocks is recomputed where the engine may choose.\n")
-    print("\n".join(short))
+            short.append(f"| {name} | {count} | {best(plans)} | {best(found(auto, device, count))} |")
+    legend = "Bold: it fits; the peak per GPU in GiB, `+` what the host holds, and images per second. no (N): it would need N GiB. Empty: hpZ is for whole nodes of 8."
+    second = "## The fastest that fits\n\nThe ds_config, and what of the blocks is recomputed where the engine may choose."
+    Path(__file__).with_name("what_fits.md").write_text("\n\n".join([OPENING.strip(), legend, "\n".join(long), second, "\n".join(short)]) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,26 +5,27 @@ import argparse
 from internseg_ds.engine import command_line
 from internseg_ds.planning.devices import DEVICES
 
-UNITS = {"GiB": 2**30, "TiB": 2**40, "MiB": 2**20, "GB": 10**9, "TB": 10**12, "MB": 10**6}
+UNITS = {"GiB": 2**30, "TiB": 2**40, "MiB": 2**20, "GB": 10**9, "TB": 10**12, "MB": 10**6, "G": 2**30, "T": 2**40, "M": 2**20}
 
 
 def numbers(text: str) -> list[int]:
     """The type of an option that lists counts: whole numbers of at least 1, with commas between."""
-    found = [number(part) for part in text.split(",")]
-    return found
+    return [number(part) for part in text.split(",")]
 
 
 def number(text: str) -> int:
-    if (found := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
-    return found
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
 
 
 def positive(text: str) -> float:
-    number = float(text)
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return number
+    try:
+        if 0 < (found := float(text)) < float("inf"):
+            return found
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
 
 
 def memory(text: str) -> float:
@@ -33,6 +34,10 @@ def memory(text: str) -> float:
         if text.lower().endswith(unit.lower()):
             return positive(text[: -len(unit)]) * size
     raise argparse.ArgumentTypeError(f"{text} has no unit; write 80GiB, or one of {', '.join(UNITS)}")
+
+
+def gpu(text: str) -> str:
+    return next((name for name in DEVICES if name.lower() == text.lower()), text)
 
 
 def main() -> None:
@@ -48,7 +53,7 @@ def main() -> None:
     size.add_argument("--gpus", type=number, metavar="N", help="plan for N GPUs (default: one node)")
     size.add_argument("--nodes", type=numbers, metavar="N,N,...", help="a table over numbers of nodes, such as 1,2,4,8,16,32,64")
     parser.add_argument("--gpus-per-node", type=number, default=8, metavar="N", help="processes of a node (default: %(default)s)")
-    parser.add_argument("--gpu", choices=DEVICES, default="H100", help="figures by the makers' data sheets (default: %(default)s)")
+    parser.add_argument("--gpu", type=gpu, choices=DEVICES, default="H100", help="figures by the makers' data sheets (default: %(default)s)")
     parser.add_argument("--gpu-memory", type=memory, metavar="SIZE", help="of one GPU, such as 80GiB (default: the GPU's)")
     parser.add_argument("--host-memory", type=memory, metavar="SIZE", help="of one host, such as 1TiB (default: not looked at)")
     parser.add_argument("--interconnect", type=positive, default=50.0, metavar="GB/s", help="between nodes, per GPU and direction (default: %(default)s, a 400 Gbit/s adapter each)")
@@ -58,6 +63,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.achieved > 1:
         parser.error(f"--achieved {args.achieved:g} is more than all of the peak; it is a share, such as 0.45")
+    if args.nodes and (args.gpu_memory or args.host_memory):
+        parser.error("--nodes makes a table of time, without memory; give --gpu-memory and --host-memory with --gpus")
     gpus = args.gpus or args.gpus_per_node
     per_node = min(gpus, args.gpus_per_node)
     if gpus % per_node:
@@ -66,15 +73,13 @@ def main() -> None:
     from dataclasses import replace
     from pathlib import Path
 
-    from rich.console import Console
-
     from internseg_ds.engine.experiment import read_experiment
-    from internseg_ds.engine.forecast import compare, describe_comparison, describe_forecast, forecast
+    from internseg_ds.engine.forecast import compare, describe_comparison, describe_forecast, forecast, wide_console
     from internseg_ds.engine.planner import Planner
     from internseg_ds.engine.scaling import describe_scaling, plan_scaling
     from internseg_ds.planning.step_time import Assumptions, Cluster
 
-    device, console, assumed = DEVICES[args.gpu], Console(), Assumptions(compute=args.achieved)
+    device, console, assumed = DEVICES[args.gpu], wide_console(), Assumptions(compute=args.achieved)
     if args.nvlink:
         device = replace(device, nvlink_gbs=args.nvlink)
     experiment = read_experiment(args.config, args.cfg_options)

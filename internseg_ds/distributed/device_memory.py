@@ -20,8 +20,8 @@ def device_memory(world: World) -> int:
     return psutil.virtual_memory().total // processes_here(world)
 
 
-def free_memory(world: World) -> int:
-    """What this process may still take."""
-    if world.device.type == "cuda":
-        return torch.cuda.mem_get_info(world.device)[0] + torch.cuda.memory_reserved(world.device)
-    return psutil.virtual_memory().available // processes_here(world)
+def free_memory(device: torch.device, processes: int) -> int:
+    """What this process may still take on its device. processes: of this host, which share its memory where there is no accelerator."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return psutil.virtual_memory().available // processes

@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import psutil
 import torch
 import torch.distributed as dist
 from mmcv import ConfigDict
 from torch import Tensor, nn
 
 from internseg_ds.distributed.construction import build_on_meta, fill, gathered
+from internseg_ds.distributed.device_memory import free_memory
 from internseg_ds.distributed.precision import apply_precision
 
 log = logging.getLogger(__name__)
@@ -114,16 +114,9 @@ def _whole_bytes(module: nn.Module) -> int:
 
 def copy_fits(needed: int, device: torch.device) -> bool:
     """Whether `needed` bytes of weights fit into the free memory of every rank, and windows and logits beside them. Collective; says so in the log."""
-    spare = torch.tensor(free_memory(device) * ROOM - needed, dtype=torch.float64, device=device)
+    spare = torch.tensor(free_memory(device, dist.get_world_size()) * ROOM - needed, dtype=torch.float64, device=device)
     dist.all_reduce(spare, dist.ReduceOp.MIN)
     fits = spare.item() >= 0
     log.info("evaluation: %s, the weights take %.2f GiB whole and the rank with the least memory may use %.2f GiB for them",
              "each rank gathers a copy" if fits else "ranks gather weights layer by layer, in step", needed / 2**30, (spare.item() + needed) / 2**30)
     return fits
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that this rank can still take on its device; on CPUs, its share of what the host has, as if all ranks were on it."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return psutil.virtual_memory().available // dist.get_world_size()

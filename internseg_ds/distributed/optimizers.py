@@ -1,7 +1,7 @@
 """The optimizer that the config names, over parameter groups: torch's own, or DeepSpeed's CPU Adam where its state is offloaded."""
 
-import functools
 import inspect
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -50,23 +50,20 @@ def build_optimizer(groups: list[dict[str, Any]], section: Mapping[str, Any], ds
         return DeepSpeedCPUAdam(groups, adamw_mode=kind == "AdamW", **settings)
     if kind in ("Adam", "AdamW") and not settings.get("foreach"):
         settings.setdefault("fused", True)
-    return without_empty_groups(OPTIMIZERS.get(kind))(groups, **settings)
+    optimizer = OPTIMIZERS.get(kind)(groups, **settings)
+    optimizer.step = types.MethodType(_step_of_groups_with_parameters, optimizer)  # of this one: DeepSpeed knows its optimizers by their exact class
+    return optimizer
 
 
-@functools.cache
-def without_empty_groups(optimizer: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
-    """A subclass of `optimizer` that passes over groups without parameters.
+def _step_of_groups_with_parameters(self: torch.optim.Optimizer, closure: Callable[[], float] | None = None) -> float | None:
+    """An optimizer's `step` that passes over groups without parameters.
 
     ZeRO-3 updates one group at a time: it empties all others, and calls `step` once for each. torch looks into every one of them every time, which for the
     98 groups of a layer-wise learning rate is 9,604 looks and some 30 ms of Python in each training step (docs/performance.md).
     """
-
-    def step(self: torch.optim.Optimizer, closure: Callable[[], float] | None = None) -> float | None:
-        groups = self.param_groups
-        self.param_groups = [group for group in groups if group["params"]]
-        try:
-            return optimizer.step(self, closure)
-        finally:
-            self.param_groups = groups
-
-    return type(optimizer.__name__, (optimizer,), {"step": step, "__doc__": optimizer.__doc__})
+    groups = self.param_groups
+    self.param_groups = [group for group in groups if group["params"]]
+    try:
+        return type(self).step(self, closure)
+    finally:
+        self.param_groups = groups

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from internseg_ds.distributed.ds_config import Precision
 from internseg_ds.errors import ConfigError
+from internseg_ds.models.heads import heads as heads_of
 
 
 def computes_bf16(device: torch.device) -> bool:
@@ -46,16 +47,13 @@ def heads_dtype(requested: Literal["float32", "bfloat16"], segmentor: nn.Module,
     if requested == "bfloat16":
         if precision == "fp32":
             raise ConfigError("engine.heads_dtype='bfloat16' needs bf16 weights or autocast; enable bf16 or torch_autocast in the ds_config")
-        for head in _heads(segmentor):
+        for head in heads_of(segmentor):
             if not isinstance(getattr(head, "conv_seg", None), nn.Conv2d):
                 raise ConfigError(f"engine.heads_dtype='bfloat16' is not for {type(head).__name__}: it has no conv_seg, from which on scores and losses are fp32; drop it")
+            for name, layer in head.named_modules():
+                if layer is not head.conv_seg and getattr(layer, "out_channels", getattr(layer, "out_features", None)) == head.num_classes:
+                    raise ConfigError(f"engine.heads_dtype='bfloat16' is not for {type(head).__name__}: its {name} makes class scores too, which would not be fp32; drop it")
     return getattr(torch, requested)
-
-
-def _heads(segmentor: nn.Module) -> list[nn.Module]:
-    """decode_head and auxiliary_head, or each of them where they are lists."""
-    found = [head for name in ("decode_head", "auxiliary_head") if (head := getattr(segmentor, name, None)) is not None]
-    return [part for head in found for part in (head if isinstance(head, nn.ModuleList) else [head])]
 
 
 def apply_precision(segmentor: nn.Module, compute: torch.dtype, *, heads: torch.dtype = torch.float32, autocast: bool = False) -> None:
@@ -67,7 +65,7 @@ def apply_precision(segmentor: nn.Module, compute: torch.dtype, *, heads: torch.
     """
     for name, child in segmentor.named_children():
         if name != "backbone" and heads == torch.bfloat16:
-            compute_in_bf16(child, except_for=[head.conv_seg for head in _heads(segmentor)])
+            compute_in_bf16(child, except_for=[head.conv_seg for head in heads_of(segmentor)])
         elif name != "backbone" or compute == torch.float32:
             compute_in_fp32(child)
     buffers_to_fp32(segmentor)

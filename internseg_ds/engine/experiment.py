@@ -17,6 +17,7 @@ from mmcv import Config, ConfigDict
 
 from internseg_ds.distributed.lr_schedule import PolySchedule
 from internseg_ds.errors import ConfigError, unknown_key
+from internseg_ds.models.recomputation import check_recomputation
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class EngineOptions:
     backbone_dtype: str = "auto"
     """dtype in which the backbone computes: "bfloat16", "float32", or "auto": bfloat16 where the hardware multiplies it natively, else float32."""
     heads_dtype: str = "float32"
-    """dtype in which training computes the heads: "float32" (TF32 in a GPU's convolutions), or "bfloat16", with norms, class scores and losses in float32."""
+    """dtype in which the heads compute: "float32" (TF32 in a GPU's convolutions), or "bfloat16", with norms, class scores and losses in float32."""
     recomputation: str | int = "config"
     """Activation checkpointing of the backbone: "config" (as its with_cp says: every block or none), "none", "blocks" (every block), k (every k-th block),
     "all_but_matmuls" (each block keeps the results of matrix products and attention, and computes the rest again), or "auto" (by the plan of the run's memory,
@@ -63,6 +64,11 @@ class EngineOptions:
             raise ConfigError(f"engine.heads_dtype={self.heads_dtype!r} is none of 'float32', 'bfloat16'")
         if self.evaluation_weights not in ("auto", "whole", "partitioned"):
             raise ConfigError(f"engine.evaluation_weights={self.evaluation_weights!r} is none of 'auto', 'whole', 'partitioned'")
+        if self.recomputation not in ("config", "auto"):
+            try:
+                check_recomputation(self.recomputation)
+            except ValueError as error:
+                raise ConfigError(f"engine.recomputation={self.recomputation!r} cannot be: {error}; \"config\" leaves it to the backbone's with_cp, \"auto\" to the plan") from None
         if self.global_batch is not None:
             _whole(self.global_batch, "engine.global_batch", least=1)
         for name in ("evaluate_before", "background_save"):

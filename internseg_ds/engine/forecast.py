@@ -5,7 +5,7 @@ In: an experiment, ds_configs, a cluster and its memory. Out: `Forecast`s, table
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +18,9 @@ from internseg_ds.distributed.device_memory import device_memory, processes_here
 from internseg_ds.distributed.ds_config import DsConfig
 from internseg_ds.distributed.precision import backbone_dtype
 from internseg_ds.distributed.process_group import World
+from internseg_ds.engine.auto_recomputation import least_recomputation
 from internseg_ds.engine.experiment import Experiment
 from internseg_ds.engine.planner import Planner, Row
-from internseg_ds.engine.recomputation import least_recomputation
 from internseg_ds.engine.scaling import assumptions, flops
 from internseg_ds.errors import ConfigError
 from internseg_ds.planning.activations import most_bytes
@@ -37,7 +37,7 @@ PHASES = {"train": "forward and backward", "update": "optimizer's step", "evalua
 @dataclass(frozen=True)
 class Forecast:
     """One ds_config on one cluster. planner: of the experiment with the activation checkpointing that it will have. host_bytes: memory of a host, None where
-    unknown. row: None where the time is not modelled, `untimed` says why."""
+    unknown. row: None where the time is not modelled, `untimed` says why. unit: what a process runs on."""
 
     planner: Planner
     ds: DsConfig
@@ -47,6 +47,7 @@ class Forecast:
     host_bytes: float | None = None
     row: Row | None = None
     untimed: str = ""
+    unit: str = "GPU"
 
     @property
     def host(self) -> int:
@@ -96,11 +97,21 @@ def compare(planner: Planner, ds_configs: Sequence[Path], cluster: Cluster, assu
     return found
 
 
+def wide_console() -> Console:
+    """At least 110 columns: a table that is cut off says nothing."""
+    return Console(width=max(Console().width, 110))
+
+
+def brief(value: float) -> str:
+    """Three digits, and no exponent for what is large."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
 def memory_table(plan: Forecast, title: str) -> Table:
     """Of one process, phase by phase."""
     footprint = plan.footprint
     table = Table(title=title)
-    table.add_column("GiB per GPU, and per host", no_wrap=True)
+    table.add_column(f"GiB per {plan.unit}, and per host", no_wrap=True)
     for name in (*PHASES, "host"):
         table.add_column(name, justify="right")
 
@@ -120,7 +131,7 @@ def memory_table(plan: Forecast, title: str) -> Table:
 def verdict(plan: Forecast) -> str:
     """A sentence: the peak, and whether it fits."""
     footprint = plan.footprint
-    said = (f"Peak: {footprint.peak / GIB:.1f} GiB per GPU ({PHASES[footprint.fullest]}) of {plan.device_bytes / GIB:.1f}: {'fits' if plan.fits_device else 'does not fit'}.")
+    said = (f"Peak: {footprint.peak / GIB:.1f} GiB per {plan.unit} ({PHASES[footprint.fullest]}) of {plan.device_bytes / GIB:.1f}: {'fits' if plan.fits_device else 'does not fit'}.")
     if plan.host_bytes is not None:
         said += f" {plan.host / GIB:.0f} GiB per host of {plan.host_bytes / GIB:.0f}: {'fits' if plan.fits_host else 'does not fit'}."
     return said
@@ -132,16 +143,16 @@ def describe_forecast(plan: Forecast, cluster: Cluster, console: Console) -> Non
     gpus = f"{cluster.world_size} x {cluster.device.name}"
     console.print(memory_table(plan, f"{planner.experiment.name}\n{ds.source}: ZeRO-{ds.stage}, {ds.precision}, {gpus}, {ds.micro_batch} images per GPU"))
     console.print(verdict(plan))
-    console.print(f"Activation checkpointing: {planner.recomputation}" + (" (chosen by memory)." if planner.experiment.engine.recomputation == "auto" else "."))
+    console.print(f"Recomputed in the backbone: {planner.recomputation}" + (", chosen by memory." if planner.experiment.engine.recomputation == "auto" else "."))
     console.print(flops(planner.passed, planner.crop))
-    console.print(f"Disk: {footprint.checkpoint / GIB:.1f} GiB per checkpoint, {footprint.consolidated / GIB:.1f} GiB for its consolidated fp32 file.")
+    console.print(f"Disk: {brief(footprint.checkpoint / GIB)} GiB per checkpoint, {brief(footprint.consolidated / GIB)} GiB for its consolidated fp32 file.")
     if row is None:
         console.print(f"Time: not planned. {plan.untimed}")
     else:
-        console.print(f"Step: {row.global_batch} images = {cluster.world_size} GPUs x {ds.micro_batch} x {row.accumulation} accumulation steps in {row.time.step:.2f} s "
-                      f"({row.images_per_s:.3g} images/s); floor {row.time.floor:.2f} s, computation {row.time.compute:.2f} s, communication {row.time.communication:.2f} s, "
-                      f"copies to and from the host {row.time.host:.2f} s, update {row.time.update:.2f} s. Sent per GPU and step: {row.within_node / 1e9:.1f} GB within a node, "
-                      f"{row.between_nodes / 1e9:.2f} GB between nodes. {row.hours:.1f} hours for the schedule.")
+        console.print(f"Step: {row.global_batch} images = {cluster.world_size} GPUs x {ds.micro_batch} x {row.accumulation} accumulation steps in {brief(row.time.step)} s "
+                      f"({brief(row.images_per_s)} images/s); floor {brief(row.time.floor)} s, computation {brief(row.time.compute)} s, communication {brief(row.time.communication)} s, "
+                      f"copies to and from the host {brief(row.time.host)} s, update {brief(row.time.update)} s. Sent per GPU and step: {brief(row.within_node / 1e9)} GB within a node, "
+                      f"{brief(row.between_nodes / 1e9)} GB between nodes. {brief(row.hours)} hours for the schedule.")
         if not row.keeps_batch:
             console.print(f"The recipe's {planner.experiment.engine.global_batch} images per step cannot be kept; hours are for as many images as its "
                           f"{planner.experiment.max_steps:,} steps see.")
@@ -160,7 +171,7 @@ def describe_comparison(planner: Planner, found: dict[Path, Forecast | str], clu
         if isinstance(plan, str):
             table.add_row(path.stem, "", "", "no")
             continue
-        timed = ("", "", "") if plan.row is None else (f"{plan.row.time.step:.2f}", f"{plan.row.images_per_s:.3g}", f"{plan.row.hours:.1f}")
+        timed = ("", "", "") if plan.row is None else (brief(plan.row.time.step), brief(plan.row.images_per_s), brief(plan.row.hours))
         table.add_row(path.stem, f"{plan.footprint.peak / GIB:.1f}", f"{plan.host / GIB:.0f}", "yes" if plan.fits else "no", *timed, *[str(plan.planner.recomputation)] * chosen)
     console.print(table)
     for path, plan in found.items():
@@ -170,46 +181,51 @@ def describe_comparison(planner: Planner, found: dict[Path, Forecast | str], clu
     console.print(assumptions(planner.experiment, cluster, assumed))
 
 
+def fastest(found: Mapping[Path, Forecast | str]) -> Path | None:
+    """The ds_config that fits and takes least time, None where none is timed. Of those that take as long, to two digits: first without offloading, then in
+    bf16, then the one that leaves more memory."""
+    timed = {path: plan for path, plan in found.items() if isinstance(plan, Forecast) and plan.fits and plan.row is not None}
+    return min(timed, default=None, key=lambda path: (
+        float(f"{timed[path].row.time.step:.2g}"), timed[path].row.host_state > 0, timed[path].ds.precision != "bf16", timed[path].footprint.peak))
+
+
 def conclusion(found: dict[Path, Forecast | str]) -> str:
     """A sentence: which ds_configs fit, and which of them is fastest; where steps take as long (within 1 %), the one that leaves more memory."""
     fitting = {path: plan for path, plan in found.items() if isinstance(plan, Forecast) and plan.fits}
     if not fitting:
         return "None of these ds_configs fits. Use more GPUs or larger ones, fewer images per GPU (data.samples_per_gpu), or smaller crops."
     names = ", ".join(path.stem for path in fitting)
-    timed = {path: plan for path, plan in fitting.items() if plan.row is not None}
-    if not timed:
+    if (best := fastest(found)) is None:
         return f"These fit: {names}."
-    soonest = min(plan.row.time.step for plan in timed.values())
-    best = min((path for path in timed if timed[path].row.time.step <= 1.01 * soonest), key=lambda path: timed[path].footprint.peak)
-    return f"These fit: {names}. Fastest: {best.stem}, {timed[best].row.time.step:.2f} s a step, {timed[best].row.images_per_s:.3g} images/s."
+    return f"These fit: {names}. Fastest: {best.stem}, {brief(fitting[best].row.time.step)} s a step, {brief(fitting[best].row.images_per_s)} images/s."
 
 
-def of_this_run(experiment: Experiment, model: nn.Module, ds: DsConfig, world: World, *, validate: bool) -> Forecast:
-    """The memory of a run on the device of this process. model: on the meta device. Raises ConfigError where `Planner` does."""
-    size, compute = device_memory(world), backbone_dtype(experiment.engine.backbone_dtype, world.device, ds.precision)
-    planner = as_it_will_train(Planner(experiment, model), ds, size, compute=compute)
-    return Forecast(planner, ds, planner.footprint(ds, size, compute=compute, validate=validate), processes_here(world), size)
+def of_this_run(planner: Planner, ds: DsConfig, world: World, *, validate: bool) -> Forecast:
+    """The memory of a run on the device of this process."""
+    size, compute = device_memory(world), backbone_dtype(planner.experiment.engine.backbone_dtype, world.device, ds.precision)
+    planner = as_it_will_train(planner, ds, size, compute=compute)
+    return Forecast(planner, ds, planner.footprint(ds, size, compute=compute, validate=validate), processes_here(world), size,
+                    unit="GPU" if world.device.type == "cuda" else "process")
 
 
-def shortfall(experiment: Experiment, model: nn.Module, ds: DsConfig, world: World, *, ours: Path = Path("ds_configs")) -> str | None:
+def shortfall(experiment: Experiment, model: nn.Module, ds: DsConfig, world: World, *, crop: tuple[int, int] | None = None) -> str | None:
     """The sentence by which a run is warned that it will not fit into its device's memory, with the mend; None when it fits. Never raises.
 
     A model that is small beside the memory is not looked at closely, and evaluations, which take fewer windows where there is less room, are not looked at:
-    the start of a run is not to wait. model: on the meta device. ours: the folder of ds_configs in which a smaller one is
-    looked for.
+    the start of a run is not to wait. model: on the meta device. crop: height and width of a training image.
     """
     try:
-        device, planner = world.device, Planner(experiment, model)
+        device, planner = world.device, Planner(experiment, model, crop=crop)
         size, compute = device_memory(world), backbone_dtype(experiment.engine.backbone_dtype, device, ds.precision)
         if not _may_not_fit(planner, size):
             return None
-        found = planner.footprint(ds, size, compute=compute, validate=False, exact=False)
+        found = as_it_will_train(planner, ds, size, compute=compute).footprint(ds, size, compute=compute, validate=False, exact=False)
         if found.peak <= size:
             return None
         largest: Part = max((part for part in found.parts if found.fullest in part.phases), key=lambda part: part.device)
         said = (f"this run will not fit by the plan: it needs {found.peak / GIB:.1f} GiB per {'GPU' if device.type == 'cuda' else 'process'} ({PHASES[found.fullest]}) and "
                 f"there are {size / GIB:.1f}; the largest part is {largest.name}, {largest.device / GIB:.1f} GiB")
-        return f"{said}; {_mend(planner, ds, world, size, compute, ours)}"
+        return f"{said}; {_mend(planner, ds, world, size, compute)}"
     except Exception as error:  # an odd model is no reason not to train it
         log.info("whether this run fits into memory could not be planned: %s: %s", type(error).__name__, error)
         return None
@@ -221,18 +237,19 @@ def _may_not_fit(planner: Planner, size: int) -> bool:
     return state + most_bytes(planner.model, *planner.crop, planner.experiment.micro_batch) + 3 * GIB > size
 
 
-def _mend(planner: Planner, ds: DsConfig, world: World, size: int, compute: torch.dtype, ours: Path) -> str:
-    """What to do: the ds_config of ours that fits with the least on the host, else what else makes a run smaller."""
-    fitting = []
-    for path in sorted(ours.glob("*.json")):
+def _mend(planner: Planner, ds: DsConfig, world: World, size: int, compute: torch.dtype) -> str:
+    """What to do: the ds_config beside this one that fits with the least on the host, else what else makes a run smaller."""
+    fitting, beside = [], sorted(Path(ds.source).parent.glob("*.json")) if Path(ds.source).is_file() else []
+    for path in beside:
         try:
             other, _ = planner.resolve(path, world.size)
-            if other.precision == ds.precision and (found := planner.footprint(other, size, compute=compute, validate=False, exact=False)).peak <= size:
-                fitting.append((found.host, found.peak, path))
+            found = as_it_will_train(planner, other, size, compute=compute).footprint(other, size, compute=compute, validate=False, exact=False)
         except ConfigError:
             continue
+        if other.precision == ds.precision and found.peak <= size:
+            fitting.append((found.host, found.peak, path))
     if fitting:
         host, peak, path = min(fitting)
         return f"{path} would need {peak / GIB:.1f} GiB" + (f" and {host / GIB:.0f} GiB of the host's memory per process" if host > 5 * GIB else "")
-    return ("none of ds_configs/ would fit: use more GPUs, fewer images per GPU (data.samples_per_gpu), smaller crops, or activation checkpointing "
-            "(model.backbone.with_cp=True) if it is off")
+    return ("none of the ds_configs beside it would fit: " * bool(beside) + "use more GPUs, offload, or take fewer images per GPU (data.samples_per_gpu), smaller crops, or "
+            "activation checkpointing (engine.recomputation=\"blocks\") if it is off")

@@ -11,7 +11,7 @@ from internseg_ds.distributed.construction import build_for_training, build_on_m
 from internseg_ds.distributed.ds_config import resolve_ds_config
 from internseg_ds.distributed.gathering import Forwards, copy_fits
 from internseg_ds.distributed.loading import fit_segmentor, load, resized
-from internseg_ds.distributed.precision import apply_precision, backbone_dtype
+from internseg_ds.distributed.precision import apply_precision, backbone_dtype, heads_dtype
 from internseg_ds.distributed.process_group import World
 from internseg_ds.engine.experiment import Experiment
 
@@ -41,7 +41,7 @@ def _load_partitioned(experiment: Experiment, checkpoint: str | os.PathLike, wor
                            micro_batch=experiment.micro_batch, world_size=world.size, optimizer=experiment.optimizer)
     model = build_for_training(experiment.model, ds, world.device, seed=0)
     load(model, fit_segmentor(model, open_weights(Path(checkpoint), ema=ema)))
-    apply_precision(model, compute)
+    apply_precision(model, compute, heads=heads_dtype(experiment.engine.heads_dtype, model))
     engine, *_ = deepspeed.initialize(model=model, config=ds.raw)
     return engine.module.eval()
 
@@ -64,5 +64,5 @@ def load_trained(experiment: Experiment, checkpoint: str | os.PathLike, device: 
         return found.weights.read(found.sources[name]).to(device) if name in found.sources else torch.zeros_like(hollow, device=device)
 
     fill(model, parameter, buffer)
-    apply_precision(model, compute)
+    apply_precision(model, compute, heads=heads_dtype(experiment.engine.heads_dtype, model))
     return model.eval()

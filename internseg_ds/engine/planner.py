@@ -52,27 +52,32 @@ class Row:
 
 
 class Planner:
-    """Raises ConfigError for a model that cannot be built and an unknown crop size."""
+    """Raises ConfigError for a model that cannot be built, and for a training image of unknown size."""
 
-    def __init__(self, experiment: Experiment, model: nn.Module | None = None, recomputation: Recomputation | None = None) -> None:
-        """model: of the experiment, on the meta device, where it is built already. recomputation: its activation checkpointing, where that is not what
-        the experiment says; the model has it."""
-        self.experiment, self.recomputation = experiment, recomputation or experiment.engine.recomputation
+    def __init__(self, experiment: Experiment, model: nn.Module | None = None, *, crop: tuple[int, int] | None = None) -> None:
+        """model: of the experiment, on the meta device, where it is built already. crop: height and width of a training image, None: as the pipeline says."""
+        self.experiment = experiment
         self.model = model if model is not None else build_on_meta(experiment.model)
         if model is None:
             choose_recomputation(self.model, experiment.engine.recomputation)
-        self.crop = crop_size(experiment)
+        self.crop = crop or crop_size(experiment)
         self.group_sizes = [sum(param.numel() for param in group["params"]) for group in parameter_groups(self.model, experiment.optimizer)]
         self._found: dict[tuple[Precision, torch.dtype, bool], tuple[Activations, Evaluation | None]] = {}
 
         self._under: dict[Recomputation, Planner] = {}
+
+    @property
+    def recomputation(self) -> Recomputation:
+        """The activation checkpointing that the model has now."""
+        backbone = self.model.backbone
+        return getattr(backbone, "recomputation", "blocks") if getattr(backbone, "with_cp", False) else "none"
 
     def under(self, recomputation: Recomputation) -> "Planner":
         """The same experiment with this activation checkpointing. Raises ConfigError for a backbone that has none."""
         if recomputation not in self._under:
             model = copy.deepcopy(self.model)
             choose_recomputation(model, recomputation)
-            self._under[recomputation] = Planner(self.experiment, model, recomputation)
+            self._under[recomputation] = Planner(self.experiment, model, crop=self.crop)
         return self._under[recomputation]
 
     @cached_property
@@ -124,6 +129,8 @@ class Planner:
         exact: False takes the upper bound of the weights that ZeRO-3 gathers, which saves looking at the order of the modules.
         """
         options = self.experiment.engine
+        if (dtype := ds.raw.get("data_types", {}).get("grad_accum_dtype")) is not None:
+            raise ConfigError(f"data_types.grad_accum_dtype={dtype!r} of {ds.source} changes what DeepSpeed keeps in a way that the plan does not know; plan without it")
         if compute is None:
             compute = torch.float32 if ds.precision == "fp32" or options.backbone_dtype == "float32" else torch.bfloat16
         activations, evaluation = self._passes(ds.precision, compute, validate)

@@ -34,6 +34,7 @@ from internseg_ds.engine.planner import Planner
 from internseg_ds.engine.trackers import check_trackers
 from internseg_ds.errors import CheckpointError, ConfigError, DataError
 from internseg_ds.models.blocks import repeated_block
+from internseg_ds.models.heads import heads
 
 TOLERATED = 8
 """Damaged images at the start of a validation set, which an evaluation will leave out, that are no reason to think its pipeline wrong."""
@@ -41,12 +42,13 @@ TOLERATED = 8
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that has passed every check. meta_model: the segmentor on the meta device, for shapes and names."""
+    """A run that has passed every check. meta_model: the segmentor on the meta device, for shapes and names. crop: height and width of a training image."""
 
     experiment: Experiment
     ds: DsConfig
     world: World
     meta_model: nn.Module
+    crop: tuple[int, int]
     train_set: Dataset
     val_set: Dataset | None
 
@@ -60,7 +62,7 @@ def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, An
     meta_model = build_on_meta(experiment.model)
     choose_recomputation(meta_model, experiment.engine.recomputation)
     if experiment.engine.recomputation == "auto":
-        Planner(experiment, meta_model).under("blocks")  # whether there is something to choose
+        choose_recomputation(copy.deepcopy(meta_model), "blocks")  # whether there is something to choose
     ds = resolve_ds_config(
         ds_config, experiment=experiment.path, micro_batch=experiment.micro_batch, world_size=world.size, optimizer=experiment.optimizer,
         global_batch=experiment.engine.global_batch, accumulation=experiment.accumulation, gradient_clipping=experiment.gradient_clipping,
@@ -91,7 +93,7 @@ def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, An
         val_set = validation_set(experiment)
         check_classes(meta_model, val_set, "data.val")
         first_sample(val_set, "data.val", tolerated=TOLERATED)
-    return Plan(experiment, ds, world, meta_model, train_set, val_set)
+    return Plan(experiment, ds, world, meta_model, _image_shape(first)[1:], train_set, val_set)
 
 
 def check_forward(model: nn.Module, sample: Mapping[str, Any]) -> None:
@@ -135,10 +137,8 @@ def _forward_on_meta(model: nn.Module, shape: tuple[int, int, int]) -> None:
     try:
         with torch.no_grad():
             features = model.extract_feat(torch.empty(1, *shape, device="meta"))
-            for name in ("decode_head", "auxiliary_head"):
-                head = getattr(model, name, None)
-                for part in head if isinstance(head, nn.ModuleList) else [head] if head is not None else []:
-                    part(features)
+            for head in heads(model):
+                head(features)
     finally:
         model.train()
 
@@ -210,11 +210,9 @@ def check_classes(model: nn.Module, dataset: Dataset, what: str) -> None:
     classes = getattr(dataset, "CLASSES", None)
     if classes is None:
         raise ConfigError(f"{what} does not name its classes; add classes=(...) and palette=[...] to it")
-    heads = [head for name in ("decode_head", "auxiliary_head") if (head := getattr(model, name, None)) is not None]
-    for head in heads:
-        for part in head if isinstance(head, nn.ModuleList) else [head]:
-            if part.num_classes != len(classes):
-                raise ConfigError(f"{type(part).__name__} predicts num_classes={part.num_classes} classes but {what} has {len(classes)}; make them equal")
+    for head in heads(model):
+        if head.num_classes != len(classes):
+            raise ConfigError(f"{type(head).__name__} predicts num_classes={head.num_classes} classes but {what} has {len(classes)}; make them equal")
 
 
 def check_patches(experiment: Experiment, model: nn.Module) -> None:
@@ -262,7 +260,7 @@ def check_sample(model: nn.Module, sample: Mapping[str, Any]) -> None:
 
 
 def describe(plan: Plan, console: Console) -> None:
-    """Prints what `--dry-run` shows: parameters by part, groups, batches, and the memory of a process. Raises ConfigError where `Planner` does."""
+    """Prints what `--dry-run` shows: parameters by part, groups, batches, and the memory of a process."""
     counts = Table("part", "parameters", "of which train", title=f"{plan.experiment.name}: model")
     for name, child in [*plan.meta_model.named_children(), ("all", plan.meta_model)]:
         params = list(child.parameters())
@@ -276,7 +274,12 @@ def describe(plan: Plan, console: Console) -> None:
     console.print(f"batch: {ds.global_batch} images per step = {ds.world_size} processes x {ds.micro_batch} images x {ds.accumulation} accumulation steps")
     console.print(f"data: {len(plan.train_set):,} training images, {len(plan.val_set) if plan.val_set is not None else 0:,} validation images; "
                   f"{experiment.max_steps:,} steps = {experiment.max_steps * ds.global_batch / len(plan.train_set):.1f} epochs")
-    memory = of_this_run(experiment, plan.meta_model, ds, plan.world, validate=plan.val_set is not None)
+    try:
+        memory = of_this_run(Planner(experiment, plan.meta_model, crop=plan.crop), ds, plan.world, validate=plan.val_set is not None)
+    except Exception as error:  # an odd model is no reason not to train it
+        console.print(f"the memory of this run cannot be planned: {type(error).__name__}: {error}")
+        return
     console.print(memory_table(memory, f"{ds.source}: ZeRO-{ds.stage}, {ds.precision}, {ds.world_size} process{'es' * (ds.world_size > 1)}"))
+    console.print(f"Recomputed in the backbone: {memory.planner.recomputation}.")
     console.print(f"{verdict(memory)} {memory.footprint.checkpoint / 2**30:.3g} GiB on disk per checkpoint.")
     console.print("planned, not measured; nothing was taken from any accelerator. launch/plan.py compares ds_configs, GPUs and their numbers")

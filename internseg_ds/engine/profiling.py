@@ -23,10 +23,12 @@ from internseg_ds.distributed.watch import Doing, Watch
 from internseg_ds.engine.outputs import make_folder, unless_disk_full, whole_file
 from internseg_ds.engine.trace_summary import summarise
 from internseg_ds.errors import ConfigError
+from internseg_ds.models.heads import heads
 
 log = logging.getLogger(__name__)
 
-DEFAULT_STEPS, MOST_STEPS = 3, 100
+DEFAULT_STEPS, MOST_STEPS = 3, 20
+"""A profile is held in memory until it is written: some 0.1 GiB a step for the demo's model, more for those with more operations."""
 UNPROFILED = 4
 """Steps before the first one that is recorded: kernels are chosen and queues are filled in these."""
 
@@ -44,6 +46,7 @@ class StepProfile:
     def __init__(self, folder: Path, steps: int, module: nn.Module, world: World, watch: Watch, *, start: int, last: int) -> None:
         """steps: how many are recorded; 0: none. start: the step that the run goes on from. last: the last one of the schedule."""
         self.folder, self.module, self.world, self.watch = folder, module, world, watch
+        self.asked = steps
         unprofiled = min(UNPROFILED, max(0, last - start - steps))  # none of a run that is too short
         self.steps = range(start + unprofiled + 1, min(start + unprofiled + steps, last) + 1)
         self.activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * (world.device.type == "cuda")]
@@ -64,8 +67,8 @@ class StepProfile:
         elif self._profiler is not None:
             with suppress(RuntimeError):  # there may be another error on its way
                 self._profiler.stop()
-        if self.steps and not self._recorded and kind is None:
-            log.info("there is no profile: the run stopped before step %d", self.steps[0])
+        if self.asked and not self._recorded and kind is None:
+            log.info("there is no profile: %s", f"the run stopped before step {self.steps[0]}" if self.steps else "no step was left to train")
         self._unhook()
 
     def at(self, step: int, doing: Doing, micro_batch: int = 0) -> None:
@@ -104,8 +107,8 @@ class StepProfile:
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would tell stderr that it starts and stops, and of GPUs that a CPU machine has not
         self._profiler = profile(activities=self.activities)
         self._profiler.start()
-        for name, kind in (("backbone", "backbone"), ("decode_head", "heads"), ("auxiliary_head", "heads")):
-            for part in _parts(getattr(self.module, name, None)):
+        for kind, parts in (("backbone", [self.module.backbone]), ("heads", heads(self.module))):
+            for part in parts:
                 self._hooks += [part.register_forward_pre_hook(lambda *_, kind=kind: self._open(kind)), part.register_forward_hook(lambda *_: self._close_ranges(2))]
 
     def _unhook(self) -> None:
@@ -138,8 +141,9 @@ class StepProfile:
             with whole_file(path) as file, gzip.open(file, "wb", compresslevel=5) as packed:
                 packed.write(text)
             if self.world.is_main:
-                log.info("profile of steps %d to %d: %s (and one of each other rank) opens in https://ui.perfetto.dev\n%s", self._recorded[0], self._recorded[-1], path,
-                         self._summarised(profiler, text))
+                fewer = f" ({self.asked} were asked for)" if len(self._recorded) < self.asked else ""
+                log.info("profile of steps %d to %d%s: %s (and one of each other rank) opens in https://ui.perfetto.dev\n%s", self._recorded[0], self._recorded[-1], fewer,
+                         path, self._summarised(profiler, text))
 
     def _summarised(self, profiler: profile, trace: bytes) -> str:
         """The table of the summary, which is written."""
@@ -152,7 +156,3 @@ class StepProfile:
         with whole_file(self.folder / "summary.txt") as file:
             file.write(f"{table}\n\nOperations that took longest, by torch.profiler:\n\n{top}\n".encode())
         return table
-
-
-def _parts(head: nn.Module | None) -> list[nn.Module]:
-    return [] if head is None else list(head) if isinstance(head, nn.ModuleList) else [head]

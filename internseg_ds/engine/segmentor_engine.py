@@ -39,14 +39,15 @@ from internseg_ds.distributed.precision import apply_precision, backbone_dtype, 
 from internseg_ds.distributed.process_group import World, adopt, join, leave, of_all_ranks, world_from_environment
 from internseg_ds.distributed.restoring import restore
 from internseg_ds.distributed.watch import Watch, check_heartbeat_timeout
+from internseg_ds.engine.auto_recomputation import agreed_recomputation
 from internseg_ds.engine.checkpointing import Checkpoints, agree_to_resume, checkpoint_to_resume, named_groups, state_of
 from internseg_ds.engine.evaluator import Evaluation, evaluate
 from internseg_ds.engine.experiment import Experiment, read_experiment
 from internseg_ds.engine.forecast import shortfall
 from internseg_ds.engine.outputs import check_writable
+from internseg_ds.engine.planner import Planner
 from internseg_ds.engine.preflight import Plan, check, starting_weights
 from internseg_ds.engine.profiling import check_profiled_steps
-from internseg_ds.engine.recomputation import agreed_recomputation
 from internseg_ds.engine.state import TrainState
 from internseg_ds.engine.stopping import StopRequests, check_no_stop_file, stop_file
 from internseg_ds.engine.trackers import start_logging
@@ -96,6 +97,8 @@ class SegmentorEngine:
         refusal: UserError | None = None
         try:
             check_writable(self.work_dir / "checkpoints", "--work-dir")
+            if self.profiled_steps:
+                check_writable(self.work_dir / "profile", "--profile")
             check_no_stop_file(self.work_dir)
             resume_from = checkpoint_to_resume(resume or experiment.resume_from, self.work_dir)
             self.plan: Plan = check(experiment, ds_config, world, validate=validate, load_from=load_from, resume_from=resume_from)
@@ -116,7 +119,7 @@ class SegmentorEngine:
         start_logging(self.work_dir, level=experiment.log_level, is_main=world.is_main)
         for note in experiment.notes:
             log.info("config: %s", note)
-        if world.is_main and (said := shortfall(experiment, self.plan.meta_model, self.plan.ds, world)):
+        if world.is_main and (said := shortfall(experiment, self.plan.meta_model, self.plan.ds, world, crop=self.plan.crop)):
             log.warning(said)
         checkpoint = agree_to_resume(resume_from, self.plan.ds.stage)
         self.resumed_unscored = any(of_all_ranks(checkpoint is not None and not checkpoint.manifest.get("metrics")))  # hosts may differ
@@ -137,9 +140,9 @@ class SegmentorEngine:
         log.info("%d process%s on %s, ZeRO-%d, %s parameters, backbone computes in %s, heads in %s", self.world.size, "es" * (self.world.size > 1),
                  device.type, ds.stage, *(str(dtype).removeprefix("torch.") for dtype in (ds.param_dtype, self.compute_dtype, self.heads_dtype)))
         log.info("%d images per step = %d processes x %d images x %d accumulation steps", ds.global_batch, ds.world_size, ds.micro_batch, ds.accumulation)
-        recomputation = agreed_recomputation(experiment, self.plan.meta_model, ds, self.world, self.compute_dtype)
+        recomputation = agreed_recomputation(Planner(experiment, self.plan.meta_model, crop=self.plan.crop), ds, self.world, self.compute_dtype)
         choose_recomputation(self.plan.meta_model, recomputation)
-        self.meter = make_meter(experiment, self.plan.meta_model, self.world, self.compute_dtype)
+        self.meter = make_meter(experiment.engine.peak_tflops, self.plan.meta_model, self.plan.crop, self.world, self.compute_dtype)
         torch.backends.cudnn.benchmark = experiment.cudnn_benchmark and not torch.are_deterministic_algorithms_enabled()
         model = build_for_training(experiment.model, ds, device, seed)
         choose_recomputation(model, recomputation)

@@ -15,10 +15,7 @@ from torch import nn
 from torch.utils.benchmark import Timer
 
 from internseg_ds.distributed.process_group import World, of_all_ranks
-from internseg_ds.engine.experiment import Experiment
 from internseg_ds.engine.interval import Interval
-from internseg_ds.engine.planner import crop_size
-from internseg_ds.errors import ConfigError
 from internseg_ds.planning.training_pass import TrainingPass, training_pass
 
 log = logging.getLogger(__name__)
@@ -50,31 +47,29 @@ class Meter:
         return values | {"data_wait": interval.waited_s / seconds, "peak_gib": peak_bytes(self.device) / 2**30}
 
 
-def make_meter(experiment: Experiment, meta_model: nn.Module, world: World, dtype: torch.dtype) -> Meter:
-    """Before the model takes memory: what is measured here leaves neither memory nor a peak behind. dtype: in which the backbone computes. Collective."""
-    passed = flops_of(experiment, meta_model) if world.is_main else None
+def make_meter(peak_tflops: float | None, meta_model: nn.Module, crop: tuple[int, int], world: World, dtype: torch.dtype) -> Meter:
+    """Before the model takes memory: what is measured here leaves neither memory nor a peak behind. peak_tflops: of one device, None to measure it.
+    crop: height and width of a training image. dtype: in which the backbone computes. Collective."""
+    passed = flops_of(meta_model, crop) if world.is_main else None
     if not any(of_all_ranks(passed is not None)):
         return Meter(world.device)
-    named = experiment.engine.peak_tflops
-    peak = world.size * 1e12 * named if named is not None else sum(of_all_ranks(matmul_peak(dtype, world)))
+    peak = world.size * 1e12 * peak_tflops if peak_tflops is not None else sum(of_all_ranks(matmul_peak(dtype, world)))
     return Meter(world.device, passed.model_flops, passed.model_flops + passed.backbone_recomputed, peak) if passed else Meter(world.device)
 
 
-def flops_of(experiment: Experiment, meta_model: nn.Module) -> TrainingPass | None:
+def flops_of(meta_model: nn.Module, crop: tuple[int, int]) -> TrainingPass | None:
     """What a training image costs; None, and a line in the log, where that cannot be told."""
     try:
-        return training_pass(meta_model, *crop_size(experiment))
-    except ConfigError as error:
-        log.info("records go without mfu and hfu: %s", error)
+        return training_pass(meta_model, *crop)
     except Exception as error:  # whatever a part of somebody's model refuses with: no reason not to train
         log.info("records go without mfu and hfu: the model's FLOPs cannot be counted (%s: %s)", type(error).__name__, error)
-    return None
+        return None
 
 
 def matmul_peak(dtype: torch.dtype, world: World) -> float:
     """FLOP/s of square matrix products in `dtype` on this rank's device, with all ranks at it at the same time, since they may share a machine. Collective.
 
-    The median of products of normally distributed numbers (of zeros, a GPU multiplies faster). Logs the mean over ranks.
+    The fastest of some blocks of products, which other work disturbs least, of normally distributed numbers (of zeros, a GPU multiplies faster). Logs the mean over ranks.
     """
     device = world.device
     generator = torch.Generator(device).manual_seed(0)  # its own: the training's stays where it is
@@ -89,7 +84,7 @@ def matmul_peak(dtype: torch.dtype, world: World) -> float:
     if dist.is_initialized():
         dist.barrier()
     timer = Timer("torch.mm(a, b, out=product)", globals={"torch": torch, "a": a, "b": b, "product": product}, num_threads=torch.get_num_threads())
-    peak = 2 * side**3 / timer.blocked_autorange(min_run_time=MEASURED_S).median
+    peak = 2 * side**3 / min(timer.blocked_autorange(min_run_time=MEASURED_S).times)
     del a, b, product, timer
     if device.type == "cuda":
         torch.cuda.empty_cache()

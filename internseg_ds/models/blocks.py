@@ -25,6 +25,8 @@ def repeated_block(backbone: nn.Module) -> RepeatedBlock | None:
         seen: set[RepeatedBlock] = set()
         for child in parent:
             kind = type(child)
+            if child is None or kind.__module__.startswith("torch.nn."):  # a place left empty; a container or a plain layer, whose class heads have too
+                continue
             block = RepeatedBlock(f"{kind.__module__}.{kind.__qualname__}", tuple(param.numel() for param in child.parameters()))
             if block in seen and sum(block.sizes) > (sum(largest.sizes) if largest else 0):
                 largest = block

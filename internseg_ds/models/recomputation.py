@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 Recomputation = Literal["none", "blocks", "all_but_matmuls"] | int
@@ -71,16 +72,24 @@ def _keeping_matmuls() -> tuple[TorchDispatchMode, TorchDispatchMode]:
 
 
 class _Keep(TorchDispatchMode):
-    """Appends what the operations of `KEPT` return to a list."""
+    """Appends what the operations of `KEPT` return to a list. Raises RuntimeError when one is changed in place after it was read: its first value is gone."""
 
     def __init__(self, kept: list[Any]) -> None:
         super().__init__()
         self.kept = kept
+        self.storages, self.read = set(), set()
 
     def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        written = _storages(_written(func, args))
+        if written & self.read:
+            raise RuntimeError(f"engine.recomputation='all_but_matmuls' cannot be with this backbone: {func} changes the result of a matrix product that was read before; "
+                               "use 'blocks'")
         out = func(*args, **(kwargs or {}))
+        if not any(argument.alias_info is not None and not argument.alias_info.is_write for argument in func._schema.arguments):  # a view reads nothing
+            self.read |= _storages(tree_leaves((args, kwargs))) & self.storages - written
         if func._schema.name in KEPT:
             self.kept.append(_detached(out))
+            self.storages |= _storages(tree_leaves(out))
         return out
 
 
@@ -98,10 +107,10 @@ class _Return(TorchDispatchMode):
     def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func._schema.name in KEPT:
             out = _detached(next(self.next))
-            self.storages.update(tensor.untyped_storage()._cdata for tensor in _tensors(out))
+            self.storages |= _storages(tree_leaves(out))
             return out
-        if func._schema.is_mutable and args and isinstance(args[0], Tensor) and args[0].untyped_storage()._cdata in self.storages:
-            return args[0]
+        if (written := _written(func, args)) and _storages(written) <= self.storages:
+            return written[0]
         return func(*args, **(kwargs or {}))
 
 
@@ -112,5 +121,10 @@ def _detached(out: Any) -> Any:
     return type(out)(map(_detached, out)) if isinstance(out, (tuple, list)) else out
 
 
-def _tensors(out: Any) -> list[Tensor]:
-    return [out] if isinstance(out, Tensor) else [item for item in out if isinstance(item, Tensor)]
+def _written(func: Callable, args: tuple) -> list[Tensor]:
+    """The tensors among its positional arguments that an operation changes in place."""
+    return [arg for arg, argument in zip(args, func._schema.arguments) if isinstance(arg, Tensor) and argument.alias_info is not None and argument.alias_info.is_write]
+
+
+def _storages(values: list[Any]) -> set[int]:
+    return {value.untyped_storage()._cdata for value in values if isinstance(value, Tensor)}

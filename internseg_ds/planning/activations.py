@@ -21,6 +21,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from internseg_ds.models.heads import heads
+
 
 @dataclass(frozen=True)
 class Activations:
@@ -61,11 +63,6 @@ def training_activations(model: nn.Module, height: int, width: int, micro_batch:
         torch.autograd.Variable._execution_engine.run_backward((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
         last = lived.peak_since()
     return Activations(batch, kept, heads=max(peaks or [last]), blocks=max(forward, last if peaks else 0))
-
-
-def peak_bytes(model: nn.Module, height: int, width: int, micro_batch: int, *, autocast: bool = False) -> int:
-    """The most that `training_activations` finds to live at once: what a choice of checkpointing has to be weighed by."""
-    return training_activations(model, height, width, micro_batch, autocast=autocast).peak
 
 
 def saved_bytes(model: nn.Module, height: int, width: int, micro_batch: int, *, autocast: bool = False) -> int:
@@ -113,12 +110,6 @@ def most_bytes(model: nn.Module, height: int, width: int, micro_batch: int) -> i
         for module, mode in modes:
             module.training = mode
     return 3 * micro_batch * total
-
-
-def heads(model: nn.Module) -> list[nn.Module]:
-    """All heads that mmseg's segmentors run in training."""
-    found = [head for name in ("decode_head", "auxiliary_head") if (head := getattr(model, name, None)) is not None]
-    return [part for head in found for part in (head if isinstance(head, nn.ModuleList) else [head])]
 
 
 def _maps(value: Any) -> Iterator[Tensor]:

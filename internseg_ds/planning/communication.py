@@ -65,6 +65,9 @@ def check_known(zero: Mapping[str, Any]) -> None:
     for key, known in UNKNOWN.items():
         if zero.get(key, known) != known:
             raise ConfigError(f"zero_optimization.{key}={zero[key]!r} changes what is sent in a way that the plan does not know; plan without it")
+    for key, value in zero.get("leaf_module", {}).items():
+        if key != "classes" and value:
+            raise ConfigError(f"zero_optimization.leaf_module.{key}={value!r} changes what is gathered in a way that the plan does not know; name classes alone, or plan without it")
 
 
 def step_traffic(model: nn.Module, uses: Sequence[Use], group_sizes: Sequence[int], zero: Mapping[str, Any], *, width: int, world_size: int, accumulation: int,

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from internseg_ds.models.heads import heads
+
 
 class Use(NamedTuple):
     """A module begins or ends to run, and to need the weights that are its own, in the forward or the backward pass."""
@@ -78,9 +80,8 @@ def _run(model: nn.Module, height: int, width: int) -> tuple[int, int, int, int]
     with counted():
         features = model.extract_feat(torch.empty(1, 3, height, width, device="meta"))
     entries = [feature.detach().requires_grad_() for feature in features]
-    heads = [head for name in ("decode_head", "auxiliary_head") if (head := getattr(model, name, None)) is not None]
     with counted():
-        total = sum(part(entries).sum() for head in heads for part in (head if isinstance(head, nn.ModuleList) else [head]))
+        total = sum(head(entries).sum() for head in heads(model))
     with counted():
         total.backward()
     with counted():

@@ -39,6 +39,18 @@ def test_groups_updated_one_by_one_as_zero3_does_are_those_updated_at_once_in_pl
         torch.testing.assert_close(got["params"][0], wanted["params"][0], rtol=1e-6, atol=1e-7)
 
 
+def test_the_optimizer_is_one_that_deepspeed_knows_and_its_hooks_run_once_a_step():
+    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+
+    ds = resolve_ds_config({}, experiment="", micro_batch=1, world_size=1, optimizer=ADAMW)
+    optimizer, steps = build_optimizer(groups(0), ADAMW, ds), []
+    assert type(optimizer) in ZERO_SUPPORTED_OPTIMIZERS
+    optimizer.register_step_post_hook(lambda *_: steps.append(1))
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)  # which wraps step, too
+    optimizer.step()
+    assert steps == [1]
+
+
 def test_adamw_is_fused_unless_the_config_asks_for_foreach():
     ds = resolve_ds_config({}, experiment="", micro_batch=1, world_size=1, optimizer=ADAMW)
     assert build_optimizer(groups(0), ADAMW, ds).defaults["fused"] is True

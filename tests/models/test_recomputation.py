@@ -3,12 +3,13 @@
 import pytest
 import torch
 from mmseg.models import build_backbone
+from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from internseg_ds.models.intern_vit_6b import InternViT6B
-from internseg_ds.models.recomputation import set_recomputation
+from internseg_ds.models.recomputation import run_block, set_recomputation
 
 POLICIES = ["none", "blocks", 1, 2, 3, "all_but_matmuls"]
 SMALL = dict(type="InternViT6B", embed_dim=24, depth=4, num_heads=3, patch_size=14, img_size=56, out_indices=[0, 1, 2, 3], with_fpn=True, use_flash_attn=False)
@@ -104,3 +105,24 @@ def test_what_is_no_policy_is_refused(value):
 def test_a_model_without_checkpointing_is_refused():
     with pytest.raises(ValueError, match="no activation checkpointing"):
         set_recomputation(torch.nn.Linear(2, 2), "blocks")
+
+
+class ChangesItsProduct(nn.Module):
+    """Reads the result of a matrix product, and changes it in place afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        product = self.linear(x)
+        gate = product.sum(-1, keepdim=True)
+        product.mul_(2)
+        return x + product + gate * x
+
+
+def test_a_product_that_is_read_and_then_changed_in_place_is_an_error_and_no_wrong_gradient():
+    block, x = ChangesItsProduct(), torch.randn(3, 4, requires_grad=True)
+    run_block(block, x, index=0, recomputation="blocks").sum().backward()
+    with pytest.raises(RuntimeError, match=r"all_but_matmuls.* cannot be with this backbone.*use 'blocks'"):
+        run_block(block, x, index=0, recomputation="all_but_matmuls").sum().backward()

@@ -14,7 +14,8 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from internseg_ds.distributed.construction import build_on_meta
 from internseg_ds.distributed.precision import apply_precision
 from internseg_ds.engine.experiment import read_experiment
-from internseg_ds.planning.activations import evaluation_bytes, heads, most_bytes, peak_bytes, saved_bytes, training_activations
+from internseg_ds.models.heads import heads
+from internseg_ds.planning.activations import evaluation_bytes, most_bytes, saved_bytes, training_activations
 from tests.conftest import ROOT, TINY
 
 SAME_KERNELS = {"model.backbone.norm_type": "layer_norm", "model.backbone.qk_normalization": False, "model.decode_head.dropout_ratio": 0, "model.auxiliary_head.dropout_ratio": 0}
@@ -171,7 +172,7 @@ def test_under_autocast_the_forward_pass_ends_with_a_bf16_copy_of_the_backbones_
 def test_the_bound_that_needs_no_look_at_the_backward_pass_is_above_the_peak():
     for with_cp in (True, False):
         model = build_on_meta(read_experiment(ROOT / TINY, {"model.backbone.with_cp": with_cp}).model)
-        assert most_bytes(model, 112, 112, 2) > peak_bytes(build(FP32, FP32, with_cp=with_cp), 112, 112, 2)
+        assert most_bytes(model, 112, 112, 2) > training_activations(build(FP32, FP32, with_cp=with_cp), 112, 112, 2).peak
 
 
 def test_the_model_is_left_as_it_was():
@@ -188,7 +189,7 @@ def test_the_model_is_left_as_it_was():
 @pytest.mark.parametrize("options", [{}, {"with_cp": False}, {"norm_type": "rms_norm", "qk_normalization": True}])
 def test_the_peak_is_that_of_a_gpu(options):
     model = build(BF16, BF16, depth=6, **options)
-    planned = peak_bytes(model, 224, 224, 4)
+    planned = training_activations(model, 224, 224, 4).peak
     model = real(model).cuda()
     for param in model.parameters():
         param.register_post_accumulate_grad_hook(lambda param: setattr(param, "grad", None))

@@ -7,12 +7,10 @@ import logging
 from typing import Literal
 
 import torch
-from torch import nn
 
-from internseg_ds.distributed.device_memory import free_memory
+from internseg_ds.distributed.device_memory import free_memory, processes_here
 from internseg_ds.distributed.ds_config import DsConfig
 from internseg_ds.distributed.process_group import World, of_all_ranks
-from internseg_ds.engine.experiment import Experiment
 from internseg_ds.engine.planner import Planner
 from internseg_ds.models.recomputation import Recomputation
 
@@ -37,17 +35,17 @@ def least_recomputation(planner: Planner, ds: DsConfig, device_bytes: float, *, 
     return policy
 
 
-def agreed_recomputation(experiment: Experiment, meta_model: nn.Module, ds: DsConfig, world: World, compute: torch.dtype) -> Recomputation | Literal["config"]:
+def agreed_recomputation(planner: Planner, ds: DsConfig, world: World, compute: torch.dtype) -> Recomputation | Literal["config"]:
     """What `engine.recomputation` comes to: "auto" by the rank with the least free memory. Collective where it is "auto"; all ranks get the same.
 
     A model that cannot be planned is left to its config's `with_cp`, with a line in the log.
     """
-    if experiment.engine.recomputation != "auto":
-        return experiment.engine.recomputation
-    least, chosen = min(of_all_ranks(free_memory(world))), "config"
+    if (asked := planner.experiment.engine.recomputation) != "auto":
+        return asked
+    least, chosen = min(of_all_ranks(free_memory(world.device, processes_here(world)))), "config"
     if world.is_main:
         try:
-            chosen = least_recomputation(Planner(experiment, meta_model), ds, least, compute=compute)
+            chosen = least_recomputation(planner, ds, least, compute=compute)
         except Exception as error:  # whatever a part of somebody's model refuses with: no reason not to train
             log.warning("engine.recomputation=\"auto\" cannot be planned, so the backbone's with_cp decides: %s: %s", type(error).__name__, error)
     return of_all_ranks(chosen)[0]
