@@ -154,7 +154,7 @@ def ds_config_of(path: str, dtype: str) -> dict[str, Any]:
 
 
 def resolved_ds_config(workload: Workload, cfg: Config, world_size: int) -> dict[str, Any]:
-    """The ds_config without "auto", as our engine fills it in: every contender runs with the same one."""
+    """The ds_config of the contenders: "auto" sizes as transformers derives them from the width. Our engine derives its own from the blocks, and gathers by blocks."""
     from internseg_ds.distributed.ds_config import resolve_ds_config
 
     optimizer: Mapping[str, Any] = cfg.optimizer

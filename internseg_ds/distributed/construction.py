@@ -45,7 +45,7 @@ def choose_recomputation(segmentor: nn.Module, recomputation: str | int) -> None
     try:
         set_recomputation(segmentor, recomputation)
     except ValueError as error:
-        raise ConfigError(f"engine.recomputation={recomputation!r} cannot be: {error}; \"config\" leaves it to the backbone's with_cp") from None
+        raise ConfigError(f"engine.recomputation={recomputation!r} cannot be: {error}; \"config\" leaves it to the backbone's with_cp, and \"auto\" to the plan of the memory") from None
 
 
 def build_for_training(model: ConfigDict, ds: DsConfig, device: torch.device, seed: int) -> nn.Module:

@@ -10,12 +10,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from internseg_ds.errors import ConfigError, unknown_key
-from internseg_ds.models.blocks import RepeatedBlock
+
+if TYPE_CHECKING:
+    from internseg_ds.models.blocks import RepeatedBlock
 
 Precision = Literal["bf16", "autocast", "fp32"]
 
@@ -61,7 +63,7 @@ def resolve_ds_config(
     accumulation: int | None = None,
     gradient_clipping: float = 0.0,
     hidden_size: int = 1024,
-    block: RepeatedBlock | None = None,
+    block: "RepeatedBlock | None" = None,
 ) -> DsConfig:
     """Fills the "auto" values of a ds_config from the experiment and refuses what contradicts it.
 
@@ -212,7 +214,7 @@ def _plain(value: Any) -> Any:
     return [float(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _fill_zero3_sizes(zero: dict[str, Any], hidden_size: int, block: RepeatedBlock | None) -> None:
+def _fill_zero3_sizes(zero: dict[str, Any], hidden_size: int, block: "RepeatedBlock | None") -> None:
     """Vectors of the width stay whole on each rank. What is left of a block goes into one bucket: one gather, and one reduction, of a whole block.
 
     leaf_module "auto": DeepSpeed's hooks sit on blocks and not on each of their layers. Without a block: sizes as transformers derives them.

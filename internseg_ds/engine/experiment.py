@@ -17,7 +17,6 @@ from mmcv import Config, ConfigDict
 
 from internseg_ds.distributed.lr_schedule import PolySchedule
 from internseg_ds.errors import ConfigError, unknown_key
-from internseg_ds.models.recomputation import check_recomputation
 
 
 @dataclass(frozen=True)
@@ -64,11 +63,6 @@ class EngineOptions:
             raise ConfigError(f"engine.heads_dtype={self.heads_dtype!r} is none of 'float32', 'bfloat16'")
         if self.evaluation_weights not in ("auto", "whole", "partitioned"):
             raise ConfigError(f"engine.evaluation_weights={self.evaluation_weights!r} is none of 'auto', 'whole', 'partitioned'")
-        if self.recomputation not in ("config", "auto"):
-            try:
-                check_recomputation(self.recomputation)
-            except ValueError as error:
-                raise ConfigError(f"engine.recomputation={self.recomputation!r} cannot be: {error}; \"config\" leaves it to the backbone's with_cp, \"auto\" to the plan") from None
         if self.global_batch is not None:
             _whole(self.global_batch, "engine.global_batch", least=1)
         for name in ("evaluate_before", "background_save"):
