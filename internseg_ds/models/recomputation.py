@@ -85,8 +85,7 @@ class _Keep(TorchDispatchMode):
             raise RuntimeError(f"engine.recomputation='all_but_matmuls' cannot be with this backbone: {func} changes the result of a matrix product that was read before; "
                                "use 'blocks'")
         out = func(*args, **(kwargs or {}))
-        if not any(argument.alias_info is not None and not argument.alias_info.is_write for argument in func._schema.arguments):  # a view reads nothing
-            self.read |= _storages(tree_leaves((args, kwargs))) & self.storages - written
+        self.read |= _storages(tree_leaves((args, kwargs))) & self.storages - _storages(tree_leaves(out))  # a view, or a change in place, is no reading
         if func._schema.name in KEPT:
             self.kept.append(_detached(out))
             self.storages |= _storages(tree_leaves(out))
