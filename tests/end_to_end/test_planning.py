@@ -107,14 +107,14 @@ def test_options_choose_the_cluster(plan):
 @pytest.mark.parametrize(("args", "message"), [
     (["missing.py"], "missing.py"),
     ([TINY, "--deepspeed_config", "missing.json"], "there is no ds_config missing.json"),
-    ([TINY, "--nodes", "0"], "0 is below 1"),
+    ([TINY, "--nodes", "0"], "'0' is no whole number of at least 1"),
     ([TINY, "--nodes", "two"], "argument --nodes"),
-    ([TINY, "--gpus", "0"], "0 is below 1"),
+    ([TINY, "--gpus", "0"], "'0' is no whole number of at least 1"),
     ([TINY, "--gpus", "12"], "--gpus 12 do not fill nodes of 8"),
     ([TINY, "--gpus", "8", "--nodes", "1"], "not allowed with"),
     ([TINY, "--gpu-memory", "80"], "80 has no unit; write 80GiB"),
     ([TINY, "--achieved", "45"], "it is a share"),
-    ([TINY, "--interconnect", "-1"], "is not above 0"),
+    ([TINY, "--interconnect", "-1"], "is no number above 0"),
     ([TINY, "--nodes", "1", "--cfg-options", "engine.backbone_dtype=float32"], "cannot be planned"),
 ])
 def test_what_cannot_be_planned_is_refused_in_a_sentence(args, message, plan):
