@@ -153,7 +153,7 @@ def test_a_signal_between_two_starts_ends_the_waiting(tmp_path):
 
 
 def test_a_launcher_that_leaves_its_training_alone_has_failed_whatever_it_says(tmp_path):
-    body = "import subprocess\nif 'RANK' in os.environ:\n    signal.signal(signal.SIGUSR1, lambda *_: None); (work_dir / 'ready').touch(); time.sleep(2); sys.exit()\n" \
+    body = "import subprocess\nif 'RANK' in os.environ:\n    signal.signal(signal.SIGUSR1, lambda *_: None); (work_dir / 'ready').touch(); time.sleep(4); sys.exit()\n" \
            "if start <= 2:\n    subprocess.Popen([sys.executable, *sys.argv], env={**os.environ, 'RANK': '0'})\n" \
            "    while not (work_dir / 'ready').exists(): time.sleep(0.1)\n"
     with started(keeping(tmp_path, body), tmp_path / "log") as run:
