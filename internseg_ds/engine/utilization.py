@@ -6,7 +6,6 @@ In: what an `Interval` counted, the FLOPs of an image (`planning.training_pass`)
 
 import logging
 import resource
-import time
 from dataclasses import dataclass
 
 import torch
@@ -23,10 +22,10 @@ log = logging.getLogger(__name__)
 GPU_SIDE = 8192
 """Of the square matrices that a GPU's peak is measured with."""
 CPU_SIDES = (128, 256, 512, 1024)
-LONGEST_S = 0.02
-"""On a CPU: the largest matrices whose product takes no longer."""
-MEASURED_S = 0.1
-"""For how long their product is repeated."""
+LONGEST_S = 0.1
+"""On a CPU: no matrices are tried whose product may take longer."""
+MEASURED_S = 0.05
+"""For how long each product is repeated."""
 
 
 @dataclass(frozen=True)
@@ -69,29 +68,28 @@ def flops_of(meta_model: nn.Module, crop: tuple[int, int]) -> TrainingPass | Non
 def matmul_peak(dtype: torch.dtype, world: World) -> float:
     """FLOP/s of square matrix products in `dtype` on this rank's device, with all ranks at it at the same time, since they may share a machine. Collective.
 
-    The fastest of some blocks of products, which other work disturbs least, of normally distributed numbers (of zeros, a GPU multiplies faster). Logs the mean over ranks.
+    The fastest of some blocks of products, which other work disturbs least, of normally distributed numbers (of zeros, a GPU multiplies faster); on a CPU, of
+    several sizes, for the small ones measure how threads meet where processes have more of them than cores. Logs the mean over ranks.
     """
     device = world.device
     generator = torch.Generator(device).manual_seed(0)  # its own: the training's stays where it is
-    sides = (GPU_SIDE,) if device.type == "cuda" else CPU_SIDES
-    for side in sides:
-        a, b = (torch.randn(side, side, dtype=dtype, device=device, generator=generator) for _ in range(2))
-        product = torch.mm(a, b)
-        began = time.perf_counter()
-        torch.mm(a, b, out=product)
-        if device.type == "cpu" and time.perf_counter() - began > LONGEST_S / 8:  # the next one takes 8 times as long
-            break
     if dist.is_initialized():
         dist.barrier()
-    timer = Timer("torch.mm(a, b, out=product)", globals={"torch": torch, "a": a, "b": b, "product": product}, num_threads=torch.get_num_threads())
-    peak = 2 * side**3 / min(timer.blocked_autorange(min_run_time=MEASURED_S).times)
-    del a, b, product, timer
+    peak, best = 0.0, 0
+    for side in (GPU_SIDE,) if device.type == "cuda" else CPU_SIDES:
+        a, b = (torch.randn(side, side, dtype=dtype, device=device, generator=generator) for _ in range(2))
+        timer = Timer("torch.mm(a, b, out=product)", globals={"torch": torch, "a": a, "b": b, "product": torch.mm(a, b)}, num_threads=torch.get_num_threads())
+        seconds = min(timer.blocked_autorange(min_run_time=MEASURED_S).times)
+        peak, best = max((peak, best), (2 * side**3 / seconds, side))
+        if 8 * seconds > LONGEST_S:  # the next one
+            break
+    del a, b, timer
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     of_all = of_all_ranks(peak)
     log.info("mfu and hfu are relative to %.4g TFLOP/s per process: products of %d x %d matrices in %s, measured%s; engine.peak_tflops names another peak",
-             sum(of_all) / len(of_all) / 1e12, side, side, str(dtype).removeprefix("torch."), f" on {len(of_all)} processes at once" * (len(of_all) > 1))
+             sum(of_all) / len(of_all) / 1e12, best, best, str(dtype).removeprefix("torch."), f" on {len(of_all)} processes at once" * (len(of_all) > 1))
     return peak
 
 
