@@ -6,13 +6,14 @@ Each round trains 2 x STEPS steps with `SegmentorEngine.train` and as many with 
 data workers' queues). Prints seconds per step of every round, and ends with a line of JSON: ratio = median of ours / median of bare.
 """
 
-import dataclasses
 import json
 import os
 import statistics
 import tempfile
 import time
 from pathlib import Path
+
+from timing import train_on
 
 from internseg_ds import SegmentorEngine
 from internseg_ds.data.loading import training_batches
@@ -25,11 +26,8 @@ STEPS = 15
 def ours(engine: SegmentorEngine, start: int) -> float:
     """Seconds per step of the real loop, as it logs them. start: the position in the stream of images."""
     engine.state.images = start
-    experiment = engine.plan.experiment
-    schedule = dataclasses.replace(experiment.schedule, max_steps=engine.state.step + 2 * STEPS)
-    engine.plan = dataclasses.replace(engine.plan, experiment=dataclasses.replace(experiment, schedule=schedule, save_every=0, log_every=STEPS))
     engine.save = lambda: None  # the last step saves; disks are not the subject
-    engine.train()
+    train_on(engine, 2 * STEPS, log_every=STEPS)
     if not engine.world.is_main:
         return 0.0
     records = [json.loads(line) for line in (engine.work_dir / "metrics.jsonl").read_text().splitlines()]

@@ -1,11 +1,10 @@
 """This project: the loop that `launch/train.py` runs, with its log records, watch and votes, timed by its own record of the timed steps."""
 
-import dataclasses
 import json
 import time
 from pathlib import Path
 
-from timing import Timed, peak_bytes, reset_peak
+from timing import Timed, peak_bytes, reset_peak, train_on
 from workload import Workload
 
 from internseg_ds import SegmentorEngine
@@ -14,22 +13,14 @@ from internseg_ds import SegmentorEngine
 def run(workload: Workload, work_dir: Path) -> Timed:
     with SegmentorEngine(workload.experiment, workload.ds_config, work_dir=work_dir, validate=False, load_from=workload.weights) as engine:
         engine.save = lambda: None  # the last step saves; disks are not the subject
-        train(engine, workload.warmup, log_every=1)
+        train_on(engine, workload.warmup, log_every=1)
         stamps: list[float] = []
         engine.deepspeed.module.register_forward_pre_hook(lambda *_: stamps.append(time.process_time()))
         reset_peak(engine.world.device)
-        train(engine, workload.steps, log_every=workload.steps)
+        train_on(engine, workload.steps, log_every=workload.steps)
         peak = peak_bytes(engine.world.device)
         cpu = (stamps[-1] - stamps[0]) / max(1, len(stamps) - 1)  # from forward to forward: without what `train` does at its end
         if not engine.world.is_main:
             return Timed(0.0, [], peak, cpu)
         records = [json.loads(line) for line in (work_dir / "metrics.jsonl").read_text().splitlines()]
         return Timed(engine.plan.ds.global_batch / records[-1]["images_per_s"], [record["loss"] for record in records[: workload.warmup]], peak, cpu)
-
-
-def train(engine: SegmentorEngine, steps: int, log_every: int) -> None:
-    """Trains on for some steps."""
-    experiment = engine.plan.experiment
-    schedule = dataclasses.replace(experiment.schedule, max_steps=engine.state.step + steps)
-    engine.plan = dataclasses.replace(engine.plan, experiment=dataclasses.replace(experiment, schedule=schedule, save_every=0, log_every=log_every))
-    engine.train()

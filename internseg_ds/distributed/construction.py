@@ -39,13 +39,17 @@ def build_on_meta(model: ConfigDict) -> nn.Module:
 
 
 def choose_recomputation(segmentor: nn.Module, recomputation: str | int) -> None:
-    """Applies `engine.recomputation` to a built segmentor; "config" leaves it as its config's `with_cp` says, "auto" until it is chosen. Raises ConfigError for what cannot be."""
+    """Applies `engine.recomputation` to a built segmentor; "config" leaves it as its config's `with_cp` says, "auto" until it is chosen.
+
+    Raises ConfigError for what cannot be.
+    """
     if recomputation in ("config", "auto"):
         return
     try:
         set_recomputation(segmentor, recomputation)
     except ValueError as error:
-        raise ConfigError(f"engine.recomputation={recomputation!r} cannot be: {error}; \"config\" leaves it to the backbone's with_cp, and \"auto\" to the plan of the memory") from None
+        raise ConfigError(f"engine.recomputation={recomputation!r} cannot be: {error}; \"config\" leaves it to the backbone's with_cp, "
+                          "and \"auto\" to the plan of the memory") from None
 
 
 def build_for_training(model: ConfigDict, ds: DsConfig, device: torch.device, seed: int) -> nn.Module:

@@ -49,4 +49,3 @@ def agreed_recomputation(planner: Planner, ds: DsConfig, world: World, compute: 
         except Exception as error:  # whatever a part of somebody's model refuses with: no reason not to train
             log.warning("engine.recomputation=\"auto\" cannot be planned, so the backbone's with_cp decides: %s: %s", type(error).__name__, error)
     return of_all_ranks(chosen)[0]
-

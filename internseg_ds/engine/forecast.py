@@ -12,14 +12,12 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 from internseg_ds.distributed.device_memory import device_memory, processes_here
 from internseg_ds.distributed.ds_config import DsConfig
 from internseg_ds.distributed.precision import backbone_dtype
 from internseg_ds.distributed.process_group import World
 from internseg_ds.engine.auto_recomputation import least_recomputation
-from internseg_ds.engine.experiment import Experiment
 from internseg_ds.engine.planner import Planner, Row
 from internseg_ds.engine.scaling import assumptions, flops
 from internseg_ds.errors import ConfigError
@@ -208,15 +206,15 @@ def of_this_run(planner: Planner, ds: DsConfig, world: World, *, validate: bool)
                     unit="GPU" if world.device.type == "cuda" else "process")
 
 
-def shortfall(experiment: Experiment, model: nn.Module, ds: DsConfig, world: World, *, crop: tuple[int, int] | None = None) -> str | None:
+def shortfall(planner: Planner, ds: DsConfig, world: World) -> str | None:
     """The sentence by which a run is warned that it will not fit into its device's memory, with the mend; None when it fits. Never raises.
 
     A model that is small beside the memory is not looked at closely, and evaluations, which take fewer windows where there is less room, are not looked at:
-    the start of a run is not to wait. model: on the meta device. crop: height and width of a training image.
+    the start of a run is not to wait.
     """
     try:
-        device, planner = world.device, Planner(experiment, model, crop=crop)
-        size, compute = device_memory(world), backbone_dtype(experiment.engine.backbone_dtype, device, ds.precision)
+        device = world.device
+        size, compute = device_memory(world), backbone_dtype(planner.experiment.engine.backbone_dtype, device, ds.precision)
         if not _may_not_fit(planner, size):
             return None
         found = as_it_will_train(planner, ds, size, compute=compute).footprint(ds, size, compute=compute, validate=False, exact=False)

@@ -63,7 +63,6 @@ class Planner:
         self.crop = crop or crop_size(experiment)
         self.group_sizes = [sum(param.numel() for param in group["params"]) for group in parameter_groups(self.model, experiment.optimizer)]
         self._found: dict[tuple[Precision, torch.dtype, bool], tuple[Activations, Evaluation | None]] = {}
-
         self._under: dict[Recomputation, Planner] = {}
 
     @property
@@ -95,11 +94,7 @@ class Planner:
         keeps = batch is None or batch % (world_size * experiment.micro_batch) == 0
         if not keeps:
             batch, accumulation = None, max(1, batch // (world_size * experiment.micro_batch))
-        ds = resolve_ds_config(
-            ds_config, experiment=experiment.path, micro_batch=experiment.micro_batch, world_size=world_size, optimizer=experiment.optimizer,
-            global_batch=batch, accumulation=accumulation, gradient_clipping=experiment.gradient_clipping, hidden_size=getattr(self.model.backbone, "embed_dim", 1024),
-            block=repeated_block(self.model.backbone))
-        return ds, keeps
+        return ds_config_of(experiment, ds_config, self.model, world_size, global_batch=batch, accumulation=accumulation), keeps
 
     def row(self, ds_config: str | os.PathLike | Mapping[str, Any], cluster: Cluster, assumed: Assumptions) -> Row:
         """Raises ConfigError where `resolve` does, and for settings whose time or traffic is not modelled."""
@@ -157,6 +152,18 @@ class Planner:
         forward = cache(lambda windows: evaluation_bytes(model, height, width, windows, autocast=autocast))
         return Evaluation(image, model.out_channels, forward, test_cfg.get("batch_size", BATCH_SIZE), test_cfg.get("batch_size", 1),
                           self.experiment.engine.evaluation_weights, ROOM, CHUNK_BYTES)
+
+
+def ds_config_of(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, Any], model: nn.Module, world_size: int, *, global_batch: int | None,
+                 accumulation: int | None) -> DsConfig:
+    """The ds_config filled in from an experiment and its model. global_batch, accumulation: those of the experiment, or of a cluster that cannot keep them.
+
+    Raises ConfigError where `resolve_ds_config` does.
+    """
+    return resolve_ds_config(
+        ds_config, experiment=experiment.path, micro_batch=experiment.micro_batch, world_size=world_size, optimizer=experiment.optimizer, global_batch=global_batch,
+        accumulation=accumulation, gradient_clipping=experiment.gradient_clipping, hidden_size=getattr(model.backbone, "embed_dim", 1024),
+        block=repeated_block(model.backbone))
 
 
 def crop_size(experiment: Experiment) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from internseg_ds.checkpoints.fitting import Fit
 from internseg_ds.checkpoints.weights import Weights, open_weights
 from internseg_ds.data.datasets import build_datasets, first_sample
 from internseg_ds.distributed.construction import build_on_meta, choose_recomputation
-from internseg_ds.distributed.ds_config import DsConfig, resolve_ds_config
+from internseg_ds.distributed.ds_config import DsConfig
 from internseg_ds.distributed.loading import fit_backbone, fit_segmentor
 from internseg_ds.distributed.optimizers import check_optimizer
 from internseg_ds.distributed.parameter_groups import parameter_groups
@@ -30,10 +30,9 @@ from internseg_ds.distributed.process_group import World
 from internseg_ds.engine.checkpointing import check_resumable, named_groups
 from internseg_ds.engine.experiment import Experiment, leaf_datasets
 from internseg_ds.engine.forecast import memory_table, of_this_run, verdict
-from internseg_ds.engine.planner import Planner
+from internseg_ds.engine.planner import Planner, ds_config_of
 from internseg_ds.engine.trackers import check_trackers
 from internseg_ds.errors import CheckpointError, ConfigError, DataError
-from internseg_ds.models.blocks import repeated_block
 from internseg_ds.models.heads import heads
 
 TOLERATED = 8
@@ -63,10 +62,7 @@ def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, An
     choose_recomputation(meta_model, experiment.engine.recomputation)
     if experiment.engine.recomputation == "auto":
         choose_recomputation(copy.deepcopy(meta_model), "blocks")  # whether there is something to choose
-    ds = resolve_ds_config(
-        ds_config, experiment=experiment.path, micro_batch=experiment.micro_batch, world_size=world.size, optimizer=experiment.optimizer,
-        global_batch=experiment.engine.global_batch, accumulation=experiment.accumulation, gradient_clipping=experiment.gradient_clipping,
-        hidden_size=getattr(meta_model.backbone, "embed_dim", 1024), block=repeated_block(meta_model.backbone))
+    ds = ds_config_of(experiment, ds_config, meta_model, world.size, global_batch=experiment.engine.global_batch, accumulation=experiment.accumulation)
     if ds.stage == 0:
         raise ConfigError(f"{ds.source} names no ZeRO stage; write \"zero_optimization\": {{\"stage\": 3}} (or 1, 2), or take one of ds_configs/")
     backbone_dtype(experiment.engine.backbone_dtype, world.device, ds.precision)
@@ -86,8 +82,7 @@ def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, An
     check_classes(meta_model, train_set, "data.train")
     first = first_sample(train_set, "data.train", tolerated=experiment.engine.max_data_faults)
     check_sample(meta_model, first)
-    check_forward(meta_model, first)
-    check_batch_norms(meta_model, first, ds.micro_batch, world.size)
+    check_forward(meta_model, first, ds.micro_batch, world.size)
     val_set = None
     if validate:
         val_set = validation_set(experiment)
@@ -96,51 +91,43 @@ def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, An
     return Plan(experiment, ds, world, meta_model, _image_shape(first)[1:], train_set, val_set)
 
 
-def check_forward(model: nn.Module, sample: Mapping[str, Any]) -> None:
-    """A forward on the meta device: layers whose sizes do not fit each other are found without memory or data. Raises ConfigError."""
-    shape = _image_shape(sample)
-    try:
-        _forward_on_meta(model, shape)
-    except Exception as error:  # whatever some layer refuses with
-        raise ConfigError(f"the model cannot take a training image of {shape}: {type(error).__name__}: {error}; do the in_channels of its heads fit?") from error
+def check_forward(model: nn.Module, sample: Mapping[str, Any], micro_batch: int, processes: int) -> None:
+    """A forward on the meta device: layers whose sizes do not fit each other are found without memory or data, and batch norms that would get one value.
 
-
-def check_batch_norms(model: nn.Module, sample: Mapping[str, Any], micro_batch: int, processes: int) -> None:
-    """A batch norm needs two values per channel in training, which one image pooled to a point does not give it. Raises ConfigError naming the layer."""
-    starved: list[str] = []
+    A batch norm needs two values per channel in training, which one image pooled to a point does not give it. Raises ConfigError.
+    """
+    shape, starved = _image_shape(sample), []
 
     def look(name: str, norm: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         images = micro_batch * (processes if isinstance(norm, nn.SyncBatchNorm) else 1)
         if args[0].numel() // args[0].size(1) * images < 2:
-            starved.append(name)
+            starved.append((name, norm))
 
     norms = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training]
     hooks = [norm.register_forward_pre_hook(lambda module, args, name=name: look(name, module, args)) for name, norm in norms]
-    _forward_on_meta(model, _image_shape(sample))
-    for hook in hooks:
-        hook.remove()
+    model.eval()  # batch norms in training mode would want values
+    try:
+        with torch.no_grad():
+            features = model.extract_feat(torch.empty(1, *shape, device="meta"))
+            for head in heads(model):
+                head(features)
+    except Exception as error:  # whatever some layer refuses with
+        raise ConfigError(f"the model cannot take a training image of {shape}: {type(error).__name__}: {error}; do the in_channels of its heads fit?") from error
+    finally:
+        model.train()
+        for hook in hooks:
+            hook.remove()
     if starved:
-        raise ConfigError(f"batch norm {starved[0]} gets one value per channel from {micro_batch} image a process on {processes} process{'es' * (processes > 1)}, and needs "
-                          "two in training; raise data.samples_per_gpu" + (", or train on more processes" if isinstance(model.get_submodule(starved[0]), nn.SyncBatchNorm) else
-                                                                            ", or use norm_cfg=dict(type='SyncBN')"))
+        name, norm = starved[0]
+        others = "train on more processes" if isinstance(norm, nn.SyncBatchNorm) else "use norm_cfg=dict(type='SyncBN')"
+        raise ConfigError(f"batch norm {name} gets one value per channel from {micro_batch} image a process on {processes} process{'es' * (processes > 1)}, and needs "
+                          f"two in training; raise data.samples_per_gpu, or {others}")
 
 
 def _image_shape(sample: Mapping[str, Any]) -> tuple[int, int, int]:
     """Channels, height, width of a training image as its pipeline hands it over."""
     image = sample["img"]
     return tuple((image.data if isinstance(image, DataContainer) else image).shape)
-
-
-def _forward_on_meta(model: nn.Module, shape: tuple[int, int, int]) -> None:
-    """One image (c, h, w) through backbone and heads, in eval mode: batch norms in training mode would want values."""
-    model.eval()
-    try:
-        with torch.no_grad():
-            features = model.extract_feat(torch.empty(1, *shape, device="meta"))
-            for head in heads(model):
-                head(features)
-    finally:
-        model.train()
 
 
 def check_offload(experiment: Experiment, ds: DsConfig, resume_from: Path | None) -> None:

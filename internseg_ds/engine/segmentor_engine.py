@@ -119,7 +119,8 @@ class SegmentorEngine:
         start_logging(self.work_dir, level=experiment.log_level, is_main=world.is_main)
         for note in experiment.notes:
             log.info("config: %s", note)
-        if world.is_main and (said := shortfall(experiment, self.plan.meta_model, self.plan.ds, world, crop=self.plan.crop)):
+        self._planner = Planner(experiment, self.plan.meta_model, crop=self.plan.crop)
+        if world.is_main and (said := shortfall(self._planner, self.plan.ds, world)):
             log.warning(said)
         checkpoint = agree_to_resume(resume_from, self.plan.ds.stage)
         self.resumed_unscored = any(of_all_ranks(checkpoint is not None and not checkpoint.manifest.get("metrics")))  # hosts may differ
@@ -140,7 +141,7 @@ class SegmentorEngine:
         log.info("%d process%s on %s, ZeRO-%d, %s parameters, backbone computes in %s, heads in %s", self.world.size, "es" * (self.world.size > 1),
                  device.type, ds.stage, *(str(dtype).removeprefix("torch.") for dtype in (ds.param_dtype, self.compute_dtype, self.heads_dtype)))
         log.info("%d images per step = %d processes x %d images x %d accumulation steps", ds.global_batch, ds.world_size, ds.micro_batch, ds.accumulation)
-        recomputation = agreed_recomputation(Planner(experiment, self.plan.meta_model, crop=self.plan.crop), ds, self.world, self.compute_dtype)
+        recomputation = agreed_recomputation(self._planner, ds, self.world, self.compute_dtype)
         choose_recomputation(self.plan.meta_model, recomputation)
         self.meter = make_meter(experiment.engine.peak_tflops, self.plan.meta_model, self.plan.crop, self.world, self.compute_dtype)
         torch.backends.cudnn.benchmark = experiment.cudnn_benchmark and not torch.are_deterministic_algorithms_enabled()

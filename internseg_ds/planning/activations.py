@@ -32,6 +32,8 @@ class Activations:
     """Images and labels."""
     kept: int
     """Of the backbone's forward pass, for its backward pass: inputs of checkpointed blocks, or what blocks save, and the feature maps."""
+    saved: int
+    """Of the whole forward pass, losses too: all that the backward pass will read."""
     heads: int
     """The most while heads and losses run, forward and backward."""
     blocks: int
@@ -58,22 +60,12 @@ def training_activations(model: nn.Module, height: int, width: int, micro_batch:
             loss = sum(_loss(logits, labels) for head in heads(model) for logits in _maps(head(features)))
         _at_first_gradient(features, lambda: peaks.append(lived.peak_since()))
         del features
+        saved = lived.now if loss.requires_grad else 0
         peaks: list[int] = []
         # loss.backward() is a function that GpuKernels sees, and would run without it; blocks that run again are to run as before
         torch.autograd.Variable._execution_engine.run_backward((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
         last = lived.peak_since()
-    return Activations(batch, kept, heads=max(peaks or [last]), blocks=max(forward, last if peaks else 0))
-
-
-def saved_bytes(model: nn.Module, height: int, width: int, micro_batch: int, *, autocast: bool = False) -> int:
-    """What lives when the forward pass of backbone, heads and losses is over: all that the backward pass will read, weights left out."""
-    with _without_storage(model.train) as (model, lived):
-        images = torch.empty(micro_batch, 3, height, width)
-        labels = torch.empty(micro_batch, height, width, dtype=torch.int64)
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = sum(_loss(logits, labels) for features in [model.extract_feat(images)] for head in heads(model) for logits in _maps(head(features)))
-        del images, labels
-        return lived.now if loss.requires_grad else 0
+    return Activations(batch, kept, saved, heads=max(peaks or [last]), blocks=max(forward, last if peaks else 0))
 
 
 def evaluation_bytes(model: nn.Module, height: int, width: int, windows: int, *, autocast: bool = False) -> int:

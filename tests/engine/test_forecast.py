@@ -88,7 +88,7 @@ def warning(monkeypatch, memory: float, name: str = "zero2_bf16", **options) -> 
     planner, world = Planner(experiment), World(size=2, launcher="deepspeed")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"total": 2 * memory}))
-    return shortfall(experiment, planner.model, planner.resolve(OURS / f"{name}.json", world.size)[0], world)
+    return shortfall(planner, planner.resolve(OURS / f"{name}.json", world.size)[0], world)
 
 
 def test_a_run_that_will_not_fit_is_warned_with_figures_and_a_mend(monkeypatch, caplog):

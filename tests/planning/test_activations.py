@@ -15,7 +15,7 @@ from internseg_ds.distributed.construction import build_on_meta
 from internseg_ds.distributed.precision import apply_precision
 from internseg_ds.engine.experiment import read_experiment
 from internseg_ds.models.heads import heads
-from internseg_ds.planning.activations import evaluation_bytes, most_bytes, saved_bytes, training_activations
+from internseg_ds.planning.activations import evaluation_bytes, most_bytes, training_activations
 from tests.conftest import ROOT, TINY
 
 SAME_KERNELS = {"model.backbone.norm_type": "layer_norm", "model.backbone.qk_normalization": False, "model.decode_head.dropout_ratio": 0, "model.auxiliary_head.dropout_ratio": 0}
@@ -94,7 +94,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 @pytest.mark.parametrize(("size", "count", "depth"), [((112, 112), 2, 4), ((70, 154), 3, 5)])
 def test_what_a_forward_pass_keeps_is_what_torch_saves(with_cp, dtype, compute, size, count, depth):
     model = build(dtype, compute, with_cp=with_cp, depth=depth, out_indices=[0, 1, 2, depth - 1])
-    assert saved_bytes(model, *size, count) == pytest.approx(saved_for_real(real(model), size, count), rel=0.05)
+    assert training_activations(model, *size, count).saved == pytest.approx(saved_for_real(real(model), size, count), rel=0.05)
 
 
 class Checkpointed(nn.Module):
@@ -149,7 +149,7 @@ def test_an_evaluation_takes_what_torchs_allocator_gives_out():
 
 def test_an_rms_norm_counts_as_the_one_kernel_that_gpus_have():
     options, size, count = dict(with_cp=False, qk_normalization=False), (112, 112), 2
-    layer, rms = (saved_bytes(build(FP32, FP32, **options, norm_type=norm), *size, count) for norm in ("layer_norm", "rms_norm"))
+    layer, rms = (training_activations(build(FP32, FP32, **options, norm_type=norm), *size, count).saved for norm in ("layer_norm", "rms_norm"))
     norms, tokens = 2 * 4, count * (1 + 8 * 8)
     assert layer - rms == norms * 4 * tokens  # a LayerNorm keeps mean and deviation of each token beside its input, an RMSNorm the latter alone
 

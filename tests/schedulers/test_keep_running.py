@@ -153,8 +153,8 @@ def test_a_signal_between_two_starts_ends_the_waiting(tmp_path):
 
 
 def test_a_launcher_that_leaves_its_training_alone_has_failed_whatever_it_says(tmp_path):
-    body = "import subprocess\nif 'RANK' in os.environ:\n    signal.signal(signal.SIGUSR1, lambda *_: None); (work_dir / 'ready').touch(); time.sleep(4); sys.exit()\n" \
-           "if start <= 2:\n    subprocess.Popen([sys.executable, *sys.argv], env={**os.environ, 'RANK': '0'})\n" \
+    body = "import subprocess\nif 'TRAINING' in os.environ:\n    signal.signal(signal.SIGUSR1, lambda *_: None); (work_dir / 'ready').touch(); time.sleep(4); sys.exit()\n" \
+           "if start <= 2:\n    subprocess.Popen([sys.executable, *sys.argv], env={**os.environ, 'TRAINING': 'x'})\n" \
            "    while not (work_dir / 'ready').exists(): time.sleep(0.1)\n"
     with started(keeping(tmp_path, body), tmp_path / "log") as run:
         assert run.wait(timeout_s=30) == 0, run.output
@@ -162,9 +162,9 @@ def test_a_launcher_that_leaves_its_training_alone_has_failed_whatever_it_says(t
 
 
 def test_a_killed_launcher_leaves_no_training_beside_the_next_one(tmp_path):
-    body = "import subprocess\nif 'RANK' in os.environ:\n    (work_dir / 'ready').touch(); time.sleep(3); (work_dir / 'outlived').write_text('x'); sys.exit()\n" \
+    body = "import subprocess\nif 'TRAINING' in os.environ:\n    (work_dir / 'ready').touch(); time.sleep(3); (work_dir / 'outlived').write_text('x'); sys.exit()\n" \
            "if start > 2: sys.exit(0 if (work_dir / 'outlived').exists() else 2)\n" \
-           "subprocess.Popen([sys.executable, *sys.argv], env={**os.environ, 'RANK': '0'})\nwhile not (work_dir / 'ready').exists(): time.sleep(0.1)\n" \
+           "subprocess.Popen([sys.executable, *sys.argv], env={**os.environ, 'TRAINING': 'x'})\nwhile not (work_dir / 'ready').exists(): time.sleep(0.1)\n" \
            "os.kill(os.getpid(), signal.SIGKILL)"
     with started(keeping(tmp_path, body), tmp_path / "log") as run:
         assert run.wait(timeout_s=30) == 0, run.output
