@@ -3,12 +3,13 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.forks import PATH, ROOT, run_script
+
 TINY = "configs/intern_vit_tiny/upernet_intern_vit_tiny_112_ade20k.py"
 
 
@@ -26,27 +27,40 @@ def data_options(root: Path) -> list[str]:
     return [f"data.{split}.data_root={root}" for split in ("train", "val", "test")]
 
 
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """Takes back what a test, or an engine in it, left in os.environ: RANK, MASTER_PORT and the like would make other tests ranks of that run."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
 Launch = Callable[..., subprocess.CompletedProcess]
 
 
 @pytest.fixture(scope="session")
 def launch() -> Launch:
-    """launch(script, *args, processes=2, launcher="deepspeed", env={}, check=True): runs a script of the project as a user would, from its root.
+    """launch(script, *args, processes=2, launcher="forks", env={}, check=True): runs a script of the project as a user would, from its root.
 
-    On CPUs, whatever the machine has: the GPU part of the suite asks for its GPU with env={"CUDA_VISIBLE_DEVICES": ...}.
+    launcher: "deepspeed", "torchrun" or "python", where starting is part of what is tested; "forks" saves the some 10 s of two cores that they take to start.
+    On CPUs, whatever the machine has: the GPU part of the suite asks for its GPU with env={"CUDA_VISIBLE_DEVICES": ...}, which "forks" cannot give.
     """
 
-    def run(script: str, *args: object, processes: int = 2, launcher: str = "deepspeed", env: dict[str, str] | None = None, check: bool = True,
+    def run(script: str, *args: object, processes: int = 2, launcher: str = "forks", env: dict[str, str] | None = None, check: bool = True,
             timeout: float = 300) -> subprocess.CompletedProcess:
         port = free_port()
-        command = {
-            "deepspeed": ["deepspeed", "--num_gpus", str(processes), "--master_port", str(port)],
-            "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(port)],
-            "python": [sys.executable],
-        }[launcher]
-        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        done = subprocess.run([*command, script, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
-                              env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(env or {})})
+        if launcher == "forks":
+            done = run_script(script, [*map(str, args)], processes, port, env=env, timeout=timeout)
+        else:
+            command = {
+                "deepspeed": ["deepspeed", "--num_gpus", str(processes), "--master_port", str(port)],
+                "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(port)],
+                "python": [sys.executable],
+            }[launcher]
+            done = subprocess.run([*command, script, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
+                                  env={**os.environ, "PATH": PATH, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(env or {})})
         if check and done.returncode:
             raise AssertionError(f"{script} {' '.join(map(str, args))} ended with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
         if not done.returncode:
@@ -68,9 +82,6 @@ def free_port() -> int:
 def toy_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with one checkpoints folder per setting of `write_toy_checkpoints.py`, all written by one job of two processes (some 20 s)."""
     out = tmp_path_factory.mktemp("toy")
-    script = ROOT / "tests/checkpoints/write_toy_checkpoints.py"
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # ninja, for DeepSpeed's extensions
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, out], capture_output=True, text=True,
-                          timeout=300, env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    done = run_script(str(ROOT / "tests/checkpoints/write_toy_checkpoints.py"), [str(out)], 2, free_port())
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return out

@@ -13,13 +13,13 @@ import torch.multiprocessing as mp
 
 from internseg_ds.distributed.extensions import forget_shared_buffer
 from tests.conftest import free_port
+from tests.forks import environment_of, ready
 
 TIMEOUT_S = 240
-# ranks are forked from a process that has imported everything, which saves each of them some 5 seconds
-multiprocessing.get_context("forkserver").set_forkserver_preload(["internseg_ds.engine.segmentor_engine", "deepspeed", "torch._dynamo", "internseg_ds.distributed.extensions"])
 
 
 def spawn(function: Callable[..., None], world_size: int, *args: object) -> None:
+    ready()
     ranks = mp.start_processes(_rank, (function, world_size, free_port(), args), nprocs=world_size, join=False, start_method="forkserver")
     deadline = time.monotonic() + TIMEOUT_S
     while not ranks.join(timeout=1):
@@ -32,7 +32,7 @@ def spawn(function: Callable[..., None], world_size: int, *args: object) -> None
 def _rank(rank: int, function: Callable[..., None], world_size: int, port: int, args: tuple) -> None:
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # of data workers, as in any training
-    os.environ.update(CUDA_VISIBLE_DEVICES="", RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(environment_of(rank, world_size, port))
     dist.init_process_group("gloo")
     try:
         function(*args)

@@ -1,7 +1,6 @@
 """The watch alone: real ranks that die, fail, leave and are asked to stop, without a training around them."""
 
 import logging
-import multiprocessing
 import os
 import signal
 import time
@@ -15,27 +14,23 @@ from internseg_ds.distributed.watch import GRACE_S, Watch, joined
 from internseg_ds.errors import DataError
 from internseg_ds.exit_codes import FAILED, LOST
 from tests.conftest import free_port
-
-forks = multiprocessing.get_context("forkserver")
+from tests.forks import start_ranks
 
 
 def ranks(function: Callable[[int], None], count: int, folder: Path) -> tuple[list[int], str]:
     """Exit codes of `count` ranks that ran `function` under a watch, and what they logged."""
-    port = free_port()
-    processes = [forks.Process(target=_rank, args=(rank, count, port, function, folder / f"{rank}.log")) for rank in range(count)]
-    for process in processes:
-        process.start()
+    processes = start_ranks(_rank, count, free_port(), function, folder)
     for process in processes:
         process.join(60)
         process.kill()
     return [process.exitcode for process in processes], "".join((folder / f"{rank}.log").read_text() for rank in range(count))
 
 
-def _rank(rank: int, size: int, port: int, function: Callable[[int], None], log: Path) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES="")
-    logging.getLogger("internseg_ds").addHandler(logging.FileHandler(log))
-    with joined(world_from_environment()):
-        function(rank)
+def _rank(function: Callable[[int], None], folder: Path) -> None:
+    world = world_from_environment()
+    logging.getLogger("internseg_ds").addHandler(logging.FileHandler(folder / f"{world.rank}.log"))
+    with joined(world):
+        function(world.rank)
 
 
 def waits_while_rank_2_is_killed(rank: int) -> None:

@@ -108,7 +108,7 @@ def test_a_rank_that_hangs_is_named_with_its_line(launch, ade20k, tmp_path):
     labels.unlink()
     os.mkfifo(labels)
     done = launch("launch/train.py", TINY, "--work-dir", work_dir, "--no-validate", "--heartbeat-timeout", "4", "--cfg-options", *SMALL, *data_options(root), *ENDLESS,
-                  "data.workers_per_gpu=0", check=False)
+                  "data.workers_per_gpu=0", launcher="deepspeed", check=False)
     assert done.returncode == LOST and nothing_stays(work_dir, within_s=10)
     found = re.search(r"no rank has got on for 4 s: the other 1 wait for rank (\d) .* at step (\d+), data \((\S+)", done.stderr)
     assert found and "file_client" in found[3], done.stderr[-3000:]

@@ -21,7 +21,7 @@ ONE = ["data.samples_per_gpu=4"]
 def run(train):
     """6 steps in one process on the GPU, saved and evaluated at the end."""
     options = [*LONG, *ONE, "runner.max_iters=6", "checkpoint_config.interval=6", "evaluation.interval=6"]
-    return train("--deepspeed_config", "ds_configs/zero3_bf16.json", options=options, processes=1, env=ON_GPU)
+    return train("--deepspeed_config", "ds_configs/zero3_bf16.json", options=options, processes=1, launcher="deepspeed", env=ON_GPU)
 
 
 def test_training_in_bf16_follows_plain_pytorch_on_the_cpu(run, ade20k):
@@ -34,7 +34,7 @@ def test_the_checkpoint_scores_the_same_on_gpu_and_cpu(run, launch, ade20k, tmp_
     scores = []
     for name, env in (("gpu", ON_GPU), ("cpu", {})):
         out = tmp_path / name
-        launch("launch/test.py", TINY, run.work_dir / "checkpoints", "--out", out, "--cfg-options", *SMALL, *ONE, *data_options(ade20k), processes=1, env=env)
+        launch("launch/test.py", TINY, run.work_dir / "checkpoints", "--out", out, "--cfg-options", *SMALL, *ONE, *data_options(ade20k), processes=1, launcher="deepspeed", env=env)
         scores.append(json.loads((out / "results.json").read_text())["mIoU"])
     assert scores == pytest.approx([run.scores[6]] * 2, abs=5e-3)
 

@@ -142,5 +142,5 @@ def test_a_checkpoint_takes_as_much_of_the_disk_as_planned(long_run, launch, tmp
         found = sum(file.stat().st_size for file in (run.work_dir / "checkpoints" / f"iter_{STEPS}").iterdir())
         tensors = sum(1 for _ in planner.model.parameters())
         assert planned.checkpoint == pytest.approx(found, abs=0.02 * found + 2 * 1500 * tensors)  # names, shapes and the config's text weigh on so small a model
-    launch("launch/consolidate.py", run.work_dir / "checkpoints", tmp_path / "out.safetensors", launcher="python")
+    launch("launch/consolidate.py", run.work_dir / "checkpoints", tmp_path / "out.safetensors", processes=1)
     assert planned.consolidated == pytest.approx((tmp_path / "out.safetensors").stat().st_size, rel=0.05)

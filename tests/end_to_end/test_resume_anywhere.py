@@ -45,7 +45,7 @@ def test_a_checkpoint_of_plain_deepspeed_goes_on_too(train, unbroken, tmp_path):
     shutil.copytree(unbroken.work_dir / "checkpoints" / "iter_5", save)
     (save / "internseg_ds.json").unlink()
     (tmp_path / "latest").write_text("global_step5")
-    run = train("--resume", tmp_path, "--no-validate", options=[*STEPS, "engine.ema=0.9"])
+    run = train("--resume", tmp_path, "--no-validate", options=[*STEPS, "engine.ema=0.9"], launcher="deepspeed")
     assert run.losses == {step: loss for step, loss in unbroken.losses.items() if step > 5}
 
 
@@ -55,7 +55,7 @@ def test_a_checkpoint_of_plain_deepspeed_goes_on_too(train, unbroken, tmp_path):
     (["model.backbone.freeze_vit=True"], ["trained backbone", "freezes it"]),
 ])
 def test_a_checkpoint_of_another_model_or_other_groups_is_refused(options, words, train, unbroken):
-    run = train("--resume", unbroken.work_dir, "--no-validate", options=[*STEPS, *options], processes=1, launcher="python", check=False)
+    run = train("--resume", unbroken.work_dir, "--no-validate", options=[*STEPS, *options], processes=1, check=False)
     assert run.returncode == 2 and "Traceback" not in run.output and all(word in run.output for word in words), run.output[-2000:]
 
 
@@ -63,10 +63,10 @@ def test_the_average_is_scored_and_consolidated(unbroken, launch, ade20k, tmp_pa
     from tests.conftest import TINY, data_options
     from tests.end_to_end.conftest import SMALL
 
-    launch("launch/consolidate.py", unbroken.work_dir, tmp_path / "ema.pth", "--ema", launcher="python")
+    launch("launch/consolidate.py", unbroken.work_dir, tmp_path / "ema.pth", "--ema", processes=1)
     scores = []
     for number, arguments in enumerate(([unbroken.work_dir, "--ema"], [tmp_path / "ema.pth"], [unbroken.work_dir])):
         out = tmp_path / str(number)
-        launch("launch/test.py", TINY, *arguments, "--out", out, "--cfg-options", *SMALL, *data_options(ade20k), launcher="python")
+        launch("launch/test.py", TINY, *arguments, "--out", out, "--cfg-options", *SMALL, *data_options(ade20k), processes=1)
         scores.append(json.loads((out / "results.json").read_text()))
     assert scores[0] == scores[1] != scores[2]

@@ -1,7 +1,6 @@
 """Runs that are asked to stop: they save, end with a code of their own, and a resumed run ends with the weights of one that nobody disturbed."""
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -15,39 +14,21 @@ import torch
 from internseg_ds.checkpoints.weights import open_weights
 from internseg_ds.engine.stopping import SAME_REQUEST_S
 from internseg_ds.exit_codes import LOST, STOPPED
-from tests.conftest import ROOT, TINY, data_options, free_port
+from tests.conftest import TINY, data_options, free_port
 from tests.end_to_end.conftest import SMALL
+from tests.forks import script, start_ranks
 
 STEPS = 24
 OPTIONS = [f"runner.max_iters={STEPS}", f"checkpoint_config.interval={STEPS}", "data.workers_per_gpu=1", "data.samples_per_gpu=1", "engine.global_batch=2"]
-forks = multiprocessing.get_context("forkserver")  # its processes start with everything imported
-forks.set_forkserver_preload(["internseg_ds.engine.segmentor_engine", "torch._dynamo", "tests.end_to_end.test_stopping"])
-
-
-def a_rank(rank: int, port: int, work_dir: Path, options: list[str], log: Path, validate: bool) -> None:
-    """One process of launch/train.py CONFIG --resume auto, without the seconds that its imports take."""
-    import runpy
-    import sys
-
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES="")
-    os.chdir(ROOT)
-    multiprocessing.set_start_method("fork", force=True)  # of its data workers, as in any training
-    torch.set_num_threads(1)
-    with log.open("a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    sys.argv = ["launch/train.py", TINY, "--work-dir", str(work_dir), "--resume", "auto", *["--no-validate"] * (not validate), "--cfg-options", *options]
-    runpy.run_path("launch/train.py", run_name="__main__")
 
 
 class Run:
-    """Two ranks in one work directory, with a log file of both."""
+    """Two ranks of launch/train.py CONFIG --resume auto in one work directory, with a log file of both."""
 
     def __init__(self, work_dir: Path, options: list[str], *, validate: bool = False) -> None:
-        port, self.log = free_port(), work_dir.with_suffix(f".{time.monotonic_ns()}.log")
-        self.ranks = [forks.Process(target=a_rank, args=(rank, port, work_dir, options, self.log, validate)) for rank in range(2)]
-        for rank in self.ranks:
-            rank.start()
+        self.log = work_dir.with_suffix(f".{time.monotonic_ns()}.log")
+        args = [TINY, "--work-dir", str(work_dir), "--resume", "auto", *["--no-validate"] * (not validate), "--cfg-options", *options]
+        self.ranks = start_ranks(script, 2, free_port(), "launch/train.py", args, self.log, self.log)
 
     def wait_for(self, text: str) -> None:
         deadline = time.monotonic() + 120
@@ -144,7 +125,7 @@ def test_a_stop_file_stops_all_ranks_and_must_be_removed_to_go_on(options, tmp_p
     assert run.codes() == [STOPPED, STOPPED]
     tag = (work_dir / "checkpoints" / "latest").read_text()
     assert f"--resume auto goes on from {tag}" in run.log.read_text() and tag != f"iter_{STEPS}"
-    refused = launch("launch/train.py", TINY, "--work-dir", work_dir, "--cfg-options", *options, launcher="python", check=False)
+    refused = launch("launch/train.py", TINY, "--work-dir", work_dir, "--cfg-options", *options, processes=1, check=False)
     assert refused.returncode == 2 and f"{work_dir / 'STOP'} is there" in refused.stderr
 
 

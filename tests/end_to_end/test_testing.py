@@ -21,9 +21,9 @@ def one_file(trained, launch, tmp_path_factory):
 
 def test_the_score_is_the_same_from_shards_and_file_and_with_1_and_2_processes(trained, one_file, launch, ade20k, tmp_path):
     results, fp32 = [], "engine.backbone_dtype=float32"  # partitioned weights have one dtype, heads included
-    for number, (checkpoint, processes) in enumerate([(trained.work_dir / "checkpoints", 2), (one_file, 1)]):
+    for number, (checkpoint, processes, launcher) in enumerate([(trained.work_dir / "checkpoints", 2, "deepspeed"), (one_file, 1, "forks")]):
         out = tmp_path / str(number)
-        launch("launch/test.py", TINY, checkpoint, "--eval", "mIoU", "--out", out, "--cfg-options", *SMALL, *data_options(ade20k), fp32, processes=processes)
+        launch("launch/test.py", TINY, checkpoint, "--eval", "mIoU", "--out", out, "--cfg-options", *SMALL, *data_options(ade20k), fp32, processes=processes, launcher=launcher)
         results.append((out / "results.json").read_text())
     out = tmp_path / "partitioned"  # by ZeRO-3, the forwards in step
     launch("launch/test.py", TINY, one_file, "--eval", "mIoU", "--out", out, "--cfg-options", *SMALL, *data_options(ade20k), "engine.evaluation_weights=partitioned", fp32)
@@ -47,7 +47,7 @@ def test_the_one_file_is_an_ordinary_mmseg_checkpoint(one_file):
 
 
 def test_pictures_show_image_truth_and_prediction(one_file, launch, ade20k, tmp_path):
-    launch("launch/test.py", TINY, one_file, "--show-dir", tmp_path, "--show-count", 3, "--cfg-options", *SMALL, *data_options(ade20k), launcher="python")
+    launch("launch/test.py", TINY, one_file, "--show-dir", tmp_path, "--show-count", 3, "--cfg-options", *SMALL, *data_options(ade20k), processes=1)
     pictures = sorted(tmp_path.glob("*.png"))
     assert len(pictures) == 3
     height, width, _ = cv2.imread(str(pictures[0])).shape
@@ -58,7 +58,7 @@ def test_a_prediction_overwrites_no_image(one_file, launch, ade20k, tmp_path):
     for name in ("a.jpg", "a_labels.png"):
         cv2.imwrite(str(tmp_path / name), np.zeros((20, 20, 3), np.uint8))
     before = (tmp_path / "a_labels.png").read_bytes()
-    done = launch("launch/predict.py", TINY, one_file, tmp_path, "--out", tmp_path, "--cfg-options", *SMALL, *data_options(ade20k), launcher="python", check=False)
+    done = launch("launch/predict.py", TINY, one_file, tmp_path, "--out", tmp_path, "--cfg-options", *SMALL, *data_options(ade20k), processes=1, check=False)
     assert done.returncode == 2 and "would overwrite the image" in done.stderr and (tmp_path / "a_labels.png").read_bytes() == before
 
 
@@ -74,7 +74,7 @@ def test_predict_labels_are_those_of_the_evaluation(one_file, launch, ade20k, tm
         valid = truth > 0
         hits += [(labels[valid] == truth[valid] - 1).sum(), valid.sum(), 0]
     out = tmp_path / "evaluation"
-    launch("launch/test.py", TINY, one_file, "--out", out, "--cfg-options", *SMALL, *data_options(ade20k), launcher="python")
+    launch("launch/test.py", TINY, one_file, "--out", out, "--cfg-options", *SMALL, *data_options(ade20k), processes=1)
     assert hits[0] / hits[1] == pytest.approx(json.loads((out / "results.json").read_text())["aAcc"], abs=1e-4)
 
 
@@ -97,7 +97,7 @@ def test_predict_takes_globs_and_names_what_it_cannot_read(one_file, launch, ade
         shutil.copy(file, frames / f"frame_{number}.jpg")
     (frames / "frame_3.jpg").write_bytes(b"no image")
     arguments = ["launch/predict.py", TINY, one_file, str(tmp_path / "frames/**/*.jpg"), "--logits", "--out", tmp_path / "out", "--cfg-options", *SMALL, *data_options(ade20k)]
-    done = launch(*arguments, launcher="python")
+    done = launch(*arguments, processes=1)
     assert "1 of 4 images are left out" in done.stdout + done.stderr and "frame_3.jpg" in done.stdout + done.stderr
     assert len(list((tmp_path / "out").glob("*_overlay.png"))) == 3
     for path in (tmp_path / "out").glob("*_logits.npy"):

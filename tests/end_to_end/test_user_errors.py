@@ -12,7 +12,7 @@ from tests.conftest import ROOT, TINY, data_options
 
 
 def test_rank_0_says_it_once_and_the_launcher_ends_with_2(launch, tmp_path):
-    done = launch("launch/train.py", TINY, "--work-dir", tmp_path / "work", "--cfg-options", "data.train.data_root=/nowhere", check=False, timeout=120)
+    done = launch("launch/train.py", TINY, "--work-dir", tmp_path / "work", "--cfg-options", "data.train.data_root=/nowhere", launcher="deepspeed", check=False, timeout=120)
     assert done.returncode == 2
     said = [line for line in (done.stdout + done.stderr).splitlines() if "/nowhere" in line and line.startswith("error:")]
     assert len(said) == 1 and "data_root" in said[0]
@@ -115,14 +115,14 @@ def test_an_option_without_a_value_is_a_usage_error(launch):
 
 
 def test_a_dry_run_prints_parameters_groups_and_memory_and_writes_nothing(launch, ade20k, tmp_path):
-    done = launch("launch/train.py", TINY, "--dry-run", "--work-dir", tmp_path / "work", "--cfg-options", *data_options(ade20k), launcher="python")
+    done = launch("launch/train.py", TINY, "--dry-run", "--work-dir", tmp_path / "work", "--cfg-options", *data_options(ade20k), processes=1)
     assert all(word in done.stdout for word in ("backbone", "layer 0, decay", "optimizer", "8 images per step"))
     assert not (tmp_path / "work").exists()
 
 
 @pytest.mark.parametrize("script", ["train", "test", "consolidate", "predict"])
 def test_help_shows_a_command(script, launch):
-    done = launch(f"launch/{script}.py", "--help", launcher="python")
+    done = launch(f"launch/{script}.py", "--help", processes=1)
     assert "example:" in done.stdout and f"launch/{script}.py" in done.stdout
 
 
@@ -133,7 +133,7 @@ def test_a_truncated_checkpoint_is_refused_before_training(trained, launch, ade2
     shutil.copytree(trained.work_dir / "checkpoints" / "iter_12", copy)
     shard = next(copy.glob("*rank_1*optim_states.pt"))
     shard.write_bytes(shard.read_bytes()[:1000])
-    done = launch("launch/consolidate.py", copy, tmp_path / "out.pth", launcher="python", check=False)
+    done = launch("launch/consolidate.py", copy, tmp_path / "out.pth", processes=1, check=False)
     assert done.returncode == 2 and shard.name in done.stderr and "truncated" in done.stderr
     assert not list(tmp_path.glob("out*"))
     assert json.loads((copy / "internseg_ds.json").read_text())["step"] == 12

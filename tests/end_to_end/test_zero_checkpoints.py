@@ -13,6 +13,7 @@ from internseg_ds.checkpoints.consolidate import consolidate
 from internseg_ds.checkpoints.weights import open_weights
 from internseg_ds.checkpoints.zero_checkpoint import ZeroCheckpoint
 from internseg_ds.errors import CheckpointError
+from tests.end_to_end.conftest import STEPS
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,7 @@ def test_an_incomplete_checkpoint_is_one_sentence(damage, words, saved, tmp_path
 
 def test_shards_of_two_runs_are_not_mixed(saved, tmp_path):
     def mix(path):
-        stranger = next((saved["zero2_bf16"] / "iter_30").glob("*zero_pp_rank_1_*optim*"))
+        stranger = next((saved["zero2_bf16"] / f"iter_{STEPS}").glob("*zero_pp_rank_1_*optim*"))
         shutil.copy(stranger, next(path.glob("*zero_pp_rank_1_*optim*")))
 
     with pytest.raises(CheckpointError, match="mixes runs"):

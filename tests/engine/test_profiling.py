@@ -131,5 +131,5 @@ def test_a_number_of_steps_that_cannot_be_profiled_is_refused(steps):
 
 
 def test_the_command_line_refuses_it_too(launch, tmp_path):
-    done = launch("launch/train.py", "--profile", TINY, "--work-dir", tmp_path, launcher="python", check=False)
+    done = launch("launch/train.py", "--profile", TINY, "--work-dir", tmp_path, processes=1, check=False)
     assert done.returncode == 2 and "write --profile 3, and --profile alone at the end of the command only" in done.stderr
