@@ -18,7 +18,7 @@ SMALL = ["model.backbone.embed_dim=32", "model.backbone.num_heads=2",
 NO_NOISE = ["model.backbone.drop_path_rate=0", "model.decode_head.dropout_ratio=0", "model.auxiliary_head.dropout_ratio=0"]
 
 
-STEPS = 30
+STEPS = 20
 LONG = [f"runner.max_iters={STEPS}", f"checkpoint_config.interval={STEPS}", *NO_NOISE]
 
 

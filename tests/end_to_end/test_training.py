@@ -175,7 +175,7 @@ def test_processes_that_srun_started_form_one_run(ade20k, tmp_path):
 def test_a_frozen_vit_keeps_its_weights_while_its_fpn_and_heads_train(train):
     from internseg_ds.checkpoints.weights import open_weights
 
-    run = train("--no-validate", options=["model.backbone.freeze_vit=True", "runner.max_iters=3", "checkpoint_config.interval=1"])
+    run = train("--no-validate", options=["model.backbone.freeze_vit=True", "runner.max_iters=3", "checkpoint_config.interval=1", "checkpoint_config.max_keep_ckpts=-1"])
     first, third = (open_weights(run.work_dir / "checkpoints" / f"iter_{step}") for step in (1, 3))
     changed = {name for name in first.shapes if not torch.equal(first.read(name), third.read(name))}
     assert not any(name.startswith(("backbone.blocks", "backbone.patch_embed", "backbone.pos_embed", "backbone.cls_token")) for name in changed)
