@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -169,12 +170,17 @@ class SegmentorEngine:
             log.info("resumed from %s (%d processes, ZeRO-%d): step %d, %d images seen", checkpoint.path, checkpoint.world_size, checkpoint.stage, self.state.step,
                      self.state.images)
         if self.world.is_main:
-            experiment.cfg.dump(str(self.work_dir / "config.py"))
+            (self.work_dir / "config.py").write_text(self._config_text, encoding="utf-8")
             (self.work_dir / "ds_config.json").write_text(json.dumps(ds.raw, indent=4) + "\n")
 
     @property
     def world(self) -> World:
         return self.plan.world
+
+    @cached_property
+    def _config_text(self) -> str:
+        """The experiment as one config file. Made once: its layout takes some half a second, which each save would wait for."""
+        return self.plan.experiment.cfg.pretty_text
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The loss terms and accuracies of a micro-batch, as scalars; "loss" is the sum of the terms whose names hold "loss", as in mmseg.
@@ -216,7 +222,7 @@ class SegmentorEngine:
         """
         self.watch.at(self.state.step, "saving")
         dataset = self.plan.train_set
-        meta = {"CLASSES": list(dataset.CLASSES), "PALETTE": [list(map(int, colour)) for colour in dataset.PALETTE], "config": self.plan.experiment.cfg.pretty_text}
+        meta = {"CLASSES": list(dataset.CLASSES), "PALETTE": [list(map(int, colour)) for colour in dataset.PALETTE], "config": self._config_text}
         groups = named_groups(self.plan.meta_model, parameter_groups(self.plan.meta_model, self.plan.experiment.optimizer))
         return self.checkpoints.save(self.deepspeed, self.state, meta, groups, self.ema)
 
