@@ -106,9 +106,9 @@ def test_a_request_to_stop_reaches_every_rank(tmp_path):
 
 def stands_still_on_rank_1(rank: int) -> None:
     watch = Watch(world_from_environment(), hang_s=3)
-    for step in range(1, 40):
+    for step in range(1, 20):
         watch.at(step, "data")
-        if rank == 1 and step == 30:
+        if rank == 1 and step == 10:
             time.sleep(60)
         watch.at(step, "forward")
         time.sleep(0.1)
@@ -120,7 +120,7 @@ def stands_still_on_rank_1(rank: int) -> None:
 def test_a_rank_that_stands_still_is_told_from_those_that_wait_for_it(tmp_path):
     codes, log = ranks(stands_still_on_rank_1, 3, tmp_path)
     assert codes == [LOST, LOST, LOST]
-    assert "no rank has got on for 3 s: the other 2 wait for rank 1 (host " in log and "at step 30, data (" in log and "stands_still_on_rank_1" in log
+    assert "no rank has got on for 3 s: the other 2 wait for rank 1 (host " in log and "at step 10, data (" in log and "stands_still_on_rank_1" in log
 
 
 def saves_longer_than_the_limit(rank: int) -> None:

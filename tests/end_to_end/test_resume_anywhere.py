@@ -45,7 +45,7 @@ def test_a_checkpoint_of_plain_deepspeed_goes_on_too(train, unbroken, tmp_path):
     shutil.copytree(unbroken.work_dir / "checkpoints" / "iter_5", save)
     (save / "internseg_ds.json").unlink()
     (tmp_path / "latest").write_text("global_step5")
-    run = train("--resume", tmp_path, "--no-validate", options=[*STEPS, "engine.ema=0.9"], launcher="deepspeed")
+    run = train("--resume", tmp_path, "--no-validate", options=[*STEPS, "engine.ema=0.9"])
     assert run.losses == {step: loss for step, loss in unbroken.losses.items() if step > 5}
 
 
