@@ -97,7 +97,9 @@ def compute_in_bf16(module: nn.Module, except_for: Sequence[nn.Module] = ()) -> 
 
 
 def _leaves(module: nn.Module) -> list[nn.Module]:
-    return [leaf for leaf in module.modules() if any(True for _ in leaf.parameters(recurse=False)) and not any(True for _ in leaf.children())]
+    """Modules that own parameters and have no children; torch's attention is one too, for it multiplies by its projection's weight without calling it."""
+    return [leaf for leaf in module.modules()
+            if any(True for _ in leaf.parameters(recurse=False)) and (isinstance(leaf, nn.MultiheadAttention) or not any(True for _ in leaf.children()))]
 
 
 @functools.cache
@@ -105,14 +107,18 @@ def _casting_class(leaf_class: type[nn.Module], compute: torch.dtype, result: to
     """A subclass of `leaf_class` whose forward sees inputs and copies of the parameters in `compute`, with autocast off, and returns `result`."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        stored = dict(self._parameters)  # under ZeRO-3 these are whole here: the pre-forward hook has gathered them
-        device = next(param.device.type for param in stored.values() if param is not None)
+        # under ZeRO-3 these are whole here: the pre-forward hook has gathered them, and reading those of a child gathers them
+        owners = [part._parameters for part in self.modules()]
+        stored = [{name: owner[name] for name in owner} for owner in owners]
+        device = next(param.device.type for params in stored for param in params.values() if param is not None)
         with torch.autocast(device, enabled=False):
             try:
-                self._parameters.update((name, param.to(compute)) for name, param in stored.items() if param is not None)
-                return _cast(leaf_class.forward(self, *(_cast(arg, compute) for arg in args), **kwargs), result)
+                for owner, params in zip(owners, stored, strict=True):
+                    owner.update((name, param.to(compute)) for name, param in params.items() if param is not None)
+                return _cast(leaf_class.forward(self, *(_cast(arg, compute) for arg in args), **{name: _cast(value, compute) for name, value in kwargs.items()}), result)
             finally:
-                self._parameters.update(stored)
+                for owner, params in zip(owners, stored, strict=True):
+                    owner.update(params)
 
     word = "Fp32" if compute == torch.float32 else "Bf16"
     return type(f"{word}{leaf_class.__name__}", (leaf_class,), {"forward": forward, "__doc__": f"{leaf_class.__name__}, computed in {word.lower()}."})
