@@ -22,6 +22,7 @@ from internseg_ds.distributed.ds_config import DsConfig
 from internseg_ds.distributed.precision import buffers_to_fp32
 from internseg_ds.distributed.sync_batch_norm import allow_any_device
 from internseg_ds.errors import ConfigError
+from internseg_ds.models.backbone import forget_pretrained
 from internseg_ds.models.recomputation import set_recomputation
 from internseg_ds.seeding import derived_seed
 
@@ -77,6 +78,7 @@ def build_for_training(model: ConfigDict, ds: DsConfig, device: torch.device, se
     else:
         with torch.device(device), _default_dtype(ds.param_dtype), _HostSequences():
             segmentor = build_segmentor(model).to(device)
+    forget_pretrained(segmentor)
     allow_any_device(segmentor)
     buffers_to_fp32(segmentor)
     initialise(segmentor, seed, ds.param_dtype)

@@ -135,7 +135,7 @@ def parameter_groups(model: nn.Module, optimizer: Mapping[str, Any]) -> list[dic
     settings = {key: value for key, value in optimizer.items() if key not in ("constructor", "paramwise_cfg")}
     for required in ("lr", "weight_decay"):  # torch's default decay differs from optimizer to optimizer, so it is written out
         if required not in settings:
-            raise ConfigError(f"optimizer has no {required}; the InternViT recipe is lr=4e-5, weight_decay=0.05")
+            raise ConfigError(f"optimizer has no {required}; write optimizer=dict(type='AdamW', lr=..., weight_decay=...)")
         if not isinstance(settings[required], (int, float)) or not 0 <= settings[required] < math.inf:
             raise ConfigError(f"optimizer.{required}={settings[required]!r} must be a number of at least 0")
     try:

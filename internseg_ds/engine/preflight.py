@@ -33,6 +33,7 @@ from internseg_ds.engine.forecast import memory_table, of_this_run, verdict
 from internseg_ds.engine.planner import Planner, ds_config_of
 from internseg_ds.engine.trackers import check_trackers
 from internseg_ds.errors import CheckpointError, ConfigError, DataError
+from internseg_ds.models.backbone import patch_size, pretrained_elsewhere, pretrained_file
 from internseg_ds.models.heads import heads
 
 TOLERATED = 8
@@ -144,6 +145,9 @@ def check_weights(experiment: Experiment, meta_model: nn.Module, load_from: str 
 
     load_from: whole segmentor given on the command line, else the config's load_from, else the backbone's `pretrained`. Raises CheckpointError.
     """
+    for name in pretrained_elsewhere(meta_model):
+        raise ConfigError(f"{'.'.join(filter(None, ['model', name]))}.init_cfg asks for pretrained weights, which are read for the backbone alone; drop it, and start from weights of "
+                          "a whole segmentor with load_from=PATH")
     start = starting_weights(experiment, meta_model, load_from)
     if start is None:
         return
@@ -160,7 +164,7 @@ def starting_weights(experiment: Experiment, model: nn.Module, load_from: str | 
     """
     option, source, fit = "load_from", load_from or experiment.load_from, fit_segmentor
     if not source:
-        option, source, fit = _pretrained_setting(experiment, model), getattr(model.backbone, "pretrained", None), fit_backbone
+        option, source, fit = _pretrained_setting(experiment, model), pretrained_file(model.backbone), fit_backbone
     if not source:
         return None
     if not isinstance(source, (str, os.PathLike)):
@@ -174,7 +178,7 @@ def starting_weights(experiment: Experiment, model: nn.Module, load_from: str | 
 def _pretrained_setting(experiment: Experiment, model: nn.Module) -> str:
     """The setting that the backbone's `pretrained` comes from: mmcv's `init_cfg`, or its own argument, which mmseg also fills in from `model.pretrained`."""
     init_cfg = experiment.model.backbone.get("init_cfg")
-    if isinstance(init_cfg, Mapping) and init_cfg.get("checkpoint") == getattr(model.backbone, "pretrained", None):
+    if isinstance(init_cfg, Mapping) and init_cfg.get("checkpoint") == pretrained_file(model.backbone):
         return "model.backbone.init_cfg.checkpoint"
     return "model.pretrained" if experiment.model.get("pretrained") else "model.backbone.pretrained"
 
@@ -224,7 +228,7 @@ def check_classes(model: nn.Module, dataset: Dataset, what: str) -> None:
 
 def check_patches(experiment: Experiment, model: nn.Module) -> None:
     """Sizes that reach the backbone must be whole patches. Raises ConfigError naming the setting and the nearest size that works."""
-    patch = getattr(model.backbone, "patch_size", 1)
+    patch = patch_size(model.backbone)
     found = [("model.test_cfg.crop_size", experiment.model.test_cfg["crop_size"])] if experiment.model.test_cfg["mode"] == "slide" else []
     for leaf in leaf_datasets(experiment.train):
         for step in leaf.get("pipeline", ()):
@@ -260,7 +264,7 @@ def check_windows(experiment: Experiment) -> None:
 
 def check_sample(model: nn.Module, sample: Mapping[str, Any]) -> None:
     """A training image as the pipeline hands it over must be whole patches."""
-    patch, (_, height, width) = getattr(model.backbone, "patch_size", 1), _image_shape(sample)
+    patch, (_, height, width) = patch_size(model.backbone), _image_shape(sample)
     if height % patch or width % patch:
         raise ConfigError(f"the first image of data.train comes out of its pipeline with {height} x {width} pixels, which are no whole patches of {patch}; "
                           f"crop and pad to a multiple of {patch}")
