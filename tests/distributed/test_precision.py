@@ -54,18 +54,6 @@ def test_under_autocast_the_backbone_is_bf16_and_the_heads_are_fp32():
     assert seen(model) == [torch.float32, torch.bfloat16, torch.float32, torch.float32]
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_torchs_attention_which_never_calls_its_projection_computes_in_fp32(training):
-    attention, reference = (torch.nn.MultiheadAttention(8, 2, batch_first=True).train(training) for _ in range(2))
-    reference.load_state_dict(attention.bfloat16().state_dict())
-    compute_in_fp32(attention)
-    x = torch.rand(2, 5, 8, dtype=torch.bfloat16)
-    for computed, exact in zip(attention(x, key=x, value=x), reference(*[x.float()] * 3)):
-        assert computed.dtype == torch.float32
-        torch.testing.assert_close(computed, exact, rtol=0, atol=0)
-    assert attention.out_proj.weight.dtype == torch.bfloat16 and len(attention.state_dict()) == 4
-
-
 def test_names_and_gradients_reach_the_stored_parameters():
     head = nn.Sequential(nn.Conv2d(3, 4, 3), nn.LayerNorm(6)).bfloat16()
     names = list(head.state_dict())
