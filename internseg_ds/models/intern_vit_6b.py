@@ -15,7 +15,7 @@ from mmseg.models.builder import BACKBONES
 from torch import Tensor, nn
 
 from internseg_ds.models.attention import attention
-from internseg_ds.models.intern_vit_keys import arguments_of, exported_config, exported_names, published_sources
+from internseg_ds.models.intern_vit_keys import LAYOUTS, arguments_of, exported_config, exported_names, published_sources
 from internseg_ds.models.layers import DropPath, TruncNormalLinear
 from internseg_ds.models.norms import NORMS, ChannelsFirstLayerNorm, RMSNorm
 from internseg_ds.models.recomputation import Recomputation, run_block
@@ -171,6 +171,8 @@ class InternViT6B(BaseModule):
     """Prefixes of what they lack: it is trained from its initial values."""
     published_sources, arguments_of = staticmethod(published_sources), staticmethod(arguments_of)
     """How other layouts name its parameters, and what a config.json says of its arguments."""
+    layouts = ("internvl", *LAYOUTS)
+    """Layouts that it can be exported in."""
 
     def __init__(
         self,
@@ -240,7 +242,7 @@ class InternViT6B(BaseModule):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     def exported(self, layout: str) -> tuple[dict[str, tuple[str, ...]], dict[str, object] | None]:
-        """Names of the ViT's parameters in a published layout ("internvl", "opengvlab", "transformers"), and its config.json where it has one."""
+        """Names of the ViT's parameters in one of `layouts`, and its config.json where it has one."""
         return exported_names(layout, self.depth), exported_config(layout, self.arguments, self.img_size, self.patch_size, self.init_values)
 
     def layer_id(self, name: str) -> int:
