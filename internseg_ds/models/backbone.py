@@ -40,6 +40,9 @@ class Backbone(Protocol):
     arguments: Mapping[str, Any]
     """The constructor arguments that `arguments_of` is held against."""
 
+    layouts: tuple[str, ...]
+    """The published layouts that `exported` knows. With `exported` only."""
+
     def layer_id(self, name: str) -> int:
         """The layer of a parameter, 0 to depth + 1; name is relative to the backbone. Without: layer-wise decay is refused, and all layers learn alike."""
 
