@@ -16,7 +16,7 @@ from torch import Tensor
 
 from internseg_ds.models.dcnv3_geometry import Geometry
 
-POINTS_PER_CHUNK = 1 << 17
+POINTS_PER_CHUNK = 1 << 16
 """Sampling points (output positions x groups x points of the kernel) that are computed at once."""
 
 
