@@ -36,7 +36,7 @@ model = dict(
         center_feature_scale=True,
         with_cp=True,
         out_indices=(0, 1, 2, 3),
-        init_cfg=None,
+        init_cfg=dict(type="Pretrained", checkpoint=None),  # a weight file; None: random weights
     ),
     decode_head=dict(in_channels=[32, 64, 128, 256]),
     auxiliary_head=dict(in_channels=128),

@@ -154,7 +154,7 @@ def check_weights(experiment: Experiment, meta_model: nn.Module, load_from: str 
         return
     option, path, fit = start
     if not path.exists():
-        raise CheckpointError(f"{option}={str(path)!r}: there is no such file; put the weights there, or {_without(option)}")
+        raise CheckpointError(f"{option}={str(path)!r}: there is no such file; put the weights there, or start from random weights with --cfg-options {option}=None")
     fit(meta_model, open_weights(path), experiment.engine.weights_may_differ)
 
 
@@ -172,7 +172,7 @@ def starting_weights(experiment: Experiment, model: nn.Module, load_from: str | 
         raise ConfigError(f"{option}={source!r} must be a path, or None")
     if "://" in str(source):
         raise CheckpointError(f"{option}={str(source)!r} is an address, and nothing is downloaded here; download the file and write --cfg-options {option}=PATH, or "
-                              f"{_without(option)}")
+                              f"start from random weights with --cfg-options {option}=None")
     return option, Path(source), fit
 
 
@@ -182,10 +182,6 @@ def _pretrained_setting(experiment: Experiment, model: nn.Module) -> str:
     if isinstance(init_cfg, Mapping) and init_cfg.get("checkpoint") == pretrained_file(model.backbone):
         return "model.backbone.init_cfg.checkpoint"
     return "model.pretrained" if experiment.model.get("pretrained") else "model.backbone.pretrained"
-
-
-def _without(option: str) -> str:
-    return f"start from random weights with --cfg-options {option.removesuffix('.checkpoint')}=None"
 
 
 def check_weights_fit(model: nn.Module, checkpoint: str | os.PathLike, *, ema: bool = False) -> dict[str, Any]:

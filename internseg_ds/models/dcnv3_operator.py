@@ -7,7 +7,11 @@ Locations, masks and sums are fp32 (fp64 for fp64 inputs) whatever the dtypes of
 Source: Wang et al., "InternImage" (CVPR 2023), equation 2.
 """
 
+import functools
+import importlib.util
+import logging
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -15,6 +19,25 @@ from torch.utils.flop_counter import register_flop_formula
 
 from internseg_ds.models import dcnv3_torch
 from internseg_ds.models.dcnv3_geometry import geometry
+
+log = logging.getLogger(__name__)
+
+
+def implementation(x: Tensor, offset: Tensor, mask: Tensor) -> ModuleType:
+    """What computes these tensors: `dcnv3_triton` on GPUs where Triton can be imported, but for fp64, or `dcnv3_torch`."""
+    triton = triton_kernels() if x.is_cuda and dcnv3_torch.compute_dtype(x, offset, mask) == torch.float32 else None
+    return triton or dcnv3_torch
+
+
+@functools.cache
+def triton_kernels() -> ModuleType | None:
+    """`dcnv3_triton`, or None where Triton is not installed, with one warning per process. It comes with torch's builds for GPUs."""
+    if importlib.util.find_spec("triton") is None:
+        log.warning("DCNv3 runs without its GPU kernels, slowly: Triton cannot be imported. Install it with: pip install triton")
+        return None
+    from internseg_ds.models import dcnv3_triton
+
+    return dcnv3_triton
 
 
 @torch.library.custom_op("internseg_ds::dcnv3", mutates_args=())
@@ -27,7 +50,7 @@ def dcnv3(x: Tensor, offset: Tensor, mask: Tensor, kernel: Sequence[int], stride
     Raises ValueError where shapes do not fit.
     """
     made = geometry(x, offset, mask, kernel, stride, pad, dilation, group, offset_scale, remove_center)
-    return dcnv3_torch.forward(x, offset, mask, made)
+    return implementation(x, offset, mask).forward(x, offset, mask, made)
 
 
 @torch.library.custom_op("internseg_ds::dcnv3_backward", mutates_args=())
@@ -35,7 +58,7 @@ def dcnv3_backward(grad: Tensor, x: Tensor, offset: Tensor, mask: Tensor, kernel
                    group: int, offset_scale: float, remove_center: bool) -> tuple[Tensor, Tensor, Tensor]:
     """grad (n, h', w', c), of the result of `dcnv3` -> the gradients of x, offset and mask."""
     made = geometry(x, offset, mask, kernel, stride, pad, dilation, group, offset_scale, remove_center)
-    return dcnv3_torch.backward(grad, x, offset, mask, made)
+    return implementation(x, offset, mask).backward(grad, x, offset, mask, made)
 
 
 @dcnv3.register_fake

@@ -7,6 +7,8 @@ fixed distances, so one index per point serves the table and three views of it t
 gradient of the table is such a sum too, over the points sorted by their index: no scattered additions.
 """
 
+import functools
+import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -16,21 +18,20 @@ from torch import Tensor
 
 from internseg_ds.models.dcnv3_geometry import Geometry
 
-POINTS_PER_CHUNK = 1 << 17
-"""Sampling points (output positions x groups x points of the kernel) that are computed at once."""
+POINTS_PER_CHUNK = 1 << 16
+"""Sampling points (output positions x groups x points of the kernel) that are computed at once: what is made of them stays in a CPU's cache."""
+BORDER = 2
+"""Zeros around the input: so wide that a location a pixel or more outside has only zeros around it, and gets no gradient."""
 
 
 class _Points(NamedTuple):
     """The sampling points of p output positions; each field (p, group, k)."""
 
     index: Tensor
-    """Row of the padded table that holds the corner above and to the left of the location."""
+    """Row of the table that holds the corner above and to the left of the location."""
     down: Tensor
     """Distance of the location from that corner, 0 to 1; NaN where the location is."""
     right: Tensor
-    inside_y: Tensor
-    """Whether the offset moves the location vertically: not where it lies a whole pixel or more outside the input, where all is zero."""
-    inside_x: Tensor
 
 
 def forward(x: Tensor, offset: Tensor, mask: Tensor, geometry: Geometry, chunk: int = POINTS_PER_CHUNK) -> Tensor:
@@ -54,17 +55,17 @@ def backward(grad: Tensor, x: Tensor, offset: Tensor, mask: Tensor, geometry: Ge
     n, height, width, channels = x.shape
     table = _table(x, group, compute)
     grad_table = torch.zeros_like(table)
-    grad_offset, grad_mask = torch.empty_like(offset, memory_format=torch.contiguous_format), torch.empty_like(mask, memory_format=torch.contiguous_format)
-    offsets, masks, grads = offset.reshape(-1, group, k, 2), mask.reshape(-1, group, k), grad.reshape(-1, group, channels // group)
+    grad_offset, grad_mask = offset.new_empty(len(grad.flatten(0, 2)), group, k, 2), mask.new_empty(len(grad.flatten(0, 2)), group, k)
+    offsets, masks, grads = offset.reshape(grad_offset.shape), mask.reshape(grad_mask.shape), grad.reshape(-1, group, channels // group)
     for part in _chunks(len(masks), group * k, chunk):
         points, m = _points(x, offsets[part], part.start, geometry, compute), masks[part].to(compute)
         of_bags = grads[part].to(compute).reshape(-1, channels // group)  # (p g, c / g)
         above_left, above_right, below_left, below_right = (_products(of_bags, rows, points.index) for rows in _corners(table, x, group))
         above, below = torch.lerp(above_left, above_right, points.right), torch.lerp(below_left, below_right, points.right)
-        left, right = torch.lerp(above_left, below_left, points.down), torch.lerp(above_right, below_right, points.down)
-        grad_mask.view(-1, group, k)[part] = torch.lerp(above, below, points.down)
+        grad_mask[part] = torch.lerp(above, below, points.down)
         m_scaled = m * geometry.offset_scale
-        grad_offset.view(-1, group, k, 2)[part] = torch.stack([(right - left) * m_scaled * points.inside_x, (below - above) * m_scaled * points.inside_y], dim=-1)
+        grad_offset[part][..., 0] = torch.lerp(above_right.sub_(above_left), below_right.sub_(below_left), points.down).mul_(m_scaled)
+        grad_offset[part][..., 1] = below.sub_(above).mul_(m_scaled)
 
         index, order = points.index.view(-1).sort()
         first, last = int(index[0]), int(index[-1])
@@ -72,9 +73,9 @@ def backward(grad: Tensor, x: Tensor, offset: Tensor, mask: Tensor, geometry: Ge
         begins = F.pad(ends[:-1], (1, 0)).to(index.dtype)
         bag = (order // k).to(index.dtype)
         for rows, weight in zip(_corners(grad_table, x, group), _weights(points, m)):
-            rows[first:last + 1] += F.embedding_bag(bag, of_bags, begins, mode="sum", per_sample_weights=weight.view(-1)[order])
-    grad_x = grad_table.view(n, height + 2, width + 2, channels)[:, 1:-1, 1:-1].to(x.dtype, memory_format=torch.contiguous_format, copy=True)
-    return grad_x, grad_offset, grad_mask
+            rows[first:last + 1] += F.embedding_bag(bag, of_bags, begins, mode="sum", per_sample_weights=weight.view(-1).index_select(0, order))
+    grad_x = grad_table.view(n, height + 2 * BORDER, width + 2 * BORDER, channels)[:, BORDER:-BORDER, BORDER:-BORDER]
+    return torch.empty_like(x, memory_format=torch.contiguous_format).copy_(grad_x), grad_offset.view_as(offset), grad_mask.view_as(mask)
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -89,39 +90,38 @@ def _chunks(positions: int, points: int, chunk: int) -> Iterator[slice]:
 
 
 def _table(x: Tensor, group: int, compute: torch.dtype) -> Tensor:
-    """x (n, h, w, c), zero-padded by one pixel, as (n (h + 2) (w + 2) g, c / g)."""
-    return F.pad(x.to(compute), (0, 0, 1, 1, 1, 1)).view(-1, x.size(3) // group)
+    """x (n, h, w, c) with its border, as (n (h + 4) (w + 4) g, c / g)."""
+    return F.pad(x.to(compute), (0, 0, BORDER, BORDER, BORDER, BORDER)).view(-1, x.size(3) // group)
 
 
 def _corners(table: Tensor, x: Tensor, group: int) -> list[Tensor]:
     """Views of the table in which the index of a corner above and to the left finds the corners above (left, right) and below (left, right)."""
-    down = group * (x.size(2) + 2)
+    down = group * (x.size(2) + 2 * BORDER)
     return [table[distance:] for distance in (0, group, down, down + group)]
 
 
 def _points(x: Tensor, offset: Tensor, begin: int, geometry: Geometry, compute: torch.dtype) -> _Points:
     """offset (p, g, k, 2) of the output positions from the number `begin` on -> their sampling points."""
-    _, height, width, _ = x.shape
+    n, height, width, _ = x.shape
     out_height, out_width = geometry.out_size(height, width)
+    padded_height, padded_width = height + 2 * BORDER, width + 2 * BORDER
     position = torch.arange(begin, begin + len(offset), device=x.device)
     p_k = torch.tensor(geometry.p_k, dtype=compute, device=x.device) * geometry.offset_scale
-    place = position % (out_height * out_width)
-    row, column = place // out_width, place % out_width
-    axes = []
-    for axis, (along, side) in enumerate(((row, height), (column, width))):
+    corners, distances = [], []
+    for axis, side, along in ((0, height, position // out_width % out_height), (1, width, position % out_width)):
         p0 = (geometry.first[axis] + along * geometry.stride[axis]).to(compute)
-        where = torch.addcmul((p0[:, None] + p_k[:, axis]).unsqueeze(1), offset[..., 1 - axis].to(compute), offset.new_tensor(geometry.offset_scale, dtype=compute))
-        inside = (where > -1) & (where < side)
-        where = where.clamp_(-1, side)
-        corner = where.floor().to(torch.int32).clamp_(-1, side - 1)  # after the conversion once more: NaN becomes some number, which is to be an index
-        axes.append((corner, where.sub_(corner), inside))
-    (top, down, inside_y), (left, right, inside_x) = axes
-    groups = torch.arange(geometry.group, device=x.device).view(1, -1, 1)
-    image = position // (out_height * out_width)
-    base = ((image * (height + 2) + 1) * (width + 2) + 1)[:, None, None] * geometry.group + groups  # of the corner (0, 0)
-    rows = x.size(0) * (height + 2) * (width + 2) * geometry.group
-    base = base.to(torch.int32 if rows < 2**31 else torch.int64)
-    return _Points((top * (width + 2) + left) * geometry.group + base, down, right, inside_y, inside_x)
+        where = torch.add((p0[:, None] + p_k[:, axis]).unsqueeze(1), offset[..., 1 - axis].to(compute), alpha=geometry.offset_scale)
+        where = F.threshold_(where, -1, -BORDER).clamp_(max=side)  # what lies a pixel or more outside goes among the zeros there; NaN stays
+        corners.append(where.floor())
+        distances.append(where.sub_(corners[-1]))
+    exact = compute if padded_height * padded_width < 2**24 else torch.float64  # fp32 holds no larger whole numbers
+    place = torch.add(corners[1].to(exact), corners[0].to(exact), alpha=padded_width)
+    rows = n * padded_height * padded_width * geometry.group
+    whole = torch.int32 if rows < 2**31 else torch.int64
+    image = position // (out_width * out_height)
+    base = (((image * padded_height + BORDER) * padded_width + BORDER) * geometry.group)[:, None] + torch.arange(geometry.group, device=x.device)
+    index = torch.add(base.to(whole).unsqueeze(2), place.to(whole), alpha=geometry.group)
+    return _Points(index.clamp_(0, rows - 1 - (padded_width + 1) * geometry.group), *distances)  # NaN becomes any number, which is to be an index
 
 
 def _weights(points: _Points, mask: Tensor) -> Iterator[Tensor]:
@@ -134,9 +134,19 @@ def _weights(points: _Points, mask: Tensor) -> Iterator[Tensor]:
 
 
 def _products(grad: Tensor, rows: Tensor, index: Tensor) -> Tensor:
-    """The scalar product of each point's row with the gradient of its bag. grad (p g, c / g), index (p, g, k) -> (p, g, k)."""
-    k, flat = index.size(-1), index.view(-1)
-    begins = torch.arange(0, len(flat), k, dtype=flat.dtype, device=flat.device)
-    bag = torch.arange(len(grad), dtype=flat.dtype, device=flat.device).repeat_interleave(k)
-    # what autograd calls for the weights of an embedding_bag whose rows need no gradient
-    return torch.ops.aten._embedding_bag_per_sample_weights_backward(grad, rows, flat, begins, bag, 0, -1).view_as(index)
+    """The scalar product of each point's row with the gradient of its bag. grad (p g, c / g), index (p, g, k) -> (p, g, k).
+
+    These are the elements of grad rows^T that a sparse matrix of one row per bag has. The values that it holds itself count for nothing.
+    """
+    _warn_of_sparse()
+    begins = torch.arange(0, index.numel() + 1, index.size(-1), dtype=index.dtype, device=index.device)
+    wanted = torch.sparse_csr_tensor(begins, index.view(-1), grad.new_zeros(index.numel()), size=(len(grad), len(rows)), check_invariants=False)
+    return torch.sparse.sampled_addmm(wanted, grad, rows.mT, beta=0).values().view_as(index)
+
+
+@functools.cache
+def _warn_of_sparse() -> None:
+    """Makes torch say, unheard, what it says once per process: that sparse matrices are in beta state."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor([0], [], [], size=(0, 0), check_invariants=False)

@@ -26,7 +26,7 @@ class InternImage(BaseModule):
     no scale. level2_post_norm: norms after the blocks level2_post_norm_block_ids of the third level. post_norm, res_post_norm: the order of a block's norms;
     res_post_norm, center_feature_scale and dw_kernel_size are those of InternImage-H and G. out_indices: levels whose feature maps go out. frozen_stages: as
     in mmseg, 0 freezes the stem, n the stem and the first n levels, -1 nothing. with_cp: recompute each block in the backward pass, or what the attribute
-    `recomputation` says. init_cfg: dict(type="Pretrained", checkpoint=PATH) names the weight file that the engine loads. pretrained: the same as a path; the name of an
+    `recomputation` says. init_cfg: dict(type="Pretrained", checkpoint=PATH) names the weight file that the engine loads, None for none. pretrained: the same as a path; the name of an
     open-mmlab model, which mmseg hands down from the ResNet of a base config, is passed over. Raises ValueError for arguments that do not fit each other.
     """
 
@@ -138,9 +138,9 @@ def _weight_file(init_cfg: Mapping[str, Any] | None, pretrained: str | None) -> 
         return pretrained
     if init_cfg.get("type") != "Pretrained" or "checkpoint" not in init_cfg:
         raise ValueError(f"init_cfg={dict(init_cfg)} is not dict(type='Pretrained', checkpoint=PATH), and nothing else initialises an InternImage")
-    if pretrained is not None:
+    if pretrained is not None and init_cfg["checkpoint"] is not None:
         raise ValueError(f"init_cfg.checkpoint={init_cfg['checkpoint']!r} and pretrained={pretrained!r} both name a weight file; drop one")
-    return init_cfg["checkpoint"]
+    return init_cfg["checkpoint"] or pretrained
 
 
 def _check(core_op: str, channels: int, depths: Sequence[int], groups: Sequence[int], drop_path_type: str, layer_scale: float | None, post_norm: bool,
