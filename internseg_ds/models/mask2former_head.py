@@ -98,17 +98,19 @@ class Mask2FormerHead(MmdetHead):
         return losses
 
     def _losses(self, scores: Tensor, masks: Tensor, matches: Matches, labels: Tensor, targets: Tensor, count: Tensor) -> dict[str, Tensor]:
-        """Of one layer. scores (b, queries, num_classes + 1), masks (b, queries, h, w); labels (n), targets (n, H, W) of all images; count (a scalar): of masks,
+        """Of one layer. Without any mask the losses of masks are 0, and their modules run all the same: under ZeRO-3 all ranks run the same modules in the same
+        order, or wait for each other for ever.
+
+        scores (b, queries, num_classes + 1), masks (b, queries, h, w); labels (n), targets (n, H, W) of all images; count (a scalar): of masks,
         the mean over ranks."""
         wanted = torch.full(scores.shape[:2], self.num_classes, dtype=torch.int64, device=scores.device)
         wanted[matches.image, matches.query] = labels[matches.target]
         weights = scores.new_tensor(self.class_weight)
         loss_cls = self.loss_cls(scores.flatten(0, 1), wanted.flatten(), torch.ones_like(wanted.flatten()), avg_factor=weights[wanted].sum())
         masks = masks[matches.image, matches.query]  # (b, queries, h, w) -> (n, h, w)
-        if not len(masks):  # of no image here: 0, and gradients of 0, since other ranks wait for some
-            return {"loss_cls": loss_cls, "loss_mask": masks.sum(), "loss_dice": masks.sum()}
         with torch.no_grad():
-            points = get_uncertain_point_coords_with_randomness(masks[:, None], None, self.num_points, self.oversample_ratio, self.importance_sample_ratio)
+            points = get_uncertain_point_coords_with_randomness(masks[:, None], None, self.num_points, self.oversample_ratio, self.importance_sample_ratio) \
+                if len(masks) else masks.new_zeros(0, self.num_points, 2)
             wanted_points = sampled_targets(targets, matches.target, points)
         found = sampled(masks, points)  # (n, h, w) -> (n, points)
         loss_mask = self.loss_mask(found.flatten(), wanted_points.flatten(), avg_factor=count * self.num_points)
