@@ -110,7 +110,7 @@ def _casting_class(owner_class: type[nn.Module], compute: torch.dtype, result: t
     """A subclass of `owner_class` whose parameters are read, by itself or by others, as copies in `compute`. They stay as they are in `parameters()`.
 
     leaf: its forward also sees inputs in `compute`, with autocast off, and returns `result`. Modules with children (nn.MultiheadAttention, a block with a
-    scale of its own) leave both to these.
+    scale of its own) leave both to these, and keep the qualified name of their class, by which ds_configs name the blocks that DeepSpeed gathers whole.
     """
 
     def __getattr__(self: nn.Module, name: str) -> Any:  # torch's way to parameters; under ZeRO-3 they are whole while a forward reads them
@@ -124,7 +124,8 @@ def _casting_class(owner_class: type[nn.Module], compute: torch.dtype, result: t
 
     word = "Fp32" if compute == torch.float32 else "Bf16"
     body = {"__getattr__": __getattr__, "__doc__": f"{owner_class.__name__}, computed in {word.lower()}."}
-    return type(f"{word}{owner_class.__name__}", (owner_class,), body | ({"forward": forward} if leaf else {}))
+    body |= {"forward": forward} if leaf else {"__module__": owner_class.__module__, "__qualname__": owner_class.__qualname__}
+    return type(f"{word}{owner_class.__name__}", (owner_class,), body)
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

@@ -4,6 +4,7 @@ from torch import nn
 
 from internseg_ds.distributed.precision import apply_precision, backbone_dtype, compute_in_fp32, heads_dtype
 from internseg_ds.errors import ConfigError
+from internseg_ds.models.blocks import repeated_block
 
 
 class Probe(nn.Module):
@@ -22,6 +23,12 @@ class Segmentor(nn.Module):
 
     def forward(self, image):
         return self.decode_head(self.backbone(image))
+
+
+class ScaledBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.gamma = nn.Linear(4, 4), nn.Parameter(torch.ones(4))
 
 
 def seen(model):
@@ -52,6 +59,14 @@ def test_under_autocast_the_backbone_is_bf16_and_the_heads_are_fp32():
     with torch.autocast("cpu", torch.bfloat16):
         model(torch.rand(2, 3, 8, 8))
     assert seen(model) == [torch.float32, torch.bfloat16, torch.float32, torch.float32]
+
+
+def test_blocks_with_a_scale_of_their_own_are_found_under_their_name_in_fp32_too():
+    backbone = nn.ModuleList(ScaledBlock() for _ in range(3)).bfloat16()
+    before = repeated_block(backbone)
+    assert before.class_name.endswith("ScaledBlock")
+    compute_in_fp32(backbone)
+    assert repeated_block(backbone) == before and type(backbone[0]) is not ScaledBlock
 
 
 def test_names_and_gradients_reach_the_stored_parameters():
