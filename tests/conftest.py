@@ -11,6 +11,7 @@ import pytest
 from tests.forks import PATH, ROOT, run_script
 
 TINY = "configs/intern_vit_tiny/upernet_intern_vit_tiny_112_ade20k.py"
+IMAGE = "configs/intern_image_tiny/upernet_intern_image_tiny_112_ade20k.py"
 
 
 @pytest.fixture(scope="session")

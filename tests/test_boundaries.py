@@ -38,3 +38,26 @@ def test_imports_point_downwards_only(lower, higher):
     for file in (package / lower).glob("*.py"):
         imported = re.findall(r"internseg_ds\.(\w+)", "\n".join(line for line in file.read_text().splitlines() if re.match(r"\s*(from|import) ", line)))
         assert not set(imported) & set(higher), file
+
+
+@pytest.mark.parametrize("folder", ["internseg_ds/engine", "internseg_ds/distributed", "internseg_ds/checkpoints", "internseg_ds/planning", "launch"])
+def test_code_that_serves_every_model_names_none(folder):
+    import ast
+    from pathlib import Path
+
+    from mmseg.models import BACKBONES
+
+    import internseg_ds.models  # noqa: F401 - registers ours
+
+    ours = {name for name, kind in BACKBONES.module_dict.items() if kind.__module__.startswith("internseg_ds.")}
+    assert "InternViT6B" in ours  # heads that override mmseg's have the names of theirs
+    names = ours | {name for name in BACKBONES.module_dict if name.endswith(("Transformer", "Head"))} | {"intern_vit", "intern_image", "internvit", "internimage"}
+    for file in (Path(__file__).parent.parent / folder).glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node, clean=False) is not None:
+                node.body[0].value.value = ""  # a docstring may cite where a rule comes from
+            said = [getattr(node, "id", None), getattr(node, "attr", None), getattr(node, "module", None), getattr(node, "name", None),
+                    node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None]
+            for text in filter(None, said):
+                is_example = "launch/" in text or text.startswith("configs/")  # a command of --help, a config to start from
+                assert is_example or not [name for name in names if name.lower() in text.lower()], f"{file}:{getattr(node, 'lineno', 0)}: {text}"

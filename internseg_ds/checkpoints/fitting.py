@@ -35,7 +35,8 @@ def fit(weights: Weights, shapes: Mapping[str, torch.Size], *, prefix: str = "",
 
     shapes: name -> shape of everything in the model that is to be loaded. prefix: of the names in the file ("backbone."); what does not start with it is
     ignored when the prefix is not empty. resizable: name -> whether a shape in the file can be brought to the model's. ignore: prefixes of names that the file
-    may have and the model need not. may_miss: prefixes of names in the model that the file may lack; they keep their values.
+    may have and the model need not. may_miss: prefixes of names in the model that the file may lack; they keep their values, and so do those that are under
+    both and have another shape in the file.
 
     Raises CheckpointError naming the keys that are unexpected, missing, or of another shape.
     """
@@ -46,17 +47,22 @@ def fit(weights: Weights, shapes: Mapping[str, torch.Size], *, prefix: str = "",
             found.ignored.append(source)
         elif name not in shapes:
             extra.append(source)
-        else:
+        elif shape == shapes[name]:
             found.sources[name] = source
-            if shape != shapes[name]:
-                fits = name in resizable and resizable[name](shape, shapes[name])
-                (found.resized if fits else wrong).append(name)
+        elif name in resizable and resizable[name](shape, shapes[name]):
+            found.sources[name] = source
+            found.resized.append(name)
+        elif name.startswith(ignore) and name.startswith(may_miss):
+            found.ignored.append(source)
+        else:
+            wrong.append((name, source))
     found.missing = [name for name in shapes if name not in found.sources]
     lacking = [name for name in found.missing if not name.startswith(may_miss)]
     if wrong:
-        name = wrong[0]
-        raise CheckpointError(f"{weights.path} does not fit the model: {name} is {list(weights.shapes[found.sources[name]])} in the file and {list(shapes[name])} "
-                              f"in the model ({len(wrong)} tensors differ: {shortened(wrong)}); use the config that these weights were made with")
+        name, source = wrong[0]
+        raise CheckpointError(f"{weights.path} does not fit the model: {name} is {list(weights.shapes[source])} in the file and {list(shapes[name])} in the model "
+                              f"({len(wrong)} tensors differ: {shortened([name for name, _ in wrong])}); use the config that these weights were made with, or let what differs keep "
+                              "its initial values with engine.weights_may_differ=[PREFIX, ...]")
     if extra or lacking:
         raise CheckpointError(f"{weights.path} does not fit the model: unexpected in the file: {shortened(extra) or 'nothing'}; missing from it: "
                               f"{shortened(lacking) or 'nothing'}; use the config that these weights were made with")

@@ -7,6 +7,7 @@ initial values that depend on the seed and the parameter's name alone: the same 
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from mmcv import ConfigDict
@@ -14,12 +15,14 @@ from mmcv.cnn import ConvModule
 from mmcv.runner import BaseModule
 from mmseg.models import build_segmentor
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import internseg_ds.models  # noqa: F401 - registers the backbones and heads
 from internseg_ds.distributed.ds_config import DsConfig
 from internseg_ds.distributed.precision import buffers_to_fp32
 from internseg_ds.distributed.sync_batch_norm import allow_any_device
 from internseg_ds.errors import ConfigError
+from internseg_ds.models.backbone import forget_pretrained
 from internseg_ds.models.recomputation import set_recomputation
 from internseg_ds.seeding import derived_seed
 
@@ -30,12 +33,24 @@ def build_on_meta(model: ConfigDict) -> nn.Module:
     Raises ConfigError when mmseg cannot build it, in the words of whichever constructor refused.
     """
     try:
-        with torch.device("meta"):
-            segmentor = build_segmentor(model)
+        with torch.device("meta"), _HostSequences():
+            segmentor = build_segmentor(model).to("meta")
     except Exception as error:  # whatever some constructor refuses with
         raise ConfigError(f"the model section cannot be built: {type(error).__name__}: {error}") from error
     allow_any_device(segmentor)
     return segmentor
+
+
+class _HostSequences(TorchFunctionMode):
+    """Inside: sequences of numbers are made on the CPU in fp32, for constructors read them: mmseg's transformers take drop-path rates out of a linspace."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (torch.linspace, torch.arange, torch.tensor):
+            kwargs.setdefault("device", "cpu")
+            if func is torch.linspace:
+                kwargs.setdefault("dtype", torch.float32)
+        return func(*args, **kwargs)
 
 
 def choose_recomputation(segmentor: nn.Module, recomputation: str | int) -> None:
@@ -61,8 +76,9 @@ def build_for_training(model: ConfigDict, ds: DsConfig, device: torch.device, se
         with deepspeed.zero.Init(config_dict_or_path=ds.raw):
             segmentor = build_segmentor(model)
     else:
-        with torch.device(device), _default_dtype(ds.param_dtype):
-            segmentor = build_segmentor(model)
+        with torch.device(device), _default_dtype(ds.param_dtype), _HostSequences():
+            segmentor = build_segmentor(model).to(device)
+    forget_pretrained(segmentor)
     allow_any_device(segmentor)
     buffers_to_fp32(segmentor)
     initialise(segmentor, seed, ds.param_dtype)

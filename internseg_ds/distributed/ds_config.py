@@ -184,7 +184,7 @@ def _must_equal(raw: dict[str, Any], key: str, value: Any, option: str, *, ds: s
 
 def _precision(raw: dict[str, Any], name: str) -> Precision:
     if raw.get("fp16", {}).get("enabled", False):
-        raise ConfigError(f"fp16 is enabled in {name}, but activations of InternViT-sized backbones leave fp16's range; use \"bf16\": {{\"enabled\": true}}")
+        raise ConfigError(f"fp16 is enabled in {name}, but activations of large backbones leave fp16's range; use \"bf16\": {{\"enabled\": true}}")
     raw.pop("fp16", None)
     if not raw.get("bf16", {}).get("check_grad_overflow", True):
         raise ConfigError(f"bf16.check_grad_overflow is false in {name}, but steps whose gradient is not finite are skipped here; drop it")

@@ -47,7 +47,7 @@ class EngineOptions:
     max_skipped_steps: int = 10
     """Steps in a row that may be skipped for a loss or a gradient that is not finite; that many end the run."""
     weights_may_differ: tuple[str, ...] = ()
-    """Prefixes of names that the weights a run starts from may have too many or too few; any other difference is an error."""
+    """Prefixes of names that the weights a run starts from may have too many, too few, or of another shape (other classes); any other difference is an error."""
     peak_tflops: float | None = None
     """Peak of matrix products in the backbone's compute dtype, in TFLOP/s per device, which mfu and hfu are relative to. None: measured at the start."""
 

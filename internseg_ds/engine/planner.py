@@ -21,6 +21,7 @@ from internseg_ds.distributed.precision import apply_precision, heads_dtype
 from internseg_ds.engine.experiment import Experiment, leaf_datasets
 from internseg_ds.engine.segmenting import BATCH_SIZE, CHUNK_BYTES
 from internseg_ds.errors import ConfigError
+from internseg_ds.models.backbone import patch_size, vector_length
 from internseg_ds.models.blocks import repeated_block
 from internseg_ds.models.recomputation import Recomputation
 from internseg_ds.planning.activations import Activations, evaluation_bytes, training_activations
@@ -147,7 +148,7 @@ class Planner:
 
     def _evaluation(self, model: nn.Module, autocast: bool) -> Evaluation:
         """Of windows, or of whole images as large as the test pipeline may make them."""
-        test_cfg, image, patch = self.experiment.model.test_cfg, evaluation_size(self.experiment), getattr(model.backbone, "patch_size", 1)
+        test_cfg, image, patch = self.experiment.model.test_cfg, evaluation_size(self.experiment), patch_size(model.backbone)
         height, width = (-(-side // patch) * patch for side in (test_cfg["crop_size"] if test_cfg["mode"] == "slide" else image))
         forward = cache(lambda windows: evaluation_bytes(model, height, width, windows, autocast=autocast))
         return Evaluation(image, model.out_channels, forward, test_cfg.get("batch_size", BATCH_SIZE), test_cfg.get("batch_size", 1),
@@ -162,7 +163,7 @@ def ds_config_of(experiment: Experiment, ds_config: str | os.PathLike | Mapping[
     """
     return resolve_ds_config(
         ds_config, experiment=experiment.path, micro_batch=experiment.micro_batch, world_size=world_size, optimizer=experiment.optimizer, global_batch=global_batch,
-        accumulation=accumulation, gradient_clipping=experiment.gradient_clipping, hidden_size=getattr(model.backbone, "embed_dim", 1024),
+        accumulation=accumulation, gradient_clipping=experiment.gradient_clipping, hidden_size=vector_length(model.backbone),
         block=repeated_block(model.backbone))
 
 

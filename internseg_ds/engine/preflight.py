@@ -4,6 +4,7 @@ In: what the user gave. Out: a `Plan`, from which `SegmentorEngine` is built and
 """
 
 import copy
+import inspect
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from internseg_ds.engine.forecast import memory_table, of_this_run, verdict
 from internseg_ds.engine.planner import Planner, ds_config_of
 from internseg_ds.engine.trackers import check_trackers
 from internseg_ds.errors import CheckpointError, ConfigError, DataError
+from internseg_ds.models.backbone import patch_size, pretrained_elsewhere, pretrained_file
 from internseg_ds.models.heads import heads
 
 TOLERATED = 8
@@ -144,6 +146,9 @@ def check_weights(experiment: Experiment, meta_model: nn.Module, load_from: str 
 
     load_from: whole segmentor given on the command line, else the config's load_from, else the backbone's `pretrained`. Raises CheckpointError.
     """
+    for name in pretrained_elsewhere(meta_model):
+        raise ConfigError(f"{'.'.join(filter(None, ['model', name]))}.init_cfg asks for pretrained weights, which are read for the backbone alone; drop it, and start from weights of "
+                          "a whole segmentor with load_from=PATH")
     start = starting_weights(experiment, meta_model, load_from)
     if start is None:
         return
@@ -154,13 +159,29 @@ def check_weights(experiment: Experiment, meta_model: nn.Module, load_from: str 
 
 
 def starting_weights(experiment: Experiment, model: nn.Module, load_from: str | os.PathLike | None) -> tuple[str, Path, Callable[[nn.Module, Weights, tuple[str, ...]], Fit]] | None:
-    """Where a fresh run's weights come from: (setting, path, how they are matched), in order of precedence; None for random weights."""
-    if load_from or experiment.load_from:
-        return "load_from", Path(load_from or experiment.load_from), fit_segmentor
-    pretrained = getattr(model.backbone, "pretrained", None)
-    if pretrained is not None and not isinstance(pretrained, (str, os.PathLike)):
-        raise ConfigError(f"model.backbone.pretrained={pretrained!r} must be a path, or None")
-    return ("model.backbone.pretrained", Path(pretrained), fit_backbone) if pretrained else None
+    """Where a fresh run's weights come from: (setting, path, how they are matched), in order of precedence; None for random weights.
+
+    Raises CheckpointError for an address on the web: nothing is downloaded here.
+    """
+    option, source, fit = "load_from", load_from or experiment.load_from, fit_segmentor
+    if not source:
+        option, source, fit = _pretrained_setting(experiment, model), pretrained_file(model.backbone), fit_backbone
+    if not source:
+        return None
+    if not isinstance(source, (str, os.PathLike)):
+        raise ConfigError(f"{option}={source!r} must be a path, or None")
+    if "://" in str(source):
+        raise CheckpointError(f"{option}={str(source)!r} is an address, and nothing is downloaded here; download the file and write --cfg-options {option}=PATH, or "
+                              f"start from random weights with --cfg-options {option}=None")
+    return option, Path(source), fit
+
+
+def _pretrained_setting(experiment: Experiment, model: nn.Module) -> str:
+    """The setting that the backbone's `pretrained` comes from: mmcv's `init_cfg`, or its own argument, which mmseg also fills in from `model.pretrained`."""
+    init_cfg = experiment.model.backbone.get("init_cfg")
+    if isinstance(init_cfg, Mapping) and init_cfg.get("checkpoint") == pretrained_file(model.backbone):
+        return "model.backbone.init_cfg.checkpoint"
+    return "model.pretrained" if experiment.model.get("pretrained") else "model.backbone.pretrained"
 
 
 def check_weights_fit(model: nn.Module, checkpoint: str | os.PathLike, *, ema: bool = False) -> dict[str, Any]:
@@ -204,7 +225,7 @@ def check_classes(model: nn.Module, dataset: Dataset, what: str) -> None:
 
 def check_patches(experiment: Experiment, model: nn.Module) -> None:
     """Sizes that reach the backbone must be whole patches. Raises ConfigError naming the setting and the nearest size that works."""
-    patch = getattr(model.backbone, "patch_size", 1)
+    patch = patch_size(model.backbone)
     found = [("model.test_cfg.crop_size", experiment.model.test_cfg["crop_size"])] if experiment.model.test_cfg["mode"] == "slide" else []
     for leaf in leaf_datasets(experiment.train):
         for step in leaf.get("pipeline", ()):
@@ -239,8 +260,13 @@ def check_windows(experiment: Experiment) -> None:
 
 
 def check_sample(model: nn.Module, sample: Mapping[str, Any]) -> None:
-    """A training image as the pipeline hands it over must be whole patches."""
-    patch, (_, height, width) = getattr(model.backbone, "patch_size", 1), _image_shape(sample)
+    """A training image as the pipeline hands it over must hold what the model's `forward_train` takes, and be whole patches. Raises ConfigError."""
+    try:
+        inspect.signature(model.forward_train).bind(**sample)
+    except TypeError as error:
+        raise ConfigError(f"the pipeline of data.train hands over {', '.join(sorted(sample))}, which {type(model).__name__} cannot train on: {error}; its Collect must "
+                          "name what is missing, and nothing else (ToMask makes gt_masks and gt_labels)") from None
+    patch, (_, height, width) = patch_size(model.backbone), _image_shape(sample)
     if height % patch or width % patch:
         raise ConfigError(f"the first image of data.train comes out of its pipeline with {height} x {width} pixels, which are no whole patches of {patch}; "
                           f"crop and pad to a multiple of {patch}")

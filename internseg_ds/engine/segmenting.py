@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from internseg_ds.distributed.gathering import Forwards
+from internseg_ds.models.backbone import patch_size
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ class Segmenter:
         head = segmentor.decode_head
         self.test_cfg, self.align_corners, self.binary = segmentor.test_cfg, segmentor.align_corners, segmentor.out_channels == 1
         self.threshold = (head[-1] if isinstance(head, nn.ModuleList) else head).threshold
-        self.patch = getattr(segmentor.backbone, "patch_size", 1)
+        self.patch = patch_size(segmentor.backbone)
         self.batch_size = self.test_cfg.get("batch_size", 1 if forwards.in_step else BATCH_SIZE)
 
     @torch.no_grad()

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from internseg_ds.models.heads import heads
 
@@ -73,7 +74,7 @@ def _run(model: nn.Module, height: int, width: int) -> tuple[int, int, int, int]
 
     @contextmanager
     def counted() -> Iterator[None]:
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward_flops}) as counter:
             yield
         counts.append(counter.get_total_flops())
 
@@ -81,7 +82,7 @@ def _run(model: nn.Module, height: int, width: int) -> tuple[int, int, int, int]
         features = model.extract_feat(torch.empty(1, 3, height, width, device="meta"))
     entries = [feature.detach().requires_grad_() for feature in features]
     with counted():
-        total = sum(head(entries).sum() for head in heads(model))
+        total = sum(leaf.sum() for head in heads(model) for leaf in tree_leaves(head(entries)))
     with counted():
         total.backward()
     with counted():
@@ -91,6 +92,12 @@ def _run(model: nn.Module, height: int, width: int) -> tuple[int, int, int, int]
     for param in model.parameters():
         param.grad = None
     return tuple(counts)
+
+
+def _convolution_backward_flops(grad: tuple[int, ...], x: tuple[int, ...], weight: tuple[int, ...], bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool,
+                                output_padding: Any, groups: int, wanted: tuple[bool, bool, bool], *, out_shape: Any = None) -> int:
+    """As many as in the forward pass for the gradient of the input, and for that of the weight; torch's own counts a depth-wise weight's as a dense one's."""
+    return sum(wanted[:2]) * conv_flop_count(x, weight, grad, transposed)
 
 
 @contextmanager

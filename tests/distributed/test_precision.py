@@ -4,6 +4,7 @@ from torch import nn
 
 from internseg_ds.distributed.precision import apply_precision, backbone_dtype, compute_in_fp32, heads_dtype
 from internseg_ds.errors import ConfigError
+from internseg_ds.models.blocks import repeated_block
 
 
 class Probe(nn.Module):
@@ -22,6 +23,12 @@ class Segmentor(nn.Module):
 
     def forward(self, image):
         return self.decode_head(self.backbone(image))
+
+
+class ScaledBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.gamma = nn.Linear(4, 4), nn.Parameter(torch.ones(4))
 
 
 def seen(model):
@@ -54,6 +61,14 @@ def test_under_autocast_the_backbone_is_bf16_and_the_heads_are_fp32():
     assert seen(model) == [torch.float32, torch.bfloat16, torch.float32, torch.float32]
 
 
+def test_blocks_with_a_scale_of_their_own_are_found_under_their_name_in_fp32_too():
+    backbone = nn.ModuleList(ScaledBlock() for _ in range(3)).bfloat16()
+    before = repeated_block(backbone)
+    assert before.class_name.endswith("ScaledBlock")
+    compute_in_fp32(backbone)
+    assert repeated_block(backbone) == before and type(backbone[0]) is not ScaledBlock
+
+
 def test_names_and_gradients_reach_the_stored_parameters():
     head = nn.Sequential(nn.Conv2d(3, 4, 3), nn.LayerNorm(6)).bfloat16()
     names = list(head.state_dict())
@@ -66,15 +81,40 @@ def test_names_and_gradients_reach_the_stored_parameters():
 
 def test_a_failing_forward_leaves_the_stored_parameters_in_place():
     head = nn.Linear(3, 3).bfloat16()
-    compute_in_fp32(head)
     weight = head.weight
+    compute_in_fp32(head)
     try:
         head(torch.rand(2, 5))
     except RuntimeError:
         pass
     else:
         raise AssertionError("a 5-wide input went through a 3-wide layer")
-    assert head.weight is weight
+    assert dict(head.named_parameters())["weight"] is weight
+
+
+def test_parameters_that_others_read_or_that_belong_to_a_module_with_children_compute_in_fp32_too():
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.full((8,), 0.3))
+            self.queries = nn.Embedding(5, 8)
+            self.attention = nn.MultiheadAttention(8, 2)  # owns a projection, and reads the weights of the other, its child
+
+        def forward(self, x):
+            queries = self.queries.weight[:, None] * self.scale
+            return self.attention(queries, x, x)[0]
+
+    torch.manual_seed(0)
+    reader = Reader().bfloat16()
+    reference = Reader().double()
+    reference.load_state_dict(reader.state_dict())
+    compute_in_fp32(reader)
+    x = torch.rand(6, 1, 8)
+    result = reader(x)
+    assert result.dtype == torch.float32
+    torch.testing.assert_close(result.double(), reference(x.double()), rtol=1e-5, atol=1e-6)
+    result.square().sum().backward()
+    assert all(param.dtype == param.grad.dtype == torch.bfloat16 for param in reader.parameters())
 
 
 def test_the_config_can_ask_for_either_dtype():

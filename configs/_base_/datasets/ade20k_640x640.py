@@ -1,0 +1,50 @@
+"""ADE20K (20,210 training and 2,000 validation images, 150 classes) in crops of 640 pixels, for backbones that take images of any size.
+
+Training: the image is fitted into 2560 x 640, times 0.5 to 2, then cropped. Evaluation: fitted into 2560 x 640, both sides multiples of 32, the whole image at
+once. Label 0 ("other") is ignored: reduce_zero_label.
+"""
+
+dataset_type = "ADE20KDataset"
+data_root = "data/ade/ADEChallengeData2016"
+img_norm_cfg = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True)
+crop_size = (640, 640)
+img_scale = (2560, 640)
+
+train_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="LoadAnnotations", reduce_zero_label=True),
+    dict(type="Resize", img_scale=img_scale, ratio_range=(0.5, 2.0)),
+    dict(type="RandomCrop", crop_size=crop_size, cat_max_ratio=0.75),
+    dict(type="RandomFlip", prob=0.5),
+    dict(type="PhotoMetricDistortion"),
+    dict(type="Normalize", **img_norm_cfg),
+    dict(type="Pad", size=crop_size, pad_val=0, seg_pad_val=255),
+    dict(type="DefaultFormatBundle"),
+    dict(type="Collect", keys=["img", "gt_semantic_seg"]),
+]
+test_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(
+        type="MultiScaleFlipAug",
+        img_scale=img_scale,
+        flip=False,
+        transforms=[
+            dict(type="Resize", keep_ratio=True),
+            dict(type="ResizeToMultiple", size_divisor=32),
+            dict(type="RandomFlip"),
+            dict(type="Normalize", **img_norm_cfg),
+            dict(type="ImageToTensor", keys=["img"]),
+            dict(type="Collect", keys=["img"]),
+        ],
+    ),
+]
+training = dict(type=dataset_type, data_root=data_root, img_dir="images/training", ann_dir="annotations/training")
+validation = dict(type=dataset_type, data_root=data_root, img_dir="images/validation", ann_dir="annotations/validation")
+
+data = dict(
+    samples_per_gpu=2,
+    workers_per_gpu=4,
+    train=dict(**training, pipeline=train_pipeline),
+    val=dict(**validation, pipeline=test_pipeline),
+    test=dict(**validation, pipeline=test_pipeline),
+)

@@ -1,0 +1,25 @@
+"""One's own data set with a tiny InternImage, trained from scratch: CamVid, described and prepared in ../intern_vit_tiny/upernet_intern_vit_tiny_224_camvid.py.
+
+Published score: none. Global batch: 8 images = 2 processes x 4; other numbers of processes accumulate gradients up to it.
+
+    deepspeed --num_gpus 2 launch/train.py configs/intern_image_tiny/upernet_intern_image_tiny_224_camvid.py \
+              --deepspeed_config ds_configs/zero3_bf16.json
+"""
+
+_base_ = ["../intern_vit_tiny/upernet_intern_vit_tiny_224_camvid.py"]
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type="InternImage",
+        channels=16,
+        depths=[2, 2, 4, 2],
+        groups=[2, 4, 8, 16],
+        drop_path_rate=0.0,
+        layer_scale=1.0,
+        with_cp=False,
+    ),
+    decode_head=dict(in_channels=[16, 32, 64, 128]),
+    auxiliary_head=dict(in_channels=64),
+    test_cfg=dict(_delete_=True, mode="whole"),
+)
