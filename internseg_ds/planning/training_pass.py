@@ -5,14 +5,14 @@ order is observed, not assumed: checkpointed blocks run again during the backwar
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from internseg_ds.models.heads import heads
 
@@ -73,7 +73,7 @@ def _run(model: nn.Module, height: int, width: int) -> tuple[int, int, int, int]
 
     @contextmanager
     def counted() -> Iterator[None]:
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward_flops}) as counter:
             yield
         counts.append(counter.get_total_flops())
 
@@ -91,6 +91,12 @@ def _run(model: nn.Module, height: int, width: int) -> tuple[int, int, int, int]
     for param in model.parameters():
         param.grad = None
     return tuple(counts)
+
+
+def _convolution_backward_flops(grad: Sequence[int], x: Sequence[int], weight: Sequence[int], _bias: Any, _stride: Any, _padding: Any, _dilation: Any, transposed: bool,
+                                _output_padding: Any, _groups: int, wanted: Sequence[bool], **_: Any) -> int:
+    """The gradients of input and weight, as far as they are wanted, cost a forward pass each. torch 2.13 counts that of the weight as if there were no groups."""
+    return conv_flop_count(x, weight, grad, transposed) * sum(wanted[:2])
 
 
 @contextmanager
