@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 TINY = "configs/intern_vit_tiny/upernet_intern_vit_tiny_112_ade20k.py"
+IMAGE = "configs/intern_image_tiny/upernet_intern_image_tiny_112_ade20k.py"
 
 
 @pytest.fixture(scope="session")

@@ -4,14 +4,15 @@ In: a model (whole or partitioned by ZeRO-3) and the config's `optimizer` sectio
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from mmcv.runner.optimizer import OPTIMIZER_BUILDERS, DefaultOptimizerConstructor, build_optimizer_constructor
 from torch import nn
 
-from internseg_ds.errors import ConfigError
+from internseg_ds.errors import ConfigError, unknown_key
 
 
 def full_shape(param: nn.Parameter) -> torch.Size:
@@ -19,42 +20,110 @@ def full_shape(param: nn.Parameter) -> torch.Size:
     return getattr(param, "ds_shape", param.shape)
 
 
+HEADS_OFFSETS = ("sampling_offsets", "reference_points")
+"""Parts of names that mark the offsets of deformable attention in heads."""
+
+
+@dataclass(frozen=True)
+class LayerDecay:
+    """`paramwise_cfg` of the layer-wise learning-rate decay, as published configs write it."""
+
+    num_layers: int
+    """Layers of the backbone."""
+    layer_decay_rate: float
+    """What the learning rate shrinks by from one layer to the one before."""
+    depths: Sequence[int] | None = None
+    """Layers of each level of the backbone, where it has levels."""
+    offset_lr_scale: float = 1.0
+    """Scale of the learning rate of the backbone's offsets (`is_offset`)."""
+    dino_head: bool = False
+    """A tenth of the learning rate for offsets and reference points of deformable attention in heads."""
+    backbone_small_lr: bool = False
+    """A tenth of the learning rate for all layers that the decay scales down."""
+
+    def __post_init__(self) -> None:
+        for name in ("layer_decay_rate", "offset_lr_scale"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                raise ConfigError(f"optimizer.paramwise_cfg.{name}={value!r} must be a number above 0")
+        if self.layer_decay_rate > 1:
+            raise ConfigError(f"optimizer.paramwise_cfg.layer_decay_rate={self.layer_decay_rate!r} must be a number above 0 and at most 1")
+        for name in ("dino_head", "backbone_small_lr"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"optimizer.paramwise_cfg.{name}={getattr(self, name)!r} must be True or False")
+
+    @classmethod
+    def of(cls, paramwise_cfg: Mapping[str, Any], backbone: nn.Module) -> "LayerDecay":
+        """Raises ConfigError for what is missing or unknown, and for layers that are not the backbone's."""
+        known = [option.name for option in fields(cls)]
+        for key in paramwise_cfg:
+            if key not in known:
+                raise unknown_key(key, known, "optimizer.paramwise_cfg")
+        for key in ("num_layers", "layer_decay_rate"):
+            if key not in paramwise_cfg:
+                raise ConfigError(f"optimizer.paramwise_cfg lacks {key!r}; write paramwise_cfg=dict(num_layers={backbone.depth}, layer_decay_rate=0.95)")
+        found, kind = cls(**paramwise_cfg), type(backbone).__name__
+        if found.depths is not None:
+            depths = getattr(backbone, "depths", None)
+            if depths is None:
+                raise ConfigError(f"optimizer.paramwise_cfg.depths={found.depths!r} counts the layers of levels, and {kind} has no levels; drop it")
+            if not isinstance(found.depths, Sequence) or list(found.depths) != list(depths):
+                raise ConfigError(f"optimizer.paramwise_cfg.depths={found.depths!r}, but the levels of the backbone have {list(depths)} layers (model.backbone.depths); "
+                                  "make them equal")
+        if found.num_layers != backbone.depth:
+            levels = getattr(backbone, "depths", None)
+            which = "model.backbone.depth" if levels is None else f"the sum of model.backbone.depths={list(levels)}"
+            raise ConfigError(f"optimizer.paramwise_cfg.num_layers={found.num_layers!r}, but the backbone has {backbone.depth} layers ({which}); make them equal")
+        return found
+
+
 @OPTIMIZER_BUILDERS.register_module(name="CustomLayerDecayOptimizerConstructor")
 class LayerDecayOptimizerConstructor(DefaultOptimizerConstructor):
-    """Layer-wise learning-rate decay, as InternVL's and BEiT's segmentation code define it.
+    """Layer-wise learning-rate decay, as the segmentation code of InternVL, InternImage and BEiT defines it.
 
-    lr of a parameter = base lr * layer_decay_rate ** (num_layers + 1 - layer id). The layer ids of a backbone are the backbone's own
-    (`layer_id(name)`); everything outside it counts as layer num_layers + 1. Weight decay is 0 for 1-d parameters and biases. (The published code
-    also exempts names that equal `pos_embed` or `cls_token`; as segmentors hold them under `backbone.`, they do decay, there and here.)
+    lr of a parameter = base lr * layer_decay_rate ** (num_layers + 1 - layer id), times what `LayerDecay` says of offsets and the like. The layer ids of a
+    backbone are its own (`layer_id(name)`), and so may be a head's (None: after the backbone); everything else counts as layer num_layers + 1. Weight decay
+    is 0 for 1-d parameters and biases, and for names that hold one of the backbone's `no_decay_words`. (The code for InternViT also exempts names that equal
+    `pos_embed` or `cls_token`; as segmentors hold them under `backbone.`, they do decay, there and here.)
     """
 
     def add_params(self, params: list[dict[str, Any]], module: nn.Module, **_: Any) -> None:
         """Appends one group per trainable parameter of the segmentor `module`.
 
-        Raises ConfigError when the backbone has no layer ids, or when `paramwise_cfg.num_layers` is not its depth.
+        Raises ConfigError when the backbone has no layer ids, when `paramwise_cfg` does not describe it, or when a setting of it finds no parameter.
         """
         backbone = module.backbone
         if not hasattr(backbone, "layer_id"):
             raise ConfigError(f"optimizer.constructor is CustomLayerDecayOptimizerConstructor, but backbone {type(backbone).__name__} has no layer_id(name); "
                               "drop the constructor to give all layers the same learning rate")
-        try:
-            depth, decay = self.paramwise_cfg["num_layers"], self.paramwise_cfg["layer_decay_rate"]
-        except KeyError as missing:
-            raise ConfigError(f"optimizer.paramwise_cfg lacks {missing}; write paramwise_cfg=dict(num_layers={backbone.depth}, layer_decay_rate=0.95)") from None
-        if not isinstance(decay, (int, float)) or not 0 < decay <= 1:
-            raise ConfigError(f"optimizer.paramwise_cfg.layer_decay_rate={decay!r} must be a number above 0 and at most 1")
-        if depth != backbone.depth:
-            raise ConfigError(f"optimizer.paramwise_cfg.num_layers={depth}, but the backbone has {backbone.depth} layers (model.backbone.depth); make them equal")
+        settings = LayerDecay.of(self.paramwise_cfg, backbone)
+        no_decay_words = getattr(backbone, "no_decay_words", ())
+        found = set()
         for name, param in module.named_parameters():
+            part, _, inner = name.partition(".")
+            layer = getattr(getattr(module, part), "layer_id", lambda _: None)(inner)
+            layer = settings.num_layers + 1 if layer is None else layer
+            scale = settings.layer_decay_rate ** (settings.num_layers + 1 - layer)
+            if settings.backbone_small_lr and scale < 1:
+                scale, _ = 0.1 * scale, found.add("backbone_small_lr")
+            kind = None
+            if part == "backbone" and settings.offset_lr_scale != 1 and getattr(backbone, "is_offset", lambda _: False)(inner):
+                kind, scale = "offset_lr_scale", settings.offset_lr_scale * scale
+            elif part != "backbone" and settings.dino_head and layer > settings.num_layers and any(word in name for word in HEADS_OFFSETS):
+                kind, scale = "dino_head", 0.1 * scale
+            found.add(kind)
+            decays = len(full_shape(param)) > 1 and not name.endswith(".bias") and not any(word in name for word in no_decay_words)
             if param.requires_grad:
-                layer = backbone.layer_id(name.removeprefix("backbone.")) if name.startswith("backbone.") else depth + 1
-                decays = len(full_shape(param)) > 1 and not name.endswith(".bias")
                 params.append({
                     "params": [param],
-                    "lr": self.base_lr * decay ** (depth + 1 - layer),
+                    "lr": self.base_lr * scale,
                     "weight_decay": self.base_wd if decays else 0.0,
-                    "name": f"layer {layer}, {'decay' if decays else 'no decay'}",
+                    "name": f"layer {layer}, {'decay' if decays else 'no decay'}" + (f", {kind}" if kind else ""),
                 })
+        if settings.offset_lr_scale != 1 and "offset_lr_scale" not in found:
+            raise ConfigError(f"optimizer.paramwise_cfg.offset_lr_scale={settings.offset_lr_scale} finds no offsets in backbone {type(backbone).__name__}; drop it")
+        if settings.dino_head and "dino_head" not in found:
+            raise ConfigError(f"optimizer.paramwise_cfg.dino_head=True finds no parameter named {' or '.join(HEADS_OFFSETS)} in the heads; drop it")
 
 
 def parameter_groups(model: nn.Module, optimizer: Mapping[str, Any]) -> list[dict[str, Any]]:

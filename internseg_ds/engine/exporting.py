@@ -1,6 +1,6 @@
-"""The fine-tuned backbone alone, out of a ZeRO checkpoint, in the key layout of the weights that it started from: InternVL's .pth, or a Hugging Face folder.
+"""The fine-tuned backbone alone, out of a ZeRO checkpoint, in the key layout of the weights that it started from: a .pth, or a Hugging Face folder.
 
-What the layouts are is the backbone's own knowledge (`exported`); this module finds the backbone in the config that travels with the checkpoint.
+What the layouts are is the backbone's own knowledge (`layouts`, `exported`); this module finds the backbone in the config that travels with the checkpoint.
 """
 
 import json
@@ -17,9 +17,10 @@ from internseg_ds.distributed.construction import build_on_meta
 from internseg_ds.errors import CheckpointError
 
 
-def export_backbone(source: Path, out: Path, layout: Literal["internvl", "opengvlab", "transformers"], *, dtype: Literal["float32", "bfloat16"] = "float32",
+def export_backbone(source: Path, out: Path, layout: str, *, dtype: Literal["float32", "bfloat16"] = "float32",
                     tag: str | None = None, ema: bool = False, overwrite: bool = False) -> Path:
-    """Writes the ViT of a checkpoint, without FPN and heads, to `out`: a .pth for "internvl", a folder with a config.json for the others.
+    """Writes the backbone of a checkpoint, without what is not part of its layout (heads, a ViT's FPN), to `out`: a .pth, or a folder where the layout has a
+    config.json.
 
     Raises CheckpointError where `consolidate` does, when `out` is not of that kind, and when the checkpoint carries no config or its backbone has no such
     layout.
@@ -28,8 +29,10 @@ def export_backbone(source: Path, out: Path, layout: Literal["internvl", "opengv
     if not meta.get("config"):
         raise CheckpointError(f"{source} carries no config, so nothing says what its backbone is; only checkpoints of this engine can be exported")
     backbone = build_on_meta(Config.fromstring(meta["config"], ".py").model).backbone
-    if not hasattr(backbone, "exported"):
+    if not (layouts := getattr(backbone, "layouts", ())):
         raise CheckpointError(f"backbone {type(backbone).__name__} has no published layout to be exported in; consolidate the whole segmentor")
+    if layout not in layouts:
+        raise CheckpointError(f"backbone {type(backbone).__name__} has no layout {layout!r}; write --backbone {' or --backbone '.join(layouts)}")
     names, config = backbone.exported(layout)
     if (config is None) != (Path(out).suffix == ".pth"):
         raise CheckpointError(f"{out}: the layout {layout!r} is {'one .pth' if config is None else 'a folder'}; write --backbone {layout} with such a name")

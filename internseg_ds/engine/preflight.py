@@ -155,13 +155,29 @@ def check_weights(experiment: Experiment, meta_model: nn.Module, load_from: str 
 
 
 def starting_weights(experiment: Experiment, model: nn.Module, load_from: str | os.PathLike | None) -> tuple[str, Path, Callable[[nn.Module, Weights, tuple[str, ...]], Fit]] | None:
-    """Where a fresh run's weights come from: (setting, path, how they are matched), in order of precedence; None for random weights."""
-    if load_from or experiment.load_from:
-        return "load_from", Path(load_from or experiment.load_from), fit_segmentor
-    pretrained = getattr(model.backbone, "pretrained", None)
-    if pretrained is not None and not isinstance(pretrained, (str, os.PathLike)):
-        raise ConfigError(f"model.backbone.pretrained={pretrained!r} must be a path, or None")
-    return ("model.backbone.pretrained", Path(pretrained), fit_backbone) if pretrained else None
+    """Where a fresh run's weights come from: (setting, path, how they are matched), in order of precedence; None for random weights.
+
+    Raises CheckpointError for an address on the web: nothing is downloaded here.
+    """
+    option, source, fit = "load_from", load_from or experiment.load_from, fit_segmentor
+    if not source:
+        option, source, fit = _pretrained_setting(experiment, model), getattr(model.backbone, "pretrained", None), fit_backbone
+    if not source:
+        return None
+    if not isinstance(source, (str, os.PathLike)):
+        raise ConfigError(f"{option}={source!r} must be a path, or None")
+    if "://" in str(source):
+        raise CheckpointError(f"{option}={str(source)!r} is an address, and nothing is downloaded here; download the file and write --cfg-options {option}=PATH, or "
+                              f"start from random weights with --cfg-options {option}=None")
+    return option, Path(source), fit
+
+
+def _pretrained_setting(experiment: Experiment, model: nn.Module) -> str:
+    """The setting that the backbone's `pretrained` comes from: mmcv's `init_cfg`, or its own argument, which mmseg also fills in from `model.pretrained`."""
+    init_cfg = experiment.model.backbone.get("init_cfg")
+    if isinstance(init_cfg, Mapping) and init_cfg.get("checkpoint") == getattr(model.backbone, "pretrained", None):
+        return "model.backbone.init_cfg.checkpoint"
+    return "model.pretrained" if experiment.model.get("pretrained") else "model.backbone.pretrained"
 
 
 def check_weights_fit(model: nn.Module, checkpoint: str | os.PathLike, *, ema: bool = False) -> dict[str, Any]:

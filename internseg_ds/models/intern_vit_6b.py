@@ -15,18 +15,10 @@ from mmseg.models.builder import BACKBONES
 from torch import Tensor, nn
 
 from internseg_ds.models.attention import attention
-from internseg_ds.models.intern_vit_keys import arguments_of, exported_config, exported_names, published_sources
+from internseg_ds.models.intern_vit_keys import LAYOUTS, arguments_of, exported_config, exported_names, published_sources
+from internseg_ds.models.layers import DropPath, TruncNormalLinear
 from internseg_ds.models.norms import NORMS, ChannelsFirstLayerNorm, RMSNorm
 from internseg_ds.models.recomputation import Recomputation, run_block
-
-
-class TruncNormalLinear(nn.Linear):
-    """A Linear that starts from a truncated normal of standard deviation 0.02 and zero bias."""
-
-    def reset_parameters(self) -> None:
-        nn.init.trunc_normal_(self.weight, std=0.02)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
 
 
 class UpConv(nn.ConvTranspose2d):
@@ -92,25 +84,6 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
-
-
-class DropPath(nn.Module):
-    """Drops a residual branch of whole images with probability `drop_prob`, and scales what stays by 1 / (1 - drop_prob) (Huang et al., Stochastic Depth, 2016).
-
-    The coin is exact in every dtype; mmcv's adds a uniform number to 1 - drop_prob in the dtype of x, which bf16 rounds to another probability.
-    """
-
-    def __init__(self, drop_prob: float) -> None:
-        super().__init__()
-        self.drop_prob = drop_prob
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (b, ...) -> the same shape and dtype."""
-        if not self.training:
-            return x
-        keep = 1 - self.drop_prob
-        kept = torch.empty(len(x), *[1] * (x.dim() - 1), dtype=torch.float32, device=x.device).bernoulli_(keep)
-        return x * (kept / keep).to(x.dtype)
 
 
 class Block(nn.Module):
@@ -198,6 +171,8 @@ class InternViT6B(BaseModule):
     """Prefixes of what they lack: it is trained from its initial values."""
     published_sources, arguments_of = staticmethod(published_sources), staticmethod(arguments_of)
     """How other layouts name its parameters, and what a config.json says of its arguments."""
+    layouts = ("internvl", *LAYOUTS)
+    """Layouts that it can be exported in."""
 
     def __init__(
         self,
@@ -267,7 +242,7 @@ class InternViT6B(BaseModule):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     def exported(self, layout: str) -> tuple[dict[str, tuple[str, ...]], dict[str, object] | None]:
-        """Names of the ViT's parameters in a published layout ("internvl", "opengvlab", "transformers"), and its config.json where it has one."""
+        """Names of the ViT's parameters in one of `layouts`, and its config.json where it has one."""
         return exported_names(layout, self.depth), exported_config(layout, self.arguments, self.img_size, self.patch_size, self.init_values)
 
     def layer_id(self, name: str) -> int:

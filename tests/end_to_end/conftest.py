@@ -8,12 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import TINY, Launch, data_options
+from tests.conftest import IMAGE, ROOT, TINY, Launch, data_options
 
 SMALL = ["model.backbone.embed_dim=32", "model.backbone.num_heads=2",
          "model.decode_head.in_channels=[32,32,32,32]", "model.decode_head.channels=16", "model.auxiliary_head.in_channels=32", "model.auxiliary_head.channels=16",
          "data.samples_per_gpu=2", "engine.global_batch=4", "log_config.interval=1", "lr_config.warmup_iters=5"]
 """What makes the demo's config quick: blocks of width 32, 4 images a step."""
+SMALL_IMAGE = ["model.backbone.channels=8", "model.backbone.depths=[1,1,2,1]", "model.backbone.groups=[1,2,4,4]", "model.backbone.level2_post_norm_block_ids=[0]",
+               "model.decode_head.in_channels=[8,16,32,64]", "model.auxiliary_head.in_channels=32", "optimizer.paramwise_cfg.depths=[1,1,2,1]",
+               "optimizer.paramwise_cfg.num_layers=5", *[option for option in SMALL if "backbone" not in option and "in_channels" not in option]]
+"""The same for the demo on InternImage."""
+SMALLER = {TINY: SMALL, IMAGE: SMALL_IMAGE}
 
 NO_NOISE = ["model.backbone.drop_path_rate=0", "model.decode_head.dropout_ratio=0", "model.auxiliary_head.dropout_ratio=0"]
 
@@ -43,15 +48,15 @@ class Run:
 
 @pytest.fixture(scope="session")
 def train(launch: Launch, ade20k: Path, tmp_path_factory: pytest.TempPathFactory):
-    """train(*arguments, options=[...], prepare=f, **launch settings) -> Run: launch/train.py on the small model and the generated data.
+    """train(*arguments, options=[...], config=TINY, prepare=f, **launch settings) -> Run: launch/train.py on a small model and the generated data.
 
     prepare: called with the work directory before the run.
     """
 
-    def run(*arguments: object, options: list[str] = [], prepare: Callable[[Path], None] = lambda _: None, **settings) -> Run:  # noqa: B006 - read only
+    def run(*arguments: object, options: list[str] = [], config: str = TINY, prepare: Callable[[Path], None] = lambda _: None, **settings) -> Run:  # noqa: B006 - read only
         work_dir = tmp_path_factory.mktemp("run")
         prepare(work_dir)
-        done = launch("launch/train.py", TINY, "--work-dir", work_dir, *arguments, "--cfg-options", *SMALL, *data_options(ade20k), *options, **settings)
+        done = launch("launch/train.py", config, "--work-dir", work_dir, *arguments, "--cfg-options", *SMALLER[config], *data_options(ade20k), *options, **settings)
         return Run(work_dir, done.stdout + done.stderr, done.returncode)
 
     return run
@@ -67,3 +72,13 @@ def long_run(train):
 def trained(train) -> Run:
     """12 steps under ZeRO-3, saved and evaluated at step 6 and 12, with all the noise that training has."""
     return train(options=["runner.max_iters=12", "checkpoint_config.interval=6", "evaluation.interval=6", "engine.evaluate_before=True"])
+
+
+@pytest.fixture(scope="session")
+def fp32(tmp_path_factory) -> Path:
+    """ds_configs/zero3_autocast.json, switched to fp32."""
+    ds = json.loads((ROOT / "ds_configs/zero3_autocast.json").read_text())
+    ds["torch_autocast"]["enabled"] = False
+    path = tmp_path_factory.mktemp("ds") / "zero3_fp32.json"
+    path.write_text(json.dumps(ds))
+    return path

@@ -20,7 +20,7 @@ from internseg_ds.distributed.ds_config import resolve_ds_config
 from internseg_ds.distributed.parameter_groups import parameter_groups
 from internseg_ds.engine.experiment import leaf_datasets, read_experiment
 from tests.conftest import ROOT, TINY, data_options, free_port
-from tests.end_to_end.conftest import LONG, SMALL, STEPS
+from tests.end_to_end.conftest import LONG, SMALL, SMALLER, STEPS
 
 DS_CONFIGS = ["zero1_bf16", "zero2_bf16", "zero3_bf16", "zero3_bf16_offload_optimizer", "zero3_bf16_offload_all", "zero3_autocast"]
 
@@ -30,13 +30,14 @@ def reference(ade20k) -> dict[int, float]:
     return plain_losses(ade20k, STEPS)
 
 
-def plain_losses(ade20k: Path, steps: int, *more_options: str, micro_batch: int = 4, accumulation: int = 1, clip: float | None = None) -> dict[int, float]:
+def plain_losses(ade20k: Path, steps: int, *more_options: str, config: str = TINY, micro_batch: int = 4, accumulation: int = 1,
+                 clip: float | None = None) -> dict[int, float]:
     """Loss per step of the same model and batches in one plain fp32 process: torch autograd, torch.optim.AdamW, no DeepSpeed."""
     from mmcv import DictAction
 
-    options = dict(option.split("=", 1) for option in [*SMALL, *LONG, *data_options(ade20k), *more_options])
+    options = dict(option.split("=", 1) for option in [*SMALLER[config], *LONG, *data_options(ade20k), *more_options])
     options = {key: DictAction._parse_iterable(value) for key, value in options.items()}
-    experiment = read_experiment(ROOT / TINY, options)
+    experiment = read_experiment(ROOT / config, options)
     ds = resolve_ds_config({}, experiment="", micro_batch=micro_batch, world_size=1, optimizer=experiment.optimizer)
     model = build_for_training(experiment.model, ds, torch.device("cpu"), seed=0).train()
     optimizer = torch.optim.AdamW(parameter_groups(model, experiment.optimizer), lr=1.0, betas=(0.9, 0.999))
@@ -58,16 +59,6 @@ def plain_losses(ade20k: Path, steps: int, *more_options: str, micro_batch: int 
             assert torch.nn.utils.clip_grad_norm_(model.parameters(), clip) > clip  # it does clip
         optimizer.step()
     return losses
-
-
-@pytest.fixture(scope="module")
-def fp32(tmp_path_factory) -> Path:
-    """ds_configs/zero3_autocast.json, switched to fp32."""
-    ds = json.loads((ROOT / "ds_configs/zero3_autocast.json").read_text())
-    ds["torch_autocast"]["enabled"] = False
-    path = tmp_path_factory.mktemp("ds") / "zero3_fp32.json"
-    path.write_text(json.dumps(ds))
-    return path
 
 
 def test_fp32_zero3_on_2_ranks_follows_plain_pytorch_within_1e_4(train, reference, fp32):

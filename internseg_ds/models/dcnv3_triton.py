@@ -1,0 +1,142 @@
+"""The DCNv3 operator as Triton kernels for GPUs: nothing is compiled at install, and nothing beside inputs and results is kept in memory.
+
+In and out: see `dcnv3_operator`. All sums are fp32. A program computes some rows, a row being the channels of one group at one output position; in memory they
+follow each other, and so do their offsets and masks. In the backward pass a row owns the gradients of its offsets and masks; that of the input, which points
+of many rows share, is summed by atomic additions into fp32, in no certain order: two runs may differ in the last bit.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from internseg_ds.models.dcnv3_geometry import Geometry
+
+ELEMENTS = {"forward": 1024, "backward": 512}
+"""Rows x channels of one program of 4 warps."""
+
+
+@triton.jit
+def _start(rows, GROUP: tl.constexpr, BLOCK_R: tl.constexpr, out_height, out_width):
+    """The rows of this program: their numbers, which of them exist, and the group, output column, output row and image of each."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    position = row // GROUP
+    return row, row < rows, row % GROUP, position % out_width, position // out_width % out_height, position // out_width // out_height
+
+
+@triton.jit
+def _locate(offset, at, exists, center_y, center_x, k, scale, height, width, KERNEL_H: tl.constexpr, REACH_Y: tl.constexpr, REACH_X: tl.constexpr,
+            DILATION_Y: tl.constexpr, DILATION_X: tl.constexpr, CENTER: tl.constexpr):
+    """Point k of each row: the corner above and to the left (y, x), the distances from it, and whether any of the four corners counts."""
+    place = k + k // CENTER  # CENTER: the place left out, the middle one of 2 CENTER + 1, or the number of places
+    off_x = tl.load(offset + 2 * at, mask=exists, other=0.0).to(tl.float32)
+    off_y = tl.load(offset + 2 * at + 1, mask=exists, other=0.0).to(tl.float32)
+    y = center_y + (place % KERNEL_H * DILATION_Y - REACH_Y + off_y) * scale
+    x = center_x + (place // KERNEL_H * DILATION_X - REACH_X + off_x) * scale
+    top, left = tl.floor(y), tl.floor(x)
+    near = exists & (y > -1) & (x > -1) & (y < height) & (x < width)  # not for NaN, which the distances hand on
+    return tl.where(near, top, 0).to(tl.int32), tl.where(near, left, 0).to(tl.int32), y - top, x - left, near
+
+
+@triton.jit
+def _corner(y, x, near, height, width, GROUP_STRIDE: tl.constexpr, columns, real):
+    """Where the channels of position (y, x) of each row's image begin, and which of them to touch: none outside the input."""
+    inside = near & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    return ((y.to(tl.int64) * width + x) * GROUP_STRIDE)[:, None] + columns, inside[:, None] & real
+
+
+@triton.jit
+def forward_kernel(x, offset, mask, out, rows, height, width, out_height, out_width, first_y, first_x, stride_y, stride_x, scale,
+                   GROUP: tl.constexpr, CHANNELS: tl.constexpr, K: tl.constexpr, KERNEL_H: tl.constexpr, REACH_Y: tl.constexpr, REACH_X: tl.constexpr,
+                   DILATION_Y: tl.constexpr, DILATION_X: tl.constexpr, CENTER: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """CHANNELS: of a group. Pointers to contiguous tensors as the operator takes them."""
+    row, exists, group, column, line, image = _start(rows, GROUP, BLOCK_R, out_height, out_width)
+    channel = tl.arange(0, BLOCK_C)[None, :]
+    real = channel < CHANNELS
+    columns = ((image * height * width * GROUP + group) * CHANNELS)[:, None] + channel
+    center_y, center_x = (first_y + line * stride_y).to(tl.float32), (first_x + column * stride_x).to(tl.float32)
+    total = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
+    for k in range(K):
+        at = row * K + k
+        top, left, down, right, near = _locate(offset, at, exists, center_y, center_x, k, scale, height, width, KERNEL_H, REACH_Y, REACH_X, DILATION_Y, DILATION_X,
+                                               CENTER)
+        m = tl.load(mask + at, mask=exists, other=0.0).to(tl.float32)
+        p00, i00 = _corner(top, left, near, height, width, GROUP * CHANNELS, columns, real)
+        p01, i01 = _corner(top, left + 1, near, height, width, GROUP * CHANNELS, columns, real)
+        p10, i10 = _corner(top + 1, left, near, height, width, GROUP * CHANNELS, columns, real)
+        p11, i11 = _corner(top + 1, left + 1, near, height, width, GROUP * CHANNELS, columns, real)
+        total += (m * (1 - down) * (1 - right))[:, None] * tl.load(x + p00, mask=i00, other=0.0).to(tl.float32)
+        total += (m * (1 - down) * right)[:, None] * tl.load(x + p01, mask=i01, other=0.0).to(tl.float32)
+        total += (m * down * (1 - right))[:, None] * tl.load(x + p10, mask=i10, other=0.0).to(tl.float32)
+        total += (m * down * right)[:, None] * tl.load(x + p11, mask=i11, other=0.0).to(tl.float32)
+    tl.store(out + row[:, None] * CHANNELS + channel, total.to(out.dtype.element_ty), mask=exists[:, None] & real)
+
+
+@triton.jit
+def backward_kernel(grad, x, offset, mask, grad_x, grad_offset, grad_mask, rows, height, width, out_height, out_width, first_y, first_x, stride_y, stride_x, scale,
+                    GROUP: tl.constexpr, CHANNELS: tl.constexpr, K: tl.constexpr, KERNEL_H: tl.constexpr, REACH_Y: tl.constexpr, REACH_X: tl.constexpr,
+                    DILATION_Y: tl.constexpr, DILATION_X: tl.constexpr, CENTER: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """As `forward_kernel`; grad_x is fp32 and zero before."""
+    row, exists, group, column, line, image = _start(rows, GROUP, BLOCK_R, out_height, out_width)
+    channel = tl.arange(0, BLOCK_C)[None, :]
+    real = channel < CHANNELS
+    columns = ((image * height * width * GROUP + group) * CHANNELS)[:, None] + channel
+    center_y, center_x = (first_y + line * stride_y).to(tl.float32), (first_x + column * stride_x).to(tl.float32)
+    g = tl.load(grad + row[:, None] * CHANNELS + channel, mask=exists[:, None] & real, other=0.0).to(tl.float32)
+    for k in range(K):
+        at = row * K + k
+        top, left, down, right, near = _locate(offset, at, exists, center_y, center_x, k, scale, height, width, KERNEL_H, REACH_Y, REACH_X, DILATION_Y, DILATION_X,
+                                               CENTER)
+        m = tl.load(mask + at, mask=exists, other=0.0).to(tl.float32)
+        p00, i00 = _corner(top, left, near, height, width, GROUP * CHANNELS, columns, real)
+        p01, i01 = _corner(top, left + 1, near, height, width, GROUP * CHANNELS, columns, real)
+        p10, i10 = _corner(top + 1, left, near, height, width, GROUP * CHANNELS, columns, real)
+        p11, i11 = _corner(top + 1, left + 1, near, height, width, GROUP * CHANNELS, columns, real)
+        v00 = tl.sum(g * tl.load(x + p00, mask=i00, other=0.0).to(tl.float32), 1)
+        v01 = tl.sum(g * tl.load(x + p01, mask=i01, other=0.0).to(tl.float32), 1)
+        v10 = tl.sum(g * tl.load(x + p10, mask=i10, other=0.0).to(tl.float32), 1)
+        v11 = tl.sum(g * tl.load(x + p11, mask=i11, other=0.0).to(tl.float32), 1)
+        above, below = v00 + (v01 - v00) * right, v10 + (v11 - v10) * right
+        along = (v01 - v00) * (1 - down) + (v11 - v10) * down
+        tl.store(grad_mask + at, (above + (below - above) * down).to(grad_mask.dtype.element_ty), mask=exists)
+        tl.store(grad_offset + 2 * at, (m * scale * along).to(grad_offset.dtype.element_ty), mask=exists)
+        tl.store(grad_offset + 2 * at + 1, (m * scale * (below - above)).to(grad_offset.dtype.element_ty), mask=exists)
+        tl.atomic_add(grad_x + p00, (m * (1 - down) * (1 - right))[:, None] * g, mask=i00, sem="relaxed")
+        tl.atomic_add(grad_x + p01, (m * (1 - down) * right)[:, None] * g, mask=i01, sem="relaxed")
+        tl.atomic_add(grad_x + p10, (m * down * (1 - right))[:, None] * g, mask=i10, sem="relaxed")
+        tl.atomic_add(grad_x + p11, (m * down * right)[:, None] * g, mask=i11, sem="relaxed")
+
+
+def forward(x: Tensor, offset: Tensor, mask: Tensor, geometry: Geometry) -> Tensor:
+    """x (n, h, w, c), offset (n, h', w', g k 2), mask (n, h', w', g k) -> (n, h', w', c), in the dtype of x, which is not fp64."""
+    x, offset, mask = x.contiguous(), offset.contiguous(), mask.contiguous()
+    out = x.new_empty(*mask.shape[:3], x.size(3))
+    _launch(forward_kernel, (x, offset, mask, out), x, out, geometry, ELEMENTS["forward"])
+    return out
+
+
+def backward(grad: Tensor, x: Tensor, offset: Tensor, mask: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor, Tensor]:
+    """grad (n, h', w', c), of the result -> the gradients of x, offset and mask, each in its shape and dtype."""
+    grad, x, offset, mask = grad.contiguous(), x.contiguous(), offset.contiguous(), mask.contiguous()
+    grad_x, grad_offset, grad_mask = torch.zeros_like(x, dtype=torch.float32), torch.empty_like(offset), torch.empty_like(mask)
+    _launch(backward_kernel, (grad, x, offset, mask, grad_x, grad_offset, grad_mask), x, grad, geometry, ELEMENTS["backward"])
+    return grad_x.to(x.dtype), grad_offset, grad_mask
+
+
+def _launch(kernel: triton.JITFunction, tensors: tuple[Tensor, ...], x: Tensor, out: Tensor, geometry: Geometry, elements: int) -> None:
+    rows, channels = out.size(0) * out.size(1) * out.size(2) * geometry.group, x.size(3) // geometry.group
+    if rows == 0:
+        return
+    block_c = triton.next_power_of_2(channels)
+    block_r = max(1, elements // block_c)
+    with torch.cuda.device_of(x):
+        kernel[(triton.cdiv(rows, block_r),)](*tensors, rows, x.size(1), x.size(2), out.size(1), out.size(2), *geometry.first, *geometry.stride, geometry.offset_scale,
+                                              **constants(geometry, channels), BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4)
+
+
+def constants(geometry: Geometry, channels: int) -> dict[str, int]:
+    """What the kernels are compiled for. channels: of a group."""
+    kernel_h, kernel_w = geometry.kernel
+    center = kernel_w // 2 * kernel_h + kernel_h // 2 if geometry.remove_center else kernel_h * kernel_w
+    return {"GROUP": geometry.group, "CHANNELS": channels, "K": geometry.points, "KERNEL_H": kernel_h, "REACH_Y": geometry.reach[0], "REACH_X": geometry.reach[1],
+            "DILATION_Y": geometry.dilation[0], "DILATION_X": geometry.dilation[1], "CENTER": center}
