@@ -5,8 +5,8 @@ All parameters of a DeepSpeed engine share one dtype: bf16 (`bf16` ds_configs) o
     image --cast--> backbone (bf16, or fp32) --cast to fp32--> heads (fp32) --> losses (fp32)
                                              --cast to bf16--> heads (bf16, where asked for) --> scores of the classes (fp32) --> losses (fp32)
 
-The casts at the backbone's border are forward hooks. Where a part computes in another dtype than the stored one, its leaves (convolutions, linears, norms
-...) cast their own weights on use: parameter names, gathering and the stored dtype stay as they are, and gradients flow back into the stored dtype.
+The casts at the backbone's border are forward hooks. Where a part computes in another dtype than the stored one, its modules cast their own weights where
+they are read: parameter names, gathering and the stored dtype stay as they are, and gradients flow back into the stored dtype.
 """
 
 import functools
@@ -83,39 +83,48 @@ def buffers_to_fp32(segmentor: nn.Module) -> None:
 
 
 def compute_in_fp32(module: nn.Module) -> None:
-    """Turns every leaf of `module` (a module that owns parameters) into a subclass of its class that computes in fp32."""
-    for leaf in _leaves(module):
-        leaf.__class__ = _casting_class(type(leaf), torch.float32, torch.float32)
+    """Turns every module in `module` that owns parameters into a subclass of its class that computes in fp32."""
+    for owner in _owners(module):
+        owner.__class__ = _casting_class(type(owner), torch.float32, torch.float32, leaf=_is_leaf(owner))
 
 
 def compute_in_bf16(module: nn.Module, except_for: Sequence[nn.Module] = ()) -> None:
-    """Turns every leaf of `module` into a subclass of its class that computes in bf16; `except_for` in fp32, and norms in fp32 with a bf16 result."""
-    for leaf in _leaves(module):
-        exact = any(leaf is other for other in except_for)
-        is_norm = isinstance(leaf, (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm))
-        leaf.__class__ = _casting_class(type(leaf), torch.float32 if exact or is_norm else torch.bfloat16, torch.float32 if exact else torch.bfloat16)
+    """Turns every owner of parameters in `module` into a subclass of its class that computes in bf16; `except_for` in fp32, and norms in fp32 with a bf16 result."""
+    for owner in _owners(module):
+        exact = any(owner is other for other in except_for)
+        is_norm = isinstance(owner, (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm))
+        owner.__class__ = _casting_class(type(owner), torch.float32 if exact or is_norm else torch.bfloat16, torch.float32 if exact else torch.bfloat16,
+                                         leaf=_is_leaf(owner))
 
 
-def _leaves(module: nn.Module) -> list[nn.Module]:
-    return [leaf for leaf in module.modules() if any(True for _ in leaf.parameters(recurse=False)) and not any(True for _ in leaf.children())]
+def _owners(module: nn.Module) -> list[nn.Module]:
+    return [owner for owner in module.modules() if any(True for _ in owner.parameters(recurse=False))]
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    return not any(True for _ in module.children())
 
 
 @functools.cache
-def _casting_class(leaf_class: type[nn.Module], compute: torch.dtype, result: torch.dtype) -> type[nn.Module]:
-    """A subclass of `leaf_class` whose forward sees inputs and copies of the parameters in `compute`, with autocast off, and returns `result`."""
+def _casting_class(owner_class: type[nn.Module], compute: torch.dtype, result: torch.dtype, *, leaf: bool) -> type[nn.Module]:
+    """A subclass of `owner_class` whose parameters are read, by itself or by others, as copies in `compute`. They stay as they are in `parameters()`.
+
+    leaf: its forward also sees inputs in `compute`, with autocast off, and returns `result`. Modules with children (nn.MultiheadAttention, a block with a
+    scale of its own) leave both to these.
+    """
+
+    def __getattr__(self: nn.Module, name: str) -> Any:  # torch's way to parameters; under ZeRO-3 they are whole while a forward reads them
+        value = owner_class.__getattr__(self, name)
+        return value.to(compute) if isinstance(value, nn.Parameter) and value.is_floating_point() else value
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        stored = dict(self._parameters)  # under ZeRO-3 these are whole here: the pre-forward hook has gathered them
-        device = next(param.device.type for param in stored.values() if param is not None)
+        device = next(self.parameters(recurse=False)).device.type
         with torch.autocast(device, enabled=False):
-            try:
-                self._parameters.update((name, param.to(compute)) for name, param in stored.items() if param is not None)
-                return _cast(leaf_class.forward(self, *(_cast(arg, compute) for arg in args), **kwargs), result)
-            finally:
-                self._parameters.update(stored)
+            return _cast(owner_class.forward(self, *(_cast(arg, compute) for arg in args), **kwargs), result)
 
     word = "Fp32" if compute == torch.float32 else "Bf16"
-    return type(f"{word}{leaf_class.__name__}", (leaf_class,), {"forward": forward, "__doc__": f"{leaf_class.__name__}, computed in {word.lower()}."})
+    body = {"__getattr__": __getattr__, "__doc__": f"{owner_class.__name__}, computed in {word.lower()}."}
+    return type(f"{word}{owner_class.__name__}", (owner_class,), body | ({"forward": forward} if leaf else {}))
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

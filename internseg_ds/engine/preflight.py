@@ -4,6 +4,7 @@ In: what the user gave. Out: a `Plan`, from which `SegmentorEngine` is built and
 """
 
 import copy
+import inspect
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -255,7 +256,12 @@ def check_windows(experiment: Experiment) -> None:
 
 
 def check_sample(model: nn.Module, sample: Mapping[str, Any]) -> None:
-    """A training image as the pipeline hands it over must be whole patches."""
+    """A training image as the pipeline hands it over must hold what the model's `forward_train` takes, and be whole patches. Raises ConfigError."""
+    try:
+        inspect.signature(model.forward_train).bind(**sample)
+    except TypeError as error:
+        raise ConfigError(f"the pipeline of data.train hands over {', '.join(sorted(sample))}, which {type(model).__name__} cannot train on: {error}; its Collect must "
+                          "name what is missing, and nothing else (ToMask makes gt_masks and gt_labels)") from None
     patch, (_, height, width) = getattr(model.backbone, "patch_size", 1), _image_shape(sample)
     if height % patch or width % patch:
         raise ConfigError(f"the first image of data.train comes out of its pipeline with {height} x {width} pixels, which are no whole patches of {patch}; "

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from internseg_ds.models.heads import heads
+from internseg_ds.models.heads import heads, stand_in_loss
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def training_activations(model: nn.Module, height: int, width: int, micro_batch:
     """model: a segmentor with `extract_feat` and heads as mmseg has them, in the dtypes that it trains in; it is left as it was.
 
     height, width: of a training image, in pixels. autocast: the model runs under torch.autocast in bf16. Losses, whose values there are none to compute
-    with, are stood in for by a cross entropy of logits at the size of the labels.
+    with, are stood in for (`models.heads.stand_in_loss`).
     """
     with _without_storage(model.train) as (model, lived):
         images = torch.empty(micro_batch, 3, height, width)
@@ -57,7 +57,7 @@ def training_activations(model: nn.Module, height: int, width: int, micro_batch:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             features = model.extract_feat(images)
             kept, forward = lived.now - batch, lived.peak_since()
-            loss = sum(_loss(logits, labels) for head in heads(model) for logits in _maps(head(features)))
+            loss = sum(stand_in_loss(head, features, labels) for head in heads(model))
         _at_first_gradient(features, lambda: peaks.append(lived.peak_since()))
         del features
         saved = lived.now if loss.requires_grad else 0
@@ -95,23 +95,13 @@ def most_bytes(model: nn.Module, height: int, width: int, micro_batch: int) -> i
     try:
         with Sum(), torch.no_grad():
             features = model.extract_feat(torch.empty(1, 3, height, width, device="meta"))
+            labels = torch.empty(1, height, width, dtype=torch.int64, device="meta")
             for head in heads(model):
-                for logits in _maps(head(features)):
-                    F.interpolate(logits, size=(height, width), mode="bilinear").log_softmax(1)
+                stand_in_loss(head, features, labels)
     finally:
         for module, mode in modes:
             module.training = mode
     return 3 * micro_batch * total
-
-
-def _maps(value: Any) -> Iterator[Tensor]:
-    """The logits among what a head puts out."""
-    return (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.dim() == 4)
-
-
-def _loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """mmseg's heads bring their logits to the size of the labels, and compute losses there."""
-    return F.cross_entropy(F.interpolate(logits, size=labels.shape[1:], mode="bilinear"), labels)
 
 
 def _at_first_gradient(features: Sequence[Tensor], tell: Callable[[], None]) -> None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from internseg_ds.models.heads import heads
@@ -81,7 +82,7 @@ def _run(model: nn.Module, height: int, width: int) -> tuple[int, int, int, int]
         features = model.extract_feat(torch.empty(1, 3, height, width, device="meta"))
     entries = [feature.detach().requires_grad_() for feature in features]
     with counted():
-        total = sum(head(entries).sum() for head in heads(model))
+        total = sum(leaf.sum() for head in heads(model) for leaf in tree_leaves(head(entries)))
     with counted():
         total.backward()
     with counted():

@@ -66,15 +66,40 @@ def test_names_and_gradients_reach_the_stored_parameters():
 
 def test_a_failing_forward_leaves_the_stored_parameters_in_place():
     head = nn.Linear(3, 3).bfloat16()
-    compute_in_fp32(head)
     weight = head.weight
+    compute_in_fp32(head)
     try:
         head(torch.rand(2, 5))
     except RuntimeError:
         pass
     else:
         raise AssertionError("a 5-wide input went through a 3-wide layer")
-    assert head.weight is weight
+    assert dict(head.named_parameters())["weight"] is weight
+
+
+def test_parameters_that_others_read_or_that_belong_to_a_module_with_children_compute_in_fp32_too():
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.full((8,), 0.3))
+            self.queries = nn.Embedding(5, 8)
+            self.attention = nn.MultiheadAttention(8, 2)  # owns a projection, and reads the weights of the other, its child
+
+        def forward(self, x):
+            queries = self.queries.weight[:, None] * self.scale
+            return self.attention(queries, x, x)[0]
+
+    torch.manual_seed(0)
+    reader = Reader().bfloat16()
+    reference = Reader().double()
+    reference.load_state_dict(reader.state_dict())
+    compute_in_fp32(reader)
+    x = torch.rand(6, 1, 8)
+    result = reader(x)
+    assert result.dtype == torch.float32
+    torch.testing.assert_close(result.double(), reference(x.double()), rtol=1e-5, atol=1e-6)
+    result.square().sum().backward()
+    assert all(param.dtype == param.grad.dtype == torch.bfloat16 for param in reader.parameters())
 
 
 def test_the_config_can_ask_for_either_dtype():

@@ -1,0 +1,91 @@
+"""The pixel decoder of Mask2Former: three maps attend to each other with multi-scale deformable attention, the finest one joins as in a feature pyramid.
+
+In: feature maps of a backbone. Out: features of the finest map's size for masks, and maps for the decoder. mmdet's class gives the modules, their names and
+initial values; the forward is written anew so that sizes of maps stay Python numbers: no waiting for a GPU, and it runs on tensors without values (planning).
+Source: Cheng et al., "Masked-attention Mask Transformer for Universal Image Segmentation", 2022, section 3.2.2.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from mmcv.cnn import PLUGIN_LAYERS
+from mmcv.cnn.bricks.transformer import FFN
+from mmdet.models.plugins import MSDeformAttnPixelDecoder as MmdetPixelDecoder
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from internseg_ds.models.deformable_attention import DeformableAttention
+
+
+class RecomputedFFN(FFN):
+    """mmcv's FFN (its arguments and parameters) with the published switch `with_cp`: what lies between input and output is computed again in the backward pass."""
+
+    def __init__(self, *args: Any, with_cp: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.with_cp = with_cp
+
+    def forward(self, x: Tensor, identity: Tensor | None = None) -> Tensor:
+        """x (n, b, c) -> (n, b, c); identity (default x) is added."""
+        run = super().forward
+        return checkpoint(run, x, identity, use_reentrant=False) if self.with_cp and torch.is_grad_enabled() else run(x, identity)
+
+
+def with_own_layers(sequence: Mapping[str, Any], replaced: Mapping[str, type]) -> Any:
+    """The config of a sequence of transformer layers, a copy, in which attentions named in `replaced` and mmcv's FFN are built from our classes."""
+    sequence = copy.deepcopy(sequence)
+    layer = sequence.transformerlayers
+    for attention in layer.attn_cfgs if isinstance(layer.attn_cfgs, list) else [layer.attn_cfgs]:
+        attention.type = replaced.get(attention.type, attention.type)
+    if layer.ffn_cfgs.get("type", "FFN") == "FFN":
+        layer.ffn_cfgs.type = RecomputedFFN
+    return sequence
+
+
+@PLUGIN_LAYERS.register_module(force=True)
+class MSDeformAttnPixelDecoder(MmdetPixelDecoder):  # the name that published configs use
+    """mmdet's class: its arguments, modules and results."""
+
+    def __init__(self, *, encoder: Mapping[str, Any], **decoder: Any) -> None:
+        super().__init__(encoder=with_own_layers(encoder, {"MultiScaleDeformableAttention": DeformableAttention}), **decoder)
+
+    def init_weights(self) -> None:
+        super().init_weights()
+        for layer in self.encoder.layers:
+            for attention in layer.attentions:
+                attention.init_weights()
+
+    def forward(self, feats: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """feats: maps (b, c_i, h_i, w_i), finest first. Returns mask features (b, out_channels, h_0, w_0) and `num_outs` maps (b, feat_channels, h, w), coarsest
+        first."""
+        levels = range(self.num_encoder_levels)
+        coarse = [feats[self.num_input_levels - 1 - level] for level in levels]
+        shapes = [tuple(feat.shape[-2:]) for feat in coarse]
+        level_codes = self.level_encoding(torch.arange(self.num_encoder_levels, device=feats[0].device))
+        tokens, codes, places = [], [], []
+        for level in levels:
+            projected = self.input_convs[level](coarse[level])
+            position = self.postional_encoding(projected.new_zeros(len(projected), *shapes[level], dtype=torch.bool))
+            tokens.append(_tokens(projected))
+            codes.append(_tokens(position + level_codes[level][:, None, None]))
+            places.append(_centres(shapes[level], projected))
+        reference_points = torch.cat(places)[None, :, None].expand(len(coarse[0]), -1, len(shapes), -1)
+        memory = self.encoder(query=torch.cat(tokens), key=None, value=None, query_pos=torch.cat(codes), spatial_shapes=shapes, reference_points=reference_points)
+        maps = [part.permute(1, 2, 0).unflatten(2, shape) for part, shape in zip(memory.split([height * width for height, width in shapes]), shapes, strict=True)]
+        for level in range(self.num_input_levels - self.num_encoder_levels - 1, -1, -1):
+            lateral = self.lateral_convs[self.num_input_levels - self.num_encoder_levels - 1 - level](feats[level])
+            finer = lateral + F.interpolate(maps[-1], size=lateral.shape[-2:], mode="bilinear", align_corners=False)
+            maps.append(self.output_convs[self.num_input_levels - self.num_encoder_levels - 1 - level](finer))
+        return self.mask_feature(maps[-1]), maps[: self.num_outs]
+
+
+def _tokens(features: Tensor) -> Tensor:
+    return features.flatten(2).permute(2, 0, 1)  # (b, c, h, w) -> (h w, b, c)
+
+
+def _centres(shape: tuple[int, int], like: Tensor) -> Tensor:
+    """Of each pixel, row by row, where its middle lies in [0, 1] x [0, 1], horizontal first: (h w, 2)."""
+    rows, columns = ((torch.arange(size, dtype=like.dtype, device=like.device) + 0.5) / size for size in shape)
+    return torch.stack([columns.expand(shape), rows[:, None].expand(shape)], dim=-1).flatten(0, 1)
