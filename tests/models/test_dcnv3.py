@@ -7,7 +7,9 @@ from dcnv3_reference import dcnv3_by_loops
 from torch import Tensor, nn
 
 from internseg_ds.distributed.precision import apply_precision
+from internseg_ds.models import dcnv3_torch
 from internseg_ds.models.dcnv3 import DCNv3
+from internseg_ds.models.recomputation import run_block
 
 
 def drawn(**arguments: object) -> DCNv3:
@@ -130,3 +132,17 @@ def test_it_runs_on_the_meta_device():
 def test_arguments_that_do_not_fit_are_refused_in_a_sentence(arguments: dict, message: str):
     with pytest.raises(ValueError, match=message):
         DCNv3(**arguments)
+
+
+def test_all_but_matmuls_keeps_the_sampled_features_and_changes_no_gradient(monkeypatch: pytest.MonkeyPatch):
+    module, x, runs = drawn(channels=16, group=2, center_feature_scale=True), torch.randn(1, 4, 5, 16), []
+    forward = dcnv3_torch.forward
+    monkeypatch.setattr(dcnv3_torch, "forward", lambda *args: runs.append(args) or forward(*args))
+    found = {}
+    for policy in ("none", "blocks", "all_but_matmuls"):
+        runs.clear()
+        gradients = torch.autograd.grad(run_block(module, x, index=0, recomputation=policy).square().sum(), list(module.parameters()))
+        found[policy] = len(runs), gradients
+    assert [count for count, _ in found.values()] == [1, 2, 1]
+    for _, gradients in found.values():
+        assert all(torch.equal(one, other) for one, other in zip(gradients, found["none"][1]))
