@@ -64,6 +64,8 @@ class DCNv3(nn.Module):
             raise ValueError(f"channels={channels} is not a multiple of group={group}")
         if remove_center and kernel_size % 2 == 0:
             raise ValueError(f"remove_center=True needs an odd kernel_size, which has a middle point, not {kernel_size}")
+        if remove_center and kernel_size == 1:
+            raise ValueError("remove_center=True leaves a kernel of 1 x 1 no point")
         if dw_kernel_size % 2 == 0:
             raise ValueError(f"dw_kernel_size={dw_kernel_size} is even: offsets would lie between the positions they belong to; use an odd one")
         if 2 * pad != dilation * (kernel_size - 1):

@@ -61,6 +61,8 @@ def geometry(x: Tensor, offset: Tensor, mask: Tensor, kernel: Sequence[int], str
     made = Geometry(tuple(kernel), tuple(stride), tuple(pad), tuple(dilation), group, offset_scale, remove_center)
     if remove_center and not (made.kernel[0] % 2 and made.kernel[1] % 2):
         raise ValueError(f"remove_center=True needs a kernel with a center, of odd sides, not {made.kernel}")
+    if not made.points:
+        raise ValueError("remove_center=True leaves a kernel of 1 x 1 no point")
     if x.dim() != 4 or x.size(3) % group:
         raise ValueError(f"the input of DCNv3 has the shape {tuple(x.shape)}; it must be (n, h, w, c) with c divisible by group={group}")
     out = (x.size(0), *made.out_size(x.size(1), x.size(2)))

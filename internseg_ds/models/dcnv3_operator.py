@@ -87,7 +87,7 @@ dcnv3.register_autograd(_gradients, setup_context=_keep_inputs)
 
 @register_flop_formula(torch.ops.internseg_ds.dcnv3)
 def forward_flops(x: torch.Size, offset: torch.Size, mask: torch.Size, *arguments: object, out_shape: torch.Size | None = None, **_: object) -> int:
-    """A multiplication and an addition for each of the four corners of each point, in each channel; an operation per channel counts, not one per point."""
+    """A multiplication and an addition for each channel of the four corners of each point; what is done once per point is not counted."""
     group = arguments[4]
     return 8 * math.prod(mask) * x[3] // group
 

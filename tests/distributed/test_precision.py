@@ -30,12 +30,6 @@ class Segmentor(nn.Module):
         return self.decode_head(self.backbone(image))
 
 
-class ScaledBlock(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.fc, self.gamma = nn.Linear(4, 4), nn.Parameter(torch.ones(4))
-
-
 def seen(model):
     return [module.seen for module in model.modules() if isinstance(module, Probe)]
 

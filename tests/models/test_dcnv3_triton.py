@@ -1,0 +1,70 @@
+"""The Triton kernels of DCNv3 in Triton's interpreter, which runs them on a CPU, against a loop in fp64; compiled ones on a GPU, where there is one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from dcnv3_reference import CASES, dcnv3_by_loops, gradients_by_loops, tensors
+
+pytest.importorskip("triton")
+
+RUN = """
+import sys, torch
+from internseg_ds.models import dcnv3_triton
+from internseg_ds.models.dcnv3_geometry import Geometry
+calls, results = torch.load(sys.argv[1]), []
+for grad, *inputs, arguments in calls:
+    made = Geometry(*arguments)
+    results.append((dcnv3_triton.forward(*inputs, made), *dcnv3_triton.backward(grad, *inputs, made)))
+torch.save(results, sys.argv[2])
+"""
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def call(case: str, dtype: torch.dtype) -> tuple:
+    """The gradient of a result, the input, offsets, masks and arguments: features in `dtype`, offsets and masks in fp32."""
+    x, offset, mask = tensors(case)
+    grad = torch.randn(*mask.shape[:3], x.size(3))
+    return grad.to(dtype), x.to(dtype), offset.float(), mask.float(), CASES[case][-1]
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, torch.dtype], tuple]:
+    """What the kernels make of each case. In a process of its own: Triton reads the variable when it is imported."""
+    folder, keys = tmp_path_factory.mktemp("triton"), [(case, dtype) for case in CASES for dtype in DTYPES]
+    torch.save([call(*key) for key in keys], folder / "calls.pt")
+    done = subprocess.run([sys.executable, "-c", RUN, folder / "calls.pt", folder / "results.pt"], env=os.environ | {"TRITON_INTERPRET": "1"},
+                          cwd=Path(__file__).parent.parent.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return dict(zip(keys, torch.load(folder / "results.pt")))
+
+
+def check(results: tuple, case: str, dtype: torch.dtype) -> None:
+    grad, *inputs, arguments = call(case, dtype)
+    exact = [tensor.double() for tensor in inputs]
+    wanted = dcnv3_by_loops(*exact, *arguments), *gradients_by_loops(grad.double(), *exact, *arguments)
+    assert [result.dtype for result in results] == [dtype, dtype, torch.float32, torch.float32]
+    for result, expected in zip(results, wanted):
+        torch.testing.assert_close(result.double(), expected, rtol=2**-7 if result.dtype == torch.bfloat16 else 1e-5, atol=2e-5)  # the interpreter cuts bf16 off
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_interpreted_kernels_agree_with_a_loop(interpreted: dict, case: str, dtype: torch.dtype):
+    check(interpreted[case, dtype], case, dtype)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_compiled_kernels_agree_with_a_loop(case: str, dtype: torch.dtype):
+    from internseg_ds.models import dcnv3_operator
+
+    grad, *inputs, arguments = call(case, dtype)
+    leaves = [tensor.cuda().requires_grad_() for tensor in inputs]
+    assert dcnv3_operator.implementation(*leaves).__name__.endswith("dcnv3_triton")
+    out = dcnv3_operator.dcnv3(*leaves, *arguments)
+    check(tuple(tensor.detach().cpu() for tensor in (out, *torch.autograd.grad(out, leaves, grad.cuda()))), case, dtype)
