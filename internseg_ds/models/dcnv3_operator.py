@@ -89,7 +89,7 @@ dcnv3.register_autograd(_gradients, setup_context=_keep_inputs)
 def forward_flops(x: torch.Size, offset: torch.Size, mask: torch.Size, *arguments: object, out_shape: torch.Size | None = None, **_: object) -> int:
     """A multiplication and an addition for each of the four corners of each point, in each channel; an operation per channel counts, not one per point."""
     group = arguments[4]
-    return 8 * math.prod(mask) * x[3] // group
+    return 8 * math.prod(mask) * x[3] // group  # shapes come as torch.Size, or as plain tuples
 
 
 @register_flop_formula(torch.ops.internseg_ds.dcnv3_backward)

@@ -5,7 +5,7 @@ order is observed, not assumed: checkpointed blocks run again during the backwar
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -94,10 +94,10 @@ def _run(model: nn.Module, height: int, width: int) -> tuple[int, int, int, int]
     return tuple(counts)
 
 
-def _convolution_backward_flops(grad: tuple[int, ...], x: tuple[int, ...], weight: tuple[int, ...], bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool,
-                                output_padding: Any, groups: int, wanted: tuple[bool, bool, bool], *, out_shape: Any = None) -> int:
-    """As many as in the forward pass for the gradient of the input, and for that of the weight; torch's own counts a depth-wise weight's as a dense one's."""
-    return sum(wanted[:2]) * conv_flop_count(x, weight, grad, transposed)
+def _convolution_backward_flops(grad: Sequence[int], x: Sequence[int], weight: Sequence[int], _bias: Any, _stride: Any, _padding: Any, _dilation: Any, transposed: bool,
+                                _output_padding: Any, _groups: int, wanted: Sequence[bool], **_: Any) -> int:
+    """The gradients of input and weight, as far as they are wanted, cost a forward pass each. torch 2.13 counts that of the weight as if there were no groups."""
+    return conv_flop_count(x, weight, grad, transposed) * sum(wanted[:2])
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from internseg_ds.engine.experiment import read_experiment
 from internseg_ds.models.heads import heads
 from internseg_ds.planning.activations import evaluation_bytes, most_bytes, training_activations
 from tests.conftest import ROOT, TINY
+from tests.models.small_mask2former import config as small_mask2former
 
 SAME_KERNELS = {"model.backbone.norm_type": "layer_norm", "model.backbone.qk_normalization": False, "model.decode_head.dropout_ratio": 0, "model.auxiliary_head.dropout_ratio": 0}
 """Without the operations that have one kernel on GPUs and several on CPUs (RMSNorm, dropout), a CPU saves what a GPU saves."""
@@ -145,6 +146,27 @@ def test_an_evaluation_takes_what_torchs_allocator_gives_out():
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled, torch.no_grad():
         model.encode_decode(images, [{}] * 3)
     assert expected == pytest.approx(most(profiled) + images.nbytes, rel=0.01)
+
+
+def test_a_head_that_computes_no_loss_of_pixels_is_planned_by_what_it_says_stands_in_for_its_loss():
+    """Against the real losses of images with as many masks as are planned for, which are matched on the way."""
+    model = build_on_meta(small_mask2former(num_points=2000))
+    size, count, masks = (112, 112), 2, 6
+    found = training_activations(model, *size, count)
+    assert most_bytes(model, *size, count) > found.peak
+    model = real(model)
+    labels, targets = [torch.arange(masks) % 5] * count, [torch.ones(masks, *size, dtype=torch.uint8)] * count
+
+    def run() -> None:
+        losses = model.forward_train(torch.rand(count, 3, *size), [{}] * count, torch.zeros(count, 1, *size, dtype=torch.int64), gt_masks=targets, gt_labels=labels)
+        sum(losses.values()).backward()
+        model.zero_grad()
+
+    run()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    assert found.peak == pytest.approx(most(profiled) + sum(target.nbytes for target in targets), rel=0.1)
+    assert evaluation_bytes(model.to("meta"), *size, 3) > 0
 
 
 def test_an_rms_norm_counts_as_the_one_kernel_that_gpus_have():

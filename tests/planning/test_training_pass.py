@@ -5,7 +5,7 @@ from torch import nn
 from internseg_ds.distributed.construction import build_on_meta
 from internseg_ds.engine.experiment import read_experiment
 from internseg_ds.planning.training_pass import Use, training_pass
-from tests.conftest import ROOT, TINY
+from tests.conftest import IMAGE, ROOT, TINY
 
 SIX_B = "configs/intern_vit_6b/full_tuning/upernet_intern_vit_6b_504_80k_ade20k_bs16_lr4e-5.py"
 TERA = 1e12
@@ -101,3 +101,9 @@ def test_the_model_is_left_as_it_was():
     assert all(param.grad is None for param in model.parameters())
     assert model.backbone.with_cp
     assert torch.is_grad_enabled()
+
+
+def test_the_backward_pass_of_depth_wise_and_deformable_convolutions_costs_twice_their_forward_pass():
+    passed = training_pass(build(IMAGE, **{"model.backbone.with_cp": False}), 112, 112)
+    image = 2 * 9 * 3 * 16 * 56**2  # no gradient of the image is made
+    assert passed.backbone_backward == pytest.approx(2 * passed.backbone_forward - image, rel=1e-3)
