@@ -110,7 +110,7 @@ def _casting_class(owner_class: type[nn.Module], compute: torch.dtype, result: t
     """A subclass of `owner_class` whose parameters are read, by itself or by others, as copies in `compute`. They stay as they are in `parameters()`.
 
     leaf: its forward also sees inputs in `compute`, with autocast off, and returns `result`. Modules with children (nn.MultiheadAttention, a block with a
-    scale of its own) leave both to these, and keep the qualified name of their class, by which ds_configs name the blocks that DeepSpeed gathers whole.
+    scale of its own) leave both to these.
     """
 
     def __getattr__(self: nn.Module, name: str) -> Any:  # torch's way to parameters; under ZeRO-3 they are whole while a forward reads them
@@ -123,9 +123,9 @@ def _casting_class(owner_class: type[nn.Module], compute: torch.dtype, result: t
             return _cast(owner_class.forward(self, *(_cast(arg, compute) for arg in args), **kwargs), result)
 
     word = "Fp32" if compute == torch.float32 else "Bf16"
-    body = {"__getattr__": __getattr__, "__doc__": f"{owner_class.__name__}, computed in {word.lower()}."}
-    body |= {"forward": forward} if leaf else {"__module__": owner_class.__module__, "__qualname__": owner_class.__qualname__}
-    return type(f"{word}{owner_class.__name__}", (owner_class,), body)
+    place = {"__module__": owner_class.__module__, "__qualname__": owner_class.__qualname__}  # by which DeepSpeed knows the blocks that it gathers as one
+    body = place | {"__getattr__": __getattr__, "__doc__": f"{owner_class.__name__}, computed in {word.lower()}."}
+    return type(f"{word}{owner_class.__name__}", (owner_class,), body | ({"forward": forward} if leaf else {}))
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

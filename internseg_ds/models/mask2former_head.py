@@ -44,6 +44,11 @@ class Mask2FormerHead(MmdetHead):
             raise ValueError(f"loss_cls.class_weight has {len(self.class_weight)} weights; it needs one for each of {self.num_classes} classes and one for no object")
         self.out_channels, self.in_index, self.align_corners = self.num_classes, in_index, align_corners
 
+    def layer_id(self, name: str) -> int | None:
+        """0, that of the first layer, for embeddings and what makes scores and masks of queries, as InternImage's layer-wise learning-rate decay has it; None for
+        what counts as after the backbone. name is relative to the head."""
+        return 0 if name.startswith(("mask_embed", "cls_embed", "level_embed", "query_embed", "query_feat")) else None
+
     def init_weights(self) -> None:
         super().init_weights()
         for layer in self.transformer_decoder.layers:

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 Recomputation = Literal["none", "blocks", "all_but_matmuls"] | int
 """none: everything is kept. blocks: a block keeps its input, and runs again. k: so does every k-th block, the others keep everything. all_but_matmuls: a
-block keeps its input and the results of matrix products, convolutions and attention; what lies between them (norms, activations, scales) runs again."""
+block keeps its input and the results of matrix products, convolutions, DCNv3 and attention; what lies between them (norms, activations, scales) runs again."""
 NAMES = ("none", "blocks", "all_but_matmuls")
 
 
@@ -57,9 +57,9 @@ def run_block(block: nn.Module, *inputs: Tensor, index: int, recomputation: Reco
 KEPT = frozenset({"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution", "aten::_scaled_dot_product_flash_attention",
                   "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_scaled_dot_product_efficient_attention",
                   "aten::_scaled_dot_product_cudnn_attention", "aten::_scaled_dot_product_fused_attention_overrideable",
-                  "flash_attn::_flash_attn_forward", "flash_attn_3::fwd"})
-"""Operations whose results `all_but_matmuls` keeps: their FLOPs per byte of result are hundreds, those of all others a few. A backbone with an operation of
-its own adds it."""
+                  "flash_attn::_flash_attn_forward", "flash_attn_3::fwd", "internseg_ds::dcnv3"})
+"""Operations whose results `all_but_matmuls` keeps: their FLOPs per byte of result are hundreds, those of all others a few; DCNv3 reads some 36 bytes for each
+that it writes. A backbone with an operation of its own adds it."""
 
 
 def _keeping_matmuls() -> tuple[TorchDispatchMode, TorchDispatchMode]:

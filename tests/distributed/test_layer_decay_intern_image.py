@@ -130,6 +130,13 @@ def test_settings_of_levels_and_offsets_are_not_for_a_plain_vit(change, message)
         parameter_groups(model, LAYER_DECAY | dict(lr=1.0, paramwise_cfg=dict(num_layers=4, layer_decay_rate=0.9) | change))
 
 
+def test_the_queries_of_mask2former_are_of_the_first_layer():
+    head = build_on_meta(Config.fromfile(ROOT / "configs/intern_vit_tiny/mask2former_intern_vit_tiny_112_ade20k.py").model).decode_head
+    first = {name.split(".")[0] for name, _ in head.named_parameters() if head.layer_id(name) == 0}
+    assert first == {"mask_embed", "cls_embed", "level_embed", "query_embed", "query_feat"}
+    assert {head.layer_id(name) for name, _ in head.named_parameters()} == {0, None}
+
+
 def test_the_tiny_experiment_of_intern_image_is_consistent():
     experiment = read_experiment(ROOT / IMAGE)
     assert len(parameter_groups(build_on_meta(experiment.model), experiment.optimizer)) == 2 * 12  # layers 0 to 11, with and without decay

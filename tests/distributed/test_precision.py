@@ -1,10 +1,15 @@
 import pytest
 import torch
+from deepspeed.utils import set_z3_leaf_modules
+from mmcv import Config
 from torch import nn
 
+from internseg_ds.distributed.construction import build_on_meta
 from internseg_ds.distributed.precision import apply_precision, backbone_dtype, compute_in_fp32, heads_dtype
 from internseg_ds.errors import ConfigError
 from internseg_ds.models.blocks import repeated_block
+from internseg_ds.planning.gathers import leaves
+from tests.conftest import IMAGE, ROOT
 
 
 class Probe(nn.Module):
@@ -23,12 +28,6 @@ class Segmentor(nn.Module):
 
     def forward(self, image):
         return self.decode_head(self.backbone(image))
-
-
-class ScaledBlock(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.fc, self.gamma = nn.Linear(4, 4), nn.Parameter(torch.ones(4))
 
 
 def seen(model):
@@ -59,14 +58,6 @@ def test_under_autocast_the_backbone_is_bf16_and_the_heads_are_fp32():
     with torch.autocast("cpu", torch.bfloat16):
         model(torch.rand(2, 3, 8, 8))
     assert seen(model) == [torch.float32, torch.bfloat16, torch.float32, torch.float32]
-
-
-def test_blocks_with_a_scale_of_their_own_are_found_under_their_name_in_fp32_too():
-    backbone = nn.ModuleList(ScaledBlock() for _ in range(3)).bfloat16()
-    before = repeated_block(backbone)
-    assert before.class_name.endswith("ScaledBlock")
-    compute_in_fp32(backbone)
-    assert repeated_block(backbone) == before and type(backbone[0]) is not ScaledBlock
 
 
 def test_names_and_gradients_reach_the_stored_parameters():
@@ -170,3 +161,13 @@ def test_heads_whose_class_scores_are_not_known_are_not_computed_in_bf16():
         heads_dtype("bfloat16", model)
     with pytest.raises(ConfigError, match="needs bf16 weights or autocast"):
         heads_dtype("bfloat16", model, "fp32")
+
+
+def test_blocks_that_own_parameters_are_known_to_deepspeed_in_every_dtype():
+    cfg = Config.fromfile(ROOT / IMAGE).model
+    cfg.backbone.update(res_post_norm=False, layer_scale=1.0)  # a scale of its own
+    model = build_on_meta(cfg)
+    block = repeated_block(model.backbone).class_name
+    apply_precision(model, torch.float32)
+    assert type(model.backbone.levels[0].blocks[0]).__name__ == "Fp32Block"
+    assert len(set_z3_leaf_modules(model, [block])) == len(leaves(model, [block])) == 10
