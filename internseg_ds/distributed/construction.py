@@ -23,6 +23,7 @@ from internseg_ds.distributed.precision import buffers_to_fp32
 from internseg_ds.distributed.sync_batch_norm import allow_any_device
 from internseg_ds.errors import ConfigError
 from internseg_ds.models.backbone import forget_pretrained
+from internseg_ds.models.external_parameters import external_parameters
 from internseg_ds.models.recomputation import set_recomputation
 from internseg_ds.seeding import derived_seed
 
@@ -75,6 +76,9 @@ def build_for_training(model: ConfigDict, ds: DsConfig, device: torch.device, se
         # no dtype argument: deepspeed 0.19.8 turns dtype=torch.float32 into bf16 where fp16 is not supported (CPUs); the config says the same
         with deepspeed.zero.Init(config_dict_or_path=ds.raw):
             segmentor = build_segmentor(model)
+        for module in segmentor.modules():
+            for param in external_parameters(module).values():
+                deepspeed.zero.register_external_parameter(module, param)
     else:
         with torch.device(device), _default_dtype(ds.param_dtype), _HostSequences():
             segmentor = build_segmentor(model).to(device)
@@ -92,10 +96,11 @@ def initialise(segmentor: nn.Module, seed: int, dtype: torch.dtype) -> None:
     brings an `init_cfg` or an `init_weights` of its own. A module with none of these keeps the values that its constructor gave it.
     """
     for name, module in segmentor.named_modules():
-        if hasattr(module, "reset_parameters"):
+        reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)  # torch's MultiheadAttention has a private one
+        if reset is not None:
             torch.manual_seed(derived_seed(seed, name))
             with _whole_fp32(list(module.parameters(recurse=False)), dtype):
-                module.reset_parameters()
+                reset()
     for name, module in segmentor.named_modules():
         if isinstance(module, ConvModule):
             torch.manual_seed(derived_seed(seed, name + "#conv"))

@@ -110,7 +110,7 @@ def _casting_class(owner_class: type[nn.Module], compute: torch.dtype, result: t
     """A subclass of `owner_class` whose parameters are read, by itself or by others, as copies in `compute`. They stay as they are in `parameters()`.
 
     leaf: its forward also sees inputs in `compute`, with autocast off, and returns `result`. Modules with children (nn.MultiheadAttention, a block with a
-    scale of its own) leave both to these, and keep the qualified name of their class, by which ds_configs name the blocks that DeepSpeed gathers whole.
+    scale of its own) leave both to these.
     """
 
     def __getattr__(self: nn.Module, name: str) -> Any:  # torch's way to parameters; under ZeRO-3 they are whole while a forward reads them

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from internseg_ds.models.external_parameters import external_parameters
 from internseg_ds.planning.training_pass import Use
 
 
@@ -85,7 +86,8 @@ def gathered(model: nn.Module, uses: Sequence[Use], settings: GatherSettings) ->
     uses = [use for use in uses if not use.module.startswith(tuple(f"{leaf}." for leaf in leaf_names))] if leaf_names else uses
 
     def params_of(recurse: bool) -> dict[str, list[str]]:
-        return {name: [f"{name}.{own}" if name else own for own, _ in module.named_parameters(recurse=recurse)] for name, module in model.named_modules()}
+        return {name: [f"{name}.{own}" if name else own for own in (*dict(module.named_parameters(recurse=recurse)), *(() if recurse else external_parameters(module)))]
+                for name, module in model.named_modules()}
 
     held = params_of(recurse=True) if leaf_names else {}
     owned = params_of(recurse=False) | {leaf: held[leaf] for leaf in leaf_names}

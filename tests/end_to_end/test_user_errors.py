@@ -10,6 +10,8 @@ from internseg_ds.engine.preflight import check
 from internseg_ds.errors import ConfigError, DataError, UserError
 from tests.conftest import ROOT, TINY, data_options
 
+MASK2FORMER = "configs/intern_vit_tiny/mask2former_intern_vit_tiny_112_ade20k.py"
+
 
 def test_rank_0_says_it_once_and_the_launcher_ends_with_2(launch, tmp_path):
     done = launch("launch/train.py", TINY, "--work-dir", tmp_path / "work", "--cfg-options", "data.train.data_root=/nowhere", launcher="deepspeed", check=False, timeout=120)
@@ -76,6 +78,29 @@ def test_a_wrong_setting_is_one_sentence(options, words, ade20k):
     right = dict(option.split("=") for option in data_options(ade20k))
     with pytest.raises(UserError) as caught:
         check(read_experiment(ROOT / TINY, right | options), ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0))
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize(("config", "keys", "words"), [
+    (TINY, ["img", "gt_semantic_seg", "gt_masks", "gt_labels"], "EncoderDecoder cannot train on: got an unexpected keyword argument 'gt_masks'"),
+    (MASK2FORMER, ["img", "gt_semantic_seg"], "EncoderDecoderMask2Former cannot train on: missing a required argument: 'gt_masks'"),
+])
+def test_a_pipeline_that_does_not_hand_over_what_the_segmentor_takes_is_refused(config, keys, words, ade20k):
+    experiment = read_experiment(ROOT / config, dict(option.split("=") for option in data_options(ade20k)))
+    experiment.train.pipeline[-3:] = [{"type": "ToMask"}, {"type": "DefaultFormatBundle"}, {"type": "Collect", "keys": keys}]
+    with pytest.raises(ConfigError, match=words):
+        check(experiment, ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0))
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ({"model.train_cfg": None}, ["Mask2FormerHead", "train_cfg", "assigner"]),
+    ({"model.decode_head.num_classes": 19}, ["class_weight has 151", "19 classes"]),
+    ({"engine.heads_dtype": "bfloat16"}, ["engine.heads_dtype='bfloat16' is not for Mask2FormerHead"]),
+])
+def test_a_wrong_setting_of_mask2former_is_one_sentence(options, words, ade20k):
+    right = dict(option.split("=") for option in data_options(ade20k))
+    with pytest.raises(UserError) as caught:
+        check(read_experiment(ROOT / MASK2FORMER, right | options), ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0))
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 

@@ -59,22 +59,6 @@ def test_a_convolution_of_the_pyramid_and_heads_costs_two_flops_per_weight_and_p
     assert passed.heads_forward == fcn + laterals + smooth + pools + bottleneck + fused
 
 
-@pytest.mark.parametrize("layer", [nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 16, 3, padding=1, groups=2), nn.ConvTranspose2d(8, 8, 2, stride=2, groups=4)])
-def test_a_grouped_convolution_costs_two_flops_per_weight_and_position_forward_and_twice_that_backward(layer):
-    class Segmentor(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.backbone, self.decode_head = nn.Sequential(nn.Conv2d(3, 8, 1), layer), nn.Identity()
-
-        def extract_feat(self, image):
-            return [self.backbone(image)]
-
-    passed = training_pass(Segmentor().to("meta"), 6, 10)
-    forward = 2 * layer.weight.numel() * 6 * 10
-    stem = 2 * 3 * 8 * 6 * 10
-    assert (passed.backbone_forward, passed.backbone_backward) == (stem + forward, stem + 2 * forward)  # the image needs no gradient
-
-
 def test_a_frozen_vit_is_neither_recomputed_nor_differentiated():
     full, frozen = (training_pass(build(TINY, **{"model.backbone.freeze_vit": freeze}), 112, 112) for freeze in (False, True))
     assert frozen.backbone_recomputed == 0
