@@ -24,7 +24,7 @@ SIZES = {  # channels, depths, groups, crop on ADE20K, lr, layer decay, drop pat
     "g": (512, [2, 2, 48, 4], [16, 32, 64, 128], 896, 2e-5, 0.95, 0.5, "3.11B"),  # its count is not published
 }
 ON_ADE20K = {f"ade20k/upernet_internimage_{size}_{values[3]}_160k_ade20k": size for size, values in SIZES.items()}
-ON_CITYSCAPES = {f"cityscapes/upernet_internimage_{size}_512x1024_160k_cityscapes": size for size in ("t", "s", "b", "l", "xl")}
+ON_CITYSCAPES = {f"cityscapes/upernet_internimage_{size}_512x1024_160k_cityscapes": size for size in SIZES}
 UPERNETS = ON_ADE20K | ON_CITYSCAPES
 MASK2FORMER = "ade20k/mask2former_internimage_h_896_80k_cocostuff2ade20k"
 SCORES = {  # published mIoU, single and multi-scale

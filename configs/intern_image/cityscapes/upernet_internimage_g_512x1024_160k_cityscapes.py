@@ -1,0 +1,38 @@
+"""UPerNet on InternImage-G, every parameter trained for 160,000 steps on Cityscapes.
+
+Published score: none, for there is no such file: backbone and optimizer are those of InternImage-G on ADE20K, the rest that of the smaller sizes here.
+Multi-scale test: upernet_internimage_g_512x1024_160k_cityscapes_ms.py. 3.11 B parameters.
+Global batch: 16 images = 16 GPUs x 1; other numbers of GPUs accumulate gradients up to it.
+
+    deepspeed launch/train.py configs/intern_image/cityscapes/upernet_internimage_g_512x1024_160k_cityscapes.py \
+              --deepspeed_config ds_configs/zero3_bf16.json
+"""
+
+_base_ = [
+    "../../_base_/models/upernet_intern_image.py",
+    "../../_base_/datasets/cityscapes_512x1024.py",
+    "../../_base_/schedules/adamw_160k.py",
+    "../../_base_/default_runtime.py",
+]
+model = dict(
+    backbone=dict(
+        channels=512,
+        depths=[2, 2, 48, 4],
+        groups=[16, 32, 64, 128],
+        drop_path_rate=0.5,
+        layer_scale=None,
+        post_norm=True,
+        dw_kernel_size=5,
+        res_post_norm=False,
+        level2_post_norm=True,
+        level2_post_norm_block_ids=[5, 11, 17, 23, 29, 35, 41, 47],
+        center_feature_scale=True,
+        with_cp=True,
+        init_cfg=dict(type="Pretrained", checkpoint="./pretrained/internimage_g_pretrainto22k_384.pth"),
+    ),
+    decode_head=dict(in_channels=[512, 1024, 2048, 4096], num_classes=19),
+    auxiliary_head=dict(in_channels=2048, num_classes=19),
+)
+optimizer = dict(lr=2e-5, paramwise_cfg=dict(num_layers=56, layer_decay_rate=0.95, depths=[2, 2, 48, 4], offset_lr_scale=1.0))
+optimizer_config = dict(grad_clip=dict(max_norm=0.1, norm_type=2))
+data = dict(samples_per_gpu=1)
