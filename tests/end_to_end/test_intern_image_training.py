@@ -12,7 +12,8 @@ from tests.conftest import IMAGE
 from tests.end_to_end.conftest import LONG
 from tests.end_to_end.test_training import plain_losses
 
-OPTIONS = [*LONG, "runner.max_iters=6", "checkpoint_config.interval=3", "evaluation.interval=6", "lr_config.warmup_iters=2",
+OPTIONS = [*LONG, "runner.max_iters=6", "checkpoint_config.interval=3", "evaluation.interval=6", "lr_config.warmup_iters=2", "optimizer_config.grad_clip=None",
+           "optimizer.paramwise_cfg.layer_decay_rate=0.9",
            "model.backbone.res_post_norm=False", "model.backbone.post_norm=True", "model.backbone.layer_scale=1.0"]
 """With a layer scale, which blocks own themselves, as T to XL have it, beside the parts of H and G."""
 
