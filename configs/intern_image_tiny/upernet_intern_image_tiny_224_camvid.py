@@ -23,3 +23,6 @@ model = dict(
     auxiliary_head=dict(in_channels=64),
     test_cfg=dict(_delete_=True, mode="whole"),
 )
+# as in the demo on this backbone
+optimizer = dict(lr=2e-3)
+optimizer_config = dict(grad_clip=dict(max_norm=1.0, norm_type=2))
