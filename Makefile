@@ -1,5 +1,6 @@
 # make demo   set up, then train, evaluate, consolidate and look at a tiny segmentor on this machine (no GPU needed)
-# make test   set up, then the whole test suite
+# make test   set up, then the test suite
+# make test-slow   set up, then further settings of what it proves, in some minutes
 # make test-multinode   set up, then runs over ssh between hosts in network namespaces, under Slurm and OpenMPI; needs root, and says which packages it lacks
 # make lint   the style checks
 
@@ -19,12 +20,15 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-multinode lint setup clean
+.PHONY: demo test test-slow test-multinode lint setup clean
 demo: setup
 	$(BIN)/python launch/demo.py
 
 test: setup
 	$(BIN)/python -m pytest
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
 
 test-multinode: setup
 	$(BIN)/python -m pytest -m multinode

@@ -1,7 +1,8 @@
 """Ranks that start in milliseconds: forked from one process which, once a session, has imported all that a training imports (some 5 s of a core for each rank).
 
 In: a function of a test module, or a script of the project with its arguments. Out: processes of their own in the environment that torchrun gives its
-ranks, or what a script printed and its exit code. Keeps away from launchers: those are real, in tests whose subject they are.
+ranks, or what a script printed and its exit code. Keeps away from launchers: those are real, in tests whose subject they are, as are processes that
+end by themselves: a fork leaves out what Python does at its exit, and has imported what a script may have forgotten to.
 """
 
 import multiprocessing
@@ -55,6 +56,7 @@ def _rank(env: dict[str, str], function: Callable[..., None], args: tuple) -> No
     os.environ.clear()
     os.environ.update(env)
     torch.set_num_threads(1)
+    assert len(os.listdir("/proc/self/task")) == 1, "something that is imported before the fork has started a thread, which no fork has"
     multiprocessing.set_start_method("fork", force=True)  # of data workers, as in any training
     function(*args)
 

@@ -60,7 +60,7 @@ def apply_precision(segmentor: nn.Module, compute: torch.dtype, *, heads: torch.
     """Makes `segmentor.backbone` compute in `compute`, and everything beside it in `heads`. Once per model, before deepspeed.initialize.
 
     compute, heads: torch.bfloat16 or torch.float32. autocast: parameters are fp32 and the caller runs the model under torch.autocast, which then does the
-    backbone's casts. In bf16 heads, norms keep fp32 parameters, moments and sums, and class scores (`conv_seg`) are fp32. Batch-norm statistics and other
+    backbone's casts. Batch norms of a bf16 backbone are computed in fp32, as their moments are. In bf16 heads, norms keep fp32 parameters, moments and sums, and class scores (`conv_seg`) are fp32. Batch-norm statistics and other
     buffers become fp32.
     """
     for name, child in segmentor.named_children():
@@ -69,6 +69,8 @@ def apply_precision(segmentor: nn.Module, compute: torch.dtype, *, heads: torch.
         elif name != "backbone" or compute == torch.float32:
             compute_in_fp32(child)
     buffers_to_fp32(segmentor)
+    if compute == torch.bfloat16 and not autocast:
+        _norms_with_moments_in_fp32(segmentor.backbone)
     entry = torch.float32 if autocast else compute
     segmentor.backbone.register_forward_pre_hook(lambda _, args: tuple(_cast(arg, entry) for arg in args))
     segmentor.backbone.register_forward_hook(lambda _, __, features: _cast(features, heads))
@@ -95,6 +97,13 @@ def compute_in_bf16(module: nn.Module, except_for: Sequence[nn.Module] = ()) -> 
         is_norm = isinstance(owner, (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm))
         owner.__class__ = _casting_class(type(owner), torch.float32 if exact or is_norm else torch.bfloat16, torch.float32 if exact else torch.bfloat16,
                                          leaf=_is_leaf(owner))
+
+
+def _norms_with_moments_in_fp32(backbone: nn.Module) -> None:
+    """torch's batch norms take weights and moments of one dtype only."""
+    for norm in backbone.modules():
+        if isinstance(norm, nn.modules.batchnorm._NormBase) and norm.affine:
+            norm.__class__ = _casting_class(type(norm), torch.float32, torch.bfloat16, leaf=True)
 
 
 def _owners(module: nn.Module) -> list[nn.Module]:

@@ -265,7 +265,7 @@ def check_sample(model: nn.Module, sample: Mapping[str, Any]) -> None:
         inspect.signature(model.forward_train).bind(**sample)
     except TypeError as error:
         raise ConfigError(f"the pipeline of data.train hands over {', '.join(sorted(sample))}, which {type(model).__name__} cannot train on: {error}; its Collect must "
-                          "name what is missing, and nothing else (ToMask makes gt_masks and gt_labels)") from None
+                          "name what is missing, made by a step before it, and nothing else") from None
     patch, (_, height, width) = patch_size(model.backbone), _image_shape(sample)
     if height % patch or width % patch:
         raise ConfigError(f"the first image of data.train comes out of its pipeline with {height} x {width} pixels, which are no whole patches of {patch}; "

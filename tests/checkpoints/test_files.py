@@ -156,7 +156,7 @@ def test_a_manifest_notices_files_that_changed_or_vanished(tmp_path):
 
 
 def test_position_embeddings_and_patch_kernels_are_resized_as_torch_resizes_pictures():
-    from internseg_ds.models.intern_vit_6b import resize_patch_kernel, resize_position_embedding
+    from internseg_ds.models.resizing import resize_patch_kernel, resize_position_embedding
 
     embedding = torch.randn(1, 1 + 16, 5)
     grid = embedding[:, 1:].reshape(1, 4, 4, 5).permute(0, 3, 1, 2)

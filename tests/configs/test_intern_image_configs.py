@@ -51,7 +51,13 @@ def test_the_recipe_is_the_published_one(name: str):
     channels, depths, groups, crop, lr, decay, drop_path, _ = SIZES[UPERNETS[name]]
     large, cfg = lr == 2e-5, read(name)
     backbone, widths = cfg.model.backbone, [channels * 2**level for level in range(4)]
-    assert (backbone.channels, backbone.depths, backbone.groups, backbone.drop_path_rate) == (channels, depths, groups, drop_path)
+    large_ones = dict(layer_scale=None, dw_kernel_size=5, level2_post_norm=True, level2_post_norm_block_ids=list(range(5, depths[2], 6)), center_feature_scale=True)
+    differing = {  # from the pre-norm InternImage with a layer scale of 1: T
+        "s": dict(post_norm=True), "b": dict(post_norm=True), "l": dict(post_norm=True, offset_scale=2.0), "xl": dict(post_norm=True, offset_scale=2.0),
+        "h": dict(**large_ones, res_post_norm=True), "g": dict(**large_ones, post_norm=True, res_post_norm=False, with_cp=True)}.get(UPERNETS[name], {})
+    assert {key: value for key, value in backbone.items() if key != "init_cfg"} == dict(
+        type="InternImage", core_op="DCNv3", channels=channels, depths=depths, groups=groups, drop_path_rate=drop_path, mlp_ratio=4.0, norm_layer="LN", out_indices=(0, 1, 2, 3),
+        **dict(dict(layer_scale=1.0, offset_scale=1.0, post_norm=False, with_cp=False), **differing))
     assert (cfg.model.decode_head.in_channels, cfg.model.auxiliary_head.in_channels) == (widths, widths[2])
     paramwise = dict(num_layers=sum(depths), layer_decay_rate=decay, depths=depths) | (dict(offset_lr_scale=1.0) if large else {})
     assert cfg.optimizer == dict(type="AdamW", lr=lr, betas=(0.9, 0.999), weight_decay=0.05, constructor="CustomLayerDecayOptimizerConstructor", paramwise_cfg=paramwise)

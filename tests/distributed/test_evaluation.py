@@ -112,7 +112,7 @@ def alone(root, tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("processes", [3, pytest.param(2, marks=pytest.mark.multinode)])
+@pytest.mark.parametrize("processes", [3, pytest.param(2, marks=pytest.mark.slow)])
 def test_every_number_of_processes_counts_the_same_and_none_waits_for_ever(processes, root, alone, tmp_path):
     spawn(confusions, processes, root, tmp_path / "found.json")
     found = json.loads((tmp_path / "found.json").read_text())

@@ -6,6 +6,7 @@ from torch import nn
 
 from internseg_ds.distributed.construction import build_on_meta
 from internseg_ds.distributed.precision import apply_precision, backbone_dtype, compute_in_fp32, heads_dtype
+from internseg_ds.distributed.sync_batch_norm import AnyDeviceSyncBatchNorm
 from internseg_ds.errors import ConfigError
 from internseg_ds.models.blocks import repeated_block
 from internseg_ds.planning.gathers import leaves
@@ -58,6 +59,26 @@ def test_under_autocast_the_backbone_is_bf16_and_the_heads_are_fp32():
     with torch.autocast("cpu", torch.bfloat16):
         model(torch.rand(2, 3, 8, 8))
     assert seen(model) == [torch.float32, torch.bfloat16, torch.float32, torch.float32]
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, AnyDeviceSyncBatchNorm])
+def test_batch_norms_of_a_bf16_backbone_compute_in_fp32_as_their_moments_are(norm):
+    model, reference = Segmentor(), Segmentor()
+    for segmentor in (model, reference):
+        segmentor.backbone.append(norm(4))
+    reference.load_state_dict(model.bfloat16().state_dict())
+    apply_precision(model, torch.bfloat16)
+    image = torch.rand(2, 3, 8, 8)
+    for segmentor in (model, reference):
+        segmentor.train()
+    features, wanted = model.backbone(image), reference.backbone(image)
+    features.square().sum().backward()
+    assert features.dtype == torch.float32 and torch.allclose(features, wanted, atol=0.1)
+    found, moments = model.backbone[-1], reference.backbone[-1]
+    assert found.running_var.dtype == torch.float32 and torch.allclose(found.running_var, moments.running_var, rtol=0.02)
+    assert all(param.grad.dtype == torch.bfloat16 for param in model.backbone.parameters())
+    model.eval()
+    assert model(image).isfinite().all()
 
 
 def test_names_and_gradients_reach_the_stored_parameters():

@@ -68,7 +68,7 @@ def every_policy_is_equal(settings: list[tuple[dict, dict]], root: Path, work_di
 
 
 @pytest.mark.parametrize("settings", [[({"stage": 3, **TIGHT}, {}), ({"stage": 3, **TIGHT, **LEAF}, {})],
-                                      pytest.param([({"stage": 3, **TIGHT, **LEAF}, {"model.backbone.freeze_vit": True})], marks=pytest.mark.multinode)])
+                                      pytest.param([({"stage": 3, **TIGHT, **LEAF}, {"model.backbone.freeze_vit": True})], marks=pytest.mark.slow)])
 def test_every_policy_gives_the_same_losses_and_gradient_norms_with_hooks_on_layers_and_on_blocks(settings, ade20k, tmp_path):
     spawn(every_policy_is_equal, 2, settings, ade20k, tmp_path / "run")
 

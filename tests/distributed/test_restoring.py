@@ -43,7 +43,7 @@ def every_checkpoint_into_every_engine(folder: Path) -> None:
         engine.destroy()
 
 
-@pytest.mark.parametrize("world_size", [3, pytest.param(1, marks=pytest.mark.multinode), pytest.param(2, marks=pytest.mark.multinode)])  # saved by 2
+@pytest.mark.parametrize("world_size", [3, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])  # saved by 2
 def test_every_checkpoint_is_restored_into_every_engine(world_size, toy_checkpoints):
     spawn(every_checkpoint_into_every_engine, world_size, toy_checkpoints)
 

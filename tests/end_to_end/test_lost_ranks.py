@@ -65,7 +65,7 @@ def nothing_stays(work_dir: Path, within_s: float) -> bool:
     return False
 
 
-@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.multinode)])
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_rank_that_is_killed_ends_the_others_within_seconds(victim, ade20k, tmp_path):
     with running(tmp_path, ade20k, "--heartbeat-timeout", "600") as (launcher, ranks):
         pid = ranks[victim].pid
@@ -87,7 +87,7 @@ def test_a_rank_that_is_frozen_ends_the_others_after_the_heartbeat_timeout(ade20
         assert launcher.wait(timeout=60) == LOST and nothing_stays(tmp_path, within_s=10)
 
 
-@pytest.mark.multinode
+@pytest.mark.slow
 def test_a_rank_that_is_frozen_for_less_goes_on(ade20k, tmp_path):
     with running(tmp_path, ade20k, "--heartbeat-timeout", "30") as (launcher, ranks):
         ranks[1].suspend()

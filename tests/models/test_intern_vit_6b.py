@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from mmseg.models import build_backbone
 
-from internseg_ds.models.intern_vit_6b import DropPath, InternViT6B, TruncNormalLinear, resize_patch_kernel, resize_position_embedding
+from internseg_ds.models.intern_vit_6b import DropPath, InternViT6B, TruncNormalLinear
+from internseg_ds.models.resizing import resize_patch_kernel, resize_position_embedding
 
 TINY = dict(embed_dim=24, depth=3, num_heads=3, patch_size=14, img_size=56, out_indices=[0, 2], use_flash_attn=False, with_cp=False)
 FPN = {**TINY, "depth": 4, "out_indices": [0, 1, 2, 3], "with_fpn": True}

@@ -112,8 +112,8 @@ BLOCKWISE = {**TIGHT, **LEAF, "stage3_prefetch_bucket_size": 12_288, "reduce_buc
 
 @pytest.mark.parametrize(("world_size", "settings"), [
     (2, [({"stage": 1}, 2), ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, 2), (LIVE, 1), ({**TIGHT, **LEAF}, 2)]),
-    pytest.param(2, [({"stage": 2}, 1), (TIGHT, 2), (BLOCKWISE, 1)], marks=pytest.mark.multinode),
-    pytest.param(4, [({"stage": 1}, 1), ({**TIGHT, **LEAF, "zero_hpz_partition_size": 2}, 2)], marks=pytest.mark.multinode),
+    pytest.param(2, [({"stage": 2}, 1), (TIGHT, 2), (BLOCKWISE, 1)], marks=pytest.mark.slow),
+    pytest.param(4, [({"stage": 1}, 1), ({**TIGHT, **LEAF, "zero_hpz_partition_size": 2}, 2)], marks=pytest.mark.slow),
 ])
 def test_planned_bytes_and_calls_are_those_of_real_steps(world_size, settings, ade20k, tmp_path):
     spawn(count_and_compare, world_size, settings, ade20k, tmp_path / "run")
