@@ -74,7 +74,7 @@ def test_predict_labels_are_those_of_the_evaluation(one_file, launch, ade20k, tm
         valid = truth > 0
         hits += [(labels[valid] == truth[valid] - 1).sum(), valid.sum(), 0]
     out = tmp_path / "evaluation"
-    launch("launch/test.py", TINY, one_file, "--out", out, "--cfg-options", *SMALL, *data_options(ade20k), processes=1)
+    launch("launch/test.py", TINY, one_file, "--out", out, "--cfg-options", *SMALL, *data_options(ade20k), processes=1, launcher="python")
     assert hits[0] / hits[1] == pytest.approx(json.loads((out / "results.json").read_text())["aAcc"], abs=1e-4)
 
 

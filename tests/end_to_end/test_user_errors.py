@@ -140,14 +140,14 @@ def test_an_option_without_a_value_is_a_usage_error(launch):
 
 
 def test_a_dry_run_prints_parameters_groups_and_memory_and_writes_nothing(launch, ade20k, tmp_path):
-    done = launch("launch/train.py", TINY, "--dry-run", "--work-dir", tmp_path / "work", "--cfg-options", *data_options(ade20k), processes=1)
+    done = launch("launch/train.py", TINY, "--dry-run", "--work-dir", tmp_path / "work", "--cfg-options", *data_options(ade20k), processes=1, launcher="python")
     assert all(word in done.stdout for word in ("backbone", "layer 0, decay", "optimizer", "8 images per step"))
     assert not (tmp_path / "work").exists()
 
 
 @pytest.mark.parametrize("script", ["train", "test", "consolidate", "predict"])
 def test_help_shows_a_command(script, launch):
-    done = launch(f"launch/{script}.py", "--help", processes=1)
+    done = launch(f"launch/{script}.py", "--help", processes=1, launcher="python")
     assert "example:" in done.stdout and f"launch/{script}.py" in done.stdout
 
 
