@@ -100,7 +100,8 @@ def sample(dataset: Dataset, index: int) -> dict[str, Any]:
             if not _is_picture(file):
                 raise DataError(f"{file} {'is no picture that can be read' if os.path.exists(file) else 'is not there'}; copy it again, or take the image away") from error
         reason = " ".join(str(error).split())  # OpenCV's has several lines
-        raise DataError(f"the pipeline fails on image {image}: {type(error).__name__}: {reason}; is the image, or its label map, damaged?") from error
+        mend = "does a step of the pipeline make it, before the one that asks for it?" if isinstance(error, KeyError) else "is the image, or its label map, damaged?"
+        raise DataError(f"the pipeline fails on image {image}: {type(error).__name__}: {reason}; {mend}") from error
 
 
 def _is_picture(file: str) -> bool:

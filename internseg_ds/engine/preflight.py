@@ -260,13 +260,18 @@ def check_windows(experiment: Experiment) -> None:
 
 
 def check_sample(model: nn.Module, sample: Mapping[str, Any]) -> None:
-    """A training image as the pipeline hands it over must hold what the model's `forward_train` takes, and be whole patches. Raises ConfigError."""
+    """A training image as the pipeline hands it over must hold what the model's `forward_train` takes, maps of its size, and be whole patches. Raises ConfigError."""
     try:
         inspect.signature(model.forward_train).bind(**sample)
     except TypeError as error:
         raise ConfigError(f"the pipeline of data.train hands over {', '.join(sorted(sample))}, which {type(model).__name__} cannot train on: {error}; its Collect must "
                           "name what is missing, made by a step before it, and nothing else") from None
     patch, (_, height, width) = patch_size(model.backbone), _image_shape(sample)
+    for name, value in sample.items():
+        value = value.data if isinstance(value, DataContainer) else value
+        if isinstance(value, torch.Tensor) and value.dim() > 1 and tuple(value.shape[-2:]) != (height, width):
+            raise ConfigError(f"{name} of the first image of data.train comes out of the pipeline with {value.shape[-2]} x {value.shape[-1]} pixels, and the image with "
+                              f"{height} x {width}; make it after the last step that resizes, crops or pads")
     if height % patch or width % patch:
         raise ConfigError(f"the first image of data.train comes out of its pipeline with {height} x {width} pixels, which are no whole patches of {patch}; "
                           f"crop and pad to a multiple of {patch}")

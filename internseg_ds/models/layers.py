@@ -64,10 +64,13 @@ class DropPath(nn.Module):
     """Drops a residual branch of whole images with probability `drop_prob`, and scales what stays by 1 / (1 - drop_prob) (Huang et al., Stochastic Depth, 2016).
 
     The coin is exact in every dtype; mmcv's adds a uniform number to 1 - drop_prob in the dtype of x, which bf16 rounds to another probability.
+    Raises ValueError unless 0 <= drop_prob < 1.
     """
 
     def __init__(self, drop_prob: float) -> None:
         super().__init__()
+        if not 0 <= drop_prob < 1:
+            raise ValueError(f"a drop-path rate of {drop_prob:g} is not at least 0 and below 1, where no image would be left (drop_path_rate)")
         self.drop_prob = drop_prob
 
     def forward(self, x: Tensor) -> Tensor:

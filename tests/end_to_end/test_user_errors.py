@@ -92,7 +92,21 @@ def test_a_pipeline_that_does_not_hand_over_what_the_segmentor_takes_is_refused(
         check(experiment, ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0))
 
 
+def test_masks_of_another_size_than_the_image_are_refused(ade20k):
+    experiment = read_experiment(ROOT / MASK2FORMER, dict(option.split("=") for option in data_options(ade20k)))
+    steps = experiment.train.pipeline
+    made = next(step for step in steps if step["type"] == "ToMask")
+    steps.remove(made)
+    steps.insert(2, made)
+    with pytest.raises(ConfigError, match=r"gt_masks of the first image .* and the image with 112 x 112; make it after the last step"):
+        check(experiment, ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0))
+    steps.remove(made)
+    with pytest.raises(DataError, match="KeyError: 'gt_masks'; does a step of the pipeline make it"):
+        check(experiment, ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0))
+
+
 @pytest.mark.parametrize(("options", "words"), [
+    ({"model.backbone.drop_path_rate": 1.0}, ["drop-path rate of 1", "below 1"]),
     ({"model.train_cfg": None}, ["Mask2FormerHead", "train_cfg", "assigner"]),
     ({"model.decode_head.num_classes": 19}, ["class_weight has 151", "19 classes"]),
     ({"engine.heads_dtype": "bfloat16"}, ["engine.heads_dtype='bfloat16' is not for Mask2FormerHead"]),
