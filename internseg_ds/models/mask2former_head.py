@@ -28,7 +28,11 @@ PLANNED_MASKS = 32
 
 class Mask2FormerHead(MmdetHead):
     """num_classes: without "no object"; where it is missing, things and stuff together, which are the same to this head otherwise. in_index: which of the
-    backbone's maps, finest first, default all. Further arguments are mmdet's. Raises ValueError without a train_cfg that has an assigner."""
+    backbone's maps, finest first, default all. Further arguments are mmdet's. Raises ValueError without a train_cfg that has an assigner.
+
+    The losses of masks are divided by the masks of one micro-batch, counted over all ranks: with gradient accumulation by those of each micro-batch, without it
+    by those of the whole step. So they depend, a little, on how a global batch is split; the published run had no accumulation.
+    """
 
     threshold = None
     """mmseg's, of binary segmentation."""
