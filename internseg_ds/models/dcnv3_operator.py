@@ -47,8 +47,8 @@ def dcnv3(x: Tensor, offset: Tensor, mask: Tensor, kernel: Sequence[int], stride
     """x (n, h, w, c), offset (n, h', w', group * k * 2), mask (n, h', w', group * k) -> (n, h', w', c) in the dtype of x.
 
     kernel, stride, pad, dilation: (vertical, horizontal). k: points of the kernel, columns from left to right and each from top to bottom, without the middle
-    one where remove_center; an offset is (horizontal, vertical), in pixels before offset_scale. Outside the input lie zeros; samples are bilinear.
-    Raises ValueError where shapes do not fit.
+    one where remove_center; an offset is (horizontal, vertical), in pixels before offset_scale. Outside the input lie zeros; samples are bilinear. An offset
+    that is not finite makes a result that is NaN, so that the step is skipped. Raises ValueError where shapes do not fit.
     """
     made = geometry(x, offset, mask, kernel, stride, pad, dilation, group, offset_scale, remove_center)
     return implementation(x, offset, mask).forward(x, offset, mask, made)

@@ -30,7 +30,7 @@ class _Points(NamedTuple):
     index: Tensor
     """Row of the table that holds the corner above and to the left of the location."""
     down: Tensor
-    """Distance of the location from that corner, 0 to 1; NaN where the location is."""
+    """Distance of the location from that corner, 0 to 1; NaN where the location is not finite."""
     right: Tensor
 
 
@@ -111,9 +111,8 @@ def _points(x: Tensor, offset: Tensor, begin: int, geometry: Geometry, compute: 
     for axis, side, along in ((0, height, position // out_width % out_height), (1, width, position % out_width)):
         p0 = (geometry.first[axis] + along * geometry.stride[axis]).to(compute)
         where = torch.add((p0[:, None] + p_k[:, axis]).unsqueeze(1), offset[..., 1 - axis].to(compute), alpha=geometry.offset_scale)
-        where = F.threshold_(where, -1, -BORDER).clamp_(max=side)  # what lies a pixel or more outside goes among the zeros there; NaN stays
-        corners.append(where.floor())
-        distances.append(where.sub_(corners[-1]))
+        distances.append(where - where.floor())  # NaN for what is not finite
+        corners.append(F.threshold_(where, -1, -BORDER).clamp_(max=side).floor_())  # what lies a pixel or more outside goes among the zeros there
     exact = compute if padded_height * padded_width < 2**24 else torch.float64  # fp32 holds no larger whole numbers
     place = torch.add(corners[1].to(exact), corners[0].to(exact), alpha=padded_width)
     rows = n * padded_height * padded_width * geometry.group

@@ -31,7 +31,7 @@ class Mask2FormerHead(MmdetHead):
     backbone's maps, finest first, default all. Further arguments are mmdet's. Raises ValueError without a train_cfg that has an assigner.
 
     The losses of masks are divided by the masks of one micro-batch, counted over all ranks: with gradient accumulation by those of each micro-batch, without it
-    by those of the whole step. So they depend, a little, on how a global batch is split; the published run had no accumulation.
+    by those of the whole step. So they depend, a little, on how a global batch is split.
     """
 
     threshold = None

@@ -21,6 +21,7 @@ for grad, *inputs, arguments in calls:
     results.append((dcnv3_triton.forward(*inputs, made), *dcnv3_triton.backward(grad, *inputs, made)))
 torch.save(results, sys.argv[2])
 """
+NOT_FINITE = (float("nan"), float("inf"), float("-inf"))
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -31,15 +32,23 @@ def call(case: str, dtype: torch.dtype) -> tuple:
     return grad.to(dtype), x.to(dtype), offset.float(), mask.float(), CASES[case][-1]
 
 
+def with_offset(wrong: float, axis: int) -> tuple:
+    """A call in fp32 with one offset, of the first group at one position, that is not finite."""
+    grad, x, offset, mask, arguments = call("plain", torch.float32)
+    offset[0, 2, 3, 4 + axis] = wrong
+    return grad, x, offset, mask, arguments
+
+
 @pytest.fixture(scope="module")
-def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, torch.dtype], tuple]:
-    """What the kernels make of each case. In a process of its own: Triton reads the variable when it is imported."""
+def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[object, object], tuple]:
+    """What the kernels make of each case, and of each offset that is not finite, by (its text, axis). In a process of its own: Triton reads the variable when it is imported."""
     folder, keys = tmp_path_factory.mktemp("triton"), [(case, dtype) for case in CASES for dtype in DTYPES]
-    torch.save([call(*key) for key in keys], folder / "calls.pt")
+    wrong = {(str(value), axis): with_offset(value, axis) for value in NOT_FINITE for axis in (0, 1)}
+    torch.save([*(call(*key) for key in keys), *wrong.values()], folder / "calls.pt")
     done = subprocess.run([sys.executable, "-c", RUN, folder / "calls.pt", folder / "results.pt"], env=os.environ | {"TRITON_INTERPRET": "1"},
                           cwd=Path(__file__).parent.parent.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return dict(zip(keys, torch.load(folder / "results.pt")))
+    return dict(zip([*keys, *wrong], torch.load(folder / "results.pt"), strict=True))
 
 
 def check(results: tuple, case: str, dtype: torch.dtype) -> None:
@@ -55,6 +64,14 @@ def check(results: tuple, case: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_interpreted_kernels_agree_with_a_loop(interpreted: dict, case: str, dtype: torch.dtype):
     check(interpreted[case, dtype], case, dtype)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("wrong", NOT_FINITE)
+def test_an_offset_that_is_not_finite_shows_in_result_and_gradients(interpreted: dict, wrong: float, axis: int):
+    out, _, of_offset, of_mask = interpreted[str(wrong), axis]
+    assert out[0, 2, 3, :5].isnan().all() and out.isnan().sum() == 5  # the channels of its group
+    assert of_offset[0, 2, 3, 4:6].isnan().any() and of_mask[0, 2, 3, 2].isnan() and not of_mask[1].isnan().any()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
