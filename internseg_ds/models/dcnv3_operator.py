@@ -3,7 +3,8 @@
     y_g(p0) = sum over k of m_gk * x_g(p0 + (p_k + offset_gk) * offset_scale)
 
 In: channels-last features, offsets and masks, which the softmax has been taken of. Out: channels-last features. For the backward pass it keeps its inputs only.
-Locations, masks and sums are fp32 (fp64 for fp64 inputs) whatever the dtypes of the tensors. On GPUs Triton kernels run, elsewhere PyTorch's operations.
+Locations, masks and sums are fp32 (fp64 for fp64 inputs) whatever the dtypes of the tensors. On GPUs Triton kernels run, elsewhere and
+where deterministic algorithms are asked for PyTorch's operations.
 Source: Wang et al., "InternImage" (CVPR 2023), equation 2.
 """
 
@@ -25,8 +26,10 @@ log = logging.getLogger(__name__)
 
 
 def implementation(x: Tensor, offset: Tensor, mask: Tensor) -> ModuleType:
-    """What computes these tensors: `dcnv3_triton` on GPUs where Triton can be imported, but for fp64, or `dcnv3_torch`."""
-    triton = triton_kernels() if x.is_cuda and dcnv3_torch.compute_dtype(x, offset, mask) == torch.float32 else None
+    """What computes these tensors: `dcnv3_triton` on GPUs where Triton can be imported, or `dcnv3_torch`, also for fp64 and under
+    `torch.use_deterministic_algorithms` (launch/train.py --deterministic), since Triton's backward pass adds in no certain order."""
+    fits = x.is_cuda and dcnv3_torch.compute_dtype(x, offset, mask) == torch.float32 and not torch.are_deterministic_algorithms_enabled()
+    triton = triton_kernels() if fits else None
     return triton or dcnv3_torch
 
 

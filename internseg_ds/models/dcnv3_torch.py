@@ -4,7 +4,8 @@ In and out: see `dcnv3_operator`. Memory beside inputs and results is bounded: o
 
 A bilinear sample is a weighted sum of four rows of a table that holds, for each position of the zero-padded input and each group, its channels. The four lie at
 fixed distances, so one index per point serves the table and three views of it that begin later; the sums over points are those of `F.embedding_bag`. The
-gradient of the table is such a sum too, over the points sorted by their index: no scattered additions.
+gradient of the table is such a sum too, over the points sorted by their index: no scattered additions. It is what runs where deterministic algorithms are asked
+for; whether embedding_bag and sampled_addmm give the same bits in each run on a GPU was not checked.
 """
 
 import functools
