@@ -68,7 +68,7 @@ class InternImage(BaseModule):
         super().__init__()
         post_norm_ids = list(level2_post_norm_block_ids or ()) if level2_post_norm else []
         _check(core_op, channels, depths, groups, drop_path_type, layer_scale, post_norm, res_post_norm, level2_post_norm, post_norm_ids, out_indices, frozen_stages)
-        self.depths, self.depth, self.embed_dim = tuple(depths), sum(depths), channels * 2 ** (len(depths) - 1)
+        self.depths, self.depth = tuple(depths), sum(depths)
         self.out_indices, self.frozen_stages, self.with_cp = tuple(out_indices), frozen_stages, with_cp
         self.recomputation: Recomputation = "blocks"
         self.pretrained = _weight_file(init_cfg, pretrained)

@@ -17,8 +17,7 @@ from mmdet.models.dense_heads import Mask2FormerHead as MmdetHead
 from mmdet.models.utils import get_uncertain_point_coords_with_randomness
 from torch import Tensor, nn
 
-from internseg_ds.models import mask2former_pixel_decoder  # noqa: F401 - registers it
-from internseg_ds.models.mask2former_pixel_decoder import with_own_layers
+from internseg_ds.models.mask2former_pixel_decoder import tokens_of, with_own_layers  # registers the decoder, too
 from internseg_ds.models.mask_matching import Matches, match, sampled, sampled_targets
 from internseg_ds.models.masked_attention import MaskedAttention
 
@@ -70,8 +69,8 @@ class Mask2FormerHead(MmdetHead):
         level_codes = self.level_embed(torch.arange(len(levels), device=device))
         keys, key_places = [], []
         for level in levels:
-            keys.append(_tokens(self.decoder_input_projs[level](maps[level])) + level_codes[level])
-            key_places.append(_tokens(self.decoder_positional_encoding(maps[level].new_zeros(batch, *maps[level].shape[-2:], dtype=torch.bool))))
+            keys.append(tokens_of(self.decoder_input_projs[level](maps[level])) + level_codes[level])
+            key_places.append(tokens_of(self.decoder_positional_encoding(maps[level].new_zeros(batch, *maps[level].shape[-2:], dtype=torch.bool))))
         numbers = torch.arange(self.num_queries, device=device)
         queries, places = (embedding(numbers)[:, None].expand(-1, batch, -1) for embedding in (self.query_feat, self.query_embed))  # (queries, b, c)
         scores, masks = self._read(queries, mask_features)
@@ -154,10 +153,6 @@ class Mask2FormerHead(MmdetHead):
 def _in_fp32(features: Sequence[Tensor]) -> torch.autocast:
     """Products of tensors are computed in the dtype of the tensors, in which the modules of heads put them out."""
     return torch.autocast(features[0].device.type if features[0].device.type != "meta" else "cpu", enabled=False)
-
-
-def _tokens(features: Tensor) -> Tensor:
-    return features.flatten(2).permute(2, 0, 1)  # (b, c, h, w) -> (h w, b, c)
 
 
 def _hidden(masks: Tensor, size: torch.Size) -> Tensor:
