@@ -34,14 +34,22 @@ class RecomputedFFN(FFN):
 
 
 def with_own_layers(sequence: Mapping[str, Any], replaced: Mapping[str, type]) -> Any:
-    """The config of a sequence of transformer layers, a copy, in which attentions named in `replaced` and mmcv's FFN are built from our classes."""
+    """The config of a sequence of transformer layers, a copy, in which attentions named in `replaced` and mmcv's FFN are built from our classes.
+
+    As in mmcv, `transformerlayers`, `attn_cfgs` and `ffn_cfgs` are one config for all or a list; without `ffn_cfgs` a layer has mmcv's own.
+    """
     sequence = copy.deepcopy(sequence)
-    layer = sequence.transformerlayers
-    for attention in layer.attn_cfgs if isinstance(layer.attn_cfgs, list) else [layer.attn_cfgs]:
-        attention.type = replaced.get(attention.type, attention.type)
-    if layer.ffn_cfgs.get("type", "FFN") == "FFN":
-        layer.ffn_cfgs.type = RecomputedFFN
+    for layer in _each(sequence["transformerlayers"]):
+        for attention in _each(layer["attn_cfgs"]):
+            attention["type"] = replaced.get(attention["type"], attention["type"])
+        for ffn in _each(layer.get("ffn_cfgs", [])):
+            if ffn.get("type", "FFN") == "FFN":
+                ffn["type"] = RecomputedFFN
     return sequence
+
+
+def _each(configs: Any) -> Sequence[Any]:
+    return [configs] if isinstance(configs, Mapping) else configs
 
 
 @PLUGIN_LAYERS.register_module(force=True)
