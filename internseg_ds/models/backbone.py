@@ -78,22 +78,22 @@ def vector_length(backbone: nn.Module) -> int:
 
 def pretrained_file(backbone: nn.Module) -> Any:
     """Its `pretrained`, or the checkpoint of its `init_cfg`, which is the same in mmseg; None for initial values."""
-    return getattr(backbone, "pretrained", None) or _checkpoint(backbone)
+    return getattr(backbone, "pretrained", None) or checkpoint_of(getattr(backbone, "init_cfg", None))
 
 
 def forget_pretrained(segmentor: nn.Module) -> None:
     """Takes mmcv's Pretrained out of every init_cfg: its modules would each read the whole file on each rank, and pass over names that do not fit."""
     for module in segmentor.modules():
-        if _checkpoint(module) is not None:
+        if checkpoint_of(getattr(module, "init_cfg", None)) is not None:
             module.init_cfg = None
 
 
 def pretrained_elsewhere(segmentor: nn.Module) -> list[str]:
     """Names of the modules whose init_cfg asks for weights of their own, other than the backbone; "" is the segmentor."""
-    return [name for name, module in segmentor.named_modules() if name != "backbone" and _checkpoint(module) is not None]
+    return [name for name, module in segmentor.named_modules() if name != "backbone" and checkpoint_of(getattr(module, "init_cfg", None)) is not None]
 
 
-def _checkpoint(module: nn.Module) -> Any:
-    init_cfg = getattr(module, "init_cfg", None)
+def checkpoint_of(init_cfg: Any) -> Any:
+    """The checkpoint of mmcv's Pretrained in an init_cfg, which may be a list; None where there is none."""
     return next((entry.get("checkpoint") for entry in (init_cfg if isinstance(init_cfg, list) else [init_cfg])
                  if isinstance(entry, Mapping) and entry.get("type") == "Pretrained"), None)

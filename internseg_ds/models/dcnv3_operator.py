@@ -3,7 +3,8 @@
     y_g(p0) = sum over k of m_gk * x_g(p0 + (p_k + offset_gk) * offset_scale)
 
 In: channels-last features, offsets and masks, which the softmax has been taken of. Out: channels-last features. For the backward pass it keeps its inputs only.
-Locations, masks and sums are fp32 (fp64 for fp64 inputs) whatever the dtypes of the tensors. On GPUs Triton kernels run, elsewhere PyTorch's operations.
+Locations, masks and sums are fp32 (fp64 for fp64 inputs) whatever the dtypes of the tensors. On GPUs Triton kernels run, elsewhere and
+where deterministic algorithms are asked for PyTorch's operations.
 Source: Wang et al., "InternImage" (CVPR 2023), equation 2.
 """
 
@@ -25,8 +26,10 @@ log = logging.getLogger(__name__)
 
 
 def implementation(x: Tensor, offset: Tensor, mask: Tensor) -> ModuleType:
-    """What computes these tensors: `dcnv3_triton` on GPUs where Triton can be imported, but for fp64, or `dcnv3_torch`."""
-    triton = triton_kernels() if x.is_cuda and dcnv3_torch.compute_dtype(x, offset, mask) == torch.float32 else None
+    """What computes these tensors: `dcnv3_triton` on GPUs where Triton can be imported, or `dcnv3_torch`, also for fp64 and under
+    `torch.use_deterministic_algorithms` (launch/train.py --deterministic), since Triton's backward pass adds in no certain order."""
+    fits = x.is_cuda and dcnv3_torch.compute_dtype(x, offset, mask) == torch.float32 and not torch.are_deterministic_algorithms_enabled()
+    triton = triton_kernels() if fits else None
     return triton or dcnv3_torch
 
 
@@ -47,8 +50,8 @@ def dcnv3(x: Tensor, offset: Tensor, mask: Tensor, kernel: Sequence[int], stride
     """x (n, h, w, c), offset (n, h', w', group * k * 2), mask (n, h', w', group * k) -> (n, h', w', c) in the dtype of x.
 
     kernel, stride, pad, dilation: (vertical, horizontal). k: points of the kernel, columns from left to right and each from top to bottom, without the middle
-    one where remove_center; an offset is (horizontal, vertical), in pixels before offset_scale. Outside the input lie zeros; samples are bilinear.
-    Raises ValueError where shapes do not fit.
+    one where remove_center; an offset is (horizontal, vertical), in pixels before offset_scale. Outside the input lie zeros; samples are bilinear. An offset
+    that is not finite makes a result that is NaN, so that the step is skipped. Raises ValueError where shapes do not fit.
     """
     made = geometry(x, offset, mask, kernel, stride, pad, dilation, group, offset_scale, remove_center)
     return implementation(x, offset, mask).forward(x, offset, mask, made)

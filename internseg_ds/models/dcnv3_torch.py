@@ -4,7 +4,8 @@ In and out: see `dcnv3_operator`. Memory beside inputs and results is bounded: o
 
 A bilinear sample is a weighted sum of four rows of a table that holds, for each position of the zero-padded input and each group, its channels. The four lie at
 fixed distances, so one index per point serves the table and three views of it that begin later; the sums over points are those of `F.embedding_bag`. The
-gradient of the table is such a sum too, over the points sorted by their index: no scattered additions.
+gradient of the table is such a sum too, over the points sorted by their index: no scattered additions. It is what runs where deterministic algorithms are asked
+for; whether embedding_bag and sampled_addmm give the same bits in each run on a GPU was not checked.
 """
 
 import functools
@@ -30,7 +31,7 @@ class _Points(NamedTuple):
     index: Tensor
     """Row of the table that holds the corner above and to the left of the location."""
     down: Tensor
-    """Distance of the location from that corner, 0 to 1; NaN where the location is."""
+    """Distance of the location from that corner, 0 to 1, anything from -1 to 1 a pixel or more outside; NaN where the location is not finite."""
     right: Tensor
 
 
@@ -109,17 +110,16 @@ def _points(x: Tensor, offset: Tensor, begin: int, geometry: Geometry, compute: 
     p_k = torch.tensor(geometry.p_k, dtype=compute, device=x.device) * geometry.offset_scale
     corners, distances = [], []
     for axis, side, along in ((0, height, position // out_width % out_height), (1, width, position % out_width)):
-        p0 = (geometry.first[axis] + along * geometry.stride[axis]).to(compute)
+        p0 = (BORDER + geometry.first[axis] + along * geometry.stride[axis]).to(compute)  # counted from the border's begin: no location inside is negative
         where = torch.add((p0[:, None] + p_k[:, axis]).unsqueeze(1), offset[..., 1 - axis].to(compute), alpha=geometry.offset_scale)
-        where = F.threshold_(where, -1, -BORDER).clamp_(max=side)  # what lies a pixel or more outside goes among the zeros there; NaN stays
-        corners.append(where.floor())
-        distances.append(where.sub_(corners[-1]))
+        distances.append(where.frac())  # NaN for what is not finite
+        corners.append(F.threshold_(where, BORDER - 1, 0).clamp_(max=side + BORDER).floor_())  # what lies a pixel or more outside goes among the zeros there
     exact = compute if padded_height * padded_width < 2**24 else torch.float64  # fp32 holds no larger whole numbers
     place = torch.add(corners[1].to(exact), corners[0].to(exact), alpha=padded_width)
     rows = n * padded_height * padded_width * geometry.group
     whole = torch.int32 if rows < 2**31 else torch.int64
     image = position // (out_width * out_height)
-    base = (((image * padded_height + BORDER) * padded_width + BORDER) * geometry.group)[:, None] + torch.arange(geometry.group, device=x.device)
+    base = (image * padded_height * padded_width * geometry.group)[:, None] + torch.arange(geometry.group, device=x.device)
     index = torch.add(base.to(whole).unsqueeze(2), place.to(whole), alpha=geometry.group)
     return _Points(index.clamp_(0, rows - 1 - (padded_width + 1) * geometry.group), *distances)  # NaN becomes any number, which is to be an index
 

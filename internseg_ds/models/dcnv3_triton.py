@@ -2,7 +2,8 @@
 
 In and out: see `dcnv3_operator`. All sums are fp32. A program computes some rows, a row being the channels of one group at one output position; in memory they
 follow each other, and so do their offsets and masks. In the backward pass a row owns the gradients of its offsets and masks; that of the input, which points
-of many rows share, is summed by atomic additions into fp32, in no certain order: two runs may differ in the last bit.
+of many rows share, is summed by atomic additions into fp32, in no certain order: two runs may differ in the last bit, so `dcnv3_operator` does not choose these
+kernels under `torch.use_deterministic_algorithms`.
 """
 
 import torch

@@ -28,22 +28,18 @@ class DeformableAttention(MultiScaleDeformableAttention):
             super().init_weights()
 
     def forward(self, query: Tensor, key: Tensor | None = None, value: Tensor | None = None, identity: Tensor | None = None, query_pos: Tensor | None = None,
-                key_padding_mask: Tensor | None = None, *, reference_points: Tensor, spatial_shapes: Sequence[tuple[int, int]], **_: Any) -> Tensor:
+                *, reference_points: Tensor, spatial_shapes: Sequence[tuple[int, int]], **_: Any) -> Tensor:
         """The tokens of all maps, one map after the other, look at a few places of each.
 
         query: (n, b, c); value: the same number of tokens, default query. query_pos is added to the query, identity (default query) to the result.
-        key_padding_mask: (b, n) bool, true for tokens that are not looked at. reference_points: (b, n, levels, 2) in [0, 1], horizontal first.
-        spatial_shapes: (height, width) of each map. Returns (n, b, c).
+        reference_points: (b, n, levels, 2) in [0, 1], horizontal first. spatial_shapes: (height, width) of each map. Returns (n, b, c).
         """
         value, identity = query if value is None else value, query if identity is None else identity
         query = query if query_pos is None else query + query_pos
         if not self.batch_first:
             query, value = query.transpose(0, 1), value.transpose(0, 1)  # (n, b, c) -> (b, n, c)
         places = (*query.shape[:2], self.num_heads, self.num_levels, self.num_points)
-        value = self.value_proj(value)
-        if key_padding_mask is not None:
-            value = value.masked_fill(key_padding_mask[..., None], 0)
-        value = value.unflatten(2, (self.num_heads, -1))  # (b, n, c) -> (b, n, heads, c / heads)
+        value = self.value_proj(value).unflatten(2, (self.num_heads, -1))  # (b, n, c) -> (b, n, heads, c / heads)
         weights = self.attention_weights(query).unflatten(2, (self.num_heads, -1)).softmax(-1).view(places)
         sizes = query.new_tensor([(width, height) for height, width in spatial_shapes])
         locations = reference_points[:, :, None, :, None] + self.sampling_offsets(query).view(*places, 2) / sizes[:, None]

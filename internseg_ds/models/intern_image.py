@@ -12,6 +12,7 @@ from mmcv.runner import BaseModule
 from mmseg.models.builder import BACKBONES
 from torch import Tensor, nn
 
+from internseg_ds.models.backbone import checkpoint_of
 from internseg_ds.models.intern_image_blocks import Block, Level, Stem
 from internseg_ds.models.recomputation import Recomputation
 
@@ -26,8 +27,9 @@ class InternImage(BaseModule):
     no scale. level2_post_norm: norms after the blocks level2_post_norm_block_ids of the third level. post_norm, res_post_norm: the order of a block's norms;
     res_post_norm, center_feature_scale and dw_kernel_size are those of InternImage-H and G. out_indices: levels whose feature maps go out. frozen_stages: as
     in mmseg, 0 freezes the stem, n the stem and the first n levels, -1 nothing. with_cp: recompute each block in the backward pass, or what the attribute
-    `recomputation` says. init_cfg: dict(type="Pretrained", checkpoint=PATH) names the weight file that the engine loads, None for none. pretrained: the same as a path; the name of an
-    open-mmlab model, which mmseg hands down from the ResNet of a base config, is passed over. Raises ValueError for arguments that do not fit each other.
+    `recomputation` says. init_cfg: dict(type="Pretrained", checkpoint=PATH), alone or as a list's only entry, names the weight file that the engine loads, None
+    for none. pretrained: the same as a path; the name of an open-mmlab model, which mmseg hands down from the ResNet of a base config, is passed over. Raises
+    ValueError for arguments that do not fit each other.
     """
 
     pretrained_extras = ("conv_head.", "head.", "dcnv3_head_x3.", "dcnv3_head_x4.", "clip_projector.", "fc_norm.")
@@ -60,13 +62,13 @@ class InternImage(BaseModule):
         center_feature_scale: bool = False,
         out_indices: Sequence[int] = (0, 1, 2, 3),
         frozen_stages: int = -1,
-        init_cfg: Mapping[str, Any] | None = None,
+        init_cfg: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
         pretrained: str | None = None,
     ) -> None:
         super().__init__()
         post_norm_ids = list(level2_post_norm_block_ids or ()) if level2_post_norm else []
         _check(core_op, channels, depths, groups, drop_path_type, layer_scale, post_norm, res_post_norm, level2_post_norm, post_norm_ids, out_indices, frozen_stages)
-        self.depths, self.depth, self.embed_dim = tuple(depths), sum(depths), channels * 2 ** (len(depths) - 1)
+        self.depths, self.depth = tuple(depths), sum(depths)
         self.out_indices, self.frozen_stages, self.with_cp = tuple(out_indices), frozen_stages, with_cp
         self.recomputation: Recomputation = "blocks"
         self.pretrained = _weight_file(init_cfg, pretrained)
@@ -130,17 +132,19 @@ class InternImage(BaseModule):
         return self
 
 
-def _weight_file(init_cfg: Mapping[str, Any] | None, pretrained: str | None) -> str | None:
+def _weight_file(init_cfg: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None, pretrained: str | None) -> str | None:
     """The checkpoint of init_cfg, or `pretrained` where that names a file."""
     if pretrained is not None and str(pretrained).startswith("open-mmlab://"):
         pretrained = None
     if init_cfg is None:
         return pretrained
-    if init_cfg.get("type") != "Pretrained" or "checkpoint" not in init_cfg:
-        raise ValueError(f"init_cfg={dict(init_cfg)} is not dict(type='Pretrained', checkpoint=PATH), and nothing else initialises an InternImage")
-    if pretrained is not None and init_cfg["checkpoint"] is not None:
-        raise ValueError(f"init_cfg.checkpoint={init_cfg['checkpoint']!r} and pretrained={pretrained!r} both name a weight file; drop one")
-    return init_cfg["checkpoint"] or pretrained
+    entries = [init_cfg] if isinstance(init_cfg, Mapping) else list(init_cfg)
+    if len(entries) != 1 or entries[0].get("type") != "Pretrained" or "checkpoint" not in entries[0]:
+        raise ValueError(f"init_cfg={init_cfg} is not dict(type='Pretrained', checkpoint=PATH), and nothing else initialises an InternImage")
+    checkpoint = checkpoint_of(entries)
+    if pretrained is not None and checkpoint is not None:
+        raise ValueError(f"init_cfg.checkpoint={checkpoint!r} and pretrained={pretrained!r} both name a weight file; drop one")
+    return checkpoint or pretrained
 
 
 def _check(core_op: str, channels: int, depths: Sequence[int], groups: Sequence[int], drop_path_type: str, layer_scale: float | None, post_norm: bool,

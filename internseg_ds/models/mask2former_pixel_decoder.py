@@ -34,14 +34,22 @@ class RecomputedFFN(FFN):
 
 
 def with_own_layers(sequence: Mapping[str, Any], replaced: Mapping[str, type]) -> Any:
-    """The config of a sequence of transformer layers, a copy, in which attentions named in `replaced` and mmcv's FFN are built from our classes."""
+    """The config of a sequence of transformer layers, a copy, in which attentions named in `replaced` and mmcv's FFN are built from our classes.
+
+    As in mmcv, `transformerlayers`, `attn_cfgs` and `ffn_cfgs` are one config for all or a list; without `ffn_cfgs` a layer has mmcv's own.
+    """
     sequence = copy.deepcopy(sequence)
-    layer = sequence.transformerlayers
-    for attention in layer.attn_cfgs if isinstance(layer.attn_cfgs, list) else [layer.attn_cfgs]:
-        attention.type = replaced.get(attention.type, attention.type)
-    if layer.ffn_cfgs.get("type", "FFN") == "FFN":
-        layer.ffn_cfgs.type = RecomputedFFN
+    for layer in _each(sequence["transformerlayers"]):
+        for attention in _each(layer["attn_cfgs"]):
+            attention["type"] = replaced.get(attention["type"], attention["type"])
+        for ffn in _each(layer.get("ffn_cfgs", [])):
+            if ffn.get("type", "FFN") == "FFN":
+                ffn["type"] = RecomputedFFN
     return sequence
+
+
+def _each(configs: Any) -> Sequence[Any]:
+    return [configs] if isinstance(configs, Mapping) else configs
 
 
 @PLUGIN_LAYERS.register_module(force=True)
@@ -50,12 +58,6 @@ class MSDeformAttnPixelDecoder(MmdetPixelDecoder):  # the name that published co
 
     def __init__(self, *, encoder: Mapping[str, Any], **decoder: Any) -> None:
         super().__init__(encoder=with_own_layers(encoder, {"MultiScaleDeformableAttention": DeformableAttention}), **decoder)
-
-    def init_weights(self) -> None:
-        super().init_weights()
-        for layer in self.encoder.layers:
-            for attention in layer.attentions:
-                attention.init_weights()
 
     def forward(self, feats: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """feats: maps (b, c_i, h_i, w_i), finest first. Returns mask features (b, out_channels, h_0, w_0) and `num_outs` maps (b, feat_channels, h, w), coarsest
@@ -68,8 +70,8 @@ class MSDeformAttnPixelDecoder(MmdetPixelDecoder):  # the name that published co
         for level in levels:
             projected = self.input_convs[level](coarse[level])
             position = self.postional_encoding(projected.new_zeros(len(projected), *shapes[level], dtype=torch.bool))
-            tokens.append(_tokens(projected))
-            codes.append(_tokens(position + level_codes[level][:, None, None]))
+            tokens.append(tokens_of(projected))
+            codes.append(tokens_of(position + level_codes[level][:, None, None]))
             places.append(_centres(shapes[level], projected))
         reference_points = torch.cat(places)[None, :, None].expand(len(coarse[0]), -1, len(shapes), -1)
         memory = self.encoder(query=torch.cat(tokens), key=None, value=None, query_pos=torch.cat(codes), spatial_shapes=shapes, reference_points=reference_points)
@@ -81,8 +83,9 @@ class MSDeformAttnPixelDecoder(MmdetPixelDecoder):  # the name that published co
         return self.mask_feature(maps[-1]), maps[: self.num_outs]
 
 
-def _tokens(features: Tensor) -> Tensor:
-    return features.flatten(2).permute(2, 0, 1)  # (b, c, h, w) -> (h w, b, c)
+def tokens_of(features: Tensor) -> Tensor:
+    """(b, c, h, w) -> (h w, b, c), row by row."""
+    return features.flatten(2).permute(2, 0, 1)
 
 
 def _centres(shape: tuple[int, int], like: Tensor) -> Tensor:

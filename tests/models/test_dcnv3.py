@@ -122,7 +122,7 @@ def test_it_runs_on_the_meta_device():
 
 @pytest.mark.parametrize(("arguments", "message"), [
     ({"channels": 30, "group": 4}, "channels=30 is not a multiple of group=4"),
-    ({"kernel_size": 4, "remove_center": True}, "remove_center=True needs an odd kernel_size"),
+    ({"kernel_size": 4, "remove_center": True}, "remove_center=True needs a kernel with a middle point"),
     ({"kernel_size": 1, "pad": 0, "remove_center": True}, "leaves a kernel of 1 x 1 no point"),
     ({"dw_kernel_size": 4}, "dw_kernel_size=4 is even"),
     ({"pad": 0}, "pad=0 does not keep the size"),

@@ -4,11 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dcnv3_reference import CASES, dcnv3_by_loops, gradients_by_loops, tensors
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from internseg_ds.models import dcnv3_torch
 from internseg_ds.models.dcnv3_geometry import Geometry
-from internseg_ds.models.dcnv3_operator import dcnv3
+from internseg_ds.models.dcnv3_operator import dcnv3, implementation
 
 PLAIN = CASES["plain"][-1]
 
@@ -78,13 +79,29 @@ def test_a_location_a_whole_pixel_outside_gets_no_gradient_as_in_the_published_k
         assert grad.flatten()[0 if across else 1] == 0  # only along this axis would a step change anything
 
 
-def test_an_offset_that_is_no_number_makes_the_result_none_and_crashes_nothing():
-    x, offset, mask = tensors("plain")
-    offset[0, 2, 3, 4] = float("nan")
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), float("-inf")])
+def test_an_offset_that_is_not_finite_shows_in_result_and_gradients_and_crashes_nothing(wrong: float, axis: int):
+    x, offset, mask = (tensor.float() for tensor in tensors("plain"))
+    offset[0, 2, 3, 4 + axis] = wrong
     leaves = [tensor.requires_grad_() for tensor in (x, offset, mask)]
     out = dcnv3(*leaves, *PLAIN)
-    assert out[0, 2, 3].isnan().any() and not out[1].isnan().any()
-    out.sum().backward()
+    assert out[0, 2, 3, :5].isnan().all() and out.isnan().sum() == 5  # the channels of its group
+    _, of_offset, of_mask = torch.autograd.grad(out.sum(), leaves)
+    assert of_offset[0, 2, 3, 4:6].isnan().any() and of_mask[0, 2, 3, 2].isnan() and not of_mask[1].isnan().any()
+
+
+@pytest.mark.parametrize(("dtype", "deterministic", "chosen"), [(torch.bfloat16, False, "dcnv3_triton"), (torch.bfloat16, True, "dcnv3_torch"),
+                                                               (torch.float64, False, "dcnv3_torch")])
+def test_gpus_run_triton_but_for_fp64_and_where_deterministic_algorithms_are_asked_for(dtype: torch.dtype, deterministic: bool, chosen: str):
+    pytest.importorskip("triton")
+    with FakeTensorMode():  # tensors that say they are on a GPU
+        x, offset, mask = (torch.empty(1, 2, 2, 9, dtype=dtype, device="cuda") for _ in range(3))
+        torch.use_deterministic_algorithms(deterministic, warn_only=True)  # as launch/train.py --deterministic does
+        try:
+            assert implementation(x, offset, mask).__name__ == f"internseg_ds.models.{chosen}"
+        finally:
+            torch.use_deterministic_algorithms(False)
 
 
 def test_the_backward_pass_keeps_the_inputs_only():

@@ -1,4 +1,7 @@
-"""The Triton kernels of DCNv3 in Triton's interpreter, which runs them on a CPU, against a loop in fp64; compiled ones on a GPU, where there is one."""
+"""The Triton kernels of DCNv3 in Triton's interpreter, which runs them on a CPU, against a loop in fp64; compiled ones on a GPU, where there is one.
+
+Compiling needs no GPU: it is tried everywhere.
+"""
 
 import os
 import subprocess
@@ -8,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from dcnv3_reference import CASES, dcnv3_by_loops, gradients_by_loops, tensors
+
+from internseg_ds.models.dcnv3_geometry import Geometry
 
 pytest.importorskip("triton")
 
@@ -21,6 +26,7 @@ for grad, *inputs, arguments in calls:
     results.append((dcnv3_triton.forward(*inputs, made), *dcnv3_triton.backward(grad, *inputs, made)))
 torch.save(results, sys.argv[2])
 """
+NOT_FINITE = (float("nan"), float("inf"), float("-inf"))
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -31,15 +37,23 @@ def call(case: str, dtype: torch.dtype) -> tuple:
     return grad.to(dtype), x.to(dtype), offset.float(), mask.float(), CASES[case][-1]
 
 
+def with_offset(wrong: float, axis: int) -> tuple:
+    """A call in fp32 with one offset, of the first group at one position, that is not finite."""
+    grad, x, offset, mask, arguments = call("plain", torch.float32)
+    offset[0, 2, 3, 4 + axis] = wrong
+    return grad, x, offset, mask, arguments
+
+
 @pytest.fixture(scope="module")
-def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, torch.dtype], tuple]:
-    """What the kernels make of each case. In a process of its own: Triton reads the variable when it is imported."""
+def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[object, object], tuple]:
+    """What the kernels make of each case, and of each offset that is not finite, by (its text, axis). In a process of its own: Triton reads the variable when it is imported."""
     folder, keys = tmp_path_factory.mktemp("triton"), [(case, dtype) for case in CASES for dtype in DTYPES]
-    torch.save([call(*key) for key in keys], folder / "calls.pt")
+    wrong = {(str(value), axis): with_offset(value, axis) for value in NOT_FINITE for axis in (0, 1)}
+    torch.save([*(call(*key) for key in keys), *wrong.values()], folder / "calls.pt")
     done = subprocess.run([sys.executable, "-c", RUN, folder / "calls.pt", folder / "results.pt"], env=os.environ | {"TRITON_INTERPRET": "1"},
                           cwd=Path(__file__).parent.parent.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return dict(zip(keys, torch.load(folder / "results.pt")))
+    return dict(zip([*keys, *wrong], torch.load(folder / "results.pt"), strict=True))
 
 
 def check(results: tuple, case: str, dtype: torch.dtype) -> None:
@@ -55,6 +69,34 @@ def check(results: tuple, case: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_interpreted_kernels_agree_with_a_loop(interpreted: dict, case: str, dtype: torch.dtype):
     check(interpreted[case, dtype], case, dtype)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("wrong", NOT_FINITE)
+def test_an_offset_that_is_not_finite_shows_in_result_and_gradients(interpreted: dict, wrong: float, axis: int):
+    out, _, of_offset, of_mask = interpreted[str(wrong), axis]
+    assert out[0, 2, 3, :5].isnan().all() and out.isnan().sum() == 5  # the channels of its group
+    assert of_offset[0, 2, 3, 4:6].isnan().any() and of_mask[0, 2, 3, 2].isnan() and not of_mask[1].isnan().any()
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Triton compiles nothing under TRITON_INTERPRET=1")
+@pytest.mark.parametrize("channels", [16, 12])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile_for_a100_and_h100(capability: int, channels: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Features in bf16, offsets and masks in fp32."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    from internseg_ds.models import dcnv3_triton
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # nothing from before
+    types = {"x": "*bf16", "out": "*bf16", "grad": "*bf16", "scale": "fp32"} | dict.fromkeys(("offset", "mask", "grad_x", "grad_offset", "grad_mask"), "*fp32")
+    for kernel, elements in ((dcnv3_triton.forward_kernel, dcnv3_triton.ELEMENTS["forward"]), (dcnv3_triton.backward_kernel, dcnv3_triton.ELEMENTS["backward"])):
+        known = dcnv3_triton.constants(Geometry((3, 3), (1, 1), (1, 1), (1, 1), 10, 1.0, False), channels) | {"BLOCK_R": elements // 16, "BLOCK_C": 16}
+        signature = {name: "constexpr" if name in known else types.get(name, "i32") for name in kernel.arg_names}
+        source = triton.compiler.ASTSource(kernel, signature, constexprs={(kernel.arg_names.index(name),): value for name, value in known.items()})
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
+        assert compiled.asm["cubin"] and f".target sm_{capability}" in compiled.asm["ptx"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

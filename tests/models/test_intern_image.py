@@ -232,6 +232,7 @@ def test_layer_ids_follow_the_published_rule():
 def test_the_weight_file_is_that_of_init_cfg_or_pretrained():
     with torch.device("meta"):
         assert InternImage(**TINY, init_cfg=dict(type="Pretrained", checkpoint="w.pth"), pretrained="open-mmlab://resnet50_v1c").pretrained == "w.pth"
+        assert InternImage(**TINY, init_cfg=[dict(type="Pretrained", checkpoint="w.pth")]).pretrained == "w.pth"
         assert InternImage(**TINY, pretrained="w.pth").pretrained == "w.pth"
         assert InternImage(**TINY, pretrained="open-mmlab://resnet50_v1c").pretrained is None
         with pytest.raises(ValueError, match="both name a weight file"):
@@ -252,6 +253,8 @@ def test_the_weight_file_is_that_of_init_cfg_or_pretrained():
     (dict(out_indices=[4]), r"levels 0 to 3"),
     (dict(frozen_stages=5), "frozen_stages=5"),
     (dict(init_cfg=dict(type="Xavier", layer="Linear")), "nothing else initialises"),
+    (dict(init_cfg=[dict(type="Pretrained", checkpoint="w.pth"), dict(type="Xavier", layer="Linear")]), "nothing else initialises"),
+    (dict(init_cfg=[]), "nothing else initialises"),
     (dict(act_layer="Tanh"), "act_layer='Tanh'"),
     (dict(norm_layer="GN"), "norm_layer='GN'"),
 ])

@@ -5,9 +5,13 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from mmcv import ConfigDict
+from mmcv.cnn.bricks.transformer import FFN, build_transformer_layer_sequence
 from mmdet.models.plugins import MSDeformAttnPixelDecoder as MmdetPixelDecoder
 from torch import nn
 
+from internseg_ds.models.deformable_attention import DeformableAttention
+from internseg_ds.models.mask2former_pixel_decoder import RecomputedFFN, with_own_layers
 from tests.models.small_mask2former import build, config, features, targets
 
 
@@ -202,3 +206,27 @@ def test_a_layer_with_activation_checkpointing_gives_the_same_gradients():
         gradients.append([param.grad for param in head.parameters()])
     for plain, recomputed in zip(*gradients, strict=True):
         assert torch.equal(plain, recomputed)
+
+
+def test_layers_may_be_configured_one_by_one_and_leave_their_ffn_to_mmcv():
+    decoder = config().decode_head.pixel_decoder
+    layer = decoder.encoder.transformerlayers
+    other = ConfigDict({**layer, "attn_cfgs": [layer.attn_cfgs], "ffn_cfgs": [{**layer.ffn_cfgs, "feedforward_channels": 32}]})
+    encoder = ConfigDict({**decoder.encoder, "transformerlayers": [layer, other]})
+    built = build_transformer_layer_sequence(with_own_layers(encoder, {"MultiScaleDeformableAttention": DeformableAttention}))
+    assert [type(layer.attentions[0]) for layer in built.layers] == [DeformableAttention] * 2
+    assert [(type(layer.ffns[0]), layer.ffns[0].feedforward_channels) for layer in built.layers] == [(RecomputedFFN, 256), (RecomputedFFN, 32)]
+    assert encoder.transformerlayers[0].ffn_cfgs.type == "FFN"  # a copy was changed
+    plain = ConfigDict({**layer, "attn_cfgs": {**layer.attn_cfgs, "embed_dims": 256}})  # as wide as mmcv's own FFN
+    del plain["ffn_cfgs"]
+    built = build_transformer_layer_sequence(with_own_layers({**encoder, "transformerlayers": plain}, {}))
+    assert [type(layer.ffns[0]) for layer in built.layers] == [FFN] * 2
+
+
+@pytest.mark.parametrize("place", ["transformer_decoder", "pixel_decoder.encoder"])
+def test_a_head_whose_layers_are_configured_one_by_one_is_refused_in_a_sentence(place: str):
+    model = config()
+    sequence = model.decode_head.transformer_decoder if place == "transformer_decoder" else model.decode_head.pixel_decoder.encoder
+    sequence.transformerlayers = [sequence.transformerlayers] * sequence.num_layers
+    with pytest.raises(ValueError, match=f"{place}.transformerlayers of Mask2FormerHead must be one dict"):
+        build(model)

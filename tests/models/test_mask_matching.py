@@ -7,10 +7,11 @@ import torch
 from internseg_ds.models.mask_matching import match, sampled_targets
 
 
-def costs(**weights: float) -> SimpleNamespace:
+def costs() -> SimpleNamespace:
     from mmdet.core.bbox.match_costs import ClassificationCost, CrossEntropyLossCost, DiceCost
 
-    return SimpleNamespace(cls_cost=ClassificationCost(weight=2.0), mask_cost=CrossEntropyLossCost(weight=5.0), dice_cost=DiceCost(weight=5.0, pred_act=True, eps=1.0))
+    return SimpleNamespace(cls_cost=ClassificationCost(weight=2.0), mask_cost=CrossEntropyLossCost(weight=5.0),
+                           dice_cost=DiceCost(weight=5.0, pred_act=True, eps=1.0))
 
 
 def blocks(count: int) -> torch.Tensor:
