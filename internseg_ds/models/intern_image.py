@@ -139,7 +139,7 @@ def _weight_file(init_cfg: Mapping[str, Any] | Sequence[Mapping[str, Any]] | Non
     if init_cfg is None:
         return pretrained
     entries = [init_cfg] if isinstance(init_cfg, Mapping) else list(init_cfg)
-    if len(entries) != 1 or entries[0].get("type") != "Pretrained" or "checkpoint" not in entries[0]:
+    if len(entries) != 1 or entries[0].get("type") != "Pretrained" or set(entries[0]) != {"type", "checkpoint"}:
         raise ValueError(f"init_cfg={init_cfg} is not dict(type='Pretrained', checkpoint=PATH), and nothing else initialises an InternImage")
     checkpoint = checkpoint_of(entries)
     if pretrained is not None and checkpoint is not None:

@@ -18,6 +18,7 @@ from mmdet.models.utils import get_uncertain_point_coords_with_randomness
 from torch import Tensor, nn
 
 from internseg_ds.models.mask2former_pixel_decoder import tokens_of, with_own_layers  # registers the decoder, too
+from internseg_ds.models.mask2former_settings import check_arguments, check_layers, check_train_cfg
 from internseg_ds.models.mask_matching import Matches, match, sampled, sampled_targets
 from internseg_ds.models.masked_attention import MaskedAttention
 
@@ -27,7 +28,7 @@ PLANNED_MASKS = 32
 
 class Mask2FormerHead(MmdetHead):
     """num_classes: without "no object"; where it is missing, things and stuff together, which are the same to this head otherwise. in_index: which of the
-    backbone's maps, finest first, default all. Further arguments are mmdet's. Raises ValueError without a train_cfg that has an assigner, and for layers that are configured one by one.
+    backbone's maps, finest first, default all. Further arguments are mmdet's. Raises ValueError for settings that cannot train (`mask2former_settings`).
 
     The losses of masks are divided by the masks of one micro-batch, counted over all ranks: with gradient accumulation by those of each micro-batch, without it
     by those of the whole step. So they depend, a little, on how a global batch is split.
@@ -39,19 +40,13 @@ class Mask2FormerHead(MmdetHead):
     def __init__(self, num_classes: int | None = None, num_things_classes: int = 0, num_stuff_classes: int = 0, in_index: Sequence[int] | None = None,
                  align_corners: bool = False, *, pixel_decoder: Mapping[str, Any], transformer_decoder: Mapping[str, Any],
                  train_cfg: Mapping[str, Any] | None = None, **arguments: Any) -> None:
-        if not train_cfg or "assigner" not in train_cfg:
-            raise ValueError("Mask2FormerHead needs model.train_cfg with num_points, assigner and sampler; take those of "
-                             "configs/_base_/models/mask2former_intern_image_h.py")
-        for name, sequence in (("transformer_decoder", transformer_decoder), ("pixel_decoder.encoder", pixel_decoder["encoder"])):
-            layers = sequence["transformerlayers"]
-            if not isinstance(layers, Mapping) or not isinstance(layers["attn_cfgs"], Mapping):  # mmdet's constructor reads of what size they are
-                raise ValueError(f"{name}.transformerlayers of Mask2FormerHead must be one dict for all layers, and its attn_cfgs one dict for all attentions")
+        classes = num_classes or num_things_classes + num_stuff_classes
+        check_train_cfg(train_cfg)
+        check_layers(pixel_decoder, transformer_decoder, arguments.get("num_transformer_feat_level", 3))
+        check_arguments(arguments, classes)
         decoder = with_own_layers(transformer_decoder, {"MultiheadAttention": MaskedAttention})
-        super().__init__(num_things_classes=num_classes or num_things_classes + num_stuff_classes, num_stuff_classes=0, pixel_decoder=pixel_decoder,
+        super().__init__(num_things_classes=classes, num_stuff_classes=0, pixel_decoder=pixel_decoder,
                          transformer_decoder=decoder, train_cfg=ConfigDict(train_cfg), **arguments)
-        if len(self.class_weight) != self.num_classes + 1:
-            raise ValueError(f"loss_cls.class_weight has {len(self.class_weight)} weights; it needs one for each of {self.num_classes} classes "
-                             "and one for no object")
         self.out_channels, self.in_index, self.align_corners = self.num_classes, in_index, align_corners
 
     def layer_id(self, name: str) -> int | None:

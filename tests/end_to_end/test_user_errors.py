@@ -108,6 +108,13 @@ def test_masks_of_another_size_than_the_image_are_refused(ade20k):
 @pytest.mark.parametrize(("options", "words"), [
     ({"model.backbone.drop_path_rate": 1.0}, ["drop-path rate of 1", "below 1"]),
     ({"model.train_cfg": None}, ["Mask2FormerHead", "train_cfg", "assigner"]),
+    ({"model.train_cfg.num_points": 0}, ["num_points=0 must be a whole number of at least 1"]),
+    ({"model.train_cfg.importance_sample_ratio": 1.5}, ["importance_sample_ratio=1.5", "at most 1"]),
+    ({"model.decode_head.num_querys": 3}, ["no argument num_querys"]),
+    ({"model.decode_head.num_queries": 0}, ["num_queries=0"]),
+    ({"model.decode_head.num_transformer_feat_level": 4}, ["num_transformer_feat_level=4", "num_levels", "is 3"]),
+    ({"model.decode_head.loss_mask.use_sigmoid": False}, ["loss_mask.use_sigmoid must be True"]),
+    ({"model.type": "EncoderDecoder"}, ["model.type='EncoderDecoderMask2Former'"]),
     ({"model.decode_head.num_classes": 19}, ["class_weight has 151", "19 classes"]),
     ({"engine.heads_dtype": "bfloat16"}, ["engine.heads_dtype='bfloat16' is not for Mask2FormerHead"]),
 ])
