@@ -38,6 +38,7 @@ def saves_for_ever(rank: int, port: int, folder: Path, first: int, background: b
     dist.init_process_group("gloo")
     deepspeed.init_distributed(verbose=False)
     engine, checkpoints, step = toy_engine(background), Checkpoints(folder, keep=2), first
+    (folder.parent / f"ready_{port}_{rank}").touch()
     while True:
         step += 1
         for master in engine.optimizer.single_partition_of_fp32_groups:
@@ -54,8 +55,9 @@ def test_a_save_killed_at_any_moment_leaves_the_previous_one_usable(background, 
         ranks = [forked.Process(target=saves_for_ever, args=(rank, port, folder, newest, background)) for rank in range(2)]
         for process in ranks:
             process.start()
-        deadline = time.monotonic() + 60
-        while newest == 0 and not (folder / "latest").exists():  # before the first save there is nothing to keep
+        deadline = time.monotonic() + 120
+        # while DeepSpeed's extension is loaded, a kill would leave torch's lock behind, for which all later tests would wait; and before the first save there is nothing to keep
+        while not all((tmp_path / f"ready_{port}_{rank}").exists() for rank in range(2)) or not (folder / "latest").exists():
             assert time.monotonic() < deadline and all(process.is_alive() for process in ranks)
             time.sleep(0.01)
         time.sleep(chance.uniform(0.2, 1.5))
