@@ -23,13 +23,13 @@ class InternImage(BaseModule):
 
     channels: width of the first level. depths, groups: blocks, and groups of their DCNv3, per level. drop_rate: dropout after the stem and in the MLPs.
     drop_path_type: "linear" grows from 0 to drop_path_rate over all blocks, "uniform" is drop_path_rate in each. act_layer: "GELU", "ReLU" or "SiLU";
-    norm_layer: "LN" or "BN", of the stem, the downsampling and inside DCNv3 (blocks have LayerNorm, eps 1e-6). layer_scale: start of the residual branches' scale,
-    None for no scale. level2_post_norm: norms after the blocks level2_post_norm_block_ids of the third level. post_norm, res_post_norm: the order of a block's norms;
-    res_post_norm, center_feature_scale and dw_kernel_size are those of InternImage-H and G. out_indices: levels whose feature maps go out. frozen_stages: as
-    in mmseg, 0 freezes the stem, n the stem and the first n levels, -1 nothing. with_cp: recompute each block in the backward pass, or what the attribute
-    `recomputation` says. init_cfg: dict(type="Pretrained", checkpoint=PATH), alone or as a list's only entry, names the weight file that the engine loads, None
-    for none. pretrained: the same as a path; the name of an open-mmlab model, which mmseg hands down from the ResNet of a base config, is passed over. Raises
-    ValueError for arguments that do not fit each other.
+    norm_layer: "LN" or "BN", of the stem, the downsampling and inside DCNv3 (blocks have LayerNorm, eps 1e-6). layer_scale: start of the residual branches'
+    scale, None for no scale. level2_post_norm: norms after the blocks level2_post_norm_block_ids of the third level. post_norm, res_post_norm: the order of a
+    block's norms; res_post_norm, center_feature_scale and dw_kernel_size are those of InternImage-H and G. out_indices: levels whose feature maps go out.
+    frozen_stages: as in mmseg, 0 freezes the stem, n the stem and the first n levels, -1 nothing. with_cp: recompute each block in the backward pass, or what
+    the attribute `recomputation` says. init_cfg: dict(type="Pretrained", checkpoint=PATH), alone or as a list's only entry, names the weight file that the
+    engine loads, None for none. pretrained: the same as a path; the name of an open-mmlab model, which mmseg hands down from the ResNet of a base config, is
+    passed over. Raises ValueError for arguments that do not fit each other.
     """
 
     pretrained_extras = ("conv_head.", "head.", "dcnv3_head_x3.", "dcnv3_head_x4.", "clip_projector.", "fc_norm.")
