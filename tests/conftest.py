@@ -12,6 +12,7 @@ from tests.forks import PATH, ROOT, run_script
 
 TINY = "configs/intern_vit_tiny/upernet_intern_vit_tiny_112_ade20k.py"
 IMAGE = "configs/intern_image_tiny/upernet_intern_image_tiny_112_ade20k.py"
+MASK2FORMER = "configs/intern_vit_tiny/mask2former_intern_vit_tiny_112_ade20k.py"
 
 
 @pytest.fixture(scope="session")

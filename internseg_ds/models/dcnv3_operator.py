@@ -58,8 +58,8 @@ def dcnv3(x: Tensor, offset: Tensor, mask: Tensor, kernel: Sequence[int], stride
 
 
 @torch.library.custom_op("internseg_ds::dcnv3_backward", mutates_args=())
-def dcnv3_backward(grad: Tensor, x: Tensor, offset: Tensor, mask: Tensor, kernel: Sequence[int], stride: Sequence[int], pad: Sequence[int], dilation: Sequence[int],
-                   group: int, offset_scale: float, remove_center: bool) -> tuple[Tensor, Tensor, Tensor]:
+def dcnv3_backward(grad: Tensor, x: Tensor, offset: Tensor, mask: Tensor, kernel: Sequence[int], stride: Sequence[int], pad: Sequence[int],
+                   dilation: Sequence[int], group: int, offset_scale: float, remove_center: bool) -> tuple[Tensor, Tensor, Tensor]:
     """grad (n, h', w', c), of the result of `dcnv3` -> the gradients of x, offset and mask."""
     made = geometry(x, offset, mask, kernel, stride, pad, dilation, group, offset_scale, remove_center)
     return implementation(x, offset, mask).backward(grad, x, offset, mask, made)

@@ -59,8 +59,8 @@ def forward_kernel(x, offset, mask, out, rows, height, width, out_height, out_wi
     total = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
     for k in range(K):
         at = row * K + k
-        top, left, down, right, near = _locate(offset, at, exists, center_y, center_x, k, scale, height, width, KERNEL_H, REACH_Y, REACH_X, DILATION_Y, DILATION_X,
-                                               CENTER)
+        top, left, down, right, near = _locate(offset, at, exists, center_y, center_x, k, scale, height, width, KERNEL_H, REACH_Y, REACH_X, DILATION_Y,
+                                               DILATION_X, CENTER)
         m = tl.load(mask + at, mask=exists, other=0.0).to(tl.float32)
         p00, i00 = _corner(top, left, near, height, width, GROUP * CHANNELS, columns, real)
         p01, i01 = _corner(top, left + 1, near, height, width, GROUP * CHANNELS, columns, real)
@@ -74,8 +74,8 @@ def forward_kernel(x, offset, mask, out, rows, height, width, out_height, out_wi
 
 
 @triton.jit
-def backward_kernel(grad, x, offset, mask, grad_x, grad_offset, grad_mask, rows, height, width, out_height, out_width, first_y, first_x, stride_y, stride_x, scale,
-                    GROUP: tl.constexpr, CHANNELS: tl.constexpr, K: tl.constexpr, KERNEL_H: tl.constexpr, REACH_Y: tl.constexpr, REACH_X: tl.constexpr,
+def backward_kernel(grad, x, offset, mask, grad_x, grad_offset, grad_mask, rows, height, width, out_height, out_width, first_y, first_x, stride_y, stride_x,
+                    scale, GROUP: tl.constexpr, CHANNELS: tl.constexpr, K: tl.constexpr, KERNEL_H: tl.constexpr, REACH_Y: tl.constexpr, REACH_X: tl.constexpr,
                     DILATION_Y: tl.constexpr, DILATION_X: tl.constexpr, CENTER: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
     """As `forward_kernel`; grad_x is fp32 and zero before."""
     row, exists, group, column, line, image = _start(rows, GROUP, BLOCK_R, out_height, out_width)
@@ -86,8 +86,8 @@ def backward_kernel(grad, x, offset, mask, grad_x, grad_offset, grad_mask, rows,
     g = tl.load(grad + row[:, None] * CHANNELS + channel, mask=exists[:, None] & real, other=0.0).to(tl.float32)
     for k in range(K):
         at = row * K + k
-        top, left, down, right, near = _locate(offset, at, exists, center_y, center_x, k, scale, height, width, KERNEL_H, REACH_Y, REACH_X, DILATION_Y, DILATION_X,
-                                               CENTER)
+        top, left, down, right, near = _locate(offset, at, exists, center_y, center_x, k, scale, height, width, KERNEL_H, REACH_Y, REACH_X, DILATION_Y,
+                                               DILATION_X, CENTER)
         m = tl.load(mask + at, mask=exists, other=0.0).to(tl.float32)
         p00, i00 = _corner(top, left, near, height, width, GROUP * CHANNELS, columns, real)
         p01, i01 = _corner(top, left + 1, near, height, width, GROUP * CHANNELS, columns, real)
@@ -131,13 +131,13 @@ def _launch(kernel: triton.JITFunction, tensors: tuple[Tensor, ...], x: Tensor, 
     block_c = triton.next_power_of_2(channels)
     block_r = max(1, elements // block_c)
     with torch.cuda.device_of(x):
-        kernel[(triton.cdiv(rows, block_r),)](*tensors, rows, x.size(1), x.size(2), out.size(1), out.size(2), *geometry.first, *geometry.stride, geometry.offset_scale,
-                                              **constants(geometry, channels), BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4)
+        kernel[(triton.cdiv(rows, block_r),)](*tensors, rows, x.size(1), x.size(2), out.size(1), out.size(2), *geometry.first, *geometry.stride,
+                                              geometry.offset_scale, **constants(geometry, channels), BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4)
 
 
 def constants(geometry: Geometry, channels: int) -> dict[str, int]:
     """What the kernels are compiled for. channels: of a group."""
     kernel_h, kernel_w = geometry.kernel
     center = kernel_w // 2 * kernel_h + kernel_h // 2 if geometry.remove_center else kernel_h * kernel_w
-    return {"GROUP": geometry.group, "CHANNELS": channels, "K": geometry.points, "KERNEL_H": kernel_h, "REACH_Y": geometry.reach[0], "REACH_X": geometry.reach[1],
-            "DILATION_Y": geometry.dilation[0], "DILATION_X": geometry.dilation[1], "CENTER": center}
+    return {"GROUP": geometry.group, "CHANNELS": channels, "K": geometry.points, "KERNEL_H": kernel_h, "REACH_Y": geometry.reach[0],
+            "REACH_X": geometry.reach[1], "DILATION_Y": geometry.dilation[0], "DILATION_X": geometry.dilation[1], "CENTER": center}

@@ -22,14 +22,14 @@ class InternImage(BaseModule):
     """The InternImage backbone: levels of blocks whose core is a deformable convolution (DCNv3), each level twice as wide as the one before.
 
     channels: width of the first level. depths, groups: blocks, and groups of their DCNv3, per level. drop_rate: dropout after the stem and in the MLPs.
-    drop_path_type: "linear" grows from 0 to drop_path_rate over all blocks, "uniform" is drop_path_rate in each. act_layer: "GELU", "ReLU" or "SiLU"; norm_layer:
-    "LN" or "BN", of the stem, the downsampling and inside DCNv3 (blocks have LayerNorm, eps 1e-6). layer_scale: start of the residual branches' scale, None for
-    no scale. level2_post_norm: norms after the blocks level2_post_norm_block_ids of the third level. post_norm, res_post_norm: the order of a block's norms;
-    res_post_norm, center_feature_scale and dw_kernel_size are those of InternImage-H and G. out_indices: levels whose feature maps go out. frozen_stages: as
-    in mmseg, 0 freezes the stem, n the stem and the first n levels, -1 nothing. with_cp: recompute each block in the backward pass, or what the attribute
-    `recomputation` says. init_cfg: dict(type="Pretrained", checkpoint=PATH), alone or as a list's only entry, names the weight file that the engine loads, None
-    for none. pretrained: the same as a path; the name of an open-mmlab model, which mmseg hands down from the ResNet of a base config, is passed over. Raises
-    ValueError for arguments that do not fit each other.
+    drop_path_type: "linear" grows from 0 to drop_path_rate over all blocks, "uniform" is drop_path_rate in each. act_layer: "GELU", "ReLU" or "SiLU";
+    norm_layer: "LN" or "BN", of the stem, the downsampling and inside DCNv3 (blocks have LayerNorm, eps 1e-6). layer_scale: start of the residual branches'
+    scale, None for no scale. level2_post_norm: norms after the blocks level2_post_norm_block_ids of the third level. post_norm, res_post_norm: the order of a
+    block's norms; res_post_norm, center_feature_scale and dw_kernel_size are those of InternImage-H and G. out_indices: levels whose feature maps go out.
+    frozen_stages: as in mmseg, 0 freezes the stem, n the stem and the first n levels, -1 nothing. with_cp: recompute each block in the backward pass, or what
+    the attribute `recomputation` says. init_cfg: dict(type="Pretrained", checkpoint=PATH), alone or as a list's only entry, names the weight file that the
+    engine loads, None for none. pretrained: the same as a path; the name of an open-mmlab model, which mmseg hands down from the ResNet of a base config, is
+    passed over. Raises ValueError for arguments that do not fit each other.
     """
 
     pretrained_extras = ("conv_head.", "head.", "dcnv3_head_x3.", "dcnv3_head_x4.", "clip_projector.", "fc_norm.")
@@ -67,7 +67,8 @@ class InternImage(BaseModule):
     ) -> None:
         super().__init__()
         post_norm_ids = list(level2_post_norm_block_ids or ()) if level2_post_norm else []
-        _check(core_op, channels, depths, groups, drop_path_type, layer_scale, post_norm, res_post_norm, level2_post_norm, post_norm_ids, out_indices, frozen_stages)
+        _check(core_op, channels, depths, groups, drop_path_type, layer_scale, post_norm, res_post_norm, level2_post_norm, post_norm_ids, out_indices,
+               frozen_stages)
         self.depths, self.depth = tuple(depths), sum(depths)
         self.out_indices, self.frozen_stages, self.with_cp = tuple(out_indices), frozen_stages, with_cp
         self.recomputation: Recomputation = "blocks"
@@ -107,8 +108,8 @@ class InternImage(BaseModule):
         return 1 + sum(self.depths[: int(level)]) + int(index)
 
     def is_offset(self, name: str) -> bool:
-        """Whether a parameter makes sampling offsets, whose learning rate `offset_lr_scale` scales. (The published code looks for names that only attention has,
-        and scales nothing here; all published configs say 1.0.)"""
+        """Whether a parameter makes sampling offsets, whose learning rate `offset_lr_scale` scales. (The published code looks for names that only attention
+        has, and scales nothing here; all published configs say 1.0.)"""
         return ".dcn.offset." in name
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
@@ -164,8 +165,10 @@ def _check(core_op: str, channels: int, depths: Sequence[int], groups: Sequence[
             raise ValueError(f"groups[{level}]={count} does not divide the {channels * 2**level} channels of level {level} (channels={channels})")
     if res_post_norm and (post_norm or layer_scale is not None):
         raise ValueError(f"res_post_norm=True goes with neither post_norm={post_norm} nor layer_scale={layer_scale}: its norms would not be used")
-    if level2_post_norm and (levels < 3 or not post_norm_ids or sorted(set(post_norm_ids)) != post_norm_ids or not 0 <= post_norm_ids[0] <= post_norm_ids[-1] < depths[2]):
-        raise ValueError(f"level2_post_norm=True needs level2_post_norm_block_ids that name blocks of the third level of depths={list(depths)}, ascending, not {post_norm_ids}")
+    ascending = bool(post_norm_ids) and sorted(set(post_norm_ids)) == post_norm_ids
+    if level2_post_norm and (levels < 3 or not ascending or not 0 <= post_norm_ids[0] <= post_norm_ids[-1] < depths[2]):
+        raise ValueError(f"level2_post_norm=True needs level2_post_norm_block_ids that name blocks of the third level of depths={list(depths)}, ascending, "
+                         f"not {post_norm_ids}")
     if not out_indices or not all(0 <= index < levels for index in out_indices) or list(out_indices) != sorted(set(out_indices)):
         raise ValueError(f"out_indices={list(out_indices)} must name levels 0 to {levels - 1}, ascending")
     if not -1 <= frozen_stages <= levels:

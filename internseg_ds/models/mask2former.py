@@ -1,7 +1,8 @@
 """`EncoderDecoderMask2Former`: a segmentor whose head classifies masks instead of pixels, and the name under which configs find that head.
 
 The head is built on mmdet's, which is imported when a config asks for it and not before. In training the data pipeline hands over, beside the labels, one
-binary mask per class of an image (`ToMask`). Source of names: OpenGVLab/InternImage `segmentation/mmseg_custom/models/segmentors/encoder_decoder_mask2former.py`.
+binary mask per class of an image (`ToMask`). Source of names: OpenGVLab/InternImage
+`segmentation/mmseg_custom/models/segmentors/encoder_decoder_mask2former.py`.
 """
 
 from collections.abc import Mapping, Sequence

@@ -50,8 +50,8 @@ class Mask2FormerHead(MmdetHead):
         self.out_channels, self.in_index, self.align_corners = self.num_classes, in_index, align_corners
 
     def layer_id(self, name: str) -> int | None:
-        """0, that of the first layer, for embeddings and what makes scores and masks of queries, as InternImage's layer-wise learning-rate decay has it; None for
-        what counts as after the backbone. name is relative to the head."""
+        """0, that of the first layer, for embeddings and what makes scores and masks of queries, as InternImage's layer-wise learning-rate decay has it; None
+        for what counts as after the backbone. name is relative to the head."""
         return 0 if name.startswith(("mask_embed", "cls_embed", "level_embed", "query_embed", "query_feat")) else None
 
     def init_weights(self) -> None:
@@ -101,7 +101,8 @@ class Mask2FormerHead(MmdetHead):
             all_scores, all_masks = self(features)
             matches = match(self.assigner, self.num_points, all_scores, all_masks, gt_labels, gt_masks)
             masks = reduce_mean(torch.tensor(float(matches[0].image.numel()), device=features[0].device)).clamp(min=1)
-            layers = [self._losses(*layer, torch.cat(list(gt_labels)), torch.cat(list(gt_masks)), masks) for layer in zip(all_scores, all_masks, matches, strict=True)]
+            labels, targets = torch.cat(list(gt_labels)), torch.cat(list(gt_masks))
+            layers = [self._losses(*layer, labels, targets, masks) for layer in zip(all_scores, all_masks, matches, strict=True)]
         losses = dict(layers[-1])
         for index, layer in enumerate(layers[:-1]):
             losses |= {f"d{index}.{name}": loss for name, loss in layer.items()}

@@ -21,7 +21,8 @@ from internseg_ds.models.deformable_attention import DeformableAttention
 
 
 class RecomputedFFN(FFN):
-    """mmcv's FFN (its arguments and parameters) with the published switch `with_cp`: what lies between input and output is computed again in the backward pass."""
+    """mmcv's FFN (its arguments and parameters) with the published switch `with_cp`: what lies between input and output is computed again in the
+    backward pass."""
 
     def __init__(self, *args: Any, with_cp: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -60,8 +61,8 @@ class MSDeformAttnPixelDecoder(MmdetPixelDecoder):  # the name that published co
         super().__init__(encoder=with_own_layers(encoder, {"MultiScaleDeformableAttention": DeformableAttention}), **decoder)
 
     def forward(self, feats: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """feats: maps (b, c_i, h_i, w_i), finest first. Returns mask features (b, out_channels, h_0, w_0) and `num_outs` maps (b, feat_channels, h, w), coarsest
-        first."""
+        """feats: maps (b, c_i, h_i, w_i), finest first. Returns mask features (b, out_channels, h_0, w_0) and `num_outs` maps (b, feat_channels, h, w),
+        coarsest first."""
         levels = range(self.num_encoder_levels)
         coarse = [feats[self.num_input_levels - 1 - level] for level in levels]
         shapes = [tuple(feat.shape[-2:]) for feat in coarse]
@@ -74,8 +75,10 @@ class MSDeformAttnPixelDecoder(MmdetPixelDecoder):  # the name that published co
             codes.append(tokens_of(position + level_codes[level][:, None, None]))
             places.append(_centres(shapes[level], projected))
         reference_points = torch.cat(places)[None, :, None].expand(len(coarse[0]), -1, len(shapes), -1)
-        memory = self.encoder(query=torch.cat(tokens), key=None, value=None, query_pos=torch.cat(codes), spatial_shapes=shapes, reference_points=reference_points)
-        maps = [part.permute(1, 2, 0).unflatten(2, shape) for part, shape in zip(memory.split([height * width for height, width in shapes]), shapes, strict=True)]
+        memory = self.encoder(query=torch.cat(tokens), key=None, value=None, query_pos=torch.cat(codes), spatial_shapes=shapes,
+                              reference_points=reference_points)
+        parts = memory.split([height * width for height, width in shapes])
+        maps = [part.permute(1, 2, 0).unflatten(2, shape) for part, shape in zip(parts, shapes, strict=True)]
         for level in range(self.num_input_levels - self.num_encoder_levels - 1, -1, -1):
             lateral = self.lateral_convs[self.num_input_levels - self.num_encoder_levels - 1 - level](feats[level])
             finer = lateral + F.interpolate(maps[-1], size=lateral.shape[-2:], mode="bilinear", align_corners=False)

@@ -1,4 +1,5 @@
-"""Normalisation layers of InternViT: RMSNorm or LayerNorm over the channels of tokens, and LayerNorm for channels-first feature maps.
+"""Normalisation layers of the backbones: RMSNorm (InternViT) or LayerNorm (InternImage, too) over the channels of tokens or of channels-last
+feature maps, and LayerNorm for channels-first feature maps.
 
 In and out: the same shape and dtype; the kernels sum in fp32 inside. Which RMSNorm kernel a machine runs is measured once and logged.
 """

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import IMAGE, ROOT, TINY, Launch, data_options
+from tests.conftest import IMAGE, MASK2FORMER, ROOT, TINY, Launch, data_options
 
 SMALL = ["model.backbone.embed_dim=32", "model.backbone.num_heads=2",
          "model.decode_head.in_channels=[32,32,32,32]", "model.decode_head.channels=16", "model.auxiliary_head.in_channels=32", "model.auxiliary_head.channels=16",
@@ -18,7 +18,8 @@ SMALL_IMAGE = ["model.backbone.channels=8", "model.backbone.depths=[1,1,2,1]", "
                "model.decode_head.in_channels=[8,16,32,64]", "model.auxiliary_head.in_channels=32", "optimizer.paramwise_cfg.depths=[1,1,2,1]",
                "optimizer.paramwise_cfg.num_layers=5", *[option for option in SMALL if "backbone" not in option and "in_channels" not in option]]
 """The same for the demo on InternImage."""
-SMALLER = {TINY: SMALL, IMAGE: SMALL_IMAGE}
+SMALL_MASK2FORMER = [option for option in SMALL if not option.startswith(("model.auxiliary_head.", "model.decode_head.channels"))]
+SMALLER = {TINY: SMALL, IMAGE: SMALL_IMAGE, MASK2FORMER: SMALL_MASK2FORMER}
 
 NO_NOISE = ["model.backbone.drop_path_rate=0", "model.decode_head.dropout_ratio=0", "model.auxiliary_head.dropout_ratio=0"]
 

@@ -8,9 +8,7 @@ from internseg_ds.distributed.process_group import World
 from internseg_ds.engine.experiment import read_experiment
 from internseg_ds.engine.preflight import check
 from internseg_ds.errors import ConfigError, DataError, UserError
-from tests.conftest import ROOT, TINY, data_options
-
-MASK2FORMER = "configs/intern_vit_tiny/mask2former_intern_vit_tiny_112_ade20k.py"
+from tests.conftest import MASK2FORMER, ROOT, TINY, data_options
 
 
 def test_rank_0_says_it_once_and_the_launcher_ends_with_2(launch, tmp_path):

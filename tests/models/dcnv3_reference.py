@@ -12,7 +12,8 @@ CASES = {
     "even oblong kernel": (1, 6, 5, 20, ((2, 4), (1, 2), (0, 2), (2, 1), 3, 0.7, False)),
     "5 x 5 on a map that is smaller": (1, 3, 2, 16, ((5, 5), (1, 1), (2, 2), (1, 1), 1, 1.0, True)),
 }
-"""Name: images, height, width, channels of a group, and the arguments of the operator: kernel, stride, pad, dilation (vertical, horizontal), group, offset_scale, remove_center."""
+"""Name: images, height, width, channels of a group, and the arguments of the operator: kernel, stride, pad, dilation (vertical, horizontal), group,
+offset_scale, remove_center."""
 
 
 def tensors(case: str, spread: float = 2.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -25,8 +26,8 @@ def tensors(case: str, spread: float = 2.0) -> tuple[Tensor, Tensor, Tensor]:
             torch.rand(n, *out, points, dtype=torch.float64))
 
 
-def dcnv3_by_loops(x: Tensor, offset: Tensor, mask: Tensor, kernel: tuple[int, int], stride: tuple[int, int], pad: tuple[int, int], dilation: tuple[int, int], group: int,
-                   offset_scale: float, remove_center: bool) -> Tensor:
+def dcnv3_by_loops(x: Tensor, offset: Tensor, mask: Tensor, kernel: tuple[int, int], stride: tuple[int, int], pad: tuple[int, int],
+                   dilation: tuple[int, int], group: int, offset_scale: float, remove_center: bool) -> Tensor:
     n, height, width, channels = x.shape
     places = [(i, j) for i in range(kernel[1]) for j in range(kernel[0]) if not (remove_center and (i, j) == (kernel[1] // 2, kernel[0] // 2))]
     middle_x, middle_y = dilation[1] * (kernel[1] - 1) // 2, dilation[0] * (kernel[0] - 1) // 2

@@ -26,11 +26,13 @@ def by_the_formula(module: DCNv3, x: Tensor, group: int, *, kernel: int = 3, str
     """In fp64, from the published names alone."""
     w = {name: value.double() for name, value in module.state_dict().items()}
     projected = F.linear(x, w["input_proj.weight"], w["input_proj.bias"])
-    features = F.conv2d(x.permute(0, 3, 1, 2), w["dw_conv.0.weight"], w["dw_conv.0.bias"], stride=stride, padding=w["dw_conv.0.weight"].size(-1) // 2, groups=x.size(3))
+    features = F.conv2d(x.permute(0, 3, 1, 2), w["dw_conv.0.weight"], w["dw_conv.0.bias"], stride=stride,
+                        padding=w["dw_conv.0.weight"].size(-1) // 2, groups=x.size(3))
     features = F.gelu(F.layer_norm(features.permute(0, 2, 3, 1), (x.size(3),), w["dw_conv.1.1.weight"], w["dw_conv.1.1.bias"], 1e-6))
     offset, logits = (F.linear(features, w[f"{name}.weight"], w[f"{name}.bias"]) for name in ("offset", "mask"))
     mask = torch.softmax(logits.unflatten(-1, (group, -1)), -1).flatten(-2)
-    y = dcnv3_by_loops(projected, offset, mask, (kernel, kernel), (stride, stride), (dilation * (kernel // 2),) * 2, (dilation, dilation), group, offset_scale, remove_center)
+    y = dcnv3_by_loops(projected, offset, mask, (kernel, kernel), (stride, stride), (dilation * (kernel // 2),) * 2, (dilation, dilation), group, offset_scale,
+                       remove_center)
     if "center_feature_scale_proj_weight" in w:
         scale = torch.sigmoid(F.linear(features, w["center_feature_scale_proj_weight"], w["center_feature_scale_proj_bias"]))
         scale = scale.repeat_interleave(x.size(3) // group, -1)
@@ -72,7 +74,8 @@ def test_every_owner_of_parameters_can_draw_them_anew():
     for owner in module.modules():
         if any(True for _ in owner.parameters(recurse=False)):
             owner.reset_parameters()
-    for name in ("offset.weight", "offset.bias", "mask.weight", "mask.bias", "center_feature_scale_proj_weight", "center_feature_scale_proj_bias", "input_proj.bias"):
+    for name in ("offset.weight", "offset.bias", "mask.weight", "mask.bias", "center_feature_scale_proj_weight", "center_feature_scale_proj_bias",
+                 "input_proj.bias"):
         assert not module.get_parameter(name).any(), name
 
 

@@ -113,7 +113,8 @@ def test_the_backward_pass_keeps_the_inputs_only():
 
 def test_torch_finds_schema_fake_and_gradient_consistent():
     leaves = [tensor.float().requires_grad_() for tensor in tensors("no center, stride, dilation")]
-    torch.library.opcheck(dcnv3, (*leaves, *CASES["no center, stride, dilation"][-1]), test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+    torch.library.opcheck(dcnv3, (*leaves, *CASES["no center, stride, dilation"][-1]),
+                          test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
 
 
 def test_the_flop_counter_knows_both_passes_on_the_meta_device():

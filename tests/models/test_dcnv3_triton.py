@@ -46,7 +46,10 @@ def with_offset(wrong: float, axis: int) -> tuple:
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[object, object], tuple]:
-    """What the kernels make of each case, and of each offset that is not finite, by (its text, axis). In a process of its own: Triton reads the variable when it is imported."""
+    """What the kernels make of each case, and of each offset that is not finite, by (its text, axis).
+
+    In a process of its own: Triton reads the variable when it is imported.
+    """
     folder, keys = tmp_path_factory.mktemp("triton"), [(case, dtype) for case in CASES for dtype in DTYPES]
     wrong = {(str(value), axis): with_offset(value, axis) for value in NOT_FINITE for axis in (0, 1)}
     torch.save([*(call(*key) for key in keys), *wrong.values()], folder / "calls.pt")
@@ -62,7 +65,8 @@ def check(results: tuple, case: str, dtype: torch.dtype) -> None:
     wanted = dcnv3_by_loops(*exact, *arguments), *gradients_by_loops(grad.double(), *exact, *arguments)
     assert [result.dtype for result in results] == [dtype, dtype, torch.float32, torch.float32]
     for result, expected in zip(results, wanted):
-        torch.testing.assert_close(result.double(), expected, rtol=2**-7 if result.dtype == torch.bfloat16 else 1e-5, atol=2e-5)  # the interpreter cuts bf16 off
+        rtol = 2**-7 if result.dtype == torch.bfloat16 else 1e-5  # the interpreter cuts bf16 off
+        torch.testing.assert_close(result.double(), expected, rtol=rtol, atol=2e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -91,7 +95,7 @@ def test_kernels_compile_for_a100_and_h100(capability: int, channels: int, monke
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # nothing from before
     types = {"x": "*bf16", "out": "*bf16", "grad": "*bf16", "scale": "fp32"} | dict.fromkeys(("offset", "mask", "grad_x", "grad_offset", "grad_mask"), "*fp32")
-    for kernel, elements in ((dcnv3_triton.forward_kernel, dcnv3_triton.ELEMENTS["forward"]), (dcnv3_triton.backward_kernel, dcnv3_triton.ELEMENTS["backward"])):
+    for kernel, elements in zip((dcnv3_triton.forward_kernel, dcnv3_triton.backward_kernel), dcnv3_triton.ELEMENTS.values(), strict=True):
         known = dcnv3_triton.constants(Geometry((3, 3), (1, 1), (1, 1), (1, 1), 10, 1.0, False), channels) | {"BLOCK_R": elements // 16, "BLOCK_C": 16}
         signature = {name: "constexpr" if name in known else types.get(name, "i32") for name in kernel.arg_names}
         source = triton.compiler.ASTSource(kernel, signature, constexprs={(kernel.arg_names.index(name),): value for name, value in known.items()})

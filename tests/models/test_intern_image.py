@@ -45,7 +45,8 @@ class Reference:
     def __init__(self, backbone: InternImage, arguments: dict) -> None:
         self.p = {name: value.detach().double() for name, value in backbone.state_dict().items()}
         self.a = {**TINY, "offset_scale": 1.0, "act_layer": "GELU", **arguments}
-        self.act = {"GELU": lambda x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2))), "SiLU": lambda x: x / (1 + torch.exp(-x)), "ReLU": lambda x: x.clamp(min=0)}[self.a["act_layer"]]
+        self.act = {"GELU": lambda x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2))), "SiLU": lambda x: x / (1 + torch.exp(-x)),
+                    "ReLU": lambda x: x.clamp(min=0)}[self.a["act_layer"]]
 
     def norm(self, x: Tensor, name: str) -> Tensor:
         """x (b, h, w, c); the norm stands at .0, or at .1 behind a permutation."""

@@ -48,8 +48,9 @@ def transformers_head(head: nn.Module):
     from transformers import Mask2FormerConfig
     from transformers.models.mask2former.modeling_mask2former import Mask2FormerPixelDecoder, Mask2FormerTransformerModule
 
-    sizes = Mask2FormerConfig(feature_size=64, mask_feature_size=64, hidden_dim=64, encoder_feedforward_dim=256, dim_feedforward=256, encoder_layers=2, decoder_layers=4,
-                              num_attention_heads=4, num_queries=6, feature_strides=[4, 8, 16, 32], common_stride=4, dropout=0.0, activation_function="relu")
+    sizes = Mask2FormerConfig(feature_size=64, mask_feature_size=64, hidden_dim=64, encoder_feedforward_dim=256, dim_feedforward=256, encoder_layers=2,
+                              decoder_layers=4, num_attention_heads=4, num_queries=6, feature_strides=[4, 8, 16, 32], common_stride=4,
+                              dropout=0.0, activation_function="relu")
     parts = nn.ModuleDict({"pixel_decoder": Mask2FormerPixelDecoder(sizes, [128] * 4), "decoder": Mask2FormerTransformerModule(64, sizes)})
     ours, theirs = head.state_dict(), {}
 
@@ -70,7 +71,8 @@ def transformers_head(head: nn.Module):
             take(f"{their}.self_attn.{part}", f"{our}.attentions.0.{part}")
         for name, place in (("self_attn_layer_norm", "norms.0"), ("final_layer_norm", "norms.1"), ("fc1", "ffns.0.layers.0.0"), ("fc2", "ffns.0.layers.1")):
             take(f"{their}.{name}", f"{our}.{place}")
-    for name, place in (("queries_embedder", "query_embed"), ("queries_features", "query_feat"), ("level_embed", "level_embed"), ("decoder.layernorm", "transformer_decoder.post_norm")):
+    for name, place in (("queries_embedder", "query_embed"), ("queries_features", "query_feat"), ("level_embed", "level_embed"),
+                        ("decoder.layernorm", "transformer_decoder.post_norm")):
         take(f"decoder.{name}", place)
     for index in range(3):
         take(f"decoder.decoder.mask_predictor.mask_embedder.{index}.0", f"mask_embed.{2 * index}")
@@ -81,8 +83,8 @@ def transformers_head(head: nn.Module):
         for end in ("weight", "bias"):
             for part, value in zip("qkv", ours[f"{our}.attentions.1.attn.in_proj_{end}"].chunk(3), strict=True):
                 theirs[f"{their}.self_attn.{part}_proj.{end}"] = value
-        for name, place in (("cross_attn_layer_norm", "norms.0"), ("self_attn_layer_norm", "norms.1"), ("final_layer_norm", "norms.2"), ("fc1", "ffns.0.layers.0.0"),
-                            ("fc2", "ffns.0.layers.1")):
+        for name, place in (("cross_attn_layer_norm", "norms.0"), ("self_attn_layer_norm", "norms.1"), ("final_layer_norm", "norms.2"),
+                            ("fc1", "ffns.0.layers.0.0"), ("fc2", "ffns.0.layers.1")):
             take(f"{their}.{name}", f"{our}.{place}")
     parts.load_state_dict(theirs, strict=True)
     return parts.eval()
