@@ -65,7 +65,7 @@ def fit(weights: Weights, shapes: Mapping[str, torch.Size], *, prefix: str = "",
                               "its initial values with engine.weights_may_differ=[PREFIX, ...]")
     if extra or lacking:
         raise CheckpointError(f"{weights.path} does not fit the model: unexpected in the file: {shortened(extra) or 'nothing'}; missing from it: "
-                              f"{shortened(lacking) or 'nothing'}; use the config that these weights were made with")
+                              f"{shortened(lacking) or 'nothing'}; use the config that these weights were made with, or allow names with engine.weights_may_differ=[PREFIX, ...]")
     return found
 
 

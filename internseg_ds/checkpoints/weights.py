@@ -93,7 +93,7 @@ def _pth(path: Path) -> Weights:
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict of named weights")
     tensors = {name.removeprefix("module."): value for name, value in content.items() if isinstance(value, Stored)}
     if not tensors:
-        raise CheckpointError(f"{path} holds no weights, only {', '.join(map(str, list(content)[:5]))}")
+        raise CheckpointError(f"{path} holds no weights, {'only ' + ', '.join(map(str, list(content)[:5])) if content else 'it is empty'}")
     return _of_tensors(path, tensors, meta)
 
 

@@ -59,6 +59,8 @@ class SkippedSteps:
         told = of_all_ranks([(float(loss), files) for loss, files in micro_batches])
         at_fault = [(rank, files) for rank, some in enumerate(told) for loss, files in some if not math.isfinite(loss)]
         names = "; ".join(f"rank {rank}: {', '.join(files)}" for rank, files in at_fault)
+        if len(at_fault) == sum(map(len, told)):
+            names += " (all of the step: the weights may be at fault, not the images)"
         reason = f"the loss is not finite for these images: {names}" if names else "the losses are finite, the gradient is not"
         is_main = dist.get_rank() == 0
         if is_main:

@@ -13,8 +13,8 @@ BOUNDS = {"num_points": (1, None), "oversample_ratio": (1, None), "importance_sa
 def check_train_cfg(train_cfg: Mapping[str, Any] | None) -> None:
     """train_cfg: of the segmentor, which EncoderDecoderMask2Former hands on."""
     if not train_cfg or "assigner" not in train_cfg:
-        raise ValueError("Mask2FormerHead needs model.type='EncoderDecoderMask2Former', and model.train_cfg with num_points, assigner and sampler; take those of "
-                         "configs/_base_/models/mask2former_intern_image_h.py")
+        raise ValueError("Mask2FormerHead needs model.type='EncoderDecoderMask2Former', and model.train_cfg with num_points, assigner and sampler; "
+                         "take those of configs/_base_/models/mask2former_intern_image_h.py")
     if unknown := sorted(set(train_cfg) - set(TRAIN_KEYS)):
         raise ValueError(f"model.train_cfg has {', '.join(unknown)}, which Mask2FormerHead does not know; it knows {', '.join(TRAIN_KEYS)}")
     for name, (least, most) in BOUNDS.items():
@@ -47,6 +47,6 @@ def check_arguments(arguments: Mapping[str, Any], num_classes: int) -> None:
         if arguments[name].get("use_sigmoid", False) != sigmoid:
             raise ValueError(f"{name}.use_sigmoid must be {sigmoid}: a query has one class of several, and each point of its mask is yes or no")
     weights = arguments["loss_cls"].get("class_weight")
-    if not isinstance(weights, (list, tuple)) or len(weights) != num_classes + 1:
-        raise ValueError(f"loss_cls.class_weight has {len(weights) if isinstance(weights, (list, tuple)) else 'no'} weights; it needs one for each of {num_classes} classes "
-                         "and one for no object")
+    count = len(weights) if isinstance(weights, (list, tuple)) else "no"
+    if count != num_classes + 1:
+        raise ValueError(f"loss_cls.class_weight has {count} weights; it needs one for each of {num_classes} classes and one for no object")
