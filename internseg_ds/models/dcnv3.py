@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from internseg_ds.models.dcnv3_geometry import check_center
 from internseg_ds.models.dcnv3_operator import dcnv3
-from internseg_ds.models.layers import build_activation, build_norm
+from internseg_ds.models.layers import build_activation, build_norm, without_autocast
 
 
 class XavierLinear(nn.Linear):
@@ -35,7 +35,7 @@ class Fp32Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), at least fp32."""
         compute = torch.promote_types(x.dtype, torch.float32)
-        with torch.amp.autocast(_autocast_device(x), enabled=False):
+        with without_autocast(x):
             return F.linear(x.to(compute), self.weight.to(compute), self.bias.to(compute))
 
 
@@ -108,11 +108,6 @@ class DCNv3(nn.Module):
 
     def _scale(self, features: Tensor, dtype: torch.dtype) -> Tensor:
         """features (n, h, w, c) -> the share of the projected input in each group's result (n, h, w, g, 1), computed in the dtype of the features."""
-        with torch.amp.autocast(_autocast_device(features), enabled=False):
+        with without_autocast(features):
             weight, bias = (param.to(features.dtype) for param in (self.center_feature_scale_proj_weight, self.center_feature_scale_proj_bias))
             return F.linear(features, weight, bias).sigmoid().to(dtype).unsqueeze(-1)
-
-
-def _autocast_device(x: Tensor) -> str:
-    """Where autocast is to be off; tensors on the meta device know none."""
-    return "cpu" if x.is_meta else x.device.type

@@ -80,3 +80,8 @@ class DropPath(nn.Module):
         keep = 1 - self.drop_prob
         kept = torch.empty(len(x), *[1] * (x.dim() - 1), dtype=torch.float32, device=x.device).bernoulli_(keep)
         return x * (kept / keep).to(x.dtype)
+
+
+def without_autocast(like: Tensor) -> torch.autocast:
+    """Inside: products on the device of `like` are computed in the dtype of their factors. Tensors on the meta device know no autocast; the CPU's is taken."""
+    return torch.autocast("cpu" if like.is_meta else like.device.type, enabled=False)

@@ -17,6 +17,7 @@ from mmdet.models.dense_heads import Mask2FormerHead as MmdetHead
 from mmdet.models.utils import get_uncertain_point_coords_with_randomness
 from torch import Tensor, nn
 
+from internseg_ds.models.layers import without_autocast
 from internseg_ds.models.mask2former_pixel_decoder import tokens_of, with_own_layers  # registers the decoder, too
 from internseg_ds.models.mask2former_settings import check_arguments, check_layers, check_train_cfg
 from internseg_ds.models.mask_matching import Matches, match, sampled, sampled_targets
@@ -97,7 +98,7 @@ class Mask2FormerHead(MmdetHead):
 
         Returns loss_cls, loss_mask and loss_dice of the last layer, and d0.loss_cls ... of those before. Collective: masks are counted over all ranks.
         """
-        with _in_fp32(features):
+        with without_autocast(features[0]):
             all_scores, all_masks = self(features)
             matches = match(self.assigner, self.num_points, all_scores, all_masks, gt_labels, gt_masks)
             masks = reduce_mean(torch.tensor(float(matches[0].image.numel()), device=features[0].device)).clamp(min=1)
@@ -129,7 +130,7 @@ class Mask2FormerHead(MmdetHead):
 
     def forward_test(self, features: Sequence[Tensor], img_metas: Any = None, test_cfg: Any = None) -> Tensor:
         """What the last layer's queries say of each pixel: the sum of class probability times mask probability, (b, num_classes, h_0, w_0)."""
-        with _in_fp32(features):
+        with without_autocast(features[0]):
             all_scores, all_masks = self(features)
             return torch.einsum("bqc,bqhw->bchw", all_scores[-1].softmax(-1)[..., :-1], all_masks[-1].sigmoid())
 
@@ -138,7 +139,7 @@ class Mask2FormerHead(MmdetHead):
 
         labels: (b, h, w). Returns a scalar.
         """
-        with _in_fp32(features):
+        with without_autocast(features[0]):
             all_scores, all_masks = self(features)
             images, device = len(labels), labels.device
             each = min(PLANNED_MASKS, self.num_queries)
@@ -151,11 +152,6 @@ class Mask2FormerHead(MmdetHead):
             for scores, masks in zip(all_scores, all_masks, strict=True):
                 total = total + sum(self._losses(scores, masks, matches, classes, targets, scores.new_tensor(1.0)).values())
             return total
-
-
-def _in_fp32(features: Sequence[Tensor]) -> torch.autocast:
-    """Products of tensors are computed in the dtype of the tensors, in which the modules of heads put them out."""
-    return torch.autocast(features[0].device.type if features[0].device.type != "meta" else "cpu", enabled=False)
 
 
 def _hidden(masks: Tensor, size: torch.Size) -> Tensor:

@@ -1,6 +1,7 @@
 """Wrong input ends before anything is built, with one sentence from rank 0 and exit code 2."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +19,14 @@ def test_rank_0_says_it_once_and_the_launcher_ends_with_2(launch, tmp_path):
     assert len(said) == 1 and "data_root" in said[0]
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "work").exists()
+
+
+def refusal(config: str, options: dict, ade20k: Path) -> str:
+    """What the checks before a run say of a config with these options."""
+    right = dict(option.split("=") for option in data_options(ade20k))
+    with pytest.raises(UserError) as caught:
+        check(read_experiment(ROOT / config, right | options), ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0))
+    return str(caught.value)
 
 
 @pytest.mark.parametrize(("options", "words"), [
@@ -73,10 +82,8 @@ def test_rank_0_says_it_once_and_the_launcher_ends_with_2(launch, tmp_path):
     ({"lr_config.policy": "step"}, ["poly"]),
 ])
 def test_a_wrong_setting_is_one_sentence(options, words, ade20k):
-    right = dict(option.split("=") for option in data_options(ade20k))
-    with pytest.raises(UserError) as caught:
-        check(read_experiment(ROOT / TINY, right | options), ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0))
-    assert all(word in str(caught.value) for word in words), str(caught.value)
+    said = refusal(TINY, options, ade20k)
+    assert all(word in said for word in words), said
 
 
 @pytest.mark.parametrize(("config", "keys", "words"), [
@@ -117,10 +124,8 @@ def test_masks_of_another_size_than_the_image_are_refused(ade20k):
     ({"engine.heads_dtype": "bfloat16"}, ["engine.heads_dtype='bfloat16' is not for Mask2FormerHead"]),
 ])
 def test_a_wrong_setting_of_mask2former_is_one_sentence(options, words, ade20k):
-    right = dict(option.split("=") for option in data_options(ade20k))
-    with pytest.raises(UserError) as caught:
-        check(read_experiment(ROOT / MASK2FORMER, right | options), ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0))
-    assert all(word in str(caught.value) for word in words), str(caught.value)
+    said = refusal(MASK2FORMER, options, ade20k)
+    assert all(word in said for word in words), said
 
 
 def test_a_joined_validation_set_is_refused(ade20k):
