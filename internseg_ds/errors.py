@@ -1,7 +1,8 @@
 """The errors that a user can cause, and mend.
 
-A `UserError` is raised before any accelerator memory is taken, on every rank alike. The scripts in `launch/` print its one sentence on stderr from
-rank 0 and exit with code 2; from Python it is an ordinary exception. Anything else that is raised is a defect of the program or of the machine.
+A `UserError` is raised on every rank alike, before any accelerator memory is taken unless what is wrong shows only in values that are read later. The
+scripts in `launch/` print its one sentence on stderr from rank 0 and exit with code 2; from Python it is an ordinary exception. Anything else that is
+raised is a defect of the program or of the machine.
 """
 
 import difflib
@@ -47,3 +48,8 @@ def unknown_key(key: str, known: Iterable[str], where: str) -> ConfigError:
     known = sorted(known)
     near = difflib.get_close_matches(key, known, n=1)
     return ConfigError(f"unknown key {key!r} in {where}" + (f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"))
+
+
+def shortened(names: list[str], most: int = 5) -> str:
+    """The first names of a list, and how many more there are, for a sentence."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -23,10 +23,12 @@ def main() -> None:
         "deepspeed --num_gpus 8 launch/train.py configs/intern_vit_6b/full_tuning/upernet_intern_vit_6b_504_80k_ade20k_bs16_lr4e-5.py \\\n"
         "      --deepspeed_config ds_configs/zero3_bf16.json")
     parser.add_argument("config", help="experiment config (MMSegmentation 0.x format)")
-    parser.add_argument("--deepspeed_config", "--deepspeed-config", default="ds_configs/zero3_bf16.json", metavar="JSON", help="DeepSpeed JSON (default: %(default)s)")
+    parser.add_argument("--deepspeed_config", "--deepspeed-config", default="ds_configs/zero3_bf16.json", metavar="JSON",
+                        help="DeepSpeed JSON (default: %(default)s)")
     parser.add_argument("--work-dir", metavar="DIR", help="where checkpoints, logs and curves go (default: work_dirs/NAME_OF_CONFIG)")
     parser.add_argument("--load-from", metavar="PATH", help="start from the weights of a whole segmentor: .pth, .safetensors, or a ZeRO checkpoint")
-    parser.add_argument("--resume", "--resume-from", metavar="auto|PATH", help="go on exactly where a checkpoint stopped; auto: the newest of the work directory, if any")
+    parser.add_argument("--resume", "--resume-from", metavar="auto|PATH",
+                        help="go on exactly where a checkpoint stopped; auto: the newest of the work directory, if any")
     parser.add_argument("--auto-resume", action="store_const", const="auto", dest="resume", help="the same as --resume auto")
     parser.add_argument("--no-validate", action="store_true", help="train without evaluating")
     parser.add_argument("--seed", type=int, default=0, help="of data order, augmentation, initial weights and noise (default: %(default)s)")
@@ -49,7 +51,8 @@ def main() -> None:
 
         from internseg_ds.distributed.process_group import world_from_environment
         from internseg_ds.engine.checkpointing import checkpoint_to_resume
-        from internseg_ds.engine.preflight import check, describe
+        from internseg_ds.engine.description import describe
+        from internseg_ds.engine.preflight import check
 
         world = world_from_environment()
         resume_from = checkpoint_to_resume(args.resume or experiment.resume_from, Path(args.work_dir or experiment.work_dir))

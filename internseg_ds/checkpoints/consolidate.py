@@ -18,12 +18,11 @@ import torch
 import xxhash
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from internseg_ds.checkpoints.fitting import shortened
 from internseg_ds.checkpoints.stored import HeldTensor
 from internseg_ds.checkpoints.streaming import Advance, Entry, write_pth, write_safetensors
 from internseg_ds.checkpoints.weights import INDEX
 from internseg_ds.checkpoints.zero_checkpoint import What, ZeroCheckpoint
-from internseg_ds.errors import CheckpointError
+from internseg_ds.errors import CheckpointError, shortened
 
 SHARD_BYTES = 4 * 2**30
 SHARD_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")

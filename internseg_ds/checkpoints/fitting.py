@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from internseg_ds.checkpoints.weights import Weights
-from internseg_ds.errors import CheckpointError
+from internseg_ds.errors import CheckpointError, shortened
 
 CanResize = Callable[[torch.Size, torch.Size], bool]
 
@@ -60,14 +60,11 @@ def fit(weights: Weights, shapes: Mapping[str, torch.Size], *, prefix: str = "",
     lacking = [name for name in found.missing if not name.startswith(may_miss)]
     if wrong:
         name, source = wrong[0]
-        raise CheckpointError(f"{weights.path} does not fit the model: {name} is {list(weights.shapes[source])} in the file and {list(shapes[name])} in the model "
-                              f"({len(wrong)} tensors differ: {shortened([name for name, _ in wrong])}); use the config that these weights were made with, or let what differs keep "
-                              "its initial values with engine.weights_may_differ=[PREFIX, ...]")
+        raise CheckpointError(f"{weights.path} does not fit the model: {name} is {list(weights.shapes[source])} in the file and {list(shapes[name])} in "
+                              f"the model ({len(wrong)} tensors differ: {shortened([name for name, _ in wrong])}); use the config that these weights were made "
+                              "with, or let what differs keep its initial values with engine.weights_may_differ=[PREFIX, ...]")
     if extra or lacking:
         raise CheckpointError(f"{weights.path} does not fit the model: unexpected in the file: {shortened(extra) or 'nothing'}; missing from it: "
-                              f"{shortened(lacking) or 'nothing'}; use the config that these weights were made with, or allow names with engine.weights_may_differ=[PREFIX, ...]")
+                              f"{shortened(lacking) or 'nothing'}; use the config that these weights were made with, or allow names with "
+                              "engine.weights_may_differ=[PREFIX, ...]")
     return found
-
-
-def shortened(names: list[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

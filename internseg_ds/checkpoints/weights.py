@@ -16,7 +16,7 @@ from torch import Tensor
 
 from internseg_ds.checkpoints.stored import HeldTensor, Stored, load_stored, load_stored_safetensors
 from internseg_ds.checkpoints.zero_checkpoint import What, ZeroCheckpoint, is_zero_checkpoint
-from internseg_ds.errors import CheckpointError
+from internseg_ds.errors import CheckpointError, shortened
 
 WRAPPERS = ("state_dict", "module", "model")
 INDEX = "model.safetensors.index.json"
@@ -95,6 +95,25 @@ def _pth(path: Path) -> Weights:
     if not tensors:
         raise CheckpointError(f"{path} holds no weights, {'only ' + ', '.join(map(str, list(content)[:5])) if content else 'it is empty'}")
     return _of_tensors(path, tensors, meta)
+
+
+def noting_not_finite(weights: Weights, noted: set[str]) -> Weights:
+    """A view of `weights` that adds to `noted` the names of tensors in which a read met an element that is NaN or infinite."""
+
+    def look(name: str, value: Tensor) -> Tensor:
+        if not value.isfinite().all():
+            noted.add(name)
+        return value
+
+    return dataclasses.replace(weights, read=lambda name: look(name, weights.read(name)),
+                               read_slice=lambda name, start, stop: look(name, weights.read_slice(name, start, stop)))
+
+
+def refuse_not_finite(weights: Weights, noted: Collection[str]) -> None:
+    """Raises CheckpointError when there are any."""
+    if noted:
+        raise CheckpointError(f"{weights.path} holds NaN or infinite weights, in {shortened(sorted(noted))}; "
+                              "take weights from before their training diverged")
 
 
 def renamed(weights: Weights, sources: Mapping[str, tuple[str, ...]], rest: Collection[str] = ()) -> Weights:

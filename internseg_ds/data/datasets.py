@@ -17,7 +17,10 @@ from torch.utils.data import Dataset
 
 import internseg_ds.data.ade20k  # noqa: F401 - registers the published few-shot data set
 from internseg_ds.data.transforms import CheckAnnotation
-from internseg_ds.errors import DataError
+from internseg_ds.errors import ConfigError, DataError
+
+MOVE_PIXELS = {"Resize", "SETR_Resize", "ResizeToMultiple", "RandomFlip", "RandomCrop", "RandomRotate", "RandomMosaic", "Pad"}
+"""The transforms of mmseg, and ours, after which a pixel may lie elsewhere."""
 
 
 def build_datasets(entry: Any, what: str, leaves: list[Any], **default_args: Any) -> Dataset:
@@ -41,6 +44,7 @@ def build_datasets(entry: Any, what: str, leaves: list[Any], **default_args: Any
         if getattr(part, "label_map", None):  # of classes that the config leaves out; mmseg's -1 is no uint8, which numpy 2 minds
             part.label_map = {old: 255 if new == -1 else new for old, new in part.label_map.items()}
         _check_annotations_of(part)
+        _masks_come_last(part, what)
     _annotations_are_there(dataset, what)
     if len(dataset) == 0:
         places = ", ".join(f"{leaf.get('data_root')}/{leaf.get('img_dir')}/*{leaf.get('img_suffix', '.jpg')}" for leaf in leaves)
@@ -67,14 +71,22 @@ def _check_annotations_of(dataset: Dataset) -> None:
             transforms.insert(place + 1, CheckAnnotation(len(dataset.CLASSES), dataset.ignore_index))
 
 
+def _masks_come_last(dataset: Dataset, what: str) -> None:
+    """Masks are made once, from the label map as it then is: a step that moves pixels after that would leave them where they were. Raises ConfigError."""
+    steps = [type(step).__name__ for step in dataset.pipeline.transforms]
+    after = steps[steps.index("ToMask") :] if "ToMask" in steps else []
+    if moves := next((step for step in after if step in MOVE_PIXELS), None):
+        raise ConfigError(f"the pipeline of {what} has {moves} after ToMask, whose masks would not move with the image; put ToMask behind it")
+
+
 def _annotations_are_there(dataset: Dataset, what: str) -> None:
     """Each image's label map must exist: looked for now, lest a run end at the first one that does not."""
     for part in _plain(dataset):
         names = [info["ann"]["seg_map"] for info in getattr(part, "img_infos", ()) if "ann" in info] if getattr(part, "ann_dir", None) else []
         missing = [name for name in names if not os.path.exists(os.path.join(part.ann_dir, name))]
         if missing:
-            raise DataError(f"{what}: {len(missing)} of {len(names)} label maps are missing, the first is {os.path.join(part.ann_dir, missing[0])}; put them there, or take "
-                            f"their images away")
+            raise DataError(f"{what}: {len(missing)} of {len(names)} label maps are missing, the first is {os.path.join(part.ann_dir, missing[0])}; "
+                            f"put them there, or take their images away")
 
 
 def first_sample(dataset: Dataset, what: str, *, tolerated: int = 0) -> dict[str, Any]:
@@ -98,9 +110,12 @@ def sample(dataset: Dataset, index: int) -> dict[str, Any]:
         image, labels = _files(dataset, index)
         for file in filter(None, (image, labels)):
             if not _is_picture(file):
-                raise DataError(f"{file} {'is no picture that can be read' if os.path.exists(file) else 'is not there'}; copy it again, or take the image away") from error
+                what = "is no picture that can be read" if os.path.exists(file) else "is not there"
+                raise DataError(f"{file} {what}; copy it again, or take the image away") from error
         reason = " ".join(str(error).split())  # OpenCV's has several lines
-        mend = "does a step of the pipeline make it, before the one that asks for it?" if isinstance(error, KeyError) else "is the image, or its label map, damaged?"
+        mend = "is the image, or its label map, damaged?"
+        if isinstance(error, KeyError):
+            mend = "does a step of the pipeline make it, before the one that asks for it?"
         raise DataError(f"the pipeline fails on image {image}: {type(error).__name__}: {reason}; {mend}") from error
 
 

@@ -69,6 +69,6 @@ class CheckAnnotation:
                             "it must have one class per pixel")
         wrong = labels[(labels >= self.classes) & (labels != self.ignore_index)]
         if wrong.size:
-            raise DataError(f"label map {file} has label {int(wrong[0])}, but there are classes 0 to {self.classes - 1} and {self.ignore_index} for none; correct it, or "
-                            "set reduce_zero_label of LoadAnnotations as the data need it")
+            raise DataError(f"label map {file} has label {int(wrong[0])}, but there are classes 0 to {self.classes - 1} and {self.ignore_index} for none; "
+                            "correct it, or set reduce_zero_label of LoadAnnotations as the data need it")
         return results

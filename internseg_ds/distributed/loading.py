@@ -12,9 +12,10 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from internseg_ds.checkpoints.fitting import CanResize, Fit, fit
-from internseg_ds.checkpoints.weights import Weights, renamed
+from internseg_ds.checkpoints.weights import Weights, noting_not_finite, refuse_not_finite, renamed
 from internseg_ds.distributed.construction import gathered
 from internseg_ds.distributed.parameter_groups import full_shape
+from internseg_ds.distributed.process_group import of_all_ranks
 from internseg_ds.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -80,9 +81,13 @@ def resized(model: nn.Module, name: str, value: Tensor, shape: torch.Size) -> Te
 
 
 def load(model: nn.Module, found: Fit) -> None:
-    """Reads what `found` matched into the model. Under ZeRO-3 each rank reads its own share of each parameter and no rank talks to another."""
+    """Reads what `found` matched into the model. Under ZeRO-3 each rank reads its own share of each parameter. Collective where there is a process group.
+
+    Raises CheckpointError, on every rank, when an element that some rank read is NaN or infinite.
+    """
     params, buffers = dict(model.named_parameters()), dict(model.named_buffers())
-    weights = found.weights
+    not_finite: set[str] = set()
+    weights = noting_not_finite(found.weights, not_finite)
     for name, source in track(found.sources.items(), "loading weights", disable=dist.is_initialized() and dist.get_rank() != 0):
         with torch.no_grad():
             if name in buffers:
@@ -95,6 +100,7 @@ def load(model: nn.Module, found: Fit) -> None:
                 with gathered([params[name]], modifier_rank=0):
                     if dist.get_rank() == 0:
                         params[name].copy_(resized(model, name, weights.read(source), full_shape(params[name])))
+    refuse_not_finite(weights, set().union(*of_all_ranks(not_finite)))
     log.info("%s: %s", weights.path, found.summary())
 
 

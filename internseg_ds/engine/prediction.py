@@ -22,10 +22,11 @@ from internseg_ds.distributed.watch import joined
 from internseg_ds.engine.evaluator import conclude, images_of
 from internseg_ds.engine.experiment import Experiment, leaf_datasets, read_experiment
 from internseg_ds.engine.inference import ready
+from internseg_ds.engine.model_checks import check_windows
 from internseg_ds.engine.outputs import output_folder, whole_file, write_picture
 from internseg_ds.engine.pictures import side_by_side
-from internseg_ds.engine.preflight import check_weights_fit, check_windows
 from internseg_ds.engine.segmenting import Segmenter
+from internseg_ds.engine.starting_weights import check_weights_fit
 from internseg_ds.engine.trackers import start_logging
 from internseg_ds.errors import ConfigError, DataError
 

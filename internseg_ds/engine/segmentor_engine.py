@@ -26,7 +26,7 @@ import torch.distributed as dist
 from mmcv import Config
 from torch import Tensor
 
-from internseg_ds.checkpoints.weights import open_weights, weights_of
+from internseg_ds.checkpoints.weights import weights_of
 from internseg_ds.checkpoints.zero_checkpoint import ZeroCheckpoint
 from internseg_ds.data.loading import Batch
 from internseg_ds.distributed.checkpoint_engine import NotingCheckpointEngine
@@ -47,7 +47,7 @@ from internseg_ds.engine.experiment import Experiment, read_experiment
 from internseg_ds.engine.forecast import shortfall
 from internseg_ds.engine.outputs import check_writable
 from internseg_ds.engine.planner import Planner
-from internseg_ds.engine.preflight import Plan, check, starting_weights
+from internseg_ds.engine.preflight import Plan, check
 from internseg_ds.engine.profiling import check_profiled_steps
 from internseg_ds.engine.state import TrainState
 from internseg_ds.engine.stopping import StopRequests, check_no_stop_file, stop_file
@@ -128,12 +128,12 @@ class SegmentorEngine:
         self.watch = Watch(world, hang_s=heartbeat_timeout)
         self.stop_requests = StopRequests(stop_file(self.work_dir) if world.is_main else None, self.watch)
         try:
-            self._build(seed, load_from, checkpoint)
+            self._build(seed, checkpoint)
         except BaseException as error:
             self.watch.close(of_one_rank(error))
             raise
 
-    def _build(self, seed: int, load_from: str | os.PathLike | None, checkpoint: ZeroCheckpoint | None) -> None:
+    def _build(self, seed: int, checkpoint: ZeroCheckpoint | None) -> None:
         import deepspeed
 
         experiment, ds, device = self.plan.experiment, self.plan.ds, self.world.device
@@ -150,9 +150,8 @@ class SegmentorEngine:
         choose_recomputation(model, recomputation)
         if checkpoint is not None:
             load(model, fit_segmentor(model, weights_of(checkpoint)))
-        elif start := starting_weights(experiment, model, load_from):
-            _, path, fit = start
-            load(model, fit(model, open_weights(path), experiment.engine.weights_may_differ))
+        elif self.plan.weights is not None:
+            load(model, self.plan.weights)
         apply_precision(model, self.compute_dtype, heads=self.heads_dtype, autocast=ds.precision == "autocast")
         groups = parameter_groups(model, experiment.optimizer)
         optimizer = build_optimizer(groups, experiment.optimizer, ds)

@@ -68,11 +68,17 @@ class SkippedSteps:
                 ranks = [[{"loss": str(loss), "images": files} for loss, files in some] for some in told]
                 print(json.dumps({"step": step, "ranks": ranks}), file=file)
         if self.in_a_row >= self.limit:
-            raise Diverged(f"{self.in_a_row} steps in a row, up to step {step}, were skipped; at the last {reason}. {self.file} names the images of all of them. Lower the "
-                           "learning rate, or clip the gradients with optimizer_config=dict(grad_clip=dict(max_norm=...))")
+            raise Diverged(f"{self.in_a_row} steps in a row, up to step {step}, were skipped; at the last {reason}. {self.file} names the images of all of "
+                           "them. Lower the learning rate, or clip the gradients with optimizer_config=dict(grad_clip=dict(max_norm=...))")
         if is_main:
             log.warning("step %d is skipped (%d in a row): %s", step, self.in_a_row, reason)
         return True
+
+    def at_end(self, steps: int) -> None:
+        """Raises Diverged, on every rank, when each of the training's `steps` was skipped, fewer than the limit though they are."""
+        if self.in_a_row and self.in_a_row == steps:
+            raise Diverged(f"all {steps} steps of this training were skipped, so it changed no weight; {self.file} names their images, and the weights that it "
+                           "started from may be at fault")
 
     def _copy(self, source: list[Tensor], target: list[Tensor]) -> None:
         if source:  # not every model has batch norms

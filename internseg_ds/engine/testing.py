@@ -19,10 +19,12 @@ from internseg_ds.distributed.watch import joined
 from internseg_ds.engine.evaluator import Evaluation, conclude, evaluate, images_of
 from internseg_ds.engine.experiment import known_metrics, read_experiment
 from internseg_ds.engine.inference import ready
+from internseg_ds.engine.model_checks import check_classes, check_windows
 from internseg_ds.engine.outputs import output_folder
-from internseg_ds.engine.preflight import check_classes, check_weights_fit, check_windows, validation_set
+from internseg_ds.engine.preflight import validation_set
 from internseg_ds.engine.report import Extremes, Shower, write_report
 from internseg_ds.engine.segmenting import Segmenter
+from internseg_ds.engine.starting_weights import check_weights_fit
 from internseg_ds.engine.trackers import start_logging
 from internseg_ds.errors import ConfigError, OutputError
 

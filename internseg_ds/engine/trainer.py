@@ -30,7 +30,8 @@ log = logging.getLogger(__name__)
 def train(engine: "SegmentorEngine") -> TrainState:
     """Trains `engine` from where its state stands to the last step, or until some rank is asked to stop (`engine.stopped`, after a save). Collective.
 
-    Raises Diverged when too many steps in a row were skipped for a loss or gradient that is not finite, DataError when too many images are damaged.
+    Raises Diverged when too many steps in a row, or all of them, were skipped for a loss or gradient that is not finite, DataError when too many images
+    are damaged.
     """
     plan, state, watch, stop = engine.plan, engine.state, engine.watch, engine.stop_requests
     experiment, ds, world, deepspeed = plan.experiment, plan.ds, engine.world, engine.deepspeed
@@ -109,6 +110,8 @@ def train(engine: "SegmentorEngine") -> TrainState:
     if world.is_main:
         with unless_disk_full("the curves are not drawn"):
             draw_curves(engine.work_dir / "metrics.jsonl", engine.work_dir / "curves.png", experiment.metrics[0])
+    if not engine.stopped:
+        skipped.at_end(state.step)
     return state
 
 

@@ -136,6 +136,22 @@ def shares_are_read_and_no_more(path) -> None:
                 assert torch.equal(param.data.float(), expected[name]), name
 
 
+def one_bad_element_is_refused_by_all(path) -> None:
+    deepspeed.init_distributed(verbose=False)
+    for stage in (3, 1):  # a share of each tensor, all of it
+        model = build_for_training(segmentor(), ds_config(stage, world_size=torch.distributed.get_world_size(), bf16=False), torch.device("cpu"), seed=0)
+        with pytest.raises(CheckpointError, match=r"w\.pth holds NaN or infinite weights, in blocks\.1\.mlp\.fc1\.weight; take"):
+            load(model, fit_backbone(model, open_weights(path)))
+
+
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_weights_that_are_not_finite_are_refused_on_every_rank_whichever_read_them(value, state, tmp_path):
+    bad = {name: tensor.clone() for name, tensor in state.items()}
+    bad["blocks.1.mlp.fc1.weight"][-1, -1] = value  # the last rank's share
+    torch.save(bad, tmp_path / "w.pth")
+    spawn(one_bad_element_is_refused_by_all, 2, tmp_path / "w.pth")
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_each_rank_of_zero3_reads_its_own_share(world_size, state, tmp_path):
     torch.save(state, tmp_path / "w.pth")

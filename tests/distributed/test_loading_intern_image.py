@@ -13,7 +13,7 @@ from internseg_ds.checkpoints.weights import open_weights
 from internseg_ds.distributed.construction import build_for_training, build_on_meta, gathered
 from internseg_ds.distributed.loading import fit_backbone, load
 from internseg_ds.engine.experiment import read_experiment
-from internseg_ds.engine.preflight import starting_weights
+from internseg_ds.engine.starting_weights import starting_weights
 from internseg_ds.errors import CheckpointError
 from tests.conftest import IMAGE, ROOT
 from tests.distributed.ranks import spawn
@@ -101,6 +101,8 @@ def test_an_address_is_answered_with_what_to_do(setting):
 
 
 def test_the_file_of_init_cfg_is_what_a_run_starts_from_and_not_the_resnet_of_a_base_config():
-    for options, expected in ({INIT_CFG: "w.pth"}, (INIT_CFG, Path("w.pth"), fit_backbone)), ({}, None):
-        experiment = read_experiment(ROOT / IMAGE, {"model.pretrained": "open-mmlab://resnet50_v1c", **options})
-        assert starting_weights(experiment, build_on_meta(experiment.model), None) == expected
+    experiment = read_experiment(ROOT / IMAGE, {"model.pretrained": "open-mmlab://resnet50_v1c"})
+    assert starting_weights(experiment, build_on_meta(experiment.model), None) is None
+    experiment = read_experiment(ROOT / IMAGE, {"model.pretrained": "open-mmlab://resnet50_v1c", INIT_CFG: "nowhere.pth"})
+    with pytest.raises(CheckpointError, match=f"^{INIT_CFG}='nowhere.pth': there is no such file"):
+        starting_weights(experiment, build_on_meta(experiment.model), None)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from mmseg.datasets.builder import PIPELINES
 
 from internseg_ds.distributed.process_group import World
 from internseg_ds.engine.experiment import read_experiment
@@ -97,16 +98,33 @@ def test_a_pipeline_that_does_not_hand_over_what_the_segmentor_takes_is_refused(
         check(experiment, ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0))
 
 
-def test_masks_of_another_size_than_the_image_are_refused(ade20k):
+@PIPELINES.register_module()
+class TurnOverAndHalve:
+    """A transform that no list knows."""
+
+    def __call__(self, results):
+        results["img"] = results["img"][::-1, :56]
+        results["gt_semantic_seg"] = results["gt_semantic_seg"][::-1, :56]
+        return results
+
+
+@pytest.mark.parametrize(("before", "error", "words"), [
+    ("Resize", ConfigError, "has Resize after ToMask, whose masks would not move with the image"),
+    ("RandomFlip", ConfigError, "has RandomFlip after ToMask"),  # which leaves the size as it is
+    ("TurnOverAndHalve", ConfigError, r"gt_masks of the first image .* 112 x 112 pixels, and the image with 112 x 56; make it after the last step"),
+    (None, DataError, "KeyError: 'gt_masks'; does a step of the pipeline make it"),
+])
+def test_masks_that_would_not_be_those_of_the_image_are_refused(before, error, words, ade20k):
     experiment = read_experiment(ROOT / MASK2FORMER, dict(option.split("=") for option in data_options(ade20k)))
     steps = experiment.train.pipeline
-    made = next(step for step in steps if step["type"] == "ToMask")
-    steps.remove(made)
-    steps.insert(2, made)
-    with pytest.raises(ConfigError, match=r"gt_masks of the first image .* and the image with 112 x 112; make it after the last step"):
-        check(experiment, ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0))
-    steps.remove(made)
-    with pytest.raises(DataError, match="KeyError: 'gt_masks'; does a step of the pipeline make it"):
+    kinds = [step["type"] for step in steps]
+    made = steps.pop(kinds.index("ToMask"))
+    if before == "TurnOverAndHalve":
+        steps.insert(kinds.index("ToMask"), {"type": before})
+        kinds.insert(kinds.index("ToMask"), before)
+    if before:
+        steps.insert(kinds.index(before), made)
+    with pytest.raises(error, match=words):
         check(experiment, ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0))
 
 
@@ -165,7 +183,7 @@ def test_an_option_without_a_value_is_a_usage_error(launch):
 
 def test_a_dry_run_prints_parameters_groups_and_memory_and_writes_nothing(launch, ade20k, tmp_path):
     done = launch("launch/train.py", TINY, "--dry-run", "--work-dir", tmp_path / "work", "--cfg-options", *data_options(ade20k), processes=1, launcher="python")
-    assert all(word in done.stdout for word in ("backbone", "layer 0, decay", "optimizer", "8 images per step"))
+    assert all(word in done.stdout for word in ("backbone", "layer 0, decay", "optimizer", "weights: random", "8 images per step"))
     assert not (tmp_path / "work").exists()
 
 

@@ -4,11 +4,13 @@ import json
 import math
 from pathlib import Path
 
+import pytest
 import torch
 from mmseg.datasets.builder import PIPELINES
 
 from internseg_ds.engine.segmentor_engine import SegmentorEngine
 from internseg_ds.engine.skipped import poisoned
+from internseg_ds.errors import Diverged
 from tests.conftest import ROOT
 from tests.distributed.ranks import spawn
 from tests.engine.small import small_experiment
@@ -26,9 +28,19 @@ class SpoilOneImage:
         return results
 
 
+@PIPELINES.register_module()
+class SpoilAllImages:
+    """The same of every image."""
+
+    def __call__(self, results):
+        results["img"] = results["img"] * math.nan
+        return results
+
+
 def one_bad_image_costs_its_steps_and_nothing_else(root: Path, folder: Path) -> None:
     for ds_config in ("zero3_bf16.json", "zero1_bf16.json", "zero3_autocast.json"):
         one_bad_image(root, folder / ds_config, ds_config)
+    nothing_but_bad_images(root, folder / "all")
 
 
 def one_bad_image(root: Path, work_dir: Path, ds_config: str) -> None:
@@ -50,13 +62,20 @@ def one_bad_image(root: Path, work_dir: Path, ds_config: str) -> None:
             assert [record["step"] for record in records if record["loss"] is None] == [note["step"] for note in notes]
 
 
+def nothing_but_bad_images(root: Path, work_dir: Path) -> None:
+    cfg = small_experiment(root, "runner.max_iters=2", after_normalize="SpoilAllImages")
+    with SegmentorEngine(cfg, ROOT / "ds_configs/zero1_bf16.json", work_dir=work_dir, validate=False) as engine, \
+            pytest.raises(Diverged, match=r"all 2 steps of this training were skipped"):
+        engine.train()
+
+
 def engine_masters(engine):
     from internseg_ds.distributed.partitions import partitions
 
     return [master.data for master in partitions(engine.deepspeed)]
 
 
-def test_one_bad_image_costs_its_steps_and_nothing_else(ade20k, tmp_path):
+def test_one_bad_image_costs_its_steps_and_nothing_else_and_only_bad_ones_are_an_error(ade20k, tmp_path):
     spawn(one_bad_image_costs_its_steps_and_nothing_else, 2, ade20k, tmp_path)
 
 

@@ -8,9 +8,9 @@ from mmseg.models import build_backbone
 from internseg_ds.checkpoints.weights import open_weights
 from internseg_ds.distributed.construction import build_for_training, build_on_meta
 from internseg_ds.distributed.ds_config import resolve_ds_config
-from internseg_ds.distributed.loading import fit_backbone, fit_segmentor, load
+from internseg_ds.distributed.loading import fit_segmentor, load
 from internseg_ds.engine.experiment import read_experiment
-from internseg_ds.engine.preflight import check_weights, starting_weights
+from internseg_ds.engine.starting_weights import starting_weights
 from internseg_ds.errors import CheckpointError, ConfigError
 from internseg_ds.models.backbone import patch_size, pretrained_file, vector_length
 from tests.conftest import TINY
@@ -60,14 +60,12 @@ def test_mmsegs_two_ways_to_name_weights_are_read_by_the_engine_and_not_by_the_m
     experiment = vit_experiment(**arguments)
     hollow = build_on_meta(experiment.model)
     assert pretrained_file(hollow.backbone) == str(path)
-    with pytest.raises(CheckpointError, match="there is no such file"):
-        check_weights(experiment, hollow, None)
+    with pytest.raises(CheckpointError, match=rf"model\.backbone\.{how}.*: there is no such file"):
+        starting_weights(experiment, hollow, None)
     model = build(experiment)  # reads no file: there is none
     wanted = {name: torch.randn_like(value) for name, value in model.backbone.state_dict().items()}
     torch.save({"state_dict": wanted}, path)
-    option, found, fit = starting_weights(experiment, hollow, None)
-    assert how in option and fit is fit_backbone
-    load(model, fit(model, open_weights(found)))
+    load(model, starting_weights(experiment, hollow, None))
     assert all(torch.equal(value, wanted[name]) for name, value in model.backbone.state_dict().items())
 
 
@@ -75,7 +73,7 @@ def test_weights_of_a_head_alone_are_refused():
     experiment = vit_experiment()
     experiment.model.decode_head.init_cfg = dict(type="Pretrained", checkpoint="head.pth")
     with pytest.raises(ConfigError, match=r"model.decode_head.init_cfg .* load_from=PATH"):
-        check_weights(experiment, build_on_meta(experiment.model), None)
+        starting_weights(experiment, build_on_meta(experiment.model), None)
 
 
 def test_other_classes_in_a_file_keep_the_heads_initial_values_where_they_may_differ(tmp_path):

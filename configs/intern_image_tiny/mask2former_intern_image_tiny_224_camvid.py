@@ -1,0 +1,65 @@
+"""One's own data set with Mask2Former on a tiny InternImage, trained from scratch: CamVid, described and prepared in ../intern_vit_tiny/upernet_intern_vit_tiny_224_camvid.py.
+
+What Mask2Former needs of a data set: `ToMask` in the pipeline and its two results in Collect, and a class weight for "no object" behind those of the classes.
+
+Published score: none. Global batch: 8 images = 2 processes x 4; other numbers of processes accumulate gradients up to it.
+
+    deepspeed --num_gpus 2 launch/train.py configs/intern_image_tiny/mask2former_intern_image_tiny_224_camvid.py \
+              --deepspeed_config ds_configs/zero3_bf16.json
+"""
+
+_base_ = ["./mask2former_intern_image_tiny_112_ade20k.py"]
+
+# data
+classes = ("Sky", "Building", "Pole", "Road", "Pavement", "Tree", "SignSymbol", "Fence", "Car", "Pedestrian", "Bicyclist")
+palette = [
+    [128, 128, 128], [128, 0, 0], [192, 192, 128], [128, 64, 128], [60, 40, 222], [128, 128, 0],
+    [192, 128, 128], [64, 64, 128], [64, 0, 128], [64, 64, 0], [0, 128, 192],
+]  # fmt: skip
+num_classes = len(classes)
+img_scale = (480, 360)
+crop_size = (224, 224)
+img_norm_cfg = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True)
+train_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="LoadAnnotations"),
+    dict(type="Resize", img_scale=img_scale, ratio_range=(0.75, 1.5)),
+    dict(type="RandomCrop", crop_size=crop_size, cat_max_ratio=0.75),
+    dict(type="RandomFlip", prob=0.5),
+    dict(type="Normalize", **img_norm_cfg),
+    dict(type="Pad", size=crop_size, pad_val=0, seg_pad_val=255),
+    dict(type="ToMask"),
+    dict(type="DefaultFormatBundle"),
+    dict(type="Collect", keys=["img", "gt_semantic_seg", "gt_masks", "gt_labels"]),
+]
+test_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(
+        type="MultiScaleFlipAug",
+        img_scale=img_scale,
+        flip=False,
+        transforms=[
+            dict(type="Resize", keep_ratio=True),
+            dict(type="RandomFlip"),
+            dict(type="Normalize", **img_norm_cfg),
+            dict(type="ImageToTensor", keys=["img"]),
+            dict(type="Collect", keys=["img"]),
+        ],
+    ),
+]
+camvid = dict(type="CustomDataset", data_root="data/camvid", img_suffix=".jpg", seg_map_suffix=".png", classes=classes, palette=palette)
+training = dict(**camvid, img_dir="images/training", ann_dir="annotations/training", pipeline=train_pipeline)
+validation = dict(**camvid, img_dir="images/validation", ann_dir="annotations/validation", pipeline=test_pipeline)
+data = dict(_delete_=True, samples_per_gpu=4, workers_per_gpu=1, train=training, val=validation, test=validation)
+
+# model
+model = dict(
+    backbone=dict(with_cp=False),
+    decode_head=dict(num_classes=num_classes, loss_cls=dict(class_weight=[1.0] * num_classes + [0.1])),
+)
+
+# schedule
+lr_config = dict(warmup_iters=100)
+runner = dict(max_iters=1200)
+checkpoint_config = dict(interval=300)
+evaluation = dict(interval=300)

@@ -1,0 +1,43 @@
+"""What `--dry-run` shows of a run that has passed every check."""
+
+from rich.console import Console
+from rich.table import Table
+
+from internseg_ds.distributed.parameter_groups import parameter_groups
+from internseg_ds.engine.forecast import memory_table, of_this_run, verdict
+from internseg_ds.engine.planner import Planner
+from internseg_ds.engine.preflight import Plan
+
+
+def describe(plan: Plan, console: Console) -> None:
+    """Prints parameters by part, groups, weights, batches, data, and the memory of a process."""
+    counts = Table("part", "parameters", "of which train", title=f"{plan.experiment.name}: model")
+    for name, child in [*plan.meta_model.named_children(), ("all", plan.meta_model)]:
+        params = list(child.parameters())
+        counts.add_row(name, f"{sum(p.numel() for p in params):,}", f"{sum(p.numel() for p in params if p.requires_grad):,}")
+    console.print(counts)
+    groups = Table("group", "tensors", "parameters", "lr", "weight decay", title="parameter groups")
+    for group in parameter_groups(plan.meta_model, plan.experiment.optimizer):
+        groups.add_row(group["name"], str(len(group["params"])), f"{sum(p.numel() for p in group['params']):,}", f"{group['lr']:.3g}",
+                       f"{group['weight_decay']:g}")
+    console.print(groups)
+    ds, experiment = plan.ds, plan.experiment
+    console.print(f"weights: {_weights(plan)}")
+    console.print(f"batch: {ds.global_batch} images per step = {ds.world_size} processes x {ds.micro_batch} images x {ds.accumulation} accumulation steps")
+    console.print(f"data: {len(plan.train_set):,} training images, {len(plan.val_set) if plan.val_set is not None else 0:,} validation images; "
+                  f"{experiment.max_steps:,} steps = {experiment.max_steps * ds.global_batch / len(plan.train_set):.1f} epochs")
+    try:
+        memory = of_this_run(Planner(experiment, plan.meta_model, crop=plan.crop), ds, plan.world, validate=plan.val_set is not None)
+    except Exception as error:  # an odd model is no reason not to train it
+        console.print(f"the memory of this run cannot be planned: {type(error).__name__}: {error}")
+        return
+    console.print(memory_table(memory, f"{ds.source}: ZeRO-{ds.stage}, {ds.precision}, {ds.world_size} process{'es' * (ds.world_size > 1)}"))
+    console.print(f"Recomputed in the backbone: {memory.planner.recomputation}.")
+    console.print(f"{verdict(memory)} {memory.footprint.checkpoint / 2**30:.3g} GiB on disk per checkpoint.")
+    console.print("planned, not measured; nothing was taken from any accelerator. launch/plan.py compares ds_configs, GPUs and their numbers")
+
+
+def _weights(plan: Plan) -> str:
+    if plan.resume_from is not None:
+        return f"those of {plan.resume_from}, where training goes on"
+    return "random" if plan.weights is None else f"{plan.weights.weights.path}: {plan.weights.summary().replace(' loaded', ' to load', 1)}"

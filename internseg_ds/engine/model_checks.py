@@ -1,0 +1,125 @@
+"""Whether config, data and model fit each other: classes, patches, windows, and a training image that the segmentor can take. Nothing is computed.
+
+In: the segmentor on the meta device, the config, one sample. Out: nothing, or a ConfigError that names the setting and its mend.
+"""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from mmcv.parallel import DataContainer
+from torch import nn
+from torch.utils.data import Dataset
+
+from internseg_ds.engine.experiment import Experiment, leaf_datasets
+from internseg_ds.errors import ConfigError
+from internseg_ds.models.backbone import patch_size
+from internseg_ds.models.heads import heads
+
+
+def check_forward(model: nn.Module, sample: Mapping[str, Any], micro_batch: int, processes: int) -> None:
+    """A forward on the meta device: layers whose sizes do not fit each other are found without memory or data, and batch norms that would get one value.
+
+    A batch norm needs two values per channel in training, which one image pooled to a point does not give it. Raises ConfigError.
+    """
+    shape, starved = image_shape(sample), []
+
+    def look(name: str, norm: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        images = micro_batch * (processes if isinstance(norm, nn.SyncBatchNorm) else 1)
+        if args[0].numel() // args[0].size(1) * images < 2:
+            starved.append((name, norm))
+
+    norms = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training]
+    hooks = [norm.register_forward_pre_hook(lambda module, args, name=name: look(name, module, args)) for name, norm in norms]
+    model.eval()  # batch norms in training mode would want values
+    try:
+        with torch.no_grad():
+            features = model.extract_feat(torch.empty(1, *shape, device="meta"))
+            for head in heads(model):
+                head(features)
+    except Exception as error:  # whatever some layer refuses with
+        raise ConfigError(f"the model cannot take a training image of {shape}: {type(error).__name__}: {error}; do the in_channels of its heads "
+                          "fit?") from error
+    finally:
+        model.train()
+        for hook in hooks:
+            hook.remove()
+    if starved:
+        name, norm = starved[0]
+        others = "train on more processes" if isinstance(norm, nn.SyncBatchNorm) else "use norm_cfg=dict(type='SyncBN')"
+        raise ConfigError(f"batch norm {name} gets one value per channel from {micro_batch} image a process on {processes} "
+                          f"process{'es' * (processes > 1)}, and needs two in training; raise data.samples_per_gpu, or {others}")
+
+
+def image_shape(sample: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Channels, height, width of a training image as its pipeline hands it over."""
+    image = sample["img"]
+    return tuple((image.data if isinstance(image, DataContainer) else image).shape)
+
+
+def check_classes(model: nn.Module, dataset: Dataset, what: str) -> None:
+    """The heads and the data set must count the same classes."""
+    classes = getattr(dataset, "CLASSES", None)
+    if classes is None:
+        raise ConfigError(f"{what} does not name its classes; add classes=(...) and palette=[...] to it")
+    for head in heads(model):
+        if head.num_classes != len(classes):
+            raise ConfigError(f"{type(head).__name__} predicts num_classes={head.num_classes} classes but {what} has {len(classes)}; make them equal")
+
+
+def check_patches(experiment: Experiment, model: nn.Module) -> None:
+    """Sizes that reach the backbone must be whole patches. Raises ConfigError naming the setting and the nearest size that works."""
+    patch = patch_size(model.backbone)
+    found = [("model.test_cfg.crop_size", experiment.model.test_cfg["crop_size"])] if experiment.model.test_cfg["mode"] == "slide" else []
+    for leaf in leaf_datasets(experiment.train):
+        for step in leaf.get("pipeline", ()):
+            for kind, key in (("RandomCrop", "crop_size"), ("Pad", "size")):
+                if step.get("type") == kind and isinstance(step.get(key), (list, tuple)):
+                    found.append((f"data.train.pipeline {kind}.{key}", step[key]))
+    for setting, size in found:
+        for side in size:
+            if side % patch:
+                below = side // patch * patch
+                raise ConfigError(f"{setting}={tuple(size)} of {experiment.path} is not a multiple of the patch size {patch}; use {below} or {below + patch}")
+
+
+def check_windows(experiment: Experiment) -> None:
+    """`model.test_cfg` must say how an evaluation goes over an image. Raises ConfigError."""
+    test_cfg = experiment.model.get("test_cfg")
+    if not isinstance(test_cfg, Mapping) or test_cfg.get("mode") not in ("slide", "whole"):
+        mode = test_cfg.get("mode") if isinstance(test_cfg, Mapping) else None
+        raise ConfigError(f"model.test_cfg.mode={mode!r} of {experiment.path} is neither 'slide' nor 'whole'; write test_cfg=dict(mode='whole'), "
+                          "or mode='slide' with crop_size=(h, w) and stride=(h, w)")
+    batch_size = test_cfg.get("batch_size", 1)
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ConfigError(f"model.test_cfg.batch_size={batch_size!r} of {experiment.path} must be a whole number of windows, at least 1")
+    if test_cfg["mode"] == "whole":
+        return
+    for key in ("crop_size", "stride"):
+        if not isinstance(test_cfg.get(key), (list, tuple)) or len(test_cfg[key]) != 2 or not all(isinstance(side, int) and side > 0 for side in test_cfg[key]):
+            raise ConfigError(f"model.test_cfg.{key}={test_cfg.get(key)!r} of {experiment.path}: mode='slide' needs crop_size=(h, w) and stride=(h, w)")
+    if any(stride > crop for stride, crop in zip(test_cfg["stride"], test_cfg["crop_size"], strict=True)):
+        raise ConfigError(f"model.test_cfg.stride={tuple(test_cfg['stride'])} of {experiment.path} is larger than crop_size={tuple(test_cfg['crop_size'])}, "
+                          f"which leaves pixels without a prediction; use a stride of about two thirds of the crop")
+
+
+def check_sample(model: nn.Module, sample: Mapping[str, Any]) -> None:
+    """A training image as the pipeline hands it over must hold what the model's `forward_train` takes, maps of its size, and be whole patches.
+
+    Raises ConfigError.
+    """
+    try:
+        inspect.signature(model.forward_train).bind(**sample)
+    except TypeError as error:
+        raise ConfigError(f"the pipeline of data.train hands over {', '.join(sorted(sample))}, which {type(model).__name__} cannot train on: {error}; "
+                          "its Collect must name what is missing, made by a step before it, and nothing else") from None
+    patch, (_, height, width) = patch_size(model.backbone), image_shape(sample)
+    for name, value in sample.items():
+        value = value.data if isinstance(value, DataContainer) else value
+        if isinstance(value, torch.Tensor) and value.dim() > 1 and tuple(value.shape[-2:]) != (height, width):
+            raise ConfigError(f"{name} of the first image of data.train comes out of the pipeline with {value.shape[-2]} x {value.shape[-1]} pixels, "
+                              f"and the image with {height} x {width}; make it after the last step that resizes, crops or pads")
+    if height % patch or width % patch:
+        raise ConfigError(f"the first image of data.train comes out of its pipeline with {height} x {width} pixels, which are no whole patches of {patch}; "
+                          f"crop and pad to a multiple of {patch}")
