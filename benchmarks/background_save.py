@@ -49,7 +49,8 @@ def main() -> None:
     dist.barrier()
     leave()
     median = {how: statistics.median(values) for how, values in pauses.items()}
-    print(json.dumps({"ratio": round(median["background"] / median["at once"], 4), **{f"{how.replace(' ', '_')}_s": round(value, 3) for how, value in median.items()}}))
+    print(json.dumps({"ratio": round(median["background"] / median["at once"], 4),
+                      **{f"{how.replace(' ', '_')}_s": round(value, 3) for how, value in median.items()}}))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
     python benchmarks/consolidate.py [--gib 3] [--ranks 8] [--folder DIR] [--rounds 2]
 
 Builds a synthetic checkpoint (`--gib` of fp32 weights, and twice as much of AdamW moments, in the files of `--ranks` processes) without a GPU, and runs
-each tool in a process of its own, with nothing of the files in the system's cache: seconds, and peak resident memory over that of an interpreter that only imports torch. Ends with a line of JSON:
-memory_over_zero_to_fp32 (peaks as the system counts them, imports too), time_over_copy of the whole command, and net_time_over_copy without the import of torch.
+each tool in a process of its own, with nothing of the files in the system's cache: seconds, and peak resident memory over that of an interpreter that
+only imports torch. Ends with a line of JSON: memory_over_zero_to_fp32 (peaks as the system counts them, imports too), time_over_copy of the whole
+command, and net_time_over_copy without the import of torch.
 """
 
 import argparse
@@ -26,8 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def shapes(gib: float) -> dict[str, torch.Size]:
     """Names and shapes like those of InternViT-6B's blocks, until they make `gib` GiB of fp32."""
-    block = {"attn.qkv.weight": (3 * WIDTH, WIDTH), "attn.proj.weight": (WIDTH, WIDTH), "mlp.fc1.weight": (4 * WIDTH, WIDTH), "mlp.fc2.weight": (WIDTH, 4 * WIDTH),
-             "norm1.weight": (WIDTH,), "norm2.weight": (WIDTH,)}
+    block = {"attn.qkv.weight": (3 * WIDTH, WIDTH), "attn.proj.weight": (WIDTH, WIDTH), "mlp.fc1.weight": (4 * WIDTH, WIDTH),
+             "mlp.fc2.weight": (WIDTH, 4 * WIDTH), "norm1.weight": (WIDTH,), "norm2.weight": (WIDTH,)}
     found: dict[str, torch.Size] = {}
     number = 0
     while sum(shape.numel() for shape in found.values()) * 4 < gib * 2**30:
@@ -49,8 +50,8 @@ def write_checkpoint(folder: Path, gib: float, ranks: int) -> None:
         torch.save({"optimizer_state_dict": {"zero_stage": 3, "partition_count": ranks, "fp32_flat_groups": [flat.clone()],
                                              "optimizer_state_dict": {"state": {0: moments}, "param_groups": [{"lr": 1e-4}]}}, "ds_version": "0.19.8"},
                    save / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
-        torch.save({"module": {}, "buffer_names": [], "param_shapes": [param_shapes], "frozen_param_shapes": {}, "frozen_param_fragments": {}, "shared_params": {},
-                    "global_steps": 1, "ds_version": "0.19.8"}, save / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
+        torch.save({"module": {}, "buffer_names": [], "param_shapes": [param_shapes], "frozen_param_shapes": {}, "frozen_param_fragments": {},
+                    "shared_params": {}, "global_steps": 1, "ds_version": "0.19.8"}, save / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
         print(f"wrote rank {rank}", flush=True)
 
 
@@ -122,8 +123,8 @@ def main() -> None:
         print(f"{tool:24} {time_of[tool]:9.2f} {peak[tool] / 2**20:9.0f} {(peak[tool] - peak['import torch']) / 2**20:18.0f}")
     ours, theirs = (max(peak[tool] for tool in tools if tool.startswith(who)) for who in ("ours", "zero_to_fp32"))
     whole, copy, start = time_of["ours, .pth"], time_of["plain copy"], time_of["import torch"]
-    print(json.dumps({"memory_over_zero_to_fp32": round(ours / theirs, 4), "time_over_copy": round(whole / copy, 4), "net_time_over_copy": round((whole - start) / copy, 4),
-                      "gib": args.gib, "ranks": args.ranks}))
+    print(json.dumps({"memory_over_zero_to_fp32": round(ours / theirs, 4), "time_over_copy": round(whole / copy, 4),
+                      "net_time_over_copy": round((whole - start) / copy, 4), "gib": args.gib, "ranks": args.ranks}))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Forward and backward of the DCNv3 operator at the shapes of InternImage's four stages: our versions against grid_sample through autograd, in turn, in one run.
+"""Forward and backward of the DCNv3 operator at the shapes of InternImage's four stages: our versions against grid_sample through autograd, \
+in turn, in one run.
 
     python benchmarks/dcnv3.py                               InternImage-T at 512 x 512, on a GPU in bf16, else on one core in fp32
     python benchmarks/dcnv3.py --size h --side 896 --images 2    InternImage-H, on a GPU
 
 The published CUDA extension takes part where it can be imported (`import DCNv3`, on a GPU). Memory is what a pass takes beside its inputs, at its peak; on a
-CPU, the growth of resident memory in the first, untimed round. Ends with a line of JSON: ratio (our seconds over those of grid_sample, all stages, median of the rounds).
+CPU, the growth of resident memory in the first, untimed round. Ends with a line of JSON: ratio (our seconds over those of grid_sample, all stages,
+median of the rounds).
 """
 
 import argparse

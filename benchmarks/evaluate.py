@@ -4,8 +4,8 @@
     torchrun --nproc_per_node 2 benchmarks/evaluate.py                       several: against multi_gpu_test
     python benchmarks/evaluate.py --config configs/intern_vit_6b/full_tuning/upernet_intern_vit_6b_504_80k_ade20k_bs16_lr4e-5.py   the 6 B model, on a GPU
 
-Weights are random: no score is looked at, only how far the areas of the predicted classes differ. Ends with a line of JSON: ours_over_mmseg (images per second, median of
-the rounds' ratios).
+Weights are random: no score is looked at, only how far the areas of the predicted classes differ. Ends with a line of JSON: ours_over_mmseg (images
+per second, median of the rounds' ratios).
 """
 
 import argparse
@@ -104,8 +104,9 @@ def main() -> None:
             write_generated_ade20k(root, training=1, validation=args.images)
         if world.size > 1:
             dist.barrier()
-        experiment = read_experiment(args.config, {**{key: DictAction._parse_iterable(value) for key, value in options.items()}, "model.backbone.pretrained": None,
-                                                   "data.test.data_root": str(root), **({"model.test_cfg.batch_size": args.batch_size} if args.batch_size else {})})
+        experiment = read_experiment(args.config, {**{key: DictAction._parse_iterable(value) for key, value in options.items()},
+                                                   "model.backbone.pretrained": None, "data.test.data_root": str(root),
+                                                   **({"model.test_cfg.batch_size": args.batch_size} if args.batch_size else {})})
         dataset, segmentor = validation_set(experiment, "test"), segmentor_of(experiment.model, world.device, seed=0)
         seconds: dict[str, list[float]] = {"ours": [], "mmseg": []}
         for number in range(args.rounds + 1):  # the first warms up
@@ -116,7 +117,8 @@ def main() -> None:
                 seconds["mmseg"].append(their_time)
         if world.is_main:
             differing = (counted[2:] - expected[2:]).abs().sum().item() / expected[2:].sum().item()
-            print(f"\n{world.size} process{'es' * (world.size > 1)} on {world.device.type}, {args.images} images; the areas of the classes differ by {differing:.2e}")
+            print(f"\n{world.size} process{'es' * (world.size > 1)} on {world.device.type}, {args.images} images; "
+                  f"the areas of the classes differ by {differing:.2e}")
             for who, values in seconds.items():
                 print(f"{who:6} {args.images / statistics.median(values):8.2f} images/s   rounds: {', '.join(f'{value:.2f} s' for value in values)}")
             ratio = statistics.median(theirs / ours for ours, theirs in zip(seconds["ours"], seconds["mmseg"], strict=True))

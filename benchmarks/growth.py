@@ -64,7 +64,8 @@ def parameters(made: Workload) -> int:
 
 def image_points(steps: int) -> list[Point]:
     """Two images of 112 to 672 pixels a side; attention alone grows with the square of the number of tokens."""
-    return [Point("ZeRO-3, 1 process", side * side, workload({"model.backbone.img_size": side}, image_px=side, micro_batch=2, steps=max(2, steps * 112 // side)))
+    return [Point("ZeRO-3, 1 process", side * side,
+                  workload({"model.backbone.img_size": side}, image_px=side, micro_batch=2, steps=max(2, steps * 112 // side)))
             for side in (112, 168, 224, 336, 448, 672)]
 
 
@@ -136,7 +137,8 @@ def chosen(points: list[Point], first: int | None) -> list[Point]:
 
 
 def report(curve: str, what: str, rows: list[dict[str, Any]]) -> None:
-    table = Table("series", what, "s/step", "CPU s/step of a process", "images/s", "peak GiB of a process", "of which not libraries", title=f"{curve}: {os.cpu_count()} cores" if curve == "world" else curve)
+    table = Table("series", what, "s/step", "CPU s/step of a process", "images/s", "peak GiB of a process", "of which not libraries",
+                  title=f"{curve}: {os.cpu_count()} cores" if curve == "world" else curve)
     exponents = {}
     for name in dict.fromkeys(row["series"] for row in rows):
         series = [row for row in rows if row["series"] == name]
@@ -148,7 +150,9 @@ def report(curve: str, what: str, rows: list[dict[str, Any]]) -> None:
             exponents[name] = {"seconds": round(exponent(xs, seconds), 3), "cpu_seconds": round(exponent(xs, cpu), 3), "memory": round(exponent(xs, memory), 3),
                                "cpu_seconds_last_two": round(exponent(xs[-2:], cpu[-2:]), 3)}
     Console(width=120).print(table)
-    print(json.dumps({"curve": curve, "exponents": exponents, "points": [[row["series"], row["x"], round(row["seconds"], 4), round(row["cpu_seconds"], 4), round(row["peak_gib"], 3), round(row["own_gib"], 3)] for row in rows]}))
+    print(json.dumps({"curve": curve, "exponents": exponents,
+                      "points": [[row["series"], row["x"], round(row["seconds"], 4), round(row["cpu_seconds"], 4),
+                                  round(row["peak_gib"], 3), round(row["own_gib"], 3)] for row in rows]}))
 
 
 if __name__ == "__main__":

@@ -65,8 +65,8 @@ def peak() -> int:
 
 
 def measure(how: str, path: Path, ranks: int, width: int, depth: int) -> dict[str, float]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), __file__, "--role", how, "--file", str(path), "--width", str(width),
-               "--depth", str(depth)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), __file__, "--role", how,
+               "--file", str(path), "--width", str(width), "--depth", str(depth)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
     if done.returncode:
         raise SystemExit(done.stderr[-3000:])

@@ -53,7 +53,8 @@ def engine_of(variant: dict[str, Any], args: Any, folder: Path) -> SegmentorEngi
                "engine.global_batch": args.images * int(os.environ.get("WORLD_SIZE", "1"))}
     ds = json.loads(Path(args.deepspeed_config).read_text())
     ds["zero_optimization"] |= variant.get("zero", {})
-    return SegmentorEngine(args.config, ds, work_dir=folder, validate=False, cfg_options=options | {key: value for key, value in variant.items() if key != "zero"})
+    return SegmentorEngine(args.config, ds, work_dir=folder, validate=False,
+                           cfg_options=options | {key: value for key, value in variant.items() if key != "zero"})
 
 
 class Kept(TorchDispatchMode):
@@ -135,9 +136,10 @@ def main() -> None:
         first = seconds[names[0]]
         if owner.world.is_main:
             for name in names:
-                print(f"{switch}: {name:24} {seconds[name]:8.4f} s/step (rounds {min(times[name]):.4f} to {max(times[name]):.4f})  ratio {seconds[name] / first:.3f}  "
-                      f"kept {kept[name] / 2**20:8.1f} MiB", flush=True)
-        found[switch] = {name: {"s": round(seconds[name], 5), "ratio": round(seconds[name] / first, 4), "kept_mib": round(kept[name] / 2**20, 2)} for name in names}
+                print(f"{switch}: {name:24} {seconds[name]:8.4f} s/step (rounds {min(times[name]):.4f} to {max(times[name]):.4f})  "
+                      f"ratio {seconds[name] / first:.3f}  kept {kept[name] / 2**20:8.1f} MiB", flush=True)
+        found[switch] = {name: {"s": round(seconds[name], 5), "ratio": round(seconds[name] / first, 4), "kept_mib": round(kept[name] / 2**20, 2)}
+                         for name in names}
         for engine in engines.values():
             if engine is not owner:
                 engine.close()

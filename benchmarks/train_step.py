@@ -139,7 +139,8 @@ def measure(name: str, workload: Workload, world: int, folder: Path, *, packages
     paths = [str(ROOT), *([str(packages)] if packages else []), *filter(None, [os.environ.get("PYTHONPATH")])]
     command = [*under.split(), sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world),
                str(ROOT / "benchmarks/one_contender.py"), name, str(job), str(result)]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": "cuda" if torch.cuda.is_available() else "cpu"}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(threads),
+           "DS_ACCELERATOR": "cuda" if torch.cuda.is_available() else "cpu"}
     done = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         _, stderr = done.communicate(timeout=timeout)
@@ -159,7 +160,8 @@ def report(measured: dict[str, list[dict]], failed: dict[str, str], workload: Wo
 
     flops = training_pass(build_on_meta(workload.experiment.model), workload.image_px, workload.image_px).model_flops * workload.micro_batch
     ceiling = max(run["matmul_flops"] for runs in measured.values() for run in runs)
-    seconds, cpu, peaks = ({name: statistics.median(run[key] for run in runs) for name, runs in measured.items()} for key in ("seconds", "cpu_seconds", "peak_bytes"))
+    seconds, cpu, peaks = ({name: statistics.median(run[key] for run in runs) for name, runs in measured.items()}
+                           for key in ("seconds", "cpu_seconds", "peak_bytes"))
     own = {name: statistics.median(run["peak_bytes"] - run["start_bytes"] for run in runs) for name, runs in measured.items()}
     table = Table("contender", "s/step", "ours / it", "CPU s/step", "peak GiB", "not libraries", "MFU %", "first losses",
                   title=f"{args.size}, {args.world} x {workload.micro_batch} images of {workload.image_px} px, {Path(args.deepspeed_config).stem}, "
@@ -168,8 +170,9 @@ def report(measured: dict[str, list[dict]], failed: dict[str, str], workload: Wo
     for name in measured:
         ours, theirs = measured["ours"][0]["losses"], measured[name][0]["losses"]
         same[name] = max(abs(a - b) / abs(a) for a, b in zip(ours, theirs, strict=True))
-        table.add_row(name, f"{seconds[name]:.4f}", f"{seconds['ours'] / seconds[name]:.3f}", f"{cpu[name]:.4f}", f"{peaks[name] / 2**30:.3f}", f"{own[name] / 2**30:.3f}",
-                      f"{100 * flops / seconds[name] / ceiling:.1f}", "ours" if name == "ours" else f"differ by {same[name]:.1e}")
+        table.add_row(name, f"{seconds[name]:.4f}", f"{seconds['ours'] / seconds[name]:.3f}", f"{cpu[name]:.4f}", f"{peaks[name] / 2**30:.3f}",
+                      f"{own[name] / 2**30:.3f}", f"{100 * flops / seconds[name] / ceiling:.1f}",
+                      "ours" if name == "ours" else f"differ by {same[name]:.1e}")
     Console(width=140).print(table)
     fp32 = not workload.ds_config.get("bf16", {}).get("enabled")
     if workload.weights and fp32 and max(same.values()) > TOLERANCE:

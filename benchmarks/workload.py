@@ -66,7 +66,8 @@ class Workload:
         cfg.data = dict(samples_per_gpu=self.micro_batch, workers_per_gpu=0, train=dict(
             type="GeneratedInMemory", classes=[f"class {index}" for index in range(self.classes)],
             pipeline=[dict(type="GeneratedPixels", image_px=self.image_px, classes=self.classes),
-                      dict(type="Collect", keys=["img", "gt_semantic_seg"], meta_keys=("filename", "ori_shape", "img_shape", "pad_shape", "scale_factor", "flip"))]))
+                      dict(type="Collect", keys=["img", "gt_semantic_seg"],
+                           meta_keys=("filename", "ori_shape", "img_shape", "pad_shape", "scale_factor", "flip"))]))
         cfg.engine = {key: value for key, value in cfg.get("engine", {}).items() if key != "global_batch"}
         cfg.lr_config = dict(policy="poly", power=0.0, min_lr=0.0, by_epoch=False)
         cfg.merge_from_dict(self.options)
@@ -154,7 +155,8 @@ def ds_config_of(path: str, dtype: str) -> dict[str, Any]:
 
 
 def resolved_ds_config(workload: Workload, cfg: Config, world_size: int) -> dict[str, Any]:
-    """The ds_config of the contenders: "auto" sizes as transformers derives them from the width. Our engine derives its own from the blocks, and gathers by blocks."""
+    """The ds_config of the contenders: "auto" sizes as transformers derives them from the width.
+    Our engine derives its own from the blocks, and gathers by blocks."""
     from internseg_ds.distributed.ds_config import resolve_ds_config
 
     optimizer: Mapping[str, Any] = cfg.optimizer
@@ -168,8 +170,9 @@ def size_of(name: str, norm: str) -> dict[str, Any]:
     if name == "tiny":
         return dict(config=TINY, options=norms, image_px=112, micro_batch=4)
     if name == "300m":
-        return dict(config=TINY, options=norms | vit(1024, 24, 16) | {"model.backbone.img_size": 224, "model.decode_head.channels": 256, "model.auxiliary_head.channels": 256,
-                                                                      "model.backbone.qkv_bias": True, "model.backbone.qk_normalization": False},
+        return dict(config=TINY, options=norms | vit(1024, 24, 16) | {"model.backbone.img_size": 224, "model.decode_head.channels": 256,
+                                                                      "model.auxiliary_head.channels": 256, "model.backbone.qkv_bias": True,
+                                                                      "model.backbone.qk_normalization": False},
                     image_px=224, micro_batch=2)
     return dict(config=FULL, options=norms, image_px=504, micro_batch=2)
 

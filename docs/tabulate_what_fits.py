@@ -18,8 +18,10 @@ GPUS = ("RTX4090", "A100-40GB", "L40S", "A100", "H100", "H200", "B200")
 COUNTS = (1, 2, 4, 8, 16)
 OPENING = """# What fits where
 
-Full tuning of InternViT-6B with UPerNet at 504 x 504, 2 images per GPU. **Every figure is planned, none is measured** (`launch/plan.py`; at 45 % of the peak TFLOP/s, nodes of 8 GPUs,
-50 GB/s per GPU between nodes; GPUs without NVLink over PCIe). One row by itself: `python launch/plan.py CONFIG --gpu H200 --gpus 1`. All of it: `python docs/tabulate_what_fits.py`.
+Full tuning of InternViT-6B with UPerNet at 504 x 504, 2 images per GPU. **Every figure is planned, none is measured** \
+(`launch/plan.py`; at 45 % of the peak TFLOP/s, nodes of 8 GPUs,
+50 GB/s per GPU between nodes; GPUs without NVLink over PCIe). One row by itself: `python launch/plan.py CONFIG --gpu H200 --gpus 1`. \
+All of it: `python docs/tabulate_what_fits.py`.
 """
 
 
@@ -60,7 +62,8 @@ def main() -> None:
             plans = found(published, device, count)
             long.append(f"| {name}, {device.memory_gib:g} | {count} | {' | '.join(map(cell, plans.values()))} |")
             short.append(f"| {name} | {count} | {best(plans)} | {best(found(auto, device, count))} |")
-    legend = "Bold: it fits; the peak per GPU in GiB, `+` what the host holds, and images per second. no (N): it would need N GiB. Empty: hpZ is for whole nodes of 8."
+    legend = ("Bold: it fits; the peak per GPU in GiB, `+` what the host holds, and images per second. no (N): it would need N GiB. "
+              "Empty: hpZ is for whole nodes of 8.")
     second = "## The fastest that fits\n\nThe ds_config, and what of the blocks is recomputed where the engine may choose."
     Path(__file__).with_name("what_fits.md").write_text("\n\n".join([OPENING.strip(), legend, "\n".join(long), second, "\n".join(short)]) + "\n")
 

@@ -14,7 +14,8 @@ def main() -> None:
     parser.add_argument("--tag", metavar="iter_N", help="which checkpoint of the folder (default: the latest; 'best' for the best score)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the backbone; heads stay float32 (default: %(default)s)")
     parser.add_argument("--backbone", metavar="LAYOUT",
-                        help="the backbone alone, in a layout in which its weights are published, such as transformers; another name is answered with the backbone's own list")
+                        help="the backbone alone, in a layout in which its weights are published, such as transformers; "
+                             "another name is answered with the backbone's own list")
     parser.add_argument("--ema", action="store_true", help="the averaged weights, of a run with engine.ema")
     parser.add_argument("--verify", action="store_true", help="write nothing: hold OUT against the checksums that were written with it")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT when it exists")

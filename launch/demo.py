@@ -59,7 +59,8 @@ demo finished in {(time.monotonic() - began) / 60:.1f} minutes
   scores by class        {WORK}/evaluation
   pictures               {WORK}/pictures""")
     if after < max(LEAST_MIOU, 10 * scores[0]):
-        sys.exit(f"error: a score of {after:.2f} is below what this demo reaches (at least {LEAST_MIOU}, and ten times that of the untrained model); see {WORK}/train.log")
+        sys.exit(f"error: a score of {after:.2f} is below what this demo reaches (at least {LEAST_MIOU}, and ten times that of the untrained model); "
+                 f"see {WORK}/train.log")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from internseg_ds.exit_codes import USER_ERROR
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Runs COMMAND with --resume auto, and again when a crash, a signal or a lost rank ends it. SIGTERM, SIGINT and SIGUSR1 have it save and stop.",
+        description="Runs COMMAND with --resume auto, and again when a crash, a signal or a lost rank ends it. "
+                    "SIGTERM, SIGINT and SIGUSR1 have it save and stop.",
         epilog="example:\n  python launch/keep_running.py --max-restarts 5 -- deepspeed --hostfile hostfile launch/train.py CONFIG --work-dir work_dirs/mine",
         formatter_class=argparse.RawDescriptionHelpFormatter)  # without `command_line`: what only waits beside a training loads no torch
     parser.add_argument("--max-restarts", type=int, default=3, metavar="N", help="in a row that bring no new checkpoint (default: %(default)s)")

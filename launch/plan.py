@@ -42,8 +42,8 @@ def gpu(text: str) -> str:
 
 def main() -> None:
     parser = command_line.parser(
-        "Says what a training run will take before any GPU is taken: memory part by part, bytes sent, seconds per step, hours, disk, and which ds_configs fit; or, with "
-        "--nodes, how that goes over clusters of several sizes. Pure arithmetic.",
+        "Says what a training run will take before any GPU is taken: memory part by part, bytes sent, seconds per step, hours, disk, "
+        "and which ds_configs fit; or, with --nodes, how that goes over clusters of several sizes. Pure arithmetic.",
         "python launch/plan.py configs/intern_vit_6b/full_tuning/upernet_intern_vit_6b_504_80k_ade20k_bs16_lr4e-5.py \\\n"
         "      --deepspeed_config ds_configs/zero3_bf16.json --gpus 8 --gpu H100")
     parser.add_argument("config", help="experiment config (MMSegmentation 0.x format)")
@@ -56,7 +56,8 @@ def main() -> None:
     parser.add_argument("--gpu", type=gpu, choices=DEVICES, default="H100", help="figures by the makers' data sheets (default: %(default)s)")
     parser.add_argument("--gpu-memory", type=memory, metavar="SIZE", help="of one GPU, such as 80GiB (default: the GPU's)")
     parser.add_argument("--host-memory", type=memory, metavar="SIZE", help="of one host, such as 1TiB (default: not looked at)")
-    parser.add_argument("--interconnect", type=positive, default=50.0, metavar="GB/s", help="between nodes, per GPU and direction (default: %(default)s, a 400 Gbit/s adapter each)")
+    parser.add_argument("--interconnect", type=positive, default=50.0, metavar="GB/s",
+                        help="between nodes, per GPU and direction (default: %(default)s, a 400 Gbit/s adapter each)")
     parser.add_argument("--nvlink", type=positive, metavar="GB/s", help="within a node, per GPU and direction (default: the GPU's)")
     parser.add_argument("--achieved", type=positive, default=0.45, metavar="SHARE", help="of the peak TFLOP/s; an assumption (default: %(default)s)")
     command_line.add_config_options(parser)

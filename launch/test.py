@@ -11,9 +11,12 @@ def main() -> None:
     parser.add_argument("config", help="experiment config (MMSegmentation 0.x format)")
     parser.add_argument("checkpoint", help=".pth or .safetensors file, folder of safetensors, or a ZeRO checkpoint directory (WORK_DIR/checkpoints)")
     parser.add_argument("--eval", nargs="+", metavar="METRIC", help="mIoU, mDice, mFscore (default: the config's evaluation.metric)")
-    parser.add_argument("--out", metavar="DIR", help="write results.json, per_class.csv, confusion.png, and overlays of the best and worst images into this folder")
-    parser.add_argument("--extremes", type=command_line.count, default=5, metavar="N", help="how many of the best and of the worst images (default: %(default)s)")
-    parser.add_argument("--format-only", metavar="DIR", help="score nothing: write the files that the benchmark's server takes into this folder (ADE20K, Cityscapes, ...)")
+    parser.add_argument("--out", metavar="DIR",
+                        help="write results.json, per_class.csv, confusion.png, and overlays of the best and worst images into this folder")
+    parser.add_argument("--extremes", type=command_line.count, default=5, metavar="N",
+                        help="how many of the best and of the worst images (default: %(default)s)")
+    parser.add_argument("--format-only", metavar="DIR",
+                        help="score nothing: write the files that the benchmark's server takes into this folder (ADE20K, Cityscapes, ...)")
     parser.add_argument("--strict", action="store_true", help="an image that cannot be read is an error; without it, it is left out, counted and named")
     parser.add_argument("--show-dir", metavar="DIR", help="write image, ground truth and prediction side by side as PNGs")
     parser.add_argument("--show-count", type=command_line.count, default=20, metavar="N", help="how many of them (default: %(default)s)")

@@ -26,7 +26,8 @@ PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 KILLED_AFTER_S = 10
 forks = multiprocessing.get_context("forkserver")
 forks.set_forkserver_preload([
-    "internseg_ds.engine.segmentor_engine", "internseg_ds.engine.testing", "internseg_ds.engine.prediction", "internseg_ds.distributed.extensions", "tests.forks",
+    "internseg_ds.engine.segmentor_engine", "internseg_ds.engine.testing", "internseg_ds.engine.prediction",
+    "internseg_ds.distributed.extensions", "tests.forks",
     "torch._dynamo", "torch._inductor.compile_fx", "deepspeed.runtime.zero.muon.muon_optimizer", "torch.utils.tensorboard", "matplotlib.backends.backend_agg"])
 
 
@@ -46,7 +47,8 @@ def environment_of(rank: int, world_size: int, port: int) -> dict[str, str]:
 def start_ranks(function: Callable[..., None], world_size: int, port: int, *args: object, env: Mapping[str, str] | None = None) -> list[BaseProcess]:
     """Processes that call function(*args) in this process's environment and their own."""
     ready()
-    ranks = [forks.Process(target=_rank, args=({**os.environ, **environment_of(rank, world_size, port), **(env or {})}, function, args)) for rank in range(world_size)]
+    ranks = [forks.Process(target=_rank, args=({**os.environ, **environment_of(rank, world_size, port), **(env or {})}, function, args))
+             for rank in range(world_size)]
     for process in ranks:
         process.start()
     return ranks
@@ -71,7 +73,8 @@ def script(path: str, args: Sequence[str], stdout: Path, stderr: Path) -> None:
     runpy.run_path(path, run_name="__main__")
 
 
-def run_script(path: str, args: Sequence[str], world_size: int, port: int, *, env: Mapping[str, str] | None = None, timeout: float = 300) -> subprocess.CompletedProcess:
+def run_script(path: str, args: Sequence[str], world_size: int, port: int, *, env: Mapping[str, str] | None = None,
+               timeout: float = 300) -> subprocess.CompletedProcess:
     """Waits for the ranks of a script. As launchers do, asks the others to end when one has failed, and has the exit code of that one."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"

@@ -53,7 +53,8 @@ def test_code_that_serves_every_model_names_none(folder):
 
     ours = {name for registry in (BACKBONES, PIPELINES) for name, kind in registry.module_dict.items() if kind.__module__.startswith("internseg_ds.")}
     assert {"InternViT6B", "Mask2FormerHead", "ToMask"} <= ours  # heads that override mmseg's have the names of theirs
-    names = ours | {name for name in BACKBONES.module_dict if name.endswith(("Transformer", "Head"))} | {"intern_vit", "intern_image", "internvit", "internimage"}
+    names = (ours | {name for name in BACKBONES.module_dict if name.endswith(("Transformer", "Head"))}
+             | {"intern_vit", "intern_image", "internvit", "internimage"})
     for file in (Path(__file__).parent.parent / folder).glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node, clean=False) is not None:

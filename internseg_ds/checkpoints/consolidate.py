@@ -1,7 +1,8 @@
 """A ZeRO checkpoint turned into one ordinary checkpoint: an mmseg .pth, one .safetensors, or a folder of sharded safetensors with an index.
 
 Values are read from the shards, merged and written piece by piece (`streaming`), so that memory depends neither on the model's size nor on the number of
-processes that saved it. DeepSpeed's own `zero_to_fp32` holds the model in memory for one file, and for ZeRO-1/2 in any form. The result appears under its name only when it is complete, and `NAME.xxh128` beside it has its checksums.
+processes that saved it. DeepSpeed's own `zero_to_fp32` holds the model in memory for one file, and for ZeRO-1/2 in any form. The result appears under
+its name only when it is complete, and `NAME.xxh128` beside it has its checksums.
 """
 
 import json
@@ -45,7 +46,8 @@ def consolidate(source: Path, out: Path, *, dtype: Literal["float32", "bfloat16"
     if out.exists() and not overwrite:
         raise CheckpointError(f"{out} exists already; choose another name, or give --overwrite")
     if out.is_dir():  # only what this function writes is ever deleted: `out` may be a work directory by mistake, even that of `source`
-        strangers = [item.name for item in sorted(out.iterdir()) if item.name not in (INDEX, *files) and not (item.is_file() and SHARD_NAME.fullmatch(item.name))]
+        strangers = [item.name for item in sorted(out.iterdir())
+                     if item.name not in (INDEX, *files) and not (item.is_file() and SHARD_NAME.fullmatch(item.name))]
         if strangers:
             raise CheckpointError(f"{out} holds more than consolidated weights ({shortened(strangers)}) and is not overwritten; choose another name")
     if out.suffix and out.suffix not in (".pth", ".safetensors"):
@@ -61,7 +63,8 @@ def consolidate(source: Path, out: Path, *, dtype: Literal["float32", "bfloat16"
     entries = select(_entries(checkpoint, getattr(torch, dtype), what))
     total, free = sum(entry.nbytes for entry in entries.values()), shutil.disk_usage(place).free
     if total * 1.01 > free:
-        raise CheckpointError(f"{out} needs {total / 2**30:.2f} GiB but only {free / 2**30:.2f} GiB are free in {place}; free some space, or choose another place")
+        raise CheckpointError(f"{out} needs {total / 2**30:.2f} GiB but only {free / 2**30:.2f} GiB are free in {place}; "
+                              "free some space, or choose another place")
     metrics = checkpoint.manifest.get("metrics", {})
     meta = {**checkpoint.manifest.get("meta", {}), "iter": checkpoint.manifest.get("step"), "metrics": metrics, "mIoU": metrics.get("mIoU")}
 

@@ -46,7 +46,8 @@ def verify_manifest(directory: Path) -> None:
         if not file.is_file():
             raise CheckpointError(f"{file} is missing: the checkpoint is incomplete; copy it again with all its files, or take another one")
         if file.stat().st_size != size:
-            raise CheckpointError(f"{file} has {file.stat().st_size:,} bytes, its save wrote {size:,}: it is truncated; copy it again, or take another checkpoint")
+            raise CheckpointError(f"{file} has {file.stat().st_size:,} bytes, its save wrote {size:,}: it is truncated; "
+                                  "copy it again, or take another checkpoint")
 
 
 def _write(directory: Path, content: Mapping[str, Any]) -> None:

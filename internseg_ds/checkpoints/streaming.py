@@ -1,8 +1,9 @@
 """Writes weight files piece by piece: what is in memory is one piece of some megabytes, however large the tensors and the file.
 
 In: names with an `Entry` each, which says shape, dtype and where the values come from. Out: a .pth that torch.load reads, or a .safetensors, and its
-XXH3 checksum, which costs a tenth of the copy where SHA-256 costs more than all of it. The libraries' own writers want every tensor in memory first; the .pth is laid out by
-torch.save all the same (`skip_data` leaves room for the values), and the safetensors header follows the format's specification.
+XXH3 checksum, which costs a tenth of the copy where SHA-256 costs more than all of it. The libraries' own writers want every tensor in memory first;
+the .pth is laid out by torch.save all the same (`skip_data` leaves room for the values), and the safetensors header follows the format's
+specification.
 """
 
 import json

@@ -1,8 +1,8 @@
 """One logical view of a ZeRO checkpoint directory: parameter name -> whole fp32 master value, whatever the stage and number of processes.
 
 In: a directory that DeepSpeed's `save_checkpoint` wrote under ZeRO-1, 2 or 3. Out: tensors, or slices of them, read from where they lie in the shards
-(`stored`), so that no rank's file is ever in memory whole. Does not load DeepSpeed: its own `zero_to_fp32` imports it, unpickles whatever the file asks for, and holds the
-whole model in memory for ZeRO-1/2 and for one-file output.
+(`stored`), so that no rank's file is ever in memory whole. Does not load DeepSpeed: its own `zero_to_fp32` imports it, unpickles whatever the file
+asks for, and holds the whole model in memory for ZeRO-1/2 and for one-file output.
 
 Layout (deepspeed 0.19.8): a rank's `*_optim_states.pt` holds flat fp32 partitions, one a group. ZeRO-1/2: a group's parameters end to end, padded, cut
 into world-size equal parts. ZeRO-3: of each parameter ceil(numel / world size) elements per rank, end to end in the order of `param_shapes`. AdamW's
@@ -42,8 +42,8 @@ class ZeroCheckpoint:
     """
 
     def __init__(self, path: Path, *, partial: bool = False) -> None:
-        """path: the directory of one save. partial: where each host wrote into a folder of its own (node-local storage), this host's files will do; its processes
-        can read what they themselves saved. Raises CheckpointError when files are missing, damaged, or from different runs."""
+        """path: the directory of one save. partial: where each host wrote into a folder of its own (node-local storage), this host's files will do;
+        its processes can read what they themselves saved. Raises CheckpointError when files are missing, damaged, or from different runs."""
         self.path = path
         if path.name.endswith(".partial"):
             raise CheckpointError(f"the save of {path} did not finish; take another checkpoint")
@@ -58,8 +58,9 @@ class ZeroCheckpoint:
         for file, shard in zip(files, shards):
             stage, written_by = _layout(shard)
             if (stage, written_by) != (self.stage, self.world_size) or len(files) > self.world_size:
-                raise CheckpointError(f"{path} mixes runs: {file.name} was saved by {written_by} processes under ZeRO-{stage}, but there are {len(files)} such files "
-                                      f"and {files[0].name} was saved by {self.world_size} under ZeRO-{self.stage}; copy the checkpoint again, with all its files")
+                raise CheckpointError(f"{path} mixes runs: {file.name} was saved by {written_by} processes under ZeRO-{stage}, "
+                                      f"but there are {len(files)} such files and {files[0].name} was saved by {self.world_size} "
+                                      f"under ZeRO-{self.stage}; copy the checkpoint again, with all its files")
         if len(files) < self.world_size and not partial:
             raise CheckpointError(f"{_of_rank(files[0], len(files))} is missing: {files[0].name} was saved by {self.world_size} processes; {again}")
         _same(path, "optimizer step", {file: _step(shard) for file, shard in zip(files, shards)})
@@ -92,7 +93,8 @@ class ZeroCheckpoint:
             self._frozen = [model.get("frozen_param_fragments") or {} for model in models]
             frozen = {name: torch.Size(shape) for name, shape in (main.get("frozen_param_shapes") or {}).items()}
             if self.stage == 3:
-                self._frozen = self._of_every_rank(self._frozen, lambda rank: {name: _Elsewhere(path, rank, value.numel()) for name, value in self._frozen[0].items()})
+                self._frozen = self._of_every_rank(
+                    self._frozen, lambda rank: {name: _Elsewhere(path, rank, value.numel()) for name, value in self._frozen[0].items()})
         self.shapes: dict[str, torch.Size] = trained | frozen
         self.shapes |= {name: self.shapes[kept] for name, kept in self._tied.items() if kept in self.shapes}
         # per rank one long vector (ZeRO-1/2: one a group), in pieces, and for each trained parameter where it begins in it
@@ -100,7 +102,8 @@ class ZeroCheckpoint:
                                                              for shard in shards]}
         states = [_adam_state(shard) for shard in shards]
         for what in ("exp_avg", "exp_avg_sq"):
-            self._flat[what] = [[state[index][what] for index in range(len(pieces))] if all(what in state.get(index, {}) for index in range(len(pieces))) else []
+            self._flat[what] = [[state[index][what] for index in range(len(pieces))]
+                                if all(what in state.get(index, {}) for index in range(len(pieces))) else []
                                 for state, pieces in zip(states, self._flat["fp32"])]  # all or none of a rank's, or offsets would shift
         self.has_ema = any(path.glob("*_ema_states.pt"))
         if self.has_ema:
@@ -274,7 +277,8 @@ def _adam_state(shard: dict[str, Any]) -> dict[int, dict[str, Any]]:
 
 def _step(shard: dict[str, Any]) -> int | None:
     """Updates that the optimizer had done, None where the shard does not say."""
-    return max((int(state["step"].read() if isinstance(state["step"], Stored) else state["step"]) for state in _adam_state(shard).values() if "step" in state), default=None)
+    return max((int(state["step"].read() if isinstance(state["step"], Stored) else state["step"])
+                for state in _adam_state(shard).values() if "step" in state), default=None)
 
 
 def _same(path: Path, what: str, found: dict[Path, int | None]) -> None:

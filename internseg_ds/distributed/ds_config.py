@@ -22,7 +22,13 @@ if TYPE_CHECKING:
 Precision = Literal["bf16", "autocast", "fp32"]
 
 # DeepSpeed 0.19.8 ignores an unknown key at the top level without a word, so the ones it reads are listed here.
-TOP_LEVEL_KEYS = frozenset(["train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "optimizer", "scheduler", "zero_optimization", "bf16", "fp16", "torch_autocast", "data_types", "communication_data_type", "seq_parallel_communication_data_type", "prescale_gradients", "gradient_predivide_factor", "gradient_allreduce_op", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "activation_checkpointing", "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "log_level", "comms_logger", "flops_profiler", "tensorboard", "wandb", "csv_monitor", "comet", "aio", "checkpoint", "compile", "timers", "disable_python_gc", "disable_allgather", "managed_gradient_accumulation", "dataloader_drop_last", "datastates_ckpt"])
+TOP_LEVEL_KEYS = frozenset([
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "optimizer", "scheduler",
+    "zero_optimization", "bf16", "fp16", "torch_autocast", "data_types", "communication_data_type", "seq_parallel_communication_data_type",
+    "prescale_gradients", "gradient_predivide_factor", "gradient_allreduce_op", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
+    "activation_checkpointing", "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "log_level", "comms_logger",
+    "flops_profiler", "tensorboard", "wandb", "csv_monitor", "comet", "aio", "checkpoint", "compile", "timers", "disable_python_gc",
+    "disable_allgather", "managed_gradient_accumulation", "dataloader_drop_last", "datastates_ckpt"])
 AUTOCAST_KEYS = frozenset(("enabled", "dtype", "lower_precision_safe_modules"))
 LEAST_BUCKET = 2**20
 """Elements of the smallest "auto" bucket: below it a collective's start costs more than its bytes."""
@@ -82,8 +88,9 @@ def resolve_ds_config(
     raw["gradient_accumulation_steps"] = accumulation
     product = world_size * micro_batch * accumulation
     if raw.get("train_batch_size", "auto") not in ("auto", product):
-        raise ConfigError(f"train_batch_size={raw['train_batch_size']} images is not {world_size} processes x {micro_batch} images x {accumulation} accumulation "
-                          f"steps = {product}.\n  from: {name}: train_batch_size; {experiment}: data.samples_per_gpu={micro_batch}\n"
+        raise ConfigError(f"train_batch_size={raw['train_batch_size']} images is not {world_size} processes x {micro_batch} images "
+                          f"x {accumulation} accumulation steps = {product}.\n"
+                          f"  from: {name}: train_batch_size; {experiment}: data.samples_per_gpu={micro_batch}\n"
                           f"  fix:  drop train_batch_size from {name}, it is derived; to keep the recipe's batch set engine.global_batch in {experiment}")
     raw["train_batch_size"] = product
     _must_equal(raw, "gradient_clipping", gradient_clipping, "optimizer_config.grad_clip.max_norm", **where)
@@ -92,13 +99,15 @@ def resolve_ds_config(
     if "scheduler" in raw:
         raise ConfigError(f"{name} has a scheduler section, but the learning-rate schedule comes from lr_config in {experiment}; drop it from {name}")
     if "writer" in (raw.get("checkpoint") or {}):
-        raise ConfigError(f"checkpoint.writer of {name} asks for DeepSpeed's fast or decoupled writer, whose files are not on disk when a save returns; drop it")
+        raise ConfigError(f"checkpoint.writer of {name} asks for DeepSpeed's fast or decoupled writer, "
+                          "whose files are not on disk when a save returns; drop it")
     zero = raw.setdefault("zero_optimization", {"stage": 0})
     if not isinstance(zero.get("stage", 0), int):
         raise ConfigError(f"zero_optimization.stage={zero['stage']!r} of {name} must be 1, 2 or 3")
     node = zero.get("zero_hpz_partition_size", 1)
     if not isinstance(node, int) or node < 1 or world_size % node:
-        raise ConfigError(f"zero_hpz_partition_size={node!r} of {name} must be the number of GPUs of a node, which divides the {world_size} process{'es' * (world_size > 1)}")
+        raise ConfigError(f"zero_hpz_partition_size={node!r} of {name} must be the number of GPUs of a node, "
+                          f"which divides the {world_size} process{'es' * (world_size > 1)}")
     _fill_zero3_sizes(zero, hidden_size, block)
     _no_auto_left(raw, name)
     _deepspeed_accepts(raw, name)

@@ -20,7 +20,8 @@ def check_optimizer(section: Mapping[str, Any], ds: DsConfig) -> str:
     if OPTIMIZERS.get(kind) is None:
         raise ConfigError(f"optimizer.type={kind!r} is not registered in mmcv; AdamW is the usual one")
     if ds.cpu_adam and kind not in ("Adam", "AdamW"):
-        raise ConfigError(f"{ds.source} offloads the optimizer, which runs DeepSpeed's CPU Adam, but optimizer.type is {kind!r}; use AdamW, or drop offload_optimizer")
+        raise ConfigError(f"{ds.source} offloads the optimizer, which runs DeepSpeed's CPU Adam, but optimizer.type is {kind!r}; "
+                          "use AdamW, or drop offload_optimizer")
     try:
         OPTIMIZERS.get(kind)([torch.zeros(1, requires_grad=True)], **_settings(section))
         if ds.cpu_adam:

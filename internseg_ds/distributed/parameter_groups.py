@@ -68,12 +68,13 @@ class LayerDecay:
             if depths is None:
                 raise ConfigError(f"optimizer.paramwise_cfg.depths={found.depths!r} counts the layers of levels, and {kind} has no levels; drop it")
             if not isinstance(found.depths, Sequence) or list(found.depths) != list(depths):
-                raise ConfigError(f"optimizer.paramwise_cfg.depths={found.depths!r}, but the levels of the backbone have {list(depths)} layers (model.backbone.depths); "
-                                  "make them equal")
+                raise ConfigError(f"optimizer.paramwise_cfg.depths={found.depths!r}, but the levels of the backbone have {list(depths)} layers "
+                                  "(model.backbone.depths); make them equal")
         if found.num_layers != backbone.depth:
             levels = getattr(backbone, "depths", None)
             which = "model.backbone.depth" if levels is None else f"the sum of model.backbone.depths={list(levels)}"
-            raise ConfigError(f"optimizer.paramwise_cfg.num_layers={found.num_layers!r}, but the backbone has {backbone.depth} layers ({which}); make them equal")
+            raise ConfigError(f"optimizer.paramwise_cfg.num_layers={found.num_layers!r}, but the backbone has {backbone.depth} layers ({which}); "
+                              "make them equal")
         return found
 
 
@@ -121,7 +122,8 @@ class LayerDecayOptimizerConstructor(DefaultOptimizerConstructor):
                     "name": f"layer {layer}, {'decay' if decays else 'no decay'}" + (f", {kind}" if kind else ""),
                 })
         if settings.offset_lr_scale != 1 and "offset_lr_scale" not in found:
-            raise ConfigError(f"optimizer.paramwise_cfg.offset_lr_scale={settings.offset_lr_scale} finds no offsets in backbone {type(backbone).__name__}; drop it")
+            raise ConfigError(f"optimizer.paramwise_cfg.offset_lr_scale={settings.offset_lr_scale} finds no offsets "
+                              f"in backbone {type(backbone).__name__}; drop it")
         if settings.dino_head and "dino_head" not in found:
             raise ConfigError(f"optimizer.paramwise_cfg.dino_head=True finds no parameter named {' or '.join(HEADS_OFFSETS)} in the heads; drop it")
 

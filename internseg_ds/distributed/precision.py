@@ -49,10 +49,12 @@ def heads_dtype(requested: Literal["float32", "bfloat16"], segmentor: nn.Module,
             raise ConfigError("engine.heads_dtype='bfloat16' needs bf16 weights or autocast; enable bf16 or torch_autocast in the ds_config")
         for head in heads_of(segmentor):
             if not isinstance(getattr(head, "conv_seg", None), nn.Conv2d):
-                raise ConfigError(f"engine.heads_dtype='bfloat16' is not for {type(head).__name__}: it has no conv_seg, from which on scores and losses are fp32; drop it")
+                raise ConfigError(f"engine.heads_dtype='bfloat16' is not for {type(head).__name__}: it has no conv_seg, "
+                                  "from which on scores and losses are fp32; drop it")
             for name, layer in head.named_modules():
                 if layer is not head.conv_seg and getattr(layer, "out_channels", getattr(layer, "out_features", None)) == head.num_classes:
-                    raise ConfigError(f"engine.heads_dtype='bfloat16' is not for {type(head).__name__}: its {name} makes class scores too, which would not be fp32; drop it")
+                    raise ConfigError(f"engine.heads_dtype='bfloat16' is not for {type(head).__name__}: its {name} makes class scores too, "
+                                      "which would not be fp32; drop it")
     return getattr(torch, requested)
 
 
@@ -60,8 +62,8 @@ def apply_precision(segmentor: nn.Module, compute: torch.dtype, *, heads: torch.
     """Makes `segmentor.backbone` compute in `compute`, and everything beside it in `heads`. Once per model, before deepspeed.initialize.
 
     compute, heads: torch.bfloat16 or torch.float32. autocast: parameters are fp32 and the caller runs the model under torch.autocast, which then does the
-    backbone's casts. Batch norms of a bf16 backbone are computed in fp32, as their moments are. In bf16 heads, norms keep fp32 parameters, moments and sums, and class scores (`conv_seg`) are fp32. Batch-norm statistics and other
-    buffers become fp32.
+    backbone's casts. Batch norms of a bf16 backbone are computed in fp32, as their moments are. In bf16 heads, norms keep fp32 parameters, moments
+    and sums, and class scores (`conv_seg`) are fp32. Batch-norm statistics and other buffers become fp32.
     """
     for name, child in segmentor.named_children():
         if name != "backbone" and heads == torch.bfloat16:
@@ -91,7 +93,8 @@ def compute_in_fp32(module: nn.Module) -> None:
 
 
 def compute_in_bf16(module: nn.Module, except_for: Sequence[nn.Module] = ()) -> None:
-    """Turns every owner of parameters in `module` into a subclass of its class that computes in bf16; `except_for` in fp32, and norms in fp32 with a bf16 result."""
+    """Turns every owner of parameters in `module` into a subclass of its class that computes in bf16; `except_for` in fp32,
+    and norms in fp32 with a bf16 result."""
     for owner in _owners(module):
         exact = any(owner is other for other in except_for)
         is_norm = isinstance(owner, (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm))

@@ -40,7 +40,8 @@ class AnyDeviceSyncBatchNorm(nn.SyncBatchNorm):
             moments = _SumOverRanks.apply(moments)
         total = moments[-1].detach()
         if total <= 1:
-            raise ValueError(f"batch norm needs more than one value per channel in training, got input {tuple(x.shape)} on one process; raise data.samples_per_gpu")
+            raise ValueError(f"batch norm needs more than one value per channel in training, got input {tuple(x.shape)} on one process; "
+                             "raise data.samples_per_gpu")
         mean, square = (moments[:-1] / total).chunk(2)
         variance = square - mean.square()
         if self.track_running_stats:

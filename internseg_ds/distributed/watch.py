@@ -150,8 +150,8 @@ class Watch:
             self._unreachable.set()
             listener.close()
             if cannot:
-                log.warning("rank %d cannot reach rank 0 at %s:%d (a firewall?), so nobody watches for dead and hanging ranks but the collectives' own time limit",
-                            cannot[0], address, port)
+                log.warning("rank %d cannot reach rank 0 at %s:%d (a firewall?), so nobody watches for dead and hanging ranks "
+                            "but the collectives' own time limit", cannot[0], address, port)
         return not any(of_all_ranks(bool(cannot)))
 
     def _reach(self, address: str, port: int, key: bytes) -> None:

@@ -89,9 +89,10 @@ class Checkpoints:
                 writer.save(ema.state_dict(), str(partial / EMA_FILE.format(rank=dist.get_rank())))
         else:
             writer.failure = OSError("no room")
-        self._started = Started(deepspeed_engine, tag, needed, {"step": state.step, "world_size": dist.get_world_size(), "meta": meta, "metrics": {}, "groups": groups,
-                                                                "zero_stage": deepspeed_engine.zero_optimization_stage(), "node_local": len(set(self.leaders)) > 1,
-                                                                "saved_at": of_all_ranks(time.time())[0]})  # on every host the same: it tells two saves of one step apart
+        self._started = Started(deepspeed_engine, tag, needed, {
+            "step": state.step, "world_size": dist.get_world_size(), "meta": meta, "metrics": {}, "groups": groups,
+            "zero_stage": deepspeed_engine.zero_optimization_stage(), "node_local": len(set(self.leaders)) > 1,
+            "saved_at": of_all_ranks(time.time())[0]})  # on every host the same: it tells two saves of one step apart
         if not writer.background:
             self.finish()
         return self.folder / tag if self._started is not None or self.newest == tag else None
@@ -113,9 +114,9 @@ class Checkpoints:
         if not fine:
             if self.leads:
                 shutil.rmtree(partial, ignore_errors=True)
-                log.warning("%s could not be saved: it needs %s MiB and %s MiB are free in %s (%s); training goes on, the newest checkpoint is %s", started.tag,
-                            f"{started.needed / 2**20:,.0f}", f"{shutil.disk_usage(self.folder).free / 2**20:,.0f}", self.folder, failure or "another rank failed",
-                            self.newest or "none")
+                log.warning("%s could not be saved: it needs %s MiB and %s MiB are free in %s (%s); training goes on, the newest checkpoint is %s",
+                            started.tag, f"{started.needed / 2**20:,.0f}", f"{shutil.disk_usage(self.folder).free / 2**20:,.0f}", self.folder,
+                            failure or "another rank failed", self.newest or "none")
             dist.barrier()
             return
         if self.leads:
@@ -226,8 +227,8 @@ def agree_to_resume(found: Path | None, stage: int) -> ZeroCheckpoint | None:
         common = set(here).intersection(*(saves for _, _, saves in hosts))
         they = ", ".join(dict.fromkeys(f"{host} {chosen[0] if chosen else 'none'}" for host, chosen, _ in hosts))
         if not common:
-            raise CheckpointError(f"hosts have different checkpoints to go on from ({they}) and none that all have; give the missing folders back to their hosts, or start "
-                                  "anew in another work directory")
+            raise CheckpointError(f"hosts have different checkpoints to go on from ({they}) and none that all have; "
+                                  "give the missing folders back to their hosts, or start anew in another work directory")
         found = here[max(common, key=lambda save: save[1])]
         log.warning("the newest checkpoints of the hosts differ (%s); going on from %s, the newest that all have", they, found.name)
     if found is None:
@@ -235,7 +236,8 @@ def agree_to_resume(found: Path | None, stage: int) -> ZeroCheckpoint | None:
     size, trouble, checkpoint = dist.get_world_size(), None, None
     try:
         checkpoint = ZeroCheckpoint(found, partial=True)
-        if len(checkpoint.ranks) < checkpoint.world_size and ((size, stage) != (checkpoint.world_size, checkpoint.stage) or dist.get_rank() not in checkpoint.ranks):
+        if len(checkpoint.ranks) < checkpoint.world_size and ((size, stage) != (checkpoint.world_size, checkpoint.stage)
+                                                              or dist.get_rank() not in checkpoint.ranks):
             trouble = (f"{found} of {socket.gethostname()} lacks files that {size} processes under ZeRO-{stage} need, {checkpoint.world_size} saved it under "
                        f"ZeRO-{checkpoint.stage}; {advice(checkpoint.manifest)}")
     except CheckpointError as error:
@@ -255,13 +257,16 @@ def check_resumable(path: Path, model: nn.Module, groups: Sequence[Mapping[str, 
     trains = {name for name, param in model.named_parameters() if param.requires_grad}
     if differ := sorted(trains ^ checkpoint.trained):
         name = differ[0]
-        raise CheckpointError(f"{path} {'froze' if name in trains else 'trained'} {name} and this run {'trains' if name in trains else 'freezes'} it ({len(differ)} parameters "
-                              f"differ); resume with the config that it was saved with, or start anew from its weights with --load-from")
-    then, now = ({name: (group["lr"], group["weight_decay"]) for group in them for name in group["names"]} for them in (checkpoint.manifest.get("groups") or groups, groups))
+        raise CheckpointError(f"{path} {'froze' if name in trains else 'trained'} {name} and this run {'trains' if name in trains else 'freezes'} it "
+                              f"({len(differ)} parameters differ); resume with the config that it was saved with, "
+                              f"or start anew from its weights with --load-from")
+    then, now = ({name: (group["lr"], group["weight_decay"]) for group in them for name in group["names"]}
+                 for them in (checkpoint.manifest.get("groups") or groups, groups))
     if differ := [name for name in now if then.get(name) != now[name]]:
         name = differ[0]
-        raise CheckpointError(f"{path} trained {name} with lr and weight decay {then.get(name)}, this run's config says {now[name]} ({len(differ)} parameters differ); "
-                              f"resume with the optimizer section that it was saved with, or start anew from its weights with --load-from")
+        raise CheckpointError(f"{path} trained {name} with lr and weight decay {then.get(name)}, this run's config says {now[name]} "
+                              f"({len(differ)} parameters differ); resume with the optimizer section that it was saved with, "
+                              f"or start anew from its weights with --load-from")
 
 
 def named_groups(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

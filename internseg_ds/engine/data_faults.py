@@ -41,7 +41,8 @@ class DataFaults:
             with unless_disk_full("damaged images are not noted"), self.file.open("a") as file:
                 file.writelines(f"{fault}\n" for fault in new)
         if len(self.known) > self.limit:
-            raise DataError(f"{new[-1]}" + (f" ({len(self.known)} damaged training images are more than engine.max_data_faults={self.limit}; {self.file} names them)" if self.limit else
-                                            "; with engine.max_data_faults=10 up to 10 such images would be replaced by others"))
+            raise DataError(f"{new[-1]}" + (
+                f" ({len(self.known)} damaged training images are more than engine.max_data_faults={self.limit}; {self.file} names them)"
+                if self.limit else "; with engine.max_data_faults=10 up to 10 such images would be replaced by others"))
         for fault in new if is_main else ():
             log.warning("%s; another image takes its place (%d of at most %d)", fault, len(self.known), self.limit)

@@ -47,7 +47,8 @@ class EngineOptions:
     max_skipped_steps: int = 10
     """Steps in a row that may be skipped for a loss or a gradient that is not finite; that many end the run."""
     weights_may_differ: tuple[str, ...] = ()
-    """Prefixes of names that the weights a run starts from may have too many, too few, or of another shape (other classes); any other difference is an error."""
+    """Prefixes of names that the weights a run starts from may have too many, too few, or of another shape (other classes);
+    any other difference is an error."""
     peak_tflops: float | None = None
     """Peak of matrix products in the backbone's compute dtype, in TFLOP/s per device, which mfu and hfu are relative to. None: measured at the start."""
 
@@ -72,7 +73,8 @@ class EngineOptions:
         _whole(self.max_skipped_steps, "engine.max_skipped_steps", least=1)
         peak = self.peak_tflops
         if peak is not None and (isinstance(peak, bool) or not isinstance(peak, (int, float)) or not 0 < peak < math.inf):
-            raise ConfigError(f"engine.peak_tflops={peak!r} must be a number of TFLOP/s per device above 0, such as 989 for an H100 in bf16, or None to measure it")
+            raise ConfigError(f"engine.peak_tflops={peak!r} must be a number of TFLOP/s per device above 0, "
+                              "such as 989 for an H100 in bf16, or None to measure it")
 
 
 @dataclass(frozen=True)
@@ -235,7 +237,8 @@ def _clipping(grad_clip: Any, path: str) -> float:
         raise ConfigError(f"optimizer_config.grad_clip={grad_clip!r} of {path} must be dict(max_norm=...)")
     norm, kind = grad_clip.get("max_norm", 0.0), grad_clip.get("norm_type", 2)
     if isinstance(norm, bool) or not isinstance(norm, (int, float)) or norm < 0 or kind != 2:
-        raise ConfigError(f"optimizer_config.grad_clip={dict(grad_clip)} of {path}: max_norm must be a number of at least 0, and norm_type 2, the only one that DeepSpeed has")
+        raise ConfigError(f"optimizer_config.grad_clip={dict(grad_clip)} of {path}: max_norm must be a number of at least 0, "
+                          "and norm_type 2, the only one that DeepSpeed has")
     return float(norm)
 
 
@@ -260,7 +263,8 @@ def _best_by(save_best: Any, metrics: tuple[str, ...], path: str) -> str | None:
         return metrics[0]
     scores = [score for metric in metrics for score in SCORES[metric]]
     if save_best not in scores:
-        raise ConfigError(f"evaluation.save_best={save_best!r} of {path} is no score of evaluation.metric={'/'.join(metrics)}; there are {', '.join(scores)}, or 'auto'")
+        raise ConfigError(f"evaluation.save_best={save_best!r} of {path} is no score of evaluation.metric={'/'.join(metrics)}; "
+                          f"there are {', '.join(scores)}, or 'auto'")
     return save_best
 
 
@@ -346,13 +350,15 @@ def _engine_options(section: Mapping[str, Any], path: str) -> EngineOptions:
 
 def _schedule(cfg: Config, path: str) -> PolySchedule:
     if cfg.runner.get("type", "IterBasedRunner") != "IterBasedRunner" or "max_iters" not in cfg.runner:
-        raise ConfigError(f"runner = {dict(cfg.runner)} of {path}: steps are counted here, not epochs; write runner = dict(type='IterBasedRunner', max_iters=...)")
+        raise ConfigError(f"runner = {dict(cfg.runner)} of {path}: steps are counted here, not epochs; "
+                          "write runner = dict(type='IterBasedRunner', max_iters=...)")
     steps = cfg.runner.max_iters
     if not isinstance(steps, int) or steps < 1:
         raise ConfigError(f"runner.max_iters={steps!r} of {path} must be a whole number of steps, at least 1")
     lr = cfg.lr_config
     if str(lr.get("policy", "poly")).lower() != "poly" or lr.get("by_epoch", True):
-        raise ConfigError(f"lr_config of {path} must be policy='poly' with by_epoch=False, not policy={lr.get('policy')!r}, by_epoch={lr.get('by_epoch', True)}")
+        raise ConfigError(f"lr_config of {path} must be policy='poly' with by_epoch=False, "
+                          f"not policy={lr.get('policy')!r}, by_epoch={lr.get('by_epoch', True)}")
     if lr.get("warmup") not in (None, "linear"):
         raise ConfigError(f"lr_config.warmup={lr.warmup!r} of {path}: only 'linear' warmup is known (or none)")
     warmup = _whole(lr.get("warmup_iters", 0), f"lr_config.warmup_iters of {path}", least=0) if lr.get("warmup") else 0

@@ -119,7 +119,8 @@ def memory_table(plan: Forecast, title: str) -> Table:
     for name in dict.fromkeys(part.name for part in footprint.parts if part.device or part.host or part.nvme):
         same = [part for part in footprint.parts if part.name == name]
         nvme = sum(part.nvme for part in same)
-        table.add_row(name + (f" ({nvme / GIB:.2f} on NVMe)" if nvme else ""), *(amount(sum(part.device for part in same if phase in part.phases)) for phase in PHASES),
+        table.add_row(name + (f" ({nvme / GIB:.2f} on NVMe)" if nvme else ""),
+                      *(amount(sum(part.device for part in same if phase in part.phases)) for phase in PHASES),
                       amount(sum(part.host for part in same) * plan.per_node))
     table.add_section()
     table.add_row("together", *(amount(footprint.device(phase)) for phase in PHASES), amount(plan.host))
@@ -129,7 +130,8 @@ def memory_table(plan: Forecast, title: str) -> Table:
 def verdict(plan: Forecast) -> str:
     """A sentence: the peak, and whether it fits."""
     footprint = plan.footprint
-    said = (f"Peak: {footprint.peak / GIB:.1f} GiB per {plan.unit} ({PHASES[footprint.fullest]}) of {plan.device_bytes / GIB:.1f}: {'fits' if plan.fits_device else 'does not fit'}.")
+    said = (f"Peak: {footprint.peak / GIB:.1f} GiB per {plan.unit} ({PHASES[footprint.fullest]}) of {plan.device_bytes / GIB:.1f}: "
+            f"{'fits' if plan.fits_device else 'does not fit'}.")
     if plan.host_bytes is not None:
         said += f" {plan.host / GIB:.0f} GiB per host of {plan.host_bytes / GIB:.0f}: {'fits' if plan.fits_host else 'does not fit'}."
     return said
@@ -141,15 +143,18 @@ def describe_forecast(plan: Forecast, cluster: Cluster, console: Console) -> Non
     gpus = f"{cluster.world_size} x {cluster.device.name}"
     console.print(memory_table(plan, f"{planner.experiment.name}\n{ds.source}: ZeRO-{ds.stage}, {ds.precision}, {gpus}, {ds.micro_batch} images per GPU"))
     console.print(verdict(plan))
-    console.print(f"Recomputed in the backbone: {planner.recomputation}" + (", chosen by memory." if planner.experiment.engine.recomputation == "auto" else "."))
+    console.print(f"Recomputed in the backbone: {planner.recomputation}"
+                  + (", chosen by memory." if planner.experiment.engine.recomputation == "auto" else "."))
     console.print(flops(planner.passed, planner.crop))
     console.print(f"Disk: {brief(footprint.checkpoint / GIB)} GiB per checkpoint, {brief(footprint.consolidated / GIB)} GiB for its consolidated fp32 file.")
     if row is None:
         console.print(f"Time: not planned. {plan.untimed}")
     else:
-        console.print(f"Step: {row.global_batch} images = {cluster.world_size} GPUs x {ds.micro_batch} x {row.accumulation} accumulation steps in {brief(row.time.step)} s "
-                      f"({brief(row.images_per_s)} images/s); floor {brief(row.time.floor)} s, computation {brief(row.time.compute)} s, communication {brief(row.time.communication)} s, "
-                      f"copies to and from the host {brief(row.time.host)} s, update {brief(row.time.update)} s. Sent per GPU and step: {brief(row.within_node / 1e9)} GB within a node, "
+        console.print(f"Step: {row.global_batch} images = {cluster.world_size} GPUs x {ds.micro_batch} x {row.accumulation} accumulation steps "
+                      f"in {brief(row.time.step)} s ({brief(row.images_per_s)} images/s); floor {brief(row.time.floor)} s, "
+                      f"computation {brief(row.time.compute)} s, communication {brief(row.time.communication)} s, "
+                      f"copies to and from the host {brief(row.time.host)} s, update {brief(row.time.update)} s. "
+                      f"Sent per GPU and step: {brief(row.within_node / 1e9)} GB within a node, "
                       f"{brief(row.between_nodes / 1e9)} GB between nodes. {brief(row.hours)} hours for the schedule.")
         if not row.keeps_batch:
             console.print(f"The recipe's {planner.experiment.engine.global_batch} images per step cannot be kept; hours are for as many images as its "
@@ -170,7 +175,8 @@ def describe_comparison(planner: Planner, found: dict[Path, Forecast | str], clu
             table.add_row(path.stem, "", "", "no")
             continue
         timed = ("", "", "") if plan.row is None else (brief(plan.row.time.step), brief(plan.row.images_per_s), brief(plan.row.hours))
-        table.add_row(path.stem, f"{plan.footprint.peak / GIB:.1f}", f"{plan.host / GIB:.0f}", "yes" if plan.fits else "no", *timed, *[str(plan.planner.recomputation)] * chosen)
+        table.add_row(path.stem, f"{plan.footprint.peak / GIB:.1f}", f"{plan.host / GIB:.0f}", "yes" if plan.fits else "no", *timed,
+                      *[str(plan.planner.recomputation)] * chosen)
     console.print(table)
     for path, plan in found.items():
         if isinstance(plan, str):
@@ -221,8 +227,9 @@ def shortfall(planner: Planner, ds: DsConfig, world: World) -> str | None:
         if found.peak <= size:
             return None
         largest: Part = max((part for part in found.parts if found.fullest in part.phases), key=lambda part: part.device)
-        said = (f"this run will not fit by the plan: it needs {found.peak / GIB:.1f} GiB per {'GPU' if device.type == 'cuda' else 'process'} ({PHASES[found.fullest]}) and "
-                f"there are {size / GIB:.1f}; the largest part is {largest.name}, {largest.device / GIB:.1f} GiB")
+        said = (f"this run will not fit by the plan: it needs {found.peak / GIB:.1f} GiB per {'GPU' if device.type == 'cuda' else 'process'} "
+                f"({PHASES[found.fullest]}) and there are {size / GIB:.1f}; "
+                f"the largest part is {largest.name}, {largest.device / GIB:.1f} GiB")
         return f"{said}; {_mend(planner, ds, world, size, compute)}"
     except Exception as error:  # an odd model is no reason not to train it
         log.info("whether this run fits into memory could not be planned: %s: %s", type(error).__name__, error)
@@ -249,5 +256,6 @@ def _mend(planner: Planner, ds: DsConfig, world: World, size: int, compute: torc
     if fitting:
         host, peak, path = min(fitting)
         return f"{path} would need {peak / GIB:.1f} GiB" + (f" and {host / GIB:.0f} GiB of the host's memory per process" if host > 5 * GIB else "")
-    return ("none of the ds_configs beside it would fit: " * bool(beside) + "use more GPUs, offload, or take fewer images per GPU (data.samples_per_gpu), smaller crops, or "
-            "activation checkpointing (engine.recomputation=\"blocks\") if it is off")
+    return ("none of the ds_configs beside it would fit: " * bool(beside)
+            + "use more GPUs, offload, or take fewer images per GPU (data.samples_per_gpu), smaller crops, "
+              "or activation checkpointing (engine.recomputation=\"blocks\") if it is off")

@@ -126,7 +126,8 @@ class Planner:
         """
         options = self.experiment.engine
         if (dtype := ds.raw.get("data_types", {}).get("grad_accum_dtype")) is not None:
-            raise ConfigError(f"data_types.grad_accum_dtype={dtype!r} of {ds.source} changes what DeepSpeed keeps in a way that the plan does not know; plan without it")
+            raise ConfigError(f"data_types.grad_accum_dtype={dtype!r} of {ds.source} changes what DeepSpeed keeps in a way that the plan does not know; "
+                              "plan without it")
         if compute is None:
             compute = torch.float32 if ds.precision == "fp32" or options.backbone_dtype == "float32" else torch.bfloat16
         activations, evaluation = self._passes(ds.precision, compute, validate)
@@ -162,9 +163,9 @@ def ds_config_of(experiment: Experiment, ds_config: str | os.PathLike | Mapping[
     Raises ConfigError where `resolve_ds_config` does.
     """
     return resolve_ds_config(
-        ds_config, experiment=experiment.path, micro_batch=experiment.micro_batch, world_size=world_size, optimizer=experiment.optimizer, global_batch=global_batch,
-        accumulation=accumulation, gradient_clipping=experiment.gradient_clipping, hidden_size=vector_length(model.backbone),
-        block=repeated_block(model.backbone))
+        ds_config, experiment=experiment.path, micro_batch=experiment.micro_batch, world_size=world_size, optimizer=experiment.optimizer,
+        global_batch=global_batch, accumulation=accumulation, gradient_clipping=experiment.gradient_clipping,
+        hidden_size=vector_length(model.backbone), block=repeated_block(model.backbone))
 
 
 def crop_size(experiment: Experiment) -> tuple[int, int]:
@@ -176,7 +177,8 @@ def crop_size(experiment: Experiment) -> tuple[int, int]:
         for key in ("crop_size", "size"):
             if step.get("type") in ("RandomCrop", "Pad") and isinstance(step.get(key), (list, tuple)):
                 return tuple(step[key])
-    raise ConfigError(f"the size of a training image cannot be told: data.train.pipeline of {experiment.path} has neither RandomCrop.crop_size nor Pad.size; add one")
+    raise ConfigError(f"the size of a training image cannot be told: data.train.pipeline of {experiment.path} has neither RandomCrop.crop_size "
+                      "nor Pad.size; add one")
 
 
 def evaluation_size(experiment: Experiment) -> tuple[int, int]:

@@ -78,7 +78,8 @@ def _classes(experiment: Experiment, meta: Mapping[str, Any]) -> tuple[Sequence[
     classes = meta.get("CLASSES") or entry.get("classes") or getattr(kind, "CLASSES", None)
     palette = meta.get("PALETTE") or entry.get("palette") or getattr(kind, "PALETTE", None)
     if not isinstance(classes, (list, tuple)) or not isinstance(palette, (list, tuple)) or len(classes) != len(palette):
-        raise ConfigError(f"neither the checkpoint nor data.test of {experiment.path} names the classes and their colours; add classes=(...) and palette=[...] to data.test")
+        raise ConfigError(f"neither the checkpoint nor data.test of {experiment.path} names the classes and their colours; "
+                          "add classes=(...) and palette=[...] to data.test")
     return classes, palette
 
 

@@ -109,7 +109,8 @@ class StepProfile:
         self._profiler.start()
         for kind, parts in (("backbone", [self.module.backbone]), ("heads", heads(self.module))):
             for part in parts:
-                self._hooks += [part.register_forward_pre_hook(lambda *_, kind=kind: self._open(kind)), part.register_forward_hook(lambda *_: self._close_ranges(2))]
+                self._hooks += [part.register_forward_pre_hook(lambda *_, kind=kind: self._open(kind)),
+                                part.register_forward_hook(lambda *_: self._close_ranges(2))]
 
     def _unhook(self) -> None:
         while self._hooks:
@@ -142,8 +143,8 @@ class StepProfile:
                 packed.write(text)
             if self.world.is_main:
                 fewer = f" ({self.asked} were asked for)" if len(self._recorded) < self.asked else ""
-                log.info("profile of steps %d to %d%s: %s (and one of each other rank) opens in https://ui.perfetto.dev\n%s", self._recorded[0], self._recorded[-1], fewer,
-                         path, self._summarised(profiler, text))
+                log.info("profile of steps %d to %d%s: %s (and one of each other rank) opens in https://ui.perfetto.dev\n%s",
+                         self._recorded[0], self._recorded[-1], fewer, path, self._summarised(profiler, text))
 
     def _summarised(self, profiler: profile, trace: bytes) -> str:
         """The table of the summary, which is written."""

@@ -32,7 +32,8 @@ def write_report(evaluation: Evaluation, classes: Sequence[str], folder: Path) -
         if name:
             per_class[name][score] = value
     with whole_file(folder / "results.json") as file:
-        file.write(json.dumps({**totals, "images": evaluation.images, "pixels_of_no_class": int(evaluation.confusion[-1].sum()), "not_read": evaluation.faults, "classes": per_class}, indent=1).encode() + b"\n")
+        file.write(json.dumps({**totals, "images": evaluation.images, "pixels_of_no_class": int(evaluation.confusion[-1].sum()),
+                               "not_read": evaluation.faults, "classes": per_class}, indent=1).encode() + b"\n")
     scores = list(dict.fromkeys(key.partition(".")[0] for key in evaluation.metrics if "." in key))
     _, _, predicted, labelled = evaluation.areas.long().tolist()
     table = io.StringIO(newline="")
@@ -64,7 +65,8 @@ def draw_confusion(confusion: np.ndarray, classes: Sequence[str], picture: Path)
     axes.set_yticks(range(len(names)), names, fontsize=8)
     if len(names) <= 30:
         for row, column in zip(*np.nonzero(shares >= 0.005), strict=True):
-            axes.text(column, row, f"{100 * shares[row, column]:.0f}", ha="center", va="center", fontsize=6, color="white" if shares[row, column] > 0.4 else "black")
+            axes.text(column, row, f"{100 * shares[row, column]:.0f}", ha="center", va="center", fontsize=6,
+                      color="white" if shares[row, column] > 0.4 else "black")
     figure.colorbar(image, shrink=0.6)
     with whole_file(picture) as file:
         figure.savefig(file, format="png")

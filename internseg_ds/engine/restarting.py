@@ -35,7 +35,8 @@ PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
 def can_be_mended(code: int) -> bool:
-    """Whether another start may end better. Not after 0, a user's error (2), a diverged loss (3), a stop on request (75), or a command that does not exist (127)."""
+    """Whether another start may end better. Not after 0, a user's error (2), a diverged loss (3), a stop on request (75),
+    or a command that does not exist (127)."""
     return code in (FAILED, LOST) or code >= SIGNALLED or code < 0
 
 
@@ -48,7 +49,8 @@ def work_dir_of(command: Sequence[str]) -> Path:
             return Path(word.partition("=")[2])
     scripts = [word for word in command if word.endswith(".py")]
     if len(scripts) < 2:
-        raise ConfigError(f"no --work-dir and no config can be found in: {shlex.join(command)}; name the script and the config, or give the script a --work-dir")
+        raise ConfigError(f"no --work-dir and no config can be found in: {shlex.join(command)}; "
+                          "name the script and the config, or give the script a --work-dir")
     return Path("work_dirs") / Path(scripts[1]).stem
 
 

@@ -48,8 +48,8 @@ def plan_scaling(experiment: Experiment, ds_config: str | os.PathLike | Mapping[
 def describe_scaling(plan: Scaling, console: Console) -> None:
     """Prints the table, a column per number of nodes, and below it what it rests on."""
     first, gib, gb = plan.rows[0].cluster, 2**30, 1e9
-    table = Table("nodes", title=f"{plan.experiment.name}\n{plan.ds.source}: ZeRO-{plan.ds.stage}, {plan.ds.precision}\n{first.per_node} x {first.device.name} per node, "
-                                 f"{first.between_gbs:g} GB/s per GPU between nodes")
+    table = Table("nodes", title=f"{plan.experiment.name}\n{plan.ds.source}: ZeRO-{plan.ds.stage}, {plan.ds.precision}\n"
+                                 f"{first.per_node} x {first.device.name} per node, {first.between_gbs:g} GB/s per GPU between nodes")
     for row in plan.rows:
         table.add_column(f"{row.cluster.nodes}", justify="right")
     lines: dict[str, Callable[[Row], str]] = {
@@ -71,8 +71,8 @@ def describe_scaling(plan: Scaling, console: Console) -> None:
         table.add_row(label, *map(shown, plan.rows))
     console.print(table)
     console.print(flops(plan.passed, plan.crop))
-    console.print("state: weights, gradients, optimizer; activations and gathered weights come on top (--gpus N shows them). sent: per GPU and step. floor: computation at the "
-                  "GPU's peak. waiting: share of the step that is not computation.")
+    console.print("state: weights, gradients, optimizer; activations and gathered weights come on top (--gpus N shows them). "
+                  "sent: per GPU and step. floor: computation at the GPU's peak. waiting: share of the step that is not computation.")
     console.print(assumptions(plan.experiment, first, plan.assumed))
     if not all(row.keeps_batch for row in plan.rows):
         console.print(f"*: the recipe's {plan.experiment.engine.global_batch} images per step cannot be kept; hours are for as many images as its "
@@ -81,8 +81,8 @@ def describe_scaling(plan: Scaling, console: Console) -> None:
 
 def flops(passed: TrainingPass, crop: tuple[int, int]) -> str:
     """A sentence: the work of one training image."""
-    return (f"TFLOP per {crop[0]} x {crop[1]} image: backbone {passed.backbone_flops / 1e12:.3g}, of which {passed.backbone_recomputed / 1e12:.3g} recomputed; heads "
-            f"{passed.heads_flops / 1e12:.3g}.")
+    return (f"TFLOP per {crop[0]} x {crop[1]} image: backbone {passed.backbone_flops / 1e12:.3g}, "
+            f"of which {passed.backbone_recomputed / 1e12:.3g} recomputed; heads {passed.heads_flops / 1e12:.3g}.")
 
 
 def assumptions(experiment: Experiment, cluster: Cluster, assumed: Assumptions) -> str:
@@ -90,5 +90,6 @@ def assumptions(experiment: Experiment, cluster: Cluster, assumed: Assumptions) 
     device = cluster.device
     heads = " and the heads" if experiment.engine.heads_dtype == "bfloat16" else f", {device.tf32:g} in TF32 for the heads"
     return (f"Planned, not measured. Assumed: {assumed.compute:.0%} of the peak ({device.bf16:g} TFLOP/s in bf16 for the backbone{heads}), "
-            f"{assumed.link:.0%} of each link ({device.nvlink_gbs:g} GB/s within a node), {1e6 * assumed.hop_within_s:g} and {1e6 * assumed.hop_between_s:g} us per hop of a ring, "
+            f"{assumed.link:.0%} of each link ({device.nvlink_gbs:g} GB/s within a node), "
+            f"{1e6 * assumed.hop_within_s:g} and {1e6 * assumed.hop_between_s:g} us per hop of a ring, "
             "and communication of a micro-batch hidden behind its computation where overlap_comm is set.")

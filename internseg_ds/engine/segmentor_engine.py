@@ -63,8 +63,8 @@ log = logging.getLogger(__name__)
 
 class SegmentorEngine:
     """One experiment under one ds_config. Attributes: `plan` (experiment, ds_config, data sets), `deepspeed` (DeepSpeed's engine), `state`, `checkpoints`,
-    `watch` (over the other ranks), `meter` (of speed and memory), `resumed_unscored` (whether the checkpoint that it went on from was never evaluated), `stopped` (whether training ended
-    early, on request)."""
+    `watch` (over the other ranks), `meter` (of speed and memory), `resumed_unscored` (whether the checkpoint that it went on from was never
+    evaluated), `stopped` (whether training ended early, on request)."""
 
     def __init__(
         self,
@@ -166,8 +166,8 @@ class SegmentorEngine:
             if checkpoint.path.parent.resolve() == self.checkpoints.folder.resolve():
                 self.checkpoints.newest = checkpoint.path.name
             self.checkpoints.recall_best(self.state, experiment.best_by)
-            log.info("resumed from %s (%d processes, ZeRO-%d): step %d, %d images seen", checkpoint.path, checkpoint.world_size, checkpoint.stage, self.state.step,
-                     self.state.images)
+            log.info("resumed from %s (%d processes, ZeRO-%d): step %d, %d images seen",
+                     checkpoint.path, checkpoint.world_size, checkpoint.stage, self.state.step, self.state.images)
         if self.world.is_main:
             (self.work_dir / "config.py").write_text(self._config_text, encoding="utf-8")
             (self.work_dir / "ds_config.json").write_text(json.dumps(ds.raw, indent=4) + "\n")

@@ -100,8 +100,8 @@ class Stragglers:
         self._starved = starved
         if starved and before and not self._told:
             self._told = True
-            log.info("the training waits for data %.0f%% of the time: raise data.workers_per_gpu, which is %d, if the host has cores to spare, or speed up the pipeline or the disk",
-                     100 * share, self.workers)
+            log.info("the training waits for data %.0f%% of the time: raise data.workers_per_gpu, which is %d, if the host has cores to spare, "
+                     "or speed up the pipeline or the disk", 100 * share, self.workers)
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,8 @@ def slowest(data_s: Sequence[float], layers_s: Sequence[float], step_s: float, h
     by_data = (data_s[late] - usual_wait) / step_s
     by_layers = 1 - usual_layers / layers_s[slow] if layers_s[slow] > 0 else 0.0
     if by_data >= by_layers:
-        return Straggler(late, "data", by_data, f"rank {late} (host {hosts[late]}) waits {data_s[late]:.2f} s a step for data where the median rank waits {usual_wait:.2f} s; "
+        return Straggler(late, "data", by_data, f"rank {late} (host {hosts[late]}) waits {data_s[late]:.2f} s a step for data "
+                                                f"where the median rank waits {usual_wait:.2f} s; "
                                                 f"the others wait for it {by_data:.0%} of the time")
-    return Straggler(slow, "layers", by_layers, f"rank {slow} (host {hosts[slow]}) computes {layers_s[slow] / usual_layers:.2f} times as long as the median rank; "
-                                                f"the others wait for it up to {by_layers:.0%} of the time")
+    return Straggler(slow, "layers", by_layers, f"rank {slow} (host {hosts[slow]}) computes {layers_s[slow] / usual_layers:.2f} times as long "
+                                                f"as the median rank; the others wait for it up to {by_layers:.0%} of the time")

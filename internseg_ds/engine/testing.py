@@ -91,7 +91,8 @@ def write_submission(config: str | os.PathLike, checkpoint: str | os.PathLike, o
             try:
                 dataset.format_results([segmented.labels.cpu().numpy()], str(folder), indices=[segmented.key])
             except OSError as error:
-                raise OutputError(f"the submission files in {folder} cannot be written: {error.strerror or error}; make room there, or choose another folder") from error
+                raise OutputError(f"the submission files in {folder} cannot be written: {error.strerror or error}; "
+                                  "make room there, or choose another folder") from error
             written += 1
         total, _ = conclude(written, faults, world)
         log.info("%d images: submission files of %s are in %s", total, type(dataset).__name__, folder)
@@ -101,11 +102,13 @@ def _check_format(dataset: Any) -> None:
     """A submission file must be possible: tried with one of a single pixel, before anything is loaded; and each image must have its own. Raises ConfigError."""
     name, times = Counter(Path(info["filename"]).stem for info in dataset.img_infos).most_common(1)[0]
     if times > 1:
-        raise ConfigError(f"{times} images of data.test are called {name}, their submission files would overwrite each other; give data.test one folder at a time")
+        raise ConfigError(f"{times} images of data.test are called {name}, their submission files would overwrite each other; "
+                          "give data.test one folder at a time")
     with tempfile.TemporaryDirectory() as place:
         try:
             dataset.format_results([np.zeros((1, 1), np.int64)], place, indices=[0])
         except NotImplementedError:
-            raise ConfigError(f"{type(dataset).__name__} has no format for submissions; leave --format-only out, or use launch/predict.py for label maps") from None
+            raise ConfigError(f"{type(dataset).__name__} has no format for submissions; "
+                              "leave --format-only out, or use launch/predict.py for label maps") from None
         except ModuleNotFoundError as error:
             raise ConfigError(f"the submission files of {type(dataset).__name__} need the package {error.name}; pip install {error.name}") from None

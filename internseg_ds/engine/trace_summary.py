@@ -66,7 +66,8 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Breakdown:
-    """shares: of the steps' time by (kind, part), sum 1. steps_s: seconds of each step by its name. collectives: share of the time with a collective under way."""
+    """shares: of the steps' time by (kind, part), sum 1. steps_s: seconds of each step by its name.
+    collectives: share of the time with a collective under way."""
 
     shares: Mapping[tuple[str, str], float]
     steps_s: Mapping[str, float]
@@ -83,7 +84,8 @@ class Breakdown:
 def break_down(trace: Mapping[str, Any]) -> Breakdown:
     """The steps of a trace, split up. Raises ValueError when it has none."""
     events = [event for event in trace["traceEvents"] if event.get("ph") == "X"]
-    steps = sorted((event for event in events if event.get("cat") == "user_annotation" and re.fullmatch(r"step \d+", event["name"])), key=lambda event: event["ts"])
+    steps = sorted((event for event in events if event.get("cat") == "user_annotation" and re.fullmatch(r"step \d+", event["name"])),
+                   key=lambda event: event["ts"])
     if not steps:
         raise ValueError("the trace holds no range 'step N'")
     main = steps[0]["tid"]
@@ -94,9 +96,11 @@ def break_down(trace: Mapping[str, Any]) -> Breakdown:
     forward_parts = _forward_parts(by_thread[main])
     threads = {thread: list(_slices(found, forward_parts, Context() if thread == main else OF_AUTOGRAD)) for thread, found in by_thread.items()}
     kernels = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-    collectives = [event for event in (kernels or events) if _COLLECTIVE.match(event["name"]) and (kernels or (event["tid"] != main and event.get("cat") == "user_annotation"))]
+    collectives = [event for event in (kernels or events)
+                   if _COLLECTIVE.match(event["name"]) and (kernels or (event["tid"] != main and event.get("cat") == "user_annotation"))]
     if kernels:
-        launches = {event["args"]["correlation"]: event for event in events if event.get("cat") in ("cuda_runtime", "cuda_driver") and "correlation" in event.get("args", {})}
+        launches = {event["args"]["correlation"]: event for event in events
+                    if event.get("cat") in ("cuda_runtime", "cuda_driver") and "correlation" in event.get("args", {})}
         spans = [_kernel_span(kernel, launches, threads) for kernel in kernels]
         spans += [Span(start, end, 2, DATA if context.kind == DATA else REST, context.part) for start, end, context in threads[main]]
     else:
@@ -110,7 +114,8 @@ def break_down(trace: Mapping[str, Any]) -> Breakdown:
     spent[REST, "agreeing"] += max(0.0, total - sum(spent.values()))  # of a step's range before its first part
     communicating = [Span(event["ts"], event["ts"] + event["dur"], 0, COMMUNICATION, "") for event in collectives]
     under_way = sum(_inside(start, end, windows) for start, end, _, _ in _owners(communicating, ()))
-    return Breakdown({key: value / total for key, value in spent.items() if value}, {step["name"]: step["dur"] / 1e6 for step in steps}, under_way / total, bool(kernels))
+    return Breakdown({key: value / total for key, value in spent.items() if value}, {step["name"]: step["dur"] / 1e6 for step in steps},
+                     under_way / total, bool(kernels))
 
 
 def summarise(trace: Mapping[str, Any]) -> str:
@@ -129,7 +134,8 @@ def summarise(trace: Mapping[str, Any]) -> str:
     text = io.StringIO()
     Console(file=text, width=160).print(table)
     seconds = ", ".join(f"{name} {value:.3f} s" for name, value in found.steps_s.items())
-    where = "Time is the GPU's, by its kernels." if found.on_gpu else "Time is the main thread's; between operations: Python, autograd, DeepSpeed, waiting for the processor."
+    where = ("Time is the GPU's, by its kernels." if found.on_gpu else
+             "Time is the main thread's; between operations: Python, autograd, DeepSpeed, waiting for the processor.")
     lines = [line.rstrip() for line in text.getvalue().rstrip().splitlines()]
     if found.on_gpu:
         where += f" Collectives ran for {found.collectives:.1%} of it; {found.of_kind(COMMUNICATION):.1%} was not hidden behind other kernels."

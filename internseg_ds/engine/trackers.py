@@ -37,7 +37,8 @@ class ConsoleTracker:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         done = step - self.start
         left = (self.max_steps - step) * (time.monotonic() - self.began) / done if done else 0.0
-        numbers = "  ".join(f"{name} {f'{value:.1%}' if name in SHARES else _readable(value)}" for name, value in values.items() if not name.startswith(("IoU.", "Acc.")))
+        numbers = "  ".join(f"{name} {f'{value:.1%}' if name in SHARES else _readable(value)}"
+                            for name, value in values.items() if not name.startswith(("IoU.", "Acc.")))
         log.info("step %*d/%d  %s  eta %s", len(str(self.max_steps)), step, self.max_steps, numbers, timedelta(seconds=round(left)))
 
     def close(self) -> None:

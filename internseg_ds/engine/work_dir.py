@@ -30,8 +30,9 @@ def leaders(folder: Path, world: World, *, node_local: bool, ds_config: str) -> 
         (folder / mark).unlink()
     apart = next((host for leader, host in found if leader != 0), None)
     if apart is not None and not node_local:
-        raise ConfigError(f"the work directory {folder} of {apart} is not the one of {found[0][1]}: every host must see the same folder; put it on a shared file system "
-                          f'(--work-dir), or write "checkpoint": {{"use_node_local_storage": true}} into {ds_config}, and each host keeps the files of its own processes')
+        raise ConfigError(f"the work directory {folder} of {apart} is not the one of {found[0][1]}: every host must see the same folder; "
+                          f'put it on a shared file system (--work-dir), or write "checkpoint": {{"use_node_local_storage": true}} into {ds_config}, '
+                          "and each host keeps the files of its own processes")
     return [leader for leader, _ in found]
 
 

@@ -36,7 +36,8 @@ class Backbone(Protocol):
     not_pretrained: tuple[str, ...]
     """Prefixes of names that weight files lack; they keep their initial values. Without: a missing name is an error."""
     resizable: Mapping[str, tuple[Callable[[torch.Size, torch.Size], bool], Callable[[Tensor, torch.Size], Tensor]]]
-    """Parameters whose shape in a file may differ: whether (the file's, the model's) shapes can be brought together, and how. Without: a difference is an error."""
+    """Parameters whose shape in a file may differ: whether (the file's, the model's) shapes can be brought together, and how.
+    Without: a difference is an error."""
     arguments: Mapping[str, Any]
     """The constructor arguments that `arguments_of` is held against."""
 

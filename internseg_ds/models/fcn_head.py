@@ -26,7 +26,8 @@ class FCNHead(BaseDecodeHead):
     def __init__(self, num_convs: int = 2, kernel_size: int = 3, concat_input: bool = True, dilation: int = 1, with_norm: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if num_convs < 0 or (num_convs == 0 and self.in_channels != self.channels):
-            raise ValueError(f"num_convs={num_convs} cannot turn in_channels={self.in_channels} into channels={self.channels}; make them equal or add a convolution")
+            raise ValueError(f"num_convs={num_convs} cannot turn in_channels={self.in_channels} into channels={self.channels}; "
+                             "make them equal or add a convolution")
         if dilation < 1:
             raise ValueError(f"dilation={dilation} must be 1 or more")
         self.num_convs, self.concat_input = num_convs, concat_input

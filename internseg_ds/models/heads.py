@@ -16,8 +16,9 @@ def heads(segmentor: nn.Module) -> list[nn.Module]:
 def stand_in_loss(head: nn.Module, features: Sequence[Tensor], labels: Tensor) -> Tensor:
     """A scalar that takes the memory of a head's loss, on tensors that may have no values (planning).
 
-    features: the backbone's maps. labels: (b, h, w) int64. A head that computes no loss of pixels says itself what stands in, by a method `stand_in_loss(features,
-    labels)`; of the others, which bring logits to the size of the labels, it is a cross entropy of each (b, classes, h, w) that they put out.
+    features: the backbone's maps. labels: (b, h, w) int64. A head that computes no loss of pixels says itself what stands in, by a method
+    `stand_in_loss(features, labels)`; of the others, which bring logits to the size of the labels, it is a cross entropy of each (b, classes, h, w)
+    that they put out.
     """
     if hasattr(head, "stand_in_loss"):
         return head.stand_in_loss(features, labels)

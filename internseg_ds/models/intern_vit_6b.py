@@ -133,7 +133,8 @@ class InternViT6B(BaseModule):
     loaded, kept for the published configs (the grid is read from the file). out_indices: blocks whose patch tokens become feature maps. with_fpn: four
     maps, at 4x, 2x, 1x and 1/2 of the patch grid. with_cp: recompute each block in the backward pass, or what the attribute
     `recomputation` says. freeze_vit: the ViT neither trains nor keeps a graph; the FPN layers train. pretrained: weight file that the engine loads.
-    norm_type ("rms_norm" or "layer_norm") and layer_norm_eps: of the blocks; InternViT-300M has LayerNorm, qkv_bias and no qk_normalization. Raises ValueError for sizes that do not fit each other.
+    norm_type ("rms_norm" or "layer_norm") and layer_norm_eps: of the blocks; InternViT-300M has LayerNorm, qkv_bias and no qk_normalization. Raises
+    ValueError for sizes that do not fit each other.
     """
 
     resizable = {"pos_embed": (is_square_embedding, resize_to_shape), "patch_embed.proj.weight": (is_patch_kernel, resize_patch_kernel)}

@@ -61,7 +61,8 @@ class TruncNormalLinear(nn.Linear):
 
 
 class DropPath(nn.Module):
-    """Drops a residual branch of whole images with probability `drop_prob`, and scales what stays by 1 / (1 - drop_prob) (Huang et al., Stochastic Depth, 2016).
+    """Drops a residual branch of whole images with probability `drop_prob`, and scales what stays by 1 / (1 - drop_prob)
+    (Huang et al., Stochastic Depth, 2016).
 
     The coin is exact in every dtype; mmcv's adds a uniform number to 1 - drop_prob in the dtype of x, which bf16 rounds to another probability.
     Raises ValueError unless 0 <= drop_prob < 1.

@@ -82,8 +82,8 @@ class _Keep(TorchDispatchMode):
     def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         written = _storages(_written(func, args))
         if written & self.read:
-            raise RuntimeError(f"engine.recomputation='all_but_matmuls' cannot be with this backbone: {func} changes the result of a matrix product that was read before; "
-                               "use 'blocks'")
+            raise RuntimeError(f"engine.recomputation='all_but_matmuls' cannot be with this backbone: {func} changes the result of a matrix product "
+                               "that was read before; use 'blocks'")
         out = func(*args, **(kwargs or {}))
         self.read |= _storages(tree_leaves((args, kwargs))) & self.storages - _storages(tree_leaves(out))  # a view, or a change in place, is no reading
         if func._schema.name in KEPT:
@@ -122,7 +122,8 @@ def _detached(out: Any) -> Any:
 
 def _written(func: Callable, args: tuple) -> list[Tensor]:
     """The tensors among its positional arguments that an operation changes in place."""
-    return [arg for arg, argument in zip(args, func._schema.arguments) if isinstance(arg, Tensor) and argument.alias_info is not None and argument.alias_info.is_write]
+    return [arg for arg, argument in zip(args, func._schema.arguments)
+            if isinstance(arg, Tensor) and argument.alias_info is not None and argument.alias_info.is_write]
 
 
 def _storages(values: list[Any]) -> set[int]:

@@ -63,7 +63,8 @@ def training_activations(model: nn.Module, height: int, width: int, micro_batch:
         saved = lived.now if loss.requires_grad else 0
         peaks: list[int] = []
         # loss.backward() is a function that GpuKernels sees, and would run without it; blocks that run again are to run as before
-        torch.autograd.Variable._execution_engine.run_backward((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
+        torch.autograd.Variable._execution_engine.run_backward((loss,), (torch.ones_like(loss),), False, False, (),
+                                                               allow_unreachable=True, accumulate_grad=True)
         last = lived.peak_since()
     return Activations(batch, kept, saved, heads=max(peaks or [last]), blocks=max(forward, last if peaks else 0))
 

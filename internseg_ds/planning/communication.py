@@ -67,7 +67,8 @@ def check_known(zero: Mapping[str, Any]) -> None:
             raise ConfigError(f"zero_optimization.{key}={zero[key]!r} changes what is sent in a way that the plan does not know; plan without it")
     for key, value in zero.get("leaf_module", {}).items():
         if key != "classes" and value:
-            raise ConfigError(f"zero_optimization.leaf_module.{key}={value!r} changes what is gathered in a way that the plan does not know; name classes alone, or plan without it")
+            raise ConfigError(f"zero_optimization.leaf_module.{key}={value!r} changes what is gathered in a way that the plan does not know; "
+                              "name classes alone, or plan without it")
 
 
 def step_traffic(model: nn.Module, uses: Sequence[Use], group_sizes: Sequence[int], zero: Mapping[str, Any], *, width: int, world_size: int, accumulation: int,
@@ -91,7 +92,8 @@ def step_traffic(model: nn.Module, uses: Sequence[Use], group_sizes: Sequence[in
         return Traffic(tuple((*norms, *((gradients,) if often or last else ())) for last in _lasts(accumulation)), (weights,) if stage else ())
     settings = GatherSettings.of(zero)
     limit = int(float(zero.get("reduce_bucket_size", 500_000_000)))
-    scattered = Collective("reduce_scatter", "gradients", width * sum(_padded(size, n) for size in trained), buckets(reduced_together(model, settings), limit), n)
+    scattered = Collective("reduce_scatter", "gradients", width * sum(_padded(size, n) for size in trained),
+                           buckets(reduced_together(model, settings), limit), n)
     sizes = {name: _padded(param.numel(), n) for name, param in model.named_parameters()}
     made = gathers(model, uses, settings)
     node = int(zero.get("zero_hpz_partition_size", 1))
@@ -106,7 +108,8 @@ def _lasts(accumulation: int) -> list[bool]:
     return [index == accumulation - 1 for index in range(accumulation)]
 
 
-def _gathered(made: Sequence[tuple[str, ...]], sizes: Mapping[str, int], width: int, world_size: int, node: int, secondary: set[str] = frozenset()) -> list[Collective]:
+def _gathered(made: Sequence[tuple[str, ...]], sizes: Mapping[str, int], width: int, world_size: int, node: int,
+              secondary: set[str] = frozenset()) -> list[Collective]:
     """The gathers of a micro-batch by how far they reach. secondary: parameters that hpZ has a second partition of, within each group of `node` processes.
 
     It makes one when it first gives a parameter up, and drops all of them at each step.
@@ -119,7 +122,8 @@ def _gathered(made: Sequence[tuple[str, ...]], sizes: Mapping[str, int], width: 
             calls[reach] += bool(names)
         if node > 1:
             secondary.update(params)
-    return [Collective("all_gather", "weights", width * elements[reach], calls[reach], ranks) for reach, ranks in (("all", world_size), ("node", node)) if calls[reach]]
+    return [Collective("all_gather", "weights", width * elements[reach], calls[reach], ranks)
+            for reach, ranks in (("all", world_size), ("node", node)) if calls[reach]]
 
 
 def batch_norm_collectives(model: nn.Module, world_size: int, *, on_gpus: bool = True) -> list[Collective]:

@@ -1,12 +1,13 @@
-"""What GPUs and the links between them can do by their makers' data sheets. TFLOP/s are dense (without sparsity), bytes are decimal, links count one direction."""
+"""What GPUs and the links between them can do by their makers' data sheets. TFLOP/s are dense (without sparsity),
+bytes are decimal, links count one direction."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Device:
-    """bf16 and tf32: TFLOP/s. memory_gib: GiB that torch sees, of which data sheets call somewhat more GB. memory_gbs: GB/s. nvlink_gbs, host_gbs: GB/s of one GPU
-    to the others of its node, and to the host (PCIe); where there is no NVLink, both are PCIe's."""
+    """bf16 and tf32: TFLOP/s. memory_gib: GiB that torch sees, of which data sheets call somewhat more GB. memory_gbs: GB/s. nvlink_gbs, host_gbs:
+    GB/s of one GPU to the others of its node, and to the host (PCIe); where there is no NVLink, both are PCIe's."""
 
     name: str
     bf16: float

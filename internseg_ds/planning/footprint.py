@@ -24,9 +24,9 @@ HOST_PROCESS = 4 * 2**30
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How images are evaluated. image: height and width at which logits are added up. forward: the bytes of a forward pass of so many windows; batch, in_step: how
-    many run at once, and how many where ranks run in step. weights: "auto", "whole", "partitioned" (`engine.evaluation_weights`); room: the share of the free
-    memory that "auto" may give to a whole copy of them; chunk: bytes of logits that are resized at a time."""
+    """How images are evaluated. image: height and width at which logits are added up. forward: the bytes of a forward pass of so many windows; batch,
+    in_step: how many run at once, and how many where ranks run in step. weights: "auto", "whole", "partitioned" (`engine.evaluation_weights`); room:
+    the share of the free memory that "auto" may give to a whole copy of them; chunk: bytes of logits that are resized at a time."""
 
     image: tuple[int, int]
     classes: int
@@ -122,7 +122,8 @@ def _evaluation(parts: Sequence[Part], evaluation: Evaluation, stage: int, whole
             weights = [Part("evaluation: gathered weights", gathered, phases=phase)]
     beside = sum(part.device for part in weights) + evaluation.logits
     comes = sum(part.device for part in parts if "evaluate" in part.phases and part.phases != ALWAYS)
-    while windows > evaluation.in_step and used + beside + evaluation.forward(windows) + FRAGMENTATION * (comes + beside + evaluation.forward(windows)) > device_bytes:
+    while windows > evaluation.in_step and (used + beside + evaluation.forward(windows)
+                                            + FRAGMENTATION * (comes + beside + evaluation.forward(windows)) > device_bytes):
         windows //= 2
     return [*weights, Part(f"evaluation: {windows} window{'s' * (windows > 1)}", evaluation.forward(windows), phases=phase),
             Part("evaluation: logits of an image", evaluation.logits, phases=phase)]

@@ -40,7 +40,8 @@ class GatherSettings:
         names = {"prefetch_bucket_size": "stage3_prefetch_bucket_size", "max_live_parameters": "stage3_max_live_parameters",
                  "max_reuse_distance": "stage3_max_reuse_distance", "param_persistence_threshold": "stage3_param_persistence_threshold",
                  "model_persistence_threshold": "stage3_model_persistence_threshold"}
-        return cls(**{ours: int(float(zero[key])) for ours, key in names.items() if key in zero}, leaf_classes=tuple(zero.get("leaf_module", {}).get("classes", ())))
+        return cls(**{ours: int(float(zero[key])) for ours, key in names.items() if key in zero},
+                   leaf_classes=tuple(zero.get("leaf_module", {}).get("classes", ())))
 
 
 def persistent(model: nn.Module, settings: GatherSettings) -> frozenset[str]:
@@ -86,7 +87,8 @@ def gathered(model: nn.Module, uses: Sequence[Use], settings: GatherSettings) ->
     uses = [use for use in uses if not use.module.startswith(tuple(f"{leaf}." for leaf in leaf_names))] if leaf_names else uses
 
     def params_of(recurse: bool) -> dict[str, list[str]]:
-        return {name: [f"{name}.{own}" if name else own for own in (*dict(module.named_parameters(recurse=recurse)), *(() if recurse else external_parameters(module)))]
+        return {name: [f"{name}.{own}" if name else own
+                       for own in (*dict(module.named_parameters(recurse=recurse)), *(() if recurse else external_parameters(module)))]
                 for name, module in model.named_modules()}
 
     held = params_of(recurse=True) if leaf_names else {}

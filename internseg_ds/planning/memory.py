@@ -102,7 +102,8 @@ def passing(model: nn.Module, ds_raw: Mapping[str, Any], precision: str, world_s
     if not offloaded:
         # one (sub-)group at a time is flattened and made fp32 (`_prepare_fp32_grad_for_sub_group`; ZeRO-1, 2: `step`); norms are taken in fp64
         share = max((_flattened(size, zero, n) for size in group_sizes), default=0)
-        parts.append(Part("fp32 gradients of a group", max((width + (4 if width == 2 else 0)) * share, 8 * largest // (n if stage == 3 else 1)), phases=("update",)))
+        parts.append(Part("fp32 gradients of a group", max((width + (4 if width == 2 else 0)) * share, 8 * largest // (n if stage == 3 else 1)),
+                          phases=("update",)))
     elif stage and stage < 3:
         parts.append(Part("gradient on its way to the host", width * largest, host=width * largest))
     return [part for part in parts if part.device or part.host]

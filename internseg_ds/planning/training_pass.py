@@ -94,9 +94,10 @@ def _run(model: nn.Module, height: int, width: int) -> tuple[int, int, int, int]
     return tuple(counts)
 
 
-def _convolution_backward_flops(grad: Sequence[int], x: Sequence[int], weight: Sequence[int], _bias: Any, _stride: Any, _padding: Any, _dilation: Any, transposed: bool,
-                                _output_padding: Any, _groups: int, wanted: Sequence[bool], **_: Any) -> int:
-    """The gradients of input and weight, as far as they are wanted, cost a forward pass each. torch 2.13 counts that of the weight as if there were no groups."""
+def _convolution_backward_flops(grad: Sequence[int], x: Sequence[int], weight: Sequence[int], _bias: Any, _stride: Any, _padding: Any,
+                                _dilation: Any, transposed: bool, _output_padding: Any, _groups: int, wanted: Sequence[bool], **_: Any) -> int:
+    """The gradients of input and weight, as far as they are wanted, cost a forward pass each.
+    torch 2.13 counts that of the weight as if there were no groups."""
     return conv_flop_count(x, weight, grad, transposed) * sum(wanted[:2])
 
 
@@ -152,7 +153,8 @@ def _tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 @contextmanager
 def _observed(model: nn.Module, uses: list[Use]) -> Iterator[None]:
-    """Appends to `uses` where DeepSpeed's hooks of ZeRO-3 fetch and release: around each forward, from the first gradient of an output to the last of an input."""
+    """Appends to `uses` where DeepSpeed's hooks of ZeRO-3 fetch and release: around each forward,
+    from the first gradient of an output to the last of an input."""
     handles, waiting = [], Counter()
 
     def watch(name: str, module: nn.Module) -> None:

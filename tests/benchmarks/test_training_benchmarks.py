@@ -1,4 +1,5 @@
-"""benchmarks/train_step.py and benchmarks/growth.py: what their fairness rests on, and (marked `benchmark`, up to a minute each) that they run to their last line."""
+"""benchmarks/train_step.py and benchmarks/growth.py: what their fairness rests on, and (marked `benchmark`, up to a minute each)
+that they run to their last line."""
 
 import json
 import math

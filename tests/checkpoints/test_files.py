@@ -113,7 +113,8 @@ def test_a_prefix_picks_one_part_and_the_rest_is_ignored(tmp_path):
 
 
 def test_what_may_miss_and_what_may_be_resized_is_reported(tmp_path):
-    found = fitted({"backbone.a": (2, 5), "decode_head.b": (4,), "up1.w": (1,)}, tmp_path, resizable={"backbone.a": lambda stored, wanted: stored[0] == wanted[0]}, may_miss=("up1.",))
+    found = fitted({"backbone.a": (2, 5), "decode_head.b": (4,), "up1.w": (1,)}, tmp_path,
+                   resizable={"backbone.a": lambda stored, wanted: stored[0] == wanted[0]}, may_miss=("up1.",))
     assert found.resized == ["backbone.a"] and found.missing == ["up1.w"]
     assert "1 resized (backbone.a)" in found.summary()
 

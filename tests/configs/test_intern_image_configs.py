@@ -51,16 +51,19 @@ def test_the_recipe_is_the_published_one(name: str):
     channels, depths, groups, crop, lr, decay, drop_path, _ = SIZES[UPERNETS[name]]
     large, cfg = lr == 2e-5, read(name)
     backbone, widths = cfg.model.backbone, [channels * 2**level for level in range(4)]
-    large_ones = dict(layer_scale=None, dw_kernel_size=5, level2_post_norm=True, level2_post_norm_block_ids=list(range(5, depths[2], 6)), center_feature_scale=True)
+    large_ones = dict(layer_scale=None, dw_kernel_size=5, level2_post_norm=True, level2_post_norm_block_ids=list(range(5, depths[2], 6)),
+                      center_feature_scale=True)
     differing = {  # from the pre-norm InternImage with a layer scale of 1: T
         "s": dict(post_norm=True), "b": dict(post_norm=True), "l": dict(post_norm=True, offset_scale=2.0), "xl": dict(post_norm=True, offset_scale=2.0),
         "h": dict(**large_ones, res_post_norm=True), "g": dict(**large_ones, post_norm=True, res_post_norm=False, with_cp=True)}.get(UPERNETS[name], {})
     assert {key: value for key, value in backbone.items() if key != "init_cfg"} == dict(
-        type="InternImage", core_op="DCNv3", channels=channels, depths=depths, groups=groups, drop_path_rate=drop_path, mlp_ratio=4.0, norm_layer="LN", out_indices=(0, 1, 2, 3),
+        type="InternImage", core_op="DCNv3", channels=channels, depths=depths, groups=groups, drop_path_rate=drop_path, mlp_ratio=4.0,
+        norm_layer="LN", out_indices=(0, 1, 2, 3),
         **dict(dict(layer_scale=1.0, offset_scale=1.0, post_norm=False, with_cp=False), **differing))
     assert (cfg.model.decode_head.in_channels, cfg.model.auxiliary_head.in_channels) == (widths, widths[2])
     paramwise = dict(num_layers=sum(depths), layer_decay_rate=decay, depths=depths) | (dict(offset_lr_scale=1.0) if large else {})
-    assert cfg.optimizer == dict(type="AdamW", lr=lr, betas=(0.9, 0.999), weight_decay=0.05, constructor="CustomLayerDecayOptimizerConstructor", paramwise_cfg=paramwise)
+    assert cfg.optimizer == dict(type="AdamW", lr=lr, betas=(0.9, 0.999), weight_decay=0.05, constructor="CustomLayerDecayOptimizerConstructor",
+                                 paramwise_cfg=paramwise)
     assert cfg.optimizer_config == (dict(grad_clip=dict(max_norm=0.1, norm_type=2)) if large else {})
     assert cfg.lr_config == dict(policy="poly", warmup="linear", warmup_iters=1500, warmup_ratio=1e-6, power=1.0, min_lr=0.0, by_epoch=False)
     assert (cfg.runner.max_iters, cfg.engine.global_batch, cfg.data.samples_per_gpu) == (160000, 16, 1 if UPERNETS[name] in "hg" else 2)
@@ -105,11 +108,14 @@ def test_mask2former_has_the_published_head_recipe_and_scales():
     assert (head.feat_channels, head.out_channels, head.num_queries, head.num_classes, head.num_transformer_feat_level) == (1024, 1024, 200, 150, 3)
     assert (head.pixel_decoder.encoder.num_layers, head.transformer_decoder.num_layers) == (6, 9)
     assert {layers.attn_cfgs.num_heads for layers in (head.pixel_decoder.encoder.transformerlayers, head.transformer_decoder.transformerlayers)} == {32}
-    assert {layers.ffn_cfgs.feedforward_channels for layers in (head.pixel_decoder.encoder.transformerlayers, head.transformer_decoder.transformerlayers)} == {4096}
-    assert (head.loss_cls.loss_weight, head.loss_mask.loss_weight, head.loss_dice.loss_weight, head.loss_cls.class_weight) == (2.0, 5.0, 5.0, [1.0] * 150 + [0.1])
+    assert {layers.ffn_cfgs.feedforward_channels
+            for layers in (head.pixel_decoder.encoder.transformerlayers, head.transformer_decoder.transformerlayers)} == {4096}
+    assert (head.loss_cls.loss_weight, head.loss_mask.loss_weight, head.loss_dice.loss_weight,
+            head.loss_cls.class_weight) == (2.0, 5.0, 5.0, [1.0] * 150 + [0.1])
     assert (single.model.train_cfg.num_points, single.model.train_cfg.oversample_ratio, single.model.train_cfg.importance_sample_ratio) == (12544, 3.0, 0.75)
     assert single.model.backbone.with_cp is False and single.model.backbone.level2_post_norm_block_ids == [5, 11, 17, 23, 29]
-    assert (single.optimizer.lr, single.optimizer.paramwise_cfg.layer_decay_rate, single.runner.max_iters, single.evaluation.interval) == (1e-5, 0.95, 80000, 2000)
+    assert (single.optimizer.lr, single.optimizer.paramwise_cfg.layer_decay_rate, single.runner.max_iters,
+            single.evaluation.interval) == (1e-5, 0.95, 80000, 2000)
     assert single.optimizer_config == dict(grad_clip=dict(max_norm=0.1, norm_type=2)) and single.data.samples_per_gpu == 1
     assert [step["type"] for step in single.data.train.pipeline][-3:] == ["ToMask", "DefaultFormatBundle", "Collect"]
     for split in ("val", "test"):

@@ -58,7 +58,8 @@ def test_parameters_have_the_published_names_and_shapes(name: str):
     if "upernet" in name:
         assert segmentor.decode_head.in_channels == [3200] * 4 and head["conv_seg.weight"] == (150, 1536, 1, 1)
         assert {key: tuple(param.shape) for key, param in segmentor.auxiliary_head.named_parameters()} == {
-            "convs.0.conv.weight": (1536, 3200, 3, 3), "convs.0.bn.weight": (1536,), "convs.0.bn.bias": (1536,), "conv_seg.weight": (150, 1536, 1, 1), "conv_seg.bias": (150,)}
+            "convs.0.conv.weight": (1536, 3200, 3, 3), "convs.0.bn.weight": (1536,), "convs.0.bn.bias": (1536,),
+            "conv_seg.weight": (150, 1536, 1, 1), "conv_seg.bias": (150,)}
     else:
         assert head == {"conv_seg.weight": (150, 3200, 1, 1), "conv_seg.bias": (150,), "norm.weight": (3200,), "norm.bias": (3200,)}
         assert not segmentor.with_auxiliary_head
@@ -67,7 +68,8 @@ def test_parameters_have_the_published_names_and_shapes(name: str):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_what_trains_is_what_the_name_says(name: str):
     segmentor = on_meta(read(name))
-    trains = {".".join(key.split(".")[:2]) if key.startswith("backbone") else key.split(".")[0] for key, param in segmentor.named_parameters() if param.requires_grad}
+    trains = {".".join(key.split(".")[:2]) if key.startswith("backbone") else key.split(".")[0]
+              for key, param in segmentor.named_parameters() if param.requires_grad}
     vit = {"backbone.cls_token", "backbone.pos_embed", "backbone.patch_embed", "backbone.blocks"}
     heads = {"decode_head", "auxiliary_head", "backbone.up1", "backbone.up2"} if "upernet" in name else {"decode_head"}
     assert trains == heads | (set() if PUBLISHED[name][6] else vit)
@@ -97,7 +99,8 @@ def test_only_head_tuning_moves_the_auxiliary_head():
 
 
 def test_the_linear_probe_reads_block_45_and_few_shot_the_last():
-    assert {name.split("/")[0]: list(read(name).model.backbone.out_indices) for name in PUBLISHED if "linear" in name} == {"linear_probing": [44], "few_shot": [47]}
+    assert {name.split("/")[0]: list(read(name).model.backbone.out_indices) for name in PUBLISHED if "linear" in name} == {
+        "linear_probing": [44], "few_shot": [47]}
 
 
 @pytest.mark.parametrize("name", ["upernet_intern_vit_tiny_112_ade20k", "upernet_intern_vit_tiny_224_camvid"])

@@ -33,7 +33,8 @@ def training(data):
 
 
 def batches(dataset, count, *, workers=0, seed=0, **sampler):
-    return list(islice(training_batches(dataset, GlobalBatchSampler(len(dataset), sampler.pop("micro_batch", 2), **sampler), workers=workers, seed=seed, device=CPU), count))
+    return list(islice(training_batches(dataset, GlobalBatchSampler(len(dataset), sampler.pop("micro_batch", 2), **sampler),
+                                        workers=workers, seed=seed, device=CPU), count))
 
 
 def test_a_batch_is_what_mmsegs_segmentors_take(training):
@@ -81,9 +82,10 @@ def test_more_ranks_than_images_leaves_some_without_any(data):
     assert list(evaluation_images(dataset, rank=8, world_size=9, workers=1, device=CPU)) == []
 
 
-@pytest.mark.parametrize(("change", "words"), [({"img_dir": "nowhere"}, "there is no folder .*nowhere"), ({"data_root": "/nowhere"}, "data_root = '/nowhere'"),
-                                               ({"img_dir": ["images/training", "elsewhere"]}, "there is no folder .*elsewhere"), ({"split": "few.txt"}, r"few\.txt"),
-                                               ({"pipeline": [{"type": "RandomFlip", "prob": 1.5}]}, "AssertionError"), ({"type": "NoDataset"}, "NoDataset"), ({"typo": 1}, "typo")])
+@pytest.mark.parametrize(("change", "words"), [
+    ({"img_dir": "nowhere"}, "there is no folder .*nowhere"), ({"data_root": "/nowhere"}, "data_root = '/nowhere'"),
+    ({"img_dir": ["images/training", "elsewhere"]}, "there is no folder .*elsewhere"), ({"split": "few.txt"}, r"few\.txt"),
+    ({"pipeline": [{"type": "RandomFlip", "prob": 1.5}]}, "AssertionError"), ({"type": "NoDataset"}, "NoDataset"), ({"typo": 1}, "typo")])
 def test_data_that_is_not_there_is_one_sentence(data, change, words):
     entry = Config({**data.train, **change})._cfg_dict
     with pytest.raises(DataError, match=words):
@@ -167,7 +169,8 @@ def test_damaged_training_images_are_named_with_the_mend_and_replaced(damaged):
     seen = batches(dataset, 12)  # all 23 images
     faults = sorted({fault for batch in seen for fault in batch.faults})
     assert len(faults) == 3
-    for name, words in zip(names, ("is no picture that can be read; copy it again", "pixels and its image .*one class per pixel", "has label 150, but there are classes 0 to 149")):
+    for name, words in zip(names, ("is no picture that can be read; copy it again", "pixels and its image .*one class per pixel",
+                                   "has label 150, but there are classes 0 to 149")):
         assert any(re.search(f"{name}.*{words}", fault) for fault in faults), faults
     stems = tuple(name.split(".")[0] for name in names)
     assert not any(file.split("/")[-1].startswith(stems) for batch in seen for file in batch.files)

@@ -19,7 +19,8 @@ def resolve(raw, **changes):
 def test_auto_values_are_filled_from_the_experiment():
     ds = resolve({"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "gradient_clipping": "auto", "train_batch_size": "auto",
                   "bf16": {"enabled": True},
-                  "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto", "stage3_param_persistence_threshold": "auto"}},
+                  "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto",
+                                        "stage3_param_persistence_threshold": "auto"}},
                  global_batch=16, gradient_clipping=0.1)
     assert (ds.raw["train_micro_batch_size_per_gpu"], ds.raw["gradient_accumulation_steps"], ds.raw["train_batch_size"]) == (2, 2, 16)
     assert ds.raw["gradient_clipping"] == 0.1
@@ -98,7 +99,8 @@ def test_an_optimizer_section_with_the_same_values_is_no_contradiction():
     assert "optimizer" not in resolve({"optimizer": section}).raw
 
 
-@pytest.mark.parametrize(("content", "words"), [(None, "there is no ds_config"), ("{", "is not JSON"), ("[1]", "one JSON object"), (b"\xff\xfe\x00", "cannot be read")])
+@pytest.mark.parametrize(("content", "words"), [(None, "there is no ds_config"), ("{", "is not JSON"), ("[1]", "one JSON object"),
+                                                (b"\xff\xfe\x00", "cannot be read")])
 def test_a_file_that_is_no_ds_config_is_one_sentence(tmp_path, content, words):
     path = tmp_path / "ds.json"
     if content is not None:

@@ -13,8 +13,8 @@ from tests.distributed.test_construction import ds_config
 
 MODEL = ConfigDict(type="EncoderDecoder", test_cfg=dict(mode="whole"), train_cfg=dict(),
                    backbone=dict(type="VisionTransformer", img_size=(32, 32), patch_size=8, embed_dims=32, num_layers=2, num_heads=2, out_indices=(1,)),
-                   decode_head=dict(type="FCNHead", in_channels=32, channels=32, num_convs=0, concat_input=False, num_classes=3, in_index=0, align_corners=False,
-                                    loss_decode=dict(type="CrossEntropyLoss")))
+                   decode_head=dict(type="FCNHead", in_channels=32, channels=32, num_convs=0, concat_input=False, num_classes=3, in_index=0,
+                                    align_corners=False, loss_decode=dict(type="CrossEntropyLoss")))
 
 
 def partitioned_weights_segment_as_whole_ones() -> None:

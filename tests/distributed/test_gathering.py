@@ -44,7 +44,8 @@ def forwards_of(name: str) -> None:
     assert engine.module.training
 
     expected = build_for_training(config, resolve_ds_config({}, experiment="", micro_batch=1, world_size=1, optimizer=OPTIMIZER), device, seed=0)
-    expected.load_state_dict({key: value.bfloat16().to(value.dtype) if value.is_floating_point() and not autocast else value for key, value in plain(0).items()})
+    expected.load_state_dict({key: value.bfloat16().to(value.dtype) if value.is_floating_point() and not autocast else value
+                              for key, value in plain(0).items()})
     with torch.no_grad():
         reference = expected.eval().encode_decode(image, meta)
     assert logits.dtype == torch.float32

@@ -78,7 +78,8 @@ def test_scales_of_the_backbone_and_of_offsets_are_on_top(more, models):
     paramwise_cfg = OPTIMIZERS["H"]["paramwise_cfg"] | more
     found = settings(models["H"], lr=1.0, paramwise_cfg=paramwise_cfg)
     for name, param in models["H"].named_parameters():
-        wanted = published(name, param.dim(), SIZES["H"]["depths"], 1.0, 0.95, small=more.get("backbone_small_lr", False), offsets=more.get("offset_lr_scale", 1.0))
+        wanted = published(name, param.dim(), SIZES["H"]["depths"], 1.0, 0.95, small=more.get("backbone_small_lr", False),
+                           offsets=more.get("offset_lr_scale", 1.0))
         assert found[name] == pytest.approx(wanted, rel=1e-12), name
 
 

@@ -44,7 +44,8 @@ def transformers_model(**variant):
 
 
 def loaded(model: ConfigDict, path) -> torch.nn.Module:
-    built = build_for_training(model, resolve_ds_config({}, experiment="", micro_batch=1, world_size=1, optimizer={"type": "AdamW", "lr": 1}), torch.device("cpu"), seed=1)
+    built = build_for_training(
+        model, resolve_ds_config({}, experiment="", micro_batch=1, world_size=1, optimizer={"type": "AdamW", "lr": 1}), torch.device("cpu"), seed=1)
     load(built, fit_backbone(built, open_weights(path)))
     return built.eval()
 
@@ -92,7 +93,8 @@ def test_every_published_form_of_the_same_weights_loads(form, state, tmp_path):
         (tmp_path / "config.json").write_text(json.dumps({"vision_config": CONFIG_6B} if form == "chat" else CONFIG_6B))
     else:
         torch.save({"bare": state, "module": {"module": state}, "clip_projector": state | {"clip_projector.norm1_q.weight": torch.ones(2)},
-                    "segmentor": {"state_dict": {f"backbone.{name}": value for name, value in state.items()} | {"decode_head.conv_seg.bias": torch.ones(3)}, "meta": {}}}[form], path)
+                    "segmentor": {"state_dict": {f"backbone.{name}": value for name, value in state.items()}
+                                                | {"decode_head.conv_seg.bias": torch.ones(3)}, "meta": {}}}[form], path)
     found = loaded(segmentor(), path).backbone.state_dict()
     assert all(torch.equal(found[name], value) for name, value in state.items())
 
@@ -100,7 +102,8 @@ def test_every_published_form_of_the_same_weights_loads(form, state, tmp_path):
 def test_a_folder_of_another_variant_is_refused_with_the_settings_that_fit(state, tmp_path):
     save_file(opengvlab(state), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(CONFIG_6B | {"num_attention_heads": 4, "layer_norm_eps": 1e-5}))
-    with pytest.raises(CheckpointError, match=r"num_heads=2, layer_norm_eps=1e-06; write --cfg-options model.backbone.num_heads=4 model.backbone.layer_norm_eps=1e-05"):
+    with pytest.raises(CheckpointError, match=r"num_heads=2, layer_norm_eps=1e-06; "
+                                              r"write --cfg-options model.backbone.num_heads=4 model.backbone.layer_norm_eps=1e-05"):
         fit_backbone(build_on_meta(segmentor()), open_weights(tmp_path))
 
 

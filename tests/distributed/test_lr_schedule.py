@@ -17,7 +17,8 @@ def mmcv_rates(bases: list[float], steps: int, power: float, min_lr: float, warm
     params = [torch.nn.Parameter(torch.zeros(1)) for _ in bases]
     optimizer = torch.optim.SGD([{"params": [p], "lr": lr} for p, lr in zip(params, bases)], lr=1.0)
     hook = PolyLrUpdaterHook(power=power, min_lr=min_lr, by_epoch=False, warmup="linear" if warmup else None, warmup_iters=warmup, warmup_ratio=ratio)
-    runner = build_runner({"type": "IterBasedRunner", "max_iters": steps}, {"model": Steps(), "optimizer": optimizer, "logger": __import__("logging").getLogger()})
+    runner = build_runner({"type": "IterBasedRunner", "max_iters": steps},
+                          {"model": Steps(), "optimizer": optimizer, "logger": __import__("logging").getLogger()})
     hook.before_run(runner)
     rates = []
     for step in range(steps):

@@ -20,7 +20,8 @@ def batch(step: int, rank: int) -> dict:
     classes = [[0, 3], [2]] if rank == 0 else [[1], []] if step == 0 else [[], []]
     labels, masks = targets(*classes, size=56)
     torch.manual_seed(10 * step + rank)
-    return {"img": torch.randn(2, 3, 56, 56), "img_metas": [{}] * 2, "gt_semantic_seg": torch.zeros(2, 1, 56, 56, dtype=torch.int64), "gt_labels": labels, "gt_masks": masks}
+    return {"img": torch.randn(2, 3, 56, 56), "img_metas": [{}] * 2, "gt_semantic_seg": torch.zeros(2, 1, 56, 56, dtype=torch.int64),
+            "gt_labels": labels, "gt_masks": masks}
 
 
 def losses_of(model, step: int) -> dict[str, torch.Tensor]:

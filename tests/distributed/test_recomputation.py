@@ -34,7 +34,8 @@ def options(root: Path, **more: object) -> dict[str, object]:
 
 
 def every_policy_is_equal(settings: list[tuple[dict, dict]], root: Path, work_dir: Path) -> None:
-    """On each rank, for (zero_optimization, options of the experiment): the loss and the norm of all gradients of one batch, again and again under learning rate 0."""
+    """On each rank, for (zero_optimization, options of the experiment): the loss and the norm of all gradients of one batch,
+    again and again under learning rate 0."""
     quieten()
     deepspeed.init_distributed("gloo", verbose=False)
     by_layer = {}

@@ -1,4 +1,5 @@
-"""Checkpoints of every kind, restored into engines of other stages, precisions and numbers of processes: the same masters, moments and rates, to the last bit."""
+"""Checkpoints of every kind, restored into engines of other stages, precisions and numbers of processes: the same masters,
+moments and rates, to the last bit."""
 
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from internseg_ds.distributed.restoring import restore
 from tests.checkpoints.write_toy_checkpoints import SETTINGS, build, truth
 from tests.distributed.ranks import spawn
 
-TARGETS = ["zero1_bf16", "zero1_bf16_fp32_gradients", "zero2_bf16", "zero2_offload", "zero3_bf16", "zero3_small_sub_groups", "zero3_offload", "zero3_autocast", "zero3_fp32"]
+TARGETS = ["zero1_bf16", "zero1_bf16_fp32_gradients", "zero2_bf16", "zero2_offload", "zero3_bf16", "zero3_small_sub_groups", "zero3_offload",
+           "zero3_autocast", "zero3_fp32"]
 
 
 def engine_of(name: str, schedule: PolySchedule):

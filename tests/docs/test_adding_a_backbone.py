@@ -45,10 +45,11 @@ def folder(tmp_path_factory, ade20k) -> Path:
 def trained(folder) -> Path:
     """The folder after the two commands that train."""
     assert EXPORT == "export PYTHONPATH=mine"
-    env = {**os.environ, "PYTHONPATH": f"mine:{ROOT}", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-           "DS_SKIP_CUDA_CHECK": "1"}
+    env = {**os.environ, "PYTHONPATH": f"mine:{ROOT}", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+           "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_SKIP_CUDA_CHECK": "1"}
     for command in COMMANDS[:2]:
-        done = subprocess.run(command.replace("deepspeed ", f"deepspeed --master_port {free_port()} "), shell=True, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command.replace("deepspeed ", f"deepspeed --master_port {free_port()} "), shell=True, cwd=folder, env=env,
+                              capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return folder
 

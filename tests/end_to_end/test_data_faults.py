@@ -20,7 +20,8 @@ def damaged(ade20k, tmp_path_factory):
 
 
 def run(launch, root, work_dir, *options):
-    return launch("launch/train.py", TINY, "--work-dir", work_dir, "--no-validate", "--cfg-options", *SMALL, *data_options(root), *OPTIONS, *options, check=False)
+    return launch("launch/train.py", TINY, "--work-dir", work_dir, "--no-validate", "--cfg-options", *SMALL, *data_options(root), *OPTIONS,
+                  *options, check=False)
 
 
 def test_damaged_images_up_to_the_limit_are_replaced_and_noted(damaged, launch, tmp_path):
@@ -38,7 +39,8 @@ def test_one_more_ends_the_run_on_all_ranks_with_one_sentence(damaged, launch, t
     done = run(launch, root, tmp_path, "engine.max_data_faults=1")
     assert done.returncode == 2
     (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert any(name in sentence for name in names) and "2 damaged training images are more than engine.max_data_faults=1" in sentence and "Traceback" not in done.stderr
+    assert any(name in sentence for name in names) and "2 damaged training images are more than engine.max_data_faults=1" in sentence \
+        and "Traceback" not in done.stderr
 
 
 def test_by_default_the_first_one_is_an_error_before_training(damaged, launch, tmp_path):

@@ -36,8 +36,8 @@ def test_transformers_computes_the_same_features(trained, segmentor, tmp_path):
 @pytest.mark.parametrize(("layout", "name"), [("internvl", "vit.pth"), ("opengvlab", "folder"), ("transformers", "folder")])
 def test_an_exported_backbone_starts_another_run(layout, name, trained, train, segmentor, tmp_path):
     out = export_backbone(trained.work_dir, tmp_path / name, layout, dtype="bfloat16")
-    run = train("--no-validate", options=["runner.max_iters=1", "checkpoint_config.interval=1", f"model.backbone.pretrained={out}", "lr_config.warmup_ratio=1e-9"],
-                processes=1)
+    run = train("--no-validate", options=["runner.max_iters=1", "checkpoint_config.interval=1", f"model.backbone.pretrained={out}",
+                                          "lr_config.warmup_ratio=1e-9"], processes=1)
     weights = open_weights(run.work_dir)
     for key, value in segmentor.backbone.state_dict().items():
         if not key.startswith("up"):

@@ -73,7 +73,8 @@ def test_a_rank_that_is_killed_ends_the_others_within_seconds(victim, ade20k, tm
         output, _ = launcher.communicate(timeout=20)
         assert launcher.returncode != 0
         assert nothing_stays(tmp_path, within_s=10)
-    assert re.search(rf"rank {victim} \(host \S+, process {pid}\) at step \d+, \w+ died\. This run ends; start it again with --resume auto", output), output[-3000:]
+    assert re.search(rf"rank {victim} \(host \S+, process {pid}\) at step \d+, \w+ died\. "
+                     r"This run ends; start it again with --resume auto", output), output[-3000:]
 
 
 def test_a_rank_that_is_frozen_ends_the_others_after_the_heartbeat_timeout(ade20k, tmp_path):
@@ -107,8 +108,8 @@ def test_a_rank_that_hangs_is_named_with_its_line(launch, ade20k, tmp_path):
     labels = sorted((root / "annotations" / "training").iterdir())[9]
     labels.unlink()
     os.mkfifo(labels)
-    done = launch("launch/train.py", TINY, "--work-dir", work_dir, "--no-validate", "--heartbeat-timeout", "4", "--cfg-options", *SMALL, *data_options(root), *ENDLESS,
-                  "data.workers_per_gpu=0", launcher="deepspeed", check=False)
+    done = launch("launch/train.py", TINY, "--work-dir", work_dir, "--no-validate", "--heartbeat-timeout", "4", "--cfg-options", *SMALL,
+                  *data_options(root), *ENDLESS, "data.workers_per_gpu=0", launcher="deepspeed", check=False)
     assert done.returncode == LOST and nothing_stays(work_dir, within_s=10)
     found = re.search(r"no rank has got on for 4 s: the other 1 wait for rank (\d) .* at step (\d+), data \((\S+)", done.stderr)
     assert found and "file_client" in found[3], done.stderr[-3000:]

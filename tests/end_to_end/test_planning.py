@@ -126,7 +126,8 @@ def test_what_cannot_be_planned_is_refused_in_a_sentence(args, message, plan):
 
 def test_what_trains_in_fp32_has_a_memory_and_no_time(plan, tmp_path):
     (tmp_path / "fp32.json").write_text('{"zero_optimization": {"stage": 2}}')
-    code, out, err = plan(TINY, "--gpus", "2", "--deepspeed_config", str(tmp_path / "fp32.json"), "--gpu-memory", "24GiB", "--cfg-options", "engine.ema=0.99", "engine.background_save=True")
+    code, out, err = plan(TINY, "--gpus", "2", "--deepspeed_config", str(tmp_path / "fp32.json"), "--gpu-memory", "24GiB",
+                          "--cfg-options", "engine.ema=0.99", "engine.background_save=True")
     assert code == 0, err
     assert "Peak: " in out and "of 24.0: fits" in out and "Time: not planned." in out and "These fit: fp32." in out
     assert {"moving average", "save in the background"} <= set(cells(out))
@@ -141,6 +142,7 @@ def test_a_checkpoint_takes_as_much_of_the_disk_as_planned(long_run, launch, tmp
         planned = planner.footprint(ds, 2**35)
         found = sum(file.stat().st_size for file in (run.work_dir / "checkpoints" / f"iter_{STEPS}").iterdir())
         tensors = sum(1 for _ in planner.model.parameters())
-        assert planned.checkpoint == pytest.approx(found, abs=0.02 * found + 2 * 1500 * tensors)  # names, shapes and the config's text weigh on so small a model
+        # names, shapes and the config's text weigh on so small a model
+        assert planned.checkpoint == pytest.approx(found, abs=0.02 * found + 2 * 1500 * tensors)
     launch("launch/consolidate.py", run.work_dir / "checkpoints", tmp_path / "out.safetensors", processes=1)
     assert planned.consolidated == pytest.approx((tmp_path / "out.safetensors").stat().st_size, rel=0.05)

@@ -27,7 +27,8 @@ def resumed(train, unbroken, *arguments, **settings):
     ("zero3_bf16", 1, 4), pytest.param("zero3_bf16", 4, 1, marks=pytest.mark.slow), ("zero1_bf16", 2, 2),
     pytest.param("zero3_autocast", 2, 2, marks=pytest.mark.slow), ("zero3_bf16_offload_optimizer", 2, 2)])
 def test_it_goes_on_along_the_same_curve(name, processes, micro_batch, train, unbroken):
-    run = resumed(train, unbroken, "--deepspeed_config", f"ds_configs/{name}.json", processes=processes, options=[*STEPS, "engine.ema=0.9", f"data.samples_per_gpu={micro_batch}"])
+    run = resumed(train, unbroken, "--deepspeed_config", f"ds_configs/{name}.json", processes=processes,
+                  options=[*STEPS, "engine.ema=0.9", f"data.samples_per_gpu={micro_batch}"])
     expected = {step: loss for step, loss in unbroken.losses.items() if step > 5}
     assert run.losses == pytest.approx(expected, rel=1e-2)
     rates = [{record["step"]: record["lr"] for record in each.records if "loss" in record} for each in (run, unbroken)]

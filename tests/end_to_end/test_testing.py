@@ -23,10 +23,12 @@ def test_the_score_is_the_same_from_shards_and_file_and_with_1_and_2_processes(t
     results, fp32 = [], "engine.backbone_dtype=float32"  # partitioned weights have one dtype, heads included
     for number, (checkpoint, processes, launcher) in enumerate([(trained.work_dir / "checkpoints", 2, "deepspeed"), (one_file, 1, "forks")]):
         out = tmp_path / str(number)
-        launch("launch/test.py", TINY, checkpoint, "--eval", "mIoU", "--out", out, "--cfg-options", *SMALL, *data_options(ade20k), fp32, processes=processes, launcher=launcher)
+        launch("launch/test.py", TINY, checkpoint, "--eval", "mIoU", "--out", out, "--cfg-options", *SMALL, *data_options(ade20k), fp32,
+               processes=processes, launcher=launcher)
         results.append((out / "results.json").read_text())
     out = tmp_path / "partitioned"  # by ZeRO-3, the forwards in step
-    launch("launch/test.py", TINY, one_file, "--eval", "mIoU", "--out", out, "--cfg-options", *SMALL, *data_options(ade20k), "engine.evaluation_weights=partitioned", fp32)
+    launch("launch/test.py", TINY, one_file, "--eval", "mIoU", "--out", out, "--cfg-options", *SMALL, *data_options(ade20k),
+           "engine.evaluation_weights=partitioned", fp32)
     results.append((out / "results.json").read_text())
     assert len(set(results)) == 1
     assert json.loads(results[0])["mIoU"] == pytest.approx(trained.scores[12], abs=5e-3)  # training evaluates bf16 copies of the same weights
@@ -63,7 +65,8 @@ def test_a_prediction_overwrites_no_image(one_file, launch, ade20k, tmp_path):
 
 
 def test_predict_labels_are_those_of_the_evaluation(one_file, launch, ade20k, tmp_path):
-    launch("launch/predict.py", TINY, one_file, ade20k / "images/validation", "--out", tmp_path, "--cfg-options", *SMALL, *data_options(ade20k), launcher="python")
+    launch("launch/predict.py", TINY, one_file, ade20k / "images/validation", "--out", tmp_path, "--cfg-options", *SMALL, *data_options(ade20k),
+           launcher="python")
     maps = sorted(tmp_path.glob("*_labels.png"))
     assert len(maps) == len(list(tmp_path.glob("*_overlay.png"))) == 7
     hits = np.zeros(3)
@@ -96,7 +99,8 @@ def test_predict_takes_globs_and_names_what_it_cannot_read(one_file, launch, ade
     for number, file in enumerate(sorted((ade20k / "images/validation").iterdir())[:3]):
         shutil.copy(file, frames / f"frame_{number}.jpg")
     (frames / "frame_3.jpg").write_bytes(b"no image")
-    arguments = ["launch/predict.py", TINY, one_file, str(tmp_path / "frames/**/*.jpg"), "--logits", "--out", tmp_path / "out", "--cfg-options", *SMALL, *data_options(ade20k)]
+    arguments = ["launch/predict.py", TINY, one_file, str(tmp_path / "frames/**/*.jpg"), "--logits", "--out", tmp_path / "out",
+                 "--cfg-options", *SMALL, *data_options(ade20k)]
     done = launch(*arguments, processes=1)
     assert "1 of 4 images are left out" in done.stdout + done.stderr and "frame_3.jpg" in done.stdout + done.stderr
     assert len(list((tmp_path / "out").glob("*_overlay.png"))) == 3

@@ -83,7 +83,8 @@ def test_every_ds_config_follows_plain_pytorch_within_bf16(name, long_run, refer
 @pytest.mark.parametrize("name", ["zero3_bf16", "zero3_autocast"])
 def test_a_bf16_backbone_follows_plain_pytorch_too(name, train, reference):
     """This machine may compute the backbone in fp32 by default; here the bf16 arithmetic of a GPU is asked for."""
-    losses = train("--deepspeed_config", f"ds_configs/{name}.json", "--no-validate", options=[*LONG, "runner.max_iters=6", "engine.backbone_dtype=bfloat16"]).losses
+    losses = train("--deepspeed_config", f"ds_configs/{name}.json", "--no-validate",
+                   options=[*LONG, "runner.max_iters=6", "engine.backbone_dtype=bfloat16"]).losses
     first = {step: reference[step] for step in range(1, 6)}
     assert {step: losses[step] for step in first} == pytest.approx(first, rel=2e-2)
     assert {step: losses[step] for step in first} != pytest.approx(first, rel=1e-6)  # it really is another arithmetic
@@ -166,7 +167,8 @@ def test_processes_that_srun_started_form_one_run(ade20k, tmp_path):
 def test_a_frozen_vit_keeps_its_weights_while_its_fpn_and_heads_train(train):
     from internseg_ds.checkpoints.weights import open_weights
 
-    run = train("--no-validate", options=["model.backbone.freeze_vit=True", "runner.max_iters=3", "checkpoint_config.interval=1", "checkpoint_config.max_keep_ckpts=-1"])
+    run = train("--no-validate", options=["model.backbone.freeze_vit=True", "runner.max_iters=3", "checkpoint_config.interval=1",
+                                          "checkpoint_config.max_keep_ckpts=-1"])
     first, third = (open_weights(run.work_dir / "checkpoints" / f"iter_{step}") for step in (1, 3))
     changed = {name for name in first.shapes if not torch.equal(first.read(name), third.read(name))}
     assert not any(name.startswith(("backbone.blocks", "backbone.patch_embed", "backbone.pos_embed", "backbone.cls_token")) for name in changed)

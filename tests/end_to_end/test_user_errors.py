@@ -14,7 +14,8 @@ from tests.conftest import MASK2FORMER, ROOT, TINY, data_options
 
 
 def test_rank_0_says_it_once_and_the_launcher_ends_with_2(launch, tmp_path):
-    done = launch("launch/train.py", TINY, "--work-dir", tmp_path / "work", "--cfg-options", "data.train.data_root=/nowhere", launcher="deepspeed", check=False, timeout=120)
+    done = launch("launch/train.py", TINY, "--work-dir", tmp_path / "work", "--cfg-options", "data.train.data_root=/nowhere",
+                  launcher="deepspeed", check=False, timeout=120)
     assert done.returncode == 2
     said = [line for line in (done.stdout + done.stderr).splitlines() if "/nowhere" in line and line.startswith("error:")]
     assert len(said) == 1 and "data_root" in said[0]
@@ -160,7 +161,8 @@ def test_a_ds_config_without_a_stage_is_refused(ade20k):
 
 
 def test_a_batch_norm_over_one_value_is_refused_before_it_fails(ade20k):
-    experiment = read_experiment(ROOT / TINY, dict(option.split("=") for option in data_options(ade20k)) | {"data.samples_per_gpu": 1, "engine.global_batch": None})
+    experiment = read_experiment(
+        ROOT / TINY, dict(option.split("=") for option in data_options(ade20k)) | {"data.samples_per_gpu": 1, "engine.global_batch": None})
     check(experiment, ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0))  # two processes have two values
     with pytest.raises(ConfigError, match=r"decode_head\.psp_modules.* one value per channel .* raise data\.samples_per_gpu"):
         check(experiment, ROOT / "ds_configs/zero3_bf16.json", World(0, 1, 0))

@@ -46,10 +46,12 @@ def test_scores_are_those_of_mmsegs_test_loop(tiny, ade20k):
 
     dataset = validation(ade20k)
     loader = build_dataloader(dataset, 1, 0, dist=False, shuffle=False, persistent_workers=False)
-    expected = dataset.evaluate(single_gpu_test(MMDataParallel(tiny, device_ids=[-1]), loader, pre_eval=True), metric=["mIoU", "mDice", "mFscore"], logger="silent")
+    expected = dataset.evaluate(single_gpu_test(MMDataParallel(tiny, device_ids=[-1]), loader, pre_eval=True),
+                                metric=["mIoU", "mDice", "mFscore"], logger="silent")
     found = evaluate(Forwards(tiny), dataset, world=World(), workers=0, metrics=["mIoU", "mDice", "mFscore"], verbose=False)
     assert found.images == 7 and not found.faults
-    assert found.metrics == pytest.approx({name: float(value) for name, value in expected.items() if not np.isnan(value)}, abs=1e-6)  # theirs are rounded in fp32
+    assert found.metrics == pytest.approx({name: float(value) for name, value in expected.items() if not np.isnan(value)},
+                                          abs=1e-6)  # theirs are rounded in fp32
     assert {"mIoU", "mDice", "mFscore", "aAcc", "mAcc"} <= set(found.metrics)
 
 

@@ -30,7 +30,8 @@ def who_looks_after_which_folder(place: Path) -> None:
     assert leaders(place / "shared", world(), node_local=False, ds_config="ds.json") == [0, 0, 0]
     assert leaders(place / "shared", world(), node_local=True, ds_config="ds.json") == [0, 0, 0]  # allowed, but not so
     assert leaders(place / f"host{rank // 2}", world(2), node_local=True, ds_config="ds.json") == [0, 0, 2]
-    with pytest.raises(ConfigError, match=r'every host must see the same folder; put it on a shared file system .*"use_node_local_storage": true.* into ds\.json'):
+    with pytest.raises(ConfigError, match=r"every host must see the same folder; put it on a shared file system "
+                                          r'.*"use_node_local_storage": true.* into ds\.json'):
         leaders(place / f"host{rank // 2}", world(2), node_local=False, ds_config="ds.json")
     dist.barrier()
     assert not list(place.glob("*/.*"))  # no marks are left
@@ -64,7 +65,8 @@ def every_host_saves_marks_and_retains(place: Path) -> None:
     assert there(mine / "checkpoints") == {"iter_20", "iter_30"}
     assert ((mine / "checkpoints" / "latest").read_text(), (mine / "checkpoints" / "best").read_text()) == ("iter_30", "iter_20")
     manifest = read_manifest(mine / "checkpoints" / "iter_30")
-    assert manifest["node_local"] and any(f"rank_{dist.get_rank()}_" in name for name in manifest["files"]) and not any(f"rank_{1 - dist.get_rank()}_" in name for name in manifest["files"])
+    assert manifest["node_local"] and any(f"rank_{dist.get_rank()}_" in name for name in manifest["files"]) \
+        and not any(f"rank_{1 - dist.get_rank()}_" in name for name in manifest["files"])
     assert agree_to_resume(checkpoint_to_resume("auto", mine), 1).path == mine / "checkpoints" / "iter_30"
 
 
@@ -115,7 +117,8 @@ def a_save_that_fails_on_one_host_is_on_none(place: Path) -> None:
 
 
 def with_a_folder_on_each_host(place: Path) -> None:
-    for proof in (every_host_saves_marks_and_retains, hosts_whose_newest_differ_agree, the_same_step_of_another_save_is_not_the_same, a_save_that_fails_on_one_host_is_on_none):
+    for proof in (every_host_saves_marks_and_retains, hosts_whose_newest_differ_agree, the_same_step_of_another_save_is_not_the_same,
+                  a_save_that_fails_on_one_host_is_on_none):
         proof(place / proof.__name__)
 
 

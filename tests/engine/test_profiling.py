@@ -29,7 +29,8 @@ def a_profile_changes_no_loss_and_leaves_evaluations_out(root: Path, folder: Pat
     plain, profiled = folder / "plain", folder / "profiled"
     with SegmentorEngine(small_experiment(root, *options), ROOT / "ds_configs/zero3_bf16.json", work_dir=plain, validate=False) as engine:
         engine.train()
-    with SegmentorEngine(small_experiment(root, *options, "evaluation.interval=2"), ROOT / "ds_configs/zero3_bf16.json", work_dir=profiled, profiled_steps=2) as engine:
+    with SegmentorEngine(small_experiment(root, *options, "evaluation.interval=2"), ROOT / "ds_configs/zero3_bf16.json",
+                         work_dir=profiled, profiled_steps=2) as engine:
         hooks = len(engine.deepspeed.module.decode_head._forward_hooks)
         engine.train()
         assert len(engine.deepspeed.module.decode_head._forward_hooks) == hooks
@@ -48,7 +49,8 @@ def a_profile_changes_no_loss_and_leaves_evaluations_out(root: Path, folder: Pat
     assert sum(event["name"] == "data" for event in events) == 2 * 2  # micro-batches
     dist.barrier()
     if dist.get_rank() == 0:
-        losses = [[record["loss"] for record in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in record] for run in (plain, profiled)]
+        losses = [[record["loss"] for record in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in record]
+                  for run in (plain, profiled)]
         assert losses[0] == losses[1] and len(losses[0]) == 3
         summary, log = (profiled / "profile" / "summary.txt").read_text(), (profiled / "train.log").read_text()
         assert "norms, elementwise, copies" in summary and "Self CPU time total" in summary
@@ -60,8 +62,8 @@ def test_a_profile_changes_no_loss_and_leaves_evaluations_out(ade20k, tmp_path):
     spawn(a_profile_changes_no_loss_and_leaves_evaluations_out, 2, ade20k, tmp_path)
 
 
-@pytest.mark.parametrize(("start", "last", "steps", "expected"), [(0, 100, 3, [5, 6, 7]), (40, 100, 2, [45, 46]), (0, 5, 3, [3, 4, 5]), (0, 2, 3, [1, 2]), (9, 10, 3, [10]),
-                                                                  (0, 100, 0, [])])
+@pytest.mark.parametrize(("start", "last", "steps", "expected"), [
+    (0, 100, 3, [5, 6, 7]), (40, 100, 2, [45, 46]), (0, 5, 3, [3, 4, 5]), (0, 2, 3, [1, 2]), (9, 10, 3, [10]), (0, 100, 0, [])])
 def test_a_run_that_is_short_is_profiled_sooner(start, last, steps, expected, tmp_path):
     assert [*profile_of(tmp_path, steps, start=start, last=last).steps] == expected
 

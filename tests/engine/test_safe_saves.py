@@ -46,7 +46,8 @@ def saves_for_ever(rank: int, port: int, folder: Path, first: int, background: b
         checkpoints.save(engine, TrainState(step=step, images=8 * step), {"CLASSES": ["sky"]})
 
 
-@pytest.mark.parametrize(("background", "tries"), [(False, 6), (True, 4), pytest.param(False, 30, marks=pytest.mark.slow)])  # the seconds of 30 are spent with the other long tests
+@pytest.mark.parametrize(("background", "tries"), [
+    (False, 6), (True, 4), pytest.param(False, 30, marks=pytest.mark.slow)])  # the seconds of 30 are spent with the other long tests
 def test_a_save_killed_at_any_moment_leaves_the_previous_one_usable(background, tries, tmp_path):
     folder, newest, chance = tmp_path / "checkpoints", 0, random.Random(0)
     forked = multiprocessing.get_context("fork")
@@ -56,7 +57,8 @@ def test_a_save_killed_at_any_moment_leaves_the_previous_one_usable(background, 
         for process in ranks:
             process.start()
         deadline = time.monotonic() + 120
-        # while DeepSpeed's extension is loaded, a kill would leave torch's lock behind, for which all later tests would wait; and before the first save there is nothing to keep
+        # while DeepSpeed's extension is loaded, a kill would leave torch's lock behind, for which all later tests would wait;
+        # and before the first save there is nothing to keep
         while not all((tmp_path / f"ready_{port}_{rank}").exists() for rank in range(2)) or not (folder / "latest").exists():
             assert time.monotonic() < deadline and all(process.is_alive() for process in ranks)
             time.sleep(0.01)

@@ -34,8 +34,9 @@ def test_fewer_processes_accumulate_up_to_the_recipes_batch():
 
 
 def test_stages_trade_memory_for_communication():
-    one, two, three, hpz = (plan({"stage": stage, **more}, nodes=(4,)).rows[0] for stage, more in ((1, {}), (2, {}), (3, {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}),
-                            (3, {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0, "zero_hpz_partition_size": 2})))
+    one, two, three, hpz = (plan({"stage": stage, **more}, nodes=(4,)).rows[0] for stage, more in (
+        (1, {}), (2, {}), (3, {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}),
+        (3, {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0, "zero_hpz_partition_size": 2})))
     assert one.gpu_state > two.gpu_state > hpz.gpu_state > three.gpu_state
     assert three.between_nodes > hpz.between_nodes > 0
     offloaded, = plan({"stage": 3, "offload_optimizer": {"device": "cpu"}}, nodes=(4,)).rows

@@ -25,7 +25,8 @@ def with_test_cfg(model, **changes):
 
 
 def meta(size, original=None, shown=None, flip=None):
-    return {"ori_shape": (*(original or size), 3), "img_shape": (*(shown or size), 3), "pad_shape": (*size, 3), "flip": flip is not None, "flip_direction": flip}
+    return {"ori_shape": (*(original or size), 3), "img_shape": (*(shown or size), 3), "pad_shape": (*size, 3),
+            "flip": flip is not None, "flip_direction": flip}
 
 
 def image(size, seed, **about):
@@ -80,7 +81,8 @@ def test_labels_do_not_depend_on_how_many_classes_are_resized_at_a_time(tiny, ch
 def test_several_scales_and_flips_are_averaged_as_mmseg_averages_them(tiny, mode, monkeypatch):
     model = with_test_cfg(tiny, mode=mode)
     stream = [inputs(*(image(size, 7 * seed + index, original=(150, 170 + seed), flip=flip)
-                       for index, (size, flip) in enumerate(itertools.product([(112, 126), (168, 182)], [None, "horizontal", "vertical"])))) for seed in range(2)]
+                       for index, (size, flip) in enumerate(itertools.product([(112, 126), (168, 182)], [None, "horizontal", "vertical"]))))
+              for seed in range(2)]
     expected = theirs(model, stream)
     equal(ours(model, stream), expected)
     monkeypatch.setattr(segmenting, "CHUNK_BYTES", 2**18)  # some classes at a time, where the softmax is rounded otherwise
@@ -157,7 +159,8 @@ def test_the_logits_of_one_augmentation_are_held_at_a_time(tiny, mode):
 
     gc.collect()
     model = with_test_cfg(tiny, mode=mode, batch_size=4)
-    stream = [inputs(*(image((side, side + 14 * seed), seed, original=(90, 100), flip=flip) for side in (70, 112, 168) for flip in (None, "horizontal"))) for seed in range(5)]
+    stream = [inputs(*(image((side, side + 14 * seed), seed, original=(90, 100), flip=flip)
+                       for side in (70, 112, 168) for flip in (None, "horizontal"))) for seed in range(5)]
     found = [segmented.key for segmented in Segmenter(Watched(model)).segment(enumerate(stream))]
     assert found == [0, 1, 2, 3, 4]
 

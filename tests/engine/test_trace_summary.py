@@ -21,7 +21,8 @@ ON_CPU = [
     span("step 5", 1000, 100),
     span("data", 1000, 10), event("cpu_op", "aten::stack", 1002, 5),
     span("forward", 1010, 30),
-    span("backbone", 1010, 10), event("cpu_op", "aten::linear", 1011, 8, **{"Sequence number": 7}), event("cpu_op", "aten::copy_", 1012, 2, **{"Sequence number": 7}),
+    span("backbone", 1010, 10), event("cpu_op", "aten::linear", 1011, 8, **{"Sequence number": 7}),
+    event("cpu_op", "aten::copy_", 1012, 2, **{"Sequence number": 7}),
     span("heads", 1020, 10), event("cpu_op", "aten::conv2d", 1020, 10, **{"Sequence number": 8}),
     event("cpu_op", "aten::log_softmax", 1030, 6, **{"Sequence number": 9}),
     span("backward", 1040, 40),
@@ -46,7 +47,8 @@ def test_a_cpus_time_goes_to_its_main_threads_operations_and_its_gaps_to_the_col
     percent = {key: round(100 * share, 6) for key, share in found.shares.items()}
     assert percent == {
         (DATA, "data"): 10,
-        (MATMUL, "backbone forward"): 8, (REST, "backbone forward"): 2, (MATMUL, "heads forward"): 10, (ELEMENTWISE, "losses forward"): 6, (REST, "losses forward"): 4,
+        (MATMUL, "backbone forward"): 8, (REST, "backbone forward"): 2, (MATMUL, "heads forward"): 10,
+        (ELEMENTWISE, "losses forward"): 6, (REST, "losses forward"): 4,
         (ELEMENTWISE, "losses backward"): 5, (MATMUL, "heads backward"): 10, (ATTENTION, "backbone recomputed"): 4, (MATMUL, "backbone backward"): 10,
         (COMMUNICATION, "backbone backward"): 1, (REST, "backbone backward"): 5, (COMMUNICATION, "other backward"): 4, (REST, "other backward"): 1,
         (UPDATE, "update"): 12, (COMMUNICATION, "update"): 3, (REST, "agreeing"): 5}
@@ -54,8 +56,9 @@ def test_a_cpus_time_goes_to_its_main_threads_operations_and_its_gaps_to_the_col
 
 
 def on_gpu() -> list[dict]:
-    main = [span("step 5", 0, 100), span("data", 0, 10), span("forward", 10, 20), span("backbone", 10, 20), event("cpu_op", "aten::addmm", 11, 2, **{"Sequence number": 7}),
-            event("cpu_op", "aten::add", 14, 2, **{"Sequence number": 8}), span("backward", 30, 20), span("update", 50, 50)]
+    main = [span("step 5", 0, 100), span("data", 0, 10), span("forward", 10, 20), span("backbone", 10, 20),
+            event("cpu_op", "aten::addmm", 11, 2, **{"Sequence number": 7}), event("cpu_op", "aten::add", 14, 2, **{"Sequence number": 8}),
+            span("backward", 30, 20), span("update", 50, 50)]
     autograd = [event("cpu_op", "autograd::engine::evaluate_function: AddmmBackward0", 32, 9, tid=3, **{"Sequence number": 7, "Fwd thread id": 1}),
                 event("cpu_op", "aten::mm", 33, 2, tid=3), event("cpu_op", "aten::empty", 30, 1, tid=3)]
     launches = [(12, 1), (15, 1), (34, 3), (36, 3), (31, 3), (52, 1), (5, 1), (38, 3)]

@@ -78,7 +78,8 @@ def test_the_peak_is_measured_without_a_trace_in_random_numbers_and_threads(hear
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     peak = matmul_peak(torch.float32, World())
     assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == threads
-    said = re.search(r"relative to (\S+) TFLOP/s per process: products of (\d+) x \2 matrices in float32, measured; engine.peak_tflops names another", heard.text)
+    said = re.search(r"relative to (\S+) TFLOP/s per process: products of (\d+) x \2 matrices in float32, measured; "
+                     r"engine.peak_tflops names another", heard.text)
     assert float(said[1]) == pytest.approx(peak / 1e12, rel=1e-3) and 1e8 < peak < 1e14
 
 

@@ -79,7 +79,8 @@ def test_weights_of_a_head_alone_are_refused():
 def test_other_classes_in_a_file_keep_the_heads_initial_values_where_they_may_differ(tmp_path):
     model = build(vit_experiment())
     state = model.state_dict()
-    torch.save({"state_dict": {**state, "decode_head.conv_seg.weight": torch.zeros(19, *state["decode_head.conv_seg.weight"].shape[1:])}}, tmp_path / "other.pth")
+    torch.save({"state_dict": {**state, "decode_head.conv_seg.weight": torch.zeros(19, *state["decode_head.conv_seg.weight"].shape[1:])}},
+               tmp_path / "other.pth")
     weights = open_weights(tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match="weights_may_differ"):
         fit_segmentor(model, weights)

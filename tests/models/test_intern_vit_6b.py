@@ -59,8 +59,8 @@ def reference(backbone: InternViT6B, image: torch.Tensor, heads: int, blocks: in
     return maps
 
 
-@pytest.mark.parametrize("variant", [{}, {"qkv_bias": True}, {"qk_normalization": False}, {"init_values": 0}, {"layerscale_force_fp32": True}, {"mlp_ratio": 3.0}],
-                         ids=str)
+@pytest.mark.parametrize("variant", [{}, {"qkv_bias": True}, {"qk_normalization": False}, {"init_values": 0}, {"layerscale_force_fp32": True},
+                                     {"mlp_ratio": 3.0}], ids=str)
 def test_features_are_those_of_the_definition(variant: dict):
     backbone = vit(**variant).eval()
     image = torch.randn(2, 3, 56, 56)

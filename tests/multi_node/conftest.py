@@ -40,7 +40,8 @@ class Cluster:
         settings = {"PATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": INTERFACE}
         settings |= {name: os.environ[name] for name in ("TORCH_EXTENSIONS_DIR",) if name in os.environ}
         env = environment(self.folder / "home", settings) | {"PATH": path}
-        return self.hosts[0].start("deepspeed", "--hostfile", hostfile, *launcher.split(), script, *arguments, env=env, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        return self.hosts[0].start("deepspeed", "--hostfile", hostfile, *launcher.split(), script, *arguments,
+                                   env=env, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
 
     def run(self, *arguments: object, code: int = 0, **settings) -> str:
         """The output of a run that ends with `code`, and leaves nothing on any host."""
@@ -55,7 +56,8 @@ class Cluster:
         return output
 
     def train(self, work_dir: Path, *arguments: object, options: tuple[str, ...] = (), **settings) -> Run:
-        output = self.run("launch/train.py", TINY, "--work-dir", work_dir, "--no-validate", *arguments, "--cfg-options", *OPTIONS, *data_options(self.data), *options, **settings)
+        output = self.run("launch/train.py", TINY, "--work-dir", work_dir, "--no-validate", *arguments,
+                          "--cfg-options", *OPTIONS, *data_options(self.data), *options, **settings)
         return Run(work_dir, output, settings.get("code", 0))
 
     def check_nothing_is_left(self, seconds: float = 10) -> None:

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import psutil
 
-TOOLS = {"ip": "iproute2", "sshd": "openssh-server", "ssh": "openssh-client", "pdsh": "pdsh", "unshare": "util-linux", "nsenter": "util-linux", "setpriv": "util-linux"}
+TOOLS = {"ip": "iproute2", "sshd": "openssh-server", "ssh": "openssh-client", "pdsh": "pdsh",
+         "unshare": "util-linux", "nsenter": "util-linux", "setpriv": "util-linux"}
 INTERFACE = "fabric0"
 
 SSHD_CONFIG = """
@@ -64,7 +65,8 @@ class Host:
 
     def start(self, *command: object, **settings) -> subprocess.Popen:
         """Starts a command on this host, in a session of its own; settings: of Popen."""
-        return subprocess.Popen(["nsenter", "--all", f"--wdns={os.getcwd()}", f"--target={self.init}", "--", *map(str, command)], start_new_session=True, text=True, **settings)
+        return subprocess.Popen(["nsenter", "--all", f"--wdns={os.getcwd()}", f"--target={self.init}", "--", *map(str, command)],
+                                start_new_session=True, text=True, **settings)
 
     def run(self, *command: object, timeout: float = 60, **settings) -> str:
         """The output of a command on this host; raises when it fails."""
@@ -133,8 +135,8 @@ def _host(name: str, address: str, folder: Path) -> Iterator[Host]:
     mine.mkdir()
     script = START.format(name=name, etc_ssh=folder / "ssh", etc_hosts=folder / "hosts", mine=mine, local=folder / "local", sshd=_tool("sshd"))
     with (folder / f"{name}.sshd.log").open("w") as log:
-        started = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", "unshare", "--net", "--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc",
-                                    "sh", "-c", script], stdout=log, stderr=log)
+        started = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", "unshare", "--net", "--mount", "--uts", "--ipc", "--pid", "--fork",
+                                    "--kill-child", "--mount-proc", "sh", "-c", script], stdout=log, stderr=log)
     try:
         process = psutil.Process(started.pid)
         while not process.children():

@@ -1,4 +1,5 @@
-"""Training and evaluation over several hosts, started by `deepspeed --hostfile` with pdsh and ssh: a shared work directory, one on each host, and sudden ends."""
+"""Training and evaluation over several hosts, started by `deepspeed --hostfile` with pdsh and ssh: a shared work directory,
+one on each host, and sudden ends."""
 
 import json
 import os
@@ -80,7 +81,8 @@ def test_each_host_keeps_its_own_files_and_goes_on_from_what_all_have(shared, tw
     assert all((folder / "latest").read_text() == "iter_4" and not list(folder.glob("*.partial")) for folder in folders)
 
     def consolidate(folder: Path) -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, "launch/consolidate.py", folder, two.folder / "whole.pth"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        return subprocess.run([sys.executable, "launch/consolidate.py", folder, two.folder / "whole.pth"],
+                              cwd=ROOT, capture_output=True, text=True, timeout=120)
 
     refused = consolidate(folders[1])
     assert refused.returncode == 2 and "copy the folders of all hosts together into one" in refused.stderr, refused.stderr
@@ -91,7 +93,8 @@ def test_each_host_keeps_its_own_files_and_goes_on_from_what_all_have(shared, tw
 
 def test_three_hosts_train_with_a_folder_on_each(cluster_of):
     with cluster_of(3) as three:
-        run = three.train(three.local / "kept", "--deepspeed_config", node_local(three.folder, "zero2_bf16"), options=("runner.max_iters=2", "engine.global_batch=6"))
+        run = three.train(three.local / "kept", "--deepspeed_config", node_local(three.folder, "zero2_bf16"),
+                          options=("runner.max_iters=2", "engine.global_batch=6"))
         assert "3 processes on cpu, ZeRO-2" in run.output
         for rank, host in enumerate(three.hosts):
             assert [f"rank_{rank}_" in name for name in shard(host.mine / "kept" / "checkpoints" / "iter_2")] == [True]
@@ -100,8 +103,8 @@ def test_three_hosts_train_with_a_folder_on_each(cluster_of):
 def started(two: Cluster, name: str) -> tuple[subprocess.Popen, Path]:
     """A run that would go on for long, and that has begun to train."""
     work_dir = two.folder / name
-    running = two.start("launch/train.py", TINY, "--work-dir", work_dir, "--no-validate", "--cfg-options", *SMALL, "runner.max_iters=10000", *data_options(two.data),
-                        output=subprocess.DEVNULL)
+    running = two.start("launch/train.py", TINY, "--work-dir", work_dir, "--no-validate", "--cfg-options", *SMALL, "runner.max_iters=10000",
+                        *data_options(two.data), output=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (work_dir / "metrics.jsonl").exists() or not (work_dir / "metrics.jsonl").read_text():
         assert running.poll() is None and time.monotonic() < deadline
@@ -138,7 +141,8 @@ def test_nothing_of_the_hosts_stays_on_this_machine(tmp_path):
 
 
 def test_hosts_go_with_the_process_that_has_them_even_when_it_is_killed(tmp_path):
-    script = "import sys, time, pathlib; from tests.multi_node.hosts import hosts\nwith hosts(1, pathlib.Path(sys.argv[1])) as found: print(found[0].init, flush=True); time.sleep(60)"
+    script = ("import sys, time, pathlib; from tests.multi_node.hosts import hosts\n"
+              "with hosts(1, pathlib.Path(sys.argv[1])) as found: print(found[0].init, flush=True); time.sleep(60)")
     process = subprocess.Popen([sys.executable, "-c", script, tmp_path / "hosts"], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     init = psutil.Process(int(process.stdout.readline()))
     assert "sshd" in init.name()

@@ -19,7 +19,8 @@ from internseg_ds.planning.activations import evaluation_bytes, most_bytes, trai
 from tests.conftest import ROOT, TINY
 from tests.models.small_mask2former import config as small_mask2former
 
-SAME_KERNELS = {"model.backbone.norm_type": "layer_norm", "model.backbone.qk_normalization": False, "model.decode_head.dropout_ratio": 0, "model.auxiliary_head.dropout_ratio": 0}
+SAME_KERNELS = {"model.backbone.norm_type": "layer_norm", "model.backbone.qk_normalization": False,
+                "model.decode_head.dropout_ratio": 0, "model.auxiliary_head.dropout_ratio": 0}
 """Without the operations that have one kernel on GPUs and several on CPUs (RMSNorm, dropout), a CPU saves what a GPU saves."""
 
 
@@ -116,7 +117,8 @@ POLICIES: dict[str, Callable[[list[nn.Module]], list[nn.Module]]] = {
     "every other block": lambda blocks: [Checkpointed([block]) if index % 2 else block for index, block in enumerate(blocks)],
     "selective": lambda blocks: [Checkpointed([block], (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)) for block in blocks],
 }
-LIGHT_HEADS = {"model.backbone.with_fpn": False, "model.decode_head.num_classes": 2, "model.auxiliary_head.num_classes": 2, "model.decode_head.channels": 8, "model.auxiliary_head.channels": 8}
+LIGHT_HEADS = {"model.backbone.with_fpn": False, "model.decode_head.num_classes": 2, "model.auxiliary_head.num_classes": 2,
+               "model.decode_head.channels": 8, "model.auxiliary_head.channels": 8}
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -158,7 +160,8 @@ def test_a_head_that_computes_no_loss_of_pixels_is_planned_by_what_it_says_stand
     labels, targets = [torch.arange(masks) % 5] * count, [torch.ones(masks, *size, dtype=torch.uint8)] * count
 
     def run() -> None:
-        losses = model.forward_train(torch.rand(count, 3, *size), [{}] * count, torch.zeros(count, 1, *size, dtype=torch.int64), gt_masks=targets, gt_labels=labels)
+        losses = model.forward_train(torch.rand(count, 3, *size), [{}] * count, torch.zeros(count, 1, *size, dtype=torch.int64),
+                                     gt_masks=targets, gt_labels=labels)
         sum(losses.values()).backward()
         model.zero_grad()
 
@@ -187,7 +190,8 @@ def test_under_autocast_the_forward_pass_ends_with_a_bf16_copy_of_the_backbones_
     apply_precision(model, BF16, autocast=True)
     plain = training_activations(build(BF16, BF16, with_cp=True), 112, 112, 2)
     casting = training_activations(model, 112, 112, 2, autocast=True)
-    matrices = sum(param.numel() for module in model.backbone.modules() if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)) for param in module.parameters(recurse=False))
+    matrices = sum(param.numel() for module in model.backbone.modules() if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d))
+                   for param in module.parameters(recurse=False))
     assert casting.kept - plain.kept == pytest.approx(2 * matrices, rel=0.2)
 
 

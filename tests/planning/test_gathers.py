@@ -32,7 +32,8 @@ def test_weights_that_are_needed_again_soon_stay():
 
 
 def test_recomputing_a_block_just_before_its_backward_pass_gathers_nothing_more():
-    uses = [*there_and_back("0", "1")[:4], Use("1", True), Use("1", False), Use("1", True), Use("1", False), Use("0", True), Use("0", False), Use("0", True), Use("0", False)]
+    uses = [*there_and_back("0", "1")[:4], Use("1", True), Use("1", False), Use("1", True), Use("1", False),
+            Use("0", True), Use("0", False), Use("0", True), Use("0", False)]
     made = gathers(chain(10, 10), uses, GatherSettings(max_reuse_distance=10, **NOTHING_AHEAD))
     assert names(made) == [["0"], ["1"], ["0"]]
 
@@ -52,8 +53,10 @@ def test_weights_are_gathered_ahead_in_buckets():
 
 
 def test_settings_come_from_the_ds_config_or_are_deepspeeds():
-    assert GatherSettings.of({"stage3_max_reuse_distance": 1e6, "stage3_prefetch_bucket_size": 7}) == GatherSettings(max_reuse_distance=1_000_000, prefetch_bucket_size=7)
+    assert GatherSettings.of({"stage3_max_reuse_distance": 1e6, "stage3_prefetch_bucket_size": 7}) == GatherSettings(
+        max_reuse_distance=1_000_000, prefetch_bucket_size=7)
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     theirs = DeepSpeedZeroConfig(stage=3)
-    assert GatherSettings() == GatherSettings(theirs.prefetch_bucket_size, theirs.max_live_parameters, theirs.max_reuse_distance, theirs.param_persistence_threshold)
+    assert GatherSettings() == GatherSettings(theirs.prefetch_bucket_size, theirs.max_live_parameters, theirs.max_reuse_distance,
+                                              theirs.param_persistence_threshold)

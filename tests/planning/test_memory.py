@@ -43,7 +43,8 @@ def test_frozen_parameters_have_weights_only():
 
 def test_offloaded_state_lies_on_the_host_with_its_gradients_in_both_dtypes():
     parts = state(nn.Linear(4, 4, bias=False), {"zero_optimization": {"stage": 3, **GRADIENT_OFF}}, "bf16", 1)
-    assert {part.name: (part.device // 16, part.host // 16) for part in parts} == {"weights": (2, 0), "gradients": (0, 2), "optimizer": (0, 12), "gradients in fp32": (0, 4)}
+    assert {part.name: (part.device // 16, part.host // 16) for part in parts} == {
+        "weights": (2, 0), "gradients": (0, 2), "optimizer": (0, 12), "gradients in fp32": (0, 4)}
 
 
 def test_hpz_keeps_a_second_copy_of_the_weights_within_each_node():
@@ -84,7 +85,9 @@ def test_buckets_are_doubled_where_communication_overlaps():
 
 def test_an_update_makes_the_gradients_of_one_group_fp32():
     model = nn.Linear(64, 64, bias=False, device="meta")
-    for zero, groups, expected in (({"stage": 1}, [3000, 1000], 6 * 1500), ({"stage": 3}, [3000, 1000], 6 * 1500), ({"stage": 3, "sub_group_size": 500}, [3000], 6 * 500)):
-        part = of(passing(nn.Sequential(*[nn.Linear(8, 8, bias=False, device="meta")] * 2), {"zero_optimization": zero}, "bf16", 2, None, groups), "fp32 gradients of a group")
+    for zero, groups, expected in (({"stage": 1}, [3000, 1000], 6 * 1500), ({"stage": 3}, [3000, 1000], 6 * 1500),
+                                   ({"stage": 3, "sub_group_size": 500}, [3000], 6 * 500)):
+        part = of(passing(nn.Sequential(*[nn.Linear(8, 8, bias=False, device="meta")] * 2), {"zero_optimization": zero}, "bf16", 2, None, groups),
+                  "fp32 gradients of a group")
         assert (part.device, part.phases) == (expected, ("update",))
     assert of(passing(model, {"zero_optimization": {"stage": 3, **GRADIENT_OFF}}, "bf16", 2, None, [64 * 64]), "fp32 gradients of a group").device == 0

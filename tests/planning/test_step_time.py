@@ -18,7 +18,8 @@ def gather(gigabytes: float, ranks: int = 2, calls: int = 1, what: str = "weight
 
 
 def time_of(micro_batches, after=(), zero=None, nodes=1, per_node=2, host_bytes=0, **more):
-    return step_time(PASS, 2, Traffic(tuple(micro_batches), tuple(after)), STATE, host_bytes, zero or {"stage": 3}, Cluster(GPU, nodes, per_node, 10), PLAIN, **more)
+    return step_time(PASS, 2, Traffic(tuple(micro_batches), tuple(after)), STATE, host_bytes, zero or {"stage": 3},
+                     Cluster(GPU, nodes, per_node, 10), PLAIN, **more)
 
 
 def test_computation_takes_its_flops_at_the_share_of_the_peak_that_is_reached():

@@ -72,8 +72,10 @@ def test_checkpointed_blocks_use_their_weights_three_times_and_others_twice():
         assert uses.count(Use("backbone.blocks.1.mlp.fc1", True)) == times
         assert uses.count(Use("decode_head.conv_seg", True)) == 2
         order = [use.module for use in uses if use.begins]
-        assert order.index("backbone.patch_embed.proj") < order.index("backbone.blocks.0.attn.qkv") < order.index("backbone.blocks.3.mlp.fc2") < order.index("backbone.up1.0")
-        last = {name: max(index for index, module in enumerate(order) if module == name) for name in ("backbone.blocks.0.attn.qkv", "backbone.blocks.3.mlp.fc2", "backbone.up1.0")}
+        assert (order.index("backbone.patch_embed.proj") < order.index("backbone.blocks.0.attn.qkv")
+                < order.index("backbone.blocks.3.mlp.fc2") < order.index("backbone.up1.0"))
+        last = {name: max(index for index, module in enumerate(order) if module == name)
+                for name in ("backbone.blocks.0.attn.qkv", "backbone.blocks.3.mlp.fc2", "backbone.up1.0")}
         assert last["backbone.up1.0"] < last["backbone.blocks.3.mlp.fc2"] < last["backbone.blocks.0.attn.qkv"]
 
 

@@ -62,7 +62,8 @@ class Started:
 def started(command: list[object], log: Path, *, env: Mapping[str, str] | None = None, cwd: Path = ROOT) -> Iterator[Started]:
     """A command in the background; what is left of it is killed at the end of the block."""
     with log.open("w") as out:
-        process = subprocess.Popen([str(word) for word in command], cwd=cwd, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **ENVIRONMENT, **(env or {})})
+        process = subprocess.Popen([str(word) for word in command], cwd=cwd, stdout=out, stderr=subprocess.STDOUT,
+                                   env={**os.environ, **ENVIRONMENT, **(env or {})})
     run = Started(process, log)
     try:
         yield run

@@ -13,7 +13,8 @@ from pathlib import Path
 from tests.conftest import free_port
 from tests.schedulers.runs import ENVIRONMENT, need, wait_for
 
-# cred_expire: how long a requeued job waits before it may start again (120 s by default); the node is called localhost because ranks meet at the first node's name
+# cred_expire: how long a requeued job waits before it may start again (120 s by default);
+# the node is called localhost because ranks meet at the first node's name
 CONFIG = """
 ClusterName=tests
 SlurmctldHost=localhost
@@ -64,7 +65,8 @@ def cluster(folder: Path) -> Iterator[Cluster]:
     key.write_bytes(os.urandom(1024))
     key.chmod(0o600)
     conf = folder / "slurm.conf"
-    conf.write_text(CONFIG.format(folder=folder, user=getpass.getuser(), host=socket.gethostname().partition(".")[0], controller_port=free_port(), node_port=free_port()))
+    conf.write_text(CONFIG.format(folder=folder, user=getpass.getuser(), host=socket.gethostname().partition(".")[0],
+                                  controller_port=free_port(), node_port=free_port()))
     environment = {**os.environ, **ENVIRONMENT, "PATH": f"{ENVIRONMENT['PATH']}:/usr/sbin:/sbin", "SLURM_CONF": str(conf)}
     made = Cluster(environment)
     with ExitStack() as daemons:

@@ -41,8 +41,9 @@ def starts(work_dir: Path) -> list[str]:
     return [line.partition(str(work_dir))[2].strip() for line in file.read_text().splitlines()] if file.exists() else []
 
 
-@pytest.mark.parametrize(("code", "mended"), [(0, False), (2, False), (3, False), (75, False), (127, False), (1, True), (69, True), (134, True), (137, True), (139, True),
-                                              (247, True), (255, True), (-9, True)])
+@pytest.mark.parametrize(("code", "mended"), [
+    (0, False), (2, False), (3, False), (75, False), (127, False), (1, True), (69, True), (134, True), (137, True), (139, True), (247, True),
+    (255, True), (-9, True)])
 def test_what_a_restart_can_mend(code, mended):
     assert can_be_mended(code) == mended
 
@@ -112,7 +113,8 @@ signal.signal(signal.SIGUSR1, stop)
 (work_dir / "ready").touch()
 time.sleep(60)
 """
-LAUNCHES = f"import subprocess\nif 'RANK' not in os.environ:\n    sys.exit(subprocess.run([sys.executable, *sys.argv], env={{**os.environ, 'RANK': '0'}}).returncode)\n{SAVES}"
+LAUNCHES = ("import subprocess\nif 'RANK' not in os.environ:\n"
+            f"    sys.exit(subprocess.run([sys.executable, *sys.argv], env={{**os.environ, 'RANK': '0'}}).returncode)\n{SAVES}")
 
 
 def asked(run: Started, number: int) -> None:
@@ -153,7 +155,8 @@ def test_a_signal_between_two_starts_ends_the_waiting(tmp_path):
 
 
 def test_a_launcher_that_leaves_its_training_alone_has_failed_whatever_it_says(tmp_path):
-    body = "import subprocess\nif 'TRAINING' in os.environ:\n    signal.signal(signal.SIGUSR1, lambda *_: None); (work_dir / 'ready').touch(); time.sleep(4); sys.exit()\n" \
+    body = "import subprocess\nif 'TRAINING' in os.environ:\n" \
+           "    signal.signal(signal.SIGUSR1, lambda *_: None); (work_dir / 'ready').touch(); time.sleep(4); sys.exit()\n" \
            "if start <= 2:\n    subprocess.Popen([sys.executable, *sys.argv], env={**os.environ, 'TRAINING': 'x'})\n" \
            "    while not (work_dir / 'ready').exists(): time.sleep(0.1)\n"
     with started(keeping(tmp_path, body), tmp_path / "log") as run:
@@ -162,7 +165,8 @@ def test_a_launcher_that_leaves_its_training_alone_has_failed_whatever_it_says(t
 
 
 def test_a_killed_launcher_leaves_no_training_beside_the_next_one(tmp_path):
-    body = "import subprocess\nif 'TRAINING' in os.environ:\n    (work_dir / 'ready').touch(); time.sleep(3); (work_dir / 'outlived').write_text('x'); sys.exit()\n" \
+    body = "import subprocess\nif 'TRAINING' in os.environ:\n" \
+           "    (work_dir / 'ready').touch(); time.sleep(3); (work_dir / 'outlived').write_text('x'); sys.exit()\n" \
            "if start > 2: sys.exit(0 if (work_dir / 'outlived').exists() else 2)\n" \
            "subprocess.Popen([sys.executable, *sys.argv], env={**os.environ, 'TRAINING': 'x'})\nwhile not (work_dir / 'ready').exists(): time.sleep(0.1)\n" \
            "os.kill(os.getpid(), signal.SIGKILL)"

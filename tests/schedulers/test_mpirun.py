@@ -15,7 +15,8 @@ pytestmark = pytest.mark.multinode
 @pytest.fixture
 def mpirun() -> list[object]:
     need(mpirun="openmpi-bin")
-    return ["mpirun", *["--allow-run-as-root"] * (os.geteuid() == 0), "--oversubscribe", "-np", 2, "-x", "MASTER_ADDR=127.0.0.1", "-x", f"MASTER_PORT={free_port()}", sys.executable]
+    return ["mpirun", *["--allow-run-as-root"] * (os.geteuid() == 0), "--oversubscribe", "-np", 2,
+            "-x", "MASTER_ADDR=127.0.0.1", "-x", f"MASTER_PORT={free_port()}", sys.executable]
 
 
 def test_two_processes_of_mpirun_train_together(mpirun, training, tmp_path):

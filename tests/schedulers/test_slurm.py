@@ -68,7 +68,8 @@ def wait_for_words(log: Path, words: str, *, timeout_s: float = 60) -> None:
 
 
 def test_srun_gives_every_task_its_rank_and_passes_options_and_the_exit_code_on(slurm, project):
-    done = slurm.run("sh", "launch/slurm_test.sh", "tests", "job", "cfg.py", "w.pth", "--eval", "mIoU", cwd=project, SLURM_RESTART_COUNT="1", SECOND_CODE="3", check=False, **CPUS)
+    done = slurm.run("sh", "launch/slurm_test.sh", "tests", "job", "cfg.py", "w.pth", "--eval", "mIoU",
+                     cwd=project, SLURM_RESTART_COUNT="1", SECOND_CODE="3", check=False, **CPUS)
     assert sorted(done.stdout.splitlines()) == [f"rank {rank} of 2 start 1 cfg.py w.pth --eval mIoU" for rank in (0, 1)] and done.returncode == 3
 
 
@@ -110,7 +111,8 @@ def test_a_crash_is_no_reason_to_requeue(slurm, project):
     assert slurm.state(job) == "FAILED", log.read_text()
 
 
-@pytest.mark.parametrize(("arguments", "words"), [(("tests", "job"), "PARTITION JOB_NAME CONFIG"), (("tests", "job", "cfg.py", "--resume", "there"), "leave --resume out")])
+@pytest.mark.parametrize(("arguments", "words"), [
+    (("tests", "job"), "PARTITION JOB_NAME CONFIG"), (("tests", "job", "cfg.py", "--resume", "there"), "leave --resume out")])
 def test_wrong_arguments_are_told_at_once(arguments, words, slurm, project):
     done = slurm.run("sh", "launch/slurm_train.sh", *arguments, cwd=project, check=False, BATCH="1", **CPUS)
     assert done.returncode == 2 and words in done.stderr

@@ -12,8 +12,8 @@ FRESH_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 def agent(port: int, *options: object) -> list[object]:
     """torchrun on one of two nodes, with one process."""
-    return [sys.executable, "-m", "torch.distributed.run", "--nnodes", 2, "--nproc-per-node", 1, "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}",
-            "--local-addr", "localhost", *options]
+    return [sys.executable, "-m", "torch.distributed.run", "--nnodes", 2, "--nproc-per-node", 1, "--rdzv-backend", "c10d",
+            "--rdzv-endpoint", f"localhost:{port}", "--local-addr", "localhost", *options]
 
 
 @pytest.mark.multinode
