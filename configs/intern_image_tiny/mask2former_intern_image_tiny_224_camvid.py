@@ -1,6 +1,7 @@
-"""One's own data set with Mask2Former on a tiny InternImage, trained from scratch: CamVid, described and prepared in ../intern_vit_tiny/upernet_intern_vit_tiny_224_camvid.py.
+"""One's own data set with Mask2Former on a tiny InternImage, trained from scratch.
 
-What Mask2Former needs of a data set: `ToMask` in the pipeline and its two results in Collect, and a class weight for "no object" behind those of the classes.
+The data are CamVid, described and prepared in ../intern_vit_tiny/upernet_intern_vit_tiny_224_camvid.py. What Mask2Former needs beside that: `ToMask` at the
+end of the pipeline, its two results in Collect, and in the head a class weight for "no object" behind those of the classes.
 
 Published score: none. Global batch: 8 images = 2 processes x 4; other numbers of processes accumulate gradients up to it.
 
