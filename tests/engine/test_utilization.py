@@ -15,8 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from internseg_ds.distributed.process_group import World
-from internseg_ds.engine.experiment import EngineOptions, read_experiment
+from internseg_ds.engine.experiment import read_experiment
 from internseg_ds.engine.interval import Interval
+from internseg_ds.engine.options import EngineOptions
 from internseg_ds.engine.segmentor_engine import SegmentorEngine
 from internseg_ds.engine.utilization import make_meter, matmul_peak, peak_bytes
 from internseg_ds.errors import ConfigError

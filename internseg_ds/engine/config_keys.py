@@ -1,0 +1,76 @@
+"""The keys that a config may have, and those of `--cfg-options`: a path that names nothing is an error which names the nearest one that does."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from mmcv import Config
+
+from internseg_ds.engine.options import EngineOptions
+from internseg_ds.errors import ConfigError
+
+# keys of mmcv's runner that have no effect here, each with the line that says so
+REPLACED = {
+    "deepspeed": "every run here is a DeepSpeed run",
+    "deepspeed_config": "the ds_config is given on the command line",
+    "custom_hooks": "there are no hooks; precision is the engine's",
+    "dist_params": "nccl on GPUs, gloo on CPUs",
+    "workflow": "training and evaluation alternate as `evaluation.interval` says",
+    "opencv_num_threads": "data workers use one OpenCV thread each",
+    "mp_start_method": "data workers are forked",
+    "find_unused_parameters": "ZeRO needs no such setting",
+    "device": "the device is the accelerator, where there is one",
+    "gpu_ids": "processes are the launcher's",
+}
+
+# what the engine reads of the sections that configured mmcv's runner, and mmseg of `test_cfg`
+KNOWN = {
+    "data": ("samples_per_gpu", "workers_per_gpu", "train", "val", "test", "train_dataloader"),
+    "evaluation": ("interval", "metric", "save_best", "by_epoch", "pre_eval"),
+    "checkpoint_config": ("interval", "max_keep_ckpts", "by_epoch"),
+    "optimizer_config": ("grad_clip", "cumulative_iters", "type"),
+    "optimizer_config.grad_clip": ("max_norm", "norm_type"),
+    "lr_config": ("policy", "warmup", "warmup_iters", "warmup_ratio", "power", "min_lr", "by_epoch"),
+    "log_config": ("interval", "hooks"),
+    "runner": ("type", "max_iters"),
+    "model.test_cfg": ("mode", "crop_size", "stride", "batch_size"),
+    "model.train_cfg": (),
+}
+
+
+def check_option(cfg: Config, option: str, path: str) -> None:
+    """A `--cfg-options` path must name something: an existing key, a setting of `engine`, or an argument of a section that has a `type`.
+
+    path: the config's, for messages. Raises ConfigError when it names nothing.
+    """
+    *parents, leaf = option.split(".")
+    node: Any = cfg
+    for depth, part in enumerate([*parents, leaf]):
+        known: list[str] = []
+        if isinstance(node, (list, tuple)):
+            known = [str(index) for index in range(len(node))]
+        elif isinstance(node, (Config, Mapping)):
+            known = list(node.keys())
+        if part in known:
+            node = node[int(part)] if isinstance(node, (list, tuple)) else node[part]
+            continue
+        if depth == 0 and part == "engine":
+            known = ["engine"]
+            node = {setting.name: None for setting in fields(EngineOptions)}
+            continue
+        prefix = ".".join(option.split(".")[:depth])
+        if prefix == "engine":
+            known = [setting.name for setting in fields(EngineOptions)]
+            if part in known:
+                return
+        if prefix in KNOWN and part in KNOWN[prefix] and f"{prefix}.{part}" in KNOWN and depth < len(parents):
+            node = {}  # a section that the file leaves out
+            continue
+        is_argument = part == leaf and depth == len(parents) and isinstance(node, Mapping)
+        if is_argument and (part in KNOWN[prefix] if prefix in KNOWN else "type" in node):
+            return
+        known += KNOWN.get(prefix, ())
+        near = difflib.get_close_matches(part, known, n=1)
+        guess = f"; did you mean {'.'.join(filter(None, [prefix, near[0]]))}?" if near else f"; there are {', '.join(known) or 'no keys'}"
+        raise ConfigError(f"--cfg-options {option}: {part!r} exists nowhere in {prefix or path}{guess}")

@@ -1,0 +1,82 @@
+"""The settings of this engine, `engine = dict(...)` of a config: their types, defaults and limits."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from internseg_ds.errors import ConfigError, unknown_key
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """The config's own section for this engine, `engine = dict(...)`; a published file without it gets these defaults."""
+
+    global_batch: int | None = None
+    """Images per optimizer step, whatever the number of processes; the gradient accumulation is derived from it. None: no accumulation."""
+    backbone_dtype: str = "auto"
+    """dtype in which the backbone computes: "bfloat16", "float32", or "auto": bfloat16 where the hardware multiplies it natively, else float32."""
+    heads_dtype: str = "float32"
+    """dtype in which the heads compute: "float32" (TF32 in a GPU's convolutions), or "bfloat16", with norms, class scores and losses in float32."""
+    recomputation: str | int = "config"
+    """Activation checkpointing of the backbone: "config" (as its with_cp says: every block or none), "none", "blocks" (every block), k (every k-th block),
+    "all_but_matmuls" (each block keeps the results of matrix products and attention, and computes the rest again), or "auto" (by the plan of the run's memory,
+    the one that recomputes least and fits)."""
+    evaluate_before: bool = False
+    """Evaluate once before the first step, to see what training starts from."""
+    evaluation_weights: str = "auto"
+    """How a model that ZeRO-3 has partitioned is evaluated: "whole" from a copy of the weights on each rank, "partitioned" layer by layer with the ranks in
+    step, "auto" from a copy where there is room for it."""
+    ema: float | None = None
+    """Decay of an exponential moving average of the weights, 0.999 say; it is evaluated in their place, and saved beside them. None: no average."""
+    background_save: bool = False
+    """Write checkpoints while the training goes on, from a copy in host memory."""
+    max_data_faults: int = 0
+    """Training images that may be damaged: each is named, and another takes its place. One more ends the run; by default, the first."""
+    max_skipped_steps: int = 10
+    """Steps in a row that may be skipped for a loss or a gradient that is not finite; that many end the run."""
+    weights_may_differ: tuple[str, ...] = ()
+    """Prefixes of names that the weights a run starts from may have too many, too few, or of another shape (other classes);
+    any other difference is an error."""
+    peak_tflops: float | None = None
+    """Peak of matrix products in the backbone's compute dtype, in TFLOP/s per device, which mfu and hfu are relative to. None: measured at the start."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.weights_may_differ, (list, tuple)) or not all(isinstance(prefix, str) for prefix in self.weights_may_differ):
+            raise ConfigError(f"engine.weights_may_differ={self.weights_may_differ!r} must be a list of prefixes of names")
+        object.__setattr__(self, "weights_may_differ", tuple(self.weights_may_differ))
+        if self.ema is not None and not (isinstance(self.ema, float) and 0 < self.ema < 1):
+            raise ConfigError(f"engine.ema={self.ema!r} must be a number between 0 and 1, such as 0.999, or None")
+        if self.backbone_dtype not in ("auto", "bfloat16", "float32"):
+            raise ConfigError(f"engine.backbone_dtype={self.backbone_dtype!r} is none of 'auto', 'bfloat16', 'float32'")
+        if self.heads_dtype not in ("float32", "bfloat16"):
+            raise ConfigError(f"engine.heads_dtype={self.heads_dtype!r} is none of 'float32', 'bfloat16'")
+        if self.evaluation_weights not in ("auto", "whole", "partitioned"):
+            raise ConfigError(f"engine.evaluation_weights={self.evaluation_weights!r} is none of 'auto', 'whole', 'partitioned'")
+        if self.global_batch is not None:
+            whole(self.global_batch, "engine.global_batch", least=1)
+        for name in ("evaluate_before", "background_save"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"engine.{name}={getattr(self, name)!r} must be True or False")
+        whole(self.max_data_faults, "engine.max_data_faults", least=0)
+        whole(self.max_skipped_steps, "engine.max_skipped_steps", least=1)
+        peak = self.peak_tflops
+        if peak is not None and (isinstance(peak, bool) or not isinstance(peak, (int, float)) or not 0 < peak < math.inf):
+            raise ConfigError(f"engine.peak_tflops={peak!r} must be a number of TFLOP/s per device above 0, "
+                              "such as 989 for an H100 in bf16, or None to measure it")
+
+
+def read_options(section: Mapping[str, Any], path: str) -> EngineOptions:
+    """The options that a config's `engine` section sets; path: the config's, for messages. Raises ConfigError for a key that is none, or a wrong value."""
+    known = [setting.name for setting in fields(EngineOptions)]
+    for key in section:
+        if key not in known:
+            raise unknown_key(key, known, f"engine of {path}")
+    return EngineOptions(**section)
+
+
+def whole(value: Any, what: str, least: int) -> int:
+    """`value` as it is. Raises ConfigError unless it is a whole number of at least `least`; what: its name in the message."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{what} is {value!r}; it must be a whole number, at least {least}")
+    return value
