@@ -50,9 +50,9 @@ def main() -> None:
         from rich.console import Console
 
         from internseg_ds.distributed.process_group import world_from_environment
-        from internseg_ds.engine.checkpointing import checkpoint_to_resume
         from internseg_ds.engine.description import describe
         from internseg_ds.engine.preflight import check
+        from internseg_ds.engine.resuming import checkpoint_to_resume
 
         world = world_from_environment()
         resume_from = checkpoint_to_resume(args.resume or experiment.resume_from, Path(args.work_dir or experiment.work_dir))

@@ -27,6 +27,7 @@ train_pipeline = [
     dict(type="Resize", img_scale=img_scale, ratio_range=(0.75, 1.5)),
     dict(type="RandomCrop", crop_size=crop_size, cat_max_ratio=0.75),
     dict(type="RandomFlip", prob=0.5),
+    dict(type="PhotoMetricDistortion"),
     dict(type="Normalize", **img_norm_cfg),
     dict(type="Pad", size=crop_size, pad_val=0, seg_pad_val=255),
     dict(type="ToMask"),
@@ -55,11 +56,22 @@ data = dict(_delete_=True, samples_per_gpu=4, workers_per_gpu=1, train=training,
 
 # model
 model = dict(
-    backbone=dict(with_cp=False),
-    decode_head=dict(num_classes=num_classes, loss_cls=dict(class_weight=[1.0] * num_classes + [0.1])),
+    backbone=dict(
+        _delete_=True,
+        type="InternImage",
+        channels=16,
+        depths=[2, 2, 4, 2],
+        groups=[2, 4, 8, 16],
+        drop_path_rate=0.0,
+        layer_scale=1.0,
+        with_cp=False,
+        init_cfg=dict(type="Pretrained", checkpoint=None),  # None: random weights
+    ),
+    decode_head=dict(in_channels=[16, 32, 64, 128], num_classes=num_classes, loss_cls=dict(class_weight=[1.0] * num_classes + [0.1])),
 )
 
 # schedule
+optimizer = dict(paramwise_cfg=dict(layer_decay_rate=0.9))
 lr_config = dict(warmup_iters=100)
 runner = dict(max_iters=1200)
 checkpoint_config = dict(interval=300)

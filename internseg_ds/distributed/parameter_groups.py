@@ -161,3 +161,9 @@ def parameter_groups(model: nn.Module, optimizer: Mapping[str, Any]) -> list[dic
     if not merged:
         raise ConfigError("no parameter of the model trains: everything is frozen")
     return list(merged.values())
+
+
+def named_groups(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Parameter groups without their parameters: names, lr, weight_decay."""
+    names = {id(param): name for name, param in model.named_parameters()}
+    return [{"names": [names[id(param)] for param in group["params"]], "lr": group["lr"], "weight_decay": group["weight_decay"]} for group in groups]

@@ -18,13 +18,13 @@ from internseg_ds.data.datasets import build_datasets, first_sample
 from internseg_ds.distributed.construction import build_on_meta, choose_recomputation
 from internseg_ds.distributed.ds_config import DsConfig
 from internseg_ds.distributed.optimizers import check_optimizer
-from internseg_ds.distributed.parameter_groups import parameter_groups
+from internseg_ds.distributed.parameter_groups import named_groups, parameter_groups
 from internseg_ds.distributed.precision import backbone_dtype, heads_dtype
 from internseg_ds.distributed.process_group import World
-from internseg_ds.engine.checkpointing import check_resumable, named_groups
 from internseg_ds.engine.experiment import Experiment, leaf_datasets
 from internseg_ds.engine.model_checks import check_classes, check_forward, check_patches, check_sample, check_windows, image_shape
 from internseg_ds.engine.planner import ds_config_of
+from internseg_ds.engine.resuming import check_resumable
 from internseg_ds.engine.starting_weights import starting_weights
 from internseg_ds.engine.trackers import check_trackers
 from internseg_ds.errors import ConfigError, DataError

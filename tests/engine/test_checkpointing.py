@@ -8,7 +8,8 @@ import torch.distributed as dist
 
 from internseg_ds.checkpoints.manifest import read_manifest
 from internseg_ds.distributed.checkpoint_engine import NotingCheckpointEngine
-from internseg_ds.engine.checkpointing import Checkpoints, checkpoint_to_resume, find_checkpoint
+from internseg_ds.engine.checkpointing import Checkpoints
+from internseg_ds.engine.resuming import checkpoint_to_resume, find_checkpoint
 from internseg_ds.engine.state import TrainState
 from tests.distributed.ranks import spawn
 

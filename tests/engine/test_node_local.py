@@ -12,7 +12,8 @@ import torch.distributed as dist
 from internseg_ds.checkpoints.manifest import read_manifest
 from internseg_ds.distributed.checkpoint_engine import NotingCheckpointEngine
 from internseg_ds.distributed.process_group import World
-from internseg_ds.engine.checkpointing import Checkpoints, agree_to_resume, checkpoint_to_resume
+from internseg_ds.engine.checkpointing import Checkpoints
+from internseg_ds.engine.resuming import agree_to_resume, checkpoint_to_resume
 from internseg_ds.engine.state import TrainState
 from internseg_ds.engine.work_dir import leaders
 from internseg_ds.errors import CheckpointError, ConfigError

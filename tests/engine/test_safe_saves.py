@@ -15,7 +15,8 @@ import torch.distributed as dist
 
 from internseg_ds.checkpoints.zero_checkpoint import ZeroCheckpoint
 from internseg_ds.distributed.checkpoint_engine import NotingCheckpointEngine
-from internseg_ds.engine.checkpointing import Checkpoints, checkpoint_to_resume, find_checkpoint
+from internseg_ds.engine.checkpointing import Checkpoints
+from internseg_ds.engine.resuming import checkpoint_to_resume, find_checkpoint
 from internseg_ds.engine.state import TrainState
 from tests.conftest import free_port
 from tests.distributed.ranks import spawn
