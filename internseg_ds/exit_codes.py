@@ -5,7 +5,7 @@ FAILED = 1
 USER_ERROR = 2
 """The input is wrong; one sentence on stderr says what."""
 DIVERGED = 3
-"""Too many steps in a row were not finite."""
+"""Too many steps in a row were not finite, or all of a training."""
 LOST = 69
 """Another rank died or hung: sysexits' "unavailable". Starting the run again with --resume auto mends it."""
 STOPPED = 75

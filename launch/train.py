@@ -25,9 +25,10 @@ def main() -> None:
     parser.add_argument("config", help="experiment config (MMSegmentation 0.x format)")
     parser.add_argument("--deepspeed_config", "--deepspeed-config", default="ds_configs/zero3_bf16.json", metavar="JSON",
                         help="DeepSpeed JSON (default: %(default)s)")
-    parser.add_argument("--work-dir", metavar="DIR", help="where checkpoints, logs and curves go (default: work_dirs/NAME_OF_CONFIG)")
-    parser.add_argument("--load-from", metavar="PATH", help="start from the weights of a whole segmentor: .pth, .safetensors, or a ZeRO checkpoint")
-    parser.add_argument("--resume", "--resume-from", metavar="auto|PATH",
+    parser.add_argument("--work-dir", type=command_line.given, metavar="DIR", help="where checkpoints, logs and curves go (default: work_dirs/NAME_OF_CONFIG)")
+    parser.add_argument("--load-from", type=command_line.given, metavar="PATH",
+                        help="start from the weights of a whole segmentor: .pth, .safetensors, or a ZeRO checkpoint")
+    parser.add_argument("--resume", "--resume-from", type=command_line.given, metavar="auto|PATH",
                         help="go on exactly where a checkpoint stopped; auto: the newest of the work directory, if any")
     parser.add_argument("--auto-resume", action="store_const", const="auto", dest="resume", help="the same as --resume auto")
     parser.add_argument("--no-validate", action="store_true", help="train without evaluating")

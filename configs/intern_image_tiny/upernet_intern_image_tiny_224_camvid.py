@@ -19,6 +19,7 @@ model = dict(
         drop_path_rate=0.0,
         layer_scale=1.0,
         with_cp=False,
+        init_cfg=dict(type="Pretrained", checkpoint=None),  # a weight file; None: random weights
     ),
     decode_head=dict(in_channels=[16, 32, 64, 128]),
     auxiliary_head=dict(in_channels=64),

@@ -1,6 +1,7 @@
 """One's own data set: a small InternViT trained from scratch on CamVid, street photographs of 480 x 360 pixels with 11 classes.
 
-Copy this file and change what the comments name; no Python class is needed. Expected on disk (CamVid is for research use and is not part of this project):
+Copy this file (outside this folder `_base_` needs another path) and change what the comments name; no Python class is needed. Expected on disk (CamVid is
+for research use and is not part of this project):
 
     data/camvid/images/{training,validation}/*.jpg         367 and 101 photographs
     data/camvid/annotations/{training,validation}/*.png    the same names; one byte a pixel: the class, from 0, or 255 for "do not count this pixel"

@@ -9,6 +9,7 @@ import codecs
 import json
 import math
 import pickle
+import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -146,9 +147,13 @@ def load_stored(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         if "unsupported" not in str(error).lower():  # torch's word for a class or function that it would have to import
             raise CheckpointError(f"{path} is damaged or no PyTorch file; copy it again, or take another checkpoint") from None
-        raise CheckpointError(f"{path} holds objects that are not weights, and loading them would run code: {str(error).splitlines()[0]}") from None
+        kind = re.search(r"(?:GLOBAL|class|function) (\w[\w.]+)", str(error))
+        raise CheckpointError(f"{path} holds {kind[1] if kind else 'objects'} beside tensors, numbers and strings, and loading it would run code; save its "
+                              "state_dict() instead") from None
+    except NotImplementedError:
+        raise CheckpointError(f"{path} holds quantized or other special tensors; save plain ones") from None
     except Exception as error:  # a damaged pickle can raise anything
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = next(iter(str(error).splitlines()), type(error).__name__).split(". ")[0][:120]
         raise CheckpointError(f"{path} is truncated or no PyTorch file ({reason}); copy it again, or take another checkpoint") from None
     return _stored(content, path)
 
@@ -164,6 +169,8 @@ def _noting_places() -> AbstractContextManager:
 
 def _stored(value: Any, path: Path) -> Any:
     if isinstance(value, Tensor):
+        if value.layout is not torch.strided:
+            raise CheckpointError(f"{path} holds sparse tensors; save plain ones")
         start = value.untyped_storage()._checkpoint_offset
         if start is None:
             return HeldTensor(value)

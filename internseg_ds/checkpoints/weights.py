@@ -97,23 +97,28 @@ def _pth(path: Path) -> Weights:
     return _of_tensors(path, tensors, meta)
 
 
-def noting_not_finite(weights: Weights, noted: set[str]) -> Weights:
-    """A view of `weights` that adds to `noted` the names of tensors in which a read met an element that is NaN or infinite."""
+def noting_unfit(weights: Weights, dtypes: Mapping[str, torch.dtype], noted: dict[str, str]) -> Weights:
+    """A view of `weights` that notes names of which a read met values that the model cannot have, and what they are: NaN, infinite (in fp32), or integers.
 
+    dtypes: name in the file -> dtype in the model.
+    """
     def look(name: str, value: Tensor) -> Tensor:
-        if not value.isfinite().all():
-            noted.add(name)
+        if dtypes[name].is_floating_point and not value.is_floating_point():
+            noted[name] = str(value.dtype).removeprefix("torch.")
+        elif not value.to(torch.float32).isfinite().all():
+            noted[name] = "NaN or infinite"
         return value
 
     return dataclasses.replace(weights, read=lambda name: look(name, weights.read(name)),
                                read_slice=lambda name, start, stop: look(name, weights.read_slice(name, start, stop)))
 
 
-def refuse_not_finite(weights: Weights, noted: Collection[str]) -> None:
+def refuse_unfit(weights: Weights, noted: Mapping[str, str]) -> None:
     """Raises CheckpointError when there are any."""
     if noted:
-        raise CheckpointError(f"{weights.path} holds NaN or infinite weights, in {shortened(sorted(noted))}; "
-                              "take weights from before their training diverged")
+        names = [f"{name} ({values})" for name, values in sorted(noted.items())]
+        raise CheckpointError(f"{weights.path} holds values that no weights have: {shortened(names)}; take another file, "
+                              "or one from before its training diverged")
 
 
 def renamed(weights: Weights, sources: Mapping[str, tuple[str, ...]], rest: Collection[str] = ()) -> Weights:

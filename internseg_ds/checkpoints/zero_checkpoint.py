@@ -189,13 +189,17 @@ class ZeroCheckpoint:
 
 
 def is_zero_checkpoint(path: Path) -> bool:
-    """Whether a directory is a ZeRO checkpoint, or a folder of them."""
+    """Whether a path is a ZeRO checkpoint, a folder of them, or the file `latest` or `best` that names one."""
+    if _is_pointer(path):
+        return True
     return path.is_dir() and any(any(folder.glob("*_optim_states.pt")) or (folder / "latest").is_file() for folder in (path, path / "checkpoints"))
 
 
 def find_save(path: Path, tag: str | None = None) -> Path:
     """The directory of one save: `path` itself, or what its `latest` (or `best`, or `tag`) names. Raises CheckpointError when it is not there."""
     path = Path(path)
+    if _is_pointer(path):
+        path = path.parent / path.read_text().strip()
     if not path.is_dir():
         raise CheckpointError(f"there is no checkpoint directory {path}; give WORK_DIR, WORK_DIR/checkpoints or one iter_N directory")
     if tag is None and any(path.glob("*_optim_states.pt")):
@@ -210,6 +214,10 @@ def find_save(path: Path, tag: str | None = None) -> Path:
         there = ", ".join(sorted(item.name for item in folder.iterdir() if item.is_dir())) or "none"
         raise CheckpointError(f"there is no checkpoint {folder / tag}; there are: {there}")
     return folder / tag
+
+
+def _is_pointer(path: Path) -> bool:
+    return path.name in ("latest", "best") and path.is_file()
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import cv2
 import numpy as np
-from mmseg.datasets import build_dataset
+from mmseg.datasets import RepeatDataset, build_dataset
 from mmseg.datasets.pipelines import LoadAnnotations
 from torch.utils.data import Dataset
 
@@ -19,8 +19,10 @@ import internseg_ds.data.ade20k  # noqa: F401 - registers the published few-shot
 from internseg_ds.data.transforms import CheckAnnotation
 from internseg_ds.errors import ConfigError, DataError
 
-MOVE_PIXELS = {"Resize", "SETR_Resize", "ResizeToMultiple", "RandomFlip", "RandomCrop", "RandomRotate", "RandomMosaic", "Pad"}
-"""The transforms of mmseg, and ours, after which a pixel may lie elsewhere."""
+CHANGE_LABELS = {"Resize", "SETR_Resize", "ResizeToMultiple", "RandomFlip", "RandomCrop", "RandomRotate", "RandomMosaic", "RandomCutOut", "Pad"}
+"""The transforms of mmseg, and ours, after which the label map is another."""
+PACK = {"DefaultFormatBundle", "Collect"}
+"""Those after which there is no plain label map any more."""
 
 
 def build_datasets(entry: Any, what: str, leaves: list[Any], **default_args: Any) -> Dataset:
@@ -44,7 +46,11 @@ def build_datasets(entry: Any, what: str, leaves: list[Any], **default_args: Any
         if getattr(part, "label_map", None):  # of classes that the config leaves out; mmseg's -1 is no uint8, which numpy 2 minds
             part.label_map = {old: 255 if new == -1 else new for old, new in part.label_map.items()}
         _check_annotations_of(part)
-        _masks_come_last(part, what)
+    for transforms in _pipelines(dataset):
+        _masks_come_last([type(step).__name__ for step in transforms], what)
+    if len({tuple(part.CLASSES or ()) for part in joined(dataset)}) > 1:
+        raise DataError(f"{what} joins data sets whose classes have other names or another order, but a label must mean one class; "
+                        "give all the same classes=(...)")
     _annotations_are_there(dataset, what)
     if len(dataset) == 0:
         places = ", ".join(f"{leaf.get('data_root')}/{leaf.get('img_dir')}/*{leaf.get('img_suffix', '.jpg')}" for leaf in leaves)
@@ -71,12 +77,37 @@ def _check_annotations_of(dataset: Dataset) -> None:
             transforms.insert(place + 1, CheckAnnotation(len(dataset.CLASSES), dataset.ignore_index))
 
 
-def _masks_come_last(dataset: Dataset, what: str) -> None:
-    """Masks are made once, from the label map as it then is: a step that moves pixels after that would leave them where they were. Raises ConfigError."""
-    steps = [type(step).__name__ for step in dataset.pipeline.transforms]
-    after = steps[steps.index("ToMask") :] if "ToMask" in steps else []
-    if moves := next((step for step in after if step in MOVE_PIXELS), None):
-        raise ConfigError(f"the pipeline of {what} has {moves} after ToMask, whose masks would not move with the image; put ToMask behind it")
+def joined(dataset: Dataset) -> Iterator[Dataset]:
+    """The data sets that a concatenation strings together, each with all that happens to its images; the data set itself where it is no concatenation."""
+    if hasattr(dataset, "datasets"):
+        for part in dataset.datasets:
+            yield from joined(part)
+    elif isinstance(dataset, RepeatDataset):
+        yield from joined(dataset.dataset)
+    else:
+        yield dataset
+
+
+def _pipelines(dataset: Dataset) -> Iterator[list[Any]]:
+    """All that happens to the images of each plain data set, in wrappers too (`MultiImageMixDataset`)."""
+    if hasattr(dataset, "datasets"):
+        for part in dataset.datasets:
+            yield from _pipelines(part)
+    elif hasattr(dataset, "dataset"):
+        yield from ([*steps, *getattr(dataset, "pipeline", ())] for steps in _pipelines(dataset.dataset))
+    else:
+        yield dataset.pipeline.transforms
+
+
+def _masks_come_last(steps: list[str], what: str) -> None:
+    """Masks are made once, from the label map as it then is: what changes that afterwards would leave them as they were. Raises ConfigError."""
+    if "ToMask" not in steps:
+        return
+    place = steps.index("ToMask")
+    if changes := next((step for step in steps[place:] if step in CHANGE_LABELS), None):
+        raise ConfigError(f"the pipeline of {what} has {changes} after ToMask, whose masks would not change with the image; put ToMask behind it")
+    if packed := next((step for step in steps[:place] if step in PACK), None):
+        raise ConfigError(f"the pipeline of {what} has {packed} before ToMask, which needs the plain label map; put ToMask before it")
 
 
 def _annotations_are_there(dataset: Dataset, what: str) -> None:

@@ -12,7 +12,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from internseg_ds.checkpoints.fitting import CanResize, Fit, fit
-from internseg_ds.checkpoints.weights import Weights, noting_not_finite, refuse_not_finite, renamed
+from internseg_ds.checkpoints.weights import Weights, noting_unfit, refuse_unfit, renamed
 from internseg_ds.distributed.construction import gathered
 from internseg_ds.distributed.parameter_groups import full_shape
 from internseg_ds.distributed.process_group import of_all_ranks
@@ -83,11 +83,11 @@ def resized(model: nn.Module, name: str, value: Tensor, shape: torch.Size) -> Te
 def load(model: nn.Module, found: Fit) -> None:
     """Reads what `found` matched into the model. Under ZeRO-3 each rank reads its own share of each parameter. Collective where there is a process group.
 
-    Raises CheckpointError, on every rank, when an element that some rank read is NaN or infinite.
+    Raises CheckpointError, on every rank, when some rank read values that no weights have (NaN, infinite, or integers for numbers).
     """
     params, buffers = dict(model.named_parameters()), dict(model.named_buffers())
-    not_finite: set[str] = set()
-    weights = noting_not_finite(found.weights, not_finite)
+    unfit: dict[str, str] = {}
+    weights = noting_unfit(found.weights, {source: (buffers.get(name, params.get(name))).dtype for name, source in found.sources.items()}, unfit)
     for name, source in track(found.sources.items(), "loading weights", disable=dist.is_initialized() and dist.get_rank() != 0):
         with torch.no_grad():
             if name in buffers:
@@ -100,7 +100,7 @@ def load(model: nn.Module, found: Fit) -> None:
                 with gathered([params[name]], modifier_rank=0):
                     if dist.get_rank() == 0:
                         params[name].copy_(resized(model, name, weights.read(source), full_shape(params[name])))
-    refuse_not_finite(weights, set().union(*of_all_ranks(not_finite)))
+    refuse_unfit(weights, {name: values for told in of_all_ranks(unfit) for name, values in told.items()})
     log.info("%s: %s", weights.path, found.summary())
 
 

@@ -44,6 +44,13 @@ def run(main: Callable[[], None]) -> NoReturn:
     sys.exit(code)
 
 
+def given(text: str) -> str:
+    """The type of an option that names something: an empty word, as of a variable that is not set, is an error and not "no such option"."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; is a variable not set?")
+    return text
+
+
 def _rank() -> int:
     try:
         return world_from_environment().rank

@@ -10,6 +10,9 @@ from mmcv import Config
 from internseg_ds.engine.options import EngineOptions
 from internseg_ds.errors import ConfigError
 
+SECTIONS = ("model", "data", "optimizer", "lr_config", "runner", "evaluation", "checkpoint_config", "log_config", "optimizer_config", "engine")
+OPTIONAL = SECTIONS[5:]
+
 # keys of mmcv's runner that have no effect here, each with the line that says so
 REPLACED = {
     "deepspeed": "every run here is a DeepSpeed run",
@@ -23,6 +26,9 @@ REPLACED = {
     "device": "the device is the accelerator, where there is one",
     "gpu_ids": "processes are the launcher's",
 }
+
+READ = (*SECTIONS, "log_level", "cudnn_benchmark", "load_from", "resume_from", *REPLACED)
+"""All that is read of a file; the rest are variables of its own."""
 
 # what the engine reads of the sections that configured mmcv's runner, and mmseg of `test_cfg`
 KNOWN = {
@@ -47,19 +53,23 @@ def check_option(cfg: Config, option: str, path: str) -> None:
     *parents, leaf = option.split(".")
     node: Any = cfg
     for depth, part in enumerate([*parents, leaf]):
+        prefix = ".".join(option.split(".")[:depth])
         known: list[str] = []
         if isinstance(node, (list, tuple)):
             known = [str(index) for index in range(len(node))]
         elif isinstance(node, (Config, Mapping)):
             known = list(node.keys())
         if part in known:
+            if isinstance(node, tuple) or (isinstance(node, list) and depth == len(parents)):
+                raise ConfigError(f"--cfg-options {option}: one element of a list cannot be set; write all of them, {prefix}=[..., ...]")
+            if depth == 0 and part not in READ:
+                raise ConfigError(f"--cfg-options {option}: {part} is a variable of {path}, which its sections have taken already; set what they made of it")
             node = node[int(part)] if isinstance(node, (list, tuple)) else node[part]
             continue
         if depth == 0 and part == "engine":
             known = ["engine"]
             node = {setting.name: None for setting in fields(EngineOptions)}
             continue
-        prefix = ".".join(option.split(".")[:depth])
         if prefix == "engine":
             known = [setting.name for setting in fields(EngineOptions)]
             if part in known:

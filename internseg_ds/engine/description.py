@@ -22,7 +22,7 @@ def describe(plan: Plan, console: Console) -> None:
                        f"{group['weight_decay']:g}")
     console.print(groups)
     ds, experiment = plan.ds, plan.experiment
-    console.print(f"weights: {_weights(plan)}")
+    console.print(f"weights: {_weights(plan)}", markup=False, highlight=False, soft_wrap=True)  # a path is no markup, and stays in one piece
     console.print(f"batch: {ds.global_batch} images per step = {ds.world_size} processes x {ds.micro_batch} images x {ds.accumulation} accumulation steps")
     console.print(f"data: {len(plan.train_set):,} training images, {len(plan.val_set) if plan.val_set is not None else 0:,} validation images; "
                   f"{experiment.max_steps:,} steps = {experiment.max_steps * ds.global_batch / len(plan.train_set):.1f} epochs")

@@ -15,7 +15,7 @@ from typing import Any
 from mmcv import Config, ConfigDict
 
 from internseg_ds.distributed.lr_schedule import PolySchedule
-from internseg_ds.engine.config_keys import KNOWN, REPLACED, check_option
+from internseg_ds.engine.config_keys import KNOWN, OPTIONAL, REPLACED, SECTIONS, check_option
 from internseg_ds.engine.options import EngineOptions, read_options, whole
 from internseg_ds.errors import ConfigError
 
@@ -67,8 +67,6 @@ class Experiment:
 
 SCORES = {"mIoU": ("mIoU", "mAcc", "aAcc"), "mDice": ("mDice", "mAcc", "aAcc"), "mFscore": ("mFscore", "mPrecision", "mRecall", "aAcc")}
 """mmseg's metrics, and the scores over all classes that each comes with."""
-SECTIONS = ("model", "data", "optimizer", "lr_config", "runner", "evaluation", "checkpoint_config", "log_config", "optimizer_config", "engine")
-OPTIONAL = SECTIONS[5:]
 LOG_HOOKS = ("TextLoggerHook", "TensorboardLoggerHook", "WandbLoggerHook", "MMSegWandbHook")
 
 
@@ -152,6 +150,8 @@ def _check_data(data: Mapping[str, Any], path: str) -> None:
         if split == "train" and data.get(split) is None:
             raise ConfigError(f"{path}: data has no 'train' entry")
         for entry in leaf_datasets(data[split]) if data.get(split) is not None else ():
+            if isinstance(data[split], Mapping) and data[split].get("type") == "ConcatDataset":
+                raise ConfigError(f"data.{split} of {path} is a ConcatDataset, which mmseg builds of a list; write {split}=[dict(...), dict(...)]")
             if not isinstance(entry, Mapping):
                 raise ConfigError(f"data.{split} of {path} is {entry!r}; it must be a data set dict(type=..., pipeline=[...])")
             if not isinstance(entry.get("pipeline"), (list, tuple)) or not entry["pipeline"]:
@@ -219,9 +219,7 @@ def _schedule(cfg: Config, path: str) -> PolySchedule:
     if cfg.runner.get("type", "IterBasedRunner") != "IterBasedRunner" or "max_iters" not in cfg.runner:
         raise ConfigError(f"runner = {dict(cfg.runner)} of {path}: steps are counted here, not epochs; "
                           "write runner = dict(type='IterBasedRunner', max_iters=...)")
-    steps = cfg.runner.max_iters
-    if not isinstance(steps, int) or steps < 1:
-        raise ConfigError(f"runner.max_iters={steps!r} of {path} must be a whole number of steps, at least 1")
+    steps = whole(cfg.runner.max_iters, f"runner.max_iters of {path}", least=1)
     lr = cfg.lr_config
     if str(lr.get("policy", "poly")).lower() != "poly" or lr.get("by_epoch", True):
         raise ConfigError(f"lr_config of {path} must be policy='poly' with by_epoch=False, "

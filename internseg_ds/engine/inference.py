@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from internseg_ds.checkpoints.weights import noting_not_finite, open_weights, refuse_not_finite
+from internseg_ds.checkpoints.weights import noting_unfit, open_weights, refuse_unfit
 from internseg_ds.distributed.construction import build_for_training, build_on_meta, fill
 from internseg_ds.distributed.ds_config import resolve_ds_config
 from internseg_ds.distributed.gathering import Forwards, copy_fits
@@ -50,21 +50,22 @@ def load_trained(experiment: Experiment, checkpoint: str | os.PathLike, device: 
     """The segmentor of a config with the weights of `checkpoint` (.pth, .safetensors, or a ZeRO checkpoint directory), in eval mode on `device`.
 
     ema: of a ZeRO checkpoint, the averaged weights. The backbone is stored in the dtype in which it computes, the rest in fp32. Raises CheckpointError
-    when the weights are not those of this model, or not finite.
+    when the weights are not those of this model, or no weights at all (NaN, infinite, integers).
     """
     model = build_on_meta(experiment.model)
     compute = backbone_dtype(experiment.engine.backbone_dtype, device)
-    not_finite: set[str] = set()
-    found = fit_segmentor(model, noting_not_finite(open_weights(Path(checkpoint), ema=ema), not_finite))
+    found, unfit = fit_segmentor(model, open_weights(Path(checkpoint), ema=ema)), {}
+    hollow = dict(model.named_parameters()) | dict(model.named_buffers())
+    weights = noting_unfit(found.weights, {source: hollow[name].dtype for name, source in found.sources.items()}, unfit)
 
     def parameter(name: str, shape: torch.Size) -> Tensor:
-        value = resized(model, name, found.weights.read(found.sources[name]), shape)
+        value = resized(model, name, weights.read(found.sources[name]), shape)
         return value.to(device, compute if name.startswith("backbone.") else torch.float32)
 
     def buffer(name: str, hollow: Tensor) -> Tensor:  # a batch norm's counter may be missing
-        return found.weights.read(found.sources[name]).to(device) if name in found.sources else torch.zeros_like(hollow, device=device)
+        return weights.read(found.sources[name]).to(device) if name in found.sources else torch.zeros_like(hollow, device=device)
 
     fill(model, parameter, buffer)
-    refuse_not_finite(found.weights, not_finite)
+    refuse_unfit(weights, unfit)
     apply_precision(model, compute, heads=heads_dtype(experiment.engine.heads_dtype, model))
     return model.eval()

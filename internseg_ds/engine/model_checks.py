@@ -59,10 +59,12 @@ def image_shape(sample: Mapping[str, Any]) -> tuple[int, int, int]:
 
 
 def check_classes(model: nn.Module, dataset: Dataset, what: str) -> None:
-    """The heads and the data set must count the same classes."""
+    """The heads and the data set must count the same classes, and each must have a colour. Raises ConfigError."""
     classes = getattr(dataset, "CLASSES", None)
     if classes is None:
         raise ConfigError(f"{what} does not name its classes; add classes=(...) and palette=[...] to it")
+    if len(colours := getattr(dataset, "PALETTE", None) or classes) != len(classes):
+        raise ConfigError(f"{what} has {len(classes)} classes and {len(colours)} colours in its palette; give each class one")
     for head in heads(model):
         if head.num_classes != len(classes):
             raise ConfigError(f"{type(head).__name__} predicts num_classes={head.num_classes} classes but {what} has {len(classes)}; make them equal")

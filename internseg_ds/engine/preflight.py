@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import ConcatDataset, Dataset
 
 from internseg_ds.checkpoints.fitting import Fit
-from internseg_ds.data.datasets import build_datasets, first_sample
+from internseg_ds.data.datasets import build_datasets, first_sample, joined
 from internseg_ds.distributed.construction import build_on_meta, choose_recomputation
 from internseg_ds.distributed.ds_config import DsConfig
 from internseg_ds.distributed.optimizers import check_optimizer
@@ -78,8 +78,9 @@ def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, An
         check_trackers(experiment.log_hooks)
     train_set = build_datasets(experiment.train, "data.train", list(leaf_datasets(experiment.train)))
     check_classes(meta_model, train_set, "data.train")
-    first = first_sample(train_set, "data.train", tolerated=experiment.engine.max_data_faults)
-    check_sample(meta_model, first)
+    for part in reversed(list(joined(train_set))):
+        first = first_sample(part, "data.train", tolerated=experiment.engine.max_data_faults)
+        check_sample(meta_model, first)
     check_forward(meta_model, first, ds.micro_batch, world.size)
     val_set = None
     if validate:

@@ -80,8 +80,9 @@ def train(engine: "SegmentorEngine") -> TrainState:
             if faulty:
                 faults.share()
 
-            scored = evaluates and due(step, experiment.evaluate_every, last)
-            saved = stopping or due(step, experiment.save_every, last) or (scored and experiment.best_by is not None)
+            learnt = skipped.in_a_row < step                  # some step was not skipped: there is something to score and save
+            scored = learnt and evaluates and due(step, experiment.evaluate_every, last)
+            saved = learnt and (stopping or due(step, experiment.save_every, last) or (scored and experiment.best_by is not None))
             if saved or logged:                               # at each save too, so that a resumed run's records are those of an unbroken one
                 values, step_losses = interval.of_all_ranks()
                 values |= {"lr": lr, **engine.meter.values(interval, interval.micro_batches * ds.micro_batch * world.size)}

@@ -74,6 +74,18 @@ def test_a_file_that_is_no_weights_is_one_sentence(name, content, words, tmp_pat
         read(tmp_path / name)
 
 
+@pytest.mark.parametrize(("content", "words"), [
+    (torch.nn.Linear(2, 2), r"holds torch\.nn\.modules\.linear\.Linear beside tensors"),
+    ({"a": torch.eye(3).to_sparse()}, "sparse tensors"),
+    ({"a": torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)}, "quantized or other special tensors"),
+])
+def test_what_is_no_plain_tensor_is_one_sentence(content, words, tmp_path):
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match=words) as error:
+        read(tmp_path / "w.pth")
+    assert "\n" not in str(error.value) and "\x1b" not in str(error.value)
+
+
 def test_numpy_values_in_the_meta_of_mmcvs_files_are_read(tmp_path):
     meta = {"PALETTE": np.zeros((2, 3), np.uint8), "hook_msgs": {"best_score": np.float64(0.5)}, "iter": np.int64(3)}
     torch.save({"meta": meta, "state_dict": STATE}, tmp_path / "w.pth")

@@ -7,7 +7,7 @@ import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 from internseg_ds.checkpoints.manifest import write_manifest
-from internseg_ds.checkpoints.zero_checkpoint import ZeroCheckpoint
+from internseg_ds.checkpoints.zero_checkpoint import ZeroCheckpoint, is_zero_checkpoint
 from internseg_ds.errors import CheckpointError
 from tests.checkpoints.write_toy_checkpoints import SETTINGS
 
@@ -65,10 +65,11 @@ def test_a_frozen_weight_has_no_moments(toy_checkpoints):
         ZeroCheckpoint.open(toy_checkpoints / "zero3_bf16").read_slice("backbone.0.weight", 0, 1, "exp_avg")
 
 
-@pytest.mark.parametrize("where", ["", "checkpoints", "checkpoints/global_step2"])
-def test_a_work_directory_its_checkpoints_and_one_save_name_the_same(where, toy_checkpoints, tmp_path):
+@pytest.mark.parametrize("where", ["", "checkpoints", "checkpoints/global_step2", "checkpoints/latest"])
+def test_a_work_directory_its_checkpoints_its_pointer_and_one_save_name_the_same(where, toy_checkpoints, tmp_path):
     (tmp_path / "checkpoints").symlink_to(toy_checkpoints / "zero3_bf16")
     assert ZeroCheckpoint.open(tmp_path / where).path.name == "global_step2"
+    assert is_zero_checkpoint(tmp_path / where)
 
 
 def test_a_missing_directory_pointer_or_tag_is_one_sentence(toy_checkpoints, tmp_path):

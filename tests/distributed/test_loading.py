@@ -139,20 +139,21 @@ def shares_are_read_and_no_more(path) -> None:
                 assert torch.equal(param.data.float(), expected[name]), name
 
 
-def one_bad_element_is_refused_by_all(path) -> None:
+def one_bad_element_is_refused_by_all(path, values: str) -> None:
     deepspeed.init_distributed(verbose=False)
     for stage in (3, 1):  # a share of each tensor, all of it
         model = build_for_training(segmentor(), ds_config(stage, world_size=torch.distributed.get_world_size(), bf16=False), torch.device("cpu"), seed=0)
-        with pytest.raises(CheckpointError, match=r"w\.pth holds NaN or infinite weights, in blocks\.1\.mlp\.fc1\.weight; take"):
+        with pytest.raises(CheckpointError, match=rf"w\.pth holds values that no weights have: blocks\.1\.mlp\.fc1\.weight \({values}\); take"):
             load(model, fit_backbone(model, open_weights(path)))
 
 
-@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
-def test_weights_that_are_not_finite_are_refused_on_every_rank_whichever_read_them(value, state, tmp_path):
-    bad = {name: tensor.clone() for name, tensor in state.items()}
+@pytest.mark.parametrize(("value", "dtype", "values"), [(torch.nan, torch.float32, "NaN or infinite"), (-1e300, torch.float64, "NaN or infinite"),
+                                                        (1, torch.int64, "int64")])
+def test_values_that_no_weights_have_are_refused_on_every_rank_whichever_read_them(value, dtype, values, state, tmp_path):
+    bad = {**state, "blocks.1.mlp.fc1.weight": state["blocks.1.mlp.fc1.weight"].to(dtype)}
     bad["blocks.1.mlp.fc1.weight"][-1, -1] = value  # the last rank's share
     torch.save(bad, tmp_path / "w.pth")
-    spawn(one_bad_element_is_refused_by_all, 2, tmp_path / "w.pth")
+    spawn(one_bad_element_is_refused_by_all, 2, tmp_path / "w.pth", values)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

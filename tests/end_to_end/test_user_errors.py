@@ -1,9 +1,13 @@
 """Wrong input ends before anything is built, with one sentence from rank 0 and exit code 2."""
 
+import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from mmcv import ConfigDict
+from mmseg.datasets import build_dataset
 from mmseg.datasets.builder import PIPELINES
 
 from internseg_ds.distributed.process_group import World
@@ -88,6 +92,34 @@ def test_a_wrong_setting_is_one_sentence(options, words, ade20k):
     assert all(word in said for word in words), said
 
 
+def test_a_step_of_a_wrapper_counts_too(ade20k):
+    experiment = read_experiment(ROOT / MASK2FORMER, dict(option.split("=") for option in data_options(ade20k)))
+    steps = experiment.train.pipeline
+    made = [step["type"] for step in steps].index("ToMask")
+    inner, outer = ConfigDict(experiment.train, pipeline=steps[: made + 1]), [dict(type="RandomFlip", prob=1.0), *steps[made + 1 :]]
+    mixed = replace(experiment, train=ConfigDict(type="MultiImageMixDataset", dataset=inner, pipeline=outer))
+    with pytest.raises(ConfigError, match="has RandomFlip after ToMask"):
+        check(mixed, ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0))
+
+
+def test_each_of_several_training_sets_must_do(ade20k):
+    experiment = read_experiment(ROOT / MASK2FORMER, dict(option.split("=") for option in data_options(ade20k)))
+    unmasked = copy.deepcopy(experiment.train)
+    unmasked.pipeline = [step for step in unmasked.pipeline if step["type"] != "ToMask"]
+    with pytest.raises(DataError, match="KeyError: 'gt_masks'"):
+        check(replace(experiment, train=[experiment.train, unmasked]), ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0))
+    names = build_dataset(experiment.train).CLASSES
+    others = [ConfigDict(experiment.train, classes=names), ConfigDict(experiment.train, classes=names[::-1])]
+    with pytest.raises(DataError, match="a label must mean one class"):
+        check(replace(experiment, train=others), ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0))
+
+
+def test_each_class_needs_a_colour(ade20k):
+    experiment = read_experiment(ROOT / TINY, dict(option.split("=") for option in data_options(ade20k)))
+    with pytest.raises(ConfigError, match=r"data\.train has 150 classes and 149 colours in its palette"):
+        check(replace(experiment, train=ConfigDict(experiment.train, palette=[[0, 0, 0]] * 149)), ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0))
+
+
 @pytest.mark.parametrize(("config", "keys", "words"), [
     (TINY, ["img", "gt_semantic_seg", "gt_masks", "gt_labels"], "EncoderDecoder cannot train on: got an unexpected keyword argument 'gt_masks'"),
     (MASK2FORMER, ["img", "gt_semantic_seg"], "EncoderDecoderMask2Former cannot train on: missing a required argument: 'gt_masks'"),
@@ -110,9 +142,10 @@ class TurnOverAndHalve:
 
 
 @pytest.mark.parametrize(("before", "error", "words"), [
-    ("Resize", ConfigError, "has Resize after ToMask, whose masks would not move with the image"),
+    ("Resize", ConfigError, "has Resize after ToMask, whose masks would not change with the image"),
     ("RandomFlip", ConfigError, "has RandomFlip after ToMask"),  # which leaves the size as it is
     ("TurnOverAndHalve", ConfigError, r"gt_masks of the first image .* 112 x 112 pixels, and the image with 112 x 56; make it after the last step"),
+    ("Collect", ConfigError, "has DefaultFormatBundle before ToMask"),
     (None, DataError, "KeyError: 'gt_masks'; does a step of the pipeline make it"),
 ])
 def test_masks_that_would_not_be_those_of_the_image_are_refused(before, error, words, ade20k):
@@ -181,6 +214,8 @@ def test_a_work_directory_that_cannot_be_made_is_refused(name, ade20k, tmp_path)
 def test_an_option_without_a_value_is_a_usage_error(launch):
     done = launch("launch/train.py", TINY, "--cfg-options", "model.backbone.depth", launcher="python", check=False)
     assert done.returncode == 2 and "write KEY=VALUE" in done.stderr and "Traceback" not in done.stderr
+    done = launch("launch/train.py", TINY, "--load-from", "", launcher="python", check=False)
+    assert done.returncode == 2 and "--load-from: is empty" in done.stderr
 
 
 def test_a_dry_run_prints_parameters_groups_and_memory_and_writes_nothing(launch, ade20k, tmp_path):
