@@ -150,7 +150,7 @@ def one_bad_element_is_refused_by_all(path, values: str) -> None:
 @pytest.mark.parametrize(("value", "dtype", "values"), [(torch.nan, torch.float32, "NaN or infinite"), (-1e300, torch.float64, "NaN or infinite"),
                                                         (1, torch.int64, "int64")])
 def test_values_that_no_weights_have_are_refused_on_every_rank_whichever_read_them(value, dtype, values, state, tmp_path):
-    bad = {**state, "blocks.1.mlp.fc1.weight": state["blocks.1.mlp.fc1.weight"].to(dtype)}
+    bad = {**state, "blocks.1.mlp.fc1.weight": state["blocks.1.mlp.fc1.weight"].to(dtype, copy=True)}
     bad["blocks.1.mlp.fc1.weight"][-1, -1] = value  # the last rank's share
     torch.save(bad, tmp_path / "w.pth")
     spawn(one_bad_element_is_refused_by_all, 2, tmp_path / "w.pth", values)

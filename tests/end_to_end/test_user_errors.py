@@ -117,7 +117,8 @@ def test_each_of_several_training_sets_must_do(ade20k):
 def test_each_class_needs_a_colour(ade20k):
     experiment = read_experiment(ROOT / TINY, dict(option.split("=") for option in data_options(ade20k)))
     with pytest.raises(ConfigError, match=r"data\.train has 150 classes and 149 colours in its palette"):
-        check(replace(experiment, train=ConfigDict(experiment.train, palette=[[0, 0, 0]] * 149)), ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0))
+        own = dict(type="CustomDataset", img_suffix=".jpg", seg_map_suffix=".png", classes=[str(index) for index in range(150)], palette=[[0, 0, 0]] * 149)
+        check(replace(experiment, train=ConfigDict(experiment.train, **own)), ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0))
 
 
 @pytest.mark.parametrize(("config", "keys", "words"), [
