@@ -21,8 +21,9 @@ class Fit:
     missing: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
 
-    def summary(self) -> str:
-        parts = [f"{len(self.sources)} tensors loaded"]
+    def summary(self, done: str = "loaded") -> str:
+        """How many tensors are `done`, and which are not, for the log."""
+        parts = [f"{len(self.sources)} tensors {done}"]
         for what in ("resized", "missing", "ignored"):
             if names := getattr(self, what):
                 parts.append(f"{len(names)} {what} ({shortened(names)})")

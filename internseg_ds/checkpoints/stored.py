@@ -135,7 +135,7 @@ ZIP = b"PK\x03\x04"
 def load_stored(path: Path) -> Any:
     """The content of a file of torch.save, with a `StoredTensor` for each tensor. Files of torch before 1.6, which are no zip archives, are read whole.
 
-    Raises CheckpointError when it is missing, damaged or not such a file.
+    Raises CheckpointError when it is missing, damaged or not such a file, or holds other objects, or sparse or quantized tensors.
     """
     try:
         with path.open("rb") as file:
@@ -148,8 +148,8 @@ def load_stored(path: Path) -> Any:
         if "unsupported" not in str(error).lower():  # torch's word for a class or function that it would have to import
             raise CheckpointError(f"{path} is damaged or no PyTorch file; copy it again, or take another checkpoint") from None
         kind = re.search(r"(?:GLOBAL|class|function) (\w[\w.]+)", str(error))
-        raise CheckpointError(f"{path} holds {kind[1] if kind else 'objects'} beside tensors, numbers and strings, and loading it would run code; save its "
-                              "state_dict() instead") from None
+        raise CheckpointError(f"{path} holds {kind[1] if kind else 'objects'} beside tensors, numbers and strings, and loading it would run code; save the "
+                              "model's state_dict() alone") from None
     except NotImplementedError:
         raise CheckpointError(f"{path} holds quantized or other special tensors; save plain ones") from None
     except Exception as error:  # a damaged pickle can raise anything

@@ -97,13 +97,16 @@ def _pth(path: Path) -> Weights:
     return _of_tensors(path, tensors, meta)
 
 
-def noting_unfit(weights: Weights, dtypes: Mapping[str, torch.dtype], noted: dict[str, str]) -> Weights:
-    """A view of `weights` that notes names of which a read met values that the model cannot have, and what they are: NaN, infinite (in fp32), or integers.
+def noting_unfit(weights: Weights, parameters: Collection[str], noted: dict[str, str]) -> Weights:
+    """A view of `weights` that notes the names of which a read met values that no model has, and what they are.
 
-    dtypes: name in the file -> dtype in the model.
+    In a parameter these are NaN, infinite (in fp32), or no real numbers; in a buffer NaN. parameters: names in the file of what becomes a parameter.
     """
     def look(name: str, value: Tensor) -> Tensor:
-        if dtypes[name].is_floating_point and not value.is_floating_point():
+        if name not in parameters:
+            if value.isnan().any():
+                noted[name] = "NaN"
+        elif not value.is_floating_point():
             noted[name] = str(value.dtype).removeprefix("torch.")
         elif not value.to(torch.float32).isfinite().all():
             noted[name] = "NaN or infinite"
@@ -114,11 +117,10 @@ def noting_unfit(weights: Weights, dtypes: Mapping[str, torch.dtype], noted: dic
 
 
 def refuse_unfit(weights: Weights, noted: Mapping[str, str]) -> None:
-    """Raises CheckpointError when there are any."""
+    """Raises CheckpointError when `noting_unfit` has noted any."""
     if noted:
         names = [f"{name} ({values})" for name, values in sorted(noted.items())]
-        raise CheckpointError(f"{weights.path} holds values that no weights have: {shortened(names)}; take another file, "
-                              "or one from before its training diverged")
+        raise CheckpointError(f"{weights.path} holds values that no weights have: {shortened(names)}; take another file")
 
 
 def renamed(weights: Weights, sources: Mapping[str, tuple[str, ...]], rest: Collection[str] = ()) -> Weights:

@@ -134,7 +134,8 @@ class ZeroCheckpoint:
 
     @classmethod
     def open(cls, path: Path, tag: str | None = None) -> "ZeroCheckpoint":
-        """path: a work directory, its `checkpoints` folder, or one save in it. tag: which save; "best" for the best score; default the latest."""
+        """path: a work directory, its `checkpoints` folder, one save in it, or the file that names one. tag: which save; "best" for the best score;
+        default the latest."""
         return cls(find_save(path, tag))
 
     def read(self, name: str) -> Tensor:
@@ -196,7 +197,8 @@ def is_zero_checkpoint(path: Path) -> bool:
 
 
 def find_save(path: Path, tag: str | None = None) -> Path:
-    """The directory of one save: `path` itself, or what its `latest` (or `best`, or `tag`) names. Raises CheckpointError when it is not there."""
+    """The directory of one save: `path` itself, or what its `latest` (or `best`, or `tag`) names, or that file itself. Raises CheckpointError when it is
+    not there."""
     path = Path(path)
     if _is_pointer(path):
         path = path.parent / path.read_text().strip()

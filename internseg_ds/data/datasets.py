@@ -28,7 +28,8 @@ PACK = {"DefaultFormatBundle", "Collect"}
 def build_datasets(entry: Any, what: str, leaves: list[Any], **default_args: Any) -> Dataset:
     """mmseg's data set of a config entry, after a look at its folders.
 
-    what: its name in messages ("data.train"). leaves: the plain data sets inside wrappers. Raises DataError when a folder is missing or the set is empty.
+    what: its name in messages ("data.train"). leaves: the plain data sets inside wrappers. Raises DataError when a folder or a label map is missing, the set
+    or a part of it is empty, or its parts have different classes; ConfigError when its pipeline makes masks too early or too late.
     """
     for leaf in leaves:
         root = Path(leaf.get("data_root") or "")
@@ -48,13 +49,16 @@ def build_datasets(entry: Any, what: str, leaves: list[Any], **default_args: Any
         _check_annotations_of(part)
     for transforms in _pipelines(dataset):
         _masks_come_last([type(step).__name__ for step in transforms], what)
-    if len({tuple(part.CLASSES or ()) for part in joined(dataset)}) > 1:
+    if len({tuple(getattr(part, "CLASSES", None) or ()) for part in _plain(dataset)}) > 1:
         raise DataError(f"{what} joins data sets whose classes have other names or another order, but a label must mean one class; "
                         "give all the same classes=(...)")
     _annotations_are_there(dataset, what)
     if len(dataset) == 0:
         places = ", ".join(f"{leaf.get('data_root')}/{leaf.get('img_dir')}/*{leaf.get('img_suffix', '.jpg')}" for leaf in leaves)
         raise DataError(f"{what} is empty: no image matches {places}")
+    for part in _plain(dataset):
+        if len(part) == 0:
+            raise DataError(f"{what} joins several data sets, and that of {part.img_dir} has no image; put some there, or leave it out")
     return dataset
 
 
@@ -77,13 +81,13 @@ def _check_annotations_of(dataset: Dataset) -> None:
             transforms.insert(place + 1, CheckAnnotation(len(dataset.CLASSES), dataset.ignore_index))
 
 
-def joined(dataset: Dataset) -> Iterator[Dataset]:
+def parts(dataset: Dataset) -> Iterator[Dataset]:
     """The data sets that a concatenation strings together, each with all that happens to its images; the data set itself where it is no concatenation."""
     if hasattr(dataset, "datasets"):
         for part in dataset.datasets:
-            yield from joined(part)
+            yield from parts(part)
     elif isinstance(dataset, RepeatDataset):
-        yield from joined(dataset.dataset)
+        yield from parts(dataset.dataset)
     else:
         yield dataset
 

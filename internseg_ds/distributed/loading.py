@@ -80,6 +80,11 @@ def resized(model: nn.Module, name: str, value: Tensor, shape: torch.Size) -> Te
     return value if value.shape == shape else model.backbone.resizable[name.removeprefix("backbone.")][1](value, shape)
 
 
+def watched(model: nn.Module, found: Fit, unfit: dict[str, str]) -> Weights:
+    """The file's weights, whose reads note in `unfit` what no model has (`noting_unfit`)."""
+    return noting_unfit(found.weights, {found.sources[name] for name, _ in model.named_parameters() if name in found.sources}, unfit)
+
+
 def load(model: nn.Module, found: Fit) -> None:
     """Reads what `found` matched into the model. Under ZeRO-3 each rank reads its own share of each parameter. Collective where there is a process group.
 
@@ -87,7 +92,7 @@ def load(model: nn.Module, found: Fit) -> None:
     """
     params, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     unfit: dict[str, str] = {}
-    weights = noting_unfit(found.weights, {source: (buffers.get(name, params.get(name))).dtype for name, source in found.sources.items()}, unfit)
+    weights = watched(model, found, unfit)
     for name, source in track(found.sources.items(), "loading weights", disable=dist.is_initialized() and dist.get_rank() != 0):
         with torch.no_grad():
             if name in buffers:

@@ -53,7 +53,7 @@ def check_option(cfg: Config, option: str, path: str) -> None:
     *parents, leaf = option.split(".")
     node: Any = cfg
     for depth, part in enumerate([*parents, leaf]):
-        prefix = ".".join(option.split(".")[:depth])
+        prefix = ".".join(parents[:depth])
         known: list[str] = []
         if isinstance(node, (list, tuple)):
             known = [str(index) for index in range(len(node))]

@@ -40,4 +40,4 @@ def describe(plan: Plan, console: Console) -> None:
 def _weights(plan: Plan) -> str:
     if plan.resume_from is not None:
         return f"those of {plan.resume_from}, where training goes on"
-    return "random" if plan.weights is None else f"{plan.weights.weights.path}: {plan.weights.summary().replace(' loaded', ' to load', 1)}"
+    return "random" if plan.weights is None else f"{plan.weights.weights.path}: {plan.weights.summary('to load')}"

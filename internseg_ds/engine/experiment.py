@@ -16,7 +16,7 @@ from mmcv import Config, ConfigDict
 
 from internseg_ds.distributed.lr_schedule import PolySchedule
 from internseg_ds.engine.config_keys import KNOWN, OPTIONAL, REPLACED, SECTIONS, check_option
-from internseg_ds.engine.options import EngineOptions, read_options, whole
+from internseg_ds.engine.options import EngineOptions, read_options, whole_number
 from internseg_ds.errors import ConfigError
 
 
@@ -116,18 +116,18 @@ def read_experiment(config: str | os.PathLike | Config, cfg_options: Mapping[str
         train=cfg.data.train,
         val=val,
         test=cfg.data.get("test") or val,
-        micro_batch=whole(loader.get("samples_per_gpu", 2), f"data.samples_per_gpu of {path}", least=1),
-        workers=whole(loader.get("workers_per_gpu", 2), f"data.workers_per_gpu of {path}", least=0),
+        micro_batch=whole_number(loader.get("samples_per_gpu", 2), f"data.samples_per_gpu of {path}", least=1),
+        workers=whole_number(loader.get("workers_per_gpu", 2), f"data.workers_per_gpu of {path}", least=0),
         optimizer=cfg.optimizer,
         schedule=schedule,
         accumulation=cumulative,
         gradient_clipping=_clipping(optimizer_config.get("grad_clip") or {}, path),
-        save_every=whole(saving.get("interval", schedule.max_steps), f"checkpoint_config.interval of {path}", least=-1),
-        max_keep_ckpts=whole(saving.get("max_keep_ckpts", -1), f"checkpoint_config.max_keep_ckpts of {path}", least=-1),
-        evaluate_every=whole(evaluation.get("interval", schedule.max_steps), f"evaluation.interval of {path}", least=-1),
+        save_every=whole_number(saving.get("interval", schedule.max_steps), f"checkpoint_config.interval of {path}", least=-1),
+        max_keep_ckpts=whole_number(saving.get("max_keep_ckpts", -1), f"checkpoint_config.max_keep_ckpts of {path}", least=-1),
+        evaluate_every=whole_number(evaluation.get("interval", schedule.max_steps), f"evaluation.interval of {path}", least=-1),
         metrics=metrics,
         best_by=_best_by(evaluation.get("save_best"), metrics, path),
-        log_every=whole(logging_.get("interval", 50), f"log_config.interval of {path}", least=1),
+        log_every=whole_number(logging_.get("interval", 50), f"log_config.interval of {path}", least=1),
         log_hooks=hooks,
         log_level=_log_level(cfg.get("log_level", "INFO"), path),
         cudnn_benchmark=bool(cfg.get("cudnn_benchmark", False)),
@@ -139,7 +139,7 @@ def read_experiment(config: str | os.PathLike | Config, cfg_options: Mapping[str
 
 
 def _path(value: Any, what: str) -> str | None:
-    if value is not None and not isinstance(value, (str, os.PathLike)):
+    if value is not None and (not isinstance(value, (str, os.PathLike)) or not str(value)):
         raise ConfigError(f"{what} is {value!r}; it must be a path, or None")
     return value
 
@@ -150,8 +150,6 @@ def _check_data(data: Mapping[str, Any], path: str) -> None:
         if split == "train" and data.get(split) is None:
             raise ConfigError(f"{path}: data has no 'train' entry")
         for entry in leaf_datasets(data[split]) if data.get(split) is not None else ():
-            if isinstance(data[split], Mapping) and data[split].get("type") == "ConcatDataset":
-                raise ConfigError(f"data.{split} of {path} is a ConcatDataset, which mmseg builds of a list; write {split}=[dict(...), dict(...)]")
             if not isinstance(entry, Mapping):
                 raise ConfigError(f"data.{split} of {path} is {entry!r}; it must be a data set dict(type=..., pipeline=[...])")
             if not isinstance(entry.get("pipeline"), (list, tuple)) or not entry["pipeline"]:
@@ -219,14 +217,14 @@ def _schedule(cfg: Config, path: str) -> PolySchedule:
     if cfg.runner.get("type", "IterBasedRunner") != "IterBasedRunner" or "max_iters" not in cfg.runner:
         raise ConfigError(f"runner = {dict(cfg.runner)} of {path}: steps are counted here, not epochs; "
                           "write runner = dict(type='IterBasedRunner', max_iters=...)")
-    steps = whole(cfg.runner.max_iters, f"runner.max_iters of {path}", least=1)
+    steps = whole_number(cfg.runner.max_iters, f"runner.max_iters of {path}", least=1)
     lr = cfg.lr_config
     if str(lr.get("policy", "poly")).lower() != "poly" or lr.get("by_epoch", True):
         raise ConfigError(f"lr_config of {path} must be policy='poly' with by_epoch=False, "
                           f"not policy={lr.get('policy')!r}, by_epoch={lr.get('by_epoch', True)}")
     if lr.get("warmup") not in (None, "linear"):
         raise ConfigError(f"lr_config.warmup={lr.warmup!r} of {path}: only 'linear' warmup is known (or none)")
-    warmup = whole(lr.get("warmup_iters", 0), f"lr_config.warmup_iters of {path}", least=0) if lr.get("warmup") else 0
+    warmup = whole_number(lr.get("warmup_iters", 0), f"lr_config.warmup_iters of {path}", least=0) if lr.get("warmup") else 0
     for key in ("power", "min_lr", "warmup_ratio"):
         if isinstance(lr.get(key, 0), bool) or not isinstance(lr.get(key, 0), (int, float)) or lr.get(key, 0) < 0:
             raise ConfigError(f"lr_config.{key}={lr[key]!r} of {path} must be a number of at least 0")
@@ -234,11 +232,16 @@ def _schedule(cfg: Config, path: str) -> PolySchedule:
 
 
 def leaf_datasets(entry: Any) -> Iterator[ConfigDict]:
-    """The plain data sets inside wrappers (RepeatDataset, ConcatDataset, lists) of a `data.train` or `data.val` entry."""
+    """The plain data sets inside wrappers (RepeatDataset, MultiImageMixDataset, lists) of a `data.train` or `data.val` entry.
+
+    Raises ConfigError for a ConcatDataset, which mmseg cannot build of a config.
+    """
     if isinstance(entry, (list, tuple)):
         for item in entry:
             yield from leaf_datasets(item)
-    elif isinstance(entry, Mapping) and ("dataset" in entry or "datasets" in entry):
-        yield from leaf_datasets(entry.get("dataset", entry.get("datasets")))
+    elif isinstance(entry, Mapping) and entry.get("type") == "ConcatDataset":
+        raise ConfigError("a data set of the config is a ConcatDataset, which mmseg builds of a list; write [dict(...), dict(...)] in its place")
+    elif isinstance(entry, Mapping) and "dataset" in entry:
+        yield from leaf_datasets(entry["dataset"])
     else:
         yield entry

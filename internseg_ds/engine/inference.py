@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from internseg_ds.checkpoints.weights import noting_unfit, open_weights, refuse_unfit
+from internseg_ds.checkpoints.weights import open_weights, refuse_unfit
 from internseg_ds.distributed.construction import build_for_training, build_on_meta, fill
 from internseg_ds.distributed.ds_config import resolve_ds_config
 from internseg_ds.distributed.gathering import Forwards, copy_fits
-from internseg_ds.distributed.loading import fit_segmentor, load, resized
+from internseg_ds.distributed.loading import fit_segmentor, load, resized, watched
 from internseg_ds.distributed.precision import apply_precision, backbone_dtype, heads_dtype
 from internseg_ds.distributed.process_group import World
 from internseg_ds.engine.experiment import Experiment
@@ -55,8 +55,7 @@ def load_trained(experiment: Experiment, checkpoint: str | os.PathLike, device: 
     model = build_on_meta(experiment.model)
     compute = backbone_dtype(experiment.engine.backbone_dtype, device)
     found, unfit = fit_segmentor(model, open_weights(Path(checkpoint), ema=ema)), {}
-    hollow = dict(model.named_parameters()) | dict(model.named_buffers())
-    weights = noting_unfit(found.weights, {source: hollow[name].dtype for name, source in found.sources.items()}, unfit)
+    weights = watched(model, found, unfit)
 
     def parameter(name: str, shape: torch.Size) -> Tensor:
         value = resized(model, name, weights.read(found.sources[name]), shape)

@@ -63,8 +63,9 @@ def check_classes(model: nn.Module, dataset: Dataset, what: str) -> None:
     classes = getattr(dataset, "CLASSES", None)
     if classes is None:
         raise ConfigError(f"{what} does not name its classes; add classes=(...) and palette=[...] to it")
-    if len(colours := getattr(dataset, "PALETTE", None) or classes) != len(classes):
-        raise ConfigError(f"{what} has {len(classes)} classes and {len(colours)} colours in its palette; give each class one")
+    colours = getattr(dataset, "PALETTE", None)  # drawn by mmseg for a CustomDataset that is given none
+    if colours is None or len(colours) != len(classes):
+        raise ConfigError(f"{what} has {len(classes)} classes and {0 if colours is None else len(colours)} colours; give it a palette=[...] of one each")
     for head in heads(model):
         if head.num_classes != len(classes):
             raise ConfigError(f"{type(head).__name__} predicts num_classes={head.num_classes} classes but {what} has {len(classes)}; make them equal")

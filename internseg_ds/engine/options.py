@@ -54,12 +54,12 @@ class EngineOptions:
         if self.evaluation_weights not in ("auto", "whole", "partitioned"):
             raise ConfigError(f"engine.evaluation_weights={self.evaluation_weights!r} is none of 'auto', 'whole', 'partitioned'")
         if self.global_batch is not None:
-            whole(self.global_batch, "engine.global_batch", least=1)
+            whole_number(self.global_batch, "engine.global_batch", least=1)
         for name in ("evaluate_before", "background_save"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"engine.{name}={getattr(self, name)!r} must be True or False")
-        whole(self.max_data_faults, "engine.max_data_faults", least=0)
-        whole(self.max_skipped_steps, "engine.max_skipped_steps", least=1)
+        whole_number(self.max_data_faults, "engine.max_data_faults", least=0)
+        whole_number(self.max_skipped_steps, "engine.max_skipped_steps", least=1)
         peak = self.peak_tflops
         if peak is not None and (isinstance(peak, bool) or not isinstance(peak, (int, float)) or not 0 < peak < math.inf):
             raise ConfigError(f"engine.peak_tflops={peak!r} must be a number of TFLOP/s per device above 0, "
@@ -75,7 +75,7 @@ def read_options(section: Mapping[str, Any], path: str) -> EngineOptions:
     return EngineOptions(**section)
 
 
-def whole(value: Any, what: str, least: int) -> int:
+def whole_number(value: Any, what: str, least: int) -> int:
     """`value` as it is. Raises ConfigError unless it is a whole number of at least `least`; what: its name in the message."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ConfigError(f"{what} is {value!r}; it must be a whole number, at least {least}")

@@ -1,4 +1,4 @@
-"""Everything that can be refused is refused here: config, ds_config, model, data and weight files, checked together before any accelerator memory is taken.
+"""All that can be refused before any accelerator memory is taken is refused here: config, ds_config, model, data, names and shapes of weights.
 
 In: what the user gave. Out: a `Plan`, from which `SegmentorEngine` is built and which `--dry-run` prints. Runs on every rank alike and talks to no other.
 """
@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import ConcatDataset, Dataset
 
 from internseg_ds.checkpoints.fitting import Fit
-from internseg_ds.data.datasets import build_datasets, first_sample, joined
+from internseg_ds.data.datasets import build_datasets, first_sample, parts
 from internseg_ds.distributed.construction import build_on_meta, choose_recomputation
 from internseg_ds.distributed.ds_config import DsConfig
 from internseg_ds.distributed.optimizers import check_optimizer
@@ -78,9 +78,9 @@ def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, An
         check_trackers(experiment.log_hooks)
     train_set = build_datasets(experiment.train, "data.train", list(leaf_datasets(experiment.train)))
     check_classes(meta_model, train_set, "data.train")
-    for part in reversed(list(joined(train_set))):
-        first = first_sample(part, "data.train", tolerated=experiment.engine.max_data_faults)
-        check_sample(meta_model, first)
+    first, *others = [first_sample(part, "data.train", tolerated=experiment.engine.max_data_faults) for part in parts(train_set)]
+    for sample in (first, *others):
+        check_sample(meta_model, sample)
     check_forward(meta_model, first, ds.micro_batch, world.size)
     val_set = None
     if validate:

@@ -15,6 +15,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -131,7 +132,13 @@ class SegmentorEngine:
         try:
             self._build(seed, checkpoint)
         except BaseException as error:
-            self.watch.close(of_one_rank(error))
+            alone = of_one_rank(error)
+            self.watch.close(alone)
+            if alone is None:  # whoever catches it may try again in this process
+                self.stop_requests.close(failed=True)
+                self._claimed.close()
+                if self._owns_group:
+                    leave()
             raise
 
     def _build(self, seed: int, checkpoint: ZeroCheckpoint | None) -> None:
@@ -153,6 +160,7 @@ class SegmentorEngine:
             load(model, fit_segmentor(model, weights_of(checkpoint)))
         elif self.plan.weights is not None:
             load(model, self.plan.weights)
+            self.plan = replace(self.plan, weights=None)  # an old file's tensors are in memory
         apply_precision(model, self.compute_dtype, heads=self.heads_dtype, autocast=ds.precision == "autocast")
         groups = parameter_groups(model, experiment.optimizer)
         optimizer = build_optimizer(groups, experiment.optimizer, ds)

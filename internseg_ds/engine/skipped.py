@@ -77,8 +77,8 @@ class SkippedSteps:
     def at_end(self, steps: int) -> None:
         """Raises Diverged, on every rank, when each of the training's `steps` was skipped, fewer than the limit though they are."""
         if self.in_a_row and self.in_a_row == steps:
-            raise Diverged(f"all {steps} steps of this training were skipped, so it changed no weight; {self.file} names their images, and the weights that it "
-                           "started from may be at fault")
+            raise Diverged(f"all {steps} steps of this training were skipped, so it changed no weight; {self.file} names their images; look at "
+                           "these, start from other weights, or lower the learning rate")
 
     def _copy(self, source: list[Tensor], target: list[Tensor]) -> None:
         if source:  # not every model has batch norms

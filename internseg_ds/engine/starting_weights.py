@@ -1,7 +1,6 @@
 """The weights that a fresh run starts from, and those of a finished checkpoint: fitted to a model by names and shapes, before a value is read."""
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from internseg_ds.checkpoints.weights import open_weights
 from internseg_ds.distributed.loading import fit_backbone, fit_segmentor
 from internseg_ds.engine.experiment import Experiment
 from internseg_ds.errors import CheckpointError, ConfigError
-from internseg_ds.models.backbone import pretrained_elsewhere, pretrained_file
+from internseg_ds.models.backbone import checkpoint_of, pretrained_elsewhere, pretrained_file
 
 
 def starting_weights(experiment: Experiment, model: nn.Module, load_from: str | os.PathLike | None) -> Fit | None:
@@ -24,26 +23,29 @@ def starting_weights(experiment: Experiment, model: nn.Module, load_from: str | 
     for name in pretrained_elsewhere(model):
         raise ConfigError(f"{'.'.join(filter(None, ['model', name]))}.init_cfg asks for pretrained weights, which are read for the backbone alone; drop it, "
                           "and start from weights of a whole segmentor with load_from=PATH")
-    setting, source, fit = "load_from", load_from or experiment.load_from, fit_segmentor
-    if not source:
+    if load_from is not None:
+        setting, source, fit = "--load-from", load_from, fit_segmentor
+    elif experiment.load_from is not None:
+        setting, source, fit = "load_from", experiment.load_from, fit_segmentor
+    else:
         setting, source, fit = _pretrained_setting(experiment, model), pretrained_file(model.backbone), fit_backbone
-    if not source:
+    if source is None:
         return None
-    if not isinstance(source, (str, os.PathLike)):
-        raise ConfigError(f"{setting}={source!r} must be a path, or None")
+    with_file, without = (f"--cfg-options {setting}=PATH", f"--cfg-options {setting}=None") if load_from is None else ("--load-from PATH", "no --load-from")
+    if not isinstance(source, (str, os.PathLike)) or not str(source):
+        raise ConfigError(f"{setting}={source!r} must be a path; random weights are had with {without}")
     if "://" in str(source):
-        raise CheckpointError(f"{setting}={str(source)!r} is an address, and nothing is downloaded here; download the file and write "
-                              f"--cfg-options {setting}=PATH, or start from random weights with --cfg-options {setting}=None")
+        raise CheckpointError(f"{setting}={str(source)!r} is an address, and nothing is downloaded here; download the file and write {with_file}, "
+                              f"or start from random weights with {without}")
     if not Path(source).exists():
-        raise CheckpointError(f"{setting}={str(source)!r}: there is no such file; put the weights there, or start from random weights with "
-                              f"--cfg-options {setting}=None")
+        raise CheckpointError(f"{setting}={str(source)!r}: there is no such file; put the weights there, or start from random weights with {without}")
     return fit(model, open_weights(Path(source)), experiment.engine.weights_may_differ)
 
 
 def _pretrained_setting(experiment: Experiment, model: nn.Module) -> str:
     """The setting that the backbone's `pretrained` comes from: mmcv's `init_cfg`, or its own argument, which mmseg also fills in from `model.pretrained`."""
     init_cfg = experiment.model.backbone.get("init_cfg")
-    if isinstance(init_cfg, Mapping) and init_cfg.get("checkpoint") == pretrained_file(model.backbone):
+    if init_cfg is not None and checkpoint_of(init_cfg) == pretrained_file(model.backbone):
         return "model.backbone.init_cfg.checkpoint"
     return "model.pretrained" if experiment.model.get("pretrained") else "model.backbone.pretrained"
 

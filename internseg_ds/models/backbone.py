@@ -79,7 +79,8 @@ def vector_length(backbone: nn.Module) -> int:
 
 def pretrained_file(backbone: nn.Module) -> Any:
     """Its `pretrained`, or the checkpoint of its `init_cfg`, which is the same in mmseg; None for initial values."""
-    return getattr(backbone, "pretrained", None) or checkpoint_of(getattr(backbone, "init_cfg", None))
+    pretrained = getattr(backbone, "pretrained", None)
+    return checkpoint_of(getattr(backbone, "init_cfg", None)) if pretrained is None else pretrained
 
 
 def forget_pretrained(segmentor: nn.Module) -> None:

@@ -145,7 +145,7 @@ def _weight_file(init_cfg: Mapping[str, Any] | Sequence[Mapping[str, Any]] | Non
     checkpoint = checkpoint_of(entries)
     if pretrained is not None and checkpoint is not None:
         raise ValueError(f"init_cfg.checkpoint={checkpoint!r} and pretrained={pretrained!r} both name a weight file; drop one")
-    return checkpoint or pretrained
+    return pretrained if checkpoint is None else checkpoint
 
 
 def _check(core_op: str, channels: int, depths: Sequence[int], groups: Sequence[int], drop_path_type: str, layer_scale: float | None, post_norm: bool,

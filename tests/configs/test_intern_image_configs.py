@@ -9,6 +9,7 @@ from mmcv import Config
 
 from internseg_ds.data.datasets import build_datasets, first_sample
 from internseg_ds.distributed.construction import build_on_meta
+from internseg_ds.distributed.loading import shapes_of
 from internseg_ds.distributed.parameter_groups import parameter_groups
 from internseg_ds.engine.experiment import leaf_datasets, read_experiment
 from internseg_ds.engine.preflight import check_classes, validation_set
@@ -100,6 +101,13 @@ def test_the_table_of_results_names_every_file_and_score():
         scores = SCORES[name.split("/")[0]].get(size)
         assert f"({name}_ms.py)" in row and (scores is None or [float(cell) for cell in row.split("|")[4].split("/")] == list(scores))
     assert "62.6 / 62.9" in next(line for line in text.splitlines() if f"({MASK2FORMER}_ss.py)" in line)
+
+
+def test_the_mask2former_experiment_on_camvid_has_the_backbone_of_the_upernet_one_that_it_may_start_from():
+    mask2former, upernet = (build_on_meta(read_experiment(CONFIGS.parent / f"intern_image_tiny/{head}_intern_image_tiny_224_camvid.py").model)
+                            for head in ("mask2former", "upernet"))
+    assert shapes_of(mask2former.backbone) == shapes_of(upernet.backbone)
+    assert mask2former.decode_head.num_classes == upernet.decode_head.num_classes == 11
 
 
 def test_mask2former_has_the_published_head_recipe_and_scales():

@@ -9,10 +9,11 @@ import torch
 from mmcv import ConfigDict
 from safetensors.torch import save_file
 
+from internseg_ds.checkpoints.fitting import fit
 from internseg_ds.checkpoints.weights import open_weights
 from internseg_ds.distributed.construction import build_for_training, build_on_meta, gathered
 from internseg_ds.distributed.ds_config import resolve_ds_config
-from internseg_ds.distributed.loading import fit_backbone, load
+from internseg_ds.distributed.loading import fit_backbone, load, shapes_of
 from internseg_ds.errors import CheckpointError
 from internseg_ds.models.intern_vit_keys import OPENGVLAB
 from tests.distributed.ranks import spawn
@@ -154,6 +155,22 @@ def test_values_that_no_weights_have_are_refused_on_every_rank_whichever_read_th
     bad["blocks.1.mlp.fc1.weight"][-1, -1] = value  # the last rank's share
     torch.save(bad, tmp_path / "w.pth")
     spawn(one_bad_element_is_refused_by_all, 2, tmp_path / "w.pth", values)
+
+
+def test_counters_and_masks_of_infinity_are_buffers_as_they_should_be(tmp_path):
+    module = torch.nn.Module()
+    module.norm = torch.nn.BatchNorm1d(2)
+    module.register_buffer("mask", torch.full((3, 3), -torch.inf).triu(1))
+    torch.save(module.state_dict(), tmp_path / "w.pth")
+    for param in module.parameters():
+        torch.nn.init.zeros_(param)
+    weights = open_weights(tmp_path / "w.pth")
+    load(module, fit(weights, shapes_of(module)))
+    assert torch.equal(module.norm.weight, torch.ones(2)) and module.mask.isinf().any()
+    module.norm.running_mean[0] = torch.nan
+    torch.save(module.state_dict(), tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match=r"norm\.running_mean \(NaN\)"):
+        load(module, fit(open_weights(tmp_path / "w.pth"), shapes_of(module)))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

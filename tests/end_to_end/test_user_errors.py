@@ -45,6 +45,7 @@ def refusal(config: str, options: dict, ade20k: Path) -> str:
     ({"model.decode_head.num_classes": 19}, ["num_classes=19", "150"]),
     ({"model.backbone.pretrained": "nowhere.pth"}, ["model.backbone.pretrained", "nowhere.pth", "no such file"]),
     ({"load_from": "nowhere.pth"}, ["load_from", "nowhere.pth"]),
+    ({"model.backbone.pretrained": ""}, ["model.backbone.pretrained=''", "must be a path", "--cfg-options model.backbone.pretrained=None"]),
     ({"data.val.img_dir": "images/nothing"}, ["data.val", "images/nothing"]),
     ({"optimizer.paramwise_cfg": {"num_layers": 7, "layer_decay_rate": 0.9}}, ["num_layers=7", "4 layers"]),
     ({"optimizer.type": "AdamWW"}, ["AdamWW"]),
@@ -110,15 +111,27 @@ def test_each_of_several_training_sets_must_do(ade20k):
         check(replace(experiment, train=[experiment.train, unmasked]), ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0))
     names = build_dataset(experiment.train).CLASSES
     others = [ConfigDict(experiment.train, classes=names), ConfigDict(experiment.train, classes=names[::-1])]
-    with pytest.raises(DataError, match="a label must mean one class"):
-        check(replace(experiment, train=others), ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0))
+    mixed = ConfigDict(type="MultiImageMixDataset", dataset=others, pipeline=[])
+    for train in (others, mixed):
+        with pytest.raises(DataError, match="a label must mean one class"):
+            check(replace(experiment, train=train), ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0))
+
+
+def test_a_part_without_images_is_named(ade20k, tmp_path):
+    experiment = read_experiment(ROOT / TINY, dict(option.split("=") for option in data_options(ade20k)))
+    nothing = ConfigDict(experiment.train, data_root=str(tmp_path))
+    for key in ("img_dir", "ann_dir"):
+        (tmp_path / nothing[key]).mkdir(parents=True)
+    with pytest.raises(DataError, match=f"joins several data sets, and that of {tmp_path}/images/training has no image"):
+        check(replace(experiment, train=[experiment.train, nothing]), ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0))
 
 
 def test_each_class_needs_a_colour(ade20k):
     experiment = read_experiment(ROOT / TINY, dict(option.split("=") for option in data_options(ade20k)))
-    with pytest.raises(ConfigError, match=r"data\.train has 150 classes and 149 colours in its palette"):
-        own = dict(type="CustomDataset", img_suffix=".jpg", seg_map_suffix=".png", classes=[str(index) for index in range(150)], palette=[[0, 0, 0]] * 149)
-        check(replace(experiment, train=ConfigDict(experiment.train, **own)), ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0))
+    own = dict(type="CustomDataset", img_suffix=".jpg", seg_map_suffix=".png", classes=[str(index) for index in range(150)])
+    with pytest.raises(ConfigError, match=r"data\.train has 150 classes and 149 colours; give it a palette"):
+        check(replace(experiment, train=ConfigDict(experiment.train, **own, palette=[[0, 0, 0]] * 149)), ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0))
+    check(replace(experiment, train=ConfigDict(experiment.train, **own)), ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0))  # mmseg draws them
 
 
 @pytest.mark.parametrize(("config", "keys", "words"), [
