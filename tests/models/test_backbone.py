@@ -10,6 +10,7 @@ from internseg_ds.distributed.construction import build_for_training, build_on_m
 from internseg_ds.distributed.ds_config import resolve_ds_config
 from internseg_ds.distributed.loading import fit_segmentor, load
 from internseg_ds.engine.experiment import read_experiment
+from internseg_ds.engine.inference import load_trained
 from internseg_ds.engine.starting_weights import starting_weights
 from internseg_ds.errors import CheckpointError, ConfigError
 from internseg_ds.models.backbone import patch_size, pretrained_file, vector_length
@@ -67,6 +68,17 @@ def test_mmsegs_two_ways_to_name_weights_are_read_by_the_engine_and_not_by_the_m
     torch.save({"state_dict": wanted}, path)
     load(model, starting_weights(experiment, hollow, None))
     assert all(torch.equal(value, wanted[name]) for name, value in model.backbone.state_dict().items())
+
+
+def test_finished_weights_that_are_nan_are_refused_by_whoever_only_segments_with_them(tmp_path):
+    experiment = vit_experiment()
+    state = build(experiment).state_dict()
+    torch.save(state, tmp_path / "w.pth")
+    load_trained(experiment, tmp_path / "w.pth", torch.device("cpu"))
+    state["decode_head.conv_seg.bias"][0] = torch.nan
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match=r"values that no weights have: decode_head\.conv_seg\.bias \(NaN or infinite\)"):
+        load_trained(experiment, tmp_path / "w.pth", torch.device("cpu"))
 
 
 def test_weights_of_a_head_alone_are_refused():
