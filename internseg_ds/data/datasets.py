@@ -62,25 +62,6 @@ def build_datasets(entry: Any, what: str, leaves: list[Any], **default_args: Any
     return dataset
 
 
-def _plain(dataset: Dataset) -> Iterator[Dataset]:
-    """The data sets inside wrappers, in their order."""
-    if hasattr(dataset, "datasets"):
-        for part in dataset.datasets:
-            yield from _plain(part)
-    elif hasattr(dataset, "dataset"):
-        yield from _plain(dataset.dataset)
-    else:
-        yield dataset
-
-
-def _check_annotations_of(dataset: Dataset) -> None:
-    """Has each label map that the pipeline loads looked at, before anything is done to it."""
-    transforms = dataset.pipeline.transforms
-    for place, transform in reversed(list(enumerate(transforms))):
-        if isinstance(transform, LoadAnnotations) and dataset.CLASSES is not None:
-            transforms.insert(place + 1, CheckAnnotation(len(dataset.CLASSES), dataset.ignore_index))
-
-
 def parts(dataset: Dataset) -> Iterator[Dataset]:
     """The data sets that a concatenation strings together, each with all that happens to its images; the data set itself where it is no concatenation."""
     if hasattr(dataset, "datasets"):
@@ -92,15 +73,30 @@ def parts(dataset: Dataset) -> Iterator[Dataset]:
         yield dataset
 
 
+def _plain(dataset: Dataset) -> Iterator[Dataset]:
+    """The data sets inside wrappers (`MultiImageMixDataset` too), in their order."""
+    for part in parts(dataset):
+        if hasattr(part, "dataset"):
+            yield from _plain(part.dataset)
+        else:
+            yield part
+
+
 def _pipelines(dataset: Dataset) -> Iterator[list[Any]]:
-    """All that happens to the images of each plain data set, in wrappers too (`MultiImageMixDataset`)."""
-    if hasattr(dataset, "datasets"):
-        for part in dataset.datasets:
-            yield from _pipelines(part)
-    elif hasattr(dataset, "dataset"):
-        yield from ([*steps, *getattr(dataset, "pipeline", ())] for steps in _pipelines(dataset.dataset))
-    else:
-        yield dataset.pipeline.transforms
+    """All that happens to the images of each plain data set, the steps of its wrappers included."""
+    for part in parts(dataset):
+        if hasattr(part, "dataset"):
+            yield from ([*steps, *getattr(part, "pipeline", ())] for steps in _pipelines(part.dataset))
+        else:
+            yield part.pipeline.transforms
+
+
+def _check_annotations_of(dataset: Dataset) -> None:
+    """Has each label map that the pipeline loads looked at, before anything is done to it."""
+    transforms = dataset.pipeline.transforms
+    for place, transform in reversed(list(enumerate(transforms))):
+        if isinstance(transform, LoadAnnotations) and dataset.CLASSES is not None:
+            transforms.insert(place + 1, CheckAnnotation(len(dataset.CLASSES), dataset.ignore_index))
 
 
 def _masks_come_last(steps: list[str], what: str) -> None:
