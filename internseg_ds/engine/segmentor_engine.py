@@ -132,13 +132,7 @@ class SegmentorEngine:
         try:
             self._build(seed, checkpoint)
         except BaseException as error:
-            alone = of_one_rank(error)
-            self.watch.close(alone)
-            if alone is None:  # whoever catches it may try again in this process
-                self.stop_requests.close(failed=True)
-                self._claimed.close()
-                if self._owns_group:
-                    leave()
+            self._give_up(error)
             raise
 
     def _build(self, seed: int, checkpoint: ZeroCheckpoint | None) -> None:
@@ -251,7 +245,11 @@ class SegmentorEngine:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is None:
             self.close()
-            return
+        else:
+            self._give_up(error)
+
+    def _give_up(self, error: BaseException) -> None:
+        """After an error: tells the other ranks of one that they may not know, publishes what is being saved, and leaves the group that this engine joined."""
         self.stop_requests.close(failed=True)
         alone = of_one_rank(error)
         if alone is None:
@@ -259,3 +257,4 @@ class SegmentorEngine:
         self.watch.close(alone)
         if self._owns_group:
             leave()
+        self._claimed.close()  # whoever catches it may try again in this process
