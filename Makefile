@@ -44,12 +44,13 @@ $(VENV)/.torch: constraints.txt
 	$(PIP) torch torchvision setuptools wheel packaging ninja opencv-python-headless
 	@touch $@
 
-# about 6 minutes on 2 cores, once; OpenCV must be there first, or the wheel asks for a second one
+# about 6 minutes on 2 cores, once; OpenCV must be there first, or the wheel asks for a second one. mmcv compiles its CUDA operators wherever it sees a GPU,
+# with nvcc or not; none of them is ever called here, so it is to see none
 $(VENV)/.mmcv: $(VENV)/.torch
 	@mkdir -p $(WHEELS)
 	@ls $(WHEELS)/mmcv_full-$(MMCV)-*.whl >/dev/null 2>&1 || { \
 	  echo "compiling mmcv-full $(MMCV), once per machine (5 to 15 minutes) ..."; \
-	  CFLAGS=-g0 MMCV_WITH_OPS=1 FORCE_CUDA=0 MAX_JOBS=$$(nproc) $(BIN)/pip wheel --quiet --no-cache-dir --no-build-isolation --no-deps -w $(WHEELS)/building mmcv-full==$(MMCV) \
+	  CUDA_VISIBLE_DEVICES= CFLAGS=-g0 MMCV_WITH_OPS=1 FORCE_CUDA=0 MAX_JOBS=$$(nproc) $(BIN)/pip wheel --quiet --no-cache-dir --no-build-isolation --no-deps -w $(WHEELS)/building mmcv-full==$(MMCV) \
 	  && mv $(WHEELS)/building/*.whl $(WHEELS)/; }
 	$(PIP) --find-links $(WHEELS) mmcv-full
 	@touch $@

@@ -1,9 +1,13 @@
 """Fine-tuning of every parameter of billion-scale vision backbones for semantic segmentation, under DeepSpeed ZeRO."""
 
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from internseg_ds.engine.segmentor_engine import SegmentorEngine
+
+if os.environ.get("INTERNSEG_DEVICE") == "cpu":  # see `internseg_ds.device`; DeepSpeed reads its own variable when it is imported
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 __version__ = "0.1.0"
 __all__ = ["SegmentorEngine", "__version__"]

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from internseg_ds.device import device_type
+
 CONFIG = "configs/intern_vit_tiny/upernet_intern_vit_tiny_112_ade20k.py"
 ADE20K = Path("data/ade/ADEChallengeData2016")
 WORK = Path("work_dirs/demo")
@@ -30,7 +32,7 @@ def step(title: str, command: str) -> None:
 def main() -> None:
     began = time.monotonic()
     python = sys.executable
-    processes = min(2, torch.cuda.device_count()) or 2  # on CPUs, two share the machine
+    processes = min(2, torch.cuda.device_count()) if device_type() == "cuda" else 2  # on CPUs, two share the machine
     real = ADE20K.exists() and not (ADE20K / "GENERATED.json").exists()
     root = Path("data/generated_ade20k") if real else ADE20K  # a real ADE20K stays as it is; the demo trains on generated scenes all the same
     data = f"data.train.data_root={root} data.val.data_root={root} data.test.data_root={root}"

@@ -1,6 +1,9 @@
 """Fixtures of the whole suite: a generated data set, and real launches of the real scripts."""
 
 import os
+
+os.environ["INTERNSEG_DEVICE"] = os.environ["DS_ACCELERATOR"] = "cpu"  # of all tests and what they start, before any import asks; some ask for a GPU again
+
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -10,6 +13,7 @@ import pytest
 
 from tests.forks import PATH, ROOT, run_script
 
+GPU = {"INTERNSEG_DEVICE": "cuda", "DS_ACCELERATOR": "cuda"}
 TINY = "configs/intern_vit_tiny/upernet_intern_vit_tiny_112_ade20k.py"
 IMAGE = "configs/intern_image_tiny/upernet_intern_image_tiny_112_ade20k.py"
 MASK2FORMER = "configs/intern_vit_tiny/mask2former_intern_vit_tiny_112_ade20k.py"
@@ -47,7 +51,7 @@ def launch() -> Launch:
     """launch(script, *args, processes=2, launcher="forks", env={}, check=True): runs a script of the project as a user would, from its root.
 
     launcher: "deepspeed", "torchrun" or "python", where starting is part of what is tested; "forks" saves the some 10 s of two cores that they take to start.
-    On CPUs, whatever the machine has: the GPU part of the suite asks for its GPU with env={"CUDA_VISIBLE_DEVICES": ...}, which "forks" cannot give.
+    On CPUs, whatever the machine has: the GPU part of the suite asks for its GPU with env=GPU, which "forks" cannot give.
     """
 
     def run(script: str, *args: object, processes: int = 2, launcher: str = "forks", env: dict[str, str] | None = None, check: bool = True,
@@ -62,7 +66,7 @@ def launch() -> Launch:
                 "python": [sys.executable],
             }[launcher]
             done = subprocess.run([*command, script, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
-                                  env={**os.environ, "PATH": PATH, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(env or {})})
+                                  env={**os.environ, "PATH": PATH, "OMP_NUM_THREADS": "1", **(env or {})})
         if check and done.returncode:
             raise AssertionError(f"{script} {' '.join(map(str, args))} ended with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
         if not done.returncode:

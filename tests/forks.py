@@ -32,16 +32,17 @@ forks.set_forkserver_preload([
 
 
 def ready() -> None:
-    """Starts the process that all others are forked from, unless it is there. It sees no GPU, whatever the machine has."""
+    """Starts the process that all others are forked from, unless it is there. On the CPU, whatever the machine has: a fork cannot take up CUDA."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        for name in ("INTERNSEG_DEVICE", "DS_ACCELERATOR"):
+            patch.setenv(name, "cpu")
         multiprocessing.forkserver.ensure_running()
 
 
 def environment_of(rank: int, world_size: int, port: int) -> dict[str, str]:
     """What torchrun tells a rank on one host."""
     return {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world_size),
-            "PATH": PATH, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+            "PATH": PATH, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
 
 
 def start_ranks(function: Callable[..., None], world_size: int, port: int, *args: object, env: Mapping[str, str] | None = None) -> list[BaseProcess]:

@@ -109,6 +109,8 @@ def resolve_ds_config(
         raise ConfigError(f"zero_hpz_partition_size={node!r} of {name} must be the number of GPUs of a node, "
                           f"which divides the {world_size} process{'es' * (world_size > 1)}")
     _fill_zero3_sizes(zero, hidden_size, block)
+    # DeepSpeed's clock of samples per second waits for the device at each forward and step; the records have that figure from a clock that does not
+    raw.setdefault("timers", {}).setdefault("throughput", {}).setdefault("enabled", False)
     _no_auto_left(raw, name)
     _deepspeed_accepts(raw, name)
     # DeepSpeed knows Adam and its relatives; others run unchanged in fp32 partitions, so they are allowed without a key for it
@@ -139,8 +141,9 @@ def _known_keys(raw: dict[str, Any], name: str) -> None:
     for key in raw:
         if key not in TOP_LEVEL_KEYS:
             raise unknown_key(key, TOP_LEVEL_KEYS, name)
-    for section in ("zero_optimization", "bf16", "fp16", "torch_autocast", "data_types", "optimizer"):
+    for section in ("zero_optimization", "bf16", "fp16", "torch_autocast", "data_types", "optimizer", "timers"):
         _is_section(raw, section, name)
+    _is_section(raw.get("timers", {}), "throughput", f"timers of {name}")
     for section in ("offload_optimizer", "offload_param"):
         _is_section(raw.get("zero_optimization", {}), section, f"zero_optimization of {name}")
     for section in ("bf16", "fp16", "torch_autocast"):

@@ -10,6 +10,7 @@ they are read: parameter names, gathering and the stored dtype stay as they are,
 """
 
 import functools
+import logging
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from internseg_ds.distributed.ds_config import Precision
 from internseg_ds.errors import ConfigError
 from internseg_ds.models.heads import heads as heads_of
+
+log = logging.getLogger(__name__)
 
 
 def computes_bf16(device: torch.device) -> bool:
@@ -56,6 +59,17 @@ def heads_dtype(requested: Literal["float32", "bfloat16"], segmentor: nn.Module,
                     raise ConfigError(f"engine.heads_dtype='bfloat16' is not for {type(head).__name__}: its {name} makes class scores too, "
                                       "which would not be fp32; drop it")
     return getattr(torch, requested)
+
+
+def set_fp32_matmul(mode: Literal["tf32", "ieee"], device: torch.device) -> None:
+    """How this process's GPU computes products and convolutions of fp32 tensors from now on; nothing where `device` is no GPU.
+
+    torch's own default is TF32 in cuDNN's convolutions and full fp32 in matrix products. These switches are torch's older ones, which all versions from 2.7
+    on have: once the newer `fp32_precision` is set, torch 2.13 raises when its own code (`torch.compile`) reads the older ones.
+    """
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = mode == "tf32"
+        log.info("fp32 products and convolutions on the GPU in %s (engine.fp32_matmul)", {"tf32": "TF32", "ieee": "full fp32"}[mode])
 
 
 def apply_precision(segmentor: nn.Module, compute: torch.dtype, *, heads: torch.dtype = torch.float32, autocast: bool = False) -> None:

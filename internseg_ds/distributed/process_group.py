@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from internseg_ds.device import VARIABLE, device_type
 from internseg_ds.distributed.extensions import build_extension, forget_shared_buffer
 from internseg_ds.errors import ConfigError, UserError
 
@@ -46,8 +47,9 @@ class World:
 
     @property
     def device(self) -> torch.device:
-        """This process's accelerator, or the CPU where there is none. Raises ConfigError when the host has more processes than GPUs."""
-        if not torch.cuda.is_available():
+        """This process's GPU, or the CPU where there is none, or `INTERNSEG_DEVICE=cpu`. Raises ConfigError when the host has more processes than GPUs,
+        and where `device_type` does."""
+        if device_type() == "cpu":
             return torch.device("cpu")
         count = torch.cuda.device_count()
         if count == 1 and self.launcher == "srun":
@@ -88,7 +90,10 @@ def first_host(node_list: str) -> str:
 
 
 def rendezvous(world: World, env: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The five variables that torch.distributed reads (`env://`), for launchers that do not set them themselves."""
+    """The five variables that torch.distributed and DeepSpeed read (`env://`), for launchers that do not set them themselves.
+
+    LOCAL_RANK is the number of this process's GPU, which DeepSpeed takes it for: 0 where srun shows each process its own GPU alone.
+    """
     if "MASTER_ADDR" in env:
         address = env["MASTER_ADDR"]
     elif world.launcher == "srun":
@@ -106,7 +111,8 @@ def rendezvous(world: World, env: Mapping[str, str] = os.environ) -> dict[str, s
             port = str(probe.getsockname()[1])
     else:
         port = str(DEFAULT_PORT + int(env.get("SLURM_JOB_ID", 0)) % 1000)
-    return {"RANK": str(world.rank), "WORLD_SIZE": str(world.size), "LOCAL_RANK": str(world.local_rank), "MASTER_ADDR": address, "MASTER_PORT": port}
+    device = world.device.index if world.device.type == "cuda" else world.local_rank  # DeepSpeed takes the GPU of the number LOCAL_RANK
+    return {"RANK": str(world.rank), "WORLD_SIZE": str(world.size), "LOCAL_RANK": str(device), "MASTER_ADDR": address, "MASTER_PORT": port}
 
 
 def join(world: World, timeout: timedelta = timedelta(minutes=30), *, refusal: UserError | None = None) -> None:
@@ -129,9 +135,12 @@ def join(world: World, timeout: timedelta = timedelta(minutes=30), *, refusal: U
 
 
 def adopt(timeout: timedelta = timedelta(minutes=30)) -> None:
-    """Has DeepSpeed use the process group that there is, or make one."""
+    """Has DeepSpeed use the process group that there is, or make one. Raises ConfigError where it was imported before `INTERNSEG_DEVICE=cpu` was known."""
     import deepspeed  # here: half a dozen seconds, and readers of the environment need none of it
+    from deepspeed.accelerator import get_accelerator
 
+    if device_type() == "cpu" and (chosen := get_accelerator().device_name()) != "cpu":
+        raise ConfigError(f"{VARIABLE}=cpu, but deepspeed was imported before internseg_ds and has chosen {chosen}; set DS_ACCELERATOR=cpu too")
     deepspeed.init_distributed(timeout=timeout, verbose=False)
 
 

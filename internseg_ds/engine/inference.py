@@ -11,7 +11,7 @@ from internseg_ds.distributed.construction import build_for_training, build_on_m
 from internseg_ds.distributed.ds_config import resolve_ds_config
 from internseg_ds.distributed.gathering import Forwards, copy_fits
 from internseg_ds.distributed.loading import fit_segmentor, load, resized, watched
-from internseg_ds.distributed.precision import apply_precision, backbone_dtype, heads_dtype
+from internseg_ds.distributed.precision import apply_precision, backbone_dtype, heads_dtype, set_fp32_matmul
 from internseg_ds.distributed.process_group import World
 from internseg_ds.engine.experiment import Experiment
 
@@ -21,6 +21,7 @@ def ready(experiment: Experiment, checkpoint: str | os.PathLike, world: World, *
 
     ema: of a ZeRO checkpoint, the averaged weights. Raises CheckpointError when the weights are not those of this model.
     """
+    set_fp32_matmul(experiment.engine.fp32_matmul, world.device)
     how = experiment.engine.evaluation_weights
     compute = backbone_dtype(experiment.engine.backbone_dtype, world.device)
     if how == "whole" or world.size == 1 or (how == "auto" and copy_fits(_whole_bytes(experiment, compute), world.device)):

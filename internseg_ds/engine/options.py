@@ -17,7 +17,10 @@ class EngineOptions:
     backbone_dtype: str = "auto"
     """dtype in which the backbone computes: "bfloat16", "float32", or "auto": bfloat16 where the hardware multiplies it natively, else float32."""
     heads_dtype: str = "float32"
-    """dtype in which the heads compute: "float32" (TF32 in a GPU's convolutions), or "bfloat16", with norms, class scores and losses in float32."""
+    """dtype in which the heads compute: "float32" (on a GPU as fp32_matmul says), or "bfloat16", with norms, class scores and losses in float32."""
+    fp32_matmul: str = "tf32"
+    """How a GPU multiplies fp32 matrices and computes fp32 convolutions: "tf32" (10 bits of mantissa, on tensor cores, some 8 times as fast), or "ieee"
+    (all 23 bits). Nothing on CPUs."""
     recomputation: str | int = "config"
     """Activation checkpointing of the backbone: "config" (as its with_cp says: every block or none), "none", "blocks" (every block), k (every k-th block),
     "all_but_matmuls" (each block keeps the results of matrix products and attention, and computes the rest again), or "auto" (by the plan of the run's memory,
@@ -51,6 +54,8 @@ class EngineOptions:
             raise ConfigError(f"engine.backbone_dtype={self.backbone_dtype!r} is none of 'auto', 'bfloat16', 'float32'")
         if self.heads_dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"engine.heads_dtype={self.heads_dtype!r} is none of 'float32', 'bfloat16'")
+        if self.fp32_matmul not in ("tf32", "ieee"):
+            raise ConfigError(f"engine.fp32_matmul={self.fp32_matmul!r} is none of 'tf32', 'ieee'")
         if self.evaluation_weights not in ("auto", "whole", "partitioned"):
             raise ConfigError(f"engine.evaluation_weights={self.evaluation_weights!r} is none of 'auto', 'whole', 'partitioned'")
         if self.global_batch is not None:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from internseg_ds.distributed.gathering import ROOM
 from internseg_ds.distributed.parameter_groups import parameter_groups
 from internseg_ds.distributed.precision import apply_precision, heads_dtype
 from internseg_ds.engine.experiment import Experiment, leaf_datasets
+from internseg_ds.engine.options import EngineOptions
 from internseg_ds.engine.segmenting import BATCH_SIZE, CHUNK_BYTES
 from internseg_ds.errors import ConfigError
 from internseg_ds.models.backbone import patch_size, vector_length
@@ -110,7 +111,7 @@ class Planner:
         links = [part.sent_by_link(cluster.per_node) for part in traffic]
         moved = host_bytes(self.model, traffic, zero, width=width, world_size=ds.world_size)
         time = step_time(self.passed, ds.micro_batch, traffic, sum(self.group_sizes), moved, zero, cluster, assumed,
-                         heads_bf16=experiment.engine.heads_dtype == "bfloat16")
+                         heads=heads_products(experiment.engine))
         kept = state(self.model, ds.raw, ds.precision, ds.world_size, ds.accumulation)
         images = experiment.max_steps * (experiment.engine.global_batch or ds.global_batch)
         return Row(
@@ -154,6 +155,13 @@ class Planner:
         forward = cache(lambda windows: evaluation_bytes(model, height, width, windows, autocast=autocast))
         return Evaluation(image, model.out_channels, forward, test_cfg.get("batch_size", BATCH_SIZE), test_cfg.get("batch_size", 1),
                           self.experiment.engine.evaluation_weights, ROOM, CHUNK_BYTES)
+
+
+def heads_products(options: EngineOptions) -> Literal["bf16", "tf32", "fp32"]:
+    """What a GPU multiplies the heads' matrices in."""
+    if options.heads_dtype == "bfloat16":
+        return "bf16"
+    return "tf32" if options.fp32_matmul == "tf32" else "fp32"
 
 
 def ds_config_of(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, Any], model: nn.Module, world_size: int, *, global_batch: int | None,

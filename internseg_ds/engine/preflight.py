@@ -67,6 +67,7 @@ def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, An
     backbone_dtype(experiment.engine.backbone_dtype, world.device, ds.precision)
     heads_dtype(experiment.engine.heads_dtype, meta_model, ds.precision)
     check_offload(experiment, ds, resume_from)
+    check_node_local(ds, world)
     groups = parameter_groups(meta_model, experiment.optimizer)
     check_optimizer(experiment.optimizer, ds)
     check_windows(experiment)
@@ -97,6 +98,13 @@ def check_offload(experiment: Experiment, ds: DsConfig, resume_from: Path | None
     if on_nvme and (resume_from is not None or experiment.engine.ema is not None):
         what = "engine.ema" if resume_from is None else "--resume"
         raise ConfigError(f"{what} cannot work with {on_nvme[0]}.device=\"nvme\" of {ds.source}; offload to \"cpu\"")
+
+
+def check_node_local(ds: DsConfig, world: World) -> None:
+    """DeepSpeed names node-local files by LOCAL_RANK, which must be the number of the GPU too: where each process sees a GPU 0 alone, it cannot be."""
+    if (ds.raw.get("checkpoint") or {}).get("use_node_local_storage") and world.device.type == "cuda" and world.device.index != world.local_rank:
+        raise ConfigError(f"checkpoint.use_node_local_storage of {ds.source} cannot work where srun shows each process one GPU alone: "
+                          "start with --gpus-per-node in place of --gpus-per-task, or add --gpu-bind=none")
 
 
 def validation_set(experiment: Experiment, split: str = "val", *, truth: bool = True) -> Dataset:

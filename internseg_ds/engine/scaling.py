@@ -13,7 +13,7 @@ from rich.table import Table
 
 from internseg_ds.distributed.ds_config import DsConfig
 from internseg_ds.engine.experiment import Experiment
-from internseg_ds.engine.planner import Planner, Row
+from internseg_ds.engine.planner import Planner, Row, heads_products
 from internseg_ds.errors import ConfigError
 from internseg_ds.planning.step_time import Assumptions, Cluster
 from internseg_ds.planning.training_pass import TrainingPass
@@ -88,7 +88,8 @@ def flops(passed: TrainingPass, crop: tuple[int, int]) -> str:
 def assumptions(experiment: Experiment, cluster: Cluster, assumed: Assumptions) -> str:
     """What the seconds rest on."""
     device = cluster.device
-    heads = " and the heads" if experiment.engine.heads_dtype == "bfloat16" else f", {device.tf32:g} in TF32 for the heads"
+    kind = heads_products(experiment.engine)
+    heads = " and the heads" if kind == "bf16" else f", {getattr(device, kind):g} in {kind.upper()} for the heads"
     return (f"Planned, not measured. Assumed: {assumed.compute:.0%} of the peak ({device.bf16:g} TFLOP/s in bf16 for the backbone{heads}), "
             f"{assumed.link:.0%} of each link ({device.nvlink_gbs:g} GB/s within a node), "
             f"{1e6 * assumed.hop_within_s:g} and {1e6 * assumed.hop_between_s:g} us per hop of a ring, "

@@ -32,14 +32,16 @@ from internseg_ds.checkpoints.zero_checkpoint import ZeroCheckpoint
 from internseg_ds.data.loading import Batch
 from internseg_ds.distributed.checkpoint_engine import NotingCheckpointEngine
 from internseg_ds.distributed.construction import build_for_training, choose_recomputation
+from internseg_ds.distributed.device_memory import processes_here
 from internseg_ds.distributed.ema import ShardedEma
 from internseg_ds.distributed.gathering import forwards
 from internseg_ds.distributed.loading import fit_segmentor, load
 from internseg_ds.distributed.optimizers import build_optimizer
 from internseg_ds.distributed.parameter_groups import named_groups, parameter_groups
-from internseg_ds.distributed.precision import apply_precision, backbone_dtype, heads_dtype
+from internseg_ds.distributed.precision import apply_precision, backbone_dtype, heads_dtype, set_fp32_matmul
 from internseg_ds.distributed.process_group import World, adopt, join, leave, of_all_ranks, world_from_environment
 from internseg_ds.distributed.restoring import restore
+from internseg_ds.distributed.threads import take_share_of_cores
 from internseg_ds.distributed.watch import Watch, check_heartbeat_timeout
 from internseg_ds.engine.auto_recomputation import agreed_recomputation
 from internseg_ds.engine.checkpointing import Checkpoints
@@ -144,6 +146,7 @@ class SegmentorEngine:
         log.info("%d process%s on %s, ZeRO-%d, %s parameters, backbone computes in %s, heads in %s", self.world.size, "es" * (self.world.size > 1),
                  device.type, ds.stage, *(str(dtype).removeprefix("torch.") for dtype in (ds.param_dtype, self.compute_dtype, self.heads_dtype)))
         log.info("%d images per step = %d processes x %d images x %d accumulation steps", ds.global_batch, ds.world_size, ds.micro_batch, ds.accumulation)
+        set_fp32_matmul(experiment.engine.fp32_matmul, device)
         recomputation = agreed_recomputation(self._planner, ds, self.world, self.compute_dtype)
         choose_recomputation(self.plan.meta_model, recomputation)
         self.meter = make_meter(experiment.engine.peak_tflops, self.plan.meta_model, self.plan.crop, self.world, self.compute_dtype)
@@ -157,6 +160,8 @@ class SegmentorEngine:
             self.plan = replace(self.plan, weights=None)  # an old file's tensors are in memory
         apply_precision(model, self.compute_dtype, heads=self.heads_dtype, autocast=ds.precision == "autocast")
         groups = parameter_groups(model, experiment.optimizer)
+        if ds.cpu_adam:
+            take_share_of_cores(processes_here(self.world))
         optimizer = build_optimizer(groups, experiment.optimizer, ds)
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=experiment.schedule.scheduler, config=ds.raw)
         self.deepspeed.checkpoint_engine = NotingCheckpointEngine(self.deepspeed._config, background=experiment.engine.background_save)

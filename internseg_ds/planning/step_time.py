@@ -8,7 +8,7 @@ depth-wise convolutions) counts by its FLOPs like all other, which is too short 
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from internseg_ds.planning.communication import Collective, Traffic
 from internseg_ds.planning.devices import Device
@@ -78,12 +78,12 @@ def seconds(collectives: Iterable[Collective], cluster: Cluster, assumed: Assump
 
 
 def step_time(passed: TrainingPass, micro_batch: int, traffic: Traffic, trained: int, host_bytes: int, zero: Mapping[str, Any], cluster: Cluster,
-              assumed: Assumptions, *, heads_bf16: bool = False) -> StepTime:
+              assumed: Assumptions, *, heads: Literal["bf16", "tf32", "fp32"] = "tf32") -> StepTime:
     """passed: of one image; micro_batch: images; trained: parameters that train; host_bytes: by `communication.host_bytes`.
 
-    The backbone computes in bf16, the heads in TF32, or in bf16 too (heads_bf16).
+    heads: what they are computed in; the backbone is in bf16.
     """
-    heads_rate = cluster.device.bf16 if heads_bf16 else cluster.device.tf32
+    heads_rate = getattr(cluster.device, heads)
     floor = micro_batch * (passed.backbone_flops / cluster.device.bf16 + passed.heads_flops / heads_rate) / 1e12
     compute = floor / assumed.compute
     overlap = zero.get("overlap_comm", zero.get("stage", 0) == 3)

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from deepspeed.runtime.config import DeepSpeedConfig
 
 from internseg_ds.distributed.ds_config import resolve_ds_config
 from internseg_ds.errors import ConfigError
@@ -87,6 +88,12 @@ def test_a_contradiction_is_one_sentence_with_the_mend(raw, changes, words):
     with pytest.raises(ConfigError) as caught:
         resolve(raw, **changes)
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_deepspeeds_clock_of_samples_which_waits_for_the_device_runs_only_where_it_is_asked_for():
+    for given, enabled in (({}, False), ({"timers": None}, False), ({"timers": {"throughput": {"enabled": True}}}, True)):
+        raw = resolve({"zero_optimization": {"stage": 3}, **given}).raw
+        assert DeepSpeedConfig(raw | {"train_batch_size": 2}).timers_config.enabled is enabled
 
 
 def test_null_sections_are_no_sections():

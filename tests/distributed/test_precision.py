@@ -5,7 +5,7 @@ from mmcv import Config
 from torch import nn
 
 from internseg_ds.distributed.construction import build_on_meta
-from internseg_ds.distributed.precision import apply_precision, backbone_dtype, compute_in_fp32, heads_dtype
+from internseg_ds.distributed.precision import apply_precision, backbone_dtype, compute_in_fp32, heads_dtype, set_fp32_matmul
 from internseg_ds.distributed.sync_batch_norm import AnyDeviceSyncBatchNorm
 from internseg_ds.errors import ConfigError
 from internseg_ds.models.blocks import repeated_block
@@ -192,3 +192,18 @@ def test_blocks_that_own_parameters_are_known_to_deepspeed_in_every_dtype():
     apply_precision(model, torch.float32)
     assert type(model.backbone.levels[0].blocks[0]).__name__ == "Fp32Block"
     assert len(set_z3_leaf_modules(model, [block])) == len(leaves(model, [block])) == 10
+
+
+def test_fp32_products_on_a_gpu_are_tf32_unless_asked_for_in_full():
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    try:
+        for mode, expected in (("tf32", True), ("ieee", False), ("tf32", True)):
+            set_fp32_matmul(mode, torch.device("cuda", 0))
+            assert (matmul.allow_tf32, cudnn.allow_tf32) == (expected, expected)
+        assert torch.get_float32_matmul_precision() == "high"  # torch's other names for it still read
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+        set_fp32_matmul("tf32", torch.device("cpu"))
+        assert (matmul.allow_tf32, cudnn.allow_tf32) == before
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before

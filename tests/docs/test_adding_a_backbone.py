@@ -46,7 +46,7 @@ def trained(folder) -> Path:
     """The folder after the two commands that train."""
     assert EXPORT == "export PYTHONPATH=mine"
     env = {**os.environ, "PYTHONPATH": f"mine:{ROOT}", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-           "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_SKIP_CUDA_CHECK": "1"}
+           "OMP_NUM_THREADS": "1", "DS_SKIP_CUDA_CHECK": "1"}
     for command in COMMANDS[:2]:
         done = subprocess.run(command.replace("deepspeed ", f"deepspeed --master_port {free_port()} "), shell=True, cwd=folder, env=env,
                               capture_output=True, text=True, timeout=300)

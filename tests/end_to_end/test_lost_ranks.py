@@ -37,7 +37,7 @@ def running(work_dir: Path, ade20k: Path, *arguments: str) -> Iterator[tuple[sub
     """(the launcher of 2 ranks that train for ever, the ranks); they have begun."""
     command = ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), "launch/train.py", TINY, "--work-dir", work_dir, "--no-validate", *arguments,
                "--cfg-options", *SMALL, *data_options(ade20k), *ENDLESS]
-    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     launcher = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
     try:
         deadline = time.monotonic() + 120

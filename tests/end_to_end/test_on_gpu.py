@@ -11,12 +11,11 @@ from internseg_ds.models.attention import attention
 from internseg_ds.models.dcnv3_operator import dcnv3, implementation
 from internseg_ds.models.deformable_attention import _sampled, attend
 from internseg_ds.models.norms import RMSNorm
-from tests.conftest import IMAGE, MASK2FORMER, TINY, data_options
+from tests.conftest import GPU, IMAGE, MASK2FORMER, TINY, data_options
 from tests.end_to_end.conftest import LONG, SMALL
 from tests.end_to_end.test_training import plain_losses
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-ON_GPU = {"CUDA_VISIBLE_DEVICES": "0"}
 ONE = ["data.samples_per_gpu=4"]
 
 
@@ -24,7 +23,7 @@ ONE = ["data.samples_per_gpu=4"]
 def run(train):
     """6 steps in one process on the GPU, saved and evaluated at the end."""
     options = [*LONG, *ONE, "runner.max_iters=6", "checkpoint_config.interval=6", "evaluation.interval=6"]
-    return train("--deepspeed_config", "ds_configs/zero3_bf16.json", options=options, processes=1, launcher="deepspeed", env=ON_GPU)
+    return train("--deepspeed_config", "ds_configs/zero3_bf16.json", options=options, processes=1, launcher="deepspeed", env=GPU)
 
 
 def test_training_in_bf16_follows_plain_pytorch_on_the_cpu(run, ade20k):
@@ -35,7 +34,7 @@ def test_training_in_bf16_follows_plain_pytorch_on_the_cpu(run, ade20k):
 
 def test_the_checkpoint_scores_the_same_on_gpu_and_cpu(run, launch, ade20k, tmp_path):
     scores = []
-    for name, env in (("gpu", ON_GPU), ("cpu", {})):
+    for name, env in (("gpu", GPU), ("cpu", {})):
         out = tmp_path / name
         launch("launch/test.py", TINY, run.work_dir / "checkpoints", "--out", out, "--cfg-options", *SMALL, *ONE, *data_options(ade20k), processes=1,
                launcher="deepspeed", env=env)
@@ -68,7 +67,7 @@ def test_batch_norm_is_the_same_on_gpu_and_cpu():
 
 @pytest.mark.parametrize("config", [IMAGE, MASK2FORMER])
 def test_the_other_family_and_the_other_head_train_in_bf16(config, train):
-    done = train("--deepspeed_config", "ds_configs/zero3_bf16.json", "--no-validate", config=config, processes=1, launcher="deepspeed", env=ON_GPU,
+    done = train("--deepspeed_config", "ds_configs/zero3_bf16.json", "--no-validate", config=config, processes=1, launcher="deepspeed", env=GPU,
                  options=[*ONE, "runner.max_iters=3", "checkpoint_config.interval=3"])
     assert "backbone computes in bfloat16" in done.output
     assert sorted(done.losses) == [1, 2, 3] and all(math.isfinite(loss) for loss in done.losses.values()) and len(set(done.losses.values())) == 3

@@ -34,7 +34,7 @@ def toy_engine(background: bool = False):
 
 def saves_for_ever(rank: int, port: int, folder: Path, first: int, background: bool) -> None:
     """Weights of step n are all n; saves one step after the other until somebody kills it."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES="")
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     deepspeed.init_distributed(verbose=False)

@@ -38,7 +38,7 @@ class Cluster:
         hostfile.write_text("".join(f"{host.name} slots=1\n" for host in self.hosts))
         path = f"{Path(sys.executable).parent}:/usr/bin:/bin:/usr/sbin:/sbin"
         settings = {"PATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": INTERFACE}
-        settings |= {name: os.environ[name] for name in ("TORCH_EXTENSIONS_DIR",) if name in os.environ}
+        settings |= {name: os.environ[name] for name in ("TORCH_EXTENSIONS_DIR", "INTERNSEG_DEVICE", "DS_ACCELERATOR") if name in os.environ}
         env = environment(self.folder / "home", settings) | {"PATH": path}
         return self.hosts[0].start("deepspeed", "--hostfile", hostfile, *launcher.split(), script, *arguments,
                                    env=env, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)

@@ -5,7 +5,7 @@ from internseg_ds.planning.devices import DEVICES, Device
 from internseg_ds.planning.step_time import ADAM_BYTES, Assumptions, Cluster, seconds, step_time
 from internseg_ds.planning.training_pass import TrainingPass
 
-GPU = Device("test", bf16=100, tf32=50, memory_gib=74.5, memory_gbs=1000, nvlink_gbs=100, host_gbs=10)
+GPU = Device("test", bf16=100, tf32=50, fp32=5, memory_gib=74.5, memory_gbs=1000, nvlink_gbs=100, host_gbs=10)
 PLAIN = Assumptions(compute=0.5, link=1.0, hop_within_s=0, hop_between_s=0, host_memory_gbs=80)
 PASS = TrainingPass((), backbone_forward=10**12, backbone_backward=3 * 10**12, backbone_recomputed=10**12, heads_forward=10**12, heads_backward=10**12)
 COMPUTE_S = 2 * (4 / 100 + 2 / 50) / 0.5  # two images
@@ -31,7 +31,11 @@ def test_computation_takes_its_flops_at_the_share_of_the_peak_that_is_reached():
 
 
 def test_heads_in_bf16_run_at_the_backbones_rate():
-    assert time_of([()], heads_bf16=True).compute == pytest.approx(2 * (4 + 2) / 100 / 0.5)
+    assert time_of([()], heads="bf16").compute == pytest.approx(2 * (4 + 2) / 100 / 0.5)
+
+
+def test_heads_in_full_fp32_run_at_the_rate_without_tensor_cores():
+    assert time_of([()], heads="fp32").compute == pytest.approx(2 * (4 / 100 + 2 / 5) / 0.5)
 
 
 def test_communication_hides_behind_computation_where_the_settings_let_it():
@@ -68,6 +72,10 @@ def test_an_offloaded_update_runs_at_the_speed_of_the_hosts_memory():
     assert time.host == pytest.approx(0.2)
     assert time.update == pytest.approx(ADAM_BYTES * STATE / 2 / (80e9 / 2))
     assert time.step == pytest.approx(COMPUTE_S + time.host + time.update)
+
+
+def test_devices_multiply_fp32_slower_than_tf32():
+    assert all(0 < device.fp32 < device.tf32 for device in DEVICES.values())
 
 
 def test_devices_multiply_tf32_at_half_the_rate_of_bf16_and_their_links_are_slower_than_their_memory():

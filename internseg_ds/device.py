@@ -1,0 +1,33 @@
+"""Which kind of device the processes of this host compute on: a GPU each where there are GPUs, or, with `INTERNSEG_DEVICE=cpu`, the CPU all the same.
+
+In: the environment. Out: "cuda" or "cpu". An empty CUDA_VISIBLE_DEVICES is no such switch: deepspeed's launcher puts real devices in its place.
+DeepSpeed has a switch of its own, DS_ACCELERATOR, which importing `internseg_ds` sets to the same.
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+
+from internseg_ds.errors import ConfigError
+
+VARIABLE = "INTERNSEG_DEVICE"
+DeviceType = Literal["cpu", "cuda"]
+
+
+def device_type(env: Mapping[str, str] = os.environ) -> DeviceType:
+    """What `INTERNSEG_DEVICE` asks for ("cpu" or "cuda"); unset, empty or "auto": a GPU where torch sees one.
+
+    Raises ConfigError for another value, for "cuda" where torch sees no GPU, and for "cpu" where DeepSpeed has chosen, or is told, to use another accelerator.
+    """
+    asked = env.get(VARIABLE) or "auto"
+    if asked not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"{VARIABLE}={asked!r} of the environment is none of 'auto', 'cpu', 'cuda'")
+    if asked == "cpu":
+        if (told := env.get("DS_ACCELERATOR", "cpu")) != "cpu":
+            raise ConfigError(f"{VARIABLE}=cpu and DS_ACCELERATOR={told} of the environment contradict each other; unset one of them")
+        return "cpu"
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"{VARIABLE}=cuda, but torch {torch.__version__} sees no GPU; unset it to compute on the CPU")
+    return "cuda" if torch.cuda.is_available() else "cpu"
