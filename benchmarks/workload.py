@@ -69,6 +69,7 @@ class Workload:
                       dict(type="Collect", keys=["img", "gt_semantic_seg"],
                            meta_keys=("filename", "ori_shape", "img_shape", "pad_shape", "scale_factor", "flip"))]))
         cfg.engine = {key: value for key, value in cfg.get("engine", {}).items() if key != "global_batch"}
+        cfg.engine["recomputation"] = "config"  # as the model's with_cp says, which the other contenders go by
         cfg.lr_config = dict(policy="poly", power=0.0, min_lr=0.0, by_epoch=False)
         cfg.merge_from_dict(self.options)
         if self.groups is not None:

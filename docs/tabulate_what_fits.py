@@ -53,7 +53,7 @@ def best(plans: dict[Path, Forecast | str]) -> str:
 
 
 def main() -> None:
-    published, auto = (Planner(read_experiment(RECIPE, options)) for options in ({}, {"engine.recomputation": "auto"}))
+    published, auto = (Planner(read_experiment(RECIPE, options)) for options in ({"engine.recomputation": "config"}, {}))
     short = ["| GPU | count | activation checkpointing of the recipe | `engine.recomputation=\"auto\"` |", "|---|---|---|---|"]
     long = [f"| GPU, GiB | count | {' | '.join(path.stem for path in DS_CONFIGS)} |", "|---|---|" + "---|" * len(DS_CONFIGS)]
     for name in GPUS:

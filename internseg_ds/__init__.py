@@ -3,11 +3,15 @@
 import os
 from typing import TYPE_CHECKING
 
+from internseg_ds.allocator import set_allocators
+
 if TYPE_CHECKING:
     from internseg_ds.engine.segmentor_engine import SegmentorEngine
 
 if os.environ.get("INTERNSEG_DEVICE") == "cpu":  # see `internseg_ds.device`; DeepSpeed reads its own variable when it is imported
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+set_allocators()
 
 __version__ = "0.1.0"
 __all__ = ["SegmentorEngine", "__version__"]

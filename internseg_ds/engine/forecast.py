@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from rich.console import Console
@@ -17,11 +18,11 @@ from internseg_ds.distributed.device_memory import device_memory, processes_here
 from internseg_ds.distributed.ds_config import DsConfig
 from internseg_ds.distributed.precision import backbone_dtype
 from internseg_ds.distributed.process_group import World
-from internseg_ds.engine.auto_recomputation import least_recomputation
+from internseg_ds.engine.auto_recomputation import FASTEST_FIRST, as_it_will_train
 from internseg_ds.engine.planner import Planner, Row
 from internseg_ds.engine.scaling import assumptions, flops
 from internseg_ds.errors import ConfigError
-from internseg_ds.planning.activations import most_bytes
+from internseg_ds.models.recomputation import Recomputation, recomputing_backbones
 from internseg_ds.planning.footprint import Footprint
 from internseg_ds.planning.memory import Part
 from internseg_ds.planning.step_time import Assumptions, Cluster
@@ -54,7 +55,7 @@ class Forecast:
 
     @property
     def fits_device(self) -> bool:
-        return self.footprint.peak <= self.device_bytes
+        return self.footprint.needed <= self.device_bytes
 
     @property
     def fits_host(self) -> bool:
@@ -74,13 +75,6 @@ def forecast(planner: Planner, ds_config: str | os.PathLike, cluster: Cluster, a
     except ConfigError as error:
         row, untimed = None, str(error)
     return Forecast(planner, ds, planner.footprint(ds, device_bytes), cluster.per_node, device_bytes, host_bytes, row, untimed)
-
-
-def as_it_will_train(planner: Planner, ds: DsConfig, device_bytes: float, *, compute: torch.dtype | None = None) -> Planner:
-    """The planner of the activation checkpointing that `engine.recomputation="auto"` will choose; the same one where it is chosen already."""
-    if planner.experiment.engine.recomputation != "auto":
-        return planner
-    return planner.under(least_recomputation(planner, ds, device_bytes, compute=compute))
 
 
 def compare(planner: Planner, ds_configs: Sequence[Path], cluster: Cluster, assumed: Assumptions, device_bytes: float,
@@ -124,13 +118,16 @@ def memory_table(plan: Forecast, title: str) -> Table:
                       amount(sum(part.host for part in same) * plan.per_node))
     table.add_section()
     table.add_row("together", *(amount(footprint.device(phase)) for phase in PHASES), amount(plan.host))
+    if footprint.margin:
+        table.add_row("to stay free", *[amount(footprint.margin)] * len(PHASES), "")
     return table
 
 
 def verdict(plan: Forecast) -> str:
     """A sentence: the peak, and whether it fits."""
     footprint = plan.footprint
-    said = (f"Peak: {footprint.peak / GIB:.1f} GiB per {plan.unit} ({PHASES[footprint.fullest]}) of {plan.device_bytes / GIB:.1f}: "
+    free = f", of which {footprint.margin / GIB:.1f} should stay free" if footprint.margin else ""
+    said = (f"Peak: {footprint.peak / GIB:.1f} GiB per {plan.unit} ({PHASES[footprint.fullest]}) of {plan.device_bytes / GIB:.1f}{free}: "
             f"{'fits' if plan.fits_device else 'does not fit'}.")
     if plan.host_bytes is not None:
         said += f" {plan.host / GIB:.0f} GiB per host of {plan.host_bytes / GIB:.0f}: {'fits' if plan.fits_host else 'does not fit'}."
@@ -207,9 +204,10 @@ def conclusion(found: dict[Path, Forecast | str]) -> str:
 def of_this_run(planner: Planner, ds: DsConfig, world: World, *, validate: bool) -> Forecast:
     """The memory of a run on the device of this process."""
     size, compute = device_memory(world), backbone_dtype(planner.experiment.engine.backbone_dtype, world.device, ds.precision)
-    planner = as_it_will_train(planner, ds, size, compute=compute)
-    return Forecast(planner, ds, planner.footprint(ds, size, compute=compute, validate=validate), processes_here(world), size,
-                    unit="GPU" if world.device.type == "cuda" else "process")
+    on_gpu = world.device.type == "cuda"
+    planner = as_it_will_train(planner, ds, size, compute=compute, on_gpu=on_gpu)
+    return Forecast(planner, ds, planner.footprint(ds, size, compute=compute, validate=validate, on_gpu=on_gpu), processes_here(world), size,
+                    unit="GPU" if on_gpu else "process")
 
 
 def shortfall(planner: Planner, ds: DsConfig, world: World) -> str | None:
@@ -221,14 +219,16 @@ def shortfall(planner: Planner, ds: DsConfig, world: World) -> str | None:
     try:
         device = world.device
         size, compute = device_memory(world), backbone_dtype(planner.experiment.engine.backbone_dtype, device, ds.precision)
-        if not _may_not_fit(planner, size):
+        if planner.is_small_beside(ds, size):
             return None
-        found = as_it_will_train(planner, ds, size, compute=compute).footprint(ds, size, compute=compute, validate=False, exact=False)
-        if found.peak <= size:
+        on_gpu = device.type == "cuda"
+        chosen = as_it_will_train(planner, ds, size, compute=compute, on_gpu=on_gpu)
+        found = chosen.footprint(ds, size, compute=compute, validate=False, exact=False, on_gpu=on_gpu)
+        if found.needed <= size:
             return None
         largest: Part = max((part for part in found.parts if found.fullest in part.phases), key=lambda part: part.device)
         said = (f"this run will not fit by the plan: it needs {found.peak / GIB:.1f} GiB per {'GPU' if device.type == 'cuda' else 'process'} "
-                f"({PHASES[found.fullest]}) and there are {size / GIB:.1f}; "
+                f"({PHASES[found.fullest]}) and there are {size / GIB:.1f}{f', of which {found.margin / GIB:.1f} should stay free' if on_gpu else ''}; "
                 f"the largest part is {largest.name}, {largest.device / GIB:.1f} GiB")
         return f"{said}; {_mend(planner, ds, world, size, compute)}"
     except Exception as error:  # an odd model is no reason not to train it
@@ -236,22 +236,41 @@ def shortfall(planner: Planner, ds: DsConfig, world: World) -> str | None:
         return None
 
 
-def _may_not_fit(planner: Planner, size: int) -> bool:
-    params = sum(param.numel() for param in planner.model.parameters())
-    state = 32 * params  # masters, moments, their average, gradients, weights and a copy of them, in whatever dtype
-    return state + most_bytes(planner.model, *planner.crop, planner.experiment.micro_batch) + 3 * GIB > size
+def after_out_of_memory(planner: Planner, ds: DsConfig, world: World, recomputation: Recomputation | Literal["config"]) -> str:
+    """What the plan had said of a run that has run out of memory, and what would take less. recomputation: what it trains with. Never raises."""
+    try:
+        size, compute = device_memory(world), backbone_dtype(planner.experiment.engine.backbone_dtype, world.device, ds.precision)
+        on_gpu = world.device.type == "cuda"
+
+        def peak(under: Planner) -> Footprint:
+            return under.footprint(ds, size, compute=compute, validate=False, exact=False, on_gpu=on_gpu)
+
+        had = planner if recomputation == "config" else planner.under(recomputation)
+        found = peak(had)
+        said = (f"Out of memory. The plan had said {found.peak / GIB:.1f} GiB of {size / GIB:.1f} per {'GPU' if on_gpu else 'process'} "
+                f"({PHASES[found.fullest]}), with {had.recomputation!r} recomputed")
+        less = [(policy, peak(planner.under(policy)).peak) for policy in FASTEST_FIRST] if recomputing_backbones(planner.model) else []
+        mends = [f"engine.recomputation={policy!r} ({size / GIB:.1f} GiB by the plan)" for policy, size in less if size < found.peak][:1]
+        if planner.experiment.micro_batch > 1:
+            mends.append("a smaller data.samples_per_gpu, with engine.global_batch to keep the recipe's batch")
+        mends.append("a ds_config that keeps less on the device (launch/plan.py compares them)")
+        return f"{said}. To need less: {'; '.join(mends)}."
+    except Exception as error:  # the error that ends the run is another one
+        return f"Out of memory. What the plan had said cannot be told: {type(error).__name__}: {error}"
 
 
 def _mend(planner: Planner, ds: DsConfig, world: World, size: int, compute: torch.dtype) -> str:
     """What to do: the ds_config beside this one that fits with the least on the host, else what else makes a run smaller."""
+    on_gpu = world.device.type == "cuda"
     fitting, beside = [], sorted(Path(ds.source).parent.glob("*.json")) if Path(ds.source).is_file() else []
     for path in beside:
         try:
             other, _ = planner.resolve(path, world.size)
-            found = as_it_will_train(planner, other, size, compute=compute).footprint(other, size, compute=compute, validate=False, exact=False)
+            chosen = as_it_will_train(planner, other, size, compute=compute, on_gpu=on_gpu)
+            found = chosen.footprint(other, size, compute=compute, validate=False, exact=False, on_gpu=on_gpu)
         except ConfigError:
             continue
-        if other.precision == ds.precision and found.peak <= size:
+        if other.precision == ds.precision and found.needed <= size:
             fitting.append((found.host, found.peak, path))
     if fitting:
         host, peak, path = min(fitting)

@@ -21,10 +21,10 @@ class EngineOptions:
     fp32_matmul: str = "tf32"
     """How a GPU multiplies fp32 matrices and computes fp32 convolutions: "tf32" (10 bits of mantissa, on tensor cores, some 8 times as fast), or "ieee"
     (all 23 bits). Nothing on CPUs."""
-    recomputation: str | int = "config"
-    """Activation checkpointing of the backbone: "config" (as its with_cp says: every block or none), "none", "blocks" (every block), k (every k-th block),
-    "all_but_matmuls" (each block keeps the results of matrix products and attention, and computes the rest again), or "auto" (by the plan of the run's memory,
-    the one that recomputes least and fits)."""
+    recomputation: str | int = "auto"
+    """Activation checkpointing of the backbone: "auto" (by the plan of the run's memory, the one that recomputes least and fits; the config's with_cp is
+    permission, not an order), "config" (as with_cp says: every block or none), "none", "blocks" (every block), k (every k-th block), or "all_but_matmuls"
+    (each block keeps the results of matrix products and attention, and computes the rest again). No choice changes a loss or a gradient."""
     evaluate_before: bool = False
     """Evaluate once before the first step, to see what training starts from."""
     evaluation_weights: str = "auto"

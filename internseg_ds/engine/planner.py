@@ -25,9 +25,9 @@ from internseg_ds.errors import ConfigError
 from internseg_ds.models.backbone import patch_size, vector_length
 from internseg_ds.models.blocks import repeated_block
 from internseg_ds.models.recomputation import Recomputation
-from internseg_ds.planning.activations import Activations, evaluation_bytes, training_activations
+from internseg_ds.planning.activations import Activations, evaluation_bytes, most_bytes, training_activations
 from internseg_ds.planning.communication import host_bytes, step_traffic
-from internseg_ds.planning.footprint import Evaluation, Footprint, footprint
+from internseg_ds.planning.footprint import MARGIN, Evaluation, Footprint, footprint
 from internseg_ds.planning.memory import state
 from internseg_ds.planning.step_time import Assumptions, Cluster, StepTime, step_time
 from internseg_ds.planning.training_pass import TrainingPass, training_pass
@@ -120,7 +120,20 @@ class Planner:
             within_node=sum(within for within, _ in links), between_nodes=sum(between for _, between in links),
             time=time, hours=images / ds.global_batch * time.step / 3600)
 
-    def footprint(self, ds: DsConfig, device_bytes: float, *, compute: torch.dtype | None = None, validate: bool = True, exact: bool = True) -> Footprint:
+    @cached_property
+    def most_bytes(self) -> int:
+        """More than the activations of a micro-batch can take, whatever is recomputed."""
+        return most_bytes(self.model, *self.crop, self.experiment.micro_batch)
+
+    def is_small_beside(self, ds: DsConfig, size: float) -> bool:
+        """Whether a run fits into so many bytes by a bound that is quickly had: nothing need be planned."""
+        params = sum(param.numel() for param in self.model.parameters())
+        state = 32 * params  # masters, moments, their average, gradients, weights and a copy of them, in whatever dtype
+        buckets = 3 * ds.param_dtype.itemsize * int(float(ds.raw["zero_optimization"].get("reduce_bucket_size", 500_000_000)))
+        return state + buckets + self.most_bytes + 3 * 2**30 <= (1 - MARGIN) * size
+
+    def footprint(self, ds: DsConfig, device_bytes: float, *, compute: torch.dtype | None = None, validate: bool = True, exact: bool = True,
+                  on_gpu: bool = True) -> Footprint:
         """Of one process on a device with so much memory. compute: the dtype that the backbone computes in; None: as on GPUs (`backbone_dtype`).
 
         exact: False takes the upper bound of the weights that ZeRO-3 gathers, which saves looking at the order of the modules.
@@ -135,7 +148,7 @@ class Planner:
         return footprint(
             self.model, ds.raw, ds.precision, world_size=ds.world_size, accumulation=ds.accumulation, group_sizes=self.group_sizes,
             uses=self.passed.uses if exact and ds.stage == 3 else None, activations=activations, evaluation=evaluation if validate else None,
-            ema=options.ema is not None, background_save=options.background_save, device_bytes=device_bytes)
+            ema=options.ema is not None, background_save=options.background_save, device_bytes=device_bytes, on_gpu=on_gpu)
 
     def _passes(self, precision: Precision, compute: torch.dtype, validate: bool) -> tuple[Activations, Evaluation | None]:
         key = precision, compute, validate

@@ -59,8 +59,6 @@ def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, An
     """
     meta_model = build_on_meta(experiment.model)
     choose_recomputation(meta_model, experiment.engine.recomputation)
-    if experiment.engine.recomputation == "auto":
-        choose_recomputation(copy.deepcopy(meta_model), "blocks")  # whether there is something to choose
     ds = ds_config_of(experiment, ds_config, meta_model, world.size, global_batch=experiment.engine.global_batch, accumulation=experiment.accumulation)
     if ds.stage == 0:
         raise ConfigError(f"{ds.source} names no ZeRO stage; write \"zero_optimization\": {{\"stage\": 3}} (or 1, 2), or take one of ds_configs/")

@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from internseg_ds.distributed.ds_config import DsConfig
+from internseg_ds.engine.auto_recomputation import as_it_will_train
 from internseg_ds.engine.experiment import Experiment
 from internseg_ds.engine.planner import Planner, Row, heads_products
-from internseg_ds.errors import ConfigError
+from internseg_ds.models.recomputation import Recomputation
 from internseg_ds.planning.step_time import Assumptions, Cluster
 from internseg_ds.planning.training_pass import TrainingPass
 
@@ -29,6 +30,8 @@ class Scaling:
     crop: tuple[int, int]
     assumed: Assumptions
     rows: tuple[Row, ...]
+    recomputed: tuple[Recomputation, ...]
+    """In the backbone, for each row."""
 
 
 def plan_scaling(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, Any], clusters: Sequence[Cluster], assumed: Assumptions) -> Scaling:
@@ -37,12 +40,11 @@ def plan_scaling(experiment: Experiment, ds_config: str | os.PathLike | Mapping[
     Where the recipe's batch (`engine.global_batch`) cannot be made of a cluster's processes, each takes one micro-batch per step, or as many as stay below
     it; then the hours are those of as many images, not as many steps.
     """
-    if experiment.engine.recomputation == "auto":
-        raise ConfigError("engine.recomputation=\"auto\" goes by the memory of one size, which --gpus N plans; name a policy for a table over --nodes")
     planner = Planner(experiment)
-    rows = tuple(planner.row(ds_config, cluster, assumed) for cluster in clusters)
-    ds, _ = planner.resolve(ds_config, clusters[0].world_size)
-    return Scaling(experiment, ds, planner.passed, planner.crop, assumed, rows)
+    resolved = [planner.resolve(ds_config, cluster.world_size)[0] for cluster in clusters]
+    planners = [as_it_will_train(planner, ds, cluster.device.memory_gib * 2**30) for ds, cluster in zip(resolved, clusters, strict=True)]
+    rows = tuple(each.row(ds_config, cluster, assumed) for each, cluster in zip(planners, clusters, strict=True))
+    return Scaling(experiment, resolved[0], planners[0].passed, planner.crop, assumed, rows, tuple(each.recomputation for each in planners))
 
 
 def describe_scaling(plan: Scaling, console: Console) -> None:
@@ -69,6 +71,7 @@ def describe_scaling(plan: Scaling, console: Console) -> None:
     }
     for label, shown in lines.items():
         table.add_row(label, *map(shown, plan.rows))
+    table.add_row("recomputed", *map(str, plan.recomputed))
     console.print(table)
     console.print(flops(plan.passed, plan.crop))
     console.print("state: weights, gradients, optimizer; activations and gathered weights come on top (--gpus N shows them). "

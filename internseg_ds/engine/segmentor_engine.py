@@ -20,7 +20,7 @@ from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -47,7 +47,7 @@ from internseg_ds.engine.auto_recomputation import agreed_recomputation
 from internseg_ds.engine.checkpointing import Checkpoints
 from internseg_ds.engine.evaluator import Evaluation, evaluate
 from internseg_ds.engine.experiment import Experiment, read_experiment
-from internseg_ds.engine.forecast import shortfall
+from internseg_ds.engine.forecast import after_out_of_memory, shortfall
 from internseg_ds.engine.outputs import check_writable
 from internseg_ds.engine.planner import Planner
 from internseg_ds.engine.preflight import Plan, check
@@ -60,6 +60,7 @@ from internseg_ds.engine.trainer import train
 from internseg_ds.engine.utilization import make_meter
 from internseg_ds.engine.work_dir import claim, leaders
 from internseg_ds.errors import ConfigError, UserError, of_one_rank
+from internseg_ds.models.recomputation import Recomputation
 from internseg_ds.seeding import derived_seed
 
 log = logging.getLogger(__name__)
@@ -124,6 +125,7 @@ class SegmentorEngine:
         start_logging(self.work_dir, level=experiment.log_level, is_main=world.is_main)
         for note in experiment.notes:
             log.info("config: %s", note)
+        self._recomputation: Recomputation | Literal["config"] = "config"
         self._planner = Planner(experiment, self.plan.meta_model, crop=self.plan.crop)
         if world.is_main and (said := shortfall(self._planner, self.plan.ds, world)):
             log.warning(said)
@@ -147,7 +149,7 @@ class SegmentorEngine:
                  device.type, ds.stage, *(str(dtype).removeprefix("torch.") for dtype in (ds.param_dtype, self.compute_dtype, self.heads_dtype)))
         log.info("%d images per step = %d processes x %d images x %d accumulation steps", ds.global_batch, ds.world_size, ds.micro_batch, ds.accumulation)
         set_fp32_matmul(experiment.engine.fp32_matmul, device)
-        recomputation = agreed_recomputation(self._planner, ds, self.world, self.compute_dtype)
+        self._recomputation = recomputation = agreed_recomputation(self._planner, ds, self.world, self.compute_dtype)
         choose_recomputation(self.plan.meta_model, recomputation)
         self.meter = make_meter(experiment.engine.peak_tflops, self.plan.meta_model, self.plan.crop, self.world, self.compute_dtype)
         torch.backends.cudnn.benchmark = experiment.cudnn_benchmark and not torch.are_deterministic_algorithms_enabled()
@@ -256,6 +258,8 @@ class SegmentorEngine:
     def _give_up(self, error: BaseException) -> None:
         """After an error: tells the other ranks of one that they may not know, publishes what is being saved, and leaves the group that this engine joined."""
         self.stop_requests.close(failed=True)
+        if isinstance(error, torch.OutOfMemoryError):
+            error.add_note(after_out_of_memory(self._planner, self.plan.ds, self.world, self._recomputation))
         alone = of_one_rank(error)
         if alone is None:
             self.checkpoints.finish()

@@ -27,13 +27,18 @@ def check_recomputation(value: Any) -> None:
         raise ValueError(f"it is neither {', '.join(map(repr, NAMES))} nor a whole number k of at least 1, for every k-th block")
 
 
+def recomputing_backbones(model: nn.Module) -> list[nn.Module]:
+    """The modules of `model` that can recompute their blocks by a policy of `Recomputation`."""
+    return [module for module in model.modules() if hasattr(module, "with_cp") and hasattr(module, "recomputation")]
+
+
 def set_recomputation(model: nn.Module, recomputation: Recomputation) -> None:
     """Gives every backbone in `model` that can recompute its blocks this policy in place of its config's `with_cp`; built models and meta ones alike.
 
     Raises ValueError for what is no policy, or when the model holds no such backbone.
     """
     check_recomputation(recomputation)
-    backbones = [module for module in model.modules() if hasattr(module, "with_cp") and hasattr(module, "recomputation")]
+    backbones = recomputing_backbones(model)
     if not backbones:
         raise ValueError("the backbone has no activation checkpointing")
     for backbone in backbones:
@@ -57,7 +62,7 @@ def run_block(block: nn.Module, *inputs: Tensor, index: int, recomputation: Reco
 KEPT = frozenset({"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution", "aten::_scaled_dot_product_flash_attention",
                   "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_scaled_dot_product_efficient_attention",
                   "aten::_scaled_dot_product_cudnn_attention", "aten::_scaled_dot_product_fused_attention_overrideable",
-                  "flash_attn::_flash_attn_forward", "flash_attn_3::fwd", "internseg_ds::dcnv3"})
+                  "flash_attn::_flash_attn_forward", "flash_attn_3::fwd", "flash_attn_3::_flash_attn_forward", "internseg_ds::dcnv3"})
 """Operations whose results `all_but_matmuls` keeps: their FLOPs per byte of result are hundreds, those of all others a few. Deformable sampling lies between
 them (36 in bf16 with 3 x 3 points), at addresses that no cache foresees. A backbone with an operation of its own adds it."""
 

@@ -162,15 +162,19 @@ def buckets(sizes: Sequence[int], limit: int) -> int:
 def host_bytes(model: nn.Module, traffic: Traffic, zero: Mapping[str, Any], *, width: int, world_size: int) -> int:
     """Bytes that one process moves between its GPU and the host in a step, both ways together, for what is offloaded to "cpu".
 
-    Optimizer: its share of the gradients goes down in each micro-batch (and up again to be added to, from the second on), its share of new weights up.
-    Weights: the share that it brings into each gather goes up, and the new share need not, for it stays on the host. Read from DeepSpeed's code (stage3.py,
-    `partition_grads`), not measured: on CPUs there is no such copy.
+    Optimizer under ZeRO-3: in each micro-batch its share of the gradients goes down and up again (to be added to, and for the norm), with the last one a copy
+    in fp32 down, and its share of new weights up, cast on the host. Under ZeRO-1 and 2 the fp32 copy and the new weights, and with accumulation whole
+    gradients up and down in between. Weights: the share that it brings into each gather goes up, and the new share need not, for it stays on the host.
+    Read from DeepSpeed's code (stage3.py, `partition_grads`, `_offload_grad_partition_at_boundary`; stage_1_and_2.py, `async_accumulate_grad_in_cpu_via_gpu`),
+    not measured: on CPUs there is no such copy.
     """
-    share = width * sum(param.numel() for param in model.parameters() if param.requires_grad) // world_size
+    trained = sum(param.numel() for param in model.parameters() if param.requires_grad)
+    share, count = width * trained // world_size, len(traffic.micro_batches)
     moved = 0
     params_off = zero.get("offload_param", {}).get("device", "none") != "none"
     if zero.get("offload_optimizer", {}).get("device", "none") != "none":
-        moved += (2 * len(traffic.micro_batches) - 1) * share + (0 if params_off else share)
+        through = 2 * count * share if zero.get("stage") == 3 else 2 * (count - 1) * width * trained
+        moved += through + 4 * trained // world_size + (0 if params_off else share)
     if params_off:
         moved += sum(part.payload // part.ranks for part in traffic if part.what == "weights")
     return moved

@@ -11,13 +11,16 @@ from typing import Any, Literal
 from torch import nn
 
 from internseg_ds.planning.activations import Activations
-from internseg_ds.planning.memory import ALWAYS, Part, Phase, passing, state
+from internseg_ds.planning.memory import ALWAYS, Part, Phase, passing, pinned_rounding, state
 from internseg_ds.planning.training_pass import Use
 
 CONTEXT = 2 * 2**30
 """Assumed, bytes per GPU: CUDA's context, NCCL's buffers, workspaces of cuBLAS and cuDNN."""
 FRAGMENTATION = 0.05
 """Assumed: what torch's allocator cannot use, as a share of what comes and goes (activations, gathered weights)."""
+MARGIN = 0.06
+"""Assumed: share of a GPU's memory that must stay free by the plan. Workspaces of convolutions and of cuBLAS beyond `CONTEXT`, holes that no tensor fits
+into, and NCCL's buffers on many links come to some GiB that nobody can tell beforehand; a run that ends for lack of them has cost more than it saved."""
 HOST_PROCESS = 4 * 2**30
 """Assumed, bytes of host memory per process: the process itself, its data workers, images under way."""
 
@@ -46,11 +49,13 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of one process. parts: of all phases. checkpoint, consolidated: bytes on disk of one save by all processes, and of its consolidated fp32 file."""
+    """Bytes of one process. parts: of all phases. checkpoint, consolidated: bytes on disk of one save by all processes, and of its consolidated fp32 file.
+    margin: of the device, that should stay free."""
 
     parts: tuple[Part, ...]
     checkpoint: int
     consolidated: int
+    margin: int = 0
 
     def device(self, phase: Phase) -> int:
         return sum(part.device for part in self.parts if phase in part.phases)
@@ -65,6 +70,11 @@ class Footprint:
         return self.device(self.fullest)
 
     @property
+    def needed(self) -> int:
+        """What the device must have: the peak, and what should stay free."""
+        return self.peak + self.margin
+
+    @property
     def host(self) -> int:
         return sum(part.host for part in self.parts)
 
@@ -75,12 +85,13 @@ class Footprint:
 
 def footprint(model: nn.Module, ds_raw: Mapping[str, Any], precision: Literal["bf16", "autocast", "fp32"], *, world_size: int, accumulation: int,
               group_sizes: Sequence[int], uses: Sequence[Use] | None, activations: Activations, evaluation: Evaluation | None, ema: bool, background_save: bool,
-              device_bytes: float) -> Footprint:
+              device_bytes: float, on_gpu: bool = True) -> Footprint:
     """model: on the meta device, for shapes. ds_raw: without "auto" values. group_sizes: elements of each parameter group. uses: see `memory.passing`.
 
     evaluation: None where the run does not evaluate. ema, background_save: whether the run has them. device_bytes: memory of the device, which decides
-    whether an evaluation copies the weights whole.
+    whether an evaluation copies the weights whole. on_gpu: whether the device is a GPU, of which some should stay free.
     """
+    margin = int(MARGIN * device_bytes) if on_gpu else 0
     zero = ds_raw.get("zero_optimization", {})
     stage, n, width = zero.get("stage", 0), world_size, 2 if precision == "bf16" else 4
     total = sum(param.numel() for param in model.parameters())
@@ -92,6 +103,8 @@ def footprint(model: nn.Module, ds_raw: Mapping[str, Any], precision: Literal["b
     if ema:
         parts.append(Part.at("moving average", 4 * shard, "cpu" if optimizer_at == "nvme" else optimizer_at))
     parts += passing(model, ds_raw, precision, n, uses, group_sizes)
+    if pinned := pinned_rounding(zero, width, n, group_sizes, max((param.numel() for param in model.parameters() if param.requires_grad), default=0)):
+        parts.append(Part("page-locked buffers rounded up", host=pinned))
     train: tuple[Phase, ...] = ("train",)
     parts += [Part("kept for the backward pass", activations.batch + activations.kept, phases=train),
               Part("one block, or heads and losses", max(0, activations.peak - activations.batch - activations.kept), phases=train)]
@@ -99,11 +112,11 @@ def footprint(model: nn.Module, ds_raw: Mapping[str, Any], precision: Literal["b
     if background_save:
         parts.append(Part("save in the background", host=(16 if ema else 12) * shard + (width * total if stage < 3 else 0)))
     if evaluation is not None:
-        parts += _evaluation(parts, evaluation, stage, width * total, device_bytes)
+        parts += _evaluation(parts, evaluation, stage, width * total, device_bytes - margin)
     comes = {phase: sum(part.device for part in parts if phase in part.phases and part.phases != ALWAYS) for phase in ALWAYS}
     parts += [Part("fragmentation", int(FRAGMENTATION * size), phases=(phase,)) for phase, size in comes.items()]
     parts.append(Part("process and context", CONTEXT, HOST_PROCESS))
-    return Footprint(tuple(parts), files, 4 * total + buffers)
+    return Footprint(tuple(parts), files, 4 * total + buffers, margin)
 
 
 def _evaluation(parts: Sequence[Part], evaluation: Evaluation, stage: int, whole: int, device_bytes: float) -> list[Part]:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from internseg_ds.allocator import pinned_bytes
 from internseg_ds.planning.gathers import GatherSettings, gathered, persistent
 from internseg_ds.planning.training_pass import Use
 
@@ -107,6 +108,24 @@ def passing(model: nn.Module, ds_raw: Mapping[str, Any], precision: str, world_s
     elif stage and stage < 3:
         parts.append(Part("gradient on its way to the host", width * largest, host=width * largest))
     return [part for part in parts if part.device or part.host]
+
+
+def pinned_rounding(zero: Mapping[str, Any], width: int, n: int, group_sizes: Sequence[int], largest: int) -> int:
+    """Bytes of host memory that torch takes beyond what DeepSpeed asks for, where page-locked buffers of an offloaded optimizer are rounded up
+    (`allocator.pinned_bytes`).
+
+    width: bytes per gradient. largest: elements of the largest trained parameter. ZeRO-3 (stage3.py) pins one buffer of all gradients and fp32 gradients
+    by group; ZeRO-1 and 2 (stage_1_and_2.py) fp32 masters and gradients by group, and a buffer for the largest gradient.
+    """
+    offload, stage = zero.get("offload_optimizer", {}), zero.get("stage", 0)
+    if not stage or offload.get("device", "none") != "cpu" or not offload.get("pin_memory", False):
+        return 0
+    shares = [_flattened(size, zero, n) for size in group_sizes]
+    if stage == 3:
+        buffers = [width * (sum(group_sizes) // n), *(4 * share for share in shares)]
+    else:
+        buffers = [*(4 * share for share in shares for _ in ("master", "gradient")), width * largest]
+    return sum(pinned_bytes(size) - size for size in buffers)
 
 
 def _flattened(size: int, zero: Mapping[str, Any], n: int) -> int:

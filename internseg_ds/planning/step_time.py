@@ -1,7 +1,9 @@
 """How long an optimizer step takes by the numbers of `training_pass`, `communication` and `devices`: a calculation with named assumptions, no measurement.
 
 Assumed: a share `efficiency.compute` of the peak TFLOP/s, of each link's bandwidth `efficiency.link`, rings with a fixed time per hop, and, where
-`overlap_comm` is set, that a micro-batch takes the longer of its computation and its communication. Batch norms' exchanges always wait, and so does
+`overlap_comm` is set, that a micro-batch under ZeRO-3 takes the longer of its computation and its communication. ZeRO-1 and 2 hide less: their gradients
+go out during the backward pass, each bucket after the one before (deepspeedai/DeepSpeed#8364), and the last after all of it. Batch norms' exchanges
+always wait, and so does
 what follows the last backward pass: the update, and the gathering of new weights. Work that waits for memory and not for multipliers (deformable sampling,
 depth-wise convolutions) counts by its FLOPs like all other, which is too short a time for backbones made of it.
 """
@@ -86,12 +88,22 @@ def step_time(passed: TrainingPass, micro_batch: int, traffic: Traffic, trained:
     heads_rate = getattr(cluster.device, heads)
     floor = micro_batch * (passed.backbone_flops / cluster.device.bf16 + passed.heads_flops / heads_rate) / 1e12
     compute = floor / assumed.compute
-    overlap = zero.get("overlap_comm", zero.get("stage", 0) == 3)
+    stage = zero.get("stage", 0)
+    overlap = zero.get("overlap_comm", stage == 3)
+    backward_share = ((passed.backbone_backward / cluster.device.bf16 + passed.heads_backward / heads_rate)
+                      / (passed.backbone_flops / cluster.device.bf16 + passed.heads_flops / heads_rate))
     during = communicated = 0.0
     for collectives in traffic.micro_batches:
         behind = seconds((part for part in collectives if part.what != "batch norm"), cluster, assumed)
         inline = seconds((part for part in collectives if part.what == "batch norm"), cluster, assumed)
-        during += inline + (max(compute, behind) if overlap else compute + behind)
+        if overlap and stage == 3:
+            during += inline + max(compute, behind)
+        elif overlap:
+            last = behind / max(1, sum(part.calls for part in collectives if part.what == "gradients"))
+            backward = compute * backward_share
+            during += inline + compute - backward + max(backward, behind - last) + last
+        else:
+            during += inline + compute + behind
         communicated += inline + behind
     after = seconds(traffic.after, cluster, assumed)
     count = len(traffic.micro_batches)

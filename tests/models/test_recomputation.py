@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from internseg_ds.models.intern_vit_6b import InternViT6B
-from internseg_ds.models.recomputation import run_block, set_recomputation
+from internseg_ds.models.recomputation import KEPT, run_block, set_recomputation
 
 POLICIES = ["none", "blocks", 1, 2, 3, "all_but_matmuls"]
 SMALL = dict(type="InternViT6B", embed_dim=24, depth=4, num_heads=3, patch_size=14, img_size=56, out_indices=[0, 1, 2, 3], with_fpn=True, use_flash_attn=False)
@@ -126,3 +126,17 @@ def test_a_product_that_is_read_and_then_changed_in_place_is_an_error_and_no_wro
     run_block(block, x, index=0, recomputation="blocks").sum().backward()
     with pytest.raises(RuntimeError, match=r"all_but_matmuls.* cannot be with this backbone.*use 'blocks'"):
         run_block(block, x, index=0, recomputation="all_but_matmuls").sum().backward()
+
+
+# made of operations that are kept themselves, or made for other devices, or called by nothing here
+NOT_KEPT = {"aten::scaled_dot_product_attention", "aten::_scaled_dot_product_attention_math", "aten::_scaled_dot_product_attention_math_for_mps",
+            "aten::_native_multi_head_attention", "aten::_triton_multi_head_attention", "aten::_triton_scaled_dot_attention",
+            "aten::_cudnn_attention_forward", "aten::_efficient_attention_forward", "aten::_flash_attention_forward",
+            "aten::_flash_attention_forward_no_dropout_inplace"}
+
+
+def test_the_result_of_every_attention_that_torch_has_is_kept():
+    """A new one would be computed twice under all_but_matmuls. flash-attn's packages, which are not here, name theirs by version."""
+    names = {schema.name for schema in torch._C._jit_get_all_schemas() if "attention" in schema.name and "backward" not in schema.name}
+    assert {name for name in names if name.startswith("aten::")} <= KEPT | NOT_KEPT
+    assert {"flash_attn::_flash_attn_forward", "flash_attn_3::fwd", "flash_attn_3::_flash_attn_forward"} <= KEPT

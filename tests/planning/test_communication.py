@@ -104,9 +104,11 @@ def test_what_is_offloaded_crosses_the_link_to_the_host():
     share = 240 // N
     for offloaded, accumulation, expected in (
         ({}, 2, 0),
-        ({"offload_optimizer": {"device": "cpu"}}, 1, 2 * share),  # gradients down, weights up
-        ({"offload_optimizer": {"device": "cpu"}}, 2, (3 + 1) * share),  # sums of gradients go up once more
-        ({"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}, 1, (1 + 2) * share),  # weights up for each gather
+        ({"offload_optimizer": {"device": "cpu"}}, 1, (2 + 2 + 1) * share),  # gradients down and up, in fp32 down, weights up: 10 bytes a parameter
+        ({"offload_optimizer": {"device": "cpu"}}, 2, (4 + 2 + 1) * share),  # sums of gradients up and down once more
+        ({"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}, 1, (2 + 2 + 2) * share),  # weights up for each gather
+        ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, 1, (2 + 1) * share),  # in fp32 down, weights up
+        ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, 2, (2 * N + 2 + 1) * share),  # whole gradients down and up between
     ):
         zero = {**ALWAYS, **offloaded}
         planned = step_traffic(model, uses, [120], zero, width=2, world_size=N, accumulation=accumulation)
