@@ -24,6 +24,7 @@ from internseg_ds.distributed.sync_batch_norm import allow_any_device
 from internseg_ds.errors import ConfigError
 from internseg_ds.models.backbone import forget_pretrained
 from internseg_ds.models.external_parameters import external_parameters
+from internseg_ds.models.pixel_losses import losses_without_waits
 from internseg_ds.models.recomputation import set_recomputation
 from internseg_ds.seeding import derived_seed
 
@@ -39,6 +40,7 @@ def build_on_meta(model: ConfigDict) -> nn.Module:
     except Exception as error:  # whatever some constructor refuses with
         raise ConfigError(f"the model section cannot be built: {type(error).__name__}: {error}") from error
     allow_any_device(segmentor)
+    losses_without_waits(segmentor)
     return segmentor
 
 
@@ -84,6 +86,7 @@ def build_for_training(model: ConfigDict, ds: DsConfig, device: torch.device, se
             segmentor = build_segmentor(model).to(device)
     forget_pretrained(segmentor)
     allow_any_device(segmentor)
+    losses_without_waits(segmentor)
     buffers_to_fp32(segmentor)
     initialise(segmentor, seed, ds.param_dtype)
     return segmentor

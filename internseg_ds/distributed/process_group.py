@@ -176,11 +176,27 @@ def of_all_ranks(value: Any) -> list[Any]:
     return found
 
 
+class Vote:
+    """Facts that all ranks hear of each other: `Vote(...)` tells them, without waiting for a GPU, and `result` waits for what was told, no longer than for
+    what the GPU was given before. Collective, both."""
+
+    def __init__(self, facts: Sequence[bool], device: torch.device) -> None:
+        told = torch.cat([torch.full((1,), int(fact), dtype=torch.int32, device=device) for fact in facts])  # filled there: a copy would wait for the GPU
+        dist.all_reduce(told, dist.ReduceOp.MAX)
+        self._told, self._event = told.to("cpu", non_blocking=True), torch.cuda.Event() if device.type == "cuda" else None
+        if self._event is not None:
+            self._event.record()
+
+    def result(self) -> list[bool]:
+        """Of each fact: whether it holds on some rank."""
+        if self._event is not None:
+            self._event.synchronize()
+        return [bool(fact) for fact in self._told.tolist()]
+
+
 def any_rank(facts: Sequence[bool], device: torch.device) -> list[bool]:
     """Of each fact: whether it holds on some rank. Collective."""
-    told = torch.tensor(facts, dtype=torch.int32, device=device)
-    dist.all_reduce(told, dist.ReduceOp.MAX)
-    return [bool(fact) for fact in told.tolist()]
+    return Vote(facts, device).result()
 
 
 def leave() -> None:

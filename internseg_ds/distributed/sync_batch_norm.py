@@ -1,62 +1,95 @@
-"""SyncBatchNorm for tensors on any device: torch's own kernel on GPUs, an all-reduce of the moments elsewhere (torch's refuses CPU tensors)."""
+"""SyncBatchNorm for tensors on any device, which never waits for one: torch's refuses CPU tensors, and reads values back from a GPU in every layer.
+
+Sources: Ioffe and Szegedy, "Batch Normalization" (2015), for the forward pass and its gradient; Chan, Golub and LeVeque, "Updating Formulae and a Pairwise
+Algorithm for Computing Sample Variances" (1979), for moments of parts put together.
+"""
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 
-class _SumOverRanks(torch.autograd.Function):
-    """The sum of a tensor over all ranks; the gradient of a sum is the sum of the gradients. (torch.distributed.nn's own is deprecated in torch 2.13.)"""
+class _NormaliseOverRanks(torch.autograd.Function):
+    """x (b, c, *) -> (normalised x, mean, biased variance, number of values), the last three over all ranks and without gradients. Collective, both ways:
+    one all-gather of 2 c + 1 numbers forward, one all-reduce of 2 c backward.
+
+    Gradients of weight and bias are this rank's own, which the training averages over ranks as it does all others.
+    """
 
     @staticmethod
-    def forward(_: torch.autograd.function.FunctionCtx, value: Tensor) -> Tensor:
-        total = value.clone()
-        dist.all_reduce(total)
-        return total
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        variance, mean = torch.var_mean(x, _positions(x), correction=0)
+        own = torch.cat([mean, variance, mean.new_full((1,), x.numel() // x.size(1))])
+        parts = own.new_empty(_ranks() * own.numel())
+        if _ranks() > 1:
+            dist.all_gather_into_tensor(parts, own)
+        else:
+            parts.copy_(own)
+        means, variances, counts = parts.view(_ranks(), -1).double().split([x.size(1), x.size(1), 1], dim=1)
+        total = counts.sum()
+        mean = (counts * means).sum(0) / total
+        variance = (counts * (variances + (means - mean).square())).sum(0) / total
+        scale = (variance + eps).rsqrt().to(x.dtype)
+        mean, variance = mean.to(x.dtype), variance.to(x.dtype)
+        ctx.save_for_backward(x, weight, mean, scale, total)
+        result = nn.functional.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps)
+        ctx.mark_non_differentiable(mean, variance, total)
+        return result, mean, variance, total
 
     @staticmethod
-    def backward(_: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:
-        total = grad.contiguous().clone()
-        dist.all_reduce(total)
-        return total
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, scale, total = ctx.saved_tensors
+        shape, positions = (1, -1, *[1] * (x.dim() - 2)), _positions(x)
+        centred = x - mean.view(shape)
+        own = torch.stack([grad.sum(positions), (grad * centred).sum(positions)])
+        sums = own.clone()
+        if _ranks() > 1:
+            dist.all_reduce(sums)
+        of_grad, of_product = sums / total.to(sums.dtype)
+        wanted = (grad - of_grad.view(shape) - centred * (scale.square() * of_product).view(shape)) * (scale * weight).view(shape)
+        return wanted, own[1] * scale, own[0], None
+
+
+def _positions(x: Tensor) -> list[int]:
+    return [dim for dim in range(x.dim()) if dim != 1]
+
+
+def _ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 class AnyDeviceSyncBatchNorm(nn.SyncBatchNorm):
-    """torch.nn.SyncBatchNorm (parameters, buffers and results) that also runs on CPU tensors over gloo.
+    """torch.nn.SyncBatchNorm: its parameters, buffers and results. Collective in training where there is more than one rank.
 
-    Collective in training: the moments of all ranks' (b, c, ...) inputs go into one all-reduce, differentiable, summed in fp64.
+    A GPU without other ranks uses torch's plain kernel.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (b, c, *) floating point -> the same shape and dtype, normalised over the batch and positions of all ranks."""
-        if x.is_cuda or not self.training:
-            return super().forward(x) if x.is_cuda else nn.functional.batch_norm(
-                x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
-        positions = [dim for dim in range(x.dim()) if dim != 1]
-        double = x.double()
-        count = torch.tensor([x.numel() / x.size(1)], dtype=torch.float64)
-        moments = torch.cat([double.sum(positions), double.square().sum(positions), count])
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            moments = _SumOverRanks.apply(moments)
-        total = moments[-1].detach()
-        if total <= 1:
+        """x (b, c, *) floating point -> the same shape and dtype, normalised over the batch and positions of all ranks.
+
+        Raises ValueError for one value per channel in training, which has no variance.
+        """
+        if not self.training:
+            return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        if _ranks() * x.numel() <= x.size(1):
             raise ValueError(f"batch norm needs more than one value per channel in training, got input {tuple(x.shape)} on one process; "
                              "raise data.samples_per_gpu")
-        mean, square = (moments[:-1] / total).chunk(2)
-        variance = square - mean.square()
+        if x.is_cuda and _ranks() == 1:
+            return super().forward(x)
+        result, mean, variance, total = _NormaliseOverRanks.apply(x, self.weight, self.bias, self.eps)
         if self.track_running_stats:
             with torch.no_grad():
                 self.num_batches_tracked.add_(1)
-                momentum = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
+                momentum = self.momentum if self.momentum is not None else 1 / self.num_batches_tracked.to(self.running_mean.dtype)
                 self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
-                self.running_var.lerp_((variance * total / (total - 1)).to(self.running_var.dtype), momentum)
-        shape = [1, -1] + [1] * (x.dim() - 2)
-        scale = (variance + self.eps).rsqrt().to(x.dtype) * self.weight
-        return x * scale.view(shape) + (self.bias - mean.to(x.dtype) * scale).view(shape)
+                self.running_var.lerp_((variance * (total / (total - 1)).to(variance.dtype)).to(self.running_var.dtype), momentum)
+        return result
 
 
 def allow_any_device(model: nn.Module) -> None:
-    """Lets every nn.SyncBatchNorm of `model` take CPU tensors too; names, values and GPU behaviour stay."""
+    """Lets every nn.SyncBatchNorm of `model` take CPU tensors too, and wait for no GPU; names and values stay."""
     for module in model.modules():
         if isinstance(module, nn.SyncBatchNorm):  # torch's, or mmcv's subclass of it
             module.__class__ = AnyDeviceSyncBatchNorm

@@ -30,7 +30,7 @@ class Interval:
         self.sums: dict[str, Tensor] = {}
         self.losses: list[Tensor] = []
         """Of each step: the mean over its micro-batches."""
-        self.grad_norms: list[float] = []
+        self.grad_norms: list[Tensor | float] = []
         """Of each step that was not skipped."""
         self.waited_s = 0.0
         """Seconds that the loop waited for data."""
@@ -61,7 +61,7 @@ class Interval:
         finite = losses["loss"].detach().isfinite()
         self._finite = self._finite + finite.float()
         for name, value in losses.items():
-            self.sums[name] = self.sums.get(name, 0.0) + torch.where(finite, value.detach().float(), 0.0)
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach().float().masked_fill(~finite, 0.0)
         self._step.append(losses["loss"].detach().float())
         self.micro_batches += 1
 
@@ -70,7 +70,7 @@ class Interval:
         self.losses.append(torch.stack(self._step).mean())
         self._step = []
         if grad_norm is not None:
-            self.grad_norms.append(float(grad_norm))
+            self.grad_norms.append(grad_norm)
 
     def of_all_ranks(self) -> tuple[dict[str, float], list[float]]:
         """(means of the terms over micro-batches and ranks, the loss of each step as a mean over ranks). Collective: one all-reduce."""
@@ -79,8 +79,8 @@ class Interval:
         dist.all_reduce(stacked)
         finite, *sums = stacked[: len(names) + 1].tolist()
         means = {name: value / finite if finite else math.nan for name, value in zip(names, sums, strict=True)}
-        means["grad_norm"] = statistics.fmean(self.grad_norms) if self.grad_norms else math.nan
-        means["grad_norm_max"] = max(self.grad_norms, default=math.nan)
+        norms = [float(norm) for norm in self.grad_norms]
+        means["grad_norm"], means["grad_norm_max"] = (statistics.fmean(norms), max(norms)) if norms else (math.nan, math.nan)
         return means, (stacked[len(names) + 1 :] / dist.get_world_size()).tolist()
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from internseg_ds.data.loading import training_batches
 from internseg_ds.data.sampler import GlobalBatchSampler
-from internseg_ds.distributed.process_group import any_rank
+from internseg_ds.distributed.process_group import Vote
 from internseg_ds.engine.curves import draw_curves
 from internseg_ds.engine.data_faults import DataFaults
 from internseg_ds.engine.evaluator import Abandoned
@@ -62,11 +62,13 @@ def train(engine: "SegmentorEngine") -> TrainState:
                     losses = engine.forward(batch)
                     profile.at(step, "backward", micro_batch)
                     deepspeed.backward(poisoned(losses["loss"]))
-                    profile.at(step, "update", micro_batch)
-                    deepspeed.step()                          # DeepSpeed clips, updates and moves the schedule on the last micro-batch only
                     interval.add(losses)
                     faults.add(batch.faults)
                     micro_batches.append((losses["loss"].detach(), batch.files))
+                    if micro_batch == ds.accumulation - 1:    # told before DeepSpeed waits for the GPU once a step, read after that: no wait of its own
+                        vote = Vote((stop(), bool(faults.pending)), world.device)
+                    profile.at(step, "update", micro_batch)
+                    deepspeed.step()                          # DeepSpeed clips, updates and moves the schedule on the last micro-batch only
             profile.at(step, "agreeing", ds.accumulation)
             if skipped.after_step(step, micro_batches):
                 interval.end_step(None)
@@ -76,7 +78,7 @@ def train(engine: "SegmentorEngine") -> TrainState:
                     engine.ema.update()
             state.step = step
             state.images += ds.global_batch
-            stopping, faulty = any_rank((stop(), bool(faults.pending)), world.device)  # all ranks stop at the same step, or none
+            stopping, faulty = vote.result()                  # all ranks stop at the same step, or none
             if faulty:
                 faults.share()
 

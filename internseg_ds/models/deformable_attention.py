@@ -15,6 +15,8 @@ from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from internseg_ds.models.layers import made_on_device
+
 SAMPLED_AT_ONCE = 2**26
 """Values that PyTorch's sampling makes at a time: 256 MiB in fp32."""
 
@@ -41,7 +43,7 @@ class DeformableAttention(MultiScaleDeformableAttention):
         places = (*query.shape[:2], self.num_heads, self.num_levels, self.num_points)
         value = self.value_proj(value).unflatten(2, (self.num_heads, -1))  # (b, n, c) -> (b, n, heads, c / heads)
         weights = self.attention_weights(query).unflatten(2, (self.num_heads, -1)).softmax(-1).view(places)
-        sizes = query.new_tensor([(width, height) for height, width in spatial_shapes])
+        sizes = made_on_device([side for height, width in spatial_shapes for side in (width, height)], query).view(-1, 2)
         locations = reference_points[:, :, None, :, None] + self.sampling_offsets(query).view(*places, 2) / sizes[:, None]
         attended = self.output_proj(attend(value, spatial_shapes, locations, weights, self.im2col_step))
         return self.dropout(attended if self.batch_first else attended.transpose(0, 1)) + identity

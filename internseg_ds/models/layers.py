@@ -4,6 +4,8 @@ A norm sits in a small Sequential together with the permutations that it needs, 
 None of them chooses a dtype.
 """
 
+from collections.abc import Sequence
+from itertools import groupby
 from typing import Literal
 
 import torch
@@ -12,6 +14,14 @@ from torch import Tensor, nn
 from internseg_ds.models.norms import TokenLayerNorm
 
 Format = Literal["channels_first", "channels_last"]
+
+
+def made_on_device(numbers: Sequence[float], like: Tensor) -> Tensor:
+    """`numbers` as a vector of `like`'s dtype on its device, filled there: a copy of them from the host would have to wait for the device.
+
+    A kernel for each run of equal numbers, so for a few of them, or many that are alike.
+    """
+    return torch.cat([like.new_full((len(list(run)),), number) for number, run in groupby(numbers)])
 
 
 class ToChannelsFirst(nn.Module):

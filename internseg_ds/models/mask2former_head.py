@@ -17,7 +17,7 @@ from mmdet.models.dense_heads import Mask2FormerHead as MmdetHead
 from mmdet.models.utils import get_uncertain_point_coords_with_randomness
 from torch import Tensor, nn
 
-from internseg_ds.models.layers import without_autocast
+from internseg_ds.models.layers import made_on_device, without_autocast
 from internseg_ds.models.mask2former_pixel_decoder import tokens_of, with_own_layers  # registers the decoder, too
 from internseg_ds.models.mask2former_settings import check_arguments, check_layers, check_train_cfg
 from internseg_ds.models.mask_matching import Matches, match, sampled, sampled_targets
@@ -101,24 +101,28 @@ class Mask2FormerHead(MmdetHead):
         with without_autocast(features[0]):
             all_scores, all_masks = self(features)
             matches = match(self.assigner, self.num_points, all_scores, all_masks, gt_labels, gt_masks)
-            masks = reduce_mean(torch.tensor(float(matches[0].image.numel()), device=features[0].device)).clamp(min=1)
+            masks = reduce_mean(all_scores[0].new_full((), matches[0].image.numel())).clamp(min=1)
             labels, targets = torch.cat(list(gt_labels)), torch.cat(list(gt_masks))
-            layers = [self._losses(*layer, labels, targets, masks) for layer in zip(all_scores, all_masks, matches, strict=True)]
+            weights = made_on_device(self.class_weight, all_scores[0])
+            layers = [self._losses(*layer, labels, targets, masks, weights) for layer in zip(all_scores, all_masks, matches, strict=True)]
         losses = dict(layers[-1])
         for index, layer in enumerate(layers[:-1]):
             losses |= {f"d{index}.{name}": loss for name, loss in layer.items()}
         return losses
 
-    def _losses(self, scores: Tensor, masks: Tensor, matches: Matches, labels: Tensor, targets: Tensor, count: Tensor) -> dict[str, Tensor]:
+    def _losses(self, scores: Tensor, masks: Tensor, matches: Matches, labels: Tensor, targets: Tensor, count: Tensor,
+                weights: Tensor) -> dict[str, Tensor]:
         """Of one layer. Without any mask the losses of masks are 0, and their modules run all the same: under ZeRO-3 all ranks run the same modules in the same
         order, or wait for each other for ever.
 
         scores (b, queries, num_classes + 1), masks (b, queries, h, w); labels (n), targets (n, H, W) of all images; count (a scalar): of masks,
-        the mean over ranks."""
+        the mean over ranks; weights (num_classes + 1): of classes."""
         wanted = torch.full(scores.shape[:2], self.num_classes, dtype=torch.int64, device=scores.device)
         wanted[matches.image, matches.query] = labels[matches.target]
-        weights = scores.new_tensor(self.class_weight)
-        loss_cls = self.loss_cls(scores.flatten(0, 1), wanted.flatten(), torch.ones_like(wanted.flatten()), avg_factor=weights[wanted].sum())
+        # mmdet's loss copies its list of weights to the device in every call, for which the host waits; the function inside takes a tensor
+        loss_cls = self.loss_cls.loss_weight * self.loss_cls.cls_criterion(
+            scores.flatten(0, 1), wanted.flatten(), torch.ones_like(wanted.flatten()), class_weight=weights, reduction=self.loss_cls.reduction,
+            avg_factor=weights[wanted].sum())
         masks = masks[matches.image, matches.query]  # (b, queries, h, w) -> (n, h, w)
         with torch.no_grad():
             points = get_uncertain_point_coords_with_randomness(masks[:, None], None, self.num_points, self.oversample_ratio, self.importance_sample_ratio) \
@@ -150,7 +154,8 @@ class Mask2FormerHead(MmdetHead):
             total: Tensor | float = 0.0
             match(self.assigner, self.num_points, all_scores, all_masks, classes.split(each), targets.split(each), assign=False)
             for scores, masks in zip(all_scores, all_masks, strict=True):
-                total = total + sum(self._losses(scores, masks, matches, classes, targets, scores.new_tensor(1.0)).values())
+                weights = made_on_device(self.class_weight, scores)
+                total = total + sum(self._losses(scores, masks, matches, classes, targets, scores.new_ones(()), weights).values())
             return total
 
 

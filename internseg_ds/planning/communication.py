@@ -71,17 +71,16 @@ def check_known(zero: Mapping[str, Any]) -> None:
                               "name classes alone, or plan without it")
 
 
-def step_traffic(model: nn.Module, uses: Sequence[Use], group_sizes: Sequence[int], zero: Mapping[str, Any], *, width: int, world_size: int, accumulation: int,
-                 on_gpus: bool = True) -> Traffic:
+def step_traffic(model: nn.Module, uses: Sequence[Use], group_sizes: Sequence[int], zero: Mapping[str, Any], *, width: int, world_size: int,
+                 accumulation: int) -> Traffic:
     """model: on the meta device. uses: of a micro-batch, by `training_pass`. group_sizes: elements of each parameter group of the optimizer.
 
     zero: the `zero_optimization` section without "auto" values. width: bytes per weight and per gradient on the wire, 2 for bf16.
-    on_gpus: batch norm exchanges its moments as torch's GPU kernels do; else as our CPU form of it. Left out: the norms of the gradients and the losses
-    that are logged, some hundred bytes a step.
+    Left out: the norms of the gradients and the losses that are logged, some hundred bytes a step.
     """
     check_known(zero)
     stage, n = zero.get("stage", 0), world_size
-    norms = batch_norm_collectives(model, n, on_gpus=on_gpus)
+    norms = batch_norm_collectives(model, n)
     trained = [param.numel() for param in model.parameters() if param.requires_grad]
     if stage < 3:
         limit = int(float(zero.get("reduce_bucket_size", 500_000_000)))
@@ -126,17 +125,12 @@ def _gathered(made: Sequence[tuple[str, ...]], sizes: Mapping[str, int], width: 
             for reach, ranks in (("all", world_size), ("node", node)) if calls[reach]]
 
 
-def batch_norm_collectives(model: nn.Module, world_size: int, *, on_gpus: bool = True) -> list[Collective]:
-    """Of one micro-batch. Each nn.SyncBatchNorm of c channels exchanges 2 c + 1 numbers forward, and 2 c backward (torch, fp32).
-
-    Without GPUs (`AnyDeviceSyncBatchNorm`): 2 c + 1 each way, in fp64 all-reduces.
-    """
+def batch_norm_collectives(model: nn.Module, world_size: int) -> list[Collective]:
+    """Of one micro-batch. Each nn.SyncBatchNorm of c channels exchanges 2 c + 1 numbers forward, and 2 c backward, in fp32."""
     channels = [module.num_features for module in model.modules() if isinstance(module, nn.SyncBatchNorm)]
     if not channels:
         return []
     forward = sum(2 * c + 1 for c in channels)
-    if not on_gpus:
-        return [Collective("all_reduce", "batch norm", 2 * 8 * forward, 2 * len(channels), world_size)]
     return [Collective("all_gather", "batch norm", 4 * forward * world_size, len(channels), world_size),
             Collective("all_reduce", "batch norm", 4 * sum(2 * c for c in channels), len(channels), world_size)]
 

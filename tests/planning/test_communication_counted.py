@@ -81,7 +81,7 @@ def count_and_compare(settings: list[tuple[dict, int]], root: Path, work_dir: Pa
             groups = [sum(getattr(param, "ds_numel", param.numel()) for param in group) for group in bit16_groups(engine)]
             passed = passed or training_pass(model, *batch.inputs["img"].shape[2:])  # the same for all settings
             traffic = step_traffic(model, passed.uses, groups, resolved.raw["zero_optimization"],
-                                   width=2, world_size=world_size, accumulation=accumulation, on_gpus=False)
+                                   width=2, world_size=world_size, accumulation=accumulation)
         payload, calls = Counter(), Counter()
         for part in traffic:
             key = part.kind, part.ranks, torch.float64 if part.what == "batch norm" else torch.bfloat16

@@ -1,0 +1,54 @@
+import pytest
+import torch
+from mmcv import ConfigDict
+from mmseg.models import build_head
+from mmseg.models.losses import accuracy
+
+from internseg_ds.models.pixel_losses import losses_without_waits, pixel_accuracy
+
+IGNORED = 255
+
+
+@pytest.mark.parametrize(("classes", "ignored"), [(7, 0.3), (1, 0.5), (150, 0.0), (3, 1.0)])
+def test_the_share_of_right_pixels_is_mmsegs(classes, ignored):
+    torch.manual_seed(0)
+    scores = torch.randn(2, classes, 13, 17)
+    labels = torch.randint(0, classes, (2, 13, 17))
+    labels[torch.rand(labels.shape) < ignored] = IGNORED
+    torch.testing.assert_close(pixel_accuracy(scores, labels, IGNORED), accuracy(scores, labels, ignore_index=IGNORED))
+
+
+def head_of(loss, **more):
+    torch.manual_seed(0)
+    return build_head(ConfigDict(type="UPerHead", in_channels=[4] * 4, in_index=[0, 1, 2, 3], channels=4, num_classes=5, loss_decode=loss, **more))
+
+
+@pytest.mark.parametrize(("loss", "more"), [
+    (dict(type="CrossEntropyLoss", loss_weight=0.7), {}),
+    ([dict(type="CrossEntropyLoss"), dict(type="DiceLoss", loss_name="loss_dice"), dict(type="CrossEntropyLoss", loss_weight=0.5)], {}),
+    (dict(type="CrossEntropyLoss"), dict(sampler=dict(type="OHEMPixelSampler", thresh=0.7, min_kept=20), align_corners=True)),
+])
+def test_losses_are_mmsegs_under_their_names(loss, more):
+    labels = torch.randint(0, 5, (2, 1, 24, 24))
+    labels[0, 0, :5] = IGNORED
+    logits = torch.randn(2, 5, 6, 6)
+    theirs, ours = head_of(loss, **more), head_of(loss, **more)
+    losses_without_waits(_segmentor(ours))
+    expected, found = theirs.losses(logits, labels), ours.losses(logits, labels)
+    assert list(expected) == list(found) and type(ours) is not type(theirs) and isinstance(ours, type(theirs))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-6)
+
+
+def _segmentor(head: torch.nn.Module) -> torch.nn.Module:
+    segmentor = torch.nn.Module()
+    segmentor.decode_head = head
+    return segmentor
+
+
+def test_a_head_with_losses_of_its_own_stays_as_it_is():
+    head = build_head(ConfigDict(type="DAHead", in_channels=4, in_index=0, channels=4, pam_channels=2, num_classes=5,
+                                 loss_decode=dict(type="CrossEntropyLoss")))
+    kind = type(head)
+    losses_without_waits(_segmentor(head))
+    assert type(head) is kind
