@@ -30,6 +30,9 @@ TOP_LEVEL_KEYS = frozenset([
     "flops_profiler", "tensorboard", "wandb", "csv_monitor", "comet", "aio", "checkpoint", "compile", "timers", "disable_python_gc",
     "disable_allgather", "managed_gradient_accumulation", "dataloader_drop_last", "datastates_ckpt"])
 AUTOCAST_KEYS = frozenset(("enabled", "dtype", "lower_precision_safe_modules"))
+SUB_GROUP = 250_000_000
+"""Elements of a process that ZeRO-3 updates at a time where a ds_config does not say: their fp32 gradients take 1 GB meanwhile. DeepSpeed's own is four times
+as much, and made for several parameter groups."""
 LEAST_BUCKET = 2**20
 """Elements of the smallest "auto" bucket: below it a collective's start costs more than its bytes."""
 DATA_TYPES_KEYS = frozenset(("grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"))
@@ -113,8 +116,8 @@ def resolve_ds_config(
     raw.setdefault("timers", {}).setdefault("throughput", {}).setdefault("enabled", False)
     _no_auto_left(raw, name)
     _deepspeed_accepts(raw, name)
-    # DeepSpeed knows Adam and its relatives; others run unchanged in fp32 partitions, so they are allowed without a key for it
-    raw.setdefault("zero_allow_untested_optimizer", True)
+    # DeepSpeed knows Adam and its relatives by their classes; ours, and others, run unchanged in fp32 partitions, so they are allowed without a key for it
+    raw["zero_allow_untested_optimizer"] = True
     offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
     return DsConfig(raw, name, zero.get("stage", 0), precision, micro_batch, accumulation, world_size,
                     cpu_adam=offloaded and raw.get("zero_force_ds_cpu_optimizer", True))
@@ -227,10 +230,13 @@ def _plain(value: Any) -> Any:
 
 
 def _fill_zero3_sizes(zero: dict[str, Any], hidden_size: int, block: "RepeatedBlock | None") -> None:
-    """Vectors of the width stay whole on each rank. What is left of a block goes into one bucket: one gather, and one reduction, of a whole block.
+    """Vectors of the width stay whole on each rank, an update takes `SUB_GROUP` elements at a time. What is left of a block goes into one bucket: one gather,
+    and one reduction, of a whole block.
 
     leaf_module "auto": DeepSpeed's hooks sit on blocks and not on each of their layers. Without a block: sizes as transformers derives them.
     """
+    if zero.get("stage") == 3 and not any(zero.get(key, {}).get("device") == "nvme" for key in ("offload_optimizer", "offload_param")):
+        zero.setdefault("sub_group_size", SUB_GROUP)  # buffers for NVMe are made for the larger one
     if zero.get("stage3_param_persistence_threshold") == "auto":
         zero["stage3_param_persistence_threshold"] = 10 * hidden_size
     kept = zero.get("stage3_param_persistence_threshold", 100_000)

@@ -10,6 +10,7 @@ from mmcv.runner.optimizer import OPTIMIZERS
 
 from internseg_ds.distributed.ds_config import DsConfig
 from internseg_ds.distributed.extensions import build_extension
+from internseg_ds.distributed.ranged_adam import RangedAdam
 from internseg_ds.errors import ConfigError
 
 
@@ -37,6 +38,14 @@ def _settings(section: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in section.items() if key not in ("type", "constructor", "paramwise_cfg")}
 
 
+def is_ranged(section: Mapping[str, Any], ds: DsConfig) -> bool:
+    """Whether DeepSpeed gets one group for all settings (`ranged_adam`): with torch's Adam and AdamW, on the device. An update on the host is bound by the
+    host's memory, not by the number of its calls."""
+    kinds = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}
+    kind = section.get("type", "AdamW")
+    return not ds.cpu_adam and not section.get("amsgrad") and kind in kinds and OPTIMIZERS.get(kind) is kinds[kind]
+
+
 def build_optimizer(groups: list[dict[str, Any]], section: Mapping[str, Any], ds: DsConfig) -> torch.optim.Optimizer:
     """section: the config's `optimizer` (type, lr, betas, weight_decay, ...). Adam and AdamW run torch's fused kernels, on GPUs and CPUs.
 
@@ -51,9 +60,16 @@ def build_optimizer(groups: list[dict[str, Any]], section: Mapping[str, Any], ds
         return DeepSpeedCPUAdam(groups, adamw_mode=kind == "AdamW", **settings)
     if kind in ("Adam", "AdamW") and not settings.get("foreach"):
         settings.setdefault("fused", True)
+    if is_ranged(section, ds):
+        return RangedAdam(groups, OPTIMIZERS.get(kind), **settings)
     optimizer = OPTIMIZERS.get(kind)(groups, **settings)
     optimizer.step = types.MethodType(_step_of_groups_with_parameters, optimizer)  # of this one: DeepSpeed knows its optimizers by their exact class
     return optimizer
+
+
+def scheduled(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The one whose groups have the learning rates of the settings, for the schedule to move."""
+    return optimizer.settings if isinstance(optimizer, RangedAdam) else optimizer
 
 
 def _step_of_groups_with_parameters(self: torch.optim.Optimizer, closure: Callable[[], float] | None = None) -> float | None:

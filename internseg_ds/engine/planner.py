@@ -16,6 +16,7 @@ from torch import nn
 from internseg_ds.distributed.construction import build_on_meta, choose_recomputation
 from internseg_ds.distributed.ds_config import DsConfig, Precision, resolve_ds_config
 from internseg_ds.distributed.gathering import ROOM
+from internseg_ds.distributed.optimizers import is_ranged
 from internseg_ds.distributed.parameter_groups import parameter_groups
 from internseg_ds.distributed.precision import apply_precision, heads_dtype
 from internseg_ds.engine.experiment import Experiment, leaf_datasets
@@ -63,7 +64,7 @@ class Planner:
         if model is None:
             choose_recomputation(self.model, experiment.engine.recomputation)
         self.crop = crop or crop_size(experiment)
-        self.group_sizes = [sum(param.numel() for param in group["params"]) for group in parameter_groups(self.model, experiment.optimizer)]
+        self.setting_sizes = [sum(param.numel() for param in group["params"]) for group in parameter_groups(self.model, experiment.optimizer)]
         self._found: dict[tuple[Precision, torch.dtype, bool], tuple[Activations, Evaluation | None]] = {}
         self._under: dict[Recomputation, Planner] = {}
 
@@ -80,6 +81,10 @@ class Planner:
             choose_recomputation(model, recomputation)
             self._under[recomputation] = Planner(self.experiment, model, crop=self.crop)
         return self._under[recomputation]
+
+    def group_sizes(self, ds: DsConfig) -> list[int]:
+        """Elements of each parameter group that DeepSpeed gets."""
+        return [sum(self.setting_sizes)] if is_ranged(self.experiment.optimizer, ds) else self.setting_sizes
 
     @cached_property
     def passed(self) -> TrainingPass:
@@ -107,10 +112,10 @@ class Planner:
         if ds.precision == "fp32":
             raise ConfigError(f"{ds.source} trains in fp32, whose time the plan does not know; enable bf16 or torch_autocast")
         zero, width = ds.raw["zero_optimization"], 2 if ds.precision == "bf16" else 4
-        traffic = step_traffic(self.model, self.passed.uses, self.group_sizes, zero, width=width, world_size=ds.world_size, accumulation=ds.accumulation)
+        traffic = step_traffic(self.model, self.passed.uses, self.group_sizes(ds), zero, width=width, world_size=ds.world_size, accumulation=ds.accumulation)
         links = [part.sent_by_link(cluster.per_node) for part in traffic]
         moved = host_bytes(self.model, traffic, zero, width=width, world_size=ds.world_size)
-        time = step_time(self.passed, ds.micro_batch, traffic, sum(self.group_sizes), moved, zero, cluster, assumed,
+        time = step_time(self.passed, ds.micro_batch, traffic, sum(self.setting_sizes), moved, zero, cluster, assumed,
                          heads=heads_products(experiment.engine))
         kept = state(self.model, ds.raw, ds.precision, ds.world_size, ds.accumulation)
         images = experiment.max_steps * (experiment.engine.global_batch or ds.global_batch)
@@ -146,7 +151,7 @@ class Planner:
             compute = torch.float32 if ds.precision == "fp32" or options.backbone_dtype == "float32" else torch.bfloat16
         activations, evaluation = self._passes(ds.precision, compute, validate)
         return footprint(
-            self.model, ds.raw, ds.precision, world_size=ds.world_size, accumulation=ds.accumulation, group_sizes=self.group_sizes,
+            self.model, ds.raw, ds.precision, world_size=ds.world_size, accumulation=ds.accumulation, group_sizes=self.group_sizes(ds),
             uses=self.passed.uses if exact and ds.stage == 3 else None, activations=activations, evaluation=evaluation if validate else None,
             ema=options.ema is not None, background_save=options.background_save, device_bytes=device_bytes, on_gpu=on_gpu)
 

@@ -36,10 +36,11 @@ from internseg_ds.distributed.device_memory import processes_here
 from internseg_ds.distributed.ema import ShardedEma
 from internseg_ds.distributed.gathering import forwards
 from internseg_ds.distributed.loading import fit_segmentor, load
-from internseg_ds.distributed.optimizers import build_optimizer
+from internseg_ds.distributed.optimizers import build_optimizer, scheduled
 from internseg_ds.distributed.parameter_groups import named_groups, parameter_groups
 from internseg_ds.distributed.precision import apply_precision, backbone_dtype, heads_dtype, set_fp32_matmul
 from internseg_ds.distributed.process_group import World, adopt, join, leave, of_all_ranks, world_from_environment
+from internseg_ds.distributed.ranged_adam import RangedAdam, divide_by_settings
 from internseg_ds.distributed.restoring import restore
 from internseg_ds.distributed.threads import take_share_of_cores
 from internseg_ds.distributed.watch import Watch, check_heartbeat_timeout
@@ -165,7 +166,10 @@ class SegmentorEngine:
         if ds.cpu_adam:
             take_share_of_cores(processes_here(self.world))
         optimizer = build_optimizer(groups, experiment.optimizer, ds)
-        self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=experiment.schedule.scheduler, config=ds.raw)
+        self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds.raw,
+                                                  lr_scheduler=lambda optimizer: experiment.schedule.scheduler(scheduled(optimizer)))
+        if isinstance(optimizer, RangedAdam):
+            divide_by_settings(self.deepspeed, optimizer, groups)
         self.deepspeed.checkpoint_engine = NotingCheckpointEngine(self.deepspeed._config, background=experiment.engine.background_save)
         self.ema = ShardedEma(self.deepspeed, experiment.engine.ema) if experiment.engine.ema is not None else None
         if checkpoint is not None:

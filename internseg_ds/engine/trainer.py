@@ -51,7 +51,7 @@ def train(engine: "SegmentorEngine") -> TrainState:
         interval = Interval()
         deepspeed.train()
         while state.step < last and not engine.stopped:
-            step, lr = state.step + 1, max(deepspeed.get_lr())
+            step, lr = state.step + 1, max(deepspeed.lr_scheduler.get_last_lr())
             logged, micro_batches = due(step, experiment.log_every, last), []
             with clock if logged else nullcontext():
                 for micro_batch in range(ds.accumulation):    # of one optimizer step

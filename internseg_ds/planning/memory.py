@@ -131,7 +131,7 @@ def pinned_rounding(zero: Mapping[str, Any], width: int, n: int, group_sizes: Se
 def _flattened(size: int, zero: Mapping[str, Any], n: int) -> int:
     """Elements of a parameter group that one process updates at once."""
     share = size // (n if zero.get("stage", 0) else 1)
-    return min(share, int(float(zero.get("sub_group_size", 1e9)))) if zero.get("stage") == 3 else share
+    return min(share, int(float(zero.get("sub_group_size", 1e9)))) if zero.get("stage") == 3 else share  # and up to a parameter more
 
 
 def _gathered(model: nn.Module, zero: Mapping[str, Any], width: int, n: int, uses: Sequence[Use] | None) -> list[Part]:

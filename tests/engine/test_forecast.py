@@ -65,7 +65,7 @@ def test_windows_of_an_evaluation_are_halved_until_they_fit(planner):
 def test_the_moving_average_and_the_background_save_are_parts():
     plain, more = (Planner(read_experiment(ROOT / TINY, {"engine.global_batch": 32, **options}))
                    for options in ({}, {"engine.ema": 0.9, "engine.background_save": True}))
-    trained = sum(plain.group_sizes)
+    trained = sum(plain.setting_sizes)
     plain, more = (plan(each, "zero3_bf16").footprint for each in (plain, more))
     assert more.device("update") - plain.device("update") == 4 * (trained // 8)
     assert more.host - plain.host == 16 * (trained // 8)

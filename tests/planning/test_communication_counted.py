@@ -84,7 +84,7 @@ def count_and_compare(settings: list[tuple[dict, int]], root: Path, work_dir: Pa
                                    width=2, world_size=world_size, accumulation=accumulation)
         payload, calls = Counter(), Counter()
         for part in traffic:
-            key = part.kind, part.ranks, torch.float64 if part.what == "batch norm" else torch.bfloat16
+            key = part.kind, part.ranks, torch.float32 if part.what == "batch norm" else torch.bfloat16
             payload[key] += part.payload
             calls[key] += part.calls
         seen = f"{zero}, {accumulation} micro-batches, {world_size} ranks: planned {payload}, counted {counted.payload}"
