@@ -18,16 +18,16 @@ import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from multiprocessing import AuthenticationError, Pipe
 from multiprocessing.connection import Client, Connection, Listener, wait
-from typing import Any, Literal
 
 import torch.distributed as dist
 
+from internseg_ds.distributed.hang_verdict import Doing, Place, line_of, verdict
 from internseg_ds.distributed.process_group import World, join, leave, of_all_ranks
 from internseg_ds.errors import ConfigError, UserError, of_one_rank
-from internseg_ds.exit_codes import FAILED, LOST, USER_ERROR
+from internseg_ds.exit_codes import FAILED, USER_ERROR
 
 log = logging.getLogger(__name__)
 
@@ -38,45 +38,8 @@ CONNECT_S = 60.0
 GRACE_S = 3.0
 """Seconds in which a rank that fails may learn that another one's death was the reason."""
 
-Doing = Literal["building", "data", "forward", "backward", "update", "agreeing", "evaluating", "saving"]
-STEP_PARTS: tuple[Doing, ...] = ("data", "forward", "backward", "update", "agreeing")
-"""In the order in which a step goes through them: a rank that stands at an earlier one keeps the others waiting."""
 UNTIMED: tuple[Doing, ...] = ("building", "saving")
 """What may take any time."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a rank stands. marks: how often it has got on. line: of its main thread, which waits there for other ranks or not."""
-
-    rank: int
-    host: str
-    process: int
-    step: int = 0
-    micro_batch: int = 0
-    doing: Doing = "building"
-    marks: int = 0
-    line: str = ""
-    waits: bool = False
-    asked_to_stop: bool = False
-    left: bool = False
-    failure: str = ""
-    """The error that the rank leaves with, alone as far as it knows."""
-    code: int = LOST
-    """What the others end with when this one is gone."""
-
-    @property
-    def order(self) -> tuple[int, int, int]:
-        """How far it has come."""
-        return self.step, self.micro_batch, STEP_PARTS.index(self.doing) if self.doing in STEP_PARTS else len(STEP_PARTS)
-
-    @property
-    def fate(self) -> str:
-        """Of a rank whose connection is gone."""
-        return f"{self} ended with {self.failure}" if self.failure else f"{self} died"
-
-    def __str__(self) -> str:
-        return f"rank {self.rank} (host {self.host}, process {self.process}) at step {self.step}, {self.doing}"
 
 
 class Watch:
@@ -88,6 +51,7 @@ class Watch:
         self.asked_to_stop = False
         """Whether some rank was asked to stop."""
         self._place = Place(world.rank, socket.gethostname(), os.getpid())
+        self._got_on = time.monotonic()
         self._main = threading.get_ident()
         self._peers: dict[Connection, Place] = {}
         """By connection: of rank 0, where the other ranks stand; of another rank, where rank 0 does."""
@@ -102,11 +66,11 @@ class Watch:
 
     def at(self, step: int, doing: Doing, micro_batch: int = 0) -> None:
         """This rank has come to this part of this step (the one after `step` - 1 updates). micro_batch: of the step, from 0."""
-        self._place = replace(self._place, step=step, doing=doing, micro_batch=micro_batch, marks=self._place.marks + 1)
+        self._place, self._got_on = replace(self._place, step=step, doing=doing, micro_batch=micro_batch, marks=self._place.marks + 1), time.monotonic()
 
     def mark(self) -> None:
         """This rank gets on."""
-        self._place = replace(self._place, marks=self._place.marks + 1)
+        self._place, self._got_on = replace(self._place, marks=self._place.marks + 1), time.monotonic()
 
     def ask_to_stop(self) -> None:
         """This rank was asked to; the others hear of it."""
@@ -176,8 +140,8 @@ class Watch:
         self._peers = {}
 
     def _here(self) -> Place:
-        line, waits = _line_of(self._main)
-        return replace(self._place, line=line, waits=waits, asked_to_stop=self.asked_to_stop)
+        line, waits = line_of(self._main)
+        return replace(self._place, line=line, waits=waits, stands_s=time.monotonic() - self._got_on, asked_to_stop=self.asked_to_stop)
 
     def _report(self) -> None:
         """The thread of a rank that is not 0."""
@@ -234,7 +198,7 @@ class Watch:
                     if now - heard[peer] > self.hang_s and not place.left:
                         self._tell(f"{place} has given no sign of life for {self.hang_s:.0f} s: its process is stopped, or its host is down", place)
                 if now - got_on > self.hang_s:
-                    self._tell(*_verdict(everybody, self.hang_s))
+                    self._tell(*verdict(everybody, self.hang_s))
             if now - beat >= BEAT_S:
                 beat = now
                 self._send("", here)
@@ -287,31 +251,7 @@ def check_heartbeat_timeout(seconds: float) -> None:
         raise ConfigError(f"--heartbeat-timeout {seconds:g} must be at least {LEAST_HANG_S:g} seconds, or 0 for no limit; 600 is the usual one")
 
 
-def _verdict(everybody: list[Place], hang_s: float) -> tuple[str, Place]:
-    """Whom the others wait for: who stands furthest behind, and where all stand level, who does not wait for others."""
-    furthest = min(place.order for place in everybody)
-    behind = [place for place in everybody if place.order == furthest]
-    if len(behind) == len(everybody):
-        behind = [place for place in everybody if not place.waits] or everybody
-    names = "; ".join(f"{place} ({place.line})" for place in behind[:4])
-    others = len(everybody) - len(behind)
-    return f"no rank has got on for {hang_s:.0f} s: {f'the other {others} wait for' if others else 'all wait for each other,'} {names}", behind[0]
-
-
 def _drop_what_blocks(peer: Connection) -> None:
     """Sends to a peer that does not read fail after a while, in the place of waiting for ever."""
     with socket.socket(fileno=os.dup(peer.fileno())) as same:
         same.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(GRACE_S), 0))
-
-
-def _line_of(thread: int) -> tuple[str, bool]:
-    """(file:line function of a thread's innermost frame, whether it waits for other ranks there)."""
-    frame: Any = sys._current_frames().get(thread)
-    if frame is None:
-        return "", False
-    place = f"{'/'.join(frame.f_code.co_filename.split('/')[-3:])}:{frame.f_lineno} {frame.f_code.co_name}"
-    while frame is not None:
-        if any(part in frame.f_code.co_filename for part in ("/torch/distributed/", "/deepspeed/comm/")):
-            return place, True
-        frame = frame.f_back
-    return place, False

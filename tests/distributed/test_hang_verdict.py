@@ -1,0 +1,91 @@
+"""Who is blamed for a hang: where waiting looks as it does under nccl, in a call that has no frame of a collective."""
+
+import threading
+import time
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+
+from internseg_ds.distributed.hang_verdict import Place, line_of, verdict
+from internseg_ds.distributed.process_group import world_from_environment
+from internseg_ds.distributed.watch import Watch
+from internseg_ds.exit_codes import LOST
+from tests.distributed.test_watch import ranks
+
+HERE = [Place(rank, f"host{rank}", 100 + rank, step=7, doing="update", line="file.py:1 f", waits=True, stands_s=30 - rank) for rank in range(4)]
+
+
+def test_who_waits_in_no_call_is_at_fault_wherever_it_stands():
+    for doing in ("data", "forward", "update", "agreeing"):
+        everybody = [*HERE[:2], replace(HERE[2], doing=doing, waits=False), HERE[3]]
+        word, about = verdict(everybody, 20)
+        assert about is everybody[2] and "the other 3 wait for rank 2 (host host2" in word
+
+
+def test_who_stands_behind_but_waits_is_not_blamed_for_one_ahead_that_does_not():
+    everybody = [replace(HERE[0], doing="forward"), replace(HERE[1], waits=False), *HERE[2:]]
+    assert verdict(everybody, 20)[1].rank == 1
+
+
+def test_of_several_that_wait_in_no_call_those_furthest_behind_are_named():
+    everybody = [replace(HERE[0], waits=False), replace(HERE[1], waits=False, doing="data"), replace(HERE[2], waits=False, doing="data"), HERE[3]]
+    word, about = verdict(everybody, 20)
+    assert about.rank == 1 and "rank 1 (" in word and "rank 2 (" in word and "rank 0 (" not in word
+
+
+def test_where_all_wait_nobody_is_blamed_and_the_last_to_come_stands_first():
+    word, about = verdict(HERE, 20)
+    assert about.rank == 3 and "all wait, for each other or for a GPU that hangs" in word
+    assert word.index("rank 3 (") < word.index("rank 2 (") < word.index("rank 0 (") and "there for 27 s" in word
+
+
+class FromDevice:
+    """A value that a GPU has not computed yet: reading it waits in a call without a frame of torch.distributed, until a collective is over."""
+
+    def __init__(self, work: dist.Work) -> None:
+        self.ready = threading.Lock()
+        self.ready.acquire()
+        threading.Thread(target=self._until_done, args=(work,), daemon=True).start()
+
+    def _until_done(self, work: dist.Work) -> None:
+        work.wait()
+        self.ready.release()
+
+    @property
+    def item(self):
+        return self.ready.acquire
+
+
+def reads_a_value_that_rank_1_keeps_back(rank: int) -> None:
+    watch = Watch(world_from_environment(), hang_s=3)
+    for step in range(1, 20):
+        watch.at(step, "update")  # all of them at the same part
+        if rank == 1 and step == 5:
+            while True:
+                time.sleep(0.01)
+        overflow = FromDevice(dist.all_reduce(torch.ones(1), async_op=True))
+        overflow.item()
+    watch.close()
+
+
+def test_a_rank_that_hangs_at_the_part_where_the_others_read_from_their_gpus_is_named(tmp_path):
+    codes, log = ranks(reads_a_value_that_rank_1_keeps_back, 3, tmp_path)
+    assert codes == [LOST] * 3
+    assert "the other 2 wait for rank 1 (host " in log and "at step 5, update (" in log and "reads_a_value_that_rank_1_keeps_back" in log
+
+
+def test_a_thread_at_work_is_in_no_waiting_call():
+    ends = threading.Event()
+
+    def busy() -> None:
+        while not ends.is_set():
+            sum(range(1000))
+
+    thread = threading.Thread(target=busy)
+    thread.start()
+    time.sleep(0.1)
+    found = [line_of(thread.ident) for _ in range(20)]
+    ends.set()
+    thread.join()
+    assert not any(waits for _, waits in found) and any("busy" in line for line, _ in found)
