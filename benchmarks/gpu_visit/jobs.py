@@ -78,7 +78,7 @@ ENGINE = ("deepspeed", "mmcv", "mmseg", "mmdet", "mmcls", "scipy", "rich", "matp
 SMALL = dict(config=TINY, side_px=112, micro_batches=(2, 1), warmup=1, steps=1, policies=("blocks",))
 JOBS: tuple[Job, ...] = (
     Job("d", "full tuning", "training.full_tuning", dict(config=FULL, side_px=504, micro_batches=(2, 4, 8, 1)), SMALL, ENGINE, least_s=60, most_s=260),
-    Job("a", "gpu tests", "gpu_tests.run", {}, {}, (*ENGINE, "pytest"), most_s=240),
+    Job("a", "gpu tests", "gpu_tests.run", {}, {}, (*ENGINE, "pytest"), most_s=150),
     Job("b", "ceilings", "ceilings.run", {}, {}, most_s=60),
     Job("c", "kernels", "kernels.run", {}, {}, ("mmcv", "mmseg"), most_s=120),
     Job("c", "DCNv3", "dcnv3.py", ["--size", "h", "--side", "896", "--images", "2", "--rounds", "3"], ["--side", "32", "--rounds", "1"], ("mmcv",), most_s=60),

@@ -20,7 +20,7 @@ from gpu_visit.results import ROOT, Line, Results, read
 
 UNFINISHED = 75
 MARK = "ON_ONE_GPU_JOB"
-"""In the environment of a job's processes, with a value of its own: torchrun starts its processes in sessions of their own, which no signal to a group reaches."""
+"""In the environment of a job's processes, with a value of its own: torchrun starts its own in sessions that no signal to a group reaches."""
 
 
 class Stopped(Exception):

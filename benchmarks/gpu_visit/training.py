@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import torch
 from timing import finish, peak_bytes, reset_peak, train_step
-from workload import ROOT, Workload, loader
+from workload import ROOT, Workload, loader, on_device, size_of
 
 from gpu_visit.profile import profile_of
 from gpu_visit.results import identity
@@ -37,6 +37,7 @@ from internseg_ds.models.recomputation import Recomputation
 from internseg_ds.planning.devices import DEVICES
 from internseg_ds.planning.footprint import FRAGMENTATION
 from internseg_ds.planning.step_time import Assumptions, Cluster
+from internseg_ds.planning.training_pass import TrainingPass
 
 DS_CONFIGS = ("zero1_bf16", "zero3_bf16_offload_optimizer", "zero3_bf16_offload_all")
 """In the order of preference on one GPU: the first that fits by the plan is taken."""
@@ -76,8 +77,6 @@ def beside_bare_deepspeed(visit: Visit) -> None:
 
 
 def _workload_of_6b() -> Workload:
-    from workload import size_of
-
     return Workload(**size_of("6b", "SyncBN"))
 
 
@@ -167,7 +166,7 @@ def _engine(workload: Workload, path: Path, folder: Path) -> Iterator[SegmentorE
 def batches(workload: Workload, micro_batch: int, device: torch.device) -> Batch:
     """One micro-batch, on the device."""
     made = next(iter(loader(replace(workload, micro_batch=micro_batch), 0, 1)))
-    return Batch({name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in made.items()}, position=0)
+    return Batch(on_device(made, device), position=0)
 
 
 def _step(engine: SegmentorEngine, workload: Workload, setting: Setting, plans: "Plans", warmup: int, steps: int) -> Mapping[str, Any]:
@@ -185,8 +184,7 @@ def _step(engine: SegmentorEngine, workload: Workload, setting: Setting, plans: 
     value = loss.item()  # waits for the device
     each = [_between(*pair) for pair in pairwise(stamps)]
     seconds = sum(each) / steps
-    passed = plans.of(setting.micro_batch).under(setting.recomputation).passed
-    flops = passed.model_flops * setting.micro_batch
+    flops = plans.planner(setting).passed.model_flops * setting.micro_batch
     set_fp32_matmul("tf32", device)
     return {"step_s": round(seconds, 5), "fastest_s": round(min(each), 5), "slowest_s": round(max(each), 5),
             "images_per_s": round(setting.micro_batch / seconds, 4),
@@ -222,6 +220,8 @@ class Plans:
         gpu = visit.device.type == "cuda"
         self.device_bytes = torch.cuda.get_device_properties(0).total_memory if gpu else psutil.virtual_memory().total
         self._planners: dict[tuple[int, str], Planner] = {}
+        self._passed: dict[Recomputation, TrainingPass] = {}
+        self._refused: dict[int, str] = {}
         self.ds: DsConfig = self.of(1).resolve(ds_config, 1)[0]
 
     def of(self, micro_batch: int, fp32_matmul: str = "tf32") -> Planner:
@@ -232,17 +232,28 @@ class Plans:
 
     def refused(self, micro_batch: int) -> str:
         """Why so few images cannot be trained on: the sentence of a run that tries; empty where they can."""
-        image = torch.empty(3, self.workload.image_px, self.workload.image_px, device="meta")
-        try:
-            check_forward(build_on_meta(self.of(micro_batch).experiment.model), {"img": image}, micro_batch, 1)
-        except ConfigError as error:
-            return str(error)
-        return ""
+        if micro_batch not in self._refused:
+            image = torch.empty(3, self.workload.image_px, self.workload.image_px, device="meta")
+            try:
+                check_forward(build_on_meta(self.of(micro_batch).experiment.model), {"img": image}, micro_batch, 1)
+            except ConfigError as error:
+                self._refused[micro_batch] = str(error)
+            else:
+                self._refused[micro_batch] = ""
+        return self._refused[micro_batch]
+
+    def planner(self, setting: Setting) -> Planner:
+        """Of a setting. What an image costs depends on the policy alone, and is counted once for it."""
+        planner = self.of(setting.micro_batch, setting.fp32_matmul).under(setting.recomputation)
+        if setting.recomputation in self._passed:
+            planner.passed = self._passed[setting.recomputation]
+        self._passed[setting.recomputation] = planner.passed
+        return planner
 
     def figures(self, setting: Setting) -> dict[str, Any]:
         """Seconds and GiB by the plan; at_peak: what the parts of a step take at the rates of the data sheet, from which the assumed shares can be fitted."""
         try:
-            planner = self.of(setting.micro_batch, setting.fp32_matmul).under(setting.recomputation)
+            planner = self.planner(setting)
             found = planner.footprint(self.ds, self.device_bytes, compute=torch.bfloat16, validate=False, exact=False)
             cluster = Cluster(self.card or UNKNOWN, 1, 1, 50.0)
             time_, floor = (planner.row(self.ds_config, cluster, assumed).time for assumed in (Assumptions(), AT_PEAK))

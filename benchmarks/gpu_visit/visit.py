@@ -53,7 +53,7 @@ class Visit:
     def measure(self, name: str, settings: Mapping[str, Any], run: Callable[[], Mapping[str, Any]], *, planned: Mapping[str, Any] | None = None) -> Line | None:
         """Writes what `run` found under a name and settings; None where it was had before. An error becomes a line as well, and the job goes on.
 
-        Raises OutOfTime when the deadline is over.
+        Raises OutOfTime when the deadline is over, Spoilt when the GPU does not answer any more.
         """
         if self.is_had(name, settings):
             return None
@@ -70,8 +70,12 @@ class Visit:
             status, found["why"] = "failed", f"{type(error).__name__}: {_first_line(error)}"
         else:
             status, found["figures"] = "measured", figures
-        free(self.device)
-        return self.add(status, **found, took_s=round(time.monotonic() - began, 3))
+        line = self.add(status, **found, took_s=round(time.monotonic() - began, 3))
+        try:
+            free(self.device)
+        except RuntimeError as error:  # an illegal address, say: nothing works in this process any more
+            raise Spoilt(f"{name}: {_first_line(error)}") from error
+        return line
 
     def skip(self, name: str, settings: Mapping[str, Any], why: str, *, planned: Mapping[str, Any] | None = None) -> None:
         if not self.is_had(name, settings):
@@ -86,10 +90,11 @@ def free(device: torch.device) -> None:
     """Gives back what the last setting has left."""
     gc.collect()
     if device.type == "cuda":
+        torch.cuda.synchronize()
         torch.cuda.empty_cache()
 
 
 def data_sheet(card: str) -> Device | None:
     """The planner's entry of a card, by the name that its driver gives it; None for one that it does not know."""
-    names = [name for name in DEVICES if name.split("-")[0].lower() in card.lower().replace(" ", "")]
+    names = [name for name in DEVICES if all(word.lower() in card.lower().replace(" ", "") for word in name.split("-"))]
     return DEVICES[max(names, key=len)] if names else None
