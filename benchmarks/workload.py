@@ -59,6 +59,8 @@ class Workload:
         """The config with a constant learning rate, no dropout or drop-path (so that losses can be compared), and images in memory."""
         cfg = Config.fromfile(str(ROOT / self.config))
         cfg.merge_from_dict({"model.backbone.drop_path_rate": 0.0, "model.backbone.pretrained": None, "log_config.hooks": [], "load_from": None})
+        if "init_cfg" in cfg.model.backbone:
+            cfg.model.backbone.init_cfg = None  # weights of InternImage
         for head in filter(None, (cfg.model.get(name) for name in ("decode_head", "auxiliary_head"))):
             head.num_classes = self.classes
             if "dropout_ratio" in head:

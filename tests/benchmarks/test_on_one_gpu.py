@@ -266,6 +266,34 @@ def test_the_other_parts_come_to_their_end(part, tmp_path):
     assert not {line["status"] for line in lines} & {"crashed", "failed", "timed out", "with failures"}
 
 
+def training_jobs() -> list[str]:
+    return ["full tuning", "full tuning, heads in bf16", "head tuning", "linear probe", "InternImage-H UPerNet", "InternImage-H Mask2Former"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", training_jobs())
+def test_what_is_trained_at_full_size_passes_the_checks_of_a_run_and_has_a_plan(name, tmp_path):
+    """On the meta device: what is refused here would have cost a visit."""
+    from gpu_visit import training
+    from gpu_visit.jobs import BY_NAME, JOBS
+    from gpu_visit.visit import Visit
+
+    from internseg_ds.distributed.process_group import world_from_environment
+    from internseg_ds.engine.experiment import read_experiment
+    from internseg_ds.engine.preflight import check
+
+    assert {job.name for job in JOBS if "config" in dict(job.given if not job.is_script else {})} == set(training_jobs())
+    given, ds_config = BY_NAME[name].given, ROOT / "ds_configs/zero1_bf16.json"
+    workload = training._workload(given["config"], given["side_px"], given.get("heads_dtype", "float32"), cells=given.get("cells", 8))
+    first = replace(workload, micro_batch=given["micro_batches"][0])
+    check(read_experiment(first.experiment), ds_config, world_from_environment(), validate=False)
+    plans = training.Plans(workload, ds_config, Visit(results_in(tmp_path), "d", name, True, time.monotonic()))
+    if BY_NAME[name].part == "f":
+        assert not any(plans.refused(count) for count in given["micro_batches"])
+    figures = plans.figures(training.Setting(given["micro_batches"][0], "blocks"))
+    assert figures["at_peak"]["compute_s"] > 0 and 10 < figures["tensors_gib"] < 140
+
+
 @pytest.mark.parametrize(("args", "said"), [(["--out", "x", "--parts", "d,z"], "--parts z: the parts are a, b"), ([], "--out DIR says where results go"),
                                             (["--out", "x", "--minutes", "0"], "--minutes 0 must be above 0")])
 def test_wrong_words_are_refused(args, said):
