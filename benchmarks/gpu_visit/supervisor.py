@@ -78,7 +78,7 @@ class Supervisor:
         with self.log.open("ab") as log:
             log.write(f"\n===== {job.name}, {limit_s:.0f} s =====\n".encode())
             log.flush()
-            process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+            process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)
             try:
                 while process.poll() is None and time.monotonic() - began < limit_s:
                     time.sleep(0.1)
@@ -88,6 +88,8 @@ class Supervisor:
                 raise
             finally:
                 code = process.poll()
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # where /proc tells no environment, this is what there is
                 kill_marked(mark)
                 process.wait()
         self._tell()
