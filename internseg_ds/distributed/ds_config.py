@@ -31,8 +31,8 @@ TOP_LEVEL_KEYS = frozenset([
     "disable_allgather", "managed_gradient_accumulation", "dataloader_drop_last", "datastates_ckpt"])
 AUTOCAST_KEYS = frozenset(("enabled", "dtype", "lower_precision_safe_modules"))
 SUB_GROUP = 250_000_000
-"""Elements of a process that ZeRO-3 updates at a time where a ds_config does not say: their fp32 gradients take 1 GB meanwhile. DeepSpeed's own is four times
-as much, and made for several parameter groups."""
+"""Elements of a process that are updated at a time where a ds_config does not say (ZeRO-3's `sub_group_size`, or a parameter group of ZeRO-1 and 2): their
+fp32 gradients take 1 GB meanwhile. DeepSpeed's own `sub_group_size` is four times as much, and made for several parameter groups."""
 LEAST_BUCKET = 2**20
 """Elements of the smallest "auto" bucket: below it a collective's start costs more than its bytes."""
 DATA_TYPES_KEYS = frozenset(("grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"))

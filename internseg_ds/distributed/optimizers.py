@@ -1,6 +1,7 @@
 """The optimizer that the config names, over parameter groups: torch's own, or DeepSpeed's CPU Adam where its state is offloaded."""
 
 import inspect
+import math
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from mmcv.runner.optimizer import OPTIMIZERS
 
-from internseg_ds.distributed.ds_config import DsConfig
+from internseg_ds.distributed.ds_config import SUB_GROUP, DsConfig
 from internseg_ds.distributed.extensions import build_extension
 from internseg_ds.distributed.ranged_adam import RangedAdam
 from internseg_ds.errors import ConfigError
@@ -39,11 +40,16 @@ def _settings(section: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_ranged(section: Mapping[str, Any], ds: DsConfig) -> bool:
-    """Whether DeepSpeed gets one group for all settings (`ranged_adam`): with torch's Adam and AdamW, on the device. An update on the host is bound by the
+    """Whether DeepSpeed gets a group for many settings (`ranged_adam`): with torch's Adam and AdamW, on the device. An update on the host is bound by the
     host's memory, not by the number of its calls."""
     kinds = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}
     kind = section.get("type", "AdamW")
     return not ds.cpu_adam and not section.get("amsgrad") and kind in kinds and OPTIMIZERS.get(kind) is kinds[kind]
+
+
+def group_limit(ds: DsConfig) -> float:
+    """Elements of one parameter group of several settings. ZeRO-1 and 2 make the fp32 gradients of a group at once; ZeRO-3 divides groups itself."""
+    return math.inf if ds.stage == 3 else SUB_GROUP * ds.world_size
 
 
 def build_optimizer(groups: list[dict[str, Any]], section: Mapping[str, Any], ds: DsConfig) -> torch.optim.Optimizer:
@@ -61,7 +67,7 @@ def build_optimizer(groups: list[dict[str, Any]], section: Mapping[str, Any], ds
     if kind in ("Adam", "AdamW") and not settings.get("foreach"):
         settings.setdefault("fused", True)
     if is_ranged(section, ds):
-        return RangedAdam(groups, OPTIMIZERS.get(kind), **settings)
+        return RangedAdam(groups, OPTIMIZERS.get(kind), group_limit(ds), **settings)
     optimizer = OPTIMIZERS.get(kind)(groups, **settings)
     optimizer.step = types.MethodType(_step_of_groups_with_parameters, optimizer)  # of this one: DeepSpeed knows its optimizers by their exact class
     return optimizer

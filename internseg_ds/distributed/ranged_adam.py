@@ -1,8 +1,8 @@
-"""Adam and AdamW over flat tensors along which learning rate and weight decay change, so that DeepSpeed needs one parameter group for all of them.
+"""Adam and AdamW over flat tensors along which learning rate and weight decay change, so that DeepSpeed needs few parameter groups for many settings.
 
 DeepSpeed updates one group after the other. The some 100 of a layer-wise learning rate would cost 100 all-reduces of norms a step, and more Python than
-Adam's own work takes. Here DeepSpeed sees one group; torch's own optimizer updates views of its flat tensors, a fused call for each setting, and gives
-the same result to the last bit.
+Adam's own work takes. Here DeepSpeed sees one group, or a few where a group's fp32 gradients, which ZeRO-1 and 2 make all at once, would be too large;
+torch's own optimizer updates views of its flat tensors, a fused call for each setting, and gives the same result to the last bit.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
+from internseg_ds.distributed.parameter_groups import full_shape
 from internseg_ds.distributed.partitions import partitions, place_of
 
 Range = tuple[int, int, int]
@@ -19,17 +20,33 @@ Range = tuple[int, int, int]
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+def bundles(sizes: Sequence[int], limit: float) -> list[list[int]]:
+    """Numbers of settings that share a group of DeepSpeed's, in their order: of as many as stay within `limit` elements together, or of one that is larger."""
+    found: list[list[int]] = []
+    held = 0
+    for number, size in enumerate(sizes):
+        if not found or held + size > limit:
+            found.append([])
+            held = 0
+        found[-1].append(number)
+        held += size
+    return found
+
+
 class RangedAdam(Optimizer):
-    """What DeepSpeed is given: one group with the parameters of all settings, in their order.
+    """What DeepSpeed is given: groups with the parameters of several settings each, in their order.
 
     `settings` is torch's optimizer with a group for each setting, whose learning rates the schedule moves. Its groups hold parameters during `step` only.
     State lies under the flat tensors, as torch's Adam would keep it: step, exp_avg, exp_avg_sq.
     """
 
-    def __init__(self, groups: Sequence[Mapping[str, Any]], kind: type[Adam], **arguments: Any) -> None:
-        """groups: of parameters, each with its lr and weight_decay. kind: torch.optim.Adam or AdamW, made with `arguments`."""
+    def __init__(self, groups: Sequence[Mapping[str, Any]], kind: type[Adam], limit: float, **arguments: Any) -> None:
+        """groups: of parameters, one for each setting, with its lr and weight_decay. kind: torch.optim.Adam or AdamW, made with `arguments`. limit: elements
+        that a group of DeepSpeed's may have, where it holds several settings."""
         self.settings = kind([{**group, "params": [nn.Parameter(torch.empty(0))]} for group in groups], **arguments)
-        super().__init__([{"params": [param for group in groups for param in group["params"]]}], dict(self.settings.defaults))
+        sizes = [sum(full_shape(param).numel() for param in group["params"]) for group in groups]
+        super().__init__([{"params": [param for number in numbers for param in groups[number]["params"]]} for numbers in bundles(sizes, limit)],
+                         dict(self.settings.defaults))
         for group in self.settings.param_groups:
             group["params"] = []
         self._ranges: dict[Tensor, list[Range]] = {}
@@ -41,12 +58,13 @@ class RangedAdam(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:
-        """Updates the flat tensors that the group holds now and that have a gradient. Takes no closure, as DeepSpeed gives none."""
-        group = self.param_groups[0]
-        group["lr"] = max(setting["lr"] for setting in self.settings.param_groups)  # what DeepSpeed's own monitors show
-        for flat in group["params"]:
-            if flat.grad is not None and self._ranges[flat]:
-                self._update(flat)
+        """Updates the flat tensors that the groups hold now and that have a gradient. Takes no closure, as DeepSpeed gives none."""
+        highest = max(setting["lr"] for setting in self.settings.param_groups)
+        for group in self.param_groups:
+            group["lr"] = highest  # what DeepSpeed's own monitors show
+            for flat in group["params"]:
+                if flat.grad is not None and self._ranges[flat]:
+                    self._update(flat)
 
     def _update(self, flat: Tensor) -> None:
         groups = self.settings.param_groups

@@ -16,9 +16,10 @@ from torch import nn
 from internseg_ds.distributed.construction import build_on_meta, choose_recomputation
 from internseg_ds.distributed.ds_config import DsConfig, Precision, resolve_ds_config
 from internseg_ds.distributed.gathering import ROOM
-from internseg_ds.distributed.optimizers import is_ranged
+from internseg_ds.distributed.optimizers import group_limit, is_ranged
 from internseg_ds.distributed.parameter_groups import parameter_groups
 from internseg_ds.distributed.precision import apply_precision, heads_dtype
+from internseg_ds.distributed.ranged_adam import bundles
 from internseg_ds.engine.experiment import Experiment, leaf_datasets
 from internseg_ds.engine.options import EngineOptions
 from internseg_ds.engine.segmenting import BATCH_SIZE, CHUNK_BYTES
@@ -84,7 +85,9 @@ class Planner:
 
     def group_sizes(self, ds: DsConfig) -> list[int]:
         """Elements of each parameter group that DeepSpeed gets."""
-        return [sum(self.setting_sizes)] if is_ranged(self.experiment.optimizer, ds) else self.setting_sizes
+        if not is_ranged(self.experiment.optimizer, ds):
+            return self.setting_sizes
+        return [sum(self.setting_sizes[number] for number in numbers) for numbers in bundles(self.setting_sizes, group_limit(ds))]
 
     @cached_property
     def passed(self) -> TrainingPass:

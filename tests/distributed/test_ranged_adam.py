@@ -1,5 +1,6 @@
 """One parameter group for all settings against one for each: the same weights and moments to the last bit."""
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -10,7 +11,7 @@ from internseg_ds.distributed import optimizers
 from internseg_ds.distributed.ds_config import resolve_ds_config
 from internseg_ds.distributed.parameter_groups import full_shape
 from internseg_ds.distributed.partitions import partitions, place_of
-from internseg_ds.distributed.ranged_adam import RangedAdam
+from internseg_ds.distributed.ranged_adam import RangedAdam, bundles
 from tests.distributed.ranks import spawn
 from tests.engine.small import small_experiment
 
@@ -47,6 +48,11 @@ def test_ranges_of_a_flat_tensor_are_updated_as_tensors_of_their_own_in_plain_to
     assert all(not group["params"] for group in ours.settings.param_groups)
 
 
+def test_settings_are_bundled_in_order_up_to_a_limit():
+    assert bundles([5, 5, 5, 20, 1, 1], 10) == [[0, 1], [2], [3], [4, 5]]
+    assert bundles([5, 5], math.inf) == [[0, 1]] and bundles([], 10) == []
+
+
 def whole_state(engine) -> dict[str, torch.Tensor]:
     """Of every trained parameter, by name: master, exp_avg and exp_avg_sq below each other. (DeepSpeed 0.19.8's own helper knows the moments of the first
     group alone under ZeRO-1 and 2.)"""
@@ -62,12 +68,12 @@ def whole_state(engine) -> dict[str, torch.Tensor]:
     return found
 
 
-def trained(root, work_dir, raw, *, ranged: bool, **steps):
+def trained(root, work_dir, raw, *, ranged: bool, limit: float = math.inf, **steps):
     """Of every trained parameter, by name: (master, exp_avg, exp_avg_sq), after a training of STEPS steps; and the learning rates at its end."""
     from internseg_ds import SegmentorEngine
 
-    was = optimizers.is_ranged
-    optimizers.is_ranged = was if ranged else lambda *_: False
+    was = optimizers.is_ranged, optimizers.group_limit
+    optimizers.is_ranged, optimizers.group_limit = was[0] if ranged else lambda *_: False, lambda _: limit
     experiment = small_experiment(root, f"runner.max_iters={STEPS}", "model.backbone.freeze_vit=False", "engine.ema=0.9",
                                   *(f"{key}={value}" for key, value in steps.items()))
     try:
@@ -76,17 +82,20 @@ def trained(root, work_dir, raw, *, ranged: bool, **steps):
                 engine.save = lambda: None
             engine.train()
             inner = engine.deepspeed.optimizer.optimizer
-            assert isinstance(inner, RangedAdam) == ranged and (len(inner.param_groups) == 1) == ranged
+            assert isinstance(inner, RangedAdam) == ranged
+            groups = 5 if ranged and limit < math.inf else 1 if ranged else len(engine.deepspeed.lr_scheduler.base_lrs)
+            assert len(inner.param_groups) >= groups and (len(inner.param_groups) == 1) == (groups == 1)
             return whole_state(engine.deepspeed), engine.deepspeed.lr_scheduler.base_lrs
     finally:
-        optimizers.is_ranged = was
+        optimizers.is_ranged, optimizers.group_limit = was
 
 
 def both_ways(root, work_dir, raws) -> None:
     for number, raw in enumerate(raws):
         # a CPU's fused kernel rounds the last few elements of a tensor otherwise than the rest, and ZeRO-1 and 2 cut their tensors elsewhere
         kernel = {"optimizer.foreach": True} if raw["zero_optimization"]["stage"] < 3 else {}
-        (one, rates), (many, expected) = (trained(root, work_dir / f"{number}{ranged}", raw, ranged=ranged, **kernel) for ranged in (True, False))
+        limit = 20_000 if raw["zero_optimization"]["stage"] == 2 else math.inf
+        (one, rates), (many, expected) = (trained(root, work_dir / f"{number}{ranged}", raw, ranged=ranged, limit=limit, **kernel) for ranged in (True, False))
         assert rates == expected and len(set(rates)) > 3
         assert one.keys() == many.keys()
         for name, wanted in many.items():
