@@ -16,6 +16,8 @@ from internseg_ds.models.triton_bilinear import corner, corner_before, rows_of_p
 
 ELEMENTS = {"forward": 1024, "backward": 512}
 """Rows x channels of one program of 4 warps."""
+SIZES = ["rows", "height", "width", "out_height", "out_width"]
+"""Numbers for which no kernel is compiled anew: Triton would where one is 1 or 16 divides it, and images have many sizes."""
 
 
 @triton.jit
@@ -38,7 +40,7 @@ def _locate(offset, at, exists, center_y, center_x, k, scale, height, width, KER
     return corner_before(y, x, exists, height, width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def forward_kernel(x, offset, mask, out, rows, height, width, out_height, out_width, first_y, first_x, stride_y, stride_x, scale,
                    GROUP: tl.constexpr, CHANNELS: tl.constexpr, K: tl.constexpr, KERNEL_H: tl.constexpr, REACH_Y: tl.constexpr, REACH_X: tl.constexpr,
                    DILATION_Y: tl.constexpr, DILATION_X: tl.constexpr, CENTER: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
@@ -65,7 +67,7 @@ def forward_kernel(x, offset, mask, out, rows, height, width, out_height, out_wi
     tl.store(out + row[:, None] * CHANNELS + channel, total.to(out.dtype.element_ty), mask=exists[:, None] & real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def backward_kernel(grad, x, offset, mask, grad_x, grad_offset, grad_mask, rows, height, width, out_height, out_width, first_y, first_x, stride_y, stride_x,
                     scale, GROUP: tl.constexpr, CHANNELS: tl.constexpr, K: tl.constexpr, KERNEL_H: tl.constexpr, REACH_Y: tl.constexpr, REACH_X: tl.constexpr,
                     DILATION_Y: tl.constexpr, DILATION_X: tl.constexpr, CENTER: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):

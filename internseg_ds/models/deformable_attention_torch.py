@@ -23,7 +23,7 @@ def forward(value: Tensor, locations: Tensor, weights: Tensor, shapes: Sequence[
         total: Tensor | float = 0.0
         for level, pixels in enumerate(maps):
             total = total + (_sampled(pixels, grids[:, :, level]) * shares[:, :, :, level]).sum(-1)  # (b heads, c, n, points) -> (b heads, c, n)
-        out[:, part] = total.view(batch, heads * channels, -1).transpose(1, 2)
+        out[:, part] = total.view(batch, heads * channels, shares.size(2)).transpose(1, 2)
     return out
 
 
@@ -35,7 +35,7 @@ def backward(grad: Tensor, value: Tensor, locations: Tensor, weights: Tensor, sh
     of_locations, of_weights = (torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (locations, weights))
     for part in _chunks(value, weights):
         grids, shares = _grids(locations[:, part], maps[0].dtype), _shares(weights[:, part], maps[0].dtype)
-        of_total = grad[:, part].to(maps[0].dtype).transpose(1, 2).reshape(batch * heads, channels, -1, 1)
+        of_total = grad[:, part].to(maps[0].dtype).transpose(1, 2).reshape(batch * heads, channels, shares.size(2), 1)
         for level, pixels in enumerate(maps):
             of_shares = (_sampled(pixels, grids[:, :, level]) * of_total).sum(1)  # (b heads, n, points)
             of_weights[:, part, :, level] = of_shares.unflatten(0, (batch, heads)).transpose(1, 2)

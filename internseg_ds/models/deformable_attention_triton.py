@@ -16,8 +16,9 @@ from internseg_ds.models.triton_bilinear import corner, corner_before, rows_of_p
 
 ELEMENTS = {"forward": 1024, "backward": 512}
 """Rows x channels of one program of 4 warps."""
-SIZES = ["heights", "widths"]
-"""Kernels are not compiled anew for sizes of images: a number that 16 divides is like any other."""
+SIZES = ["rows", "queries", "tokens"]
+"""Numbers that depend on images' sizes, for which no kernel is compiled anew: Triton would where one is 1 or 16 divides it. It does not look into tuples for
+this, so that those of heights and widths come as 2 h + 1, which neither is."""
 
 
 @triton.jit
@@ -29,16 +30,16 @@ def _locate(locations, at, exists, height, width):
 
 
 @triton.jit(do_not_specialize=SIZES)
-def forward_kernel(value, locations, weights, out, rows, queries, tokens, heights, widths, HEADS: tl.constexpr, CHANNELS: tl.constexpr,
+def forward_kernel(value, locations, weights, out, rows, queries, tokens, odd_heights, odd_widths, HEADS: tl.constexpr, CHANNELS: tl.constexpr,
                    LEVELS: tl.constexpr, POINTS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """CHANNELS: of a head. heights, widths: tuples of LEVELS numbers. Pointers to contiguous tensors as the operator takes them."""
+    """CHANNELS: of a head. odd_heights, odd_widths: tuples of LEVELS numbers, 2 h + 1 each. Pointers to contiguous tensors as the operator takes them."""
     row, exists = rows_of_program(rows, BLOCK_R)
     channel = tl.arange(0, BLOCK_C)[None, :]
     real = channel < CHANNELS
     columns = ((row // HEADS // queries * tokens * HEADS + row % HEADS) * CHANNELS)[:, None] + channel
     total = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
     for level in tl.static_range(LEVELS):
-        height, width = heights[level], widths[level]
+        height, width = odd_heights[level] // 2, odd_widths[level] // 2
         for point in range(POINTS):
             at = (row * LEVELS + level) * POINTS + point
             top, left, down, right, near = _locate(locations, at, exists, height, width)
@@ -56,7 +57,7 @@ def forward_kernel(value, locations, weights, out, rows, queries, tokens, height
 
 
 @triton.jit(do_not_specialize=SIZES)
-def backward_kernel(grad, value, locations, weights, grad_value, grad_locations, grad_weights, rows, queries, tokens, heights, widths,
+def backward_kernel(grad, value, locations, weights, grad_value, grad_locations, grad_weights, rows, queries, tokens, odd_heights, odd_widths,
                     HEADS: tl.constexpr, CHANNELS: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr, BLOCK_R: tl.constexpr,
                     BLOCK_C: tl.constexpr):
     """As `forward_kernel`; grad_value is fp32 and zero before."""
@@ -66,7 +67,7 @@ def backward_kernel(grad, value, locations, weights, grad_value, grad_locations,
     columns = ((row // HEADS // queries * tokens * HEADS + row % HEADS) * CHANNELS)[:, None] + channel
     g = tl.load(grad + row[:, None] * CHANNELS + channel, mask=exists[:, None] & real, other=0.0).to(tl.float32)
     for level in tl.static_range(LEVELS):
-        height, width = heights[level], widths[level]
+        height, width = odd_heights[level] // 2, odd_widths[level] // 2
         for point in range(POINTS):
             at = (row * LEVELS + level) * POINTS + point
             top, left, down, right, near = _locate(locations, at, exists, height, width)
@@ -110,12 +111,13 @@ def backward(grad: Tensor, value: Tensor, locations: Tensor, weights: Tensor, sh
 def _launch(kernel: triton.JITFunction, tensors: tuple[Tensor, ...], value: Tensor, weights: Tensor, shapes: Sequence[tuple[int, int]],
             elements: int) -> None:
     batch, queries, heads, levels, points = weights.shape
-    rows, (heights, widths) = batch * queries * heads, zip(*shapes)
+    rows = batch * queries * heads
     if rows == 0 or value.size(3) == 0:
         return
+    odd_heights, odd_widths = (tuple(2 * side + 1 for side in sides) for sides in zip(*shapes))
     known = constants(heads, value.size(3), levels, points, elements)
     with torch.cuda.device_of(value):
-        kernel[(triton.cdiv(rows, known["BLOCK_R"]),)](*tensors, rows, queries, value.size(1), tuple(heights), tuple(widths), **known, num_warps=4)
+        kernel[(triton.cdiv(rows, known["BLOCK_R"]),)](*tensors, rows, queries, value.size(1), odd_heights, odd_widths, **known, num_warps=4)
 
 
 def constants(heads: int, channels: int, levels: int, points: int, elements: int) -> dict[str, int]:

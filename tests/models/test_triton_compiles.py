@@ -20,7 +20,7 @@ SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 """The most that a block may have (CUDA programming guide, technical specifications per compute capability)."""
 FEATURES = ("x", "value", "out", "grad")
 NUMBERS = {"scale": "fp32"}
-LEVELS = ("heights", "widths")
+LEVELS = ("odd_heights", "odd_widths")
 
 
 def compiled(kernel, known: dict[str, int], capability: int, features: str, wide: bool = False):
@@ -85,7 +85,8 @@ def test_kernels_compile_in_fp32_for_odd_channels_and_for_more_rows_than_int32_h
 @pytest.mark.slow
 @pytest.mark.parametrize("features", ["bf16", "fp32"])
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize(("first_groups", "channels"), [(4, 16), (5, 16), (7, 16), (10, 16), (12, 16), (10, 32), (16, 32)], ids=["T", "S", "B", "L", "XL", "H", "G"])
+@pytest.mark.parametrize(("first_groups", "channels"), [(4, 16), (5, 16), (7, 16), (10, 16), (12, 16), (10, 32), (16, 32)],
+                         ids=["T", "S", "B", "L", "XL", "H", "G"])
 def test_kernels_of_every_stage_compile(first_groups: int, channels: int, capability: int, features: str, tmp_path: Path):
     for stage in range(4):
         for kernel, known in dcnv3(first_groups << stage, channels):
@@ -99,3 +100,20 @@ def test_kernels_of_every_stage_compile(first_groups: int, channels: int, capabi
 def test_kernels_of_every_pixel_decoder_compile(heads: int, channels: int, levels: int, capability: int, features: str, tmp_path: Path):
     for kernel, known in attention(heads, channels, levels):
         check(kernel, known, capability, features, tmp_path)
+
+
+@pytest.mark.parametrize("made", [dcnv3, attention])
+def test_other_sizes_of_images_compile_nothing_anew(made):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    for kernel, known in made(32, 32):
+        binder = create_function_from_signature(kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32)))
+        numbers = dict.fromkeys(kernel.arg_names, 7) | {"scale": 1.0} | known
+        keys = set()
+        for sides in ((1, 2, 3), (28, 56, 112), (32, 64, 128)):
+            given = dict.fromkeys(("rows", "queries", "tokens", "height", "width", "out_height", "out_width"), sides[0])
+            given |= dict.fromkeys(LEVELS, tuple(2 * side + 1 for side in sides))
+            keys.add(str(binder(**numbers | {name: value for name, value in given.items() if name in numbers})[1]))
+        assert len(keys) == 1
