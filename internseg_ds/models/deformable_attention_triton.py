@@ -14,8 +14,9 @@ from torch import Tensor
 
 from internseg_ds.models.triton_bilinear import corner, corner_before, rows_of_program
 
-ELEMENTS = {"forward": 1024, "backward": 512}
-"""Rows x channels of one program of 4 warps."""
+ELEMENTS = {"forward": 512, "backward": 256}
+"""Rows x channels of one program of 4 warps: with twice as many, programs take 150 registers a thread instead of some 70 (sm_90), so that half as many warps
+hide the waiting for memory, and fp32 over four maps spills. Not timed on a GPU."""
 SIZES = ["rows", "queries", "tokens"]
 """Numbers that depend on images' sizes, for which no kernel is compiled anew: Triton would where one is 1 or 16 divides it. It does not look into tuples for
 this, so that those of heights and widths come as 2 h + 1, which neither is."""
