@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timing import train_step
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -82,12 +83,6 @@ def images(args: Any, engine: SegmentorEngine) -> Batch:
     return Batch({"img": torch.randn(args.images, 3, size, size, generator=generator).to(engine.world.device),
                   "gt_semantic_seg": torch.randint(0, 150, (args.images, 1, size, size), generator=generator).to(engine.world.device),
                   "img_metas": [meta] * args.images}, position=0)
-
-
-def train_step(engine: SegmentorEngine, batch: Batch) -> None:
-    loss = engine.forward(batch)["loss"]
-    engine.deepspeed.backward(loss)
-    engine.deepspeed.step()
 
 
 def finish(engine: SegmentorEngine) -> None:

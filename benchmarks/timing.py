@@ -1,5 +1,6 @@
 """What the benchmarks measure with: seconds per step, peak memory of the timed steps, and the rate at which this machine multiplies matrices."""
 
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:  # the published contenders register a backbone of the same name as ours
     from internseg_ds import SegmentorEngine
+    from internseg_ds.data.loading import Batch
 
 
 @dataclass
@@ -46,6 +48,14 @@ def train_on(engine: "SegmentorEngine", steps: int, log_every: int) -> None:
     schedule = replace(experiment.schedule, max_steps=engine.state.step + steps)
     engine.plan = replace(engine.plan, experiment=replace(experiment, schedule=schedule, save_every=0, log_every=log_every))
     engine.train()
+
+
+def train_step(engine: "SegmentorEngine", batch: "Batch") -> Tensor:
+    """One optimizer step of one micro-batch, without the loop around it; returns the loss. Collective."""
+    loss = engine.forward(batch)["loss"]
+    engine.deepspeed.backward(loss)
+    engine.deepspeed.step()
+    return loss
 
 
 def mean_over_ranks(loss: Tensor) -> float:
@@ -86,6 +96,33 @@ def matmul_flops(dtype: torch.dtype, device: torch.device, seconds: float = 0.5)
         finish(device)
         best = min(best, time.perf_counter() - start)
     return 2 * side**3 / best
+
+
+def seconds_per_call(run: Callable[[], object], device: torch.device, *, seconds: float = 0.3, rounds: int = 5) -> tuple[float, float]:
+    """(fastest, median) of some rounds of calls, which take so many seconds together; on a GPU by its own clock, with no wait between the calls of a round."""
+    for _ in range(3):
+        run()
+    finish(device)
+    began = time.perf_counter()
+    run()
+    finish(device)
+    calls = max(1, int(seconds / rounds / max(time.perf_counter() - began, 1e-7)))
+    taken = []
+    for _ in range(rounds):
+        if device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(calls):
+                run()
+            end.record()
+            end.synchronize()
+            taken.append(start.elapsed_time(end) / 1e3 / calls)
+        else:
+            start_s = time.perf_counter()
+            for _ in range(calls):
+                run()
+            taken.append((time.perf_counter() - start_s) / calls)
+    return min(taken), statistics.median(taken)
 
 
 def finish(device: torch.device) -> None:

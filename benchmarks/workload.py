@@ -41,6 +41,8 @@ class Workload:
     classes: int = 150
     micro_batch: int = 4
     groups: int | None = None
+    cells: int = 8
+    """An image's labels are rectangles, so many on a side; where heads look at each class of an image, 4 make as many classes as ADE20K's images have."""
     steps: int = 15
     warmup: int = 3
     weights: str | None = None
@@ -56,17 +58,23 @@ class Workload:
     def experiment(self) -> Config:
         """The config with a constant learning rate, no dropout or drop-path (so that losses can be compared), and images in memory."""
         cfg = Config.fromfile(str(ROOT / self.config))
-        cfg.merge_from_dict({
-            "model.backbone.drop_path_rate": 0.0, "model.backbone.pretrained": None,
-            "model.decode_head.dropout_ratio": 0.0, "model.auxiliary_head.dropout_ratio": 0.0,
-            "model.decode_head.num_classes": self.classes, "model.auxiliary_head.num_classes": self.classes,
-            "model.test_cfg": {"mode": "whole"},
-            "log_config.hooks": [],
-        })
+        cfg.merge_from_dict({"model.backbone.drop_path_rate": 0.0, "model.backbone.pretrained": None, "log_config.hooks": [], "load_from": None})
+        if "init_cfg" in cfg.model.backbone:
+            cfg.model.backbone.init_cfg = None  # weights of InternImage
+        for head in filter(None, (cfg.model.get(name) for name in ("decode_head", "auxiliary_head"))):
+            head.num_classes = self.classes
+            if "dropout_ratio" in head:
+                head.dropout_ratio = 0.0
+        if cfg.model.test_cfg.get("mode") == "slide":
+            cfg.model.test_cfg = dict(mode="whole")
+        train = cfg.data.train
+        while "dataset" in train:  # RepeatDataset and its like
+            train = train.dataset
+        keys = train.pipeline[-1]["keys"]  # of the step that collects what the model takes
         cfg.data = dict(samples_per_gpu=self.micro_batch, workers_per_gpu=0, train=dict(
             type="GeneratedInMemory", classes=[f"class {index}" for index in range(self.classes)],
-            pipeline=[dict(type="GeneratedPixels", image_px=self.image_px, classes=self.classes),
-                      dict(type="Collect", keys=["img", "gt_semantic_seg"],
+            pipeline=[dict(type="GeneratedPixels", image_px=self.image_px, classes=self.classes, cells=self.cells, masks="gt_masks" in keys),
+                      dict(type="Collect", keys=list(keys),
                            meta_keys=("filename", "ori_shape", "img_shape", "pad_shape", "scale_factor", "flip"))]))
         cfg.engine = {key: value for key, value in cfg.get("engine", {}).items() if key != "global_batch"}
         cfg.engine["recomputation"] = "config"  # as the model's with_cp says, which the other contenders go by
@@ -79,23 +87,26 @@ class Workload:
 
 @PIPELINES.register_module()
 class GeneratedPixels:
-    """Noise of a normalised image's scale, and rectangles of labels: made once per image, then kept."""
+    """Noise of a normalised image's scale, and rectangles of labels: made once per image, then kept. masks: one for each class beside them, for Mask2Former."""
 
-    def __init__(self, image_px: int, classes: int) -> None:
-        self._made = lru_cache(maxsize=None)(lambda index: self._make(index, image_px, classes))
+    def __init__(self, image_px: int, classes: int, cells: int = 8, masks: bool = False) -> None:
+        self.masks = masks
+        self._made = lru_cache(maxsize=None)(lambda index: self._make(index, image_px, classes, cells))
 
     def __call__(self, results: dict[str, Any]) -> dict[str, Any]:
         image, labels = self._made(int(results["img_info"]["filename"]))
         shape = (*image.shape[1:], 3)
-        return {**results, "filename": results["img_info"]["filename"], "ori_shape": shape, "img_shape": shape, "pad_shape": shape, "scale_factor": 1.0,
-                "flip": False, "img": DataContainer(image, stack=True), "gt_semantic_seg": DataContainer(labels, stack=True)}
+        found = labels.unique()
+        masks = {"gt_labels": DataContainer(found), "gt_masks": DataContainer((labels == found[:, None, None]).to(torch.uint8))} if self.masks else {}
+        return {**results, **masks, "filename": results["img_info"]["filename"], "ori_shape": shape, "img_shape": shape, "pad_shape": shape,
+                "scale_factor": 1.0, "flip": False, "img": DataContainer(image, stack=True), "gt_semantic_seg": DataContainer(labels, stack=True)}
 
     @staticmethod
-    def _make(index: int, side: int, classes: int) -> tuple[Tensor, Tensor]:
+    def _make(index: int, side: int, classes: int, cells: int) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(index)
-        cells = torch.randint(classes, (1, 8, 8), generator=generator)
-        rows = torch.arange(side) * 8 // side
-        return torch.randn(3, side, side, generator=generator), cells[:, rows][:, :, rows]
+        labels = torch.randint(classes, (1, cells, cells), generator=generator)
+        rows = torch.arange(side) * cells // side
+        return torch.randn(3, side, side, generator=generator), labels[:, rows][:, :, rows]
 
 
 @DATASETS.register_module()
@@ -146,7 +157,17 @@ def _plain(samples: list[dict[str, Any]]) -> dict[str, Any]:
 def micro_batches(workload: Workload, rank: int, world_size: int, device: torch.device) -> Iterator[dict[str, Any]]:
     """What a segmentor's forward takes: img (b, 3, h, w), gt_semantic_seg (b, 1, h, w) on `device`, img_metas."""
     for batch in loader(workload, rank, world_size):
-        yield {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+        yield on_device(batch, device)
+
+
+def on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """A micro-batch with its tensors, and lists of them, there."""
+    def moved(value: Any) -> Any:
+        if isinstance(value, list):
+            return [moved(item) for item in value]
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    return {name: moved(value) for name, value in batch.items()}
 
 
 def ds_config_of(path: str, dtype: str) -> dict[str, Any]:

@@ -32,6 +32,7 @@ def main() -> None:
                         help="go on exactly where a checkpoint stopped; auto: the newest of the work directory, if any")
     parser.add_argument("--auto-resume", action="store_const", const="auto", dest="resume", help="the same as --resume auto")
     parser.add_argument("--no-validate", action="store_true", help="train without evaluating")
+    parser.add_argument("--no-save", action="store_true", help="write no checkpoint, not at the end nor when asked to stop: for measuring")
     parser.add_argument("--seed", type=int, default=0, help="of data order, augmentation, initial weights and noise (default: %(default)s)")
     parser.add_argument("--deterministic", action="store_true", help="deterministic GPU kernels where torch has them; slower")
     parser.add_argument("--heartbeat-timeout", type=float, default=600.0, metavar="S",
@@ -71,9 +72,10 @@ def main() -> None:
     from internseg_ds.engine.segmentor_engine import SegmentorEngine
 
     with SegmentorEngine(experiment, args.deepspeed_config, work_dir=args.work_dir, seed=args.seed, load_from=args.load_from, resume=args.resume,
-                         validate=not args.no_validate, heartbeat_timeout=args.heartbeat_timeout, profiled_steps=args.profile) as engine:
+                         validate=not args.no_validate, saves=not args.no_save, heartbeat_timeout=args.heartbeat_timeout,
+                         profiled_steps=args.profile) as engine:
         engine.train()
-    if engine.stopped:
+    if engine.stopped and engine.saves:  # without a save there is nothing to go on from
         exit_stopped()
 
 

@@ -55,7 +55,9 @@ def heads_dtype(requested: Literal["float32", "bfloat16"], segmentor: nn.Module,
                 raise ConfigError(f"engine.heads_dtype='bfloat16' is not for {type(head).__name__}: it has no conv_seg, "
                                   "from which on scores and losses are fp32; drop it")
             for name, layer in head.named_modules():
-                if layer is not head.conv_seg and getattr(layer, "out_channels", getattr(layer, "out_features", None)) == head.num_classes:
+                if layer in (head, head.conv_seg):  # mmseg's heads have out_channels themselves
+                    continue
+                if getattr(layer, "out_channels", getattr(layer, "out_features", None)) == head.num_classes:
                     raise ConfigError(f"engine.heads_dtype='bfloat16' is not for {type(head).__name__}: its {name} makes class scores too, "
                                       "which would not be fp32; drop it")
     return getattr(torch, requested)

@@ -5,6 +5,7 @@ In: an experiment, ds_configs, a cluster and its memory. Out: `Forecast`s, table
 
 import logging
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from internseg_ds.engine.planner import Planner, Row
 from internseg_ds.engine.scaling import assumptions, flops
 from internseg_ds.errors import ConfigError
 from internseg_ds.models.recomputation import Recomputation, recomputing_backbones
-from internseg_ds.planning.footprint import Footprint
+from internseg_ds.planning.footprint import Footprint, checkpoint_bytes
 from internseg_ds.planning.memory import Part
 from internseg_ds.planning.step_time import Assumptions, Cluster
 
@@ -234,6 +235,17 @@ def shortfall(planner: Planner, ds: DsConfig, world: World) -> str | None:
     except Exception as error:  # an odd model is no reason not to train it
         log.info("whether this run fits into memory could not be planned: %s: %s", type(error).__name__, error)
         return None
+
+
+def no_room_to_save(planner: Planner, ds: DsConfig, work_dir: Path) -> str | None:
+    """The sentence by which a run is warned that its disk has no room for a checkpoint; None where it has. A warning only: what is free may change."""
+    ema = planner.experiment.engine.ema is not None
+    needed = checkpoint_bytes(planner.model, ds.raw["zero_optimization"].get("stage", 0), ds.param_dtype.itemsize, ema=ema)
+    free = shutil.disk_usage(next(folder for folder in (work_dir, *work_dir.absolute().parents) if folder.is_dir())).free
+    if needed <= free:
+        return None
+    return (f"there is no room for a checkpoint: each takes {needed / GIB:.1f} GiB and {free / GIB:.1f} are free in {work_dir}; make room, choose another "
+            "--work-dir, or train with --no-save to measure only")
 
 
 def after_out_of_memory(planner: Planner, ds: DsConfig, world: World, recomputation: Recomputation | Literal["config"]) -> str:

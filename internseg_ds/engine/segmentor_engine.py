@@ -48,7 +48,7 @@ from internseg_ds.engine.auto_recomputation import agreed_recomputation
 from internseg_ds.engine.checkpointing import Checkpoints
 from internseg_ds.engine.evaluator import Evaluation, evaluate
 from internseg_ds.engine.experiment import Experiment, read_experiment
-from internseg_ds.engine.forecast import after_out_of_memory, shortfall
+from internseg_ds.engine.forecast import after_out_of_memory, no_room_to_save, shortfall
 from internseg_ds.engine.outputs import check_writable
 from internseg_ds.engine.planner import Planner
 from internseg_ds.engine.preflight import Plan, check
@@ -83,12 +83,14 @@ class SegmentorEngine:
         resume: str | os.PathLike | None = None,
         cfg_options: Mapping[str, Any] | None = None,
         validate: bool = True,
+        saves: bool = True,
         heartbeat_timeout: float = 600.0,
         profiled_steps: int = 0,
     ) -> None:
         """config: an experiment config; ds_config: a DeepSpeed JSON. work_dir: default work_dirs/NAME_OF_CONFIG. load_from: weights of a whole segmentor to
         start from (over the config's `load_from`). resume: "auto" (the newest checkpoint of work_dir, if any) or a checkpoint to go on from exactly.
-        validate: False leaves the validation set alone. A run that resumes takes its weights from the checkpoint, whatever load_from says. heartbeat_timeout:
+        validate: False leaves the validation set alone. saves: False has the training write no checkpoint,
+        for a measurement that has no room for one. A run that resumes takes its weights from the checkpoint, whatever load_from says. heartbeat_timeout:
         seconds in which no rank gets on that end the run (`distributed.watch`); 0: any. profiled_steps: how many steps of a training are recorded
         (`engine.profiling`). Joins the process group if there is none yet.
 
@@ -96,6 +98,7 @@ class SegmentorEngine:
         """
         world = world_from_environment()
         check_heartbeat_timeout(heartbeat_timeout)
+        self.saves = saves
         self.profiled_steps = check_profiled_steps(profiled_steps)
         if isinstance(config, Experiment) and cfg_options:
             raise ConfigError("cfg_options change a config while it is read; give them to read_experiment")
@@ -128,8 +131,11 @@ class SegmentorEngine:
             log.info("config: %s", note)
         self._recomputation: Recomputation | Literal["config"] = "config"
         self._planner = Planner(experiment, self.plan.meta_model, crop=self.plan.crop)
-        if world.is_main and (said := shortfall(self._planner, self.plan.ds, world)):
-            log.warning(said)
+        if world.is_main:
+            room = None if saves else "this run saves no checkpoint, not when it is asked to stop either (--no-save)"
+            for said in (shortfall(self._planner, self.plan.ds, world), room or no_room_to_save(self._planner, self.plan.ds, self.work_dir)):
+                if said:
+                    log.warning(said)
         checkpoint = agree_to_resume(resume_from, self.plan.ds.stage)
         self.resumed_unscored = any(of_all_ranks(checkpoint is not None and not checkpoint.manifest.get("metrics")))  # hosts may differ
         self.watch = Watch(world, hang_s=heartbeat_timeout)

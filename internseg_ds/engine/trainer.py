@@ -84,7 +84,7 @@ def train(engine: "SegmentorEngine") -> TrainState:
 
             learnt = skipped.in_a_row < step                  # some step was not skipped: there is something to score and save
             scored = learnt and evaluates and due(step, experiment.evaluate_every, last)
-            saved = learnt and (stopping or due(step, experiment.save_every, last) or (scored and experiment.best_by is not None))
+            saved = engine.saves and learnt and (stopping or due(step, experiment.save_every, last) or (scored and experiment.best_by is not None))
             if saved or logged:                               # at each save too, so that a resumed run's records are those of an unbroken one
                 values, step_losses = interval.of_all_ranks()
                 values |= {"lr": lr, **engine.meter.values(interval, interval.micro_batches * ds.micro_batch * world.size)}
@@ -104,12 +104,13 @@ def train(engine: "SegmentorEngine") -> TrainState:
                 elif scored:
                     evaluate(engine, trackers, stop, scored=True)
                     deepspeed.train()
-                    if engine.stopped and not saved:
+                    if engine.stopped and engine.saves and not saved:
                         engine.save()
         watch.at(state.step, "saving")
         engine.checkpoints.finish()
     if engine.stopped:
-        log.info("stopped at step %d, as asked to; --resume auto goes on from %s", state.step, engine.checkpoints.newest or "its beginning")
+        log.info("stopped at step %d, as asked to; --resume auto goes on from %s", state.step,
+                 (engine.checkpoints.newest if engine.saves else "the newest checkpoint that was there before, if any") or "its beginning")
     if world.is_main:
         with unless_disk_full("the curves are not drawn"):
             draw_curves(engine.work_dir / "metrics.jsonl", engine.work_dir / "curves.png", experiment.metrics[0])
@@ -136,7 +137,7 @@ def evaluate(engine: "SegmentorEngine", trackers: list[Tracker], stop: StopReque
     engine.watch.at(state.step, "saving")
     best = engine.checkpoints.score(state, metrics, experiment.best_by)
     log.info("step %d: %s %.2f%s", state.step, experiment.metrics[0], 100 * metrics[experiment.metrics[0]], " (best so far)" * best)
-    if engine.world.is_main and (best or experiment.best_by is None):
+    if engine.world.is_main and (best or experiment.best_by is None or not engine.saves):
         with unless_disk_full("the report of this score is not written"):
             write_report(evaluation, engine.plan.val_set.CLASSES, engine.work_dir / "evaluation")
 

@@ -108,7 +108,7 @@ def footprint(model: nn.Module, ds_raw: Mapping[str, Any], precision: Literal["b
     train: tuple[Phase, ...] = ("train",)
     parts += [Part("kept for the backward pass", activations.batch + activations.kept, phases=train),
               Part("one block, or heads and losses", max(0, activations.peak - activations.batch - activations.kept), phases=train)]
-    files = (16 if ema else 12) * trained + (width * total if stage < 3 else 0) + buffers
+    files = checkpoint_bytes(model, stage, width, ema=ema)
     if background_save:
         parts.append(Part("save in the background", host=(16 if ema else 12) * shard + (width * total if stage < 3 else 0)))
     if evaluation is not None:
@@ -117,6 +117,13 @@ def footprint(model: nn.Module, ds_raw: Mapping[str, Any], precision: Literal["b
     parts += [Part("fragmentation", int(FRAGMENTATION * size), phases=(phase,)) for phase, size in comes.items()]
     parts.append(Part("process and context", CONTEXT, HOST_PROCESS))
     return Footprint(tuple(parts), files, 4 * total + buffers, margin)
+
+
+def checkpoint_bytes(model: nn.Module, stage: int, width: int, *, ema: bool) -> int:
+    """On disk, of one save by all processes: fp32 masters and moments, their average, buffers, and under ZeRO-1 and 2 the weights, of `width` bytes each."""
+    trained = sum(param.numel() for param in model.parameters() if param.requires_grad)
+    weights = width * sum(param.numel() for param in model.parameters()) if stage < 3 else 0
+    return (16 if ema else 12) * trained + weights + sum(4 * buffer.numel() for buffer in model.buffers())
 
 
 def _evaluation(parts: Sequence[Part], evaluation: Evaluation, stage: int, whole: int, device_bytes: float) -> list[Part]:

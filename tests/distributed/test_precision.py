@@ -10,7 +10,7 @@ from internseg_ds.distributed.sync_batch_norm import AnyDeviceSyncBatchNorm
 from internseg_ds.errors import ConfigError
 from internseg_ds.models.blocks import repeated_block
 from internseg_ds.planning.gathers import leaves
-from tests.conftest import IMAGE, ROOT
+from tests.conftest import IMAGE, ROOT, TINY
 
 
 class Probe(nn.Module):
@@ -182,6 +182,14 @@ def test_heads_whose_class_scores_are_not_known_are_not_computed_in_bf16():
         heads_dtype("bfloat16", model)
     with pytest.raises(ConfigError, match="needs bf16 weights or autocast"):
         heads_dtype("bfloat16", model, "fp32")
+
+
+def test_heads_of_mmseg_that_score_in_one_layer_may_compute_in_bf16():
+    model = build_on_meta(Config.fromfile(ROOT / TINY).model)
+    assert heads_dtype("bfloat16", model) is torch.bfloat16
+    model.decode_head.bottleneck.out_channels = model.decode_head.num_classes
+    with pytest.raises(ConfigError, match="its bottleneck makes class scores too"):
+        heads_dtype("bfloat16", model)
 
 
 def test_blocks_that_own_parameters_are_known_to_deepspeed_in_every_dtype():

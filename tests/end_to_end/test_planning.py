@@ -51,7 +51,7 @@ def test_the_command_that_help_shows_plans_the_six_billion_recipe(launch, plan):
     table, state = cells(done.stdout), 6_385_968_940 / 8 / 2**30  # parameters per GPU, over 2^30
     assert [float(table[part][0]) for part in ("weights", "gradients", "optimizer")] == pytest.approx([2 * state, 2 * state, 12 * state], abs=0.01)
     peaks = [float(cell) for cell in table["together"][:3]]
-    assert f"Peak: {max(peaks):.1f} GiB per GPU" in done.stdout and "of 79.1: fits" in done.stdout
+    assert f"Peak: {max(peaks):.1f} GiB per GPU" in done.stdout and "of 79.1, of which 4.7 should stay free: fits" in done.stdout
     assert "1024: fits" in done.stdout
     assert float(table["zero3_bf16"][0]) == pytest.approx(max(peaks), abs=0.1)
     assert {path.stem for path in (ROOT / "ds_configs").glob("*.json")} <= set(table)
@@ -129,7 +129,7 @@ def test_what_trains_in_fp32_has_a_memory_and_no_time(plan, tmp_path):
     code, out, err = plan(TINY, "--gpus", "2", "--deepspeed_config", str(tmp_path / "fp32.json"), "--gpu-memory", "24GiB",
                           "--cfg-options", "engine.ema=0.99", "engine.background_save=True")
     assert code == 0, err
-    assert "Peak: " in out and "of 24.0: fits" in out and "Time: not planned." in out and "These fit: fp32." in out
+    assert "Peak: " in out and "of 24.0, of which 1.4 should stay free: fits" in out and "Time: not planned." in out and "These fit: fp32." in out
     assert {"moving average", "save in the background"} <= set(cells(out))
 
 

@@ -25,7 +25,7 @@ def read(path: Path) -> dict:
 
 
 def a_profile_changes_no_loss_and_leaves_evaluations_out(root: Path, folder: Path) -> None:
-    options = ["runner.max_iters=3", "engine.global_batch=8", "engine.peak_tflops=1"]
+    options = ["runner.max_iters=3", "engine.global_batch=8", "engine.peak_tflops=1", "engine.recomputation=blocks"]
     plain, profiled = folder / "plain", folder / "profiled"
     with SegmentorEngine(small_experiment(root, *options), ROOT / "ds_configs/zero3_bf16.json", work_dir=plain, validate=False) as engine:
         engine.train()

@@ -111,7 +111,8 @@ def test_waiting_for_data_is_a_share_of_the_time_that_is_not_paused(monkeypatch)
 
 
 def records_of_two_ranks_that_accumulate(root: Path, work_dir: Path, model_flops: float, hardware_flops: float) -> None:
-    cfg = small_experiment(root, "runner.max_iters=4", "engine.global_batch=8", "engine.peak_tflops=0.25", "log_config.interval=2")
+    cfg = small_experiment(root, "runner.max_iters=4", "engine.global_batch=8", "engine.peak_tflops=0.25", "log_config.interval=2",
+                           "engine.recomputation=blocks")
     with SegmentorEngine(cfg, ROOT / "ds_configs/zero3_bf16.json", work_dir=work_dir, validate=False) as engine:
         engine.train()
     if dist.get_rank() == 0:
