@@ -12,17 +12,20 @@ import triton.language as tl
 from torch import Tensor
 
 from internseg_ds.models.dcnv3_geometry import Geometry
+from internseg_ds.models.triton_bilinear import corner, corner_before, rows_of_program
 
 ELEMENTS = {"forward": 1024, "backward": 512}
 """Rows x channels of one program of 4 warps."""
+SIZES = ["rows", "height", "width", "out_height", "out_width"]
+"""Numbers for which no kernel is compiled anew: Triton would where one is 1 or 16 divides it, and images have many sizes."""
 
 
 @triton.jit
 def _start(rows, GROUP: tl.constexpr, BLOCK_R: tl.constexpr, out_height, out_width):
     """The rows of this program: their numbers, which of them exist, and the group, output column, output row and image of each."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    row, exists = rows_of_program(rows, BLOCK_R)
     position = row // GROUP
-    return row, row < rows, row % GROUP, position % out_width, position // out_width % out_height, position // out_width // out_height
+    return row, exists, row % GROUP, position % out_width, position // out_width % out_height, position // out_width // out_height
 
 
 @triton.jit
@@ -34,19 +37,10 @@ def _locate(offset, at, exists, center_y, center_x, k, scale, height, width, KER
     off_y = tl.load(offset + 2 * at + 1, mask=exists, other=0.0).to(tl.float32)
     y = center_y + (place % KERNEL_H * DILATION_Y - REACH_Y + off_y) * scale
     x = center_x + (place // KERNEL_H * DILATION_X - REACH_X + off_x) * scale
-    top, left = tl.floor(y), tl.floor(x)
-    near = exists & (y > -1) & (x > -1) & (y < height) & (x < width)  # not for NaN, which the distances hand on
-    return tl.where(near, top, 0).to(tl.int32), tl.where(near, left, 0).to(tl.int32), y - top, x - left, near
+    return corner_before(y, x, exists, height, width)
 
 
-@triton.jit
-def _corner(y, x, near, height, width, GROUP_STRIDE: tl.constexpr, columns, real):
-    """Where the channels of position (y, x) of each row's image begin, and which of them to touch: none outside the input."""
-    inside = near & (y >= 0) & (y < height) & (x >= 0) & (x < width)
-    return ((y.to(tl.int64) * width + x) * GROUP_STRIDE)[:, None] + columns, inside[:, None] & real
-
-
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def forward_kernel(x, offset, mask, out, rows, height, width, out_height, out_width, first_y, first_x, stride_y, stride_x, scale,
                    GROUP: tl.constexpr, CHANNELS: tl.constexpr, K: tl.constexpr, KERNEL_H: tl.constexpr, REACH_Y: tl.constexpr, REACH_X: tl.constexpr,
                    DILATION_Y: tl.constexpr, DILATION_X: tl.constexpr, CENTER: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
@@ -62,10 +56,10 @@ def forward_kernel(x, offset, mask, out, rows, height, width, out_height, out_wi
         top, left, down, right, near = _locate(offset, at, exists, center_y, center_x, k, scale, height, width, KERNEL_H, REACH_Y, REACH_X, DILATION_Y,
                                                DILATION_X, CENTER)
         m = tl.load(mask + at, mask=exists, other=0.0).to(tl.float32)
-        p00, i00 = _corner(top, left, near, height, width, GROUP * CHANNELS, columns, real)
-        p01, i01 = _corner(top, left + 1, near, height, width, GROUP * CHANNELS, columns, real)
-        p10, i10 = _corner(top + 1, left, near, height, width, GROUP * CHANNELS, columns, real)
-        p11, i11 = _corner(top + 1, left + 1, near, height, width, GROUP * CHANNELS, columns, real)
+        p00, i00 = corner(top, left, near, height, width, GROUP * CHANNELS, columns, real)
+        p01, i01 = corner(top, left + 1, near, height, width, GROUP * CHANNELS, columns, real)
+        p10, i10 = corner(top + 1, left, near, height, width, GROUP * CHANNELS, columns, real)
+        p11, i11 = corner(top + 1, left + 1, near, height, width, GROUP * CHANNELS, columns, real)
         total += (m * (1 - down) * (1 - right))[:, None] * tl.load(x + p00, mask=i00, other=0.0).to(tl.float32)
         total += (m * (1 - down) * right)[:, None] * tl.load(x + p01, mask=i01, other=0.0).to(tl.float32)
         total += (m * down * (1 - right))[:, None] * tl.load(x + p10, mask=i10, other=0.0).to(tl.float32)
@@ -73,7 +67,7 @@ def forward_kernel(x, offset, mask, out, rows, height, width, out_height, out_wi
     tl.store(out + row[:, None] * CHANNELS + channel, total.to(out.dtype.element_ty), mask=exists[:, None] & real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def backward_kernel(grad, x, offset, mask, grad_x, grad_offset, grad_mask, rows, height, width, out_height, out_width, first_y, first_x, stride_y, stride_x,
                     scale, GROUP: tl.constexpr, CHANNELS: tl.constexpr, K: tl.constexpr, KERNEL_H: tl.constexpr, REACH_Y: tl.constexpr, REACH_X: tl.constexpr,
                     DILATION_Y: tl.constexpr, DILATION_X: tl.constexpr, CENTER: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
@@ -89,10 +83,10 @@ def backward_kernel(grad, x, offset, mask, grad_x, grad_offset, grad_mask, rows,
         top, left, down, right, near = _locate(offset, at, exists, center_y, center_x, k, scale, height, width, KERNEL_H, REACH_Y, REACH_X, DILATION_Y,
                                                DILATION_X, CENTER)
         m = tl.load(mask + at, mask=exists, other=0.0).to(tl.float32)
-        p00, i00 = _corner(top, left, near, height, width, GROUP * CHANNELS, columns, real)
-        p01, i01 = _corner(top, left + 1, near, height, width, GROUP * CHANNELS, columns, real)
-        p10, i10 = _corner(top + 1, left, near, height, width, GROUP * CHANNELS, columns, real)
-        p11, i11 = _corner(top + 1, left + 1, near, height, width, GROUP * CHANNELS, columns, real)
+        p00, i00 = corner(top, left, near, height, width, GROUP * CHANNELS, columns, real)
+        p01, i01 = corner(top, left + 1, near, height, width, GROUP * CHANNELS, columns, real)
+        p10, i10 = corner(top + 1, left, near, height, width, GROUP * CHANNELS, columns, real)
+        p11, i11 = corner(top + 1, left + 1, near, height, width, GROUP * CHANNELS, columns, real)
         v00 = tl.sum(g * tl.load(x + p00, mask=i00, other=0.0).to(tl.float32), 1)
         v01 = tl.sum(g * tl.load(x + p01, mask=i01, other=0.0).to(tl.float32), 1)
         v10 = tl.sum(g * tl.load(x + p10, mask=i10, other=0.0).to(tl.float32), 1)

@@ -92,6 +92,8 @@ def tokens_of(features: Tensor) -> Tensor:
 
 
 def _centres(shape: tuple[int, int], like: Tensor) -> Tensor:
-    """Of each pixel, row by row, where its middle lies in [0, 1] x [0, 1], horizontal first: (h w, 2)."""
-    rows, columns = ((torch.arange(size, dtype=like.dtype, device=like.device) + 0.5) / size for size in shape)
+    """Of each pixel, row by row, where its middle lies in [0, 1] x [0, 1], horizontal first: (h w, 2), in fp32 at least, since bf16
+    knows 256 places there."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    rows, columns = ((torch.arange(size, dtype=dtype, device=like.device) + 0.5) / size for size in shape)
     return torch.stack([columns.expand(shape), rows[:, None].expand(shape)], dim=-1).flatten(0, 1)

@@ -17,9 +17,10 @@ from internseg_ds.distributed.construction import build_for_training
 from internseg_ds.distributed.ds_config import resolve_ds_config
 from internseg_ds.distributed.sync_batch_norm import AnyDeviceSyncBatchNorm, _NormaliseOverRanks
 from internseg_ds.engine.experiment import read_experiment
+from internseg_ds.models import deformable_attention_operator
 from internseg_ds.models.attention import attention
 from internseg_ds.models.dcnv3_operator import dcnv3, implementation
-from internseg_ds.models.deformable_attention import _sampled, attend
+from internseg_ds.models.deformable_attention import attend
 from internseg_ds.models.norms import RMSNorm
 from tests.conftest import GPU, IMAGE, MASK2FORMER, ROOT, TINY, data_options
 from tests.end_to_end.conftest import NO_NOISE, SMALL, SMALLER, Run
@@ -162,16 +163,15 @@ def test_dcnv3_of_triton_agrees_with_pytorch_at_the_sizes_of_stages(size, channe
 
 
 @needs_gpu
-def test_deformable_attention_agrees_with_pytorchs_sampling_on_the_cpu():
-    """By mmcv's kernel where mmcv was compiled with it, by PyTorch's operations where not."""
+def test_deformable_attention_of_triton_agrees_with_pytorch_at_the_size_of_mask2former_h():
     torch.manual_seed(0)
-    shapes = [(7, 7), (14, 14), (28, 28)]
+    shapes = [(28, 28), (56, 56), (112, 112)]
     tokens = sum(height * width for height, width in shapes)
-    places = 2, tokens, 4, len(shapes), 4
-    tensors = torch.randn(2, tokens, 4, 32), torch.rand(*places, 2) * 1.2 - 0.1, torch.rand(places)
+    places = 1, tokens, 32, len(shapes), 4
+    tensors = torch.randn(1, tokens, 32, 32), torch.rand(*places, 2) * 1.2 - 0.1, torch.rand(places)
     on_gpu, on_cpu = ([tensor.to(device).requires_grad_() for tensor in tensors] for device in ("cuda", "cpu"))
-    found = gradients(lambda value, *where: attend(value, shapes, *where), on_gpu)
-    wanted = gradients(lambda value, *where: _sampled(value, shapes, *where), on_cpu)
+    assert deformable_attention_operator.implementation(*on_gpu).__name__.endswith("deformable_attention_triton")
+    found, wanted = (gradients(lambda value, *where: attend(value, shapes, *where), leaves) for leaves in (on_gpu, on_cpu))
     near = (tensors[1] * torch.tensor([[width, height] for height, width in shapes])[:, None] - 0.5).frac().abs()
     smooth = (torch.minimum(near, 1 - near) > 1e-3).all(-1, keepdim=True)  # at a pixel's middle the gradient of a location jumps
     for value, expected in zip(found, wanted, strict=True):
