@@ -97,7 +97,7 @@ def _measured(visit: Visit, workload: Workload, micro_batches: Sequence[int], po
     with tempfile.TemporaryDirectory(prefix="on_one_gpu_") as folder, _engine(first, path, Path(folder)) as engine:
         finish(engine.world.device)
         visit.measure("start", {"config": Path(workload.config).stem, "ds_config": path.stem, "heads": workload.options["engine.heads_dtype"]},
-                      lambda: {"engine_built_s": round(time.monotonic() - began, 1), "parameters": sum(plans.of(micro_batches[0]).group_sizes)})
+                      lambda: {"engine_built_s": round(time.monotonic() - began, 1), "parameters": sum(plans.of(micro_batches[0]).setting_sizes)})
         auto = Planner(engine.plan.experiment, engine.plan.meta_model, crop=engine.plan.crop).recomputation
         engine.deepspeed.train()
 
