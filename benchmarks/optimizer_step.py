@@ -3,8 +3,8 @@
     python benchmarks/optimizer_step.py [--deepspeed_config JSON] [--rounds 10]
 
 The same real engine with one parameter group for DeepSpeed (`distributed/ranged_adam.py`) and with one for each setting, each in a process of its own.
-Counts operations, collectives and Python calls of DeepSpeed's step and times it, and ends with a line of JSON: ratio = seconds with one group over
-seconds with many.
+Counts operations, collectives and Python calls of DeepSpeed's step and times it: in all, and from where it has read that the gradients are finite, before
+which a GPU still has the backward pass to do. Ends with a line of JSON: ratio = seconds with one group over seconds with many, ratio_after_wait.
 """
 
 import argparse
@@ -38,6 +38,8 @@ class Operations(TorchDispatchMode):
 
 def measure(way: str, ds_config: str, rounds: int) -> dict[str, Any]:
     """In this process: the engine after a few steps, then one step counted and `rounds` timed."""
+    import deepspeed.runtime.zero.stage3 as stage3
+    import deepspeed.runtime.zero.stage_1_and_2 as stage_1_and_2
     import torch
     from workload import Workload, ds_config_of, vit
 
@@ -51,7 +53,7 @@ def measure(way: str, ds_config: str, rounds: int) -> dict[str, Any]:
     cfg = Workload(options=vit(64, 48, 2)).experiment
     raw = ds_config_of(ds_config, "bfloat16")
     with tempfile.TemporaryDirectory() as folder, SegmentorEngine(cfg, raw, work_dir=folder, validate=False) as engine:
-        deepspeed, dataset = engine.deepspeed, engine.plan.train_set
+        deepspeed, dataset, stage = engine.deepspeed, engine.plan.train_set, stage3 if engine.plan.ds.stage == 3 else stage_1_and_2
         batches = training_batches(dataset, GlobalBatchSampler(len(dataset), engine.plan.ds.micro_batch), workers=0, seed=0, device=engine.world.device)
         deepspeed.train()
 
@@ -78,16 +80,26 @@ def measure(way: str, ds_config: str, rounds: int) -> dict[str, Any]:
         sys.setprofile(count)
         deepspeed.step()
         sys.setprofile(None)
-        seconds = []
+        seconds, after, waited = [], [], 0.0
+        read = stage.is_invalid_grad_norm
+
+        def reading(norm: Any) -> bool:
+            nonlocal waited
+            found, waited = read(norm), time.perf_counter()
+            return found
+
+        stage.is_invalid_grad_norm = reading
         for _ in range(rounds):
             until_step()
             finish()
             began = time.perf_counter()
             deepspeed.step()
             finish()
-            seconds.append(time.perf_counter() - began)
+            ended = time.perf_counter()
+            seconds.append(ended - began), after.append(ended - waited)
         return {"settings": len(deepspeed.lr_scheduler.base_lrs), "operations": sum(operations.found.values()),
-                "all_reduces": operations.found["c10d::allreduce_"], "calls": calls, "seconds": statistics.median(seconds)}
+                "all_reduces": operations.found["c10d::allreduce_"], "calls": calls, "seconds": statistics.median(seconds),
+                "after_wait_s": statistics.median(after)}
 
 
 def main() -> None:
@@ -106,12 +118,15 @@ def main() -> None:
         if done.returncode:
             sys.exit(done.stderr[-3000:])
         found[way] = json.loads(done.stdout.splitlines()[-1])
-    table = Table("", "settings", "operations", "all-reduces", "Python calls", "ms", title=f"one update, {Path(args.deepspeed_config).stem}")
+    table = Table("", "settings", "operations", "all-reduces", "Python calls", "ms", "ms after the wait",
+                  title=f"one update, {Path(args.deepspeed_config).stem}")
     for way, values in found.items():
-        table.add_row(way, *(f"{values[key]:,}" for key in ("settings", "operations", "all_reduces", "calls")), f"{1000 * values['seconds']:.1f}")
+        table.add_row(way, *(f"{values[key]:,}" for key in ("settings", "operations", "all_reduces", "calls")), f"{1000 * values['seconds']:.1f}",
+                      f"{1000 * values['after_wait_s']:.1f}")
     Console(width=110).print(table)
     one, many = found.values()
-    print(json.dumps({"ratio": round(one["seconds"] / many["seconds"], 4), "ds_config": Path(args.deepspeed_config).stem, **found}))
+    print(json.dumps({"ratio": round(one["seconds"] / many["seconds"], 4),
+                      "ratio_after_wait": round(one["after_wait_s"] / many["after_wait_s"], 4), "ds_config": Path(args.deepspeed_config).stem, **found}))
 
 
 if __name__ == "__main__":
