@@ -10,6 +10,7 @@ import re
 import socket
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -111,7 +112,9 @@ def rendezvous(world: World, env: Mapping[str, str] = os.environ) -> dict[str, s
             port = str(probe.getsockname()[1])
     else:
         port = str(DEFAULT_PORT + int(env.get("SLURM_JOB_ID", 0)) % 1000)
-    device = world.device.index if world.device.type == "cuda" else world.local_rank  # DeepSpeed takes the GPU of the number LOCAL_RANK
+    device = world.local_rank
+    with suppress(ConfigError):  # a process without a GPU of its own still has to tell the others
+        device = world.device.index if world.device.type == "cuda" else device  # DeepSpeed takes the GPU of the number LOCAL_RANK
     return {"RANK": str(world.rank), "WORLD_SIZE": str(world.size), "LOCAL_RANK": str(device), "MASTER_ADDR": address, "MASTER_PORT": port}
 
 
