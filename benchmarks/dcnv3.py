@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from timing import finish, reset_peak
 from torch import Tensor
 
+from internseg_ds.device import device_type
 from internseg_ds.models import dcnv3_torch
 from internseg_ds.models.dcnv3_geometry import Geometry
 from internseg_ds.models.dcnv3_operator import dcnv3, implementation
@@ -128,7 +129,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each, in turn (default: %(default)s)")
     args = parser.parse_args()
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(device_type())
     if device.type == "cpu":
         torch.set_num_threads(1)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

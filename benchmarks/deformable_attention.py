@@ -18,6 +18,7 @@ from mmcv.ops import get_compiling_cuda_version
 from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction, multi_scale_deformable_attn_pytorch
 from torch import Tensor
 
+from internseg_ds.device import device_type
 from internseg_ds.models import deformable_attention_torch
 from internseg_ds.models.deformable_attention import attend
 from internseg_ds.models.deformable_attention_operator import implementation
@@ -48,7 +49,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each, in turn (default: %(default)s)")
     args = parser.parse_args()
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(device_type())
     if device.type == "cpu":
         torch.set_num_threads(1)
     shapes = [(args.side // stride,) * 2 for stride in (32, 16, 8)]

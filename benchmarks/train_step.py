@@ -26,6 +26,8 @@ from rich.console import Console
 from rich.table import Table
 from workload import ROOT, Workload, ds_config_of, size_of
 
+from internseg_ds.device import device_type
+
 PACKAGES = ("mmengine==0.10.7", "termcolor", "timm==1.0.31")
 TOLERANCE = 2e-4
 """Relative difference of first losses, in fp32."""
@@ -80,7 +82,7 @@ def options() -> argparse.Namespace:
 
 
 def workload_of(args: argparse.Namespace) -> Workload:
-    gpu = torch.cuda.is_available()
+    gpu = device_type() == "cuda"
     ds_config = ds_config_of(args.deepspeed_config, "bfloat16" if gpu else "float32")
     fields = size_of(args.size, "SyncBN" if gpu and args.world > 1 else "BN")
     fields["options"]["model.backbone.norm_type"] = args.norm_type
@@ -102,9 +104,9 @@ def check_memory(world: int, workload: Workload) -> None:
     raw = resolved_ds_config(workload, cfg, world)
     need = {"gpu": 0, "host": 0}
     for part in state(build_on_meta(cfg.model), raw, "bf16" if raw.get("bf16", {}).get("enabled") else "fp32", world):
-        need["gpu" if torch.cuda.is_available() else "host"] += part.device
+        need["gpu" if device_type() == "cuda" else "host"] += part.device
         need["host"] += part.host
-    have = {"gpu": torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0,
+    have = {"gpu": torch.cuda.get_device_properties(0).total_memory if device_type() == "cuda" else 0,
             "host": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // world}
     for place, size in need.items():
         if size > have[place]:
@@ -140,7 +142,7 @@ def measure(name: str, workload: Workload, world: int, folder: Path, *, packages
     command = [*under.split(), sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world),
                str(ROOT / "benchmarks/one_contender.py"), name, str(job), str(result)]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(threads),
-           "DS_ACCELERATOR": "cuda" if torch.cuda.is_available() else "cpu"}
+           "DS_ACCELERATOR": device_type()}
     done = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         _, stderr = done.communicate(timeout=timeout)
