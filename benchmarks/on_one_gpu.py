@@ -12,6 +12,7 @@ failed or lacks a package.
 """
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -49,8 +50,18 @@ def options() -> argparse.Namespace:
         parser.error(f"--parts {','.join(unknown)}: the parts are {', '.join(PARTS)}")
     if args.out is None and args.report is None:
         parser.error("--out DIR says where results go")
-    if args.minutes <= 0:
+    if not args.parts:
+        parser.error(f"--parts names none; the parts are {', '.join(PARTS)}")
+    if not 0 < args.minutes < math.inf:
         parser.error(f"--minutes {args.minutes:g} must be above 0")
+    for option, path in (("--report", args.report), ("--deepspeed_config", args.deepspeed_config), *(("--earlier", path) for path in args.earlier)):
+        if path is not None and not path.exists():
+            parser.error(f"{option} {path}: there is no such file")
+    if args.report is None:
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"--out {args.out} can be no folder: {error.strerror}")
     return args
 
 

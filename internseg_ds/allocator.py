@@ -8,6 +8,7 @@ Needs no torch, which is found but not imported: importing `internseg_ds` calls 
 """
 
 import os
+import re
 from collections.abc import Mapping, MutableMapping
 from functools import cache
 from importlib.util import find_spec
@@ -46,7 +47,7 @@ def set_allocators(env: MutableMapping[str, str] = os.environ) -> None:
 def pinned_bytes(size: int, env: Mapping[str, str] = os.environ) -> int:
     """What torch takes for a page-locked buffer of `size` bytes: a power of two, unless the settings in force have a threshold and it is larger."""
     settings = env.get(NAMES[0], env.get(NAMES[1], "")) or next(iter(allocator_settings(env).values()), "")
-    threshold = next((int(part.split(":")[1]) for part in settings.split(",") if part.startswith("pinned_max_round_threshold_mb:")), None)
-    if threshold is not None and size > threshold * 2**20:
+    threshold = re.search(r"pinned_max_round_threshold_mb:(\d+)(?:,|$)", settings)  # what is no number torch refuses itself
+    if threshold is not None and size > int(threshold[1]) * 2**20:
         return size
     return 1 << (size - 1).bit_length() if size else 0

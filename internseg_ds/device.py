@@ -17,16 +17,18 @@ DeviceType = Literal["cpu", "cuda"]
 
 
 def device_type(env: Mapping[str, str] = os.environ) -> DeviceType:
-    """What `INTERNSEG_DEVICE` asks for ("cpu" or "cuda"); unset, empty or "auto": a GPU where torch sees one.
+    """What `INTERNSEG_DEVICE` asks for ("cpu" or "cuda"); unset, empty or "auto": the CPU where DeepSpeed is told so (DS_ACCELERATOR), else a GPU where torch
+    sees one.
 
-    Raises ConfigError for another value, for "cuda" where torch sees no GPU, and for "cpu" where DeepSpeed has chosen, or is told, to use another accelerator.
+    Raises ConfigError for another value, for "cuda" where torch sees no GPU, and where DeepSpeed is told to use another accelerator.
     """
     asked = env.get(VARIABLE) or "auto"
     if asked not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"{VARIABLE}={asked!r} of the environment is none of 'auto', 'cpu', 'cuda'")
-    if asked == "cpu":
-        if (told := env.get("DS_ACCELERATOR", "cpu")) != "cpu":
-            raise ConfigError(f"{VARIABLE}=cpu and DS_ACCELERATOR={told} of the environment contradict each other; unset one of them")
+    told = env.get("DS_ACCELERATOR", asked)
+    if asked != "auto" and told != asked:
+        raise ConfigError(f"{VARIABLE}={asked} and DS_ACCELERATOR={told} of the environment contradict each other; unset one of them")
+    if "cpu" in (asked, told):
         return "cpu"
     if asked == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"{VARIABLE}=cuda, but torch {torch.__version__} sees no GPU; unset it to compute on the CPU")

@@ -42,3 +42,7 @@ def test_a_torch_that_declares_no_settings_gets_those_that_all_versions_have(mon
 def test_page_locked_buffers_are_powers_of_two_up_to_the_threshold(size, threshold, taken):
     env = {"PYTORCH_ALLOC_CONF": f"pinned_max_round_threshold_mb:{threshold}" if threshold else "max_split_size_mb:128"}
     assert pinned_bytes(size, env) == taken
+
+
+def test_a_threshold_that_is_no_number_counts_as_none():
+    assert pinned_bytes(100 * 2**20, {"PYTORCH_ALLOC_CONF": "pinned_max_round_threshold_mb:lots"}) == 128 * 2**20

@@ -38,6 +38,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch):
 def test_the_switch_has_the_last_word_over_what_torch_sees(gpus):
     gpus(2)
     assert [device_type({"INTERNSEG_DEVICE": asked}) for asked in ("", "auto", "cuda", "cpu")] == ["cuda", "cuda", "cuda", "cpu"]
+    assert device_type({"DS_ACCELERATOR": "cpu"}) == "cpu" and device_type({"DS_ACCELERATOR": "cuda"}) == "cuda"
     gpus(0)
     assert [device_type({"INTERNSEG_DEVICE": asked} if asked else {}) for asked in ("", "auto", "cpu")] == ["cpu"] * 3
 
@@ -46,6 +47,7 @@ def test_the_switch_has_the_last_word_over_what_torch_sees(gpus):
     ({"INTERNSEG_DEVICE": "gpu"}, "'gpu' of the environment is none of 'auto', 'cpu', 'cuda'"),
     ({"INTERNSEG_DEVICE": "cuda"}, "sees no GPU; unset it"),
     ({"INTERNSEG_DEVICE": "cpu", "DS_ACCELERATOR": "cuda"}, "contradict each other; unset one"),
+    ({"INTERNSEG_DEVICE": "cuda", "DS_ACCELERATOR": "cpu"}, "contradict each other; unset one"),
 ])
 def test_a_switch_that_cannot_be_meant_is_one_sentence(gpus, env, said):
     gpus(0)

@@ -1,6 +1,7 @@
 """Memory of the device of this process, in bytes: of its accelerator, or without one of its share of the host's. Talks to no other process."""
 
 import os
+import re
 
 import psutil
 import torch
@@ -9,8 +10,11 @@ from internseg_ds.distributed.process_group import World
 
 
 def processes_here(world: World) -> int:
-    """Processes of this host; all of them where the launcher does not say."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") or world.size)
+    """Processes of this host, by what torchrun, deepspeed, mpirun or srun ("8(x2),4": 8 on two hosts, 4 on a third) say; all of them where none does."""
+    said = next((os.environ[name] for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE")
+                 if os.environ.get(name)), "")
+    number = re.match(r"\d+", said)
+    return min(int(number[0]), world.size) if number else world.size
 
 
 def device_memory(world: World) -> int:

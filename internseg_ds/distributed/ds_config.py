@@ -117,7 +117,9 @@ def resolve_ds_config(
     _no_auto_left(raw, name)
     _deepspeed_accepts(raw, name)
     # DeepSpeed knows Adam and its relatives by their classes; ours, and others, run unchanged in fp32 partitions, so they are allowed without a key for it
-    raw["zero_allow_untested_optimizer"] = True
+    if optimizer.get("type", "AdamW") in ("Adam", "AdamW"):
+        raw["zero_allow_untested_optimizer"] = True
+    raw.setdefault("zero_allow_untested_optimizer", True)
     offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
     return DsConfig(raw, name, zero.get("stage", 0), precision, micro_batch, accumulation, world_size,
                     cpu_adam=offloaded and raw.get("zero_force_ds_cpu_optimizer", True))

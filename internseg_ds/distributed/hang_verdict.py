@@ -53,22 +53,45 @@ class Place:
 
 COLLECTIVES = ("/torch/distributed/", "/deepspeed/comm/")
 """Parts of paths: who has such a file on its stack is in a collective."""
-WAITING_CALL = re.compile(r"\.(item|tolist|cpu|numpy|wait|synchronize|result)\(|\b(bool|float|int)\(")
-"""In a line of source at whose call the host may wait for what the GPU was given before."""
+WAITING_CALL = re.compile(r"\.(?:_cuda_)?(item|tolist|cpu|numpy|nonzero|wait|synchronize|result)\(|\b(bool|float|int)\(")
+"""In a line of source at whose call the host may wait for what the GPU was given before. Not all of them: indexing by a mask, or `if tensor:`, looks like work;
+and such a call may be other work, which then counts as waiting."""
+
+
+BACKWARD = ("/torch/autograd/graph.py", "_engine_run_backward")
+"""Where the main thread stands while autograd's own threads, one for each GPU, run the backward pass with its hooks."""
+OF_BACKWARD = ("/deepspeed/runtime/", "/torch/utils/checkpoint.py", "/torch/autograd/")
+"""Parts of paths that a thread of autograd has on its stack when it runs Python at all."""
 
 
 def line_of(thread: int) -> tuple[str, bool]:
-    """(file:line function of a thread's innermost frame, whether it waits there for other ranks or for the GPU)."""
-    frame: Any = sys._current_frames().get(thread)
+    """(file:line function of a thread's innermost frame, whether it waits there for other ranks or for the GPU).
+
+    In a backward pass on a GPU, those of the thread that runs its Python hooks. Where none runs Python, the pass is in torch's own code, which gives work to
+    the GPU until its queue is full: it waits, as far as can be told.
+    """
+    frames = sys._current_frames()
+    frame: Any = frames.get(thread)
     if frame is None:
         return "", False
+    if frame.f_code.co_filename.endswith(BACKWARD[0]) and frame.f_code.co_name == BACKWARD[1]:
+        hooks = next((other for ident, other in frames.items() if ident != thread and _has_file(other, OF_BACKWARD)), None)
+        if hooks is None:
+            return f"{BACKWARD[0][1:]}:{frame.f_lineno} {BACKWARD[1]}", True
+        frame = hooks
     code = frame.f_code
     place = f"{'/'.join(code.co_filename.split('/')[-3:])}:{frame.f_lineno} {code.co_name}"
     waits = WAITING_CALL.search(linecache.getline(code.co_filename, frame.f_lineno)) is not None
-    while frame is not None and not waits:
-        waits = any(part in frame.f_code.co_filename for part in COLLECTIVES)
+    return place, waits or _has_file(frame, COLLECTIVES)
+
+
+def _has_file(frame: Any, parts: tuple[str, ...]) -> bool:
+    """Whether a frame, or one that called it, is of a file whose path has one of these parts."""
+    while frame is not None:
+        if any(part in frame.f_code.co_filename for part in parts):
+            return True
         frame = frame.f_back
-    return place, waits
+    return False
 
 
 def verdict(everybody: list[Place], hang_s: float) -> tuple[str, Place]:

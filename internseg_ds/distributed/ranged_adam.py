@@ -85,7 +85,8 @@ class RangedAdam(Optimizer):
         """Views of the ranges of `flat`, whose state in `settings` is views of the state of `flat`. Made anew where that, or its memory, is another one."""
         state = self.state[flat]
         if not state:
-            state |= {"step": torch.zeros((), device=flat.device)} | {what: torch.zeros_like(flat) for what in MOMENTS}
+            on_device = self.defaults.get("fused") or self.defaults.get("capturable")  # as torch's Adam has it: elsewhere it reads the count on the host
+            state |= {"step": torch.zeros((), device=flat.device if on_device else "cpu")} | {what: torch.zeros_like(flat) for what in MOMENTS}
         parts = self._parts.get(flat, [])
         known = self.settings.state[parts[0]] if parts else None
         if known is None or known["step"] is not state["step"] or known["exp_avg"].data_ptr() != state["exp_avg"].data_ptr() \

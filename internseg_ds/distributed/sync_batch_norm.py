@@ -15,12 +15,14 @@ class _NormaliseOverRanks(torch.autograd.Function):
     """x (b, c, *) -> (normalised x, mean, biased variance, number of values), the last three over all ranks and without gradients. Collective, both ways:
     one all-gather of 2 c + 1 numbers forward, one all-reduce of 2 c backward.
 
-    Gradients of weight and bias are this rank's own, which the training averages over ranks as it does all others.
+    Moments and sums are fp32 at least, whatever dtype x, weight and bias have; each gradient has the dtype of its tensor. Weight and bias may be None. Their
+    gradients are this rank's own, which the training averages over ranks as it does all others.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        variance, mean = torch.var_mean(x, _positions(x), correction=0)
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        variance, mean = torch.var_mean(x.to(dtype), _positions(x), correction=0)
         own = torch.cat([mean, variance, mean.new_full((1,), x.numel() // x.size(1))])
         parts = own.new_empty(_ranks() * own.numel())
         if _ranks() > 1:
@@ -31,10 +33,12 @@ class _NormaliseOverRanks(torch.autograd.Function):
         total = counts.sum()
         mean = (counts * means).sum(0) / total
         variance = (counts * (variances + (means - mean).square())).sum(0) / total
-        scale = (variance + eps).rsqrt().to(x.dtype)
-        mean, variance = mean.to(x.dtype), variance.to(x.dtype)
+        scale = (variance + eps).rsqrt().to(dtype)
+        mean, variance = mean.to(dtype), variance.to(dtype)
         ctx.save_for_backward(x, weight, mean, scale, total)
-        result = nn.functional.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        wide = [None if value is None else value.to(dtype) for value in (weight, bias)]
+        result = nn.functional.batch_norm(x, mean, variance, *wide, False, 0.0, eps)
         ctx.mark_non_differentiable(mean, variance, total)
         return result, mean, variance, total
 
@@ -42,14 +46,16 @@ class _NormaliseOverRanks(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, scale, total = ctx.saved_tensors
         shape, positions = (1, -1, *[1] * (x.dim() - 2)), _positions(x)
-        centred = x - mean.view(shape)
+        grad, centred = grad.to(mean.dtype), x.to(mean.dtype) - mean.view(shape)
         own = torch.stack([grad.sum(positions), (grad * centred).sum(positions)])
         sums = own.clone()
         if _ranks() > 1:
             dist.all_reduce(sums)
         of_grad, of_product = sums / total.to(sums.dtype)
-        wanted = (grad - of_grad.view(shape) - centred * (scale.square() * of_product).view(shape)) * (scale * weight).view(shape)
-        return wanted, own[1] * scale, own[0], None
+        factor = scale if weight is None else scale * weight.to(scale.dtype)
+        wanted = (grad - of_grad.view(shape) - centred * (scale.square() * of_product).view(shape)) * factor.view(shape)
+        return (wanted.to(x.dtype), None if weight is None else (own[1] * scale).to(weight.dtype),
+                None if ctx.bias_dtype is None else own[0].to(ctx.bias_dtype), None)
 
 
 def _positions(x: Tensor) -> list[int]:
@@ -72,7 +78,8 @@ class AnyDeviceSyncBatchNorm(nn.SyncBatchNorm):
         Raises ValueError for one value per channel in training, which has no variance.
         """
         if not self.training:
-            return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+            own = self.running_mean is None  # of this batch and rank alone, as torch has it
+            return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, own, 0.0, self.eps)
         if _ranks() * x.numel() <= x.size(1):
             raise ValueError(f"batch norm needs more than one value per channel in training, got input {tuple(x.shape)} on one process; "
                              "raise data.samples_per_gpu")

@@ -238,10 +238,16 @@ def shortfall(planner: Planner, ds: DsConfig, world: World) -> str | None:
 
 
 def no_room_to_save(planner: Planner, ds: DsConfig, work_dir: Path) -> str | None:
-    """The sentence by which a run is warned that its disk has no room for a checkpoint; None where it has. A warning only: what is free may change."""
+    """The sentence by which a run is warned that its disk has no room for a checkpoint; None where it has, or cannot be asked, or holds a part only (node-local
+    storage). A warning only: what is free may change."""
+    if (ds.raw.get("checkpoint") or {}).get("use_node_local_storage"):
+        return None
     ema = planner.experiment.engine.ema is not None
     needed = checkpoint_bytes(planner.model, ds.raw["zero_optimization"].get("stage", 0), ds.param_dtype.itemsize, ema=ema)
-    free = shutil.disk_usage(next(folder for folder in (work_dir, *work_dir.absolute().parents) if folder.is_dir())).free
+    try:
+        free = shutil.disk_usage(next(folder for folder in (work_dir, *work_dir.absolute().parents) if folder.is_dir())).free
+    except OSError:
+        return None
     if needed <= free:
         return None
     return (f"there is no room for a checkpoint: each takes {needed / GIB:.1f} GiB and {free / GIB:.1f} are free in {work_dir}; make room, choose another "
@@ -254,15 +260,16 @@ def after_out_of_memory(planner: Planner, ds: DsConfig, world: World, recomputat
         size, compute = device_memory(world), backbone_dtype(planner.experiment.engine.backbone_dtype, world.device, ds.precision)
         on_gpu = world.device.type == "cuda"
 
-        def peak(under: Planner) -> Footprint:
+        def of(under: Planner) -> Footprint:
             return under.footprint(ds, size, compute=compute, validate=False, exact=False, on_gpu=on_gpu)
 
         had = planner if recomputation == "config" else planner.under(recomputation)
-        found = peak(had)
+        found = of(had)
         said = (f"Out of memory. The plan had said {found.peak / GIB:.1f} GiB of {size / GIB:.1f} per {'GPU' if on_gpu else 'process'} "
                 f"({PHASES[found.fullest]}), with {had.recomputation!r} recomputed")
-        less = [(policy, peak(planner.under(policy)).peak) for policy in FASTEST_FIRST] if recomputing_backbones(planner.model) else []
-        mends = [f"engine.recomputation={policy!r} ({size / GIB:.1f} GiB by the plan)" for policy, size in less if size < found.peak][:1]
+        less = [(policy, of(planner.under(policy))) for policy in FASTEST_FIRST] if recomputing_backbones(planner.model) else []
+        less = sorted(((policy, other) for policy, other in less if other.peak < found.peak), key=lambda pair: max(0, pair[1].needed - size))
+        mends = [f"engine.recomputation={policy!r} ({other.peak / GIB:.1f} GiB by the plan)" for policy, other in less[:1]]
         if planner.experiment.micro_batch > 1:
             mends.append("a smaller data.samples_per_gpu, with engine.global_batch to keep the recipe's batch")
         mends.append("a ds_config that keeps less on the device (launch/plan.py compares them)")

@@ -96,4 +96,4 @@ def assumptions(experiment: Experiment, cluster: Cluster, assumed: Assumptions) 
     return (f"Planned, not measured. Assumed: {assumed.compute:.0%} of the peak ({device.bf16:g} TFLOP/s in bf16 for the backbone{heads}), "
             f"{assumed.link:.0%} of each link ({device.nvlink_gbs:g} GB/s within a node), "
             f"{1e6 * assumed.hop_within_s:g} and {1e6 * assumed.hop_between_s:g} us per hop of a ring, "
-            "and communication of a micro-batch hidden behind its computation where overlap_comm is set.")
+            "and communication hidden, where overlap_comm is set, behind a micro-batch's computation under ZeRO-3, its backward pass under ZeRO-1 and 2.")

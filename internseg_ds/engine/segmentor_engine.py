@@ -32,7 +32,6 @@ from internseg_ds.checkpoints.zero_checkpoint import ZeroCheckpoint
 from internseg_ds.data.loading import Batch
 from internseg_ds.distributed.checkpoint_engine import NotingCheckpointEngine
 from internseg_ds.distributed.construction import build_for_training, choose_recomputation
-from internseg_ds.distributed.device_memory import processes_here
 from internseg_ds.distributed.ema import ShardedEma
 from internseg_ds.distributed.gathering import forwards
 from internseg_ds.distributed.loading import fit_segmentor, load
@@ -170,7 +169,7 @@ class SegmentorEngine:
         apply_precision(model, self.compute_dtype, heads=self.heads_dtype, autocast=ds.precision == "autocast")
         groups = parameter_groups(model, experiment.optimizer)
         if ds.cpu_adam:
-            take_share_of_cores(processes_here(self.world))
+            take_share_of_cores()
         optimizer = build_optimizer(groups, experiment.optimizer, ds)
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds.raw,
                                                   lr_scheduler=lambda optimizer: experiment.schedule.scheduler(scheduled(optimizer)))

@@ -65,9 +65,9 @@ def train(engine: "SegmentorEngine") -> TrainState:
                     interval.add(losses)
                     faults.add(batch.faults)
                     micro_batches.append((losses["loss"].detach(), batch.files))
+                    profile.at(step, "update", micro_batch)
                     if micro_batch == ds.accumulation - 1:    # told before DeepSpeed waits for the GPU once a step, read after that: no wait of its own
                         vote = Vote((stop(), bool(faults.pending)), world.device)
-                    profile.at(step, "update", micro_batch)
                     deepspeed.step()                          # DeepSpeed clips, updates and moves the schedule on the last micro-batch only
             profile.at(step, "agreeing", ds.accumulation)
             if skipped.after_step(step, micro_batches):

@@ -22,7 +22,7 @@ class Backbone(Protocol):
     """Pixels whose multiples the sides of an image must be: crops are checked before a run, evaluated images padded. Without: images of any size."""
     with_cp: bool
     recomputation: Recomputation
-    """What `run_block` (models/recomputation.py) is to keep of a block, where `with_cp` is true. Without: `engine.recomputation` must be "config"."""
+    """What `run_block` (models/recomputation.py) is to keep of a block, where `with_cp` is true. Without: `engine.recomputation` must be "auto" or "config"."""
     depth: int
     """Layers, for layer-wise learning-rate decay. With `layer_id` only."""
     depths: tuple[int, ...]

@@ -1,5 +1,7 @@
 """Who is blamed for a hang: where waiting looks as it does under nccl, in a call that has no frame of a collective."""
 
+import inspect
+import linecache
 import threading
 import time
 from dataclasses import replace
@@ -7,7 +9,7 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
-from internseg_ds.distributed.hang_verdict import Place, line_of, verdict
+from internseg_ds.distributed.hang_verdict import WAITING_CALL, Place, line_of, verdict
 from internseg_ds.distributed.process_group import world_from_environment
 from internseg_ds.distributed.watch import Watch
 from internseg_ds.exit_codes import LOST
@@ -89,3 +91,49 @@ def test_a_thread_at_work_is_in_no_waiting_call():
     ends.set()
     thread.join()
     assert not any(waits for _, waits in found) and any("busy" in line for line, _ in found)
+
+
+def standing_in(path: str, name: str, source: str, **names: object) -> threading.Thread:
+    """A thread in a function of this name, as if its file lay there."""
+    text = f"def {name}():\n    {source}\n"
+    linecache.cache[path] = len(text), None, text.splitlines(keepends=True), path
+    exec(compile(text, path, "exec"), names)
+    thread = threading.Thread(target=names[name], daemon=True)
+    thread.start()
+    time.sleep(0.1)
+    return thread
+
+
+def test_in_a_backward_pass_on_a_gpu_the_thread_with_its_hooks_is_looked_at():
+    """Autograd has a thread for each GPU, and the main thread stands in its engine."""
+    ends = threading.Lock()
+    ends.acquire()
+    main = standing_in("/site-packages/torch/autograd/graph.py", "_engine_run_backward", "run()", run=ends.acquire)
+    place, waits = line_of(main.ident)
+    assert waits and "_engine_run_backward" in place  # no hook runs: torch's own code
+    event = type("Event", (), {"synchronize": lambda self: None})()
+    event.synchronize = ends.acquire  # a C function, as CUDA's is
+    reading = standing_in("/site-packages/deepspeed/runtime/zero/stage3.py", "reduce", "event.synchronize()", event=event)
+    place, waits = line_of(main.ident)
+    assert waits and place == "runtime/zero/stage3.py:2 reduce"
+    for _ in range(2):
+        ends.release()
+        time.sleep(0.1)
+    reading.join(1), main.join(1)
+
+
+def test_a_hook_that_hangs_in_a_backward_pass_is_no_waiting():
+    ends = threading.Lock()
+    ends.acquire()
+    main = standing_in("/site-packages/torch/autograd/graph.py", "_engine_run_backward", "run()", run=ends.acquire)
+    hook = standing_in("/site-packages/deepspeed/runtime/zero/hook.py", "hook", "lock(True, 60)", lock=ends.acquire)
+    place, waits = line_of(main.ident)
+    assert not waits and place.endswith("hook.py:2 hook")
+    for _ in range(2):
+        ends.release()
+        time.sleep(0.1)
+    hook.join(1), main.join(1)
+
+
+def test_the_line_at_which_torch_waits_for_a_whole_gpu_is_a_waiting_call():
+    assert any(WAITING_CALL.search(line) for line in inspect.getsource(torch.cuda.synchronize).splitlines() if "return" in line)

@@ -41,6 +41,32 @@ def test_two_ranks_normalise_like_one_batch_norm_over_all_their_images():
     spawn(matches_batch_norm_over_all_images, 2)
 
 
+@pytest.mark.parametrize(("dtype", "weights", "affine"), [(torch.bfloat16, torch.float32, True), (torch.bfloat16, torch.bfloat16, True),
+                                                          (torch.float32, torch.float32, False)])
+def test_moments_are_fp32_whatever_the_dtypes_and_gradients_have_those_of_their_tensors(dtype, weights, affine):
+    """bf16 under autocast, where the parameters are fp32; a count of 3 x 131 x 137 values is no number of bf16."""
+    x = torch.randn(3, CHANNELS, 131, 137, generator=torch.Generator().manual_seed(0)).to(dtype)
+    ours, reference = AnyDeviceSyncBatchNorm(CHANNELS, affine=affine), nn.BatchNorm2d(CHANNELS, affine=affine).double()
+    if affine:
+        nn.init.uniform_(ours.weight, 0.5, 1.5, torch.Generator().manual_seed(1))
+    reference.load_state_dict(ours.state_dict())
+    for param in ours.parameters():
+        param.data = param.data.to(weights)
+    leaf, exact = x.clone().requires_grad_(), x.double().requires_grad_()
+    found, expected = ours(leaf), reference(exact)
+    (found.float() ** 3).sum().backward(), (expected**3).sum().backward()
+    assert found.dtype == dtype and leaf.grad.dtype == dtype and all(param.grad.dtype == weights for param in ours.parameters())
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=5 * tolerance, atol=5 * tolerance * exact.grad.abs().mean().item())
+    torch.testing.assert_close(ours.running_var.double(), reference.running_var, rtol=1e-5, atol=1e-5)  # not rounded to bf16
+
+
+def test_without_running_statistics_an_evaluation_uses_those_of_its_batch():
+    norm, reference = AnyDeviceSyncBatchNorm(CHANNELS, track_running_stats=False).eval(), nn.BatchNorm2d(CHANNELS, track_running_stats=False).eval()
+    assert torch.equal(norm(images()), reference(images()))
+
+
 def test_eval_mode_uses_the_running_statistics():
     norm = AnyDeviceSyncBatchNorm(CHANNELS)
     norm.running_mean.uniform_()
