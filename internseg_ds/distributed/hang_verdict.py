@@ -81,7 +81,7 @@ def line_of(thread: int) -> tuple[str, bool]:
         frame = hooks
     code = frame.f_code
     place = f"{'/'.join(code.co_filename.split('/')[-3:])}:{frame.f_lineno} {code.co_name}"
-    waits = WAITING_CALL.search(linecache.getline(code.co_filename, frame.f_lineno)) is not None
+    waits = WAITING_CALL.search(linecache.getline(code.co_filename, frame.f_lineno or 0)) is not None
     return place, waits or _has_file(frame, COLLECTIVES)
 
 

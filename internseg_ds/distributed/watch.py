@@ -140,7 +140,10 @@ class Watch:
         self._peers = {}
 
     def _here(self) -> Place:
-        line, waits = line_of(self._main)
+        try:
+            line, waits = line_of(self._main)
+        except Exception:  # of frames that run on meanwhile: a line of text is no reason to watch no more
+            line, waits = "", False
         return replace(self._place, line=line, waits=waits, stands_s=time.monotonic() - self._got_on, asked_to_stop=self.asked_to_stop)
 
     def _report(self) -> None:
