@@ -15,6 +15,8 @@ from internseg_ds.exit_codes import LOST
 Doing = Literal["building", "data", "forward", "backward", "update", "agreeing", "evaluating", "saving"]
 STEP_PARTS: tuple[Doing, ...] = ("data", "forward", "backward", "update", "agreeing")
 """In the order in which a step goes through them: a rank that stands at an earlier one keeps the others waiting."""
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a rank stands. marks: how often it has got on; stands_s: seconds since it last did. line: of its main thread; waits: whether that waits there, for

@@ -6,6 +6,7 @@ torch's own optimizer updates views of its flat tensors, a fused call for each s
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -109,11 +110,6 @@ def divide_by_settings(engine: Any, optimizer: RangedAdam, groups: Sequence[Mapp
                 starts[place.partition][place.offset] = number
     ranges: dict[Tensor, list[Range]] = {}
     for flat, begins in zip(partitions(engine), starts, strict=True):
-        found: list[Range] = []
-        for start in sorted(begins):  # what lies behind a parameter up to the next is padding
-            if not found or found[-1][2] != begins[start]:
-                found.append((start, flat.numel(), begins[start]))
-                if len(found) > 1:
-                    found[-2] = (found[-2][0], start, found[-2][2])
-        ranges[flat] = found
+        firsts = [next(run) for _, run in groupby(sorted(begins), key=begins.__getitem__)]  # of neighbours with one setting
+        ranges[flat] = [(start, stop, begins[start]) for start, stop in pairwise([*firsts, flat.numel()])]  # padding behind a parameter goes with it
     optimizer.divide(ranges)

@@ -88,10 +88,10 @@ class SegmentorEngine:
     ) -> None:
         """config: an experiment config; ds_config: a DeepSpeed JSON. work_dir: default work_dirs/NAME_OF_CONFIG. load_from: weights of a whole segmentor to
         start from (over the config's `load_from`). resume: "auto" (the newest checkpoint of work_dir, if any) or a checkpoint to go on from exactly.
-        validate: False leaves the validation set alone. saves: False has the training write no checkpoint,
-        for a measurement that has no room for one. A run that resumes takes its weights from the checkpoint, whatever load_from says. heartbeat_timeout:
-        seconds in which no rank gets on that end the run (`distributed.watch`); 0: any. profiled_steps: how many steps of a training are recorded
-        (`engine.profiling`). Joins the process group if there is none yet.
+        validate: False leaves the validation set alone. saves: False has the training write no checkpoint, for a measurement that has no room for one. A run
+        that resumes takes its weights from the checkpoint, whatever load_from says. heartbeat_timeout: seconds in which no rank gets on that end the run
+        (`distributed.watch`); 0: any. profiled_steps: how many steps of a training are recorded (`engine.profiling`). Joins the process group if there is
+        none yet.
 
         Raises UserError before any accelerator memory is taken when anything in these contradicts itself or is missing.
         """

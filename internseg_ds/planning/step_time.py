@@ -3,9 +3,8 @@
 Assumed: a share `efficiency.compute` of the peak TFLOP/s, of each link's bandwidth `efficiency.link`, rings with a fixed time per hop, and, where
 `overlap_comm` is set, that a micro-batch under ZeRO-3 takes the longer of its computation and its communication. ZeRO-1 and 2 hide less: their gradients
 go out during the backward pass, each bucket after the one before (deepspeedai/DeepSpeed#8364), and the last after all of it. Batch norms' exchanges
-always wait, and so does
-what follows the last backward pass: the update, and the gathering of new weights. Work that waits for memory and not for multipliers (deformable sampling,
-depth-wise convolutions) counts by its FLOPs like all other, which is too short a time for backbones made of it.
+always wait, and so does what follows the last backward pass: the update, and the gathering of new weights. Work that waits for memory and not for
+multipliers (deformable sampling, depth-wise convolutions) counts by its FLOPs like all other, which is too short a time for backbones made of it.
 """
 
 from collections.abc import Iterable, Mapping
