@@ -8,9 +8,6 @@ where deterministic algorithms are asked for PyTorch's operations.
 Source: Wang et al., "InternImage" (CVPR 2023), equation 2.
 """
 
-import functools
-import importlib.util
-import logging
 import math
 from collections.abc import Sequence
 from types import ModuleType
@@ -21,27 +18,13 @@ from torch.utils.flop_counter import register_flop_formula
 
 from internseg_ds.models import dcnv3_torch
 from internseg_ds.models.dcnv3_geometry import geometry
-
-log = logging.getLogger(__name__)
+from internseg_ds.models.sampling_operators import implementation_for
 
 
 def implementation(x: Tensor, offset: Tensor, mask: Tensor) -> ModuleType:
     """What computes these tensors: `dcnv3_triton` on GPUs where Triton can be imported, or `dcnv3_torch`, also for fp64 and under
     `torch.use_deterministic_algorithms` (launch/train.py --deterministic), since Triton's backward pass adds in no certain order."""
-    fits = x.is_cuda and dcnv3_torch.compute_dtype(x, offset, mask) == torch.float32 and not torch.are_deterministic_algorithms_enabled()
-    triton = triton_kernels() if fits else None
-    return triton or dcnv3_torch
-
-
-@functools.cache
-def triton_kernels() -> ModuleType | None:
-    """`dcnv3_triton`, or None where Triton is not installed, with one warning per process. It comes with torch's builds for GPUs."""
-    if importlib.util.find_spec("triton") is None:
-        log.warning("DCNv3 runs without its GPU kernels, slowly: Triton cannot be imported. Install it with: pip install triton")
-        return None
-    from internseg_ds.models import dcnv3_triton
-
-    return dcnv3_triton
+    return implementation_for((x, offset, mask), "dcnv3_triton", dcnv3_torch)
 
 
 @torch.library.custom_op("internseg_ds::dcnv3", mutates_args=())

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from internseg_ds.models.dcnv3_geometry import Geometry
+from internseg_ds.models.sampling_operators import compute_dtype
 
 POINTS_PER_CHUNK = 1 << 16
 """Sampling points (output positions x groups x points of the kernel) that are computed at once: what is made of them stays in a CPU's cache."""
@@ -77,11 +78,6 @@ def backward(grad: Tensor, x: Tensor, offset: Tensor, mask: Tensor, geometry: Ge
             rows[first:last + 1] += F.embedding_bag(bag, of_bags, begins, mode="sum", per_sample_weights=weight.view(-1).index_select(0, order))
     grad_x = grad_table.view(n, height + 2 * BORDER, width + 2 * BORDER, channels)[:, BORDER:-BORDER, BORDER:-BORDER]
     return torch.empty_like(x, memory_format=torch.contiguous_format).copy_(grad_x), grad_offset.view_as(offset), grad_mask.view_as(mask)
-
-
-def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """fp64 where one of the tensors is, else fp32: never less, since a location that bf16 rounds is another location."""
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
 def _chunks(positions: int, points: int, chunk: int) -> Iterator[slice]:

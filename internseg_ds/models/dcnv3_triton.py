@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from internseg_ds.models.dcnv3_geometry import Geometry
-from internseg_ds.models.triton_bilinear import corner, corner_before, rows_of_program
+from internseg_ds.models.triton_bilinear import add_sample, corner_before, rows_of_program, spread_gradient
 
 ELEMENTS = {"forward": 1024, "backward": 512}
 """Rows x channels of one program of 4 warps."""
@@ -56,14 +56,7 @@ def forward_kernel(x, offset, mask, out, rows, height, width, out_height, out_wi
         top, left, down, right, near = _locate(offset, at, exists, center_y, center_x, k, scale, height, width, KERNEL_H, REACH_Y, REACH_X, DILATION_Y,
                                                DILATION_X, CENTER)
         m = tl.load(mask + at, mask=exists, other=0.0).to(tl.float32)
-        p00, i00 = corner(top, left, near, height, width, GROUP * CHANNELS, columns, real)
-        p01, i01 = corner(top, left + 1, near, height, width, GROUP * CHANNELS, columns, real)
-        p10, i10 = corner(top + 1, left, near, height, width, GROUP * CHANNELS, columns, real)
-        p11, i11 = corner(top + 1, left + 1, near, height, width, GROUP * CHANNELS, columns, real)
-        total += (m * (1 - down) * (1 - right))[:, None] * tl.load(x + p00, mask=i00, other=0.0).to(tl.float32)
-        total += (m * (1 - down) * right)[:, None] * tl.load(x + p01, mask=i01, other=0.0).to(tl.float32)
-        total += (m * down * (1 - right))[:, None] * tl.load(x + p10, mask=i10, other=0.0).to(tl.float32)
-        total += (m * down * right)[:, None] * tl.load(x + p11, mask=i11, other=0.0).to(tl.float32)
+        total = add_sample(total, x, m, top, left, down, right, near, height, width, GROUP * CHANNELS, columns, real)
     tl.store(out + row[:, None] * CHANNELS + channel, total.to(out.dtype.element_ty), mask=exists[:, None] & real)
 
 
@@ -83,23 +76,10 @@ def backward_kernel(grad, x, offset, mask, grad_x, grad_offset, grad_mask, rows,
         top, left, down, right, near = _locate(offset, at, exists, center_y, center_x, k, scale, height, width, KERNEL_H, REACH_Y, REACH_X, DILATION_Y,
                                                DILATION_X, CENTER)
         m = tl.load(mask + at, mask=exists, other=0.0).to(tl.float32)
-        p00, i00 = corner(top, left, near, height, width, GROUP * CHANNELS, columns, real)
-        p01, i01 = corner(top, left + 1, near, height, width, GROUP * CHANNELS, columns, real)
-        p10, i10 = corner(top + 1, left, near, height, width, GROUP * CHANNELS, columns, real)
-        p11, i11 = corner(top + 1, left + 1, near, height, width, GROUP * CHANNELS, columns, real)
-        v00 = tl.sum(g * tl.load(x + p00, mask=i00, other=0.0).to(tl.float32), 1)
-        v01 = tl.sum(g * tl.load(x + p01, mask=i01, other=0.0).to(tl.float32), 1)
-        v10 = tl.sum(g * tl.load(x + p10, mask=i10, other=0.0).to(tl.float32), 1)
-        v11 = tl.sum(g * tl.load(x + p11, mask=i11, other=0.0).to(tl.float32), 1)
-        above, below = v00 + (v01 - v00) * right, v10 + (v11 - v10) * right
-        along = (v01 - v00) * (1 - down) + (v11 - v10) * down
-        tl.store(grad_mask + at, (above + (below - above) * down).to(grad_mask.dtype.element_ty), mask=exists)
-        tl.store(grad_offset + 2 * at, (m * scale * along).to(grad_offset.dtype.element_ty), mask=exists)
-        tl.store(grad_offset + 2 * at + 1, (m * scale * (below - above)).to(grad_offset.dtype.element_ty), mask=exists)
-        tl.atomic_add(grad_x + p00, (m * (1 - down) * (1 - right))[:, None] * g, mask=i00, sem="relaxed")
-        tl.atomic_add(grad_x + p01, (m * (1 - down) * right)[:, None] * g, mask=i01, sem="relaxed")
-        tl.atomic_add(grad_x + p10, (m * down * (1 - right))[:, None] * g, mask=i10, sem="relaxed")
-        tl.atomic_add(grad_x + p11, (m * down * right)[:, None] * g, mask=i11, sem="relaxed")
+        of_m, along_row, along_column = spread_gradient(grad_x, x, g, m, top, left, down, right, near, height, width, GROUP * CHANNELS, columns, real)
+        tl.store(grad_mask + at, of_m.to(grad_mask.dtype.element_ty), mask=exists)
+        tl.store(grad_offset + 2 * at, (m * scale * along_row).to(grad_offset.dtype.element_ty), mask=exists)
+        tl.store(grad_offset + 2 * at + 1, (m * scale * along_column).to(grad_offset.dtype.element_ty), mask=exists)
 
 
 def forward(x: Tensor, offset: Tensor, mask: Tensor, geometry: Geometry) -> Tensor:

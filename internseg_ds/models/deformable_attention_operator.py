@@ -7,9 +7,6 @@ On GPUs Triton kernels run, elsewhere and where deterministic algorithms are ask
 Source: Zhu et al., "Deformable DETR", 2021, equation 3.
 """
 
-import functools
-import importlib.util
-import logging
 import math
 from collections.abc import Sequence
 from types import ModuleType
@@ -19,27 +16,13 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from internseg_ds.models import deformable_attention_torch
-
-log = logging.getLogger(__name__)
+from internseg_ds.models.sampling_operators import implementation_for
 
 
 def implementation(value: Tensor, locations: Tensor, weights: Tensor) -> ModuleType:
     """What computes these tensors: `deformable_attention_triton` on GPUs where Triton can be imported, or `deformable_attention_torch`, also for fp64 and
     under `torch.use_deterministic_algorithms` (launch/train.py --deterministic), where torch warns that its gradient of the value is not."""
-    computed_in = deformable_attention_torch.compute_dtype(value, locations, weights)
-    fits = value.is_cuda and computed_in == torch.float32 and not torch.are_deterministic_algorithms_enabled()
-    return (triton_kernels() if fits else None) or deformable_attention_torch
-
-
-@functools.cache
-def triton_kernels() -> ModuleType | None:
-    """`deformable_attention_triton`, or None where Triton is not installed, with one warning per process."""
-    if importlib.util.find_spec("triton") is None:
-        log.warning("deformable attention runs without its GPU kernels, slowly: Triton cannot be imported. Install it with: pip install triton")
-        return None
-    from internseg_ds.models import deformable_attention_triton
-
-    return deformable_attention_triton
+    return implementation_for((value, locations, weights), "deformable_attention_triton", deformable_attention_torch)
 
 
 @torch.library.custom_op("internseg_ds::deformable_attention", mutates_args=())

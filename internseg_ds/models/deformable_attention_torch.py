@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from internseg_ds.models.sampling_operators import compute_dtype
+
 SAMPLED_AT_ONCE = 2**26
 """Values that are sampled at a time: 256 MiB in fp32."""
 BILINEAR, ZEROS = 0, 0  # torch's numbers for these ways of sampling
@@ -45,11 +47,6 @@ def backward(grad: Tensor, value: Tensor, locations: Tensor, weights: Tensor, sh
             of_locations[:, part, :, level] = 2 * of_grid.unflatten(0, (batch, heads)).transpose(1, 2)
     of_value = torch.cat([pixels.flatten(2) for pixels in of_maps], dim=2).unflatten(0, (batch, heads)).permute(0, 3, 1, 2)  # (b, n, heads, c)
     return torch.empty_like(value, memory_format=torch.contiguous_format).copy_(of_value), of_locations, of_weights
-
-
-def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """fp64 where one of the tensors is, else fp32: a location that bf16 rounds is another location."""
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
 def _chunks(value: Tensor, weights: Tensor) -> Iterator[slice]:

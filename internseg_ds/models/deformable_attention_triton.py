@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from internseg_ds.models.triton_bilinear import corner, corner_before, rows_of_program
+from internseg_ds.models.triton_bilinear import add_sample, corner_before, rows_of_program, spread_gradient
 
 ELEMENTS = {"forward": 512, "backward": 256}
 """Rows x channels of one program of 4 warps: with twice as many, programs take 150 registers a thread instead of some 70 (sm_90), so that half as many warps
@@ -20,6 +20,15 @@ hide the waiting for memory, and fp32 over four maps spills. Not timed on a GPU.
 SIZES = ["rows", "queries", "tokens"]
 """Numbers that depend on images' sizes, for which no kernel is compiled anew: Triton would where one is 1 or 16 divides it. It does not look into tuples for
 this, so that those of heights and widths come as 2 h + 1, which neither is."""
+
+
+@triton.jit
+def _start(rows, queries, tokens, HEADS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The rows of this program: their numbers, which of them exist, channels and which of these exist, and where those of the first map begin."""
+    row, exists = rows_of_program(rows, BLOCK_R)
+    channel = tl.arange(0, BLOCK_C)[None, :]
+    columns = ((row // HEADS // queries * tokens * HEADS + row % HEADS) * CHANNELS)[:, None] + channel
+    return row, exists, channel, channel < CHANNELS, columns
 
 
 @triton.jit
@@ -34,10 +43,7 @@ def _locate(locations, at, exists, height, width):
 def forward_kernel(value, locations, weights, out, rows, queries, tokens, odd_heights, odd_widths, HEADS: tl.constexpr, CHANNELS: tl.constexpr,
                    LEVELS: tl.constexpr, POINTS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
     """CHANNELS: of a head. odd_heights, odd_widths: tuples of LEVELS numbers, 2 h + 1 each. Pointers to contiguous tensors as the operator takes them."""
-    row, exists = rows_of_program(rows, BLOCK_R)
-    channel = tl.arange(0, BLOCK_C)[None, :]
-    real = channel < CHANNELS
-    columns = ((row // HEADS // queries * tokens * HEADS + row % HEADS) * CHANNELS)[:, None] + channel
+    row, exists, channel, real, columns = _start(rows, queries, tokens, HEADS, CHANNELS, BLOCK_R, BLOCK_C)
     total = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
     for level in tl.static_range(LEVELS):
         height, width = odd_heights[level] // 2, odd_widths[level] // 2
@@ -45,14 +51,7 @@ def forward_kernel(value, locations, weights, out, rows, queries, tokens, odd_he
             at = (row * LEVELS + level) * POINTS + point
             top, left, down, right, near = _locate(locations, at, exists, height, width)
             m = tl.load(weights + at, mask=exists, other=0.0).to(tl.float32)
-            p00, i00 = corner(top, left, near, height, width, HEADS * CHANNELS, columns, real)
-            p01, i01 = corner(top, left + 1, near, height, width, HEADS * CHANNELS, columns, real)
-            p10, i10 = corner(top + 1, left, near, height, width, HEADS * CHANNELS, columns, real)
-            p11, i11 = corner(top + 1, left + 1, near, height, width, HEADS * CHANNELS, columns, real)
-            total += (m * (1 - down) * (1 - right))[:, None] * tl.load(value + p00, mask=i00, other=0.0).to(tl.float32)
-            total += (m * (1 - down) * right)[:, None] * tl.load(value + p01, mask=i01, other=0.0).to(tl.float32)
-            total += (m * down * (1 - right))[:, None] * tl.load(value + p10, mask=i10, other=0.0).to(tl.float32)
-            total += (m * down * right)[:, None] * tl.load(value + p11, mask=i11, other=0.0).to(tl.float32)
+            total = add_sample(total, value, m, top, left, down, right, near, height, width, HEADS * CHANNELS, columns, real)
         columns += tl.cast(height, tl.int64) * width * HEADS * CHANNELS  # the next map
     tl.store(out + row[:, None] * CHANNELS + channel, total.to(out.dtype.element_ty), mask=exists[:, None] & real)
 
@@ -62,10 +61,7 @@ def backward_kernel(grad, value, locations, weights, grad_value, grad_locations,
                     HEADS: tl.constexpr, CHANNELS: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr, BLOCK_R: tl.constexpr,
                     BLOCK_C: tl.constexpr):
     """As `forward_kernel`; grad_value is fp32 and zero before."""
-    row, exists = rows_of_program(rows, BLOCK_R)
-    channel = tl.arange(0, BLOCK_C)[None, :]
-    real = channel < CHANNELS
-    columns = ((row // HEADS // queries * tokens * HEADS + row % HEADS) * CHANNELS)[:, None] + channel
+    row, exists, channel, real, columns = _start(rows, queries, tokens, HEADS, CHANNELS, BLOCK_R, BLOCK_C)
     g = tl.load(grad + row[:, None] * CHANNELS + channel, mask=exists[:, None] & real, other=0.0).to(tl.float32)
     for level in tl.static_range(LEVELS):
         height, width = odd_heights[level] // 2, odd_widths[level] // 2
@@ -73,23 +69,11 @@ def backward_kernel(grad, value, locations, weights, grad_value, grad_locations,
             at = (row * LEVELS + level) * POINTS + point
             top, left, down, right, near = _locate(locations, at, exists, height, width)
             m = tl.load(weights + at, mask=exists, other=0.0).to(tl.float32)
-            p00, i00 = corner(top, left, near, height, width, HEADS * CHANNELS, columns, real)
-            p01, i01 = corner(top, left + 1, near, height, width, HEADS * CHANNELS, columns, real)
-            p10, i10 = corner(top + 1, left, near, height, width, HEADS * CHANNELS, columns, real)
-            p11, i11 = corner(top + 1, left + 1, near, height, width, HEADS * CHANNELS, columns, real)
-            v00 = tl.sum(g * tl.load(value + p00, mask=i00, other=0.0).to(tl.float32), 1)
-            v01 = tl.sum(g * tl.load(value + p01, mask=i01, other=0.0).to(tl.float32), 1)
-            v10 = tl.sum(g * tl.load(value + p10, mask=i10, other=0.0).to(tl.float32), 1)
-            v11 = tl.sum(g * tl.load(value + p11, mask=i11, other=0.0).to(tl.float32), 1)
-            above, below = v00 + (v01 - v00) * right, v10 + (v11 - v10) * right
-            along = (v01 - v00) * (1 - down) + (v11 - v10) * down
-            tl.store(grad_weights + at, (above + (below - above) * down).to(grad_weights.dtype.element_ty), mask=exists)
-            tl.store(grad_locations + 2 * at, (m * width * along).to(grad_locations.dtype.element_ty), mask=exists)
-            tl.store(grad_locations + 2 * at + 1, (m * height * (below - above)).to(grad_locations.dtype.element_ty), mask=exists)
-            tl.atomic_add(grad_value + p00, (m * (1 - down) * (1 - right))[:, None] * g, mask=i00, sem="relaxed")
-            tl.atomic_add(grad_value + p01, (m * (1 - down) * right)[:, None] * g, mask=i01, sem="relaxed")
-            tl.atomic_add(grad_value + p10, (m * down * (1 - right))[:, None] * g, mask=i10, sem="relaxed")
-            tl.atomic_add(grad_value + p11, (m * down * right)[:, None] * g, mask=i11, sem="relaxed")
+            of_m, along_row, along_column = spread_gradient(grad_value, value, g, m, top, left, down, right, near, height, width, HEADS * CHANNELS, columns,
+                                                            real)
+            tl.store(grad_weights + at, of_m.to(grad_weights.dtype.element_ty), mask=exists)
+            tl.store(grad_locations + 2 * at, (m * width * along_row).to(grad_locations.dtype.element_ty), mask=exists)
+            tl.store(grad_locations + 2 * at + 1, (m * height * along_column).to(grad_locations.dtype.element_ty), mask=exists)
         columns += tl.cast(height, tl.int64) * width * HEADS * CHANNELS
 
 
