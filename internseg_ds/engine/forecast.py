@@ -1,15 +1,13 @@
 """What one experiment will take on one cluster: memory part by part, time, disk; under each of several ds_configs, and which of them fit.
 
-In: an experiment, ds_configs, a cluster and its memory. Out: `Forecast`s, tables of them, and the sentence by which `train.py` warns. Takes no accelerator.
+In: an experiment, ds_configs, a cluster and its memory. Out: `Forecast`s and tables of them. Takes no accelerator.
 """
 
 import logging
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from rich.console import Console
@@ -19,13 +17,11 @@ from internseg_ds.distributed.device_memory import device_memory, processes_here
 from internseg_ds.distributed.ds_config import DsConfig
 from internseg_ds.distributed.precision import backbone_dtype
 from internseg_ds.distributed.process_group import World
-from internseg_ds.engine.auto_recomputation import FASTEST_FIRST, as_it_will_train
+from internseg_ds.engine.auto_recomputation import as_it_will_train
 from internseg_ds.engine.planner import Planner, Row
 from internseg_ds.engine.scaling import assumptions, flops
 from internseg_ds.errors import ConfigError
-from internseg_ds.models.recomputation import Recomputation, recomputing_backbones
-from internseg_ds.planning.footprint import Footprint, checkpoint_bytes
-from internseg_ds.planning.memory import Part
+from internseg_ds.planning.footprint import Footprint
 from internseg_ds.planning.step_time import Assumptions, Cluster
 
 log = logging.getLogger(__name__)
@@ -124,11 +120,15 @@ def memory_table(plan: Forecast, title: str) -> Table:
     return table
 
 
+def left_free(footprint: Footprint) -> str:
+    """What follows the size of a device's memory in a sentence."""
+    return f", of which {footprint.margin / GIB:.1f} should stay free" if footprint.margin else ""
+
+
 def verdict(plan: Forecast) -> str:
     """A sentence: the peak, and whether it fits."""
     footprint = plan.footprint
-    free = f", of which {footprint.margin / GIB:.1f} should stay free" if footprint.margin else ""
-    said = (f"Peak: {footprint.peak / GIB:.1f} GiB per {plan.unit} ({PHASES[footprint.fullest]}) of {plan.device_bytes / GIB:.1f}{free}: "
+    said = (f"Peak: {footprint.peak / GIB:.1f} GiB per {plan.unit} ({PHASES[footprint.fullest]}) of {plan.device_bytes / GIB:.1f}{left_free(footprint)}: "
             f"{'fits' if plan.fits_device else 'does not fit'}.")
     if plan.host_bytes is not None:
         said += f" {plan.host / GIB:.0f} GiB per host of {plan.host_bytes / GIB:.0f}: {'fits' if plan.fits_host else 'does not fit'}."
@@ -202,98 +202,34 @@ def conclusion(found: dict[Path, Forecast | str]) -> str:
     return f"These fit: {names}. Fastest: {best.stem}, {brief(fitting[best].row.time.step)} s a step, {brief(fitting[best].row.images_per_s)} images/s."
 
 
+@dataclass(frozen=True)
+class Device:
+    """What a process runs on. size: bytes of its memory; compute: the dtype that the backbone computes in there; on_gpu: whether it is a GPU."""
+
+    size: int
+    compute: torch.dtype
+    on_gpu: bool
+
+    @classmethod
+    def of_this_run(cls, planner: Planner, ds: DsConfig, world: World) -> "Device":
+        compute = backbone_dtype(planner.experiment.engine.backbone_dtype, world.device, ds.precision)
+        return cls(device_memory(world), compute, world.device.type == "cuda")
+
+    @property
+    def unit(self) -> str:
+        return "GPU" if self.on_gpu else "process"
+
+    def planner(self, planner: Planner, ds: DsConfig) -> Planner:
+        """Of the activation checkpointing that a run will have here."""
+        return as_it_will_train(planner, ds, self.size, compute=self.compute, on_gpu=self.on_gpu)
+
+    def footprint(self, planner: Planner, ds: DsConfig, *, validate: bool = False, exact: bool = False) -> Footprint:
+        """By default without evaluation, and by the upper bound of gathered weights: quickly."""
+        return planner.footprint(ds, self.size, compute=self.compute, validate=validate, exact=exact, on_gpu=self.on_gpu)
+
+
 def of_this_run(planner: Planner, ds: DsConfig, world: World, *, validate: bool) -> Forecast:
     """The memory of a run on the device of this process."""
-    size, compute = device_memory(world), backbone_dtype(planner.experiment.engine.backbone_dtype, world.device, ds.precision)
-    on_gpu = world.device.type == "cuda"
-    planner = as_it_will_train(planner, ds, size, compute=compute, on_gpu=on_gpu)
-    return Forecast(planner, ds, planner.footprint(ds, size, compute=compute, validate=validate, on_gpu=on_gpu), processes_here(world), size,
-                    unit="GPU" if on_gpu else "process")
-
-
-def shortfall(planner: Planner, ds: DsConfig, world: World) -> str | None:
-    """The sentence by which a run is warned that it will not fit into its device's memory, with the mend; None when it fits. Never raises.
-
-    A model that is small beside the memory is not looked at closely, and evaluations, which take fewer windows where there is less room, are not looked at:
-    the start of a run is not to wait.
-    """
-    try:
-        device = world.device
-        size, compute = device_memory(world), backbone_dtype(planner.experiment.engine.backbone_dtype, device, ds.precision)
-        if planner.is_small_beside(ds, size):
-            return None
-        on_gpu = device.type == "cuda"
-        chosen = as_it_will_train(planner, ds, size, compute=compute, on_gpu=on_gpu)
-        found = chosen.footprint(ds, size, compute=compute, validate=False, exact=False, on_gpu=on_gpu)
-        if found.needed <= size:
-            return None
-        largest: Part = max((part for part in found.parts if found.fullest in part.phases), key=lambda part: part.device)
-        said = (f"this run will not fit by the plan: it needs {found.peak / GIB:.1f} GiB per {'GPU' if device.type == 'cuda' else 'process'} "
-                f"({PHASES[found.fullest]}) and there are {size / GIB:.1f}{f', of which {found.margin / GIB:.1f} should stay free' if on_gpu else ''}; "
-                f"the largest part is {largest.name}, {largest.device / GIB:.1f} GiB")
-        return f"{said}; {_mend(planner, ds, world, size, compute)}"
-    except Exception as error:  # an odd model is no reason not to train it
-        log.info("whether this run fits into memory could not be planned: %s: %s", type(error).__name__, error)
-        return None
-
-
-def no_room_to_save(planner: Planner, ds: DsConfig, work_dir: Path) -> str | None:
-    """The sentence by which a run is warned that its disk has no room for a checkpoint; None where it has, or cannot be asked, or holds a part only (node-local
-    storage). A warning only: what is free may change."""
-    if (ds.raw.get("checkpoint") or {}).get("use_node_local_storage"):
-        return None
-    ema = planner.experiment.engine.ema is not None
-    needed = checkpoint_bytes(planner.model, ds.raw["zero_optimization"].get("stage", 0), ds.param_dtype.itemsize, ema=ema)
-    try:
-        free = shutil.disk_usage(next(folder for folder in (work_dir, *work_dir.absolute().parents) if folder.is_dir())).free
-    except OSError:
-        return None
-    if needed <= free:
-        return None
-    return (f"there is no room for a checkpoint: each takes {needed / GIB:.1f} GiB and {free / GIB:.1f} are free in {work_dir}; make room, choose another "
-            "--work-dir, or train with --no-save to measure only")
-
-
-def after_out_of_memory(planner: Planner, ds: DsConfig, world: World, recomputation: Recomputation | Literal["config"]) -> str:
-    """What the plan had said of a run that has run out of memory, and what would take less. recomputation: what it trains with. Never raises."""
-    try:
-        size, compute = device_memory(world), backbone_dtype(planner.experiment.engine.backbone_dtype, world.device, ds.precision)
-        on_gpu = world.device.type == "cuda"
-
-        def of(under: Planner) -> Footprint:
-            return under.footprint(ds, size, compute=compute, validate=False, exact=False, on_gpu=on_gpu)
-
-        had = planner if recomputation == "config" else planner.under(recomputation)
-        found = of(had)
-        said = (f"Out of memory. The plan had said {found.peak / GIB:.1f} GiB of {size / GIB:.1f} per {'GPU' if on_gpu else 'process'} "
-                f"({PHASES[found.fullest]}), with {had.recomputation!r} recomputed")
-        less = [(policy, of(planner.under(policy))) for policy in FASTEST_FIRST] if recomputing_backbones(planner.model) else []
-        less = sorted(((policy, other) for policy, other in less if other.peak < found.peak), key=lambda pair: max(0, pair[1].needed - size))
-        mends = [f"engine.recomputation={policy!r} ({other.peak / GIB:.1f} GiB by the plan)" for policy, other in less[:1]]
-        if planner.experiment.micro_batch > 1:
-            mends.append("a smaller data.samples_per_gpu, with engine.global_batch to keep the recipe's batch")
-        mends.append("a ds_config that keeps less on the device (launch/plan.py compares them)")
-        return f"{said}. To need less: {'; '.join(mends)}."
-    except Exception as error:  # the error that ends the run is another one
-        return f"Out of memory. What the plan had said cannot be told: {type(error).__name__}: {error}"
-
-
-def _mend(planner: Planner, ds: DsConfig, world: World, size: int, compute: torch.dtype) -> str:
-    """What to do: the ds_config beside this one that fits with the least on the host, else what else makes a run smaller."""
-    on_gpu = world.device.type == "cuda"
-    fitting, beside = [], sorted(Path(ds.source).parent.glob("*.json")) if Path(ds.source).is_file() else []
-    for path in beside:
-        try:
-            other, _ = planner.resolve(path, world.size)
-            chosen = as_it_will_train(planner, other, size, compute=compute, on_gpu=on_gpu)
-            found = chosen.footprint(other, size, compute=compute, validate=False, exact=False, on_gpu=on_gpu)
-        except ConfigError:
-            continue
-        if other.precision == ds.precision and found.needed <= size:
-            fitting.append((found.host, found.peak, path))
-    if fitting:
-        host, peak, path = min(fitting)
-        return f"{path} would need {peak / GIB:.1f} GiB" + (f" and {host / GIB:.0f} GiB of the host's memory per process" if host > 5 * GIB else "")
-    return ("none of the ds_configs beside it would fit: " * bool(beside)
-            + "use more GPUs, offload, or take fewer images per GPU (data.samples_per_gpu), smaller crops, "
-              "or activation checkpointing (engine.recomputation=\"blocks\") if it is off")
+    device = Device.of_this_run(planner, ds, world)
+    planner = device.planner(planner, ds)
+    return Forecast(planner, ds, device.footprint(planner, ds, validate=validate, exact=True), processes_here(world), device.size, unit=device.unit)

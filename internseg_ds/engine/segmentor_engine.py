@@ -47,12 +47,12 @@ from internseg_ds.engine.auto_recomputation import agreed_recomputation
 from internseg_ds.engine.checkpointing import Checkpoints
 from internseg_ds.engine.evaluator import Evaluation, evaluate
 from internseg_ds.engine.experiment import Experiment, read_experiment
-from internseg_ds.engine.forecast import after_out_of_memory, no_room_to_save, shortfall
 from internseg_ds.engine.outputs import check_writable
 from internseg_ds.engine.planner import Planner
 from internseg_ds.engine.preflight import Plan, check
 from internseg_ds.engine.profiling import check_profiled_steps
 from internseg_ds.engine.resuming import agree_to_resume, checkpoint_to_resume, state_of
+from internseg_ds.engine.run_warnings import after_out_of_memory, no_room_to_save, shortfall
 from internseg_ds.engine.state import TrainState
 from internseg_ds.engine.stopping import StopRequests, check_no_stop_file, stop_file
 from internseg_ds.engine.trackers import start_logging

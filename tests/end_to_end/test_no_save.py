@@ -2,8 +2,8 @@ import shutil
 
 from internseg_ds.distributed.process_group import World
 from internseg_ds.engine.experiment import read_experiment
-from internseg_ds.engine.forecast import no_room_to_save
 from internseg_ds.engine.planner import Planner
+from internseg_ds.engine.run_warnings import no_room_to_save
 from tests.conftest import ROOT, TINY
 from tests.distributed.ranks import spawn
 from tests.engine.small import small_experiment

@@ -6,8 +6,9 @@ import pytest
 
 from internseg_ds.distributed.process_group import World
 from internseg_ds.engine.experiment import read_experiment
-from internseg_ds.engine.forecast import compare, conclusion, forecast, shortfall, verdict
+from internseg_ds.engine.forecast import compare, conclusion, forecast, verdict
 from internseg_ds.engine.planner import Planner
+from internseg_ds.engine.run_warnings import shortfall
 from internseg_ds.planning.devices import DEVICES
 from internseg_ds.planning.footprint import MARGIN
 from internseg_ds.planning.step_time import Assumptions, Cluster
