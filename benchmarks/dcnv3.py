@@ -120,18 +120,22 @@ def memory(device: torch.device, *, peak: bool) -> int:
     return 1024 * int(line.split()[1])
 
 
+def parsed(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, torch.device]:
+    """The arguments, with those that benchmarks of one operator share, and the device to measure on: a GPU, or one thread of the CPU."""
+    parser.add_argument("--images", type=int, default=1, help="default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each, in turn (default: %(default)s)")
+    device = torch.device(device_type())
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    return parser.parse_args(), device
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="example:\n  python benchmarks/dcnv3.py --size t --side 512",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="t", help="of InternImage (default: %(default)s)")
     parser.add_argument("--side", type=int, default=512, help="of the images, in pixels (default: %(default)s)")
-    parser.add_argument("--images", type=int, default=1, help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=5, help="measurements of each, in turn (default: %(default)s)")
-    args = parser.parse_args()
-
-    device = torch.device(device_type())
-    if device.type == "cpu":
-        torch.set_num_threads(1)
+    args, device = parsed(parser)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     operators: dict[str, Operator] = {"ours": ours}
     if device.type == "cuda":

@@ -13,12 +13,11 @@ import json
 import statistics
 
 import torch
-from dcnv3 import measured
+from dcnv3 import measured, parsed
 from mmcv.ops import get_compiling_cuda_version
 from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction, multi_scale_deformable_attn_pytorch
 from torch import Tensor
 
-from internseg_ds.device import device_type
 from internseg_ds.models import deformable_attention_torch
 from internseg_ds.models.deformable_attention import attend
 from internseg_ds.models.deformable_attention_operator import implementation
@@ -45,13 +44,7 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", type=int, default=256, help="of the images, in pixels (default: %(default)s)")
     parser.add_argument("--heads", type=int, default=8, help="of 32 channels each (default: %(default)s)")
-    parser.add_argument("--images", type=int, default=1, help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=5, help="measurements of each, in turn (default: %(default)s)")
-    args = parser.parse_args()
-
-    device = torch.device(device_type())
-    if device.type == "cpu":
-        torch.set_num_threads(1)
+    args, device = parsed(parser)
     shapes = [(args.side // stride,) * 2 for stride in (32, 16, 8)]
     tokens = sum(height * width for height, width in shapes)
     torch.manual_seed(0)
