@@ -1,7 +1,10 @@
 import pytest
+import torch
+import torch.distributed as dist
 
-from internseg_ds.distributed.process_group import World, first_host, rendezvous, world_from_environment
+from internseg_ds.distributed.process_group import Vote, World, first_host, rendezvous, world_from_environment
 from internseg_ds.errors import ConfigError
+from tests.distributed.ranks import spawn
 
 
 @pytest.mark.parametrize(("env", "expected"), [
@@ -43,3 +46,13 @@ def test_mpirun_without_an_address_says_which_variable_to_set():
 
 def test_single_processes_on_one_machine_take_different_ports():
     assert len({rendezvous(World(), {})["MASTER_PORT"] for _ in range(4)}) > 1
+
+
+def votes_of_two_ranks() -> None:
+    mine = dist.get_rank() == 1
+    votes = [Vote(facts, torch.device("cpu")) for facts in ([mine, not mine, False, True], [False, mine])]  # the second is told before the first is read
+    assert [vote.result() for vote in votes] == [[True, True, False, True], [False, True]]
+
+
+def test_a_fact_of_one_rank_is_a_fact_for_all():
+    spawn(votes_of_two_ranks, 2)

@@ -18,6 +18,12 @@ def test_the_share_of_right_pixels_is_mmsegs(classes, ignored):
     torch.testing.assert_close(pixel_accuracy(scores, labels, IGNORED), accuracy(scores, labels, ignore_index=IGNORED))
 
 
+def test_a_class_that_is_ignored_counts_neither_as_right_nor_at_all():
+    torch.manual_seed(0)
+    scores, labels = torch.randn(2, 4, 13, 17), torch.randint(0, 4, (2, 13, 17))
+    torch.testing.assert_close(pixel_accuracy(scores, labels, 2), accuracy(scores, labels, ignore_index=2))
+
+
 def head_of(loss, **more):
     torch.manual_seed(0)
     return build_head(ConfigDict(type="UPerHead", in_channels=[4] * 4, in_index=[0, 1, 2, 3], channels=4, num_classes=5, loss_decode=loss, **more))
