@@ -11,12 +11,13 @@ from typing import Any
 
 import cv2
 import numpy as np
-from mmseg.datasets import RepeatDataset, build_dataset
+from mmseg.datasets import CustomDataset, RepeatDataset, build_dataset
 from mmseg.datasets.pipelines import LoadAnnotations
 from torch.utils.data import Dataset
 
-import internseg_ds.data.ade20k  # noqa: F401 - registers the published few-shot data set
-from internseg_ds.data.transforms import CheckAnnotation
+import internseg_ds.data.ade20k
+import internseg_ds.data.transforms  # noqa: F401 - registers those that published configs name
+from internseg_ds.data.label_maps import CheckAnnotation, read_label_maps_of
 from internseg_ds.errors import ConfigError, DataError
 
 CHANGE_LABELS = {"Resize", "SETR_Resize", "ResizeToMultiple", "RandomFlip", "RandomCrop", "RandomRotate", "RandomMosaic", "RandomCutOut", "Pad"}
@@ -45,8 +46,10 @@ def build_datasets(entry: Any, what: str, leaves: list[Any], **default_args: Any
         raise DataError(f"{what} cannot be built: {type(error).__name__}: {error}") from error
     for part in _plain(dataset):
         if getattr(part, "label_map", None):  # of classes that the config leaves out; mmseg's -1 is no uint8, which numpy 2 minds
-            part.label_map = {old: 255 if new == -1 else new for old, new in part.label_map.items()}
-        _check_annotations_of(part)
+            part.label_map = {old: part.ignore_index if new == -1 else new for old, new in part.label_map.items()}
+        if isinstance(part, CustomDataset) and part.CLASSES is not None:
+            read_label_maps_of(part)
+            _check_annotations_of(part)
     for transforms in _pipelines(dataset):
         _masks_come_last([type(step).__name__ for step in transforms], what)
     if len({tuple(getattr(part, "CLASSES", None) or ()) for part in _plain(dataset)}) > 1:
@@ -95,7 +98,7 @@ def _check_annotations_of(dataset: Dataset) -> None:
     """Has each label map that the pipeline loads looked at, before anything is done to it."""
     transforms = dataset.pipeline.transforms
     for place, transform in reversed(list(enumerate(transforms))):
-        if isinstance(transform, LoadAnnotations) and dataset.CLASSES is not None:
+        if isinstance(transform, LoadAnnotations):
             transforms.insert(place + 1, CheckAnnotation(len(dataset.CLASSES), dataset.ignore_index))
 
 

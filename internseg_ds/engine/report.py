@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 import torch.distributed as dist
 
-from internseg_ds.data.loading import ground_truth
+from internseg_ds.data.label_maps import ground_truth
 from internseg_ds.distributed.process_group import World, of_all_ranks
 from internseg_ds.engine.evaluator import Evaluation
 from internseg_ds.engine.outputs import make_folder, whole_file, write_picture
