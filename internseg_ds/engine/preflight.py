@@ -15,6 +15,7 @@ from torch.utils.data import ConcatDataset, Dataset
 
 from internseg_ds.checkpoints.fitting import Fit
 from internseg_ds.data.datasets import build_datasets, first_sample, parts
+from internseg_ds.data.survey import compare_zero_labels, survey
 from internseg_ds.distributed.construction import build_on_meta, choose_recomputation
 from internseg_ds.distributed.ds_config import DsConfig
 from internseg_ds.distributed.optimizers import check_optimizer
@@ -37,7 +38,8 @@ TOLERATED = 8
 class Plan:
     """A run that has passed every check. meta_model: the segmentor on the meta device, for shapes and names. crop: height and width of a training image.
 
-    weights: what a fresh run loads; None for random weights, and for a run that goes on from the checkpoint `resume_from`.
+    weights: what a fresh run loads; None for random weights, and for a run that goes on from the checkpoint `resume_from`. warnings: what is odd about the
+    data, on the main rank.
     """
 
     experiment: Experiment
@@ -49,6 +51,7 @@ class Plan:
     crop: tuple[int, int]
     train_set: Dataset
     val_set: Dataset | None
+    warnings: tuple[str, ...] = ()
 
 
 def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, Any], world: World, *, validate: bool = True,
@@ -82,11 +85,16 @@ def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, An
         check_sample(meta_model, sample)
     check_forward(meta_model, first, ds.micro_batch, world.size)
     val_set = None
+    warnings: list[str] = []
     if validate:
         val_set = validation_set(experiment)
         check_classes(meta_model, val_set, "data.val")
         first_sample(val_set, "data.val", tolerated=TOLERATED)
-    return Plan(experiment, ds, world, meta_model, weights, resume_from, image_shape(first)[1:], train_set, val_set)
+        warnings += compare_zero_labels(train_set, val_set)
+    if world.is_main:
+        warnings += survey(train_set, "data.train", training=True)
+        warnings += survey(val_set, "data.val", training=False) if val_set is not None else []
+    return Plan(experiment, ds, world, meta_model, weights, resume_from, image_shape(first)[1:], train_set, val_set, tuple(warnings))
 
 
 def check_offload(experiment: Experiment, ds: DsConfig, resume_from: Path | None) -> None:

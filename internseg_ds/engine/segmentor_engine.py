@@ -128,6 +128,8 @@ class SegmentorEngine:
         start_logging(self.work_dir, level=experiment.log_level, is_main=world.is_main)
         for note in experiment.notes:
             log.info("config: %s", note)
+        for said in self.plan.warnings:
+            log.warning(said)
         self._recomputation: Recomputation | Literal["config"] = "config"
         self._planner = Planner(experiment, self.plan.meta_model, crop=self.plan.crop)
         if world.is_main:

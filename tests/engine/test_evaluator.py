@@ -21,9 +21,14 @@ from internseg_ds.errors import DataError
 from tests.conftest import ROOT, TINY
 
 
-def validation(root):
+def validation_entry(root):
     entry = Config.fromfile(ROOT / TINY).data.val
     entry.data_root = str(root)
+    return entry
+
+
+def validation(root):
+    entry = validation_entry(root)
     return build_datasets(entry, "data.val", [entry], test_mode=True)
 
 
@@ -42,11 +47,11 @@ def test_counts_are_those_of_mmseg():
 def test_scores_are_those_of_mmsegs_test_loop(tiny, ade20k):
     from mmcv.parallel import MMDataParallel
     from mmseg.apis import single_gpu_test
-    from mmseg.datasets import build_dataloader
+    from mmseg.datasets import build_dataloader, build_dataset
 
-    dataset = validation(ade20k)
-    loader = build_dataloader(dataset, 1, 0, dist=False, shuffle=False, persistent_workers=False)
-    expected = dataset.evaluate(single_gpu_test(MMDataParallel(tiny, device_ids=[-1]), loader, pre_eval=True),
+    dataset, theirs = validation(ade20k), build_dataset(validation_entry(ade20k), dict(test_mode=True))
+    loader = build_dataloader(theirs, 1, 0, dist=False, shuffle=False, persistent_workers=False)
+    expected = theirs.evaluate(single_gpu_test(MMDataParallel(tiny, device_ids=[-1]), loader, pre_eval=True),
                                 metric=["mIoU", "mDice", "mFscore"], logger="silent")
     found = evaluate(Forwards(tiny), dataset, world=World(), workers=0, metrics=["mIoU", "mDice", "mFscore"], verbose=False)
     assert found.images == 7 and not found.faults
