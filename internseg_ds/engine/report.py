@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch.distributed as dist
 
+from internseg_ds.data.image_files import picture
 from internseg_ds.data.label_maps import ground_truth
 from internseg_ds.distributed.process_group import World, of_all_ranks
 from internseg_ds.engine.evaluator import Evaluation
@@ -81,8 +81,9 @@ class Shower:
 
     def see(self, index: int, labels: np.ndarray, score: float | None) -> None:
         if index < self.count:
-            name = "_".join(Path(self.dataset.img_infos[index]["filename"]).with_suffix(".png").parts)
-            write_picture(self.folder / name, picture_of(self.dataset, index, labels))
+            path = Path(self.dataset.img_infos[index]["filename"]).with_suffix(".png")
+            name = "_".join(part for part in path.parts if part not in (path.anchor, ".."))
+            write_picture(self.folder / name[-200:], picture_of(self.dataset, index, labels))
 
 
 class Extremes:
@@ -95,7 +96,7 @@ class Extremes:
     def see(self, index: int, labels: np.ndarray, score: float | None) -> None:
         if score is None:
             return
-        kept = labels.astype(np.uint8 if len(self.dataset.CLASSES) < 256 else np.uint16)
+        kept = labels.astype(np.uint16)
         for heap, rank in ((self._heaps["best"], score), (self._heaps["worst"], -score)):
             heapq.heappush(heap, (rank, -index, kept))
             if len(heap) > self.count:
@@ -121,5 +122,4 @@ class Extremes:
 
 def picture_of(dataset: Any, index: int, labels: np.ndarray) -> np.ndarray:
     """image | ground truth | prediction of an image of an mmseg data set."""
-    image = cv2.imread(str(Path(dataset.img_dir) / dataset.img_infos[index]["filename"]))
-    return side_by_side(image, [("ground truth", ground_truth(dataset, index)), ("prediction", labels)], dataset.CLASSES, dataset.PALETTE)
+    return side_by_side(picture(dataset, index), [("ground truth", ground_truth(dataset, index)), ("prediction", labels)], dataset.CLASSES, dataset.PALETTE)

@@ -13,10 +13,13 @@ from mmcv import Config
 from mmseg.core.evaluation import intersect_and_union
 
 from internseg_ds.data.datasets import build_datasets
+from internseg_ds.data.label_maps import ground_truth
+from internseg_ds.data.loading import EvaluationImage
 from internseg_ds.distributed.gathering import Forwards
 from internseg_ds.distributed.process_group import World
 from internseg_ds.engine.evaluator import areas, count, evaluate, image_score
-from internseg_ds.engine.report import Extremes, write_report
+from internseg_ds.engine.prediction import Shrunk
+from internseg_ds.engine.report import Extremes, Shower, write_report
 from internseg_ds.errors import DataError
 from tests.conftest import ROOT, TINY
 
@@ -165,3 +168,28 @@ def test_a_pipeline_without_augmentation_and_a_choice_of_classes_work(tiny, ade2
     chosen = Config(dict(entry, classes=["sky", "tree", "grass"]))._cfg_dict
     dataset = build_datasets(chosen, "data.val", [chosen], test_mode=True)
     assert set(np.unique(dataset.get_gt_seg_map_by_idx(0))) <= {0, 1, 2, 255}
+
+
+def test_pictures_of_absolute_names_stay_in_their_folder(ade20k, tmp_path):
+    dataset = validation(ade20k)
+    for info in dataset.img_infos:
+        info["filename"] = str(ade20k / "images/validation" / info["filename"])
+    shower = Shower(dataset, tmp_path / "shown", 2)
+    for index in range(3):
+        shower.see(index, np.zeros(ground_truth(dataset, index).shape, np.int64), 0.5)
+    written = sorted((tmp_path / "shown").iterdir())
+    assert len(written) == 2 and all(path.name.endswith(f"images_validation_ADE_val_{number:08d}.png") for number, path in enumerate(written, 1))
+
+
+def test_images_that_are_segmented_at_a_smaller_size_are_told(tmp_path, caplog):
+    def image(index, height, width, *sizes):
+        metas = [[{"img_shape": (*size, 3), "ori_shape": (height, width, 3)}] for size in sizes]
+        return EvaluationImage(index, {"img_metas": metas})
+
+    caplog.set_level(logging.INFO)
+    shrunk = Shrunk([tmp_path / name for name in ("a.jpg", "b.jpg", "c.jpg")])
+    seen = list(shrunk.noting([image(0, 100, 200, (100, 200)), image(1, 2000, 3000, (504, 756)), image(2, 100, 200, (50, 100), (100, 200))]))
+    shrunk.tell()
+    assert [index for index, _ in seen] == [0, 1, 2]
+    (said,) = caplog.messages
+    assert said.startswith("1 of 3 images are segmented at a smaller size") and "b.jpg of 2000 x 3000 pixels as 504 x 756" in said
