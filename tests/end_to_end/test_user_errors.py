@@ -86,7 +86,8 @@ def refusal(config: str, options: dict, ade20k: Path) -> str:
     ({"modle.backbone": 8}, ["modle", "did you mean model"]),
     ({"model.bakbone.depth": 8}, ["bakbone", "did you mean model.backbone"]),
     ({"runner.type": "EpochBasedRunner"}, ["IterBasedRunner"]),
-    ({"lr_config.policy": "step"}, ["poly"]),
+    ({"lr_config.policy": "step"}, ["lr_config", "step"]),
+    ({"lr_config.policy": "OneCycle"}, ["OneCycle", "Poly, "]),
 ])
 def test_a_wrong_setting_is_one_sentence(options, words, ade20k):
     said = refusal(TINY, options, ade20k)
