@@ -6,6 +6,7 @@ raised is a defect of the program or of the machine.
 """
 
 import difflib
+import traceback
 from collections.abc import Iterable
 
 
@@ -48,6 +49,14 @@ def unknown_key(key: str, known: Iterable[str], where: str) -> ConfigError:
     known = sorted(known)
     near = difflib.get_close_matches(key, known, n=1)
     return ConfigError(f"unknown key {key!r} in {where}" + (f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"))
+
+
+def reason_of(error: BaseException) -> str:
+    """What an exception says, in one line: its type and words; where it has none (a bare assert), the line of code that raised it."""
+    words = " ".join(str(error).split())
+    if not words and (frames := traceback.extract_tb(error.__traceback__)):
+        words = f"{frames[-1].line} ({frames[-1].filename}, line {frames[-1].lineno})"
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__
 
 
 def shortened(names: list[str], most: int = 5) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from mmseg.datasets.pipelines import Compose
 from torch.utils.data import Dataset
 
-from internseg_ds.errors import ConfigError, DataError
+from internseg_ds.errors import ConfigError, DataError, reason_of
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
@@ -23,7 +23,7 @@ class ImageFiles(Dataset):
         try:
             self.images, self.pipeline = images, Compose(pipeline)
         except Exception as error:  # whatever a transform's constructor refuses with
-            raise ConfigError(f"the pipeline of data.test cannot be built: {type(error).__name__}: {error}") from error
+            raise ConfigError(f"the pipeline of data.test cannot be built: {reason_of(error)}") from error
         self.img_infos = [{"filename": str(path)} for path in images]
 
     def __len__(self) -> int:

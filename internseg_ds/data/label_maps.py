@@ -12,7 +12,7 @@ from mmseg.datasets import CustomDataset
 from mmseg.datasets.pipelines import LoadAnnotations
 
 from internseg_ds.data.orientation import turned_against
-from internseg_ds.errors import ConfigError, DataError
+from internseg_ds.errors import ConfigError, DataError, reason_of
 
 NONE_IN_FILES = (-1, 65535)
 """Numbers beside `ignore_index` that files use for "no class"; in eight bits both are 255."""
@@ -118,8 +118,7 @@ def ground_truth(dataset: CustomDataset, index: int) -> np.ndarray:
     except DataError:
         raise
     except Exception as error:  # whatever a loader of theirs or OpenCV says
-        reason = " ".join(str(error).split())
-        raise DataError(f"label map {dataset.img_infos[index]['ann']['seg_map']} cannot be read: {type(error).__name__}: {reason}; copy it again") from error
+        raise DataError(f"label map {dataset.img_infos[index]['ann']['seg_map']} cannot be read: {reason_of(error)}; copy it again") from error
     if dataset.reduce_zero_label and not isinstance(dataset.gt_seg_map_loader, LoadLabelMap):  # mmseg leaves it to its metrics
         labels = np.where(labels == 0, 255, labels - 1).astype(np.uint8)
         labels[labels == 254] = 255

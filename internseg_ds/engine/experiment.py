@@ -17,7 +17,7 @@ from mmcv import Config, ConfigDict
 from internseg_ds.distributed.lr_schedule import LrSchedule, arguments, policies, policy_name
 from internseg_ds.engine.config_keys import KNOWN, OPTIONAL, REPLACED, SECTIONS, check_option
 from internseg_ds.engine.options import EngineOptions, read_options, whole_number
-from internseg_ds.errors import ConfigError, unknown_key
+from internseg_ds.errors import ConfigError, reason_of, unknown_key
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ def _load(config: str | os.PathLike | Config) -> tuple[str, Config]:
     try:
         return str(config), Config.fromfile(str(config))
     except Exception as error:  # a config is a program: whatever it raises, the user wrote it
-        raise ConfigError(f"config {config} cannot be read: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"config {config} cannot be read: {reason_of(error)}") from error
 
 
 def _short(value: Any, limit: int = 60) -> str:
@@ -234,7 +234,7 @@ def _schedule(cfg: Config, path: str) -> LrSchedule:
     try:
         schedule.check()
     except Exception as error:  # whatever mmcv's hook refuses with
-        raise ConfigError(f"lr_config = {dict(cfg.lr_config)} of {path} cannot work: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"lr_config = {dict(cfg.lr_config)} of {path} cannot work: {reason_of(error)}") from error
     return schedule
 
 

@@ -13,15 +13,16 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from internseg_ds.engine.experiment import Experiment, leaf_datasets
-from internseg_ds.errors import ConfigError
+from internseg_ds.errors import ConfigError, reason_of
 from internseg_ds.models.backbone import patch_size
 from internseg_ds.models.heads import heads
 
 
-def check_forward(model: nn.Module, sample: Mapping[str, Any], micro_batch: int, processes: int) -> None:
+def check_forward(model: nn.Module, sample: Mapping[str, Any], micro_batch: int, processes: int) -> list[tuple[nn.Module, Any]]:
     """A forward on the meta device: layers whose sizes do not fit each other are found without memory or data, and batch norms that would get one value.
 
-    A batch norm needs two values per channel in training, which one image pooled to a point does not give it. Raises ConfigError.
+    Returns each head with its output, on the meta device. A batch norm needs two values per channel in training, which one image pooled to a point does not
+    give it. Raises ConfigError.
     """
     shape, starved = image_shape(sample), []
 
@@ -36,10 +37,9 @@ def check_forward(model: nn.Module, sample: Mapping[str, Any], micro_batch: int,
     try:
         with torch.no_grad():
             features = model.extract_feat(torch.empty(1, *shape, device="meta"))
-            for head in heads(model):
-                head(features)
+            outputs = [(head, head(features)) for head in heads(model)]
     except Exception as error:  # whatever some layer refuses with
-        raise ConfigError(f"the model cannot take a training image of {shape}: {type(error).__name__}: {error}; do the in_channels of its heads "
+        raise ConfigError(f"the model cannot take a training image of {shape}: {reason_of(error)}; do the in_channels of its heads "
                           "fit?") from error
     finally:
         model.train()
@@ -50,6 +50,7 @@ def check_forward(model: nn.Module, sample: Mapping[str, Any], micro_batch: int,
         others = "train on more processes" if isinstance(norm, nn.SyncBatchNorm) else "use norm_cfg=dict(type='SyncBN')"
         raise ConfigError(f"batch norm {name} gets one value per channel from {micro_batch} image a process on {processes} "
                           f"process{'es' * (processes > 1)}, and needs two in training; raise data.samples_per_gpu, or {others}")
+    return outputs
 
 
 def image_shape(sample: Mapping[str, Any]) -> tuple[int, int, int]:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import ConcatDataset, Dataset
 
 from internseg_ds.checkpoints.fitting import Fit
-from internseg_ds.data.datasets import build_datasets, first_sample, parts
+from internseg_ds.data.datasets import build_datasets, first_sample, parts, plain_parts
 from internseg_ds.data.survey import compare_zero_labels, survey
 from internseg_ds.distributed.construction import build_on_meta, choose_recomputation
 from internseg_ds.distributed.ds_config import DsConfig
@@ -23,6 +23,7 @@ from internseg_ds.distributed.parameter_groups import named_groups, parameter_gr
 from internseg_ds.distributed.precision import backbone_dtype, heads_dtype
 from internseg_ds.distributed.process_group import World
 from internseg_ds.engine.experiment import Experiment, leaf_datasets
+from internseg_ds.engine.loss_checks import check_losses
 from internseg_ds.engine.model_checks import check_classes, check_forward, check_patches, check_sample, check_windows, image_shape
 from internseg_ds.engine.planner import ds_config_of
 from internseg_ds.engine.resuming import check_resumable
@@ -83,9 +84,10 @@ def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, An
     first, *others = [first_sample(part, "data.train", tolerated=experiment.engine.max_data_faults) for part in parts(train_set)]
     for sample in (first, *others):
         check_sample(meta_model, sample)
-    check_forward(meta_model, first, ds.micro_batch, world.size)
+    outputs = check_forward(meta_model, first, ds.micro_batch, world.size)
+    ignore_index = getattr(next(plain_parts(train_set)), "ignore_index", 255)
+    warnings = check_losses(outputs, len(next(plain_parts(train_set)).CLASSES), ignore_index)
     val_set = None
-    warnings: list[str] = []
     if validate:
         val_set = validation_set(experiment)
         check_classes(meta_model, val_set, "data.val")
