@@ -45,6 +45,7 @@ from internseg_ds.distributed.threads import take_share_of_cores
 from internseg_ds.distributed.watch import Watch, check_heartbeat_timeout
 from internseg_ds.engine.auto_recomputation import agreed_recomputation
 from internseg_ds.engine.checkpointing import Checkpoints
+from internseg_ds.engine.config_text import config_text
 from internseg_ds.engine.evaluator import Evaluation, evaluate
 from internseg_ds.engine.experiment import Experiment, read_experiment
 from internseg_ds.engine.outputs import check_writable
@@ -200,8 +201,8 @@ class SegmentorEngine:
 
     @cached_property
     def _config_text(self) -> str:
-        """The experiment as one config file. Made once: its layout takes some half a second, which each save would wait for."""
-        return self.plan.experiment.cfg.pretty_text
+        """The experiment as one config file."""
+        return config_text(self.plan.experiment.cfg._cfg_dict.to_dict())
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The loss terms and accuracies of a micro-batch, as scalars; "loss" is the sum of the terms whose names hold "loss", as in mmseg.
