@@ -25,7 +25,8 @@ def main() -> None:
     parser.add_argument("config", help="experiment config (MMSegmentation 0.x format)")
     parser.add_argument("--deepspeed_config", "--deepspeed-config", default="ds_configs/zero3_bf16.json", metavar="JSON",
                         help="DeepSpeed JSON (default: %(default)s)")
-    parser.add_argument("--work-dir", type=command_line.given, metavar="DIR", help="where checkpoints, logs and curves go (default: work_dirs/NAME_OF_CONFIG)")
+    parser.add_argument("--work-dir", type=command_line.given, metavar="DIR",
+                        help="where checkpoints, logs and curves go (default: the config's work_dir, or work_dirs/NAME_OF_CONFIG)")
     parser.add_argument("--load-from", type=command_line.given, metavar="PATH",
                         help="start from the weights of a whole segmentor: .pth, .safetensors, or a ZeRO checkpoint")
     parser.add_argument("--resume", "--resume-from", type=command_line.given, metavar="auto|PATH",
@@ -33,7 +34,7 @@ def main() -> None:
     parser.add_argument("--auto-resume", action="store_const", const="auto", dest="resume", help="the same as --resume auto")
     parser.add_argument("--no-validate", action="store_true", help="train without evaluating")
     parser.add_argument("--no-save", action="store_true", help="write no checkpoint, not at the end nor when asked to stop: for measuring")
-    parser.add_argument("--seed", type=int, default=0, help="of data order, augmentation, initial weights and noise (default: %(default)s)")
+    parser.add_argument("--seed", type=int, help="of data order, augmentation, initial weights and noise (default: the config's seed, or 0)")
     parser.add_argument("--deterministic", action="store_true", help="deterministic GPU kernels where torch has them; slower")
     parser.add_argument("--heartbeat-timeout", type=float, default=600.0, metavar="S",
                         help="seconds in which no process gets on, after which all end and name the one that hangs; 0: wait for ever (default: %(default)g)")

@@ -26,14 +26,23 @@ REPLACED = {
     "find_unused_parameters": "ZeRO needs no such setting",
     "device": "the device is the accelerator, where there is one",
     "gpu_ids": "processes are the launcher's",
+    "fp16": "there is no fp16; the ds_config and engine.backbone_dtype say the precision",
+    "momentum_config": "only the learning rate is scheduled",
+    "omp_num_threads": "set OMP_NUM_THREADS in the environment",
+    "mkl_num_threads": "set MKL_NUM_THREADS in the environment",
 }
 
-READ = (*SECTIONS, "log_level", "cudnn_benchmark", "load_from", "resume_from", *REPLACED)
+RUN = ("work_dir", "seed", "load_from", "resume_from", "auto_resume", "log_level", "cudnn_benchmark")
+"""Single settings at the top of a config."""
+READ = (*SECTIONS, *RUN, *REPLACED)
 """All that is read of a file; the rest are variables of its own."""
+ELSEWHERE = ("custom_imports", "total_iters")
+"""What mmcv and mmseg read at the top of a config while they load it, or read long ago."""
 
 # what the engine reads of the sections that configured mmcv's runner, and mmseg of `test_cfg`
 KNOWN = {
     "data": ("samples_per_gpu", "workers_per_gpu", "train", "val", "test", "train_dataloader"),
+    "data.train_dataloader": ("samples_per_gpu", "workers_per_gpu"),
     "evaluation": ("interval", "metric", "save_best", "by_epoch", "pre_eval"),
     "checkpoint_config": ("interval", "max_keep_ckpts", "by_epoch"),
     "optimizer_config": ("grad_clip", "cumulative_iters", "type"),
@@ -67,6 +76,8 @@ def check_option(cfg: Config, option: str, path: str) -> None:
                 raise ConfigError(f"--cfg-options {option}: {part} is a variable of {path}, which its sections have taken already; set what they made of it")
             node = node[int(part)] if isinstance(node, (list, tuple)) else node[part]
             continue
+        if depth == 0 and part in RUN and not parents:
+            return
         if depth == 0 and part == "engine":
             known = ["engine"]
             node = {setting.name: None for setting in fields(EngineOptions)}
@@ -75,13 +86,14 @@ def check_option(cfg: Config, option: str, path: str) -> None:
             known = [setting.name for setting in fields(EngineOptions)]
             if part in known:
                 return
-        if prefix in KNOWN and part in KNOWN[prefix] and f"{prefix}.{part}" in KNOWN and depth < len(parents):
+        section = f"{prefix}.{part}" if prefix else part
+        if section in KNOWN and depth < len(parents) and (part in OPTIONAL or part in KNOWN.get(prefix, ())):
             node = {}  # a section that the file leaves out
             continue
         is_argument = part == leaf and depth == len(parents) and isinstance(node, Mapping)
         if is_argument and (part in KNOWN[prefix] if prefix in KNOWN else "type" in node):
             return
-        known += KNOWN.get(prefix, ())
+        known += KNOWN.get(prefix, ()) if prefix else READ
         near = difflib.get_close_matches(part, known, n=1)
         guess = f"; did you mean {'.'.join(filter(None, [prefix, near[0]]))}?" if near else f"; there are {', '.join(known) or 'no keys'}"
         raise ConfigError(f"--cfg-options {option}: {part!r} exists nowhere in {prefix or path}{guess}")

@@ -11,7 +11,9 @@ from internseg_ds.errors import reason_of
 
 
 def describe(plan: Plan, console: Console) -> None:
-    """Prints parameters by part, groups, weights, batches, data, and the memory of a process."""
+    """Prints what the config says for nothing, parameters by part, groups, weights, batches, data, and the memory of a process."""
+    for said in (*plan.experiment.warnings, *plan.experiment.notes):
+        console.print(f"config: {said}", markup=False, highlight=False, soft_wrap=True)
     counts = Table("part", "parameters", "of which train", title=f"{plan.experiment.name}: model")
     for name, child in [*plan.meta_model.named_children(), ("all", plan.meta_model)]:
         params = list(child.parameters())

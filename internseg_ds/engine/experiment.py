@@ -15,8 +15,9 @@ from typing import Any
 from mmcv import Config, ConfigDict
 
 from internseg_ds.distributed.lr_schedule import LrSchedule, arguments, policies, policy_name
-from internseg_ds.engine.config_keys import KNOWN, OPTIONAL, REPLACED, SECTIONS, check_option
+from internseg_ds.engine.config_keys import OPTIONAL, REPLACED, SECTIONS, check_option
 from internseg_ds.engine.options import EngineOptions, read_options, whole_number
+from internseg_ds.engine.section_keys import hook_notes, near_misses, section_notes
 from internseg_ds.errors import ConfigError, reason_of, unknown_key
 
 
@@ -48,17 +49,18 @@ class Experiment:
     cudnn_benchmark: bool
     load_from: str | None
     resume_from: str | None
+    """A checkpoint to go on from, or "auto" (`auto_resume`): the newest of the work directory, if there is any."""
+    work_dir: Path
+    """Where its results go when nobody says otherwise."""
+    seed: int
     engine: EngineOptions
     notes: tuple[str, ...] = field(default=())
+    """What has no effect here, and why."""
+    warnings: tuple[str, ...] = field(default=())
 
     @property
     def name(self) -> str:
         return Path(self.path).stem
-
-    @property
-    def work_dir(self) -> Path:
-        """Where its results go when nobody says otherwise."""
-        return Path("work_dirs") / self.name
 
     @property
     def max_steps(self) -> int:
@@ -67,7 +69,6 @@ class Experiment:
 
 SCORES = {"mIoU": ("mIoU", "mAcc", "aAcc"), "mDice": ("mDice", "mAcc", "aAcc"), "mFscore": ("mFscore", "mPrecision", "mRecall", "aAcc")}
 """mmseg's metrics, and the scores over all classes that each comes with."""
-LOG_HOOKS = ("TextLoggerHook", "TensorboardLoggerHook", "WandbLoggerHook", "MMSegWandbHook")
 
 
 def read_experiment(config: str | os.PathLike | Config, cfg_options: Mapping[str, Any] | None = None) -> Experiment:
@@ -80,6 +81,8 @@ def read_experiment(config: str | os.PathLike | Config, cfg_options: Mapping[str
     for option, value in (cfg_options or {}).items():
         check_option(cfg, option, path)
         cfg.merge_from_dict({option: value})
+    if "runner" not in cfg and "total_iters" in cfg:  # as mmseg's own training reads old configs
+        cfg.runner = dict(type="IterBasedRunner", max_iters=cfg.total_iters)
     for key in ("model", "data", "optimizer", "lr_config", "runner"):
         if key not in cfg:
             raise ConfigError(f"{path} has no {key!r} section; take one of configs/ as an example")
@@ -88,10 +91,9 @@ def read_experiment(config: str | os.PathLike | Config, cfg_options: Mapping[str
             raise ConfigError(f"{key}={cfg[key]!r} of {path} must be a section dict(...)")
     _check_data(cfg.data, path)
     notes = [f"{key} = {_short(cfg[key])} has no effect: {why}" for key, why in REPLACED.items() if cfg.get(key) is not None]
-    loader = {**{k: v for k, v in cfg.data.items() if k in ("samples_per_gpu", "workers_per_gpu")}, **cfg.data.get("train_dataloader", {})}
+    notes += section_notes(cfg, path)
+    loader = {**{k: v for k, v in cfg.data.items() if k in ("samples_per_gpu", "workers_per_gpu")}, **(cfg.data.get("train_dataloader") or {})}
     val = cfg.data.get("val") or cfg.data.get("test")
-    for section in ("evaluation", "checkpoint_config", "log_config", "optimizer_config", "runner"):
-        notes += [f"{section}.{key} has no effect here" for key in cfg.get(section) or {} if key not in KNOWN[section]]
     evaluation, saving, logging_ = (cfg.get(key) or {} for key in ("evaluation", "checkpoint_config", "log_config"))
     schedule = _schedule(cfg, path)
     if saving.get("by_epoch", False) or evaluation.get("by_epoch", False):
@@ -104,11 +106,11 @@ def read_experiment(config: str | os.PathLike | Config, cfg_options: Mapping[str
     hooks = tuple(logging_.get("hooks") or ()) if isinstance(logging_.get("hooks", ()), (list, tuple, type(None))) else (None,)
     if not all(isinstance(hook, Mapping) and "type" in hook for hook in hooks):
         raise ConfigError(f"log_config.hooks={logging_['hooks']!r} of {path} must be a list of dict(type=...)")
-    notes += [f"log_config.hooks: {hook['type']} is not known here and is left out" for hook in hooks if hook["type"] not in LOG_HOOKS]
     metric = evaluation.get("metric", "mIoU")
     if not metric or not isinstance(metric, (str, list, tuple)):
         raise ConfigError(f"evaluation.metric={metric!r} of {path} names no metric; the metrics are {', '.join(SCORES)}")
     metrics = known_metrics((metric,) if isinstance(metric, str) else tuple(metric), f"evaluation.metric of {path}")
+    log_every = whole_number(logging_.get("interval", 50), f"log_config.interval of {path}", least=1)
     return Experiment(
         path=path,
         cfg=cfg,
@@ -127,14 +129,17 @@ def read_experiment(config: str | os.PathLike | Config, cfg_options: Mapping[str
         evaluate_every=whole_number(evaluation.get("interval", schedule.max_steps), f"evaluation.interval of {path}", least=-1),
         metrics=metrics,
         best_by=_best_by(evaluation.get("save_best"), metrics, path),
-        log_every=whole_number(logging_.get("interval", 50), f"log_config.interval of {path}", least=1),
+        log_every=log_every,
         log_hooks=hooks,
         log_level=_log_level(cfg.get("log_level", "INFO"), path),
         cudnn_benchmark=bool(cfg.get("cudnn_benchmark", False)),
         load_from=_path(cfg.get("load_from"), f"load_from of {path}"),
-        resume_from=_path(cfg.get("resume_from"), f"resume_from of {path}"),
+        resume_from=_path(cfg.get("resume_from"), f"resume_from of {path}") or ("auto" if cfg.get("auto_resume") else None),
+        work_dir=Path(_path(cfg.get("work_dir"), f"work_dir of {path}") or Path("work_dirs") / Path(path).stem),
+        seed=whole_number(cfg.get("seed") or 0, f"seed of {path}", least=0),
         engine=options,
-        notes=tuple(notes),
+        notes=(*notes, *hook_notes(hooks, log_every, path)),
+        warnings=tuple(near_misses(cfg, path)),
     )
 
 

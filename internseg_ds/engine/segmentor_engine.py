@@ -45,6 +45,7 @@ from internseg_ds.distributed.threads import take_share_of_cores
 from internseg_ds.distributed.watch import Watch, check_heartbeat_timeout
 from internseg_ds.engine.auto_recomputation import agreed_recomputation
 from internseg_ds.engine.checkpointing import Checkpoints
+from internseg_ds.engine.config_text import config_text
 from internseg_ds.engine.evaluator import Evaluation, evaluate
 from internseg_ds.engine.experiment import Experiment, read_experiment
 from internseg_ds.engine.outputs import check_writable
@@ -77,7 +78,7 @@ class SegmentorEngine:
         ds_config: str | os.PathLike | Mapping[str, Any],
         *,
         work_dir: str | os.PathLike | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         load_from: str | os.PathLike | None = None,
         resume: str | os.PathLike | None = None,
         cfg_options: Mapping[str, Any] | None = None,
@@ -86,12 +87,12 @@ class SegmentorEngine:
         heartbeat_timeout: float = 600.0,
         profiled_steps: int = 0,
     ) -> None:
-        """config: an experiment config; ds_config: a DeepSpeed JSON. work_dir: default work_dirs/NAME_OF_CONFIG. load_from: weights of a whole segmentor to
-        start from (over the config's `load_from`). resume: "auto" (the newest checkpoint of work_dir, if any) or a checkpoint to go on from exactly.
-        validate: False leaves the validation set alone. saves: False has the training write no checkpoint, for a measurement that has no room for one. A run
-        that resumes takes its weights from the checkpoint, whatever load_from says. heartbeat_timeout: seconds in which no rank gets on that end the run
-        (`distributed.watch`); 0: any. profiled_steps: how many steps of a training are recorded (`engine.profiling`). Joins the process group if there is
-        none yet.
+        """config: an experiment config; ds_config: a DeepSpeed JSON. work_dir, seed: None as the config says (work_dirs/NAME_OF_CONFIG, 0). load_from: weights
+        of a whole segmentor to start from (over the config's `load_from`). resume: "auto" (the newest checkpoint of work_dir, if any) or a checkpoint to go
+        on from exactly (over the config's `resume_from` and `auto_resume`). validate: False leaves the validation set alone. saves: False has the training
+        write no checkpoint, for a measurement that has no room for one. A run that resumes takes its weights from the checkpoint, whatever load_from says.
+        heartbeat_timeout: seconds in which no rank gets on that end the run (`distributed.watch`); 0: any. profiled_steps: how many steps of a training are
+        recorded (`engine.profiling`). Joins the process group if there is none yet.
 
         Raises UserError before any accelerator memory is taken when anything in these contradicts itself or is missing.
         """
@@ -103,6 +104,7 @@ class SegmentorEngine:
             raise ConfigError("cfg_options change a config while it is read; give them to read_experiment")
         experiment = config if isinstance(config, Experiment) else read_experiment(config, cfg_options)
         self.work_dir = Path(work_dir) if work_dir else experiment.work_dir
+        seed = experiment.seed if seed is None else seed
         refusal: UserError | None = None
         try:
             check_writable(self.work_dir / "checkpoints", "--work-dir")
@@ -126,6 +128,8 @@ class SegmentorEngine:
         self.checkpoints = Checkpoints(self.work_dir / "checkpoints", experiment.max_keep_ckpts, in_charge)
         self.state, self.stopped = TrainState(seed=seed), False
         start_logging(self.work_dir, level=experiment.log_level, is_main=world.is_main)
+        for warning in experiment.warnings:
+            log.warning("config: %s", warning)
         for note in experiment.notes:
             log.info("config: %s", note)
         for said in self.plan.warnings:
@@ -199,8 +203,8 @@ class SegmentorEngine:
 
     @cached_property
     def _config_text(self) -> str:
-        """The experiment as one config file. Made once: its layout takes some half a second, which each save would wait for."""
-        return self.plan.experiment.cfg.pretty_text
+        """The experiment as one config file."""
+        return config_text(self.plan.experiment.cfg._cfg_dict.to_dict())
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The loss terms and accuracies of a micro-batch, as scalars; "loss" is the sum of the terms whose names hold "loss", as in mmseg.

@@ -26,6 +26,66 @@ def test_keys_of_mmcvs_runner_are_interpreted_or_answered_by_a_line():
     assert not any("helper_variable" in note for note in experiment.notes)
 
 
+def _with(**sections) -> Config:
+    """The demo's config with keys merged into its sections."""
+    cfg = Config.fromfile(ROOT / TINY)
+    cfg.merge_from_dict(sections)
+    return cfg
+
+
+def test_work_dir_seed_and_auto_resume_are_read():
+    experiment = read_experiment(_with(work_dir="somewhere/else", seed=7, auto_resume=True))
+    assert (str(experiment.work_dir), experiment.seed, experiment.resume_from) == ("somewhere/else", 7, "auto")
+    assert read_experiment(_with(auto_resume=True, resume_from="runs/checkpoints")).resume_from == "runs/checkpoints"
+    plain = read_experiment(ROOT / TINY)
+    assert (str(plain.work_dir), plain.seed, plain.resume_from) == (f"work_dirs/{plain.name}", 0, None)
+    assert read_experiment(ROOT / TINY, {"seed": 3, "work_dir": "there"}).seed == 3
+
+
+@pytest.mark.parametrize(("sections", "words"), [
+    ({"data": {"samples_per_gpus": 4}}, "'samples_per_gpus' in data .*did you mean 'samples_per_gpu'"),
+    ({"data": {"train_dataloader": {"samples_per_gpus": 4}}}, "'samples_per_gpus' in data.train_dataloader .*did you mean 'samples_per_gpu'"),
+    ({"data": {"train_dataloader": {"batch_size": 4}}}, "'batch_size' in data.train_dataloader .*did you mean 'samples_per_gpu'"),
+    ({"data": {"train_dataloader": 4}}, "data.train_dataloader=4 .* must be a section"),
+    ({"evaluation": {"intervall": 4}}, "'intervall' in evaluation .*did you mean 'interval'"),
+    ({"runner": {"max_iter": 4}}, "'max_iter' in runner .*did you mean 'max_iters'"),
+    ({"lr_config": {"min_lrs": 4}}, "'min_lrs' in lr_config .*did you mean 'min_lr'"),
+    ({"optimizer_config": {"gradclip": 4}}, "'gradclip' in optimizer_config .*did you mean 'grad_clip'"),
+    ({"checkpoint_config": {"max_keep_ckpt": 4}}, "'max_keep_ckpt' in checkpoint_config .*did you mean 'max_keep_ckpts'"),
+    ({"log_config": {"intervals": 4}}, "'intervals' in log_config .*did you mean 'interval'"),
+    ({"log_config": {"hooks": [dict(type="TensorboardLoggerHook", log_dirs="x")]}}, "'log_dirs' in TensorboardLoggerHook .*did you mean 'log_dir'"),
+    ({"log_config": {"hooks": [dict(type="TensorBoardLoggerHook")]}}, "did you mean 'TensorboardLoggerHook'"),
+])
+def test_a_misspelt_key_of_a_section_is_an_error(sections, words):
+    with pytest.raises(ConfigError, match=words):
+        read_experiment(_with(**sections))
+
+
+@pytest.mark.parametrize(("sections", "line"), [
+    ({"data": {"train_dataloader": {"shuffle": False, "drop_last": False}}}, "data.train_dataloader.shuffle has no effect here: training images are always"),
+    ({"data": {"persistent_workers": True}}, "data.persistent_workers has no effect"),
+    ({"data": {"val_dataloader": {"samples_per_gpu": 4}}}, "data.val_dataloader has no effect"),
+    ({"evaluation": {"gpu_collect": True}}, "evaluation.gpu_collect has no effect"),
+    ({"evaluation": {"start": 3}}, "evaluation.start has no effect"),
+    ({"evaluation": {"imgfile_prefix": "x"}}, "evaluation.imgfile_prefix has no effect"),
+    ({"optimizer_config": {"type": "Fp16OptimizerHook", "loss_scale": 512.0}}, "optimizer_config.loss_scale has no effect"),
+    ({"optimizer_config": {"type": "SomebodysOptimizerHook", "update_interval": 1}}, "optimizer_config.update_interval has no effect"),
+    ({"checkpoint_config": {"save_optimizer": False}}, "checkpoint_config.save_optimizer has no effect"),
+    ({"log_config": {"verbosely": True}}, "log_config.verbosely has no effect"),
+    ({"log_config": {"hooks": [dict(type="MMSegWandbHook", num_eval_images=5)]}}, "MMSegWandbHook.num_eval_images has no effect here: no pictures are sent"),
+    ({"log_config": {"hooks": [dict(type="TextLoggerHook", interval=7)]}}, "TextLoggerHook.interval has no effect"),
+    ({"fp16": {}}, "fp16 = {} has no effect"),
+    ({"opencv_num_threads": 0}, "opencv_num_threads = 0 has no effect"),
+])
+def test_a_key_that_mmcv_or_mmseg_know_is_a_line(sections, line):
+    assert any(line in note for note in read_experiment(_with(**sections)).notes)
+
+
+def test_a_key_at_the_top_that_is_nearly_one_that_is_read_is_a_warning():
+    said = read_experiment(_with(evalution=dict(interval=3), norm_layer=1)).warnings
+    assert said == (f"evalution of {ROOT / TINY} is read by nobody; did you mean evaluation?",)
+
+
 def test_defaults_are_what_mmseg_users_expect():
     cfg = Config.fromfile(ROOT / TINY)
     for key in ("checkpoint_config", "evaluation", "log_config", "engine", "optimizer_config"):
@@ -69,6 +129,9 @@ def test_options_reach_arguments_that_the_file_leaves_at_their_defaults():
     ({"runner.max_iters": True}, "at least 1"),
     ({"optimizer_config.grad_clip.max_norm": "x"}, "max_norm must be a number"),
     ({"optimizer_config.grad_clip.max_norms": 1.0}, "did you mean optimizer_config.grad_clip.max_norm"),
+    ({"sed": 3}, "did you mean seed"),
+    ({"seed": -1}, "seed of .* is -1"),
+    ({"work_dir": 5}, "work_dir of .* must be a path"),
     ({"runner.max_iter": 10}, "did you mean runner.max_iters"),
     ({"data.sample_per_gpu": 8}, "did you mean data.samples_per_gpu"),
     ({"evaluation.intervall": 5}, "did you mean evaluation.interval"),
@@ -98,3 +161,10 @@ def test_a_broken_config_is_one_sentence(tmp_path, text, words):
 def test_a_missing_config_names_the_nearest():
     with pytest.raises(ConfigError, match=rf"there is no config file .*; did you mean {TINY}\?"):
         read_experiment(TINY.replace("112", "113"))
+
+
+def test_total_iters_of_old_configs_is_the_number_of_steps(tmp_path):
+    cfg = Config.fromfile(ROOT / TINY)
+    cfg._cfg_dict.pop("runner")
+    cfg.total_iters = 77
+    assert read_experiment(cfg).max_steps == 77
