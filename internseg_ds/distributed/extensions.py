@@ -7,26 +7,48 @@ without a word. A lock of the operating system goes with its process, so whoever
 import fcntl
 import logging
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 log = logging.getLogger(__name__)
 
+PATIENCE_S = 3
+"""How long an extension may take to load until somebody says why: one that is there takes less than a second."""
+
 
 def build_extension(name: str) -> None:
-    """Builds (once per environment, about half a minute) and loads the extension of a DeepSpeed op builder, "CPUAdamBuilder" say. Talks to no other rank."""
+    """Builds (once per environment, half a minute to some) and loads the extension of a DeepSpeed op builder, "CPUAdamBuilder" say. Talks to no other rank.
+
+    Whether torch compiles shows in the time it takes alone: it does so again where paths, flags or headers have changed.
+    """
     from deepspeed.accelerator import get_accelerator
     from torch.utils.cpp_extension import _get_build_directory  # no public name says where extensions are built
 
     builder = get_accelerator().create_op_builder(name)
     folder = Path(_get_build_directory(builder.name, verbose=False))
     with (folder.parent / f"{builder.name}.flock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        with _said_when_slow(logging.INFO, "waiting for another process of this host, which compiles DeepSpeed's %s into %s", builder.name, folder):
+            fcntl.flock(file, fcntl.LOCK_EX)
         if (folder / "lock").exists():
             log.warning("removing %s, which a run that was killed while it compiled has left", folder / "lock")
             (folder / "lock").unlink(missing_ok=True)
-        if not list(folder.glob("*.so")):
-            log.info("compiling DeepSpeed's %s into %s, once; this takes about half a minute", builder.name, folder)
-        builder.load(verbose=False)
+        with _said_when_slow(logging.WARNING, "compiling DeepSpeed's %s into %s, once per environment; this takes half a minute, and minutes where cores "
+                             "are busy", builder.name, folder):
+            builder.load(verbose=False)
+
+
+@contextmanager
+def _said_when_slow(level: int, message: str, *args: object) -> Iterator[None]:
+    """Logs the message where the block takes longer than `PATIENCE_S`."""
+    timer = threading.Timer(PATIENCE_S, log.log, (level, message, *args))
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
 
 
 def forget_shared_buffer(rank: int) -> None:

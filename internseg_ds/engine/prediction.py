@@ -43,6 +43,7 @@ def predict_files(config: str | os.PathLike, checkpoint: str | os.PathLike, imag
     """
     world = world_from_environment()
     experiment = read_experiment(config, cfg_options)
+    start_logging(None, level=experiment.log_level, is_main=world.is_main)
     folder = output_folder(out, "--out")
     check_windows(experiment)
     files = find_images(images)
@@ -53,7 +54,6 @@ def predict_files(config: str | os.PathLike, checkpoint: str | os.PathLike, imag
     dataset = ImageFiles(files, experiment.test["pipeline"])
     classes, palette = _classes(experiment, check_weights_fit(build_on_meta(experiment.model), checkpoint, ema=ema))
     with joined(world):
-        start_logging(None, level=experiment.log_level, is_main=world.is_main)
         forwards = ready(experiment, checkpoint, world, ema=ema)
         faults: list[str] = []
         done = 0

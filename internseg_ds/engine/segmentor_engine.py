@@ -13,6 +13,7 @@ rank makes the same calls.
 import json
 import logging
 import os
+import socket
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -46,6 +47,7 @@ from internseg_ds.distributed.watch import Watch, check_heartbeat_timeout
 from internseg_ds.engine.auto_recomputation import agreed_recomputation
 from internseg_ds.engine.checkpointing import Checkpoints
 from internseg_ds.engine.config_text import config_text
+from internseg_ds.engine.environment import environment_lines
 from internseg_ds.engine.evaluator import Evaluation, evaluate
 from internseg_ds.engine.experiment import Experiment, read_experiment
 from internseg_ds.engine.outputs import check_writable
@@ -103,6 +105,7 @@ class SegmentorEngine:
         if isinstance(config, Experiment) and cfg_options:
             raise ConfigError("cfg_options change a config while it is read; give them to read_experiment")
         experiment = config if isinstance(config, Experiment) else read_experiment(config, cfg_options)
+        start_logging(None, level=experiment.log_level, is_main=world.is_main)
         self.work_dir = Path(work_dir) if work_dir else experiment.work_dir
         seed = experiment.seed if seed is None else seed
         refusal: UserError | None = None
@@ -127,7 +130,8 @@ class SegmentorEngine:
         self._claimed = claim(self.work_dir, world, in_charge)
         self.checkpoints = Checkpoints(self.work_dir / "checkpoints", experiment.max_keep_ckpts, in_charge)
         self.state, self.stopped = TrainState(seed=seed), False
-        start_logging(self.work_dir, level=experiment.log_level, is_main=world.is_main)
+        hosts = of_all_ranks(socket.gethostname())
+        start_logging(self.work_dir, level=experiment.log_level, is_main=world.is_main, header=environment_lines(seed, hosts))
         for warning in experiment.warnings:
             log.warning("config: %s", warning)
         for note in experiment.notes:

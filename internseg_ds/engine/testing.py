@@ -42,6 +42,7 @@ def test(config: str | os.PathLike, checkpoint: str | os.PathLike, *, metrics: S
     """
     world = world_from_environment()
     experiment = read_experiment(config, cfg_options)
+    start_logging(None, level=experiment.log_level, is_main=world.is_main)
     metrics = known_metrics(tuple(metrics), "--eval") if metrics else experiment.metrics
     folder = output_folder(out, "--out") if out is not None else None
     shown = output_folder(show_dir, "--show-dir") if show_dir is not None else None
@@ -51,7 +52,6 @@ def test(config: str | os.PathLike, checkpoint: str | os.PathLike, *, metrics: S
     check_classes(meta_model, dataset, "data.test")
     check_weights_fit(meta_model, checkpoint, ema=ema)
     with joined(world):
-        start_logging(None, level=experiment.log_level, is_main=world.is_main)
         forwards = ready(experiment, checkpoint, world, ema=ema)
         extreme = Extremes(dataset, extremes) if folder is not None else None
         shower = Shower(dataset, shown, show_count) if shown is not None else None
@@ -74,6 +74,7 @@ def write_submission(config: str | os.PathLike, checkpoint: str | os.PathLike, o
     """
     world = world_from_environment()
     experiment = read_experiment(config, cfg_options)
+    start_logging(None, level=experiment.log_level, is_main=world.is_main)
     folder = output_folder(out, "--format-only")
     check_windows(experiment)
     dataset = validation_set(experiment, "test", truth=False)
@@ -82,7 +83,6 @@ def write_submission(config: str | os.PathLike, checkpoint: str | os.PathLike, o
     _check_format(dataset)
     check_weights_fit(meta_model, checkpoint, ema=ema)
     with joined(world):
-        start_logging(None, level=experiment.log_level, is_main=world.is_main)
         forwards = ready(experiment, checkpoint, world, ema=ema)
         faults: list[str] = []
         images = images_of(dataset, world, experiment.workers, world.device, faults, strict=strict, truth=False, doing="segmenting")

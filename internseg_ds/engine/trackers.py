@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -21,6 +22,8 @@ log = logging.getLogger(__name__)
 WANDB_HOOKS = ("WandbLoggerHook", "MMSegWandbHook")
 SHARES = ("mfu", "hfu", "data_wait", "waits_for_slowest")
 """Values that the console shows in percent; everywhere else they are fractions."""
+EARLY_LINES = 1000
+"""Of the log, that wait for the run's work directory, if it gets one."""
 
 
 class Tracker(Protocol):
@@ -146,19 +149,28 @@ def open_trackers(work_dir: Path, hooks: Sequence[Mapping[str, Any]], *, max_ste
                 tracker.close()
 
 
-def start_logging(work_dir: Path | None, *, level: str, is_main: bool) -> None:
-    """Log lines of this package on rank 0: to the console, and to WORK_DIR/train.log. level: of rank 0 ("INFO"); other ranks log warnings only."""
+def start_logging(work_dir: Path | None, *, level: str, is_main: bool, header: Sequence[str] = ()) -> None:
+    """Log lines of this package on rank 0: to the console, and to WORK_DIR/train.log. level: of rank 0 ("INFO"); other ranks log warnings only.
+
+    header: what is logged first. A run calls this without a work directory at its start, when it may not be made yet; the file gets what was said since then.
+    """
     package = logging.getLogger("internseg_ds")
     package.setLevel(level if is_main else logging.WARNING)
     package.propagate = False
+    early = [record for handler in package.handlers if isinstance(handler, MemoryHandler) for record in handler.buffer]
     for handler in list(package.handlers):
         package.removeHandler(handler)
         handler.close()
     if not is_main:
         logging.getLogger("internseg_ds.models").setLevel(logging.ERROR)  # all ranks build the same model: one says what it found
     handlers: list[logging.Handler] = [logging.StreamHandler()]
-    if work_dir is not None and is_main:
-        handlers.append(logging.FileHandler(work_dir / "train.log"))
+    if is_main:
+        handlers.append(logging.FileHandler(work_dir / "train.log") if work_dir is not None else MemoryHandler(EARLY_LINES, flushLevel=logging.CRITICAL + 1))
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         package.addHandler(handler)
+    for line in header:
+        log.info("%s", line)
+    if work_dir is not None and is_main:
+        for record in early:
+            handlers[-1].handle(record)

@@ -28,7 +28,7 @@ MEASURED_S = 0.05
 """For how long each product is repeated."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Meter:
     """model_flops, hardware_flops: of one training image, without and with recomputation. peak: FLOP/s of all devices together. None: not known."""
 
@@ -41,8 +41,13 @@ class Meter:
         """For a log record. images: that all ranks trained on in this interval; those of skipped steps too, since they were computed."""
         seconds = interval.seconds
         values = {"images_per_s": images / seconds}
-        if self.peak:
-            values |= {"mfu": self.model_flops * images / seconds / self.peak, "hfu": self.hardware_flops * images / seconds / self.peak}
+        hfu = self.hardware_flops * images / seconds / self.peak if self.peak else 0.0
+        if hfu > 1:
+            log.info("records go without mfu and hfu from here: %.0f %% of the peak were reached, so it is wrong; was it measured while other work ran? "
+                     "engine.peak_tflops names another", 100 * hfu)
+            self.peak = None
+        elif self.peak:
+            values |= {"mfu": self.model_flops * images / seconds / self.peak, "hfu": hfu}
         return values | {"data_wait": interval.waited_s / seconds, "peak_gib": peak_bytes(self.device) / 2**30}
 
 

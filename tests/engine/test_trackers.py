@@ -1,10 +1,12 @@
 import json
+import logging
 
 import pytest
 
 from internseg_ds.engine.curves import draw_curves
+from internseg_ds.engine.environment import environment_lines
 from internseg_ds.engine.state import TrainState, due
-from internseg_ds.engine.trackers import JsonlTracker, check_trackers, open_trackers
+from internseg_ds.engine.trackers import JsonlTracker, check_trackers, open_trackers, start_logging
 from internseg_ds.errors import ConfigError
 
 
@@ -30,6 +32,21 @@ def test_a_new_run_in_an_old_work_directory_starts_its_metrics_anew(tmp_path):
     path.write_text('{"step": 9}\n')
     JsonlTracker(path, start=0).close()
     assert steps(path) == []
+
+
+def test_the_log_starts_with_what_the_run_runs_on_and_has_what_was_said_before_its_folder_was_there(tmp_path, capfd):
+    log = logging.getLogger("internseg_ds.engine")
+    start_logging(None, level="INFO", is_main=True)
+    log.info("compiling something")
+    start_logging(tmp_path, level="INFO", is_main=True, header=environment_lines(7, ["a", "a", "b"]))
+    log.info("on we go")
+    start_logging(None, level="INFO", is_main=True)
+    log.info("another run")
+    lines = [line.split(" ", 1)[1] for line in (tmp_path / "train.log").read_text().splitlines()]
+    assert all(f"{name} " in lines[0] for name in ("python", "torch", "CUDA", "deepspeed", "mmcv-full", "mmsegmentation", "internseg_ds"))
+    assert "seed 7, 3 processes: 2 on a, 1 on b" in lines[1] and lines[2].startswith("command: ")
+    assert lines[3:] == ["compiling something", "on we go"]
+    assert capfd.readouterr().err.count("compiling something") == 1
 
 
 def test_only_rank_0_writes(tmp_path):

@@ -68,6 +68,13 @@ def test_mfu_is_flops_counted_by_hand_times_images_over_seconds_and_peak():
     assert 0 < values["images_per_s"] < 12 / 0.01
 
 
+def test_a_peak_that_a_training_exceeds_is_none(heard):
+    meter = make_meter(1e-9, linears(), CROP, World(), torch.float32)
+    for _ in range(2):
+        assert not {"mfu", "hfu"} & meter.values(Interval(), images=12).keys()
+    assert heard.text.count("so it is wrong") == 1
+
+
 def test_a_model_whose_flops_cannot_be_counted_goes_without_mfu(heard):
     model = linears()
     model.decode_head.in_features = model.decode_head.weight = None

@@ -1,0 +1,38 @@
+"""An extension that takes its time to load says why, on the console and in the log. The real extension, which the other tests have compiled."""
+
+import fcntl
+import logging
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from torch.utils.cpp_extension import _get_build_directory
+
+from internseg_ds.distributed import extensions
+from internseg_ds.distributed.extensions import build_extension
+
+NAME = "deepspeed_shm_comm"
+
+
+@pytest.fixture
+def heard(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("internseg_ds"), "propagate", True)
+    monkeypatch.setattr(extensions, "PATIENCE_S", 0.001)
+    caplog.set_level(logging.INFO, "internseg_ds")
+    return caplog
+
+
+def test_whoever_loads_it_slowly_and_whoever_waits_for_that_say_so(heard):
+    lock = Path(_get_build_directory(NAME, verbose=False)).parent / f"{NAME}.flock"
+    with lock.open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        waiting = threading.Thread(target=build_extension, args=("ShareMemCommBuilder",))
+        waiting.start()
+        until = time.monotonic() + 60
+        while "waiting for another process of this host, which compiles DeepSpeed's deepspeed_shm_comm" not in heard.text and time.monotonic() < until:
+            time.sleep(0.01)
+        assert f"compiling DeepSpeed's {NAME} into" not in heard.text
+    waiting.join()
+    assert [record.levelname for record in heard.records] == ["INFO", "WARNING"]
+    assert f"compiling DeepSpeed's {NAME} into" in heard.records[-1].message
