@@ -24,7 +24,7 @@ from internseg_ds.distributed.precision import backbone_dtype, heads_dtype
 from internseg_ds.distributed.process_group import World
 from internseg_ds.engine.experiment import Experiment, leaf_datasets
 from internseg_ds.engine.loss_checks import check_losses
-from internseg_ds.engine.model_checks import check_classes, check_forward, check_patches, check_sample, check_windows, image_shape
+from internseg_ds.engine.model_checks import check_classes, check_forward, check_patches, check_sample, check_windows, compare_classes, image_shape
 from internseg_ds.engine.planner import ds_config_of
 from internseg_ds.engine.resuming import check_resumable
 from internseg_ds.engine.starting_weights import starting_weights
@@ -80,19 +80,19 @@ def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, An
     if world.is_main:
         check_trackers(experiment.log_hooks)
     train_set = build_datasets(experiment.train, "data.train", list(leaf_datasets(experiment.train)))
-    check_classes(meta_model, train_set, "data.train")
+    notes = check_classes(meta_model, train_set, "data.train")
     first, *others = [first_sample(part, "data.train", tolerated=experiment.engine.max_data_faults) for part in parts(train_set)]
     for sample in (first, *others):
         check_sample(meta_model, sample)
     outputs = check_forward(meta_model, first, ds.micro_batch, world.size)
     ignore_index = getattr(next(plain_parts(train_set)), "ignore_index", 255)
-    warnings = check_losses(outputs, len(next(plain_parts(train_set)).CLASSES), ignore_index)
+    warnings = notes + check_losses(outputs, len(next(plain_parts(train_set)).CLASSES), ignore_index)
     val_set = None
     if validate:
         val_set = validation_set(experiment)
         check_classes(meta_model, val_set, "data.val")
         first_sample(val_set, "data.val", tolerated=TOLERATED)
-        warnings += compare_zero_labels(train_set, val_set)
+        warnings += compare_classes(train_set, val_set) + compare_zero_labels(train_set, val_set)
     if world.is_main:
         warnings += survey(train_set, "data.train", training=True)
         warnings += survey(val_set, "data.val", training=False) if val_set is not None else []

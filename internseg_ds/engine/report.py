@@ -33,6 +33,7 @@ def write_report(evaluation: Evaluation, classes: Sequence[str], folder: Path) -
             per_class[name][score] = value
     with whole_file(folder / "results.json") as file:
         file.write(json.dumps({**totals, "images": evaluation.images, "pixels_of_no_class": int(evaluation.confusion[-1].sum()),
+                               "predictions_of_no_class": int(evaluation.confusion[:, -1].sum()),
                                "not_read": evaluation.faults, "classes": per_class}, indent=1).encode() + b"\n")
     scores = list(dict.fromkeys(key.partition(".")[0] for key in evaluation.metrics if "." in key))
     _, _, predicted, labelled = evaluation.areas.long().tolist()
@@ -44,7 +45,7 @@ def write_report(evaluation: Evaluation, classes: Sequence[str], folder: Path) -
         writer.writerow([name, *("" if value is None else f"{value:.4f}" for value in values), labelled[index], predicted[index]])
     with whole_file(folder / "per_class.csv") as file:
         file.write(table.getvalue().encode())
-    draw_confusion(evaluation.confusion[:-1].double().numpy(), classes, folder / "confusion.png")
+    draw_confusion(evaluation.confusion[:-1, :-1].double().numpy(), classes, folder / "confusion.png")
 
 
 def draw_confusion(confusion: np.ndarray, classes: Sequence[str], picture: Path) -> None:

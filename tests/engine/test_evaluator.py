@@ -193,3 +193,22 @@ def test_images_that_are_segmented_at_a_smaller_size_are_told(tmp_path, caplog):
     assert [index for index, _ in seen] == [0, 1, 2]
     (said,) = caplog.messages
     assert said.startswith("1 of 3 images are segmented at a smaller size") and "b.jpg of 2000 x 3000 pixels as 504 x 756" in said
+
+
+def test_outputs_beyond_the_classes_count_as_wrong_as_in_mmseg():
+    random = np.random.default_rng(0)
+    labels, truth = random.integers(0, 12, (50, 40)), random.integers(0, 9, (50, 40)).astype(np.uint8)
+    confusion = count(torch.from_numpy(labels), torch.from_numpy(truth), 9, 255)
+    assert torch.equal(areas(confusion), torch.stack(intersect_and_union(labels, truth.copy(), 9, 255)).double())
+    assert confusion[:, -1].sum() == (labels >= 9).sum() > 0 and confusion.sum() == truth.size
+
+
+def test_a_model_with_more_outputs_than_the_data_set_has_classes_is_scored_and_told(tiny, ade20k, tmp_path, caplog):
+    entry = validation_entry(ade20k)
+    entry.classes = ["wall", "building", "sky"]  # the first three of the model's 150 outputs
+    dataset = build_datasets(entry, "data.val", [entry], test_mode=True)
+    caplog.set_level(logging.WARNING)
+    found = evaluate(Forwards(tiny), dataset, world=World(), workers=0, verbose=False)
+    write_report(found, dataset.CLASSES, tmp_path)
+    beyond = json.loads((tmp_path / "results.json").read_text())["predictions_of_no_class"]
+    assert beyond == found.confusion[:, -1].sum() > 0 and f"{beyond} pixels got an output of the model that is no class" in caplog.text
