@@ -4,8 +4,9 @@ In: what the user gave. Out: a `Plan`, from which `SegmentorEngine` is built and
 """
 
 import copy
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,15 @@ from internseg_ds.distributed.parameter_groups import named_groups, parameter_gr
 from internseg_ds.distributed.precision import backbone_dtype, heads_dtype
 from internseg_ds.distributed.process_group import World
 from internseg_ds.engine.experiment import Experiment, leaf_datasets
+from internseg_ds.engine.loss_checks import check_losses
 from internseg_ds.engine.model_checks import check_classes, check_forward, check_patches, check_sample, check_windows, image_shape
 from internseg_ds.engine.planner import ds_config_of
 from internseg_ds.engine.resuming import check_resumable
 from internseg_ds.engine.starting_weights import starting_weights
 from internseg_ds.engine.trackers import check_trackers
 from internseg_ds.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
 
 TOLERATED = 8
 """Damaged images at the start of a validation set, which an evaluation will leave out, that are no reason to think its pipeline wrong."""
@@ -77,6 +81,8 @@ def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, An
         check_trackers(experiment.log_hooks)
     train_set = build_datasets(experiment.train, "data.train", list(leaf_datasets(experiment.train)))
     check_classes(meta_model, train_set, "data.train")
+    for line in check_losses(meta_model, experiment.train, sorted(set(_ignored(train_set))), experiment.path):
+        log.info("config: %s", line)
     first, *others = [first_sample(part, "data.train", tolerated=experiment.engine.max_data_faults) for part in parts(train_set)]
     for sample in (first, *others):
         check_sample(meta_model, sample)
@@ -87,6 +93,15 @@ def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, An
         check_classes(meta_model, val_set, "data.val")
         first_sample(val_set, "data.val", tolerated=TOLERATED)
     return Plan(experiment, ds, world, meta_model, weights, resume_from, image_shape(first)[1:], train_set, val_set)
+
+
+def _ignored(dataset: Dataset) -> Iterator[int]:
+    """The `ignore_index` of each data set inside wrappers."""
+    for part in parts(dataset):
+        if hasattr(part, "dataset"):
+            yield from _ignored(part.dataset)
+        elif hasattr(part, "ignore_index"):
+            yield part.ignore_index
 
 
 def check_offload(experiment: Experiment, ds: DsConfig, resume_from: Path | None) -> None:

@@ -114,7 +114,8 @@ class SegmentorEngine:
             if self.profiled_steps:
                 check_writable(self.work_dir / "profile", "--profile")
             check_no_stop_file(self.work_dir)
-            resume_from = checkpoint_to_resume(resume or experiment.resume_from, self.work_dir)
+            resume = resume or experiment.resume_from
+            resume_from = checkpoint_to_resume(resume, self.work_dir)
             self.plan: Plan = check(experiment, ds_config, world, validate=validate, load_from=load_from, resume_from=resume_from)
         except UserError as error:
             refusal = error
@@ -144,6 +145,8 @@ class SegmentorEngine:
                 if said:
                     log.warning(said)
         checkpoint = agree_to_resume(resume_from, self.plan.ds.stage)
+        if checkpoint is None and resume is not None:
+            log.info("--resume auto: there is no checkpoint in %s yet, so this run starts at step 0", self.checkpoints.folder)
         self.resumed_unscored = any(of_all_ranks(checkpoint is not None and not checkpoint.manifest.get("metrics")))  # hosts may differ
         self.watch = Watch(world, hang_s=heartbeat_timeout)
         self.stop_requests = StopRequests(stop_file(self.work_dir) if world.is_main else None, self.watch)
