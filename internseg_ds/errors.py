@@ -6,7 +6,9 @@ raised is a defect of the program or of the machine.
 """
 
 import difflib
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -48,6 +50,18 @@ def unknown_key(key: str, known: Iterable[str], where: str) -> ConfigError:
     known = sorted(known)
     near = difflib.get_close_matches(key, known, n=1)
     return ConfigError(f"unknown key {key!r} in {where}" + (f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"))
+
+
+def reason(error: BaseException) -> str:
+    """An exception as "Type: text", on one line; where it has no text (a bare `assert`, also one that mmcv has wrapped), with the place that raised it."""
+    said = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
+    if str(error).strip() and not str(error).rstrip().endswith(":"):
+        return said
+    origin = error
+    while (earlier := origin.__cause__ or origin.__context__) is not None:
+        origin = earlier
+    frames = traceback.extract_tb(origin.__traceback__)
+    return f"{said}: `{frames[-1].line}` of {'/'.join(Path(frames[-1].filename).parts[-3:])}, line {frames[-1].lineno}" if frames else said
 
 
 def shortened(names: list[str], most: int = 5) -> str:

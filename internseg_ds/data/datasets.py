@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 import internseg_ds.data.ade20k  # noqa: F401 - registers the published few-shot data set
 from internseg_ds.data.transforms import CheckAnnotation
-from internseg_ds.errors import ConfigError, DataError
+from internseg_ds.errors import ConfigError, DataError, reason
 
 CHANGE_LABELS = {"Resize", "SETR_Resize", "ResizeToMultiple", "RandomFlip", "RandomCrop", "RandomRotate", "RandomMosaic", "RandomCutOut", "Pad"}
 """The transforms of mmseg, and ours, after which the label map is another."""
@@ -42,7 +42,7 @@ def build_datasets(entry: Any, what: str, leaves: list[Any], **default_args: Any
     try:
         dataset = build_dataset(entry, default_args or None)
     except (KeyError, TypeError, AttributeError, AssertionError, OSError, ValueError) as error:
-        raise DataError(f"{what} cannot be built: {type(error).__name__}: {error}") from error
+        raise DataError(f"{what} cannot be built: {reason(error)}") from error
     for part in _plain(dataset):
         if getattr(part, "label_map", None):  # of classes that the config leaves out; mmseg's -1 is no uint8, which numpy 2 minds
             part.label_map = {old: 255 if new == -1 else new for old, new in part.label_map.items()}
@@ -143,11 +143,10 @@ def sample(dataset: Dataset, index: int) -> dict[str, Any]:
             if not _is_picture(file):
                 what = "is no picture that can be read" if os.path.exists(file) else "is not there"
                 raise DataError(f"{file} {what}; copy it again, or take the image away") from error
-        reason = " ".join(str(error).split())  # OpenCV's has several lines
         mend = "is the image, or its label map, damaged?"
         if isinstance(error, KeyError):
             mend = "does a step of the pipeline make it, before the one that asks for it?"
-        raise DataError(f"the pipeline fails on image {image}: {type(error).__name__}: {reason}; {mend}") from error
+        raise DataError(f"the pipeline fails on image {image}: {reason(error)}; {mend}") from error
 
 
 def _is_picture(file: str) -> bool:

@@ -18,7 +18,7 @@ from internseg_ds.distributed.lr_schedule import PolySchedule
 from internseg_ds.engine.config_keys import OPTIONAL, REPLACED, SECTIONS, check_option
 from internseg_ds.engine.options import EngineOptions, read_options, whole_number
 from internseg_ds.engine.section_keys import hook_notes, near_misses, section_notes
-from internseg_ds.errors import ConfigError
+from internseg_ds.errors import ConfigError, reason
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ def _load(config: str | os.PathLike | Config) -> tuple[str, Config]:
     try:
         return str(config), Config.fromfile(str(config))
     except Exception as error:  # a config is a program: whatever it raises, the user wrote it
-        raise ConfigError(f"config {config} cannot be read: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"config {config} cannot be read: {reason(error)}") from error
 
 
 def _short(value: Any, limit: int = 60) -> str:

@@ -86,6 +86,7 @@ def refusal(config: str, options: dict, ade20k: Path) -> str:
     ({"engine.global_bach": 8}, ["global_bach", "did you mean engine.global_batch"]),
     ({"modle.backbone": 8}, ["modle", "did you mean model"]),
     ({"model.bakbone.depth": 8}, ["bakbone", "did you mean model.backbone"]),
+    ({"model.decode_head.in_index": [0, 1, 2]}, ["UPerHead: `assert len(in_channels) == len(in_index)` of", "decode_head.py, line "]),
     ({"model.decode_head.loss_decode.class_weight": [1.0] * 149}, ["model.decode_head.loss_decode", "class_weight of 149", "150 classes"]),
     ({"model.auxiliary_head.loss_decode.class_weight": [1.0] * 151}, ["model.auxiliary_head.loss_decode", "class_weight of 151", "150 classes"]),
     ({"model.decode_head.loss_decode": dict(_delete_=True, type="FocalLoss", class_weight=[1.0])}, ["FocalLoss has class_weight of 1 numbers"]),
