@@ -53,15 +53,20 @@ def unknown_key(key: str, known: Iterable[str], where: str) -> ConfigError:
 
 
 def reason(error: BaseException) -> str:
-    """An exception as "Type: text", on one line; where it has no text (a bare `assert`, also one that mmcv has wrapped), with the place that raised it."""
+    """An exception as "Type: text", on one line; where it has no text (a bare `assert`, also one that mmcv has wrapped), with the text of the one before it,
+    or the place that raised it."""
     said = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
-    if str(error).strip() and not str(error).rstrip().endswith(":"):
-        return said
     origin = error
-    while (earlier := origin.__cause__ or origin.__context__) is not None:
+    while _without_text(origin) and (earlier := origin.__cause__ or origin.__context__) is not None:
         origin = earlier
-    frames = traceback.extract_tb(origin.__traceback__)
+    if origin is not error and not _without_text(origin):
+        return f"{said}: {reason(origin)}"
+    frames = traceback.extract_tb(origin.__traceback__) if _without_text(origin) else []
     return f"{said}: `{frames[-1].line}` of {'/'.join(Path(frames[-1].filename).parts[-3:])}, line {frames[-1].lineno}" if frames else said
+
+
+def _without_text(error: BaseException) -> bool:
+    return not str(error).strip() or str(error).rstrip().endswith(":")
 
 
 def shortened(names: list[str], most: int = 5) -> str:
