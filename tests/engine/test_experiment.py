@@ -180,7 +180,8 @@ def test_a_missing_config_may_have_its_like_beside_it(tmp_path):
 
 @pytest.mark.parametrize(("module", "words"), [
     ("no_such_module_at_all", "'no_such_module_at_all' cannot be imported: .*No module named 'no_such_module_at_all'.* on PYTHONPATH"),
-    ("backbone_of_a_name_that_is_taken", "'backbone_of_a_name_that_is_taken' cannot .*already registered in models.* rename yours, or register it with force=True"),
+    ("backbone_of_a_name_that_is_taken",
+     "'backbone_of_a_name_that_is_taken' cannot .*already registered in models.* rename yours, or register it with force=True"),
 ])
 def test_a_module_that_cannot_be_imported_is_named(module, words, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
