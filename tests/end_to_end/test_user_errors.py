@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 from mmcv import ConfigDict
-from mmseg.datasets import build_dataset
+from mmseg.datasets import DATASETS, build_dataset
 from mmseg.datasets.builder import PIPELINES
+from torch.utils.data import Dataset
 
 from internseg_ds.distributed.process_group import World
 from internseg_ds.engine.experiment import read_experiment
@@ -156,6 +157,27 @@ def test_a_part_without_images_is_named(ade20k, tmp_path):
         (tmp_path / nothing[key]).mkdir(parents=True)
     with pytest.raises(DataError, match=f"joins several data sets, and that of {tmp_path}/images/training has no image"):
         check(replace(experiment, train=[experiment.train, nothing]), ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0))
+
+
+@DATASETS.register_module()
+class PlainTorchDataset(Dataset):
+    """A data set that knows torch alone."""
+
+    def __init__(self, pipeline):
+        pass
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return {}
+
+
+def test_a_data_set_that_is_not_mmsegs_is_told_what_it_lacks(ade20k):
+    experiment = read_experiment(ROOT / TINY, dict(option.split("=") for option in data_options(ade20k)))
+    mine = replace(experiment, train=ConfigDict(type="PlainTorchDataset", pipeline=experiment.train.pipeline))
+    with pytest.raises(DataError, match=r"data\.train: PlainTorchDataset is no data set of mmseg, it lacks pipeline, CLASSES, img_infos; derive it from"):
+        check(mine, ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0))
 
 
 def test_each_class_needs_a_colour(ade20k):
