@@ -18,7 +18,7 @@ from mmcv.utils import import_modules_from_strings
 from internseg_ds.distributed.lr_schedule import PolySchedule
 from internseg_ds.engine.config_keys import OPTIONAL, REPLACED, SECTIONS, check_option
 from internseg_ds.engine.options import EngineOptions, read_options, whole_number
-from internseg_ds.engine.section_keys import hook_notes, near_misses, section_notes
+from internseg_ds.engine.section_keys import hook_notes, near_misses, section_notes, unused_crop_size
 from internseg_ds.errors import ConfigError, reason
 
 
@@ -138,7 +138,7 @@ def read_experiment(config: str | os.PathLike | Config, cfg_options: Mapping[str
         seed=whole_number(cfg.get("seed") or 0, f"seed of {path}", least=0),
         engine=options,
         notes=(*notes, *hook_notes(hooks, log_every, path)),
-        warnings=tuple(near_misses(cfg, path)),
+        warnings=(*near_misses(cfg, path), *unused_crop_size(cfg, path)),
     )
 
 

@@ -50,6 +50,7 @@ from internseg_ds.engine.config_text import config_text
 from internseg_ds.engine.environment import environment_lines
 from internseg_ds.engine.evaluator import Evaluation, evaluate
 from internseg_ds.engine.experiment import Experiment, read_experiment
+from internseg_ds.engine.image_sizes import size_lines
 from internseg_ds.engine.outputs import check_writable
 from internseg_ds.engine.planner import Planner
 from internseg_ds.engine.preflight import Plan, check
@@ -133,10 +134,12 @@ class SegmentorEngine:
         self.state, self.stopped = TrainState(seed=seed), False
         hosts = of_all_ranks(socket.gethostname())
         start_logging(self.work_dir, level=experiment.log_level, is_main=world.is_main, header=environment_lines(seed, hosts))
-        for warning in experiment.warnings:
+        sizes, warnings = size_lines(experiment, self.plan.crop)
+        for warning in (*experiment.warnings, *warnings) if world.is_main else ():
             log.warning("config: %s", warning)
         for note in experiment.notes:
             log.info("config: %s", note)
+        log.info("%s", sizes)
         self._recomputation: Recomputation | Literal["config"] = "config"
         self._planner = Planner(experiment, self.plan.meta_model, crop=self.plan.crop)
         if world.is_main:
