@@ -8,6 +8,7 @@ raised is a defect of the program or of the machine.
 import difflib
 import traceback
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -52,11 +53,20 @@ def unknown_key(key: str, known: Iterable[str], where: str) -> ConfigError:
 
 
 def reason_of(error: BaseException) -> str:
-    """What an exception says, in one line: its type and words; where it has none (a bare assert), the line of code that raised it."""
-    words = " ".join(str(error).split())
-    if not words and (frames := traceback.extract_tb(error.__traceback__)):
-        words = f"{frames[-1].line} ({frames[-1].filename}, line {frames[-1].lineno})"
-    return f"{type(error).__name__}: {words}" if words else type(error).__name__
+    """An exception as "Type: text", on one line; where it has no text (a bare `assert`, also one that mmcv has wrapped), with the text of the one before it,
+    or the place that raised it."""
+    said = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
+    origin = error
+    while _without_text(origin) and (earlier := origin.__cause__ or origin.__context__) is not None:
+        origin = earlier
+    if origin is not error and not _without_text(origin):
+        return f"{said}: {reason_of(origin)}"
+    frames = traceback.extract_tb(origin.__traceback__) if _without_text(origin) else []
+    return f"{said}: `{frames[-1].line}` of {'/'.join(Path(frames[-1].filename).parts[-3:])}, line {frames[-1].lineno}" if frames else said
+
+
+def _without_text(error: BaseException) -> bool:
+    return not str(error).strip() or str(error).rstrip().endswith(":")
 
 
 def shortened(names: list[str], most: int = 5) -> str:

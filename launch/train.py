@@ -56,8 +56,10 @@ def main() -> None:
         from internseg_ds.engine.description import describe
         from internseg_ds.engine.preflight import check
         from internseg_ds.engine.resuming import checkpoint_to_resume
+        from internseg_ds.engine.trackers import start_logging
 
         world = world_from_environment()
+        start_logging(None, level=experiment.log_level, is_main=world.is_main)
         resume_from = checkpoint_to_resume(args.resume or experiment.resume_from, Path(args.work_dir or experiment.work_dir))
         plan = check(experiment, args.deepspeed_config, world, validate=not args.no_validate, load_from=args.load_from, resume_from=resume_from)
         if world.is_main:

@@ -47,6 +47,9 @@ def build_datasets(entry: Any, what: str, leaves: list[Any], **default_args: Any
     except (KeyError, TypeError, AttributeError, AssertionError, OSError, ValueError) as error:
         raise DataError(f"{what} cannot be built: {reason_of(error)}") from error
     for part in plain_parts(dataset):
+        if lacks := [name for name in ("pipeline", "CLASSES", "img_infos") if not hasattr(part, name)]:
+            raise DataError(f"{what}: {type(part).__name__} is no data set of mmseg, it lacks {', '.join(lacks)}; derive it from mmseg.datasets.CustomDataset, "
+                            "and fill img_infos in its load_annotations")
         if getattr(part, "label_map", None):  # of classes that the config leaves out; mmseg's -1 is no uint8, which numpy 2 minds
             part.label_map = {old: part.ignore_index if new == -1 else new for old, new in part.label_map.items()}
         if isinstance(part, CustomDataset) and part.split is not None and type(part).load_annotations is CustomDataset.load_annotations:

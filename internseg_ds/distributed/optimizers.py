@@ -1,5 +1,6 @@
 """The optimizer that the config names, over parameter groups: torch's own, or DeepSpeed's CPU Adam where its state is offloaded."""
 
+import difflib
 import inspect
 import math
 import types
@@ -12,7 +13,11 @@ from mmcv.runner.optimizer import OPTIMIZERS
 from internseg_ds.distributed.ds_config import SUB_GROUP, DsConfig
 from internseg_ds.distributed.extensions import build_extension
 from internseg_ds.distributed.ranged_adam import RangedAdam
-from internseg_ds.errors import ConfigError
+from internseg_ds.errors import ConfigError, reason_of
+
+PACKAGES = {"8bit": "bitsandbytes", "lion": "lion-pytorch", "lamb": "timm", "adan": "timm", "lars": "timm", "prodigy": "prodigyopt",
+            "dadapt": "dadaptation", "schedulefree": "schedulefree"}
+"""Where optimizers are, by a part of their names in lower case, that neither torch nor mmcv have."""
 
 
 def check_optimizer(section: Mapping[str, Any], ds: DsConfig) -> str:
@@ -20,7 +25,7 @@ def check_optimizer(section: Mapping[str, Any], ds: DsConfig) -> str:
     not Adam or AdamW."""
     kind = section.get("type", "AdamW")
     if OPTIMIZERS.get(kind) is None:
-        raise ConfigError(f"optimizer.type={kind!r} is not registered in mmcv; AdamW is the usual one")
+        raise ConfigError(f"optimizer.type={kind!r} is not registered in mmcv; {_where_it_may_be(str(kind))}")
     if ds.cpu_adam and kind not in ("Adam", "AdamW"):
         raise ConfigError(f"{ds.source} offloads the optimizer, which runs DeepSpeed's CPU Adam, but optimizer.type is {kind!r}; "
                           "use AdamW, or drop offload_optimizer")
@@ -31,8 +36,17 @@ def check_optimizer(section: Mapping[str, Any], ds: DsConfig) -> str:
 
             inspect.signature(DeepSpeedCPUAdam).bind([], adamw_mode=True, **_settings(section))  # building one would compile it
     except Exception as error:  # whatever the optimizer's constructor refuses with
-        raise ConfigError(f"optimizer {kind} does not take these settings: {error}") from None
+        raise ConfigError(f"optimizer {kind} does not take these settings: {reason_of(error)}") from None
     return kind
+
+
+def _where_it_may_be(kind: str) -> str:
+    """How to come by an optimizer that is not registered."""
+    if (package := next((package for word, package in PACKAGES.items() if word in kind.lower()), None)) is not None:
+        return (f"it is a class of the package {package}: pip install {package}, and register it in a module that custom_imports names, "
+                f"OPTIMIZERS.register_module(module={kind}) with mmcv.runner's OPTIMIZERS")
+    near = difflib.get_close_matches(kind, OPTIMIZERS.module_dict, n=1)
+    return f"did you mean {near[0]!r}?" if near else "AdamW is the usual one"
 
 
 def _settings(section: Mapping[str, Any]) -> dict[str, Any]:

@@ -161,7 +161,10 @@ def _meet(world: World, timeout: timedelta, refusal: UserError | None) -> dist.S
         while found and world.is_main and read < world.size:  # the store goes with this process
             time.sleep(0.05)
             read = store.add("read", 0)
-    except dist.DistError:
+    except dist.DistError as error:
+        if refusal is None and world.is_main and "EADDRINUSE" in str(error):
+            raise ConfigError(f"port {os.environ['MASTER_PORT']} of this host, where the processes are to meet, is in use, by another run perhaps; start with "
+                              "another: --master_port N of deepspeed, --master-port N of torchrun, or MASTER_PORT=N in the environment") from error
         if refusal is None:
             raise
         raise refusal from None  # the others have not come: what is wrong here is still wrong

@@ -5,6 +5,7 @@ from rich.table import Table
 
 from internseg_ds.distributed.parameter_groups import parameter_groups
 from internseg_ds.engine.forecast import memory_table, of_this_run, verdict
+from internseg_ds.engine.image_sizes import size_lines
 from internseg_ds.engine.planner import Planner
 from internseg_ds.engine.preflight import Plan
 from internseg_ds.errors import reason_of
@@ -12,7 +13,8 @@ from internseg_ds.errors import reason_of
 
 def describe(plan: Plan, console: Console) -> None:
     """Prints what the config says for nothing, parameters by part, groups, weights, batches, data, and the memory of a process."""
-    for said in (*plan.experiment.warnings, *plan.experiment.notes):
+    sizes, warnings = size_lines(plan.experiment, plan.crop)
+    for said in (*plan.experiment.warnings, *warnings, *plan.experiment.notes):
         console.print(f"config: {said}", markup=False, highlight=False, soft_wrap=True)
     counts = Table("part", "parameters", "of which train", title=f"{plan.experiment.name}: model")
     for name, child in [*plan.meta_model.named_children(), ("all", plan.meta_model)]:
@@ -26,6 +28,7 @@ def describe(plan: Plan, console: Console) -> None:
     console.print(groups)
     ds, experiment = plan.ds, plan.experiment
     console.print(f"weights: {_weights(plan)}", markup=False, highlight=False, soft_wrap=True)  # a path is no markup, and stays in one piece
+    console.print(f"images: {sizes}", soft_wrap=True)
     console.print(f"batch: {ds.global_batch} images per step = {ds.world_size} processes x {ds.micro_batch} images x {ds.accumulation} accumulation steps")
     console.print(f"data: {len(plan.train_set):,} training images, {len(plan.val_set) if plan.val_set is not None else 0:,} validation images; "
                   f"{experiment.max_steps:,} steps = {experiment.max_steps * ds.global_batch / len(plan.train_set):.1f} epochs")

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from mmcv import Config, ConfigDict
+from mmcv.utils import import_modules_from_strings
 
 from internseg_ds.distributed.lr_schedule import LrSchedule, arguments, policies, policy_name
 from internseg_ds.engine.config_keys import OPTIONAL, REPLACED, SECTIONS, check_option
 from internseg_ds.engine.options import EngineOptions, read_options, whole_number
-from internseg_ds.engine.section_keys import hook_notes, near_misses, section_notes
+from internseg_ds.engine.section_keys import hook_notes, near_misses, section_notes, unused_crop_size
 from internseg_ds.errors import ConfigError, reason_of, unknown_key
 
 
@@ -139,7 +140,7 @@ def read_experiment(config: str | os.PathLike | Config, cfg_options: Mapping[str
         seed=whole_number(cfg.get("seed") or 0, f"seed of {path}", least=0),
         engine=options,
         notes=(*notes, *hook_notes(hooks, log_every, path)),
-        warnings=tuple(near_misses(cfg, path)),
+        warnings=(*near_misses(cfg, path), *unused_crop_size(cfg, path)),
     )
 
 
@@ -205,12 +206,33 @@ def _load(config: str | os.PathLike | Config) -> tuple[str, Config]:
     if isinstance(config, Config):
         return config.filename or "config", Config(config._cfg_dict.to_dict(), filename=config.filename)
     if not Path(config).is_file():
-        near = difflib.get_close_matches(str(config), map(str, Path("configs").rglob("*.py")), n=1, cutoff=0.3)
-        raise ConfigError(f"there is no config file {config}" + (f"; did you mean {near[0]}?" if near else ""))
+        beside = {path.name: path for path in (*Path("configs").rglob("*.py"), *Path(config).parent.glob("*.py"))}
+        near = difflib.get_close_matches(Path(config).name, beside, n=1, cutoff=0.75)
+        raise ConfigError(f"there is no config file {config}" + (f"; did you mean {beside[near[0]]}?" if near else f" as seen from {Path.cwd()}"))
+    import internseg_ds.data.datasets
+    import internseg_ds.models  # noqa: F401 - registers ours before the config's imports register theirs: whoever has a name of ours is told so
+
     try:
-        return str(config), Config.fromfile(str(config))
+        cfg = Config.fromfile(str(config), import_custom_modules=False)
     except Exception as error:  # a config is a program: whatever it raises, the user wrote it
         raise ConfigError(f"config {config} cannot be read: {reason_of(error)}") from error
+    _import_modules(cfg.get("custom_imports") or {}, str(config))
+    return str(config), cfg
+
+
+def _import_modules(section: Mapping[str, Any], path: str) -> None:
+    """Imports the modules of `custom_imports`, each by itself, so that the one at fault is named."""
+    if not isinstance(section, Mapping) or not {*section} <= {"imports", "allow_failed_imports"}:
+        raise ConfigError(f"custom_imports={section!r} of {path} must be dict(imports=[...], allow_failed_imports=False)")
+    names = section.get("imports") or []
+    for name in [names] if isinstance(names, str) else names:
+        try:
+            import_modules_from_strings(name, allow_failed_imports=section.get("allow_failed_imports", False))
+        except Exception as error:  # of somebody's module
+            mend = "its folder must be on PYTHONPATH, or its package installed"
+            if "already registered" in str(error):
+                mend = "mmcv, mmseg or internseg_ds have a class of that name; leave the import out, rename yours, or register it with force=True"
+            raise ConfigError(f"custom_imports of {path}: {name!r} cannot be imported: {reason_of(error)}; {mend}") from error
 
 
 def _short(value: Any, limit: int = 60) -> str:

@@ -4,6 +4,7 @@ In: what the user gave. Out: a `Plan`, from which `SegmentorEngine` is built and
 """
 
 import copy
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,12 +25,15 @@ from internseg_ds.distributed.precision import backbone_dtype, heads_dtype
 from internseg_ds.distributed.process_group import World
 from internseg_ds.engine.experiment import Experiment, leaf_datasets
 from internseg_ds.engine.loss_checks import check_losses
+from internseg_ds.engine.loss_trial import try_losses
 from internseg_ds.engine.model_checks import check_classes, check_forward, check_patches, check_sample, check_windows, compare_classes, image_shape
 from internseg_ds.engine.planner import ds_config_of
 from internseg_ds.engine.resuming import check_resumable
 from internseg_ds.engine.starting_weights import starting_weights
 from internseg_ds.engine.trackers import check_trackers
 from internseg_ds.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
 
 TOLERATED = 8
 """Damaged images at the start of a validation set, which an evaluation will leave out, that are no reason to think its pipeline wrong."""
@@ -80,13 +84,14 @@ def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, An
     if world.is_main:
         check_trackers(experiment.log_hooks)
     train_set = build_datasets(experiment.train, "data.train", list(leaf_datasets(experiment.train)))
-    notes = check_classes(meta_model, train_set, "data.train")
+    warnings = check_classes(meta_model, train_set, "data.train")
+    ignored = sorted({getattr(part, "ignore_index", 255) for part in plain_parts(train_set)})
+    warnings += check_losses(meta_model, experiment.train, ignored, experiment.path)
     first, *others = [first_sample(part, "data.train", tolerated=experiment.engine.max_data_faults) for part in parts(train_set)]
     for sample in (first, *others):
         check_sample(meta_model, sample)
     outputs = check_forward(meta_model, first, ds.micro_batch, world.size)
-    ignore_index = getattr(next(plain_parts(train_set)), "ignore_index", 255)
-    warnings = notes + check_losses(outputs, len(next(plain_parts(train_set)).CLASSES), ignore_index)
+    warnings += try_losses(outputs, len(train_set.CLASSES), ignored)
     val_set = None
     if validate:
         val_set = validation_set(experiment)

@@ -39,7 +39,7 @@ def shortfall(planner: Planner, ds: DsConfig, world: World) -> str | None:
                 f"{device.size / GIB:.1f}{left_free(found)}; the largest part is {largest.name}, {largest.device / GIB:.1f} GiB")
         return f"{said}; {_mend(planner, ds, world, device)}"
     except Exception as error:  # an odd model is no reason not to train it
-        log.info("whether this run fits into memory could not be planned: %s: %s", type(error).__name__, error)
+        log.info("whether this run fits into memory could not be planned: %s", reason_of(error))
         return None
 
 

@@ -50,6 +50,7 @@ from internseg_ds.engine.config_text import config_text
 from internseg_ds.engine.environment import environment_lines
 from internseg_ds.engine.evaluator import Evaluation, evaluate
 from internseg_ds.engine.experiment import Experiment, read_experiment
+from internseg_ds.engine.image_sizes import size_lines
 from internseg_ds.engine.outputs import check_writable
 from internseg_ds.engine.planner import Planner
 from internseg_ds.engine.preflight import Plan, check
@@ -114,7 +115,8 @@ class SegmentorEngine:
             if self.profiled_steps:
                 check_writable(self.work_dir / "profile", "--profile")
             check_no_stop_file(self.work_dir)
-            resume_from = checkpoint_to_resume(resume or experiment.resume_from, self.work_dir)
+            resume = resume or experiment.resume_from
+            resume_from = checkpoint_to_resume(resume, self.work_dir)
             self.plan: Plan = check(experiment, ds_config, world, validate=validate, load_from=load_from, resume_from=resume_from)
         except UserError as error:
             refusal = error
@@ -132,10 +134,12 @@ class SegmentorEngine:
         self.state, self.stopped = TrainState(seed=seed), False
         hosts = of_all_ranks(socket.gethostname())
         start_logging(self.work_dir, level=experiment.log_level, is_main=world.is_main, header=environment_lines(seed, hosts))
-        for warning in experiment.warnings:
+        sizes, warnings = size_lines(experiment, self.plan.crop)
+        for warning in (*experiment.warnings, *warnings) if world.is_main else ():
             log.warning("config: %s", warning)
         for note in experiment.notes:
             log.info("config: %s", note)
+        log.info("%s", sizes)
         for said in self.plan.warnings:
             log.warning(said)
         self._recomputation: Recomputation | Literal["config"] = "config"
@@ -146,6 +150,8 @@ class SegmentorEngine:
                 if said:
                     log.warning(said)
         checkpoint = agree_to_resume(resume_from, self.plan.ds.stage)
+        if checkpoint is None and resume is not None:
+            log.info("--resume auto: there is no checkpoint in %s yet, so this run starts at step 0", self.checkpoints.folder)
         self.resumed_unscored = any(of_all_ranks(checkpoint is not None and not checkpoint.manifest.get("metrics")))  # hosts may differ
         self.watch = Watch(world, hang_s=heartbeat_timeout)
         self.stop_requests = StopRequests(stop_file(self.work_dir) if world.is_main else None, self.watch)

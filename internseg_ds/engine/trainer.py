@@ -36,6 +36,9 @@ def train(engine: "SegmentorEngine") -> TrainState:
     plan, state, watch, stop = engine.plan, engine.state, engine.watch, engine.stop_requests
     experiment, ds, world, deepspeed = plan.experiment, plan.ds, engine.world, engine.deepspeed
     last, evaluates = experiment.max_steps, plan.val_set is not None
+    if state.step >= last:
+        log.warning("nothing is left to train: the checkpoint is of step %d, and runner.max_iters is %d; raise it, or start anew in another --work-dir",
+                    state.step, last)
     sampler = GlobalBatchSampler(len(plan.train_set), ds.micro_batch, rank=world.rank, world_size=world.size, seed=state.seed, start=state.images)
     faults = DataFaults(engine.work_dir / "data_faults.txt", experiment.engine.max_data_faults, start=state.step)
     skipped = SkippedSteps(deepspeed, engine.work_dir / "skipped_steps.jsonl", experiment.engine.max_skipped_steps, start=state.step)

@@ -1,8 +1,10 @@
+import socket
+
 import pytest
 import torch
 import torch.distributed as dist
 
-from internseg_ds.distributed.process_group import Vote, World, first_host, rendezvous, world_from_environment
+from internseg_ds.distributed.process_group import Vote, World, first_host, join, rendezvous, world_from_environment
 from internseg_ds.errors import ConfigError
 from tests.distributed.ranks import spawn
 
@@ -56,3 +58,14 @@ def votes_of_two_ranks() -> None:
 
 def test_a_fact_of_one_rank_is_a_fact_for_all():
     spawn(votes_of_two_ranks, 2)
+
+
+def test_a_port_in_use_is_named_with_the_option_that_chooses_another(monkeypatch):
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        with pytest.raises(ConfigError, match=rf"port {port} of this host.* is in use.* --master_port N of deepspeed"):
+            join(World(0, 2, 0, "deepspeed, torchrun"))

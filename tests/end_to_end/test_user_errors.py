@@ -2,13 +2,15 @@
 
 import copy
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from mmcv import ConfigDict
-from mmseg.datasets import build_dataset
+from mmseg.datasets import DATASETS, build_dataset
 from mmseg.datasets.builder import PIPELINES
+from torch.utils.data import Dataset
 
 from internseg_ds.distributed.process_group import World
 from internseg_ds.engine.experiment import read_experiment
@@ -48,7 +50,9 @@ def refusal(config: str, options: dict, ade20k: Path) -> str:
     ({"model.backbone.pretrained": ""}, ["model.backbone.pretrained=''", "must be a path", "--cfg-options model.backbone.pretrained=None"]),
     ({"data.val.img_dir": "images/nothing"}, ["data.val", "images/nothing"]),
     ({"optimizer.paramwise_cfg": {"num_layers": 7, "layer_decay_rate": 0.9}}, ["num_layers=7", "4 layers"]),
-    ({"optimizer.type": "AdamWW"}, ["AdamWW"]),
+    ({"optimizer.type": "AdamWW"}, ["AdamWW", "did you mean 'AdamW'"]),
+    ({"optimizer.type": "Lion"}, ["'Lion' is not registered", "pip install lion-pytorch", "custom_imports"]),
+    ({"optimizer.type": "PagedAdamW8bit"}, ["pip install bitsandbytes"]),
     ({"lr_config.power": "x"}, ["lr_config.power='x'"]),
     ({"lr_config.warmup_iters": -1}, ["warmup_iters", "-1"]),
     ({"model.test_cfg.stride": [0, 0]}, ["model.test_cfg.stride=[0, 0]"]),
@@ -86,6 +90,17 @@ def refusal(config: str, options: dict, ade20k: Path) -> str:
     ({"engine.global_bach": 8}, ["global_bach", "did you mean engine.global_batch"]),
     ({"modle.backbone": 8}, ["modle", "did you mean model"]),
     ({"model.bakbone.depth": 8}, ["bakbone", "did you mean model.backbone"]),
+    ({"model.decode_head.in_index": [0, 1, 2]}, ["UPerHead: `assert len(in_channels) == len(in_index)` of", "decode_head.py, line "]),
+    ({"model.decode_head.loss_decode.class_weight": [1.0] * 149}, ["model.decode_head.loss_decode", "class_weight of 149", "150 classes"]),
+    ({"model.auxiliary_head.loss_decode.class_weight": [1.0] * 151}, ["model.auxiliary_head.loss_decode", "class_weight of 151", "150 classes"]),
+    ({"model.decode_head.loss_decode": dict(_delete_=True, type="FocalLoss", class_weight=[1.0])}, ["FocalLoss has class_weight of 1 numbers"]),
+    ({"model.decode_head.loss_decode": dict(_delete_=True, type="CrossEntropyLoss", use_sigmoid=True, class_weight=[1.0] * 150)},
+     ["class_weight with use_sigmoid=True"]),
+    ({"model.decode_head.ignore_index": 254}, ["model.decode_head.ignore_index is 254", "ignore_index of data.train is 255"]),
+    ({"data.train.ignore_index": 250}, ["ignore_index is 255", "ignore_index of data.train is 250"]),
+    ({"data.train.pipeline.7.seg_pad_val": 254}, ["ignore_index is 255", "Pad.seg_pad_val of its pipeline is 254"]),
+    ({"model.decode_head.loss_decode": dict(_delete_=True, type="DiceLoss", ignore_index=254)}, ["ignore_index is 255", "that of its DiceLoss is 254"]),
+    ({"model.decode_head.loss_decode": dict(_delete_=True, type="DiceLoss", loss_name="dice")}, ["loss_name='dice'", "call it 'loss_dice'"]),
     ({"runner.type": "EpochBasedRunner"}, ["IterBasedRunner"]),
     ({"lr_config.policy": "step"}, ["lr_config", "step"]),
     ({"lr_config.policy": "OneCycle"}, ["OneCycle", "Poly, "]),
@@ -93,6 +108,24 @@ def refusal(config: str, options: dict, ade20k: Path) -> str:
 def test_a_wrong_setting_is_one_sentence(options, words, ade20k):
     said = refusal(TINY, options, ade20k)
     assert all(word in said for word in words), said
+
+
+def test_one_channel_needs_a_sigmoid(ade20k):
+    experiment = read_experiment(ROOT / TINY, dict(option.split("=") for option in data_options(ade20k)))
+    for head in (experiment.model.decode_head, experiment.model.auxiliary_head):
+        head.update(num_classes=2, out_channels=1, loss_decode=dict(type="CrossEntropyLoss"))
+    two = replace(experiment, train=ConfigDict(experiment.train, type="CustomDataset", img_suffix=".jpg", seg_map_suffix=".png", classes=["a", "b"]), val=None)
+    with pytest.raises(ConfigError, match=r"model\.decode_head has one output channel, and CrossEntropyLoss .* use_sigmoid=True"):
+        check(two, ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0), validate=False)
+
+
+def test_a_loss_beside_others_that_does_not_count_is_a_line(ade20k, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("internseg_ds"), "propagate", True)
+    caplog.set_level(logging.INFO, "internseg_ds")
+    experiment = read_experiment(ROOT / TINY, dict(option.split("=") for option in data_options(ade20k)))
+    experiment.model.decode_head.loss_decode = [dict(type="CrossEntropyLoss"), dict(type="DiceLoss", loss_name="dice")]
+    check(experiment, ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0), validate=False)
+    assert "loss_name='dice' has no 'loss' in it, so it is logged and not trained on" in caplog.text
 
 
 def test_a_step_of_a_wrapper_counts_too(ade20k):
@@ -126,6 +159,27 @@ def test_a_part_without_images_is_named(ade20k, tmp_path):
         (tmp_path / nothing[key]).mkdir(parents=True)
     with pytest.raises(DataError, match=f"joins several data sets, and that of {tmp_path}/images/training has no image"):
         check(replace(experiment, train=[experiment.train, nothing]), ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0))
+
+
+@DATASETS.register_module()
+class PlainTorchDataset(Dataset):
+    """A data set that knows torch alone."""
+
+    def __init__(self, pipeline):
+        pass
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return {}
+
+
+def test_a_data_set_that_is_not_mmsegs_is_told_what_it_lacks(ade20k):
+    experiment = read_experiment(ROOT / TINY, dict(option.split("=") for option in data_options(ade20k)))
+    mine = replace(experiment, train=ConfigDict(type="PlainTorchDataset", pipeline=experiment.train.pipeline))
+    with pytest.raises(DataError, match=r"data\.train: PlainTorchDataset is no data set of mmseg, it lacks pipeline, CLASSES, img_infos; derive it from"):
+        check(mine, ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0))
 
 
 def test_each_class_needs_a_colour(ade20k):

@@ -1,3 +1,6 @@
+import sys
+from pathlib import Path
+
 import pytest
 from mmcv import Config
 
@@ -168,3 +171,36 @@ def test_total_iters_of_old_configs_is_the_number_of_steps(tmp_path):
     cfg._cfg_dict.pop("runner")
     cfg.total_iters = 77
     assert read_experiment(cfg).max_steps == 77
+
+
+def test_a_missing_config_that_is_like_none_names_none():
+    with pytest.raises(ConfigError, match=rf"there is no config file mine/experiment\.py as seen from {Path.cwd()}"):
+        read_experiment("mine/experiment.py")
+
+
+def test_a_missing_config_may_have_its_like_beside_it(tmp_path):
+    (tmp_path / "upernet_mine.py").touch()
+    with pytest.raises(ConfigError, match=rf"did you mean {tmp_path}/upernet_mine\.py\?"):
+        read_experiment(tmp_path / "upernet_mien.py")
+
+
+@pytest.mark.parametrize(("module", "words"), [
+    ("no_such_module_at_all", "'no_such_module_at_all' cannot be imported: .*No module named 'no_such_module_at_all'.* on PYTHONPATH"),
+    ("backbone_of_a_name_that_is_taken",
+     "'backbone_of_a_name_that_is_taken' cannot .*already registered in models.* rename yours, or register it with force=True"),
+])
+def test_a_module_that_cannot_be_imported_is_named(module, words, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "backbone_of_a_name_that_is_taken.py").write_text(
+        "from mmseg.models import BACKBONES\n@BACKBONES.register_module()\nclass InternViT6B:\n    pass\n")
+    (tmp_path / "config.py").write_text(f"_base_ = {str(ROOT / TINY)!r}\ncustom_imports = dict(imports=['os', {module!r}], allow_failed_imports=False)")
+    with pytest.raises(ConfigError, match=f"custom_imports of .*config.py: {words}"):
+        read_experiment(tmp_path / "config.py")
+
+
+def test_the_module_of_a_transform_is_imported(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "module_that_a_config_imports.py").write_text("")
+    (tmp_path / "config.py").write_text(f"_base_ = {str(ROOT / TINY)!r}\ncustom_imports = dict(imports='module_that_a_config_imports')")
+    read_experiment(tmp_path / "config.py")
+    assert sys.modules.pop("module_that_a_config_imports").__file__ == str(tmp_path / "module_that_a_config_imports.py")

@@ -58,3 +58,24 @@ def test_a_head_with_losses_of_its_own_stays_as_it_is():
     kind = type(head)
     losses_without_waits(_segmentor(head))
     assert type(head) is kind
+
+
+@pytest.mark.parametrize(("loss", "classes"), [
+    (dict(type="LovaszLoss", reduction="none"), 5),
+    (dict(type="LovaszLoss", per_image=True, loss_weight=2.0), 5),
+    (dict(type="CrossEntropyLoss", use_sigmoid=True), 2),
+])
+def test_images_that_are_ignored_as_a_whole_cost_nothing(loss, classes):
+    more = dict(num_classes=classes, out_channels=1 if classes == 2 else classes, threshold=0.3)
+    theirs, ours = (build_head(ConfigDict(type="FCNHead", in_channels=4, channels=4, loss_decode=loss, **more)) for _ in range(2))
+    losses_without_waits(_segmentor(ours))
+    name, logits = theirs.loss_decode.loss_name, torch.randn(2, more["out_channels"], 6, 6, requires_grad=True)
+    labels = torch.randint(0, classes, (2, 1, 24, 24))
+    torch.testing.assert_close(ours.losses(logits, labels)[name], theirs.losses(logits, labels)[name])
+    one, none = labels.clone(), torch.full_like(labels, IGNORED)
+    one[1] = IGNORED
+    halves = 2 if loss["type"] == "CrossEntropyLoss" or loss.get("per_image") else 1  # a mean over both images
+    torch.testing.assert_close(ours.losses(logits, one)[name], theirs.losses(logits[:1], labels[:1])[name] / halves)
+    value = ours.losses(logits, none)[name]
+    value.backward()
+    assert value == 0 and not logits.grad.any()
