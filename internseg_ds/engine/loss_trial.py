@@ -58,7 +58,8 @@ def _try_head(head: BaseDecodeHead, output: Any, classes: int, ignored: Sequence
         losses = head.losses(given, labels)
     except Exception as error:  # whatever a loss refuses with
         raise ConfigError(f"the losses of {name} cannot be computed for labels 0 to {classes - 1} and {', '.join(map(str, ignored))} for none: "
-                          f"{reason_of(error)}; do its class_weight, num_classes and ignore_index (its own, its losses', the data set's) fit each other?") from error
+                          f"{reason_of(error)}; do its class_weight, num_classes and ignore_index (its own, its losses', the data set's) fit each "
+                          "other?") from error
     terms = {key: value for key, value in losses.items() if "loss" in key}  # what mmseg adds up
     for key, value in terms.items():
         if not torch.isfinite(value).all():

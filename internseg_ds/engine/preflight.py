@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.utils.data import ConcatDataset, Dataset
+from torch.utils.data import Dataset
 
 from internseg_ds.checkpoints.fitting import Fit
 from internseg_ds.data.datasets import build_datasets, first_sample, parts, plain_parts
@@ -121,8 +121,9 @@ def check_node_local(ds: DsConfig, world: World) -> None:
 
 
 def validation_set(experiment: Experiment, split: str = "val", *, truth: bool = True) -> Dataset:
-    """The data set that is evaluated on, in test mode; split: "val" or "test". truth: whether there must be label maps; without, none is looked for.
+    """The data set that is evaluated on, in test mode, or several joined (mmseg's ConcatDataset); split: "val" or "test".
 
+    truth: whether there must be label maps; without, none is looked for.
     Raises DataError when it is missing or empty.
     """
     entry = experiment.test if split == "test" else experiment.val
@@ -136,7 +137,4 @@ def validation_set(experiment: Experiment, split: str = "val", *, truth: bool = 
     if truth and any(leaf.get("ann_dir") is None for leaf in leaves):
         raise ConfigError(f"data.{split} of {experiment.path} has no ann_dir, so there is no ground truth to score against; set it (or train with "
                           "--no-validate, or write labels with launch/test.py --format-only DIR)")
-    dataset = build_datasets(entry, f"data.{split}", leaves, test_mode=True)
-    if isinstance(dataset, ConcatDataset):
-        raise DataError(f"data.{split} joins {len(dataset.datasets)} data sets, but one is scored at a time; keep one of them")
-    return dataset
+    return build_datasets(entry, f"data.{split}", leaves, test_mode=True)

@@ -127,7 +127,7 @@ def test_options_reach_arguments_that_the_file_leaves_at_their_defaults():
     ({"optimizer.betas.0": 0.8}, "one element of a list"),
     ({"load_from": ""}, "load_from of .* must be a path"),
     ({"crop_size": (64, 64)}, "crop_size is a variable of .*, which its sections have taken already"),
-    ({"data.train.type": "ConcatDataset"}, r"write \[dict"),
+    ({"data.train.type": "ConcatDataset"}, r"ConcatDataset of the config needs datasets=\[dict"),
     ({"runner.max_iters": 0}, "at least 1"),
     ({"runner.max_iters": True}, "at least 1"),
     ({"optimizer_config.grad_clip.max_norm": "x"}, "max_norm must be a number"),
