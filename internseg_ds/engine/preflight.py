@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.data import ConcatDataset, Dataset
 
@@ -20,7 +21,7 @@ from internseg_ds.distributed.construction import build_on_meta, choose_recomput
 from internseg_ds.distributed.ds_config import DsConfig
 from internseg_ds.distributed.optimizers import check_optimizer
 from internseg_ds.distributed.parameter_groups import named_groups, parameter_groups
-from internseg_ds.distributed.precision import backbone_dtype, heads_dtype
+from internseg_ds.distributed.precision import apply_precision, backbone_dtype, heads_dtype
 from internseg_ds.distributed.process_group import World
 from internseg_ds.engine.experiment import Experiment, leaf_datasets
 from internseg_ds.engine.loss_checks import check_losses
@@ -29,7 +30,7 @@ from internseg_ds.engine.planner import ds_config_of
 from internseg_ds.engine.resuming import check_resumable
 from internseg_ds.engine.starting_weights import starting_weights
 from internseg_ds.engine.trackers import check_trackers
-from internseg_ds.errors import ConfigError, DataError
+from internseg_ds.errors import ConfigError, DataError, reason
 
 log = logging.getLogger(__name__)
 
@@ -66,8 +67,8 @@ def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, An
     ds = ds_config_of(experiment, ds_config, meta_model, world.size, global_batch=experiment.engine.global_batch, accumulation=experiment.accumulation)
     if ds.stage == 0:
         raise ConfigError(f"{ds.source} names no ZeRO stage; write \"zero_optimization\": {{\"stage\": 3}} (or 1, 2), or take one of ds_configs/")
-    backbone_dtype(experiment.engine.backbone_dtype, world.device, ds.precision)
-    heads_dtype(experiment.engine.heads_dtype, meta_model, ds.precision)
+    dtypes = (backbone_dtype(experiment.engine.backbone_dtype, world.device, ds.precision),
+              heads_dtype(experiment.engine.heads_dtype, meta_model, ds.precision))
     check_offload(experiment, ds, resume_from)
     check_node_local(ds, world)
     groups = parameter_groups(meta_model, experiment.optimizer)
@@ -87,6 +88,7 @@ def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, An
     for sample in (first, *others):
         check_sample(meta_model, sample)
     check_forward(meta_model, first, ds.micro_batch, world.size)
+    check_precision(meta_model, first, ds, *dtypes)
     val_set = None
     if validate:
         val_set = validation_set(experiment)
@@ -102,6 +104,24 @@ def _ignored(dataset: Dataset) -> Iterator[int]:
             yield from _ignored(part.dataset)
         elif hasattr(part, "ignore_index"):
             yield part.ignore_index
+
+
+def check_precision(meta_model: nn.Module, sample: Mapping[str, Any], ds: DsConfig, compute: torch.dtype, heads: torch.dtype) -> None:
+    """A forward in the dtypes of the run, which a module that makes fp32 tensors of its own does not survive in bf16. Raises ConfigError."""
+    if ds.param_dtype == torch.float32:
+        return
+    model = copy.deepcopy(meta_model).to(ds.param_dtype)
+    apply_precision(model, compute, heads=heads)
+    try:
+        check_forward(model, sample, ds.micro_batch, ds.world_size)
+    except ConfigError as error:
+        cause = reason(error.__cause__) if error.__cause__ is not None else str(error)
+        raise ConfigError(f"the model computes in fp32, but not with a backbone in {_name(compute)} and heads in {_name(heads)} ({cause}); its modules must "
+                          "not make fp32 tensors of their own; engine.backbone_dtype=\"float32\", or ds_configs/zero3_autocast.json, does without") from error
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def check_offload(experiment: Experiment, ds: DsConfig, resume_from: Path | None) -> None:
