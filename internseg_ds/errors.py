@@ -52,7 +52,7 @@ def unknown_key(key: str, known: Iterable[str], where: str) -> ConfigError:
     return ConfigError(f"unknown key {key!r} in {where}" + (f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"))
 
 
-def reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """An exception as "Type: text", on one line; where it has no text (a bare `assert`, also one that mmcv has wrapped), with the text of the one before it,
     or the place that raised it."""
     said = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
@@ -60,7 +60,7 @@ def reason(error: BaseException) -> str:
     while _without_text(origin) and (earlier := origin.__cause__ or origin.__context__) is not None:
         origin = earlier
     if origin is not error and not _without_text(origin):
-        return f"{said}: {reason(origin)}"
+        return f"{said}: {reason_of(origin)}"
     frames = traceback.extract_tb(origin.__traceback__) if _without_text(origin) else []
     return f"{said}: `{frames[-1].line}` of {'/'.join(Path(frames[-1].filename).parts[-3:])}, line {frames[-1].lineno}" if frames else said
 

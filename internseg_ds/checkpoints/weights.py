@@ -16,7 +16,7 @@ from torch import Tensor
 
 from internseg_ds.checkpoints.stored import HeldTensor, Stored, load_stored, load_stored_safetensors
 from internseg_ds.checkpoints.zero_checkpoint import What, ZeroCheckpoint, is_zero_checkpoint
-from internseg_ds.errors import CheckpointError, reason, shortened
+from internseg_ds.errors import CheckpointError, reason_of, shortened
 
 WRAPPERS = ("state_dict", "module", "model")
 INDEX = "model.safetensors.index.json"
@@ -148,7 +148,7 @@ def _shards(folder: Path) -> list[Path]:
         try:
             shards = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index} is damaged ({reason(error)}); copy it again") from None
+            raise CheckpointError(f"{index} is damaged ({reason_of(error)}); copy it again") from None
     else:
         shards = sorted(folder.glob("*.safetensors"))
     if not shards:

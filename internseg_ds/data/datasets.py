@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 import internseg_ds.data.ade20k  # noqa: F401 - registers the published few-shot data set
 from internseg_ds.data.transforms import CheckAnnotation
-from internseg_ds.errors import ConfigError, DataError, reason
+from internseg_ds.errors import ConfigError, DataError, reason_of
 
 CHANGE_LABELS = {"Resize", "SETR_Resize", "ResizeToMultiple", "RandomFlip", "RandomCrop", "RandomRotate", "RandomMosaic", "RandomCutOut", "Pad"}
 """The transforms of mmseg, and ours, after which the label map is another."""
@@ -42,7 +42,7 @@ def build_datasets(entry: Any, what: str, leaves: list[Any], **default_args: Any
     try:
         dataset = build_dataset(entry, default_args or None)
     except (KeyError, TypeError, AttributeError, AssertionError, OSError, ValueError) as error:
-        raise DataError(f"{what} cannot be built: {reason(error)}") from error
+        raise DataError(f"{what} cannot be built: {reason_of(error)}") from error
     for part in _plain(dataset):
         if lacks := [name for name in ("pipeline", "CLASSES", "img_infos") if not hasattr(part, name)]:
             raise DataError(f"{what}: {type(part).__name__} is no data set of mmseg, it lacks {', '.join(lacks)}; derive it from mmseg.datasets.CustomDataset, "
@@ -149,7 +149,7 @@ def sample(dataset: Dataset, index: int) -> dict[str, Any]:
         mend = "is the image, or its label map, damaged?"
         if isinstance(error, KeyError):
             mend = "does a step of the pipeline make it, before the one that asks for it?"
-        raise DataError(f"the pipeline fails on image {image}: {reason(error)}; {mend}") from error
+        raise DataError(f"the pipeline fails on image {image}: {reason_of(error)}; {mend}") from error
 
 
 def _is_picture(file: str) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from mmseg.datasets.pipelines import Compose
 from torch.utils.data import Dataset
 
-from internseg_ds.errors import ConfigError, DataError, reason
+from internseg_ds.errors import ConfigError, DataError, reason_of
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
@@ -22,7 +22,7 @@ class ImageFiles(Dataset):
         try:
             self.images, self.pipeline = images, Compose(pipeline)
         except Exception as error:  # whatever a transform's constructor refuses with
-            raise ConfigError(f"the pipeline of data.test cannot be built: {reason(error)}") from error
+            raise ConfigError(f"the pipeline of data.test cannot be built: {reason_of(error)}") from error
         self.img_infos = [{"filename": str(path)} for path in images]
 
     def __len__(self) -> int:

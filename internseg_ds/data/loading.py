@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from internseg_ds.data.datasets import sample
 from internseg_ds.data.sampler import GlobalBatchSampler
-from internseg_ds.errors import DataError, FaultError, reason
+from internseg_ds.errors import DataError, FaultError, reason_of
 from internseg_ds.seeding import derived_seed
 
 REPLACEMENTS = 20
@@ -88,7 +88,7 @@ def ground_truth(dataset: Dataset, index: int) -> np.ndarray:
     try:
         labels = dataset.get_gt_seg_map_by_idx(index)
     except Exception as error:  # whatever a loader of theirs or OpenCV says
-        raise DataError(f"label map {dataset.img_infos[index]['ann']['seg_map']} cannot be read: {reason(error)}; copy it again") from error
+        raise DataError(f"label map {dataset.img_infos[index]['ann']['seg_map']} cannot be read: {reason_of(error)}; copy it again") from error
     if dataset.reduce_zero_label:
         labels = np.where(labels == 0, 255, labels - 1).astype(np.uint8)
         labels[labels == 254] = 255

@@ -21,7 +21,7 @@ import internseg_ds.models  # noqa: F401 - registers the backbones and heads
 from internseg_ds.distributed.ds_config import DsConfig
 from internseg_ds.distributed.precision import buffers_to_fp32
 from internseg_ds.distributed.sync_batch_norm import allow_any_device
-from internseg_ds.errors import ConfigError, reason
+from internseg_ds.errors import ConfigError, reason_of
 from internseg_ds.models.backbone import forget_pretrained
 from internseg_ds.models.external_parameters import external_parameters
 from internseg_ds.models.pixel_losses import losses_without_waits
@@ -38,7 +38,7 @@ def build_on_meta(model: ConfigDict) -> nn.Module:
         with torch.device("meta"), _HostSequences():
             segmentor = build_segmentor(model).to("meta")
     except Exception as error:  # whatever some constructor refuses with
-        raise ConfigError(f"the model section cannot be built: {reason(error)}") from error
+        raise ConfigError(f"the model section cannot be built: {reason_of(error)}") from error
     allow_any_device(segmentor)
     losses_without_waits(segmentor)
     return segmentor

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from internseg_ds.errors import ConfigError, reason, unknown_key
+from internseg_ds.errors import ConfigError, reason_of, unknown_key
 
 if TYPE_CHECKING:
     from internseg_ds.models.blocks import RepeatedBlock
@@ -282,4 +282,4 @@ def _deepspeed_accepts(raw: dict[str, Any], name: str) -> None:
         first = error.errors()[0]
         raise ConfigError(f"{'.'.join(map(str, first['loc']))}={first['input']!r} of {name} ({error.title}): {first['msg']}") from None
     except Exception as error:  # DeepSpeed refuses with errors of many kinds
-        raise ConfigError(f"DeepSpeed refuses {name}: {reason(error)}") from None
+        raise ConfigError(f"DeepSpeed refuses {name}: {reason_of(error)}") from None

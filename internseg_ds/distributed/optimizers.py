@@ -13,7 +13,7 @@ from mmcv.runner.optimizer import OPTIMIZERS
 from internseg_ds.distributed.ds_config import SUB_GROUP, DsConfig
 from internseg_ds.distributed.extensions import build_extension
 from internseg_ds.distributed.ranged_adam import RangedAdam
-from internseg_ds.errors import ConfigError, reason
+from internseg_ds.errors import ConfigError, reason_of
 
 PACKAGES = {"8bit": "bitsandbytes", "lion": "lion-pytorch", "lamb": "timm", "adan": "timm", "lars": "timm", "prodigy": "prodigyopt",
             "dadapt": "dadaptation", "schedulefree": "schedulefree"}
@@ -36,7 +36,7 @@ def check_optimizer(section: Mapping[str, Any], ds: DsConfig) -> str:
 
             inspect.signature(DeepSpeedCPUAdam).bind([], adamw_mode=True, **_settings(section))  # building one would compile it
     except Exception as error:  # whatever the optimizer's constructor refuses with
-        raise ConfigError(f"optimizer {kind} does not take these settings: {reason(error)}") from None
+        raise ConfigError(f"optimizer {kind} does not take these settings: {reason_of(error)}") from None
     return kind
 
 

@@ -12,7 +12,7 @@ import torch
 from mmcv.runner.optimizer import OPTIMIZER_BUILDERS, DefaultOptimizerConstructor, build_optimizer_constructor
 from torch import nn
 
-from internseg_ds.errors import ConfigError, reason, unknown_key
+from internseg_ds.errors import ConfigError, reason_of, unknown_key
 
 
 def full_shape(param: nn.Parameter) -> torch.Size:
@@ -147,7 +147,7 @@ def parameter_groups(model: nn.Module, optimizer: Mapping[str, Any]) -> list[dic
             "paramwise_cfg": optimizer.get("paramwise_cfg"),
         })
     except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"optimizer.constructor={optimizer.get('constructor')!r} cannot work: {reason(error)}") from None
+        raise ConfigError(f"optimizer.constructor={optimizer.get('constructor')!r} cannot work: {reason_of(error)}") from None
     singles: list[dict[str, Any]] = []
     constructor.add_params(singles, model)
     merged: dict[tuple[float, float], dict[str, Any]] = {}

@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from internseg_ds.distributed.hang_verdict import Doing, Place, line_of, verdict
 from internseg_ds.distributed.process_group import World, join, leave, of_all_ranks
-from internseg_ds.errors import ConfigError, UserError, of_one_rank, reason
+from internseg_ds.errors import ConfigError, UserError, of_one_rank, reason_of
 from internseg_ds.exit_codes import FAILED, USER_ERROR
 
 log = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ class Watch:
             self._thread.join(GRACE_S)
             self._thread = None
             return
-        self._place = replace(self._place, failure=reason(failure)[:300],
+        self._place = replace(self._place, failure=reason_of(failure)[:300],
                               code=USER_ERROR if isinstance(failure, UserError) else FAILED)
         time.sleep(GRACE_S)  # the thread speaks, and ends the process, where it knows better
 

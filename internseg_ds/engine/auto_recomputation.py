@@ -12,7 +12,7 @@ from internseg_ds.distributed.device_memory import free_memory, processes_here
 from internseg_ds.distributed.ds_config import DsConfig
 from internseg_ds.distributed.process_group import World, of_all_ranks
 from internseg_ds.engine.planner import Planner
-from internseg_ds.errors import reason
+from internseg_ds.errors import reason_of
 from internseg_ds.models.recomputation import Recomputation, recomputing_backbones
 
 log = logging.getLogger(__name__)
@@ -60,5 +60,5 @@ def agreed_recomputation(planner: Planner, ds: DsConfig, world: World, compute: 
         try:
             chosen = least_recomputation(planner, ds, least, compute=compute, on_gpu=world.device.type == "cuda")
         except Exception as error:  # whatever a part of somebody's model refuses with: no reason not to train
-            log.info("engine.recomputation=\"auto\" cannot be planned, so the backbone's with_cp decides: %s", reason(error))
+            log.info("engine.recomputation=\"auto\" cannot be planned, so the backbone's with_cp decides: %s", reason_of(error))
     return of_all_ranks(chosen)[0]

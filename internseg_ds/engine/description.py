@@ -8,7 +8,7 @@ from internseg_ds.engine.forecast import memory_table, of_this_run, verdict
 from internseg_ds.engine.image_sizes import size_lines
 from internseg_ds.engine.planner import Planner
 from internseg_ds.engine.preflight import Plan
-from internseg_ds.errors import reason
+from internseg_ds.errors import reason_of
 
 
 def describe(plan: Plan, console: Console) -> None:
@@ -35,7 +35,7 @@ def describe(plan: Plan, console: Console) -> None:
     try:
         memory = of_this_run(Planner(experiment, plan.meta_model, crop=plan.crop), ds, plan.world, validate=plan.val_set is not None)
     except Exception as error:  # an odd model is no reason not to train it
-        console.print(f"the memory of this run cannot be planned: {reason(error)}")
+        console.print(f"the memory of this run cannot be planned: {reason_of(error)}")
         return
     console.print(memory_table(memory, f"{ds.source}: ZeRO-{ds.stage}, {ds.precision}, {ds.world_size} process{'es' * (ds.world_size > 1)}"))
     console.print(f"Recomputed in the backbone: {memory.planner.recomputation}.")

@@ -19,7 +19,7 @@ from internseg_ds.distributed.lr_schedule import PolySchedule
 from internseg_ds.engine.config_keys import OPTIONAL, REPLACED, SECTIONS, check_option
 from internseg_ds.engine.options import EngineOptions, read_options, whole_number
 from internseg_ds.engine.section_keys import hook_notes, near_misses, section_notes, unused_crop_size
-from internseg_ds.errors import ConfigError, reason
+from internseg_ds.errors import ConfigError, reason_of
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ def _load(config: str | os.PathLike | Config) -> tuple[str, Config]:
     try:
         cfg = Config.fromfile(str(config), import_custom_modules=False)
     except Exception as error:  # a config is a program: whatever it raises, the user wrote it
-        raise ConfigError(f"config {config} cannot be read: {reason(error)}") from error
+        raise ConfigError(f"config {config} cannot be read: {reason_of(error)}") from error
     _import_modules(cfg.get("custom_imports") or {}, str(config))
     return str(config), cfg
 
@@ -230,7 +230,7 @@ def _import_modules(section: Mapping[str, Any], path: str) -> None:
             mend = "its folder must be on PYTHONPATH, or its package installed"
             if "already registered" in str(error):
                 mend = "mmcv, mmseg or internseg_ds have a class of that name; leave the import out, rename yours, or register it with force=True"
-            raise ConfigError(f"custom_imports of {path}: {name!r} cannot be imported: {reason(error)}; {mend}") from error
+            raise ConfigError(f"custom_imports of {path}: {name!r} cannot be imported: {reason_of(error)}; {mend}") from error
 
 
 def _short(value: Any, limit: int = 60) -> str:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from internseg_ds.engine.experiment import Experiment, leaf_datasets
-from internseg_ds.errors import ConfigError, reason
+from internseg_ds.errors import ConfigError, reason_of
 from internseg_ds.models.backbone import patch_size
 from internseg_ds.models.heads import heads
 
@@ -39,7 +39,7 @@ def check_forward(model: nn.Module, sample: Mapping[str, Any], micro_batch: int,
             for head in heads(model):
                 head(features)
     except Exception as error:  # whatever some layer refuses with
-        raise ConfigError(f"the model cannot take a training image of {shape}: {reason(error)}; do the in_channels of its heads "
+        raise ConfigError(f"the model cannot take a training image of {shape}: {reason_of(error)}; do the in_channels of its heads "
                           "fit?") from error
     finally:
         model.train()

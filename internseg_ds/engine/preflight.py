@@ -30,7 +30,7 @@ from internseg_ds.engine.planner import ds_config_of
 from internseg_ds.engine.resuming import check_resumable
 from internseg_ds.engine.starting_weights import starting_weights
 from internseg_ds.engine.trackers import check_trackers
-from internseg_ds.errors import ConfigError, DataError, reason
+from internseg_ds.errors import ConfigError, DataError, reason_of
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ def check_precision(meta_model: nn.Module, sample: Mapping[str, Any], ds: DsConf
     try:
         check_forward(model, sample, ds.micro_batch, ds.world_size)
     except ConfigError as error:
-        cause = reason(error.__cause__) if error.__cause__ is not None else str(error)
+        cause = reason_of(error.__cause__) if error.__cause__ is not None else str(error)
         raise ConfigError(f"the model computes in fp32, but not with a backbone in {_name(compute)} and heads in {_name(heads)} ({cause}); its modules must "
                           "not make fp32 tensors of their own; engine.backbone_dtype=\"float32\", or ds_configs/zero3_autocast.json, does without") from error
 

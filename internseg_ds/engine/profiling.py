@@ -22,7 +22,7 @@ from internseg_ds.distributed.process_group import World
 from internseg_ds.distributed.watch import Doing, Watch
 from internseg_ds.engine.outputs import make_folder, unless_disk_full, whole_file
 from internseg_ds.engine.trace_summary import summarise
-from internseg_ds.errors import ConfigError, reason
+from internseg_ds.errors import ConfigError, reason_of
 from internseg_ds.models.heads import heads
 
 log = logging.getLogger(__name__)
@@ -151,7 +151,7 @@ class StepProfile:
         try:
             table = summarise(json.loads(trace))
         except (ValueError, KeyError, TypeError) as error:  # some other torch may write it otherwise: no reason to end a training
-            return f"but it cannot be summarised: {reason(error)}"
+            return f"but it cannot be summarised: {reason_of(error)}"
         by = "self_device_time_total" if self.world.device.type == "cuda" else "self_cpu_time_total"
         top = profiler.key_averages().table(sort_by=by, row_limit=15)
         with whole_file(self.folder / "summary.txt") as file:

@@ -13,7 +13,7 @@ from internseg_ds.distributed.process_group import World
 from internseg_ds.engine.auto_recomputation import FASTEST_FIRST
 from internseg_ds.engine.forecast import GIB, PHASES, Device, left_free
 from internseg_ds.engine.planner import Planner
-from internseg_ds.errors import ConfigError, reason
+from internseg_ds.errors import ConfigError, reason_of
 from internseg_ds.models.recomputation import Recomputation, recomputing_backbones
 from internseg_ds.planning.footprint import checkpoint_bytes
 from internseg_ds.planning.memory import Part
@@ -39,7 +39,7 @@ def shortfall(planner: Planner, ds: DsConfig, world: World) -> str | None:
                 f"{device.size / GIB:.1f}{left_free(found)}; the largest part is {largest.name}, {largest.device / GIB:.1f} GiB")
         return f"{said}; {_mend(planner, ds, world, device)}"
     except Exception as error:  # an odd model is no reason not to train it
-        log.info("whether this run fits into memory could not be planned: %s", reason(error))
+        log.info("whether this run fits into memory could not be planned: %s", reason_of(error))
         return None
 
 
@@ -77,7 +77,7 @@ def after_out_of_memory(planner: Planner, ds: DsConfig, world: World, recomputat
         mends.append("a ds_config that keeps less on the device (launch/plan.py compares them)")
         return f"{said}. To need less: {'; '.join(mends)}."
     except Exception as error:  # the error that ends the run is another one
-        return f"Out of memory. What the plan had said cannot be told: {reason(error)}"
+        return f"Out of memory. What the plan had said cannot be told: {reason_of(error)}"
 
 
 def _mend(planner: Planner, ds: DsConfig, world: World, device: Device) -> str:

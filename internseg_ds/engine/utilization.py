@@ -15,7 +15,7 @@ from torch.utils.benchmark import Timer
 
 from internseg_ds.distributed.process_group import World, of_all_ranks
 from internseg_ds.engine.interval import Interval
-from internseg_ds.errors import reason
+from internseg_ds.errors import reason_of
 from internseg_ds.planning.training_pass import TrainingPass, training_pass
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ def flops_of(meta_model: nn.Module, crop: tuple[int, int]) -> TrainingPass | Non
     try:
         return training_pass(meta_model, *crop)
     except Exception as error:  # whatever a part of somebody's model refuses with: no reason not to train
-        log.info("records go without mfu and hfu: the model's FLOPs cannot be counted (%s)", reason(error))
+        log.info("records go without mfu and hfu: the model's FLOPs cannot be counted (%s)", reason_of(error))
         return None
 
 
