@@ -43,13 +43,13 @@ def segmentor_of(model: object, device: torch.device, seed: int) -> nn.Module:
     return segmentor.eval().requires_grad_(False)
 
 
-def theirs(segmentor: nn.Module, dataset: object, world: World, workers: int, folder: Path) -> object:
+def theirs(segmentor: nn.Module, entry: object, world: World, workers: int, folder: Path) -> object:
     """mmseg's own loop, as its tools/test.py calls it."""
     from mmcv.parallel import MMDataParallel
     from mmseg.apis import multi_gpu_test, single_gpu_test
-    from mmseg.datasets import build_dataloader
+    from mmseg.datasets import build_dataloader, build_dataset
 
-    loader = build_dataloader(dataset, 1, workers, dist=world.size > 1, shuffle=False, persistent_workers=workers > 0)
+    loader = build_dataloader(build_dataset(entry, dict(test_mode=True)), 1, workers, dist=world.size > 1, shuffle=False, persistent_workers=workers > 0)
     wrapped = MMDataParallel(segmentor, device_ids=[world.device.index if world.device.type == "cuda" else -1])
     if world.size == 1:
         results = single_gpu_test(wrapped, loader, pre_eval=True)
@@ -111,7 +111,7 @@ def main() -> None:
         seconds: dict[str, list[float]] = {"ours": [], "mmseg": []}
         for number in range(args.rounds + 1):  # the first warms up
             took, counted = timed(lambda: ours(segmentor, dataset, world, args.workers), world)
-            their_time, expected = timed(lambda: theirs(segmentor, dataset, world, args.workers, Path(folder[0])), world)
+            their_time, expected = timed(lambda: theirs(segmentor, experiment.test, world, args.workers, Path(folder[0])), world)
             if number:
                 seconds["ours"].append(took)
                 seconds["mmseg"].append(their_time)

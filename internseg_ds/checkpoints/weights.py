@@ -1,4 +1,4 @@
-"""One interface over every kind of weight file: .pth, .safetensors (one, or a folder with an index), and ZeRO checkpoint directories.
+"""One interface over every kind of weight file: .pth, .safetensors, folders of either as transformers writes them, and ZeRO checkpoint directories.
 
 Out: names, shapes, and tensors or slices of them, read from where they lie in the files. Nothing is renamed (beyond wrappers' prefixes), cast or resized here.
 """
@@ -20,6 +20,7 @@ from internseg_ds.errors import CheckpointError, reason_of, shortened
 
 WRAPPERS = ("state_dict", "module", "model")
 INDEX = "model.safetensors.index.json"
+PICKLED_INDEX = "pytorch_model.bin.index.json"
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Weights:
 
 
 def open_weights(path: Path, *, ema: bool = False) -> Weights:
-    """Opens a weight file, or a folder of safetensors, or a ZeRO checkpoint (WORK_DIR, its checkpoints folder, or one save), whatever it is.
+    """Opens a weight file, or a folder of them, or a ZeRO checkpoint (WORK_DIR, its checkpoints folder, or one save), whatever it is.
 
     ema: of a ZeRO checkpoint, the averaged weights. Nothing is held open: each read opens its file. Raises CheckpointError when it is missing, damaged, or no
     weight file.
@@ -49,12 +50,13 @@ def open_weights(path: Path, *, ema: bool = False) -> Weights:
     if ema:
         raise CheckpointError(f"{path} is no ZeRO checkpoint, which alone keeps averaged weights beside the others")
     if path.is_dir():
-        return _safetensors(path, _shards(path))
+        return _folder(path)
     if path.suffix == ".safetensors":
         return _safetensors(path, [path])
     if path.suffix in (".pth", ".pt", ".bin", ".ckpt"):
         return _pth(path)
-    raise CheckpointError(f"{path} has an unknown ending; weights are .pth, .safetensors, a folder of safetensors, or a ZeRO checkpoint directory")
+    raise CheckpointError(f"{path} has an unknown ending; weights are .pth, .safetensors, a folder of safetensors or of pytorch_model.bin, or a ZeRO "
+                          "checkpoint directory")
 
 
 def weights_of(checkpoint: ZeroCheckpoint, what: What = "fp32") -> Weights:
@@ -142,17 +144,28 @@ def renamed(weights: Weights, sources: Mapping[str, tuple[str, ...]], rest: Coll
     return dataclasses.replace(weights, shapes=shapes, read=lambda name: read_slice(name, 0, shapes[name].numel()).view(shapes[name]), read_slice=read_slice)
 
 
-def _shards(folder: Path) -> list[Path]:
-    index = folder / INDEX
+def _folder(folder: Path) -> Weights:
+    """A folder as transformers writes it: safetensors, or PyTorch's files (pytorch_model.bin), each in one piece or in shards with an index."""
+    if shards := _shards(folder, INDEX, "*.safetensors"):
+        return _safetensors(folder, shards)
+    if not (shards := _shards(folder, PICKLED_INDEX, "pytorch_model*.bin")):
+        raise CheckpointError(f"{folder} holds no weights: no *.safetensors, no pytorch_model.bin, and no ZeRO checkpoint")
+    parts = [_pth(shard) for shard in shards]
+    where = {name: part for part in parts for name in part.shapes}
+    return Weights(folder, {name: part.shapes[name] for name, part in where.items()}, lambda name: where[name].read(name),
+                   lambda name, start, stop: where[name].read_slice(name, start, stop), config=_config(folder))
+
+
+def _shards(folder: Path, index_name: str, pattern: str) -> list[Path]:
+    """The files that an index names, or those of a pattern."""
+    index = folder / index_name
     if index.is_file():
         try:
             shards = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index} is damaged ({reason_of(error)}); copy it again") from None
     else:
-        shards = sorted(folder.glob("*.safetensors"))
-    if not shards:
-        raise CheckpointError(f"{folder} holds neither safetensors nor a ZeRO checkpoint")
+        shards = sorted(folder.glob(pattern))
     for shard in shards:
         if not shard.is_file():
             raise CheckpointError(f"{shard} is missing, but {index.name} names it; copy the folder again, with all its files")

@@ -11,12 +11,15 @@ from typing import Any
 
 import cv2
 import numpy as np
-from mmseg.datasets import RepeatDataset, build_dataset
+from mmcv import FileClient
+from mmcv.fileio.file_client import HardDiskBackend
+from mmseg.datasets import CustomDataset, RepeatDataset, build_dataset
 from mmseg.datasets.pipelines import LoadAnnotations
 from torch.utils.data import Dataset
 
-import internseg_ds.data.ade20k  # noqa: F401 - registers the published few-shot data set
-from internseg_ds.data.transforms import CheckAnnotation
+import internseg_ds.data.ade20k
+import internseg_ds.data.transforms  # noqa: F401 - registers those that published configs name
+from internseg_ds.data.label_maps import CheckAnnotation, read_label_maps_of
 from internseg_ds.errors import ConfigError, DataError, reason_of
 
 CHANGE_LABELS = {"Resize", "SETR_Resize", "ResizeToMultiple", "RandomFlip", "RandomCrop", "RandomRotate", "RandomMosaic", "RandomCutOut", "Pad"}
@@ -43,23 +46,27 @@ def build_datasets(entry: Any, what: str, leaves: list[Any], **default_args: Any
         dataset = build_dataset(entry, default_args or None)
     except (KeyError, TypeError, AttributeError, AssertionError, OSError, ValueError) as error:
         raise DataError(f"{what} cannot be built: {reason_of(error)}") from error
-    for part in _plain(dataset):
+    for part in plain_parts(dataset):
         if lacks := [name for name in ("pipeline", "CLASSES", "img_infos") if not hasattr(part, name)]:
             raise DataError(f"{what}: {type(part).__name__} is no data set of mmseg, it lacks {', '.join(lacks)}; derive it from mmseg.datasets.CustomDataset, "
                             "and fill img_infos in its load_annotations")
         if getattr(part, "label_map", None):  # of classes that the config leaves out; mmseg's -1 is no uint8, which numpy 2 minds
-            part.label_map = {old: 255 if new == -1 else new for old, new in part.label_map.items()}
-        _check_annotations_of(part)
+            part.label_map = {old: part.ignore_index if new == -1 else new for old, new in part.label_map.items()}
+        if isinstance(part, CustomDataset) and part.split is not None and type(part).load_annotations is CustomDataset.load_annotations:
+            _read_split(part)
+        if isinstance(part, CustomDataset) and part.CLASSES is not None:
+            read_label_maps_of(part)
+            _check_annotations_of(part)
     for transforms in _pipelines(dataset):
         _masks_come_last([type(step).__name__ for step in transforms], what)
-    if len({tuple(getattr(part, "CLASSES", None) or ()) for part in _plain(dataset)}) > 1:
+    if len({tuple(getattr(part, "CLASSES", None) or ()) for part in plain_parts(dataset)}) > 1:
         raise DataError(f"{what} joins data sets whose classes have other names or another order, but a label must mean one class; "
                         "give all the same classes=(...)")
-    _annotations_are_there(dataset, what)
+    _files_are_there(dataset, what)
     if len(dataset) == 0:
         places = ", ".join(f"{leaf.get('data_root')}/{leaf.get('img_dir')}/*{leaf.get('img_suffix', '.jpg')}" for leaf in leaves)
         raise DataError(f"{what} is empty: no image matches {places}")
-    for part in _plain(dataset):
+    for part in plain_parts(dataset):
         if len(part) == 0:
             raise DataError(f"{what} joins several data sets, and that of {part.img_dir} has no image; put some there, or leave it out")
     return dataset
@@ -76,11 +83,11 @@ def parts(dataset: Dataset) -> Iterator[Dataset]:
         yield dataset
 
 
-def _plain(dataset: Dataset) -> Iterator[Dataset]:
+def plain_parts(dataset: Dataset) -> Iterator[Dataset]:
     """The data sets inside wrappers (`MultiImageMixDataset` too), in their order."""
     for part in parts(dataset):
         if hasattr(part, "dataset"):
-            yield from _plain(part.dataset)
+            yield from plain_parts(part.dataset)
         else:
             yield part
 
@@ -98,7 +105,7 @@ def _check_annotations_of(dataset: Dataset) -> None:
     """Has each label map that the pipeline loads looked at, before anything is done to it."""
     transforms = dataset.pipeline.transforms
     for place, transform in reversed(list(enumerate(transforms))):
-        if isinstance(transform, LoadAnnotations) and dataset.CLASSES is not None:
+        if isinstance(transform, LoadAnnotations):
             transforms.insert(place + 1, CheckAnnotation(len(dataset.CLASSES), dataset.ignore_index))
 
 
@@ -113,12 +120,27 @@ def _masks_come_last(steps: list[str], what: str) -> None:
         raise ConfigError(f"the pipeline of {what} has {packed} before ToMask, which needs the plain label map; put ToMask before it")
 
 
-def _annotations_are_there(dataset: Dataset, what: str) -> None:
-    """Each image's label map must exist: looked for now, lest a run end at the first one that does not."""
-    for part in _plain(dataset):
-        names = [info["ann"]["seg_map"] for info in getattr(part, "img_infos", ()) if "ann" in info] if getattr(part, "ann_dir", None) else []
-        missing = [name for name in names if not os.path.exists(os.path.join(part.ann_dir, name))]
-        if missing:
+def _read_split(part: CustomDataset) -> None:
+    """mmseg takes each line of a split file for the name of an image, an empty one and a byte-order mark too."""
+    infos = []
+    for info in part.img_infos:
+        if (stem := info["filename"].removesuffix(part.img_suffix).lstrip("\ufeff").strip()):
+            infos.append({**info, "filename": stem + part.img_suffix, **({"ann": {"seg_map": stem + part.seg_map_suffix}} if "ann" in info else {})})
+    part.img_infos = infos
+
+
+def _files_are_there(dataset: Dataset, what: str) -> None:
+    """Each image of a split file and each image's label map must exist: looked for now, lest a run end at the first one that does not."""
+    for part in plain_parts(dataset):
+        if not isinstance(getattr(part, "file_client", None), FileClient) or not isinstance(part.file_client.client, HardDiskBackend):
+            continue
+        infos = part.img_infos
+        if part.split is not None and (missing := [info["filename"] for info in infos if not os.path.exists(os.path.join(part.img_dir, info["filename"]))]):
+            twice = f"; its lines end in {part.img_suffix} already, which img_suffix adds once more" if missing[0].endswith(2 * part.img_suffix) else ""
+            raise DataError(f"{what}: {len(missing)} of {len(infos)} images of the split file {part.split} are missing, the first is "
+                            f"{os.path.join(part.img_dir, missing[0])}{twice}; put them there, or take their lines out")
+        names = [info["ann"]["seg_map"] for info in infos if "ann" in info] if part.ann_dir is not None else []
+        if missing := [name for name in names if not os.path.exists(os.path.join(part.ann_dir, name))]:
             raise DataError(f"{what}: {len(missing)} of {len(names)} label maps are missing, the first is {os.path.join(part.ann_dir, missing[0])}; "
                             f"put them there, or take their images away")
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from mmseg.datasets.pipelines import Compose
 from torch.utils.data import Dataset
 
@@ -28,8 +29,35 @@ class ImageFiles(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
+    def pre_pipeline(self, results: dict[str, Any]) -> None:
+        """What mmseg's data sets add before the first step of a pipeline."""
+        results.update(img_prefix=None, seg_fields=[])
+
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.pipeline({"img_info": {"filename": str(self.images[index])}, "img_prefix": None, "seg_fields": []})
+        results: dict[str, Any] = {"img_info": self.img_infos[index]}
+        self.pre_pipeline(results)
+        return self.pipeline(results)
+
+
+def picture(dataset: Any, index: int) -> np.ndarray:
+    """An image of an mmseg data set, or of `ImageFiles`, to look at: (h, w, 3) uint8 BGR, as its pipeline loads it.
+
+    Of other than 8-bit images with 3 channels, the first three channels (or the only one), stretched from their least to their largest value.
+    """
+    results: dict[str, Any] = {"img_info": dataset.img_infos[index], "ann_info": dataset.img_infos[index].get("ann")}
+    dataset.pre_pipeline(results)
+    for step in dataset.pipeline.transforms:
+        results = step(results)
+        if "img" in results:
+            break
+    image = results["img"]
+    image = image[..., None] if image.ndim == 2 else image
+    shown = image[..., :3] if image.shape[2] >= 3 else np.repeat(image[..., :1], 3, axis=2)
+    if image.dtype == np.uint8:
+        return np.ascontiguousarray(shown)
+    values = np.nan_to_num(shown.astype(np.float64))
+    least, largest = values.min(), values.max()
+    return np.round((values - least) * (255 / max(largest - least, 1e-12))).astype(np.uint8)
 
 
 def find_images(paths: Sequence[str | os.PathLike]) -> list[Path]:

@@ -20,8 +20,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from internseg_ds.data.datasets import sample
+from internseg_ds.data.label_maps import ground_truth
+from internseg_ds.data.orientation import turned_against
 from internseg_ds.data.sampler import GlobalBatchSampler
-from internseg_ds.errors import DataError, FaultError, reason_of
+from internseg_ds.errors import DataError, FaultError
 from internseg_ds.seeding import derived_seed
 
 REPLACEMENTS = 20
@@ -37,7 +39,7 @@ class EvaluationImage:
     """What the segmentor's forward(return_loss=False) takes: img, a list over test-time augmentations of (1, 3, h, w) float32, and img_metas, a list over
     augmentations of lists of one dict."""
     truth: Tensor | None = None
-    """Class of each pixel of the original image, `ignore_index` of the data set for none: (h, w) uint8."""
+    """Class of each pixel of the original image, `ignore_index` of the data set for none: (h, w) uint8, or int32 where there are more classes."""
     fault: str | None = None
 
 
@@ -71,28 +73,17 @@ class Examined(Dataset):
             inputs = sample(self.dataset, index)
             if not self.truth:
                 return inputs, None, None
-            truth, size = ground_truth(self.dataset, index), _one_of(_one_of(inputs["img_metas"])).data["ori_shape"][:2]
+            truth, meta = ground_truth(self.dataset, index), _one_of(_one_of(inputs["img_metas"])).data
         except DataError as error:
             return None, None, str(error)
+        size = meta["ori_shape"][:2]
         if truth.ndim < 2 and truth.size == size[0] * size[1]:
-            truth = truth.reshape(size)  # mmseg's loader drops sides of one pixel
+            truth = truth.reshape(size)  # a loader like mmseg's drops sides of one pixel
         if truth.shape != size:
             info = self.dataset.img_infos[index]
             return None, None, (f"image {info['filename']} has {size[0]} x {size[1]} pixels but its label map {info['ann']['seg_map']} has "
-                                f"{' x '.join(map(str, truth.shape))}; it must have one class per pixel")
+                                f"{' x '.join(map(str, truth.shape))}; it must have one class per pixel{turned_against(meta['filename'], truth.shape, size)}")
         return inputs, torch.from_numpy(truth), None
-
-
-def ground_truth(dataset: Dataset, index: int) -> np.ndarray:
-    """Classes (h, w) uint8 of an image, as mmseg's metrics read them: after `reduce_zero_label`, 255 stands for none. Raises DataError naming the file."""
-    try:
-        labels = dataset.get_gt_seg_map_by_idx(index)
-    except Exception as error:  # whatever a loader of theirs or OpenCV says
-        raise DataError(f"label map {dataset.img_infos[index]['ann']['seg_map']} cannot be read: {reason_of(error)}; copy it again") from error
-    if dataset.reduce_zero_label:
-        labels = np.where(labels == 0, 255, labels - 1).astype(np.uint8)
-        labels[labels == 254] = 255
-    return labels
 
 
 def _one_of(value: Any) -> Any:
@@ -111,8 +102,10 @@ class PositionSeeded(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         (position, index), faults = key, []
         for attempt in range(REPLACEMENTS):
-            np.random.seed(derived_seed(self.seed, "augmentation", position))  # mmseg's transforms draw from numpy's global state
-            random.seed(derived_seed(self.seed, "augmentation", position))
+            drawn = derived_seed(self.seed, "augmentation", position)
+            np.random.seed(drawn)  # mmseg's transforms draw from numpy's global state
+            random.seed(drawn)
+            torch.default_generator.manual_seed(drawn)  # the CPU's alone
             try:
                 return {**sample(self.dataset, index), "position": position, "faults": faults}
             except DataError as error:

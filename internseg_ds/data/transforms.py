@@ -1,11 +1,9 @@
-"""The transforms that the published configs name and mmseg 0.30 lacks: `SETR_Resize` (InternVL) and `ToMask` (InternImage's Mask2Former); and
-`CheckAnnotation`, which every training pipeline is given.
+"""The transforms that the published configs name and mmseg 0.30 lacks: `SETR_Resize` (InternVL) and `ToMask` (InternImage's Mask2Former).
 
 In: mmseg's results dict of one image. Out: the same dict, changed. Importing this module registers both in mmseg's PIPELINES.
 `ResizeToMultiple`, which the same configs name, is mmseg's own.
 """
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +13,7 @@ from mmcv.parallel import DataContainer
 from mmseg.datasets.builder import PIPELINES
 from mmseg.datasets.pipelines import Resize
 
-from internseg_ds.errors import ConfigError, DataError
+from internseg_ds.errors import ConfigError
 
 
 @PIPELINES.register_module(force=True)
@@ -53,22 +51,3 @@ class ToMask:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(ignore_index={self.ignore_index})"
-
-
-class CheckAnnotation:
-    """Stands after LoadAnnotations: raises DataError, naming the file, unless there is one class, or `ignore_index`, for each pixel of the image."""
-
-    def __init__(self, classes: int, ignore_index: int = 255) -> None:
-        self.classes, self.ignore_index = classes, ignore_index
-
-    def __call__(self, results: dict[str, Any]) -> dict[str, Any]:
-        labels, image = results["gt_semantic_seg"], results["img"]
-        file = os.path.join(results.get("seg_prefix") or "", results["ann_info"]["seg_map"])
-        if labels.shape != image.shape[:2]:
-            raise DataError(f"label map {file} has {' x '.join(map(str, labels.shape))} pixels and its image {' x '.join(map(str, image.shape[:2]))}; "
-                            "it must have one class per pixel")
-        wrong = labels[(labels >= self.classes) & (labels != self.ignore_index)]
-        if wrong.size:
-            raise DataError(f"label map {file} has label {int(wrong[0])}, but there are classes 0 to {self.classes - 1} and {self.ignore_index} for none; "
-                            "correct it, or set reduce_zero_label of LoadAnnotations as the data need it")
-        return results

@@ -3,16 +3,18 @@
 In: a model (whole or partitioned by ZeRO-3) and the config's `optimizer` section. Out: groups for a torch optimizer, one for each distinct setting.
 """
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from mmcv.runner.optimizer import OPTIMIZER_BUILDERS, DefaultOptimizerConstructor, build_optimizer_constructor
+from mmcv.runner.optimizer import OPTIMIZER_BUILDERS, DefaultOptimizerConstructor
+from mmseg.core.builder import build_optimizer_constructor  # knows mmcv's constructors too
 from torch import nn
 
-from internseg_ds.errors import ConfigError, reason_of, unknown_key
+from internseg_ds.errors import ConfigError, UserError, reason_of, unknown_key
 
 
 def full_shape(param: nn.Parameter) -> torch.Size:
@@ -140,27 +142,32 @@ def parameter_groups(model: nn.Module, optimizer: Mapping[str, Any]) -> list[dic
             raise ConfigError(f"optimizer has no {required}; write optimizer=dict(type='AdamW', lr=..., weight_decay=...)")
         if not isinstance(settings[required], (int, float)) or not 0 <= settings[required] < math.inf:
             raise ConfigError(f"optimizer.{required}={settings[required]!r} must be a number of at least 0")
+    kind, singles = optimizer.get("constructor", "DefaultOptimizerConstructor"), []
     try:
-        constructor = build_optimizer_constructor({
-            "type": optimizer.get("constructor", "DefaultOptimizerConstructor"),
-            "optimizer_cfg": settings,
-            "paramwise_cfg": optimizer.get("paramwise_cfg"),
-        })
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"optimizer.constructor={optimizer.get('constructor')!r} cannot work: {reason_of(error)}") from None
-    singles: list[dict[str, Any]] = []
-    constructor.add_params(singles, model)
+        paramwise_cfg = copy.deepcopy(optimizer.get("paramwise_cfg"))  # mmseg's constructors change it
+        build_optimizer_constructor({"type": kind, "optimizer_cfg": settings, "paramwise_cfg": paramwise_cfg}).add_params(singles, model)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a constructor refuses with
+        raise ConfigError(f"optimizer.constructor={kind!r} cannot work with backbone {type(getattr(model, 'backbone', model)).__name__} and "
+                          f"paramwise_cfg={optimizer.get('paramwise_cfg')}: {reason_of(error)}") from error
     merged: dict[tuple[float, float], dict[str, Any]] = {}
     for single in singles:
         lr, weight_decay = single.get("lr", settings["lr"]), single.get("weight_decay", settings["weight_decay"])
         trainable = [param for param in single["params"] if param.requires_grad]
         if trainable:
-            name = single.get("name", f"lr {lr:g}, weight decay {weight_decay:g}")
+            name = single.get("name") or single.get("group_name", f"lr {lr:g}, weight decay {weight_decay:g}")
             group = merged.setdefault((lr, weight_decay, name), {"params": [], "lr": lr, "weight_decay": weight_decay, "name": name})
             group["params"].extend(trainable)
     if not merged:
         raise ConfigError("no parameter of the model trains: everything is frozen")
     return list(merged.values())
+
+
+def groups_in(model: nn.Module, groups: Sequence[Mapping[str, Any]], names_of: nn.Module) -> list[dict[str, Any]]:
+    """The groups of the parameters of `names_of`, with those of `model` that have the same names: constructors look at shapes, which ZeRO-3 hides."""
+    names, params = {id(param): name for name, param in names_of.named_parameters()}, dict(model.named_parameters())
+    return [{**group, "params": [params[names[id(param)]] for param in group["params"]]} for group in groups]
 
 
 def named_groups(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

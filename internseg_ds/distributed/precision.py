@@ -12,6 +12,7 @@ they are read: parameter names, gathering and the stored dtype stay as they are,
 import functools
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -147,7 +148,7 @@ def _casting_class(owner_class: type[nn.Module], compute: torch.dtype, result: t
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         device = next(self.parameters(recurse=False)).device.type
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(device, enabled=False) if device != "meta" else nullcontext():
             return _cast(owner_class.forward(self, *(_cast(arg, compute) for arg in args), **kwargs), result)
 
     word = "Fp32" if compute == torch.float32 else "Bf16"

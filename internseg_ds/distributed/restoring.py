@@ -12,14 +12,14 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam
 from torch import Tensor
 
 from internseg_ds.checkpoints.zero_checkpoint import What, ZeroCheckpoint
-from internseg_ds.distributed.lr_schedule import PolySchedule
+from internseg_ds.distributed.lr_schedule import LrSchedule
 from internseg_ds.distributed.partitions import partitions, place_of
 
 MOMENTS: tuple[What, ...] = ("exp_avg", "exp_avg_sq")
 
 
 @torch.no_grad()
-def restore(engine: Any, checkpoint: ZeroCheckpoint, schedule: PolySchedule) -> None:
+def restore(engine: Any, checkpoint: ZeroCheckpoint, schedule: LrSchedule) -> None:
     """Gives the engine's optimizer and schedule the state of `checkpoint`. Raises CheckpointError where the checkpoint lacks part of it."""
     masters, inner = partitions(engine), engine.optimizer.optimizer
     if checkpoint.updates:
@@ -47,7 +47,7 @@ def _step(inner: torch.optim.Optimizer, updates: int, master: Tensor) -> int | T
     return torch.tensor(float(updates), device=master.device if on_device else "cpu")
 
 
-def _wind_forward(scheduler: Any, schedule: PolySchedule, updates: int) -> None:
+def _wind_forward(scheduler: Any, schedule: LrSchedule, updates: int) -> None:
     """The learning rates that follow `updates` updates, by the schedule that the config names now."""
     groups = scheduler.optimizer.param_groups
     for group, base in zip(groups, scheduler.base_lrs, strict=True):

@@ -7,6 +7,7 @@ from typing import Any
 
 from mmcv import Config
 
+from internseg_ds.distributed.lr_schedule import arguments, policies
 from internseg_ds.engine.options import EngineOptions
 from internseg_ds.errors import ConfigError
 
@@ -46,7 +47,7 @@ KNOWN = {
     "checkpoint_config": ("interval", "max_keep_ckpts", "by_epoch"),
     "optimizer_config": ("grad_clip", "cumulative_iters", "type"),
     "optimizer_config.grad_clip": ("max_norm", "norm_type"),
-    "lr_config": ("policy", "warmup", "warmup_iters", "warmup_ratio", "power", "min_lr", "by_epoch"),
+    "lr_config": ("policy", *sorted(set().union(*map(arguments, policies())))),
     "log_config": ("interval", "hooks"),
     "runner": ("type", "max_iters"),
     "model.test_cfg": ("mode", "crop_size", "stride", "batch_size"),

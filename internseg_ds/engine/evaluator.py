@@ -32,7 +32,8 @@ class Evaluation:
     metrics: dict[str, float]
     """mmseg's names (mIoU, mAcc, aAcc, IoU.wall, ...) with values of 0 to 1, of the classes that occur."""
     confusion: Tensor
-    """(classes + 1, classes) int64: pixels by true class (the last row: a label that is no class, and not "ignore" either) and predicted class."""
+    """(classes + 1, classes + 1) int64: pixels by true class (the last row: a label that is no class, and not "ignore" either) and predicted class (the last
+    column: an output of the model beyond the classes of the data set)."""
     images: int
     """How many were scored."""
     faults: list[str]
@@ -64,7 +65,7 @@ def evaluate(forwards: Forwards, dataset: Any, *, world: World, workers: int, me
     FaultError, on the rank that finds it, when one cannot under `strict`.
     """
     classes, device = len(dataset.CLASSES), next(forwards.segmentor.parameters()).device
-    confusion = torch.zeros(classes + 1, classes, dtype=torch.int64, device=device)
+    confusion = torch.zeros(classes + 1, classes + 1, dtype=torch.int64, device=device)
     faults: list[str] = []
     images = images_of(dataset, world, workers, device, faults, strict=strict)
     scored, stopped = 0, False
@@ -95,6 +96,8 @@ def evaluate(forwards: Forwards, dataset: Any, *, world: World, workers: int, me
         raise DataError(f"no pixel of the {scored} images has the label of a class; are reduce_zero_label and the classes of the data set right?")
     if world.is_main and (strangers := int(confusion[-1].sum())):
         log.warning("%d labelled pixels are of no class (0 to %d) and not %d either; they count as wrong", strangers, classes - 1, dataset.ignore_index)
+    if world.is_main and (beyond := int(confusion[:, -1].sum())):
+        log.warning("%d pixels got an output of the model that is no class of the data set (%d and above); they count as wrong", beyond, classes)
     summed = areas(confusion)
     scores = dataset.evaluate([tuple(summed)], metric=list(metrics), logger=None if verbose and world.is_main else "silent")
     # a class that neither the ground truth nor the prediction holds has no score (NaN, which JSON does not know)
@@ -131,15 +134,16 @@ def conclude(done: int, faults: list[str], world: World) -> tuple[int, list[str]
 
 
 def count(labels: Tensor, truth: Tensor, classes: int, ignore: int) -> Tensor:
-    """The confusion matrix (classes + 1, classes) int64 of one image; labels (h, w) int64 and truth (h, w) uint8. See `Evaluation.confusion`."""
+    """The confusion matrix (classes + 1, classes + 1) int64 of one image; labels (h, w) int64, truth (h, w) of any whole type.
+    See `Evaluation.confusion`."""
     kept = truth != ignore
-    pairs = truth[kept].long().clamp(max=classes) * classes + labels[kept]
-    return torch.bincount(pairs, minlength=(classes + 1) * classes).view(classes + 1, classes)
+    pairs = truth[kept].long().clamp(max=classes) * (classes + 1) + labels[kept].clamp(max=classes)
+    return torch.bincount(pairs, minlength=(classes + 1) ** 2).view(classes + 1, classes + 1)
 
 
 def areas(confusion: Tensor) -> Tensor:
     """Intersection, union, prediction and ground truth (4, classes) float64 of a confusion matrix; mmseg's `intersect_and_union`, summed."""
-    intersection, prediction, truth = confusion[:-1].diagonal(), confusion.sum(0), confusion[:-1].sum(1)
+    intersection, prediction, truth = confusion.diagonal()[:-1], confusion.sum(0)[:-1], confusion.sum(1)[:-1]
     return torch.stack([intersection, prediction + truth - intersection, prediction, truth]).double()
 
 

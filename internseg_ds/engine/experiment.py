@@ -15,11 +15,11 @@ from typing import Any
 from mmcv import Config, ConfigDict
 from mmcv.utils import import_modules_from_strings
 
-from internseg_ds.distributed.lr_schedule import PolySchedule
+from internseg_ds.distributed.lr_schedule import LrSchedule, arguments, policies, policy_name
 from internseg_ds.engine.config_keys import OPTIONAL, REPLACED, SECTIONS, check_option
 from internseg_ds.engine.options import EngineOptions, read_options, whole_number
 from internseg_ds.engine.section_keys import hook_notes, near_misses, section_notes, unused_crop_size
-from internseg_ds.errors import ConfigError, reason_of
+from internseg_ds.errors import ConfigError, reason_of, unknown_key
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Experiment:
     micro_batch: int
     workers: int
     optimizer: ConfigDict
-    schedule: PolySchedule
+    schedule: LrSchedule
     accumulation: int | None
     gradient_clipping: float
     save_every: int
@@ -82,6 +82,8 @@ def read_experiment(config: str | os.PathLike | Config, cfg_options: Mapping[str
     for option, value in (cfg_options or {}).items():
         check_option(cfg, option, path)
         cfg.merge_from_dict({option: value})
+    if "runner" not in cfg and "total_iters" in cfg:  # as mmseg's own training reads old configs
+        cfg.runner = dict(type="IterBasedRunner", max_iters=cfg.total_iters)
     for key in ("model", "data", "optimizer", "lr_config", "runner"):
         if key not in cfg:
             raise ConfigError(f"{path} has no {key!r} section; take one of configs/ as an example")
@@ -238,22 +240,29 @@ def _short(value: Any, limit: int = 60) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
-def _schedule(cfg: Config, path: str) -> PolySchedule:
+def _schedule(cfg: Config, path: str) -> LrSchedule:
     if cfg.runner.get("type", "IterBasedRunner") != "IterBasedRunner" or "max_iters" not in cfg.runner:
         raise ConfigError(f"runner = {dict(cfg.runner)} of {path}: steps are counted here, not epochs; "
                           "write runner = dict(type='IterBasedRunner', max_iters=...)")
     steps = whole_number(cfg.runner.max_iters, f"runner.max_iters of {path}", least=1)
-    lr = cfg.lr_config
-    if str(lr.get("policy", "poly")).lower() != "poly" or lr.get("by_epoch", True):
-        raise ConfigError(f"lr_config of {path} must be policy='poly' with by_epoch=False, "
-                          f"not policy={lr.get('policy')!r}, by_epoch={lr.get('by_epoch', True)}")
-    if lr.get("warmup") not in (None, "linear"):
-        raise ConfigError(f"lr_config.warmup={lr.warmup!r} of {path}: only 'linear' warmup is known (or none)")
-    warmup = whole_number(lr.get("warmup_iters", 0), f"lr_config.warmup_iters of {path}", least=0) if lr.get("warmup") else 0
-    for key in ("power", "min_lr", "warmup_ratio"):
-        if isinstance(lr.get(key, 0), bool) or not isinstance(lr.get(key, 0), (int, float)) or lr.get(key, 0) < 0:
-            raise ConfigError(f"lr_config.{key}={lr[key]!r} of {path} must be a number of at least 0")
-    return PolySchedule(steps, lr.get("power", 1.0), lr.get("min_lr", 0.0), warmup, lr.get("warmup_ratio", 0.1))
+    lr = {key: value for key, value in cfg.lr_config.items() if key != "policy"}
+    policy, known = cfg.lr_config.get("policy", "poly"), policies()
+    if not isinstance(policy, str) or policy_name(policy) not in known:
+        raise ConfigError(f"lr_config.policy={policy!r} of {path} is not known here; the policies are {', '.join(known)}")
+    if lr.get("by_epoch", True) or lr.get("warmup_by_epoch"):
+        raise ConfigError(f"lr_config of {path} must have by_epoch=False (mmcv's default is True): steps are counted here, not epochs")
+    for key, value in lr.items():
+        if key not in (names := arguments(policy)):
+            raise unknown_key(key, names, f"lr_config with policy {policy!r} of {path}")
+        if key in ("power", "min_lr", "min_lr_ratio", "warmup_ratio", "warmup_iters", "gamma") and value is not None and (
+                isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0):
+            raise ConfigError(f"lr_config.{key}={value!r} of {path} must be a number of at least 0")
+    schedule = LrSchedule(steps, policy, lr)
+    try:
+        schedule.check()
+    except Exception as error:  # whatever mmcv's hook refuses with
+        raise ConfigError(f"lr_config = {dict(cfg.lr_config)} of {path} cannot work: {reason_of(error)}") from error
+    return schedule
 
 
 def leaf_datasets(entry: Any) -> Iterator[ConfigDict]:

@@ -9,19 +9,22 @@ from typing import Any
 
 import torch
 from mmcv.parallel import DataContainer
+from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from torch import nn
 from torch.utils.data import Dataset
 
 from internseg_ds.engine.experiment import Experiment, leaf_datasets
-from internseg_ds.errors import ConfigError, reason_of
+from internseg_ds.errors import ConfigError, reason_of, shortened
 from internseg_ds.models.backbone import patch_size
 from internseg_ds.models.heads import heads
+from internseg_ds.models.pixel_losses import has_mmsegs_losses
 
 
-def check_forward(model: nn.Module, sample: Mapping[str, Any], micro_batch: int, processes: int) -> None:
+def check_forward(model: nn.Module, sample: Mapping[str, Any], micro_batch: int, processes: int) -> list[tuple[nn.Module, Any]]:
     """A forward on the meta device: layers whose sizes do not fit each other are found without memory or data, and batch norms that would get one value.
 
-    A batch norm needs two values per channel in training, which one image pooled to a point does not give it. Raises ConfigError.
+    Returns each head with its output, on the meta device. A batch norm needs two values per channel in training, which one image pooled to a point does not
+    give it. Raises ConfigError.
     """
     shape, starved = image_shape(sample), []
 
@@ -36,8 +39,7 @@ def check_forward(model: nn.Module, sample: Mapping[str, Any], micro_batch: int,
     try:
         with torch.no_grad():
             features = model.extract_feat(torch.empty(1, *shape, device="meta"))
-            for head in heads(model):
-                head(features)
+            outputs = [(head, head(features)) for head in heads(model)]
     except Exception as error:  # whatever some layer refuses with
         raise ConfigError(f"the model cannot take a training image of {shape}: {reason_of(error)}; do the in_channels of its heads "
                           "fit?") from error
@@ -50,6 +52,7 @@ def check_forward(model: nn.Module, sample: Mapping[str, Any], micro_batch: int,
         others = "train on more processes" if isinstance(norm, nn.SyncBatchNorm) else "use norm_cfg=dict(type='SyncBN')"
         raise ConfigError(f"batch norm {name} gets one value per channel from {micro_batch} image a process on {processes} "
                           f"process{'es' * (processes > 1)}, and needs two in training; raise data.samples_per_gpu, or {others}")
+    return outputs
 
 
 def image_shape(sample: Mapping[str, Any]) -> tuple[int, int, int]:
@@ -58,17 +61,35 @@ def image_shape(sample: Mapping[str, Any]) -> tuple[int, int, int]:
     return tuple((image.data if isinstance(image, DataContainer) else image).shape)
 
 
-def check_classes(model: nn.Module, dataset: Dataset, what: str) -> None:
-    """The heads and the data set must count the same classes, and each must have a colour. Raises ConfigError."""
+def check_classes(model: nn.Module, dataset: Dataset, what: str) -> list[str]:
+    """Heads must have an output for each class of the data set, and each class a colour. Raises ConfigError; returns a line for heads that have more.
+
+    Heads beside the last decode head whose losses are their own (a boundary's, say) may have any number.
+    """
     classes = getattr(dataset, "CLASSES", None)
     if classes is None:
         raise ConfigError(f"{what} does not name its classes; add classes=(...) and palette=[...] to it")
     colours = getattr(dataset, "PALETTE", None)  # drawn by mmseg for a CustomDataset that is given none
     if colours is None or len(colours) != len(classes):
         raise ConfigError(f"{what} has {len(classes)} classes and {0 if colours is None else len(colours)} colours; give it a palette=[...] of one each")
-    for head in heads(model):
-        if head.num_classes != len(classes):
-            raise ConfigError(f"{type(head).__name__} predicts num_classes={head.num_classes} classes but {what} has {len(classes)}; make them equal")
+    deciding = model.decode_head[-1] if isinstance(model.decode_head, nn.ModuleList) else model.decode_head
+    counted = [head for head in heads(model) if head is deciding or (isinstance(head, BaseDecodeHead) and has_mmsegs_losses(head))]
+    for head in counted:
+        if head.num_classes < len(classes):
+            raise ConfigError(f"{type(head).__name__} predicts num_classes={head.num_classes} classes but {what} has {len(classes)}; raise num_classes")
+    more = [f"{type(head).__name__} ({head.num_classes})" for head in counted if head.num_classes > len(classes)]
+    return [f"{', '.join(more)} predict more classes than {what} has ({len(classes)}); the others are never trained, and count as wrong"] if more else []
+
+
+def compare_classes(trained: Dataset, scored: Dataset) -> list[str]:
+    """What is trained as class n is scored as class n: a line where the names differ. Raises ConfigError where the numbers of classes do."""
+    ours, theirs = tuple(trained.CLASSES), tuple(scored.CLASSES)
+    if len(ours) != len(theirs):
+        raise ConfigError(f"data.train has {len(ours)} classes and data.val has {len(theirs)}, so their numbers cannot mean the same; give both the same "
+                          "classes=(...)")
+    differing = [f"{index}: {a} and {b}" for index, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b]
+    return [f"data.train and data.val call {len(differing)} classes differently, and their numbers are taken to mean the same: "
+            f"{shortened(differing, 3)}"] if differing else []
 
 
 def check_patches(experiment: Experiment, model: nn.Module) -> None:

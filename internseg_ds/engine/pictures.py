@@ -1,6 +1,6 @@
 """Pictures of segmentations: the image, the ground truth and the prediction side by side, with a legend.
 
-In: images (h, w, 3) uint8 BGR as OpenCV reads them, labels (h, w) of class indices with 255 for "ignore". Out: images of the same kind.
+In: images (h, w, 3) uint8 BGR as OpenCV reads them, labels (h, w) of class indices; any other number stands for none. Out: images of the same kind.
 """
 
 from collections.abc import Sequence
@@ -8,18 +8,16 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-IGNORE = 255
 PANEL_HEIGHT, PANEL_WIDTH = 256, 1600
 FONT, FONT_SCALE, LINE = cv2.FONT_HERSHEY_SIMPLEX, 0.45, 20
 
 
 def overlay(image: np.ndarray, labels: np.ndarray, palette: Sequence[Sequence[int]], opacity: float = 0.6) -> np.ndarray:
-    """The image tinted with the colour (RGB) of each pixel's class; ignored pixels stay as they are."""
-    colours = np.zeros((256, 3), np.uint8)
-    colours[: len(palette)] = np.asarray(palette, np.uint8)[:, ::-1]
-    tinted = cv2.addWeighted(image, 1 - opacity, colours[labels.astype(np.uint8)], opacity, 0)
-    tinted[labels == IGNORE] = image[labels == IGNORE]
-    return tinted
+    """The image tinted with the colour (RGB) of each pixel's class; pixels of none stay as they are."""
+    colours = np.asarray(palette, np.uint8)[:, ::-1]
+    classed = (labels >= 0) & (labels < len(colours))
+    tinted = cv2.addWeighted(image, 1 - opacity, colours[np.where(classed, labels, 0)], opacity, 0)
+    return np.where(classed[..., None], tinted, image)
 
 
 def side_by_side(image: np.ndarray, panels: Sequence[tuple[str, np.ndarray]], classes: Sequence[str], palette: Sequence[Sequence[int]]) -> np.ndarray:
@@ -28,7 +26,7 @@ def side_by_side(image: np.ndarray, panels: Sequence[tuple[str, np.ndarray]], cl
     size = (max(round(image.shape[1] * scale), 80), max(round(image.shape[0] * scale), 1))
     shown = [("image", cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC))]
     for title, labels in panels:
-        enlarged = cv2.resize(labels.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
+        enlarged = cv2.resize(labels.astype(np.int32), size, interpolation=cv2.INTER_NEAREST)
         shown.append((title, overlay(shown[0][1], enlarged, palette)))
     strips = []
     for title, picture in shown:
@@ -41,8 +39,8 @@ def side_by_side(image: np.ndarray, panels: Sequence[tuple[str, np.ndarray]], cl
 
 
 def _legend(label_maps: Sequence[np.ndarray], classes: Sequence[str], palette: Sequence[Sequence[int]], width: int) -> np.ndarray:
-    areas = sum(np.bincount(labels.ravel().astype(np.int64), minlength=256)[:256] for labels in label_maps)
-    present = [index for index in np.argsort(-areas, kind="stable") if areas[index] and index < len(classes)]
+    areas = sum(np.bincount(labels[(labels >= 0) & (labels < len(classes))].astype(np.int64), minlength=len(classes)) for labels in label_maps)
+    present = [index for index in np.argsort(-areas, kind="stable") if areas[index]]
     x, y, entries = 6, 6, []
     for index in present:
         needed = 26 + cv2.getTextSize(classes[index], FONT, FONT_SCALE, 1)[0][0]

@@ -6,18 +6,18 @@ In: a config, finished weights, and files, folders or globs, dealt out to the pr
 import logging
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import mmcv
 import numpy as np
 from mmcv import ConfigDict
 from mmseg.datasets import DATASETS
 
-from internseg_ds.data.image_files import ImageFiles, find_images
+from internseg_ds.data.image_files import ImageFiles, find_images, picture
+from internseg_ds.data.loading import EvaluationImage
 from internseg_ds.distributed.construction import build_on_meta
-from internseg_ds.distributed.process_group import world_from_environment
+from internseg_ds.distributed.process_group import of_all_ranks, world_from_environment
 from internseg_ds.distributed.watch import joined
 from internseg_ds.engine.evaluator import conclude, images_of
 from internseg_ds.engine.experiment import Experiment, leaf_datasets, read_experiment
@@ -28,7 +28,7 @@ from internseg_ds.engine.pictures import side_by_side
 from internseg_ds.engine.segmenting import Segmenter
 from internseg_ds.engine.starting_weights import check_weights_fit
 from internseg_ds.engine.trackers import start_logging
-from internseg_ds.errors import ConfigError, DataError
+from internseg_ds.errors import ConfigError, DataError, shortened
 
 log = logging.getLogger(__name__)
 
@@ -58,17 +58,44 @@ def predict_files(config: str | os.PathLike, checkpoint: str | os.PathLike, imag
         faults: list[str] = []
         done = 0
         images = images_of(dataset, world, min(experiment.workers, len(files)), world.device, faults, strict=strict, truth=False, doing="segmenting")
-        for segmented in Segmenter(forwards, logits=logits).segment((image.index, image.inputs) for image in images):
+        dtype = np.uint8 if max(len(classes), forwards.segmentor.out_channels) <= 256 else np.uint16
+        shrunk = Shrunk(files)
+        for segmented in Segmenter(forwards, logits=logits).segment(shrunk.noting(images)):
             path, labels = files[segmented.key], segmented.labels.cpu().numpy()
-            picture = side_by_side(mmcv.imread(path), [("prediction", labels)], classes, palette)
-            write_picture(folder / f"{names[path]}_labels.png", labels.astype(np.uint8 if len(classes) < 256 else np.uint16))
-            write_picture(folder / f"{names[path]}_overlay.png", picture)
+            write_picture(folder / f"{names[path]}_labels.png", labels.astype(dtype))
+            write_picture(folder / f"{names[path]}_overlay.png", side_by_side(picture(dataset, segmented.key), [("prediction", labels)], classes, palette))
             if segmented.logits is not None:
                 with whole_file(folder / f"{names[path]}_logits.npy") as file:
                     np.save(file, segmented.logits.numpy())
             done += 1
         total, _ = conclude(done, faults, world)
+        shrunk.tell()
         log.info("%d images: overlays and label maps are in %s", total, folder)
+
+
+class Shrunk:
+    """Counts this rank's images that the test pipeline makes smaller, so that details of theirs are lost."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files, self.images, self.found = files, 0, []
+
+    def noting(self, images: Iterable[EvaluationImage]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The (index, inputs) of images, each looked at."""
+        for image in images:
+            sizes = [meta["img_shape"][:2] for metas in image.inputs["img_metas"] for meta in metas]
+            size = image.inputs["img_metas"][0][0]["ori_shape"][:2]
+            self.images += 1
+            if max(sizes)[0] < size[0] or max(sizes)[1] < size[1]:
+                self.found.append(f"{self.files[image.index]} of {size[0]} x {size[1]} pixels as {max(sizes)[0]} x {max(sizes)[1]}")
+            yield image.index, image.inputs
+
+    def tell(self) -> None:
+        """One line for all ranks. Collective."""
+        told = of_all_ranks((self.images, self.found))
+        found = [name for _, names in told for name in names]
+        if found:
+            log.info("%d of %d images are segmented at a smaller size than theirs, as the resizing of data.test.pipeline says (img_scale): %s; "
+                     "labels are brought back to the size of the image", len(found), sum(count for count, _ in told), shortened(found, 1))
 
 
 def _classes(experiment: Experiment, meta: Mapping[str, Any]) -> tuple[Sequence[str], Sequence[Sequence[int]]]:

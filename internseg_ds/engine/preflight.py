@@ -4,9 +4,8 @@ In: what the user gave. Out: a `Plan`, from which `SegmentorEngine` is built and
 """
 
 import copy
-import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ from torch import nn
 from torch.utils.data import ConcatDataset, Dataset
 
 from internseg_ds.checkpoints.fitting import Fit
-from internseg_ds.data.datasets import build_datasets, first_sample, parts
+from internseg_ds.data.datasets import build_datasets, first_sample, parts, plain_parts
+from internseg_ds.data.survey import compare_zero_labels, survey
 from internseg_ds.distributed.construction import build_on_meta, choose_recomputation
 from internseg_ds.distributed.ds_config import DsConfig
 from internseg_ds.distributed.optimizers import check_optimizer
@@ -24,15 +24,14 @@ from internseg_ds.distributed.parameter_groups import named_groups, parameter_gr
 from internseg_ds.distributed.precision import apply_precision, backbone_dtype, heads_dtype
 from internseg_ds.distributed.process_group import World
 from internseg_ds.engine.experiment import Experiment, leaf_datasets
+from internseg_ds.engine.ignored_labels import check_ignored
 from internseg_ds.engine.loss_checks import check_losses
-from internseg_ds.engine.model_checks import check_classes, check_forward, check_patches, check_sample, check_windows, image_shape
+from internseg_ds.engine.model_checks import check_classes, check_forward, check_patches, check_sample, check_windows, compare_classes, image_shape
 from internseg_ds.engine.planner import ds_config_of
 from internseg_ds.engine.resuming import check_resumable
 from internseg_ds.engine.starting_weights import starting_weights
 from internseg_ds.engine.trackers import check_trackers
 from internseg_ds.errors import ConfigError, DataError, reason_of
-
-log = logging.getLogger(__name__)
 
 TOLERATED = 8
 """Damaged images at the start of a validation set, which an evaluation will leave out, that are no reason to think its pipeline wrong."""
@@ -42,7 +41,8 @@ TOLERATED = 8
 class Plan:
     """A run that has passed every check. meta_model: the segmentor on the meta device, for shapes and names. crop: height and width of a training image.
 
-    weights: what a fresh run loads; None for random weights, and for a run that goes on from the checkpoint `resume_from`.
+    weights: what a fresh run loads; None for random weights, and for a run that goes on from the checkpoint `resume_from`. warnings: what is odd about the
+    data, on the main rank.
     """
 
     experiment: Experiment
@@ -54,6 +54,7 @@ class Plan:
     crop: tuple[int, int]
     train_set: Dataset
     val_set: Dataset | None
+    warnings: tuple[str, ...] = ()
 
 
 def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, Any], world: World, *, validate: bool = True,
@@ -81,29 +82,25 @@ def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, An
     if world.is_main:
         check_trackers(experiment.log_hooks)
     train_set = build_datasets(experiment.train, "data.train", list(leaf_datasets(experiment.train)))
-    check_classes(meta_model, train_set, "data.train")
-    for line in check_losses(meta_model, experiment.train, sorted(set(_ignored(train_set))), experiment.path):
-        log.info("config: %s", line)
+    notes = check_classes(meta_model, train_set, "data.train")
+    check_ignored(meta_model, experiment.train, experiment.path)
     first, *others = [first_sample(part, "data.train", tolerated=experiment.engine.max_data_faults) for part in parts(train_set)]
     for sample in (first, *others):
         check_sample(meta_model, sample)
-    check_forward(meta_model, first, ds.micro_batch, world.size)
+    outputs = check_forward(meta_model, first, ds.micro_batch, world.size)
     check_precision(meta_model, first, ds, *dtypes)
+    ignore_index = getattr(next(plain_parts(train_set)), "ignore_index", 255)
+    warnings = notes + check_losses(outputs, len(next(plain_parts(train_set)).CLASSES), ignore_index)
     val_set = None
     if validate:
         val_set = validation_set(experiment)
         check_classes(meta_model, val_set, "data.val")
         first_sample(val_set, "data.val", tolerated=TOLERATED)
-    return Plan(experiment, ds, world, meta_model, weights, resume_from, image_shape(first)[1:], train_set, val_set)
-
-
-def _ignored(dataset: Dataset) -> Iterator[int]:
-    """The `ignore_index` of each data set inside wrappers."""
-    for part in parts(dataset):
-        if hasattr(part, "dataset"):
-            yield from _ignored(part.dataset)
-        elif hasattr(part, "ignore_index"):
-            yield part.ignore_index
+        warnings += compare_classes(train_set, val_set) + compare_zero_labels(train_set, val_set)
+    if world.is_main:
+        warnings += survey(train_set, "data.train", training=True)
+        warnings += survey(val_set, "data.val", training=False) if val_set is not None else []
+    return Plan(experiment, ds, world, meta_model, weights, resume_from, image_shape(first)[1:], train_set, val_set, tuple(warnings))
 
 
 def check_precision(meta_model: nn.Module, sample: Mapping[str, Any], ds: DsConfig, compute: torch.dtype, heads: torch.dtype) -> None:

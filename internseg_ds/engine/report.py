@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch.distributed as dist
 
-from internseg_ds.data.loading import ground_truth
+from internseg_ds.data.image_files import picture
+from internseg_ds.data.label_maps import ground_truth
 from internseg_ds.distributed.process_group import World, of_all_ranks
 from internseg_ds.engine.evaluator import Evaluation
 from internseg_ds.engine.outputs import make_folder, whole_file, write_picture
@@ -33,6 +33,7 @@ def write_report(evaluation: Evaluation, classes: Sequence[str], folder: Path) -
             per_class[name][score] = value
     with whole_file(folder / "results.json") as file:
         file.write(json.dumps({**totals, "images": evaluation.images, "pixels_of_no_class": int(evaluation.confusion[-1].sum()),
+                               "predictions_of_no_class": int(evaluation.confusion[:, -1].sum()),
                                "not_read": evaluation.faults, "classes": per_class}, indent=1).encode() + b"\n")
     scores = list(dict.fromkeys(key.partition(".")[0] for key in evaluation.metrics if "." in key))
     _, _, predicted, labelled = evaluation.areas.long().tolist()
@@ -44,7 +45,7 @@ def write_report(evaluation: Evaluation, classes: Sequence[str], folder: Path) -
         writer.writerow([name, *("" if value is None else f"{value:.4f}" for value in values), labelled[index], predicted[index]])
     with whole_file(folder / "per_class.csv") as file:
         file.write(table.getvalue().encode())
-    draw_confusion(evaluation.confusion[:-1].double().numpy(), classes, folder / "confusion.png")
+    draw_confusion(evaluation.confusion[:-1, :-1].double().numpy(), classes, folder / "confusion.png")
 
 
 def draw_confusion(confusion: np.ndarray, classes: Sequence[str], picture: Path) -> None:
@@ -81,8 +82,9 @@ class Shower:
 
     def see(self, index: int, labels: np.ndarray, score: float | None) -> None:
         if index < self.count:
-            name = "_".join(Path(self.dataset.img_infos[index]["filename"]).with_suffix(".png").parts)
-            write_picture(self.folder / name, picture_of(self.dataset, index, labels))
+            path = Path(self.dataset.img_infos[index]["filename"]).with_suffix(".png")
+            name = "_".join(part for part in path.parts if part not in (path.anchor, ".."))
+            write_picture(self.folder / name[-200:], picture_of(self.dataset, index, labels))
 
 
 class Extremes:
@@ -95,7 +97,7 @@ class Extremes:
     def see(self, index: int, labels: np.ndarray, score: float | None) -> None:
         if score is None:
             return
-        kept = labels.astype(np.uint8 if len(self.dataset.CLASSES) < 256 else np.uint16)
+        kept = labels.astype(np.uint16)
         for heap, rank in ((self._heaps["best"], score), (self._heaps["worst"], -score)):
             heapq.heappush(heap, (rank, -index, kept))
             if len(heap) > self.count:
@@ -121,5 +123,4 @@ class Extremes:
 
 def picture_of(dataset: Any, index: int, labels: np.ndarray) -> np.ndarray:
     """image | ground truth | prediction of an image of an mmseg data set."""
-    image = cv2.imread(str(Path(dataset.img_dir) / dataset.img_infos[index]["filename"]))
-    return side_by_side(image, [("ground truth", ground_truth(dataset, index)), ("prediction", labels)], dataset.CLASSES, dataset.PALETTE)
+    return side_by_side(picture(dataset, index), [("ground truth", ground_truth(dataset, index)), ("prediction", labels)], dataset.CLASSES, dataset.PALETTE)

@@ -141,7 +141,6 @@ def _known_elsewhere(optimizer_hook: type | None) -> dict[str, set[str]]:
         "evaluation": {*_parameters(EvalHook), *_parameters(DistEvalHook),
                        *(name for dataset in DATASETS.module_dict.values() for name in _parameters(getattr(dataset, "evaluate", None)))},
         "runner": _parameters(IterBasedRunner),
-        "lr_config": {name for hook in HOOKS.module_dict.values() if hook.__name__.endswith("LrUpdaterHook") for name in _parameters(hook)},
         "optimizer_config": _parameters(optimizer_hook),
         "checkpoint_config": {"type", "deepspeed", *_parameters(CheckpointHook), *_parameters(IterBasedRunner.save_checkpoint)},
         "log_config": set(),

@@ -37,7 +37,7 @@ from internseg_ds.distributed.ema import ShardedEma
 from internseg_ds.distributed.gathering import forwards
 from internseg_ds.distributed.loading import fit_segmentor, load
 from internseg_ds.distributed.optimizers import build_optimizer, scheduled
-from internseg_ds.distributed.parameter_groups import named_groups, parameter_groups
+from internseg_ds.distributed.parameter_groups import groups_in, named_groups, parameter_groups
 from internseg_ds.distributed.precision import apply_precision, backbone_dtype, heads_dtype, set_fp32_matmul
 from internseg_ds.distributed.process_group import World, adopt, join, leave, of_all_ranks, world_from_environment
 from internseg_ds.distributed.ranged_adam import RangedAdam, divide_by_settings
@@ -140,6 +140,8 @@ class SegmentorEngine:
         for note in experiment.notes:
             log.info("config: %s", note)
         log.info("%s", sizes)
+        for said in self.plan.warnings:
+            log.warning(said)
         self._recomputation: Recomputation | Literal["config"] = "config"
         self._planner = Planner(experiment, self.plan.meta_model, crop=self.plan.crop)
         if world.is_main:
@@ -181,7 +183,7 @@ class SegmentorEngine:
             load(model, self.plan.weights)
             self.plan = replace(self.plan, weights=None)  # an old file's tensors are in memory
         apply_precision(model, self.compute_dtype, heads=self.heads_dtype, autocast=ds.precision == "autocast")
-        groups = parameter_groups(model, experiment.optimizer)
+        groups = groups_in(model, parameter_groups(self.plan.meta_model, experiment.optimizer), self.plan.meta_model)
         if ds.cpu_adam:
             take_share_of_cores()
         optimizer = build_optimizer(groups, experiment.optimizer, ds)

@@ -9,6 +9,7 @@ from torch import nn
 from internseg_ds.checkpoints.fitting import Fit
 from internseg_ds.checkpoints.weights import open_weights
 from internseg_ds.distributed.loading import fit_backbone, fit_segmentor
+from internseg_ds.distributed.own_loading import read_by_backbone
 from internseg_ds.engine.experiment import Experiment
 from internseg_ds.errors import CheckpointError, ConfigError
 from internseg_ds.models.backbone import checkpoint_of, pretrained_elsewhere, pretrained_file
@@ -39,7 +40,18 @@ def starting_weights(experiment: Experiment, model: nn.Module, load_from: str | 
                               f"or start from random weights with {without}")
     if not Path(source).exists():
         raise CheckpointError(f"{setting}={str(source)!r}: there is no such file; put the weights there, or start from random weights with {without}")
-    return fit(model, open_weights(Path(source)), experiment.engine.weights_may_differ)
+    weights = open_weights(Path(source))
+    try:
+        return fit(model, weights, experiment.engine.weights_may_differ)
+    except CheckpointError as error:
+        try:
+            own = read_by_backbone(experiment.model.backbone, Path(source)) if fit is fit_backbone else None
+        except ValueError as reason:
+            raise CheckpointError(f"{error} ({reason})") from None
+        if own is None:
+            raise
+        kept = tuple(name for name, _ in (*model.backbone.named_parameters(), *model.backbone.named_buffers()) if name not in own.shapes)
+        return fit_backbone(model, own, kept)
 
 
 def _pretrained_setting(experiment: Experiment, model: nn.Module) -> str:

@@ -6,6 +6,7 @@ mmcv's module (names of parameters, initial values) is the base; what it compute
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from mmcv.ops import MultiScaleDeformableAttention
 from torch import Tensor
 
@@ -48,3 +49,13 @@ def attend(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, 
     (b, n, heads, levels, points). Returns (b, n, heads * width).
     """
     return deformable_attention(value, locations, weights, [side for shape in shapes for side in shape])
+
+
+def pixel_centres(shapes: Sequence[tuple[int, int]], like: Tensor) -> Tensor:
+    """Of each pixel of some maps, row by row, where its middle lies in [0, 1] x [0, 1], horizontal first: (sum of h w, 2), in fp32 at least, since bf16
+    knows 256 places there."""
+    dtype, found = torch.promote_types(like.dtype, torch.float32), []
+    for shape in shapes:
+        rows, columns = ((torch.arange(size, dtype=dtype, device=like.device) + 0.5) / size for size in shape)
+        found.append(torch.stack([columns.expand(shape), rows[:, None].expand(shape)], -1).flatten(0, 1))
+    return torch.cat(found)

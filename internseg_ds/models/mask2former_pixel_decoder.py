@@ -17,7 +17,7 @@ from mmdet.models.plugins import MSDeformAttnPixelDecoder as MmdetPixelDecoder
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from internseg_ds.models.deformable_attention import DeformableAttention
+from internseg_ds.models.deformable_attention import DeformableAttention, pixel_centres
 
 
 class RecomputedFFN(FFN):
@@ -67,14 +67,13 @@ class MSDeformAttnPixelDecoder(MmdetPixelDecoder):  # the name that published co
         coarse = [feats[self.num_input_levels - 1 - level] for level in levels]
         shapes = [tuple(feat.shape[-2:]) for feat in coarse]
         level_codes = self.level_encoding(torch.arange(self.num_encoder_levels, device=feats[0].device))
-        tokens, codes, places = [], [], []
+        tokens, codes = [], []
         for level in levels:
             projected = self.input_convs[level](coarse[level])
             position = self.postional_encoding(projected.new_zeros(len(projected), *shapes[level], dtype=torch.bool))
             tokens.append(tokens_of(projected))
             codes.append(tokens_of(position + level_codes[level][:, None, None]))
-            places.append(_centres(shapes[level], projected))
-        reference_points = torch.cat(places)[None, :, None].expand(len(coarse[0]), -1, len(shapes), -1)
+        reference_points = pixel_centres(shapes, tokens[0])[None, :, None].expand(len(coarse[0]), -1, len(shapes), -1)
         memory = self.encoder(query=torch.cat(tokens), key=None, value=None, query_pos=torch.cat(codes), spatial_shapes=shapes,
                               reference_points=reference_points)
         parts = memory.split([height * width for height, width in shapes])
@@ -89,11 +88,3 @@ class MSDeformAttnPixelDecoder(MmdetPixelDecoder):  # the name that published co
 def tokens_of(features: Tensor) -> Tensor:
     """(b, c, h, w) -> (h w, b, c), row by row."""
     return features.flatten(2).permute(2, 0, 1)
-
-
-def _centres(shape: tuple[int, int], like: Tensor) -> Tensor:
-    """Of each pixel, row by row, where its middle lies in [0, 1] x [0, 1], horizontal first: (h w, 2), in fp32 at least, since bf16
-    knows 256 places there."""
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    rows, columns = ((torch.arange(size, dtype=dtype, device=like.device) + 0.5) / size for size in shape)
-    return torch.stack([columns.expand(shape), rows[:, None].expand(shape)], dim=-1).flatten(0, 1)

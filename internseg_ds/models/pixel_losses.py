@@ -62,6 +62,11 @@ class BinaryCrossEntropyOfAnyImages(CrossEntropyLoss):
         return super().forward(cls_score, label, *args, ignore_index=ignore_index, **kwargs)
 
 
+def has_mmsegs_losses(head: BaseDecodeHead) -> bool:
+    """Whether a head's `losses` are mmseg's own, with or without our way of counting."""
+    return type(head).losses is BaseDecodeHead.losses or hasattr(type(head), "counts_on_the_device")
+
+
 @functools.cache
 def _counting_class(head_class: type[BaseDecodeHead]) -> type[BaseDecodeHead]:
     def losses(self: BaseDecodeHead, seg_logit: Tensor, seg_label: Tensor) -> dict[str, Tensor]:
@@ -75,4 +80,4 @@ def _counting_class(head_class: type[BaseDecodeHead]) -> type[BaseDecodeHead]:
         return found | {"acc_seg": pixel_accuracy(scores, labels, self.ignore_index)}
 
     place = {"__module__": head_class.__module__, "__qualname__": head_class.__qualname__, "__doc__": head_class.__doc__}
-    return type(head_class.__name__, (head_class,), place | {"losses": losses})
+    return type(head_class.__name__, (head_class,), place | {"losses": losses, "counts_on_the_device": True})

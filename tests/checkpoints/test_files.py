@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from internseg_ds.checkpoints.fitting import fit
 from internseg_ds.checkpoints.manifest import MANIFEST, read_manifest, update_metrics, verify_manifest, write_manifest
-from internseg_ds.checkpoints.weights import INDEX, open_weights
+from internseg_ds.checkpoints.weights import INDEX, PICKLED_INDEX, open_weights
 from internseg_ds.errors import CheckpointError
 
 STATE = {"backbone.a": torch.arange(6.0).view(2, 3), "decode_head.b": torch.ones(4)}
@@ -178,3 +178,21 @@ def test_position_embeddings_and_patch_kernels_are_resized_as_torch_resizes_pict
     np.testing.assert_allclose(found[:, 1:].reshape(1, 6, 3, 5).permute(0, 3, 1, 2).numpy(), expected.numpy(), rtol=1e-6)
     assert torch.equal(found[:, 0], embedding[:, 0])
     assert resize_patch_kernel(torch.randn(5, 3, 14, 14), torch.Size((5, 3, 16, 16))).shape == (5, 3, 16, 16)
+
+
+def test_pytorch_model_bin_of_transformers_is_read_in_one_piece_and_in_shards(tmp_path):
+    whole, sharded = tmp_path / "whole", tmp_path / "sharded"
+    whole.mkdir(), sharded.mkdir()
+    torch.save(STATE, whole / "pytorch_model.bin")
+    torch.save({"optimizer": torch.ones(3)}, whole / "training_args.bin")  # lies beside it, and is no weights
+    (whole / "config.json").write_text('{"hidden_size": 3}')
+    same(read(whole)[0])
+    assert open_weights(whole).config == {"hidden_size": 3}
+    for number, (name, value) in enumerate(STATE.items()):
+        torch.save({name: value}, sharded / f"pytorch_model-{number}.bin")
+    (sharded / PICKLED_INDEX).write_text(json.dumps({"weight_map": {name: f"pytorch_model-{number}.bin" for number, name in enumerate(STATE)}}))
+    same(read(sharded)[0])
+    assert open_weights(sharded).read_slice("backbone.a", 2, 5).tolist() == [2.0, 3.0, 4.0]
+    (sharded / "pytorch_model-1.bin").unlink()
+    with pytest.raises(CheckpointError, match=r"pytorch_model-1\.bin is missing, but pytorch_model\.bin\.index\.json names it"):
+        read(sharded)

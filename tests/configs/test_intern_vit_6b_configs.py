@@ -21,6 +21,7 @@ PUBLISHED = {  # file: (mIoU, steps, warmup, layer decay, weight decay, drop pat
     "few_shot/linear_intern_vit_6b_504_40k_ade20k_bs16_lr4e-5_1of2": (55.8, 40000, 800, 0.95, 0.05, 0.4, False, 10105),
     "few_shot/linear_intern_vit_6b_504_80k_ade20k_bs16_lr4e-5_1of1": (57.2, 80000, 1500, 0.95, 0.05, 0.4, False, None),
 }
+ADAPTER = "vit_adapter/upernet_intern_vit_adapter_6b_512_80k_ade20k_bs16_lr4e-5"
 BLOCK = {
     "norm1.weight": (3200,), "attn.qkv.weight": (9600, 3200), "attn.q_norm.weight": (3200,), "attn.k_norm.weight": (3200,),
     "attn.proj.weight": (3200, 3200), "attn.proj.bias": (3200,), "ls1.gamma": (3200,), "norm2.weight": (3200,),
@@ -44,7 +45,7 @@ def on_meta(cfg: Config) -> nn.Module:
 
 def test_these_are_all_the_files():
     found = {str(path.relative_to(CONFIGS / "intern_vit_6b").with_suffix("")) for path in (CONFIGS / "intern_vit_6b").rglob("*.py")}
-    assert found == PUBLISHED.keys()
+    assert found == {*PUBLISHED, ADAPTER}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -119,3 +120,16 @@ def test_the_tiny_experiments_train_a_step_and_predict(name: str):
     with torch.no_grad():
         (labels,) = segmentor.eval().forward([torch.randn(1, 3, crop, crop + 28)], wide, return_loss=False)
     assert labels.shape == (crop, crop + 28) and labels.max() < classes
+
+
+def test_the_adapter_config_is_the_published_one_around_a_frozen_vit():
+    cfg = read(ADAPTER)
+    model = on_meta(cfg)
+    assert cfg.optimizer.paramwise_cfg == dict(num_layers=48, layer_decay_rate=0.95) and cfg.optimizer.lr == 4e-5
+    assert cfg.model.test_cfg == dict(mode="slide", crop_size=(512, 512), stride=(341, 341)) and cfg.model.auxiliary_head.in_index == 2
+    shapes = {name: tuple(param.shape) for name, param in model.backbone.named_parameters()}
+    assert {name.removeprefix("blocks.47."): shape for name, shape in shapes.items() if name.startswith("blocks.47.")} == BLOCK
+    assert shapes["interactions.3.extra_extractors.1.ffn.dwconv.dwconv.weight"] == (800, 1, 3, 3)
+    assert shapes["interactions.0.injector.attn.value_proj.weight"] == (800, 3200) and shapes["level_embed"] == (3, 3200)
+    assert not any(param.requires_grad for name, param in model.backbone.named_parameters() if name.startswith(("blocks.", "patch_embed", "pos_embed")))
+    assert sum(param.numel() for param in model.parameters() if param.requires_grad) == 500_747_524

@@ -170,7 +170,7 @@ def test_damaged_training_images_are_named_with_the_mend_and_replaced(damaged):
     faults = sorted({fault for batch in seen for fault in batch.faults})
     assert len(faults) == 3
     for name, words in zip(names, ("is no picture that can be read; copy it again", "pixels and its image .*one class per pixel",
-                                   "has label 150, but there are classes 0 to 149")):
+                                   "has label 151, but there are classes 1 to 150")):
         assert any(re.search(f"{name}.*{words}", fault) for fault in faults), faults
     stems = tuple(name.split(".")[0] for name in names)
     assert not any(file.split("/")[-1].startswith(stems) for batch in seen for file in batch.files)

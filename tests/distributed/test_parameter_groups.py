@@ -1,10 +1,11 @@
 import pytest
 import torch
-from mmcv import Config
+from mmcv import Config, ConfigDict
+from mmseg.models import build_segmentor
 from torch import nn
 
 from internseg_ds.distributed.construction import build_on_meta
-from internseg_ds.distributed.parameter_groups import parameter_groups
+from internseg_ds.distributed.parameter_groups import groups_in, parameter_groups
 from internseg_ds.errors import ConfigError
 from tests.conftest import ROOT, TINY
 
@@ -26,7 +27,7 @@ def settings(model: nn.Module, **optimizer) -> dict[str, tuple[float, float]]:
 LAYER_DECAY = {"constructor": "CustomLayerDecayOptimizerConstructor", "paramwise_cfg": {"num_layers": 4, "layer_decay_rate": 0.5}}
 
 
-@pytest.mark.parametrize(("name", "lr", "weight_decay"), [  # worked out by hand from DESIGN's rule: 0.5 ** (5 - layer)
+@pytest.mark.parametrize(("name", "lr", "weight_decay"), [  # worked out by hand from the published rule: 0.5 ** (5 - layer)
     ("backbone.cls_token", 0.5**5, 0.05),
     ("backbone.pos_embed", 0.5**5, 0.05),
     ("backbone.patch_embed.proj.weight", 0.5**5, 0.05),
@@ -92,3 +93,51 @@ def test_shapes_are_those_before_partitioning():
 def test_a_rate_that_is_not_written_down_is_asked_for(missing, model):
     with pytest.raises(ConfigError, match=f"optimizer has no {missing}"):
         parameter_groups(model, {key: value for key, value in ADAMW.items() if key != missing})
+
+
+BACKBONES = {
+    "BEiT": (dict(img_size=32, patch_size=16, embed_dims=8, num_layers=3, num_heads=2, init_values=0.1, out_indices=[2]),
+             dict(constructor="LayerDecayOptimizerConstructor", paramwise_cfg=dict(num_layers=3, layer_decay_rate=0.9))),
+    "MAE": (dict(img_size=32, patch_size=16, embed_dims=8, num_layers=3, num_heads=2, init_values=0.1, out_indices=[2]),
+            dict(constructor="LearningRateDecayOptimizerConstructor", paramwise_cfg=dict(num_layers=3, decay_rate=0.65, decay_type="layer_wise"))),
+    "ConvNeXt": (dict(arch=dict(depths=[1, 1, 3, 1], channels=[4, 4, 8, 8]), out_indices=[3], gap_before_final_norm=False),
+                 dict(constructor="LearningRateDecayOptimizerConstructor", paramwise_cfg=dict(num_layers=6, decay_rate=0.9, decay_type="stage_wise")))}
+
+
+def segmentor(kind: str) -> ConfigDict:
+    head = dict(type="FCNHead", in_channels=8, channels=4, num_classes=3)
+    return ConfigDict(type="EncoderDecoder", train_cfg={}, test_cfg=dict(mode="whole"), decode_head=head,
+                      backbone=dict(type=f"mmcls.{kind}" if kind == "ConvNeXt" else kind, **BACKBONES[kind][0]))
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_mmsegs_own_constructors_give_their_own_groups(kind):
+    import mmcls.models  # noqa: F401 - registers ConvNeXt
+    from mmseg.core import build_optimizer
+
+    model, optimizer = build_segmentor(segmentor(kind)), ADAMW | BACKBONES[kind][1]
+    names = {id(param): name for name, param in model.named_parameters()}
+    theirs = {names[id(param)]: (group["lr"], group["weight_decay"]) for group in build_optimizer(model, dict(optimizer)).param_groups
+              for param in group["params"]}
+    assert settings(build_on_meta(segmentor(kind)), **BACKBONES[kind][1]) == theirs and len(set(theirs.values())) > 3
+
+
+def test_groups_of_a_meta_model_are_given_the_parameters_of_another_whose_shapes_are_hidden():
+    meta, built = build_on_meta(segmentor("BEiT")), build_segmentor(segmentor("BEiT"))
+    for param in built.parameters():
+        param.data = torch.empty(0)  # what ZeRO-3 leaves
+    groups = parameter_groups(meta, ADAMW | BACKBONES["BEiT"][1])
+    names = {id(param): name for name, param in built.named_parameters()}
+    moved = groups_in(built, groups, meta)
+    assert [group["name"] for group in moved] == [group["name"] for group in groups]
+    found = {names[id(param)]: (group["lr"], group["weight_decay"]) for group in moved for param in group["params"]}
+    assert found == settings(meta, **BACKBONES["BEiT"][1])
+
+
+@pytest.mark.parametrize(("optimizer", "words"), [
+    (dict(constructor="LearningRateDecayOptimizerConstructor", paramwise_cfg=dict(num_layers=4, decay_rate=0.9)), "backbone InternViT6B.*NotImplementedError"),
+    (dict(constructor="LearningRateDecayOptimizerConstructor", paramwise_cfg=dict(decay_rate=0.9)), "TypeError"),
+    (dict(constructor="NoConstructor"), "NoConstructor is not registered")])
+def test_a_constructor_that_cannot_work_is_one_sentence(model, optimizer, words):
+    with pytest.raises(ConfigError, match=words):
+        parameter_groups(model, ADAMW | optimizer)

@@ -9,7 +9,7 @@ import torch
 
 from internseg_ds.checkpoints.zero_checkpoint import EMA_FILE, ZeroCheckpoint
 from internseg_ds.distributed.ema import ShardedEma
-from internseg_ds.distributed.lr_schedule import PolySchedule
+from internseg_ds.distributed.lr_schedule import LrSchedule
 from internseg_ds.distributed.partitions import place_of
 from internseg_ds.distributed.restoring import restore
 from tests.checkpoints.write_toy_checkpoints import SETTINGS, build, truth
@@ -19,7 +19,7 @@ TARGETS = ["zero1_bf16", "zero1_bf16_fp32_gradients", "zero2_bf16", "zero2_offlo
            "zero3_autocast", "zero3_fp32"]
 
 
-def engine_of(name: str, schedule: PolySchedule):
+def engine_of(name: str, schedule: LrSchedule):
     engine = build(*SETTINGS[name])
     engine.lr_scheduler = schedule.scheduler(engine.optimizer.optimizer if hasattr(engine.optimizer, "optimizer") else engine.optimizer)
     return engine
@@ -27,7 +27,7 @@ def engine_of(name: str, schedule: PolySchedule):
 
 def every_checkpoint_into_every_engine(folder: Path) -> None:
     deepspeed.init_distributed(verbose=False)
-    schedule = PolySchedule(max_steps=10, warmup_steps=4)
+    schedule = LrSchedule(max_steps=10, settings=dict(warmup="linear", warmup_iters=4))
     for target in TARGETS:
         engine = engine_of(target, schedule)
         for source in SETTINGS:
@@ -61,7 +61,7 @@ def train_step(engine, seed: int) -> float:
 
 def the_average_is_kept_swapped_saved_and_restored(folder: Path) -> None:
     deepspeed.init_distributed(verbose=False)
-    schedule = PolySchedule(max_steps=100)
+    schedule = LrSchedule(max_steps=100)
     for name in ("zero1_bf16", "zero2_bf16", "zero3_bf16", "zero3_autocast"):
         engine = engine_of(name, schedule)
         ema = ShardedEma(engine, 0.9)

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,7 +84,8 @@ def refusal(config: str, options: dict, ade20k: Path) -> str:
     ({"model.test_cfg.batch_size": 0}, ["model.test_cfg.batch_size=0"]),
     ({"engine.evaluation_weights": "half"}, ["engine.evaluation_weights='half'"]),
     ({"data.train.pipeline.3.crop_size": 112}, ["data.train", "TypeError"]),
-    ({"data.val.type": "CustomDataset", "data.val.classes": ("a", "b"), "data.val.palette": [[0, 0, 0], [1, 1, 1]]}, ["num_classes=150", "data.val has 2"]),
+    ({"data.val.type": "CustomDataset", "data.val.classes": ("a", "b"), "data.val.palette": [[0, 0, 0], [1, 1, 1]]},
+     ["data.train has 150 classes", "data.val has 2"]),
     ({"data.train.type": "CustomDataset"}, ["data.train", "classes"]),
     ({"data.samples_per_gpu": 3}, ["engine.global_batch=8", "3 images"]),
     ({"data.samples_per_gpu": 0}, ["samples_per_gpu", "is 0"]),
@@ -93,40 +93,20 @@ def refusal(config: str, options: dict, ade20k: Path) -> str:
     ({"modle.backbone": 8}, ["modle", "did you mean model"]),
     ({"model.bakbone.depth": 8}, ["bakbone", "did you mean model.backbone"]),
     ({"model.decode_head.in_index": [0, 1, 2]}, ["UPerHead: `assert len(in_channels) == len(in_index)` of", "decode_head.py, line "]),
-    ({"model.decode_head.loss_decode.class_weight": [1.0] * 149}, ["model.decode_head.loss_decode", "class_weight of 149", "150 classes"]),
-    ({"model.auxiliary_head.loss_decode.class_weight": [1.0] * 151}, ["model.auxiliary_head.loss_decode", "class_weight of 151", "150 classes"]),
-    ({"model.decode_head.loss_decode": dict(_delete_=True, type="FocalLoss", class_weight=[1.0])}, ["FocalLoss has class_weight of 1 numbers"]),
-    ({"model.decode_head.loss_decode": dict(_delete_=True, type="CrossEntropyLoss", use_sigmoid=True, class_weight=[1.0] * 150)},
-     ["class_weight with use_sigmoid=True"]),
-    ({"model.decode_head.ignore_index": 254}, ["model.decode_head.ignore_index is 254", "ignore_index of data.train is 255"]),
-    ({"data.train.ignore_index": 250}, ["ignore_index is 255", "ignore_index of data.train is 250"]),
-    ({"data.train.pipeline.7.seg_pad_val": 254}, ["ignore_index is 255", "Pad.seg_pad_val of its pipeline is 254"]),
+    ({"model.decode_head.loss_decode.class_weight": [1.0] * 149}, ["losses of UPerHead cannot be computed", "class_weight"]),
+    ({"model.auxiliary_head.loss_decode.class_weight": [1.0] * 151}, ["losses of FCNHead cannot be computed", "class_weight"]),
+    ({"model.decode_head.ignore_index": 254, "model.auxiliary_head.ignore_index": 254}, ["model.decode_head.ignore_index is 254", "set Pad.seg_pad_val=254"]),
+    ({"data.train.ignore_index": 250}, ["and 250 for none", "ignore_index"]),
+    ({"data.train.pipeline.7.seg_pad_val": 254}, ["ignore_index is 255", "Pad.seg_pad_val of data.train", "is 254"]),
     ({"model.decode_head.loss_decode": dict(_delete_=True, type="DiceLoss", ignore_index=254)}, ["ignore_index is 255", "that of its DiceLoss is 254"]),
-    ({"model.decode_head.loss_decode": dict(_delete_=True, type="DiceLoss", loss_name="dice")}, ["loss_name='dice'", "call it 'loss_dice'"]),
+    ({"model.decode_head.loss_decode": dict(_delete_=True, type="DiceLoss", loss_name="dice")}, ["'dice' of UPerHead", "loss_name='loss_dice'"]),
     ({"runner.type": "EpochBasedRunner"}, ["IterBasedRunner"]),
-    ({"lr_config.policy": "step"}, ["poly"]),
+    ({"lr_config.policy": "step"}, ["lr_config", "step"]),
+    ({"lr_config.policy": "OneCycle"}, ["OneCycle", "Poly, "]),
 ])
 def test_a_wrong_setting_is_one_sentence(options, words, ade20k):
     said = refusal(TINY, options, ade20k)
     assert all(word in said for word in words), said
-
-
-def test_one_channel_needs_a_sigmoid(ade20k):
-    experiment = read_experiment(ROOT / TINY, dict(option.split("=") for option in data_options(ade20k)))
-    for head in (experiment.model.decode_head, experiment.model.auxiliary_head):
-        head.update(num_classes=2, out_channels=1, loss_decode=dict(type="CrossEntropyLoss"))
-    two = replace(experiment, train=ConfigDict(experiment.train, type="CustomDataset", img_suffix=".jpg", seg_map_suffix=".png", classes=["a", "b"]), val=None)
-    with pytest.raises(ConfigError, match=r"model\.decode_head has one output channel, and CrossEntropyLoss .* use_sigmoid=True"):
-        check(two, ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0), validate=False)
-
-
-def test_a_loss_beside_others_that_does_not_count_is_a_line(ade20k, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("internseg_ds"), "propagate", True)
-    caplog.set_level(logging.INFO, "internseg_ds")
-    experiment = read_experiment(ROOT / TINY, dict(option.split("=") for option in data_options(ade20k)))
-    experiment.model.decode_head.loss_decode = [dict(type="CrossEntropyLoss"), dict(type="DiceLoss", loss_name="dice")]
-    check(experiment, ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0), validate=False)
-    assert "loss_name='dice' has no 'loss' in it, so it is logged and not trained on" in caplog.text
 
 
 def test_a_step_of_a_wrapper_counts_too(ade20k):
@@ -169,7 +149,7 @@ class BackboneWithFp32OfItsOwn(nn.Module):
         self.norm = nn.LayerNorm(3)
 
     def forward(self, image):
-        mixed = self.norm(image.movedim(1, 3)) @ torch.ones(3, 128, device=image.device)
+        mixed = torch.einsum("bhwc,cd->bhwd", self.norm(image.movedim(1, 3)), torch.ones(3, 128, device=image.device))
         return [mixed.movedim(3, 1)] * 4
 
 
@@ -178,7 +158,7 @@ def test_a_module_that_does_not_compute_in_bf16_is_refused_before_it_has_memory(
     experiment.model.backbone = ConfigDict(type="BackboneWithFp32OfItsOwn")
     experiment.optimizer.pop("constructor")
     experiment.optimizer.pop("paramwise_cfg")
-    with pytest.raises(ConfigError, match=r"not with a backbone in bfloat16 .*RuntimeError: .* engine\.backbone_dtype=\"float32\""):
+    with pytest.raises(ConfigError, match=r"not with a backbone in bfloat16 .*RuntimeError: expected scalar type .* engine\.backbone_dtype=\"float32\""):
         check(experiment, ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0))
     for engine, ds_config in ((replace(experiment.engine, backbone_dtype="float32"), "zero3_bf16"), (experiment.engine, "zero3_autocast")):
         check(replace(experiment, engine=engine), ROOT / f"ds_configs/{ds_config}.json", World(0, 2, 0))

@@ -13,17 +13,25 @@ from mmcv import Config
 from mmseg.core.evaluation import intersect_and_union
 
 from internseg_ds.data.datasets import build_datasets
+from internseg_ds.data.label_maps import ground_truth
+from internseg_ds.data.loading import EvaluationImage
 from internseg_ds.distributed.gathering import Forwards
 from internseg_ds.distributed.process_group import World
 from internseg_ds.engine.evaluator import areas, count, evaluate, image_score
-from internseg_ds.engine.report import Extremes, write_report
+from internseg_ds.engine.prediction import Shrunk
+from internseg_ds.engine.report import Extremes, Shower, write_report
 from internseg_ds.errors import DataError
 from tests.conftest import ROOT, TINY
 
 
-def validation(root):
+def validation_entry(root):
     entry = Config.fromfile(ROOT / TINY).data.val
     entry.data_root = str(root)
+    return entry
+
+
+def validation(root):
+    entry = validation_entry(root)
     return build_datasets(entry, "data.val", [entry], test_mode=True)
 
 
@@ -42,11 +50,11 @@ def test_counts_are_those_of_mmseg():
 def test_scores_are_those_of_mmsegs_test_loop(tiny, ade20k):
     from mmcv.parallel import MMDataParallel
     from mmseg.apis import single_gpu_test
-    from mmseg.datasets import build_dataloader
+    from mmseg.datasets import build_dataloader, build_dataset
 
-    dataset = validation(ade20k)
-    loader = build_dataloader(dataset, 1, 0, dist=False, shuffle=False, persistent_workers=False)
-    expected = dataset.evaluate(single_gpu_test(MMDataParallel(tiny, device_ids=[-1]), loader, pre_eval=True),
+    dataset, theirs = validation(ade20k), build_dataset(validation_entry(ade20k), dict(test_mode=True))
+    loader = build_dataloader(theirs, 1, 0, dist=False, shuffle=False, persistent_workers=False)
+    expected = theirs.evaluate(single_gpu_test(MMDataParallel(tiny, device_ids=[-1]), loader, pre_eval=True),
                                 metric=["mIoU", "mDice", "mFscore"], logger="silent")
     found = evaluate(Forwards(tiny), dataset, world=World(), workers=0, metrics=["mIoU", "mDice", "mFscore"], verbose=False)
     assert found.images == 7 and not found.faults
@@ -160,3 +168,47 @@ def test_a_pipeline_without_augmentation_and_a_choice_of_classes_work(tiny, ade2
     chosen = Config(dict(entry, classes=["sky", "tree", "grass"]))._cfg_dict
     dataset = build_datasets(chosen, "data.val", [chosen], test_mode=True)
     assert set(np.unique(dataset.get_gt_seg_map_by_idx(0))) <= {0, 1, 2, 255}
+
+
+def test_pictures_of_absolute_names_stay_in_their_folder(ade20k, tmp_path):
+    dataset = validation(ade20k)
+    for info in dataset.img_infos:
+        info["filename"] = str(ade20k / "images/validation" / info["filename"])
+    shower = Shower(dataset, tmp_path / "shown", 2)
+    for index in range(3):
+        shower.see(index, np.zeros(ground_truth(dataset, index).shape, np.int64), 0.5)
+    written = sorted((tmp_path / "shown").iterdir())
+    assert len(written) == 2 and all(path.name.endswith(f"images_validation_ADE_val_{number:08d}.png") for number, path in enumerate(written, 1))
+
+
+def test_images_that_are_segmented_at_a_smaller_size_are_told(tmp_path, caplog):
+    def image(index, height, width, *sizes):
+        metas = [[{"img_shape": (*size, 3), "ori_shape": (height, width, 3)}] for size in sizes]
+        return EvaluationImage(index, {"img_metas": metas})
+
+    caplog.set_level(logging.INFO)
+    shrunk = Shrunk([tmp_path / name for name in ("a.jpg", "b.jpg", "c.jpg")])
+    seen = list(shrunk.noting([image(0, 100, 200, (100, 200)), image(1, 2000, 3000, (504, 756)), image(2, 100, 200, (50, 100), (100, 200))]))
+    shrunk.tell()
+    assert [index for index, _ in seen] == [0, 1, 2]
+    (said,) = caplog.messages
+    assert said.startswith("1 of 3 images are segmented at a smaller size") and "b.jpg of 2000 x 3000 pixels as 504 x 756" in said
+
+
+def test_outputs_beyond_the_classes_count_as_wrong_as_in_mmseg():
+    random = np.random.default_rng(0)
+    labels, truth = random.integers(0, 12, (50, 40)), random.integers(0, 9, (50, 40)).astype(np.uint8)
+    confusion = count(torch.from_numpy(labels), torch.from_numpy(truth), 9, 255)
+    assert torch.equal(areas(confusion), torch.stack(intersect_and_union(labels, truth.copy(), 9, 255)).double())
+    assert confusion[:, -1].sum() == (labels >= 9).sum() > 0 and confusion.sum() == truth.size
+
+
+def test_a_model_with_more_outputs_than_the_data_set_has_classes_is_scored_and_told(tiny, ade20k, tmp_path, caplog):
+    entry = validation_entry(ade20k)
+    entry.classes = ["wall", "building", "sky"]  # the first three of the model's 150 outputs
+    dataset = build_datasets(entry, "data.val", [entry], test_mode=True)
+    caplog.set_level(logging.WARNING)
+    found = evaluate(Forwards(tiny), dataset, world=World(), workers=0, verbose=False)
+    write_report(found, dataset.CLASSES, tmp_path)
+    beyond = json.loads((tmp_path / "results.json").read_text())["predictions_of_no_class"]
+    assert beyond == found.confusion[:, -1].sum() > 0 and f"{beyond} pixels got an output of the model that is no class" in caplog.text

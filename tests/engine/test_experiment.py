@@ -71,7 +71,6 @@ def test_a_misspelt_key_of_a_section_is_an_error(sections, words):
     ({"evaluation": {"gpu_collect": True}}, "evaluation.gpu_collect has no effect"),
     ({"evaluation": {"start": 3}}, "evaluation.start has no effect"),
     ({"evaluation": {"imgfile_prefix": "x"}}, "evaluation.imgfile_prefix has no effect"),
-    ({"lr_config": {"warmup_by_epoch": False}}, "lr_config.warmup_by_epoch has no effect"),
     ({"optimizer_config": {"type": "Fp16OptimizerHook", "loss_scale": 512.0}}, "optimizer_config.loss_scale has no effect"),
     ({"optimizer_config": {"type": "SomebodysOptimizerHook", "update_interval": 1}}, "optimizer_config.update_interval has no effect"),
     ({"checkpoint_config": {"save_optimizer": False}}, "checkpoint_config.save_optimizer has no effect"),
@@ -148,7 +147,7 @@ def test_options_reach_arguments_that_the_file_leaves_at_their_defaults():
     ({"checkpoint_config.interval": 2.5}, "checkpoint_config.interval.*2.5"),
     ({"data.workers_per_gpu": -1}, "workers_per_gpu.*-1"),
     ({"log_level": "LOUD"}, "LOUD"),
-    ({"lr_config.warmup": "exp"}, "linear"),
+    ({"lr_config.warmup": "cosine"}, "linear"),
 ])
 def test_options_that_mean_nothing_are_named(options, words):
     with pytest.raises(ConfigError, match=words):
@@ -198,3 +197,10 @@ def test_the_module_of_a_transform_is_imported(tmp_path, monkeypatch):
     (tmp_path / "config.py").write_text(f"_base_ = {str(ROOT / TINY)!r}\ncustom_imports = dict(imports='module_that_a_config_imports')")
     read_experiment(tmp_path / "config.py")
     assert sys.modules.pop("module_that_a_config_imports").__file__ == str(tmp_path / "module_that_a_config_imports.py")
+
+
+def test_total_iters_of_old_configs_is_the_number_of_steps(tmp_path):
+    cfg = Config.fromfile(ROOT / TINY)
+    cfg._cfg_dict.pop("runner")
+    cfg.total_iters = 77
+    assert read_experiment(cfg).max_steps == 77

@@ -1,0 +1,200 @@
+"""A first look at some files of a data set, before a run: what cannot be meant ends it, what is odd becomes a sentence for the log.
+
+In: mmseg's data sets as `datasets.build_datasets` gives them. Out: sentences. Takes a second or two whatever the size of the data set.
+"""
+
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import cv2
+import numpy as np
+from mmseg.datasets import CustomDataset
+from mmseg.datasets.pipelines import LoadAnnotations, LoadImageFromFile
+from torch.utils.data import Dataset
+
+from internseg_ds.data.datasets import plain_parts
+from internseg_ds.data.label_maps import LoadLabelMap
+from internseg_ds.data.orientation import MEND, TURNS, orientation
+from internseg_ds.errors import ConfigError, DataError, shortened
+from internseg_ds.seeding import derived_seed
+
+log = logging.getLogger(__name__)
+
+MAPS, SECONDS = 200, 2.0
+"""Label maps that are read, and how long at most."""
+DECODED = 8
+"""Images that are decoded whole; of the others the head is read."""
+SAME = ({".jpg", ".jpeg"}, {".tif", ".tiff"})
+"""Endings of one format."""
+
+
+@dataclass
+class Counts:
+    """What the label maps hold that were read."""
+
+    maps: int = 0
+    pixels: Counter[int] = field(default_factory=Counter)
+    """By class; `ignore_index` and what is no class too."""
+    numbers: set[int] = field(default_factory=set)
+    """As they stand in the files."""
+    strangers: list[str] = field(default_factory=list)
+    """Files with a number that is no class."""
+
+
+def survey(dataset: Dataset, what: str, *, training: bool) -> list[str]:
+    """What is odd: sentences about classes that never occur, numbers that are no class, files left out, images turned by EXIF or read with a loss.
+
+    what: the data set's name in messages ("data.train"). training: whether it is trained on. Raises DataError for files that are left out although they have
+    label maps; and where all label maps of a set to train on were read and hold but one class, or none.
+    """
+    parts = [part for part in plain_parts(dataset) if isinstance(part, CustomDataset) and part.CLASSES is not None]
+    said = [sentence for part in parts for sentence in (*_left_out(part, what), *_images(part, what))]
+    if parts:
+        said += _classes(parts, what, training)
+    return said
+
+
+def compare_zero_labels(train_set: Dataset, val_set: Dataset) -> list[str]:
+    """Label maps that are trained on and scored against must be read alike: sentences where two data sets of different kinds are not.
+
+    Raises ConfigError where two of one kind are not.
+    """
+    said = []
+    for train, val in ((train, val) for train in plain_parts(train_set) for val in plain_parts(val_set)):
+        trained = [step.reduce_zero_label for step in _steps(train) if isinstance(step, LoadAnnotations)]
+        scored = getattr(val, "reduce_zero_label", None)
+        if isinstance(getattr(val, "gt_seg_map_loader", None), LoadLabelMap):
+            scored = val.gt_seg_map_loader.reduce_zero_label
+        if not trained or scored is None or trained[0] == scored:
+            continue
+        sentence = (f"reduce_zero_label={trained[0]} of LoadAnnotations in data.train.pipeline, and reduce_zero_label={scored} of data.val "
+                    f"({type(val).__name__}): what is trained as class n is scored as class n {'+' if trained[0] else '-'} 1")
+        if type(train) is type(val) and (type(val) is not CustomDataset or train.data_root == val.data_root):
+            raise ConfigError(f"{sentence}; write reduce_zero_label=True in both where 0 in the label maps stands for no class, and in neither where it is one")
+        said.append(f"{sentence}, unless the label maps of the two sets differ in just this")
+    return sorted(set(said))
+
+
+def _steps(part: Any) -> Sequence[Any]:
+    return getattr(getattr(part, "pipeline", None), "transforms", ())
+
+
+def _drawn(part: CustomDataset, most: int) -> Iterator[int]:
+    """Some of its images, the same ones every time."""
+    order = np.random.default_rng(derived_seed(0, "survey", len(part))).permutation(len(part))
+    yield from (int(index) for index in order[:most])
+
+
+def _classes(parts: Sequence[CustomDataset], what: str, training: bool) -> list[str]:
+    counts, began, total = Counts(), time.monotonic(), sum(map(len, parts))
+    for part in parts:
+        loader = next((step for step in _steps(part) if isinstance(step, LoadLabelMap)), None) if training else part.gt_seg_map_loader
+        if isinstance(loader, LoadLabelMap) and part.ann_dir is not None:
+            _count(part, loader, max(1, MAPS * len(part) // total), began + SECONDS, counts)
+    classes, none = parts[0].CLASSES, parts[0].ignore_index
+    present = {index for index in counts.pixels if 0 <= index < len(classes)}
+    if not counts.maps:
+        return []
+    everything = f"all {total}" if counts.maps == total else f"the {counts.maps} (of {total:,})"
+    missing = [str(name) for index, name in enumerate(classes) if index not in present and index != none]
+    hint = ""
+    if counts.numbers <= {0, 255} and none == 255:
+        hint = (f". They hold no number but {' and '.join(map(str, sorted(counts.numbers)))}, and 255 stands for no class; "
+                f"if 255 is meant to be {classes[-1]}, write {len(classes) - 1} in its place")
+    if training and len(classes) > 1 and len(present) < 2 and counts.maps == total:
+        raise DataError(f"{what}: there is nothing to learn: of {len(classes)} classes {everything} label maps hold "
+                        f"{classes[next(iter(present))] if present else 'none'}{' alone' if present else ''}"
+                        f"{hint or '; are reduce_zero_label, classes and ignore_index right?'}")
+    said = []
+    if missing:
+        said.append(f"{what}: {len(missing)} of {len(classes)} classes occur{'s' * (len(missing) == 1)} in none of {everything} label maps looked at: "
+                    f"{shortened(missing, 8)}{hint}")
+    if counts.strangers:
+        said.append(f"{what}: {len(counts.strangers)} of {everything} label maps looked at hold a number that is no class, and not {none} for none either; its "
+                    f"pixels {'would end the run' if training else 'count as wrong'}: {shortened(counts.strangers, 2)}")
+    return said
+
+
+def _count(part: CustomDataset, loader: LoadLabelMap, most: int, until: float, counts: Counts) -> None:
+    for index in _drawn(part, most):
+        if time.monotonic() > until and counts.maps:
+            return
+        results: dict[str, Any] = {"ann_info": part.get_ann_info(index)}
+        part.pre_pipeline(results)
+        file = os.path.join(results.get("seg_prefix") or "", results["ann_info"]["seg_map"])
+        try:
+            raw = loader.read(file)
+        except Exception as error:  # a damaged one is named when it is its turn
+            log.debug("%s: %s", file, error)
+            continue
+        labels = loader.to_classes(raw, results.get("label_map"))
+        counts.maps += 1
+        counts.numbers |= set(np.unique(raw).tolist())
+        counts.pixels.update(dict(zip(*(array.tolist() for array in np.unique(labels, return_counts=True)), strict=True)))
+        if (strange := raw[labels == loader.stranger]).size:
+            counts.strangers.append(f"{strange[0]} in {file}")
+
+
+def _left_out(part: CustomDataset, what: str) -> Iterator[str]:
+    """Files of the image folder whose names end almost as `img_suffix` says."""
+    if part.split is not None or type(part).load_annotations is not CustomDataset.load_annotations or not os.path.isdir(part.img_dir):
+        return
+    alike = _alike(part.img_suffix)
+    used = {info["filename"] for info in part.img_infos}
+    found = []
+    for folder, _, names in os.walk(part.img_dir):
+        for name in names:
+            path = os.path.relpath(os.path.join(folder, name), part.img_dir)
+            if not name.endswith(part.img_suffix) and (ending := next((some for some in alike if name.lower().endswith(some)), None)):
+                found.append((path, path[: -len(ending)]))
+    if not found:
+        return
+    sentence = (f"{what}: {len(found)} files of {part.img_dir} are left out, for their names end in "
+                f"{shortened(sorted({os.path.splitext(path)[1] for path, _ in found}))} and not in img_suffix={part.img_suffix!r} "
+                f"({shortened(sorted(path for path, _ in found), 2)}); {len(used)} are taken")
+    stems = {name[: -len(part.img_suffix)] for name in used}
+    labelled = part.ann_dir is not None and all(os.path.exists(os.path.join(part.ann_dir, stem + part.seg_map_suffix)) for _, stem in found)
+    if labelled and not any(stem in stems for _, stem in found):
+        raise DataError(f"{sentence}. All of them have label maps, so they are meant to be there: rename them")
+    yield f"{sentence}. Rename those that are meant to be there"
+
+
+def _alike(suffix: str) -> set[str]:
+    """What `suffix` may have been meant as, in lower case: other endings of its format too."""
+    head, dot, ending = suffix.lower().rpartition(".")
+    ending = dot + ending
+    return {head + other for other in next((same for same in SAME if ending in same), {ending})}
+
+
+def _images(part: CustomDataset, what: str) -> Iterator[str]:
+    """Images that EXIF turns in a way that their label maps do not tell, and images of which the loader takes a part."""
+    loader = next((step for step in _steps(part) if isinstance(step, LoadImageFromFile)), None)
+    if loader is None or loader.color_type != "color":
+        return
+    files = [os.path.join(part.img_dir, part.img_infos[index]["filename"]) for index in _drawn(part, MAPS)]
+    until = time.monotonic() + SECONDS / 2
+    turned, looked = [], 0
+    for file in files:
+        if time.monotonic() > until:
+            break
+        looked += 1
+        if orientation(file) in (2, 3, 4):
+            turned.append(file)
+    if turned and part.ann_dir is not None:
+        yield (f"{what}: EXIF {TURNS[orientation(turned[0])]} in {turned[0]} ({len(turned)} such images of {looked} looked at), so it is read turned; "
+               f"that its label map was drawn on the turned picture cannot be seen: {MEND}")
+    for file in files[:DECODED]:
+        try:
+            image = cv2.imdecode(np.fromfile(file, np.uint8), cv2.IMREAD_UNCHANGED)
+        except (OSError, cv2.error):
+            continue
+        channels = 1 if image is None or image.ndim < 3 else image.shape[2]
+        if image is not None and (image.dtype != np.uint8 or channels > 3):
+            yield (f"{what}: {file} has {channels} channel{'s' * (channels > 1)} of {image.dtype}, and is read as 3 of uint8; "
+                   "LoadImageFromFile(color_type='unchanged') reads all of it, for a backbone with as many in_channels")
+            return

@@ -1,0 +1,50 @@
+"""Pictures to look at of images that OpenCV does not read, or reads otherwise than the pipeline does."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from mmseg.datasets import PIPELINES
+from PIL import Image
+
+from internseg_ds.data.image_files import ImageFiles, picture
+
+
+@PIPELINES.register_module(force=True)
+class LoadBands:
+    """An image of any number of bands from a .npy file."""
+
+    def __call__(self, results):
+        results["img"] = np.load(results["img_info"]["filename"])
+        return results
+
+
+@pytest.mark.parametrize("bands", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32])
+def test_bands_of_any_kind_are_stretched_to_eight_bits(tmp_path, bands, dtype):
+    values = np.zeros((4, 5, bands), dtype)
+    values[0, 0], values[1, 1] = 4000, 1000
+    np.save(tmp_path / "a.npy", values)
+    shown = picture(ImageFiles([tmp_path / "a.npy"], [dict(type="LoadBands")]), 0)
+    assert shown.shape == (4, 5, 3) and shown.dtype == np.uint8
+    assert [shown[place].tolist() for place in ((0, 0), (1, 1), (2, 2))] == [[255] * 3, [64] * 3, [0] * 3]
+
+
+def test_an_image_without_channels_and_one_of_a_single_value_have_a_picture(tmp_path):
+    np.save(tmp_path / "a.npy", np.full((4, 5), 7, np.uint16))
+    assert (picture(ImageFiles([tmp_path / "a.npy"], [dict(type="LoadBands")]), 0) == 0).all()
+
+
+def test_a_picture_is_turned_as_the_pipeline_turns_it(tmp_path):
+    image = Image.new("RGB", (6, 4))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "a.jpg", exif=exif)
+    for color_type, size in (("color", (6, 4)), ("color_ignore_orientation", (4, 6))):
+        assert picture(ImageFiles([tmp_path / "a.jpg"], [dict(type="LoadImageFromFile", color_type=color_type)]), 0).shape[:2] == size
+
+
+def test_a_picture_of_a_data_set_with_absolute_names_is_found(tmp_path):
+    Image.new("RGB", (6, 4), (9, 9, 9)).save(tmp_path / "a.png")
+    dataset = ImageFiles([tmp_path / "a.png"], [dict(type="LoadImageFromFile")])
+    assert (picture(SimpleNamespace(img_infos=dataset.img_infos, pipeline=dataset.pipeline, pre_pipeline=dataset.pre_pipeline), 0) == 9).all()

@@ -1,0 +1,150 @@
+"""Data sets with one thing wrong each: what the survey says of it, that it says nothing of sound ones, and that it is quick."""
+
+import time
+
+import cv2
+import numpy as np
+import pytest
+from mmseg.datasets import DATASETS, CustomDataset
+from PIL import Image
+
+from internseg_ds.data.datasets import build_datasets
+from internseg_ds.data.survey import compare_zero_labels, survey
+from internseg_ds.errors import ConfigError, DataError
+from tests.data.test_label_maps import REDUCED, TEST, TRAIN, colours
+
+
+def entry_of(root, **arguments):
+    common = dict(type="CustomDataset", data_root=str(root), img_dir="images", ann_dir="labels", pipeline=TRAIN, classes=["road", "car"], palette=colours(2))
+    return {**common, **arguments}
+
+
+def built(root, *, test_mode=False, **arguments):
+    entry = entry_of(root, **arguments)
+    return build_datasets(entry, "data.train", [entry], test_mode=test_mode)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Writes images and label maps of these numbers (a pixel row each), and gives the folder."""
+    def write(*rows, ending=".jpg"):
+        for folder in ("images", "labels"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+        for index, row in enumerate(rows):
+            labels = np.tile(np.array(row, np.uint8), (4, 1))
+            Image.new("RGB", labels.shape[::-1]).save(tmp_path / f"images/{index}{ending}", format="JPEG")
+            Image.fromarray(labels).save(tmp_path / f"labels/{index}.png")
+        return tmp_path
+    return write
+
+
+def test_sound_data_are_passed_in_silence(data):
+    root = data([0, 1, 255], [1, 1, 0], [0, 0, 1])
+    assert survey(built(root), "data.train", training=True) == survey(built(root, pipeline=TEST, test_mode=True), "data.val", training=False) == []
+
+
+def test_masks_of_0_and_255_for_two_classes_have_nothing_to_learn(data):
+    with pytest.raises(DataError, match=r"nothing to learn: of 2 classes all 2 label maps hold road alone\. They hold no number but 0 and 255, and 255 "
+                                        r"stands for no class; if 255 is meant to be car, write 1 in its place"):
+        survey(built(data([0, 255], [255, 0])), "data.train", training=True)
+
+
+def test_classes_that_never_occur_are_named(data):
+    dataset = built(data([0, 1], [1, 0]), classes=list("abcd"), palette=colours(4))
+    assert survey(dataset, "data.train", training=True) == ["data.train: 2 of 4 classes occur in none of all 2 label maps looked at: c, d"]
+
+
+def test_a_large_data_set_is_looked_at_in_part_and_quickly(data):
+    rows = [[0, 1]] * 3
+    dataset = built(data(*rows), classes=list("abc"), palette=colours(3))
+    dataset.img_infos = dataset.img_infos * 10_000
+    began = time.monotonic()
+    (said,) = survey(dataset, "data.train", training=True)
+    assert "1 of 3 classes occurs in none of the 200 (of 30,000) label maps looked at: c" in said and time.monotonic() - began < 5
+
+
+def test_numbers_of_no_class_in_a_validation_set_are_said_before_they_count_as_wrong(data):
+    (said,) = survey(built(data([0, 1, 7], [0, 1, 1]), pipeline=TEST, test_mode=True), "data.val", training=False)
+    assert "1 of all 2 label maps looked at hold a number that is no class" in said and "7 in " in said and "labels/0.png" in said
+
+
+def test_images_left_out_for_their_suffix_although_labelled_are_an_error(data):
+    root = data([0, 1], [1, 0])
+    (root / "images/1.jpg").rename(root / "images/1.JPG")
+    words = r"1 files of .*images are left out, for their names end in \.JPG and not in img_suffix='\.jpg' \(1\.JPG\); 1 are taken"
+    with pytest.raises(DataError, match=words):
+        survey(built(root), "data.train", training=True)
+
+
+def test_images_left_out_without_label_maps_are_a_warning(data):
+    root = data([0, 1], [1, 0])
+    (root / "images/other.jpeg").write_bytes(b"")
+    (said,) = survey(built(root), "data.train", training=True)
+    assert "1 files" in said and "other.jpeg" in said
+
+
+def test_a_subset_is_no_image_left_out(data):
+    dataset = built(data([0, 1], [1, 0], [1, 0]))
+    dataset.img_infos = dataset.img_infos[:2]
+    assert survey(dataset, "data.train", training=True) == []
+
+
+def test_an_image_turned_by_180_degrees_is_said(data):
+    root = data([0, 1], [1, 0])
+    picture = Image.new("RGB", (2, 4))
+    exif = picture.getexif()
+    exif[0x0112] = 3
+    picture.save(root / "images/1.jpg", exif=exif)
+    (said,) = survey(built(root), "data.train", training=True)
+    assert "EXIF turns it by 180 degrees" in said and "images/1.jpg (1 such images of 2 looked at)" in said
+    assert survey(built(root, pipeline=[dict(TRAIN[0], color_type="color_ignore_orientation"), *TRAIN[1:]]), "data.train", training=True) == []
+
+
+def test_sixteen_bits_and_four_channels_are_said(data):
+    root = data([0, 1], [1, 0])
+    cv2.imwrite(str(root / "images/0.png"), np.zeros((4, 2, 4), np.uint16))
+    cv2.imwrite(str(root / "images/1.png"), np.zeros((4, 2, 4), np.uint16))
+    (said,) = [said for said in survey(built(root, img_suffix=".png"), "data.train", training=True)]
+    assert "has 4 channels of uint16, and is read as 3 of uint8" in said
+
+
+@pytest.mark.parametrize(("pipeline", "scored"), [(REDUCED, False), (TRAIN, True)])
+def test_zero_reduced_on_one_side_only_is_an_error(data, pipeline, scored):
+    root = data([0, 1, 2], [1, 2, 0])
+    train, val = built(root, pipeline=pipeline), built(root, pipeline=TEST, test_mode=True, reduce_zero_label=scored)
+    with pytest.raises(ConfigError, match=f"reduce_zero_label={not scored} of LoadAnnotations .* reduce_zero_label={scored} of data.val"):
+        compare_zero_labels(train, val)
+
+
+@pytest.mark.parametrize(("pipeline", "scored"), [(REDUCED, True), (TRAIN, False)])
+def test_zero_reduced_on_both_sides_or_none_is_right(data, pipeline, scored):
+    root = data([0, 1, 2], [1, 2, 0])
+    val = built(root, pipeline=TEST, test_mode=True, reduce_zero_label=scored)
+    assert compare_zero_labels(built(root, pipeline=pipeline), val) == []
+    assert compare_zero_labels(built(root, pipeline=pipeline, reduce_zero_label=not scored), val) == []  # that of a training set has no effect
+
+
+def test_two_kinds_of_data_set_may_differ_in_it(data):
+    @DATASETS.register_module(force=True)
+    class OtherKind(CustomDataset):
+        pass
+
+    root = data([0, 1, 2], [1, 2, 0])
+    (said,) = compare_zero_labels(built(root, pipeline=REDUCED), built(root, type="OtherKind", pipeline=TEST, test_mode=True))
+    assert "OtherKind" in said
+
+
+@pytest.mark.parametrize("text", ["0\n1\n", "\ufeff0\n1\n", "0\n\n1\n\n", "0\r\n1"])
+def test_empty_lines_and_a_byte_order_mark_of_a_split_file_are_no_images(data, text):
+    root = data([0, 1], [1, 0], [1, 0])
+    (root / "some.txt").write_bytes(text.encode())
+    assert [info["filename"] for info in built(root, split="some.txt").img_infos] == ["0.jpg", "1.jpg"]
+
+
+@pytest.mark.parametrize(("text", "words"), [("0\n7\n", r"1 of 2 images of the split file .*some\.txt are missing, the first is .*images/7\.jpg; put"),
+                                             ("0.jpg\n1.jpg", r"2 of 2 images .*the first is .*0\.jpg\.jpg; its lines end in \.jpg already")])
+def test_a_split_file_that_names_missing_images_is_found_up_front(data, text, words):
+    root = data([0, 1], [1, 0])
+    (root / "some.txt").write_text(text)
+    with pytest.raises(DataError, match=words):
+        built(root, split="some.txt")
