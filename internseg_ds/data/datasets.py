@@ -5,7 +5,7 @@ fault, and the mend.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 
 import internseg_ds.data.ade20k
 import internseg_ds.data.transforms  # noqa: F401 - registers those that published configs name
+from internseg_ds.data.class_balance import ClassBalancedDataset
 from internseg_ds.data.label_maps import CheckAnnotation, read_label_maps_of
 from internseg_ds.errors import ConfigError, DataError, reason_of
 
@@ -43,7 +44,7 @@ def build_datasets(entry: Any, what: str, leaves: list[Any], **default_args: Any
                     raise DataError(f"{what}: there is no folder {root / folder} ({key} = {folder!r} under data_root = {leaf.get('data_root')!r}); "
                                     f"put the data there, or set {what}.data_root")
     try:
-        dataset = build_dataset(entry, default_args or None)
+        dataset = build_dataset(_with_lists(entry), default_args or None)
     except (KeyError, TypeError, AttributeError, AssertionError, OSError, ValueError) as error:
         raise DataError(f"{what} cannot be built: {reason_of(error)}") from error
     for part in plain_parts(dataset):
@@ -57,6 +58,9 @@ def build_datasets(entry: Any, what: str, leaves: list[Any], **default_args: Any
         if isinstance(part, CustomDataset) and part.CLASSES is not None:
             read_label_maps_of(part)
             _check_annotations_of(part)
+    for wrapper in _wrappers(dataset):
+        if isinstance(wrapper, ClassBalancedDataset):
+            wrapper.balance()
     for transforms in _pipelines(dataset):
         _masks_come_last([type(step).__name__ for step in transforms], what)
     if len({tuple(getattr(part, "CLASSES", None) or ()) for part in plain_parts(dataset)}) > 1:
@@ -70,6 +74,24 @@ def build_datasets(entry: Any, what: str, leaves: list[Any], **default_args: Any
         if len(part) == 0:
             raise DataError(f"{what} joins several data sets, and that of {part.img_dir} has no image; put some there, or leave it out")
     return dataset
+
+
+def _with_lists(entry: Any) -> Any:
+    """A config entry with a list in place of each ConcatDataset, which is how mmseg builds one of a config."""
+    if isinstance(entry, (list, tuple)):
+        return [_with_lists(item) for item in entry]
+    if isinstance(entry, Mapping) and entry.get("type") == "ConcatDataset":
+        return _with_lists(entry["datasets"])
+    if isinstance(entry, Mapping) and "dataset" in entry:
+        return {**entry, "dataset": _with_lists(entry["dataset"])}
+    return entry
+
+
+def _wrappers(dataset: Dataset) -> Iterator[Dataset]:
+    """The data set and all those inside it."""
+    yield dataset
+    for inner in (*getattr(dataset, "datasets", ()), *([dataset.dataset] if hasattr(dataset, "dataset") else [])):
+        yield from _wrappers(inner)
 
 
 def parts(dataset: Dataset) -> Iterator[Dataset]:
@@ -183,6 +205,8 @@ def _is_picture(file: str) -> bool:
 
 def _files(dataset: Dataset, index: int) -> tuple[str, str | None]:
     """Image and label map of an entry, inside wrappers too."""
+    if isinstance(dataset, ClassBalancedDataset):
+        return _files(dataset.dataset, dataset.indices[index])
     if hasattr(dataset, "dataset"):  # RepeatDataset
         return _files(dataset.dataset, index % len(dataset.dataset))
     for part in getattr(dataset, "datasets", ()):

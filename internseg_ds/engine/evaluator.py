@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
+from torch.utils.data import ConcatDataset
 
 from internseg_ds.data.loading import EvaluationImage, evaluation_images
 from internseg_ds.distributed.gathering import Forwards
@@ -98,10 +99,35 @@ def evaluate(forwards: Forwards, dataset: Any, *, world: World, workers: int, me
         log.warning("%d labelled pixels are of no class (0 to %d) and not %d either; they count as wrong", strangers, classes - 1, dataset.ignore_index)
     if world.is_main and (beyond := int(confusion[:, -1].sum())):
         log.warning("%d pixels got an output of the model that is no class of the data set (%d and above); they count as wrong", beyond, classes)
-    summed = areas(confusion)
-    scores = dataset.evaluate([tuple(summed)], metric=list(metrics), logger=None if verbose and world.is_main else "silent")
-    # a class that neither the ground truth nor the prediction holds has no score (NaN, which JSON does not know)
-    return Evaluation({name: round(float(value), 6) for name, value in scores.items() if "." not in name or not np.isnan(value)}, confusion, scored, faults)
+    return Evaluation(_scores(dataset, confusion, metrics, silent=not (verbose and world.is_main)), confusion, scored, faults)
+
+
+def evaluate_each(forwards: Forwards, dataset: Any, *, world: World, workers: int, metrics: Sequence[str] = ("mIoU",), strict: bool = False,
+                  verbose: bool = True, watchers: Callable[[int, Any], Sequence[Watcher]] = lambda _, __: (),
+                  stop: Callable[[], bool] = lambda: False) -> Evaluation:
+    """`evaluate` for one data set, or for each of several that are joined: their scores under mmseg's names for them (0_mIoU, 1_mIoU, ...), and without a
+    number those of all pixels together.
+
+    watchers(number, data set): of each.
+    """
+    common = dict(world=world, workers=workers, metrics=metrics, strict=strict, verbose=verbose, stop=stop)
+    if not isinstance(dataset, ConcatDataset):
+        return evaluate(forwards, dataset, watchers=watchers(0, dataset), **common)
+    found = []
+    for number, part in enumerate(dataset.datasets):
+        if verbose and world.is_main:
+            log.info("data set %d of %d: %s", number, len(dataset.datasets), getattr(part, "img_dir", type(part).__name__))
+        found.append(evaluate(forwards, part, watchers=watchers(number, part), **common))
+    confusion = sum(each.confusion for each in found)
+    scores = _scores(dataset.datasets[0], confusion, metrics, silent=True)
+    scores |= {f"{number}_{name}": value for number, each in enumerate(found) for name, value in each.metrics.items()}
+    return Evaluation(scores, confusion, sum(each.images for each in found), [fault for each in found for fault in each.faults])
+
+
+def _scores(dataset: Any, confusion: Tensor, metrics: Sequence[str], *, silent: bool) -> dict[str, float]:
+    """mmseg's metrics of a confusion matrix. A class that neither the ground truth nor the prediction holds has no score (NaN, which JSON does not know)."""
+    scores = dataset.evaluate([tuple(areas(confusion))], metric=list(metrics), logger="silent" if silent else None)
+    return {name: round(float(value), 6) for name, value in scores.items() if "." not in name or not np.isnan(value)}
 
 
 def images_of(dataset: Any, world: World, workers: int, device: torch.device, faults: list[str], *, strict: bool = False, truth: bool = True,

@@ -266,15 +266,17 @@ def _schedule(cfg: Config, path: str) -> LrSchedule:
 
 
 def leaf_datasets(entry: Any) -> Iterator[ConfigDict]:
-    """The plain data sets inside wrappers (RepeatDataset, MultiImageMixDataset, lists) of a `data.train` or `data.val` entry.
+    """The plain data sets inside wrappers (RepeatDataset, ConcatDataset, MultiImageMixDataset, lists, ...) of a `data.train` or `data.val` entry.
 
-    Raises ConfigError for a ConcatDataset, which mmseg cannot build of a config.
+    Raises ConfigError for a ConcatDataset of nothing.
     """
     if isinstance(entry, (list, tuple)):
         for item in entry:
             yield from leaf_datasets(item)
     elif isinstance(entry, Mapping) and entry.get("type") == "ConcatDataset":
-        raise ConfigError("a data set of the config is a ConcatDataset, which mmseg builds of a list; write [dict(...), dict(...)] in its place")
+        if not isinstance(entry.get("datasets"), (list, tuple)) or not entry["datasets"]:
+            raise ConfigError("a ConcatDataset of the config needs datasets=[dict(...), dict(...)]")
+        yield from leaf_datasets(entry["datasets"])
     elif isinstance(entry, Mapping) and "dataset" in entry:
         yield from leaf_datasets(entry["dataset"])
     else:

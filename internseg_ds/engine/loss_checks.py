@@ -1,85 +1,91 @@
-"""Whether the losses of the heads can be computed for the labels of a data set: tried once on small random scores, before a run.
+"""Whether the losses of mmseg's heads fit their classes, each other and the labels. What does not would end a run at its first step, at the first image with a
+border, or not at all.
 
-In: heads with what they put out on the meta device, and the data set. Out: sentences about what is odd, or a ConfigError that names the head and the mend.
+In: the segmentor on the meta device, and the training set. Out: lines for the log, or a ConfigError that names the setting and its mend.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from mmseg.models.losses import CrossEntropyLoss, DiceLoss, FocalLoss, LovaszLoss, TverskyLoss
+from torch import nn
 
-from internseg_ds.errors import ConfigError, reason_of
-from internseg_ds.models.pixel_losses import has_mmsegs_losses
+from internseg_ds.errors import ConfigError
+from internseg_ds.models.pixel_losses import BinaryCrossEntropyOfAnyImages, LovaszOfAnyImages
 
-SIDE = 32
-"""Pixels of the scores and labels that are tried, at most: values matter here, not sizes."""
-
-
-def check_losses(outputs: Sequence[tuple[nn.Module, Any]], classes: int, ignore_index: int) -> list[str]:
-    """Computes each head's losses for labels of all classes and `ignore_index`, and for a crop without any label; says where the latter is not finite.
-
-    outputs: heads of mmseg's kind, each with its forward's result on any device; only shapes are used. Heads with losses of their own kind are passed over.
-    Raises ConfigError where a loss fails, is not finite, is not counted as one, or teaches nothing.
-    """
-    said = []
-    with torch.enable_grad():
-        for head, output in outputs:
-            if _is_mmsegs(head):
-                said += _check_head(head, output, classes, ignore_index)
-    return said
+FILLED = {"Pad": ("seg_pad_val", 255), "RandomRotate": ("seg_pad_val", 255), "RandomMosaic": ("seg_pad_val", 255), "RandomCutOut": ("seg_fill_in", None)}
+"""The transforms of mmseg that make pixels of the label map, the argument that says of what label, and its default."""
 
 
-def _is_mmsegs(head: nn.Module) -> bool:
-    """Whether its losses are those of pixels, and need no parameter of the head, which may have no values."""
-    if not isinstance(head, BaseDecodeHead) or not has_mmsegs_losses(head):
-        return False
-    losses = head.loss_decode if isinstance(head.loss_decode, nn.ModuleList) else [head.loss_decode]
-    return not any(True for loss in losses for _ in (*loss.parameters(), *loss.buffers()))
+LOSSES = (CrossEntropyLoss, BinaryCrossEntropyOfAnyImages, FocalLoss, LovaszLoss, LovaszOfAnyImages, DiceLoss, TverskyLoss)
+"""Those whose `class_weight` is one number for each class. That of somebody's own loss may be anything."""
 
 
-def _check_head(head: BaseDecodeHead, output: Any, classes: int, ignore_index: int) -> list[str]:
-    generator = torch.Generator().manual_seed(0)
-
-    def scores(like: Any) -> Any:
-        if not isinstance(like, Tensor):
-            return like
-        size = like.shape if like.dim() < 4 else (*like.shape[:2], *(min(side, SIDE) for side in like.shape[2:]))
-        return torch.randn(size, generator=generator).requires_grad_()
-
-    labels = torch.randint(0, classes, (1, 1, SIDE, SIDE), generator=generator)
-    labels[0, 0, 0, :2] = torch.tensor([classes - 1, ignore_index])
-    given, name = tree_map(scores, output), type(head).__name__
-    try:
-        losses = head.losses(given, labels)
-    except Exception as error:  # whatever a loss refuses with
-        raise ConfigError(f"the losses of {name} cannot be computed for labels 0 to {classes - 1} and {ignore_index} for none: {reason_of(error)}; do its "
-                          "class_weight, num_classes and ignore_index (its own, its losses', the data set's) fit each other?") from error
-    terms = {key: value for key, value in losses.items() if not key.startswith("acc")}
-    for key, value in terms.items():
-        if "loss" not in key:
-            raise ConfigError(f"the loss {key!r} of {name} would not be trained on: mmseg adds up what has \"loss\" in its name; "
-                              f"give it loss_name='loss_{key}'")
-        if not torch.isfinite(value).all():
-            raise ConfigError(f"the loss {key!r} of {name} is {value.mean().item()} for ordinary scores; are its settings right?")
-    total = sum(value.mean() for value in terms.values())
-    if total.requires_grad:
-        total.backward()
-    if not any(leaf.grad is not None and leaf.grad.any() for leaf in tree_leaves(given) if isinstance(leaf, Tensor)):
-        raise ConfigError(f"{name} would learn nothing: its losses do not depend on its scores (out_channels={head.out_channels}, num_classes="
-                          f"{head.num_classes}); one channel needs a loss with use_sigmoid=True")
-    return _unlabelled(head, given, labels, ignore_index)
+def check_losses(model: nn.Module, train: Any, ignored: Sequence[int], path: str) -> list[str]:
+    """Lines about losses that do not count. train: the config's `data.train`; ignored: the `ignore_index` of its data sets. Raises ConfigError."""
+    lines = []
+    for name, head in model.named_modules():
+        if isinstance(head, BaseDecodeHead) and hasattr(head, "loss_decode"):
+            losses = list(head.loss_decode) if isinstance(head.loss_decode, nn.ModuleList) else [head.loss_decode]
+            for loss in losses:
+                _check_weights(f"model.{name}.loss_decode", loss, head.out_channels)
+                _check_one_channel(f"model.{name}", loss, head.out_channels)
+            lines += _that_do_not_count(f"model.{name}.loss_decode", [getattr(loss, "loss_name", "loss") for loss in losses])
+            _check_ignored(f"model.{name}", head, losses, [(f"ignore_index of data.train is {value}", value) for value in ignored]
+                           + [(f"{step} is {value}", value) for step, value in _filled(train)], path)
+    return lines
 
 
-def _unlabelled(head: BaseDecodeHead, given: Any, labels: Tensor, ignore_index: int) -> list[str]:
-    """What the losses of a crop are that has no labelled pixel."""
-    name = type(head).__name__
-    try:
-        with torch.no_grad():
-            losses = head.losses(given, torch.full_like(labels, ignore_index))
-    except Exception as error:
-        return [f"the losses of {name} fail for a crop without a labelled pixel ({reason_of(error)}), which would end the run at the first one"]
-    bad = [key for key, value in losses.items() if not torch.isfinite(value).all()]
-    return [f"{', '.join(bad)} of {name} is not finite for a crop without a labelled pixel, whose step is then skipped"] if bad else []
+def _check_weights(what: str, loss: nn.Module, channels: int) -> None:
+    weights = getattr(loss, "class_weight", None)
+    if weights is None or type(loss) not in LOSSES:
+        return
+    if isinstance(loss, CrossEntropyLoss) and loss.use_sigmoid and len(weights) > 1:
+        raise ConfigError(f"{what} has class_weight with use_sigmoid=True, which mmseg would lay along the width of the image and not over the classes; "
+                          "leave class_weight out, or use_sigmoid")
+    if len(weights) != channels and not (isinstance(loss, LovaszLoss) and channels == 1):
+        raise ConfigError(f"{what}: {type(loss).__name__} has class_weight of {len(weights)} numbers, and the head predicts {channels} classes; "
+                          "give one number for each class")
+
+
+def _check_one_channel(what: str, loss: nn.Module, channels: int) -> None:
+    softmax = ((isinstance(loss, CrossEntropyLoss) and not loss.use_sigmoid) or isinstance(loss, (DiceLoss, FocalLoss, TverskyLoss))
+               or (isinstance(loss, LovaszLoss) and "softmax" in loss.cls_criterion.__name__))
+    if channels == 1 and softmax:
+        raise ConfigError(f"{what} has one output channel, and {type(loss).__name__} as it is set compares channels with each other, so nothing would be "
+                          "learnt; write loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=True), or num_classes=2 without out_channels=1")
+
+
+def _that_do_not_count(what: str, names: Sequence[str]) -> Iterator[str]:
+    left_out = [name for name in names if "loss" not in name]
+    if left_out and len(left_out) == len(names):
+        raise ConfigError(f"{what}: loss_name={left_out[0]!r} has no 'loss' in it, so mmseg leaves it out of the sum, and nothing would train this head; "
+                          f"call it 'loss_{left_out[0]}'")
+    for name in left_out:
+        yield f"{what}: loss_name={name!r} has no 'loss' in it, so it is logged and not trained on; 'loss_{name}' would be"
+
+
+def _check_ignored(what: str, head: nn.Module, losses: Sequence[nn.Module], made: Sequence[tuple[str, int]], path: str) -> None:
+    """Labels that are no class must be those that the head ignores. made: where such labels come from, and what they are."""
+    for source, value in made:
+        if value != head.ignore_index and not 0 <= value < head.num_classes:
+            raise ConfigError(f"{what}.ignore_index is {head.ignore_index} and {source} (of {path}): a pixel of that label is neither ignored nor one of the "
+                              f"{head.num_classes} classes; make both the same, ignore_index={value} of each head, say")
+    for loss in losses:
+        own = getattr(loss, "ignore_index", None)
+        if isinstance(own, int) and own != head.ignore_index and not 0 <= own < head.num_classes:
+            raise ConfigError(f"{what}.ignore_index is {head.ignore_index} and that of its {type(loss).__name__} is {own}; make them the same")
+
+
+def _filled(entry: Any) -> Iterator[tuple[str, int]]:
+    """Each transform of an entry that makes pixels of the label map, in wrappers too, and their label."""
+    if isinstance(entry, (list, tuple)):
+        for part in entry:
+            yield from _filled(part)
+    elif isinstance(entry, Mapping):
+        for step in entry.get("pipeline") or ():
+            argument, default = FILLED.get(step.get("type"), (None, None))
+            if (value := step.get(argument, default)) is not None:
+                yield f"{step['type']}.{argument} of its pipeline", value
+        yield from _filled(entry.get("dataset"))

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import ConcatDataset, Dataset
+from torch.utils.data import Dataset
 
 from internseg_ds.checkpoints.fitting import Fit
 from internseg_ds.data.datasets import build_datasets, first_sample, parts, plain_parts
@@ -24,8 +24,8 @@ from internseg_ds.distributed.parameter_groups import named_groups, parameter_gr
 from internseg_ds.distributed.precision import apply_precision, backbone_dtype, heads_dtype
 from internseg_ds.distributed.process_group import World
 from internseg_ds.engine.experiment import Experiment, leaf_datasets
-from internseg_ds.engine.ignored_labels import check_ignored
 from internseg_ds.engine.loss_checks import check_losses
+from internseg_ds.engine.loss_trial import try_losses
 from internseg_ds.engine.model_checks import check_classes, check_forward, check_patches, check_sample, check_windows, compare_classes, image_shape
 from internseg_ds.engine.planner import ds_config_of
 from internseg_ds.engine.resuming import check_resumable
@@ -82,15 +82,15 @@ def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, An
     if world.is_main:
         check_trackers(experiment.log_hooks)
     train_set = build_datasets(experiment.train, "data.train", list(leaf_datasets(experiment.train)))
-    notes = check_classes(meta_model, train_set, "data.train")
-    check_ignored(meta_model, experiment.train, experiment.path)
+    warnings = check_classes(meta_model, train_set, "data.train")
+    ignored = sorted({getattr(part, "ignore_index", 255) for part in plain_parts(train_set)})
+    warnings += check_losses(meta_model, experiment.train, ignored, experiment.path)
     first, *others = [first_sample(part, "data.train", tolerated=experiment.engine.max_data_faults) for part in parts(train_set)]
     for sample in (first, *others):
         check_sample(meta_model, sample)
     outputs = check_forward(meta_model, first, ds.micro_batch, world.size)
     check_precision(meta_model, first, ds, *dtypes)
-    ignore_index = getattr(next(plain_parts(train_set)), "ignore_index", 255)
-    warnings = notes + check_losses(outputs, len(next(plain_parts(train_set)).CLASSES), ignore_index)
+    warnings += try_losses(outputs, len(train_set.CLASSES), ignored)
     val_set = None
     if validate:
         val_set = validation_set(experiment)
@@ -138,8 +138,9 @@ def check_node_local(ds: DsConfig, world: World) -> None:
 
 
 def validation_set(experiment: Experiment, split: str = "val", *, truth: bool = True) -> Dataset:
-    """The data set that is evaluated on, in test mode; split: "val" or "test". truth: whether there must be label maps; without, none is looked for.
+    """The data set that is evaluated on, in test mode, or several joined (mmseg's ConcatDataset); split: "val" or "test".
 
+    truth: whether there must be label maps; without, none is looked for.
     Raises DataError when it is missing or empty.
     """
     entry = experiment.test if split == "test" else experiment.val
@@ -153,7 +154,4 @@ def validation_set(experiment: Experiment, split: str = "val", *, truth: bool = 
     if truth and any(leaf.get("ann_dir") is None for leaf in leaves):
         raise ConfigError(f"data.{split} of {experiment.path} has no ann_dir, so there is no ground truth to score against; set it (or train with "
                           "--no-validate, or write labels with launch/test.py --format-only DIR)")
-    dataset = build_datasets(entry, f"data.{split}", leaves, test_mode=True)
-    if isinstance(dataset, ConcatDataset):
-        raise DataError(f"data.{split} joins {len(dataset.datasets)} data sets, but one is scored at a time; keep one of them")
-    return dataset
+    return build_datasets(entry, f"data.{split}", leaves, test_mode=True)

@@ -48,7 +48,7 @@ from internseg_ds.engine.auto_recomputation import agreed_recomputation
 from internseg_ds.engine.checkpointing import Checkpoints
 from internseg_ds.engine.config_text import config_text
 from internseg_ds.engine.environment import environment_lines
-from internseg_ds.engine.evaluator import Evaluation, evaluate
+from internseg_ds.engine.evaluator import Evaluation, evaluate_each
 from internseg_ds.engine.experiment import Experiment, read_experiment
 from internseg_ds.engine.image_sizes import size_lines
 from internseg_ds.engine.outputs import check_writable
@@ -246,7 +246,7 @@ class SegmentorEngine:
         ready = forwards(self.deepspeed.module, experiment.model, self.compute_dtype, self.world.device, heads=self.heads_dtype,
                          autocast=self.plan.ds.precision == "autocast", weights=experiment.engine.evaluation_weights)
         with self.ema.in_place_of_weights() if self.ema is not None else nullcontext(), ready as segmentor:
-            return evaluate(segmentor, self.plan.val_set, world=self.world, workers=experiment.workers, metrics=experiment.metrics, verbose=verbose,
+            return evaluate_each(segmentor, self.plan.val_set, world=self.world, workers=experiment.workers, metrics=experiment.metrics, verbose=verbose,
                             stop=lambda: self.watch.mark() or stop())
 
     def save(self) -> Path | None:

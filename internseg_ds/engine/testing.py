@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch.utils.data import ConcatDataset
 
 from internseg_ds.distributed.construction import build_on_meta
 from internseg_ds.distributed.process_group import world_from_environment
 from internseg_ds.distributed.watch import joined
-from internseg_ds.engine.evaluator import Evaluation, conclude, evaluate, images_of
+from internseg_ds.engine.evaluator import Evaluation, Watcher, conclude, evaluate_each, images_of
 from internseg_ds.engine.experiment import known_metrics, read_experiment
 from internseg_ds.engine.inference import ready
 from internseg_ds.engine.model_checks import check_classes, check_windows
@@ -53,16 +54,26 @@ def test(config: str | os.PathLike, checkpoint: str | os.PathLike, *, metrics: S
     check_weights_fit(meta_model, checkpoint, ema=ema)
     with joined(world):
         forwards = ready(experiment, checkpoint, world, ema=ema)
-        extreme = Extremes(dataset, extremes) if folder is not None else None
-        shower = Shower(dataset, shown, show_count) if shown is not None else None
-        watchers = [watcher for watcher in (extreme, shower) if watcher is not None]
-        result = evaluate(forwards, dataset, world=world, workers=experiment.workers, metrics=metrics, strict=strict, watchers=watchers)
+        joined_sets = isinstance(dataset, ConcatDataset)  # of which each has pictures in a folder of its own
+        drawn: dict[Path, Extremes] = {}
+
+        def watchers(number: int, part: Any) -> list[Watcher]:
+            found: list[Watcher] = []
+            if folder is not None:
+                place = folder / str(number) if joined_sets else folder
+                drawn[place] = Extremes(part, extremes)
+                found.append(drawn[place])
+            if shown is not None:
+                found.append(Shower(part, shown / str(number) if joined_sets else shown, show_count))
+            return found
+
+        result = evaluate_each(forwards, dataset, world=world, workers=experiment.workers, metrics=metrics, strict=strict, watchers=watchers)
         if world.is_main:
             log.info("%s: %s", checkpoint, ", ".join(f"{name} {100 * value:.2f}" for name, value in result.metrics.items() if "." not in name))
-        if extreme is not None:
-            if world.is_main:
+            if folder is not None:
                 write_report(result, dataset.CLASSES, folder)
-            extreme.write(folder, world)
+        for place, extreme in drawn.items():
+            extreme.write(place, world)
     return result
 
 
@@ -100,6 +111,8 @@ def write_submission(config: str | os.PathLike, checkpoint: str | os.PathLike, o
 
 def _check_format(dataset: Any) -> None:
     """A submission file must be possible: tried with one of a single pixel, before anything is loaded; and each image must have its own. Raises ConfigError."""
+    if isinstance(dataset, ConcatDataset):
+        raise ConfigError(f"data.test joins {len(dataset.datasets)} data sets, and submission files are of one; keep one of them")
     name, times = Counter(Path(info["filename"]).stem for info in dataset.img_infos).most_common(1)[0]
     if times > 1:
         raise ConfigError(f"{times} images of data.test are called {name}, their submission files would overwrite each other; "

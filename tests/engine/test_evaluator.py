@@ -11,13 +11,14 @@ import pytest
 import torch
 from mmcv import Config
 from mmseg.core.evaluation import intersect_and_union
+from mmseg.datasets import ConcatDataset
 
 from internseg_ds.data.datasets import build_datasets
 from internseg_ds.data.label_maps import ground_truth
 from internseg_ds.data.loading import EvaluationImage
 from internseg_ds.distributed.gathering import Forwards
 from internseg_ds.distributed.process_group import World
-from internseg_ds.engine.evaluator import areas, count, evaluate, image_score
+from internseg_ds.engine.evaluator import areas, count, evaluate, evaluate_each, image_score
 from internseg_ds.engine.prediction import Shrunk
 from internseg_ds.engine.report import Extremes, Shower, write_report
 from internseg_ds.errors import DataError
@@ -212,3 +213,23 @@ def test_a_model_with_more_outputs_than_the_data_set_has_classes_is_scored_and_t
     write_report(found, dataset.CLASSES, tmp_path)
     beyond = json.loads((tmp_path / "results.json").read_text())["predictions_of_no_class"]
     assert beyond == found.confusion[:, -1].sum() > 0 and f"{beyond} pixels got an output of the model that is no class" in caplog.text
+
+
+def test_joined_data_sets_are_scored_each_and_together(tiny, ade20k):
+    entry = validation_entry(ade20k)
+    whole = validation(ade20k)
+    names = [info["filename"] for info in whole.img_infos]
+    alone = [evaluate(Forwards(tiny), some_of(entry, names[part]), world=World(), workers=0, verbose=False) for part in (slice(3), slice(3, 7))]
+    joined = ConcatDataset([some_of(entry, names[part]) for part in (slice(3), slice(3, 7))])
+    found = evaluate_each(Forwards(tiny), joined, world=World(), workers=0, verbose=False)
+    together = evaluate(Forwards(tiny), whole, world=World(), workers=0, verbose=False)
+    assert found.images == 7 and torch.equal(found.confusion, together.confusion)
+    assert {name: value for name, value in found.metrics.items() if name[0] not in "01"} == together.metrics
+    for number, each in enumerate(alone):
+        assert {name.removeprefix(f"{number}_"): value for name, value in found.metrics.items() if name.startswith(f"{number}_")} == each.metrics
+
+
+def some_of(entry, names):
+    dataset = build_datasets(entry, "data.val", [entry], test_mode=True)
+    dataset.img_infos = [info for info in dataset.img_infos if info["filename"] in names]
+    return dataset

@@ -127,7 +127,7 @@ def test_options_reach_arguments_that_the_file_leaves_at_their_defaults():
     ({"optimizer.betas.0": 0.8}, "one element of a list"),
     ({"load_from": ""}, "load_from of .* must be a path"),
     ({"crop_size": (64, 64)}, "crop_size is a variable of .*, which its sections have taken already"),
-    ({"data.train.type": "ConcatDataset"}, r"write \[dict"),
+    ({"data.train.type": "ConcatDataset"}, r"ConcatDataset of the config needs datasets=\[dict"),
     ({"runner.max_iters": 0}, "at least 1"),
     ({"runner.max_iters": True}, "at least 1"),
     ({"optimizer_config.grad_clip.max_norm": "x"}, "max_norm must be a number"),
@@ -166,6 +166,13 @@ def test_a_missing_config_names_the_nearest():
         read_experiment(TINY.replace("112", "113"))
 
 
+def test_total_iters_of_old_configs_is_the_number_of_steps(tmp_path):
+    cfg = Config.fromfile(ROOT / TINY)
+    cfg._cfg_dict.pop("runner")
+    cfg.total_iters = 77
+    assert read_experiment(cfg).max_steps == 77
+
+
 def test_a_missing_config_that_is_like_none_names_none():
     with pytest.raises(ConfigError, match=rf"there is no config file mine/experiment\.py as seen from {Path.cwd()}"):
         read_experiment("mine/experiment.py")
@@ -197,10 +204,3 @@ def test_the_module_of_a_transform_is_imported(tmp_path, monkeypatch):
     (tmp_path / "config.py").write_text(f"_base_ = {str(ROOT / TINY)!r}\ncustom_imports = dict(imports='module_that_a_config_imports')")
     read_experiment(tmp_path / "config.py")
     assert sys.modules.pop("module_that_a_config_imports").__file__ == str(tmp_path / "module_that_a_config_imports.py")
-
-
-def test_total_iters_of_old_configs_is_the_number_of_steps(tmp_path):
-    cfg = Config.fromfile(ROOT / TINY)
-    cfg._cfg_dict.pop("runner")
-    cfg.total_iters = 77
-    assert read_experiment(cfg).max_steps == 77

@@ -1,0 +1,61 @@
+"""Data sets inside data sets, as configs name them."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from internseg_ds.data.datasets import build_datasets, sample
+from internseg_ds.engine.experiment import leaf_datasets
+from internseg_ds.errors import ConfigError, DataError
+from tests.data.test_label_maps import TRAIN, colours
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """make(name, labels of each image): a folder of single-coloured label maps, and its config entry."""
+    def make(name, *labels):
+        for index, label in enumerate(labels):
+            for kind in ("images", "labels"):
+                (tmp_path / name / kind).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (3, 2), (index, 0, 0)).save(tmp_path / name / f"images/{index:02d}.png")
+            Image.fromarray(np.full((2, 3), label, np.uint8)).save(tmp_path / name / f"labels/{index:02d}.png")
+        return dict(type="CustomDataset", data_root=str(tmp_path / name), img_dir="images", ann_dir="labels", img_suffix=".png", pipeline=TRAIN,
+                    classes=list("abc"), palette=colours(3))
+    return make
+
+
+def built(entry):
+    return build_datasets(entry, "data.train", list(leaf_datasets(entry)))
+
+
+def test_a_concat_dataset_of_a_config_is_its_parts_one_after_the_other(folder):
+    first, second = folder("first", 0, 1), folder("second", 2)
+    joined = built(dict(type="ConcatDataset", datasets=[first, second]))
+    assert [sample(joined, index)["gt_semantic_seg"].data.unique().tolist() for index in range(3)] == [[0], [1], [2]]
+    inner = dict(type="ConcatDataset", datasets=[first, dict(type="RepeatDataset", times=2, dataset=second)])
+    repeated = built(dict(type="RepeatDataset", times=2, dataset=inner))
+    assert len(repeated) == 8
+
+
+def test_a_rare_class_stands_more_often_as_lvis_counts(folder):
+    balanced = built(dict(type="ClassBalancedDataset", oversample_thr=0.5, dataset=folder("some", *[0] * 9, 1, 255)))
+    # class 0 in 9 of 11 images: once; class 1 in 1 of 11: sqrt(0.5 * 11) = 2.35, so 3 times; no class: once
+    assert Counter(balanced.indices) == {**dict.fromkeys(range(9), 1), 9: 3, 10: 1} and len(balanced) == 13
+    assert sample(balanced, 11)["gt_semantic_seg"].data.unique().tolist() == [1]
+    empty_counted = built(dict(type="ClassBalancedDataset", oversample_thr=0.5, filter_empty_gt=False, dataset=folder("some", *[0] * 9, 1, 255)))
+    assert Counter(empty_counted.indices)[10] == 3
+
+
+def test_a_damaged_image_is_named_inside_a_balanced_set(folder, tmp_path):
+    balanced = built(dict(type="ClassBalancedDataset", oversample_thr=1.0, dataset=folder("some", 0, 1)))
+    (tmp_path / "some/images/01.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"images/01\.png is no picture"):
+        sample(balanced, len(balanced) - 1)
+
+
+@pytest.mark.parametrize("threshold", [0, 2, True, "x"])
+def test_a_threshold_that_is_no_share_is_refused(folder, threshold):
+    with pytest.raises((ConfigError, DataError), match="oversample_thr"):
+        built(dict(type="ClassBalancedDataset", oversample_thr=threshold, dataset=folder("some", 0, 1)))
