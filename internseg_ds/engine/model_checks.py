@@ -16,15 +16,15 @@ from torch.utils.data import Dataset
 from internseg_ds.engine.experiment import Experiment, leaf_datasets
 from internseg_ds.errors import ConfigError, reason_of, shortened
 from internseg_ds.models.backbone import patch_size
-from internseg_ds.models.heads import heads
+from internseg_ds.models.heads import head_outputs, heads
 from internseg_ds.models.pixel_losses import has_mmsegs_losses
 
 
-def check_forward(model: nn.Module, sample: Mapping[str, Any], micro_batch: int, processes: int) -> list[tuple[nn.Module, Any]]:
+def check_forward(model: nn.Module, sample: Mapping[str, Any], micro_batch: int, processes: int) -> tuple[list[tuple[nn.Module, Any]], str | None]:
     """A forward on the meta device: layers whose sizes do not fit each other are found without memory or data, and batch norms that would get one value.
 
-    Returns each head with its output, on the meta device. A batch norm needs two values per channel in training, which one image pooled to a point does not
-    give it. Raises ConfigError.
+    A batch norm needs two values per channel in training, which one image pooled to a point does not give it. Raises ConfigError. Returns each head with its
+    output, on the meta device; and why nothing could be checked, where a layer computes by an operator that does not know that device (mmcv's compiled ones).
     """
     shape, starved = image_shape(sample), []
 
@@ -39,8 +39,10 @@ def check_forward(model: nn.Module, sample: Mapping[str, Any], micro_batch: int,
     try:
         with torch.no_grad():
             features = model.extract_feat(torch.empty(1, *shape, device="meta"))
-            outputs = [(head, head(features)) for head in heads(model)]
+            outputs = list(head_outputs(model, features))
     except Exception as error:  # whatever some layer refuses with
+        if is_unknown_to_meta(error):
+            return [], f"whether the layers fit each other was not checked, since an operator has no form without memory ({reason_of(error)})"
         raise ConfigError(f"the model cannot take a training image of {shape}: {reason_of(error)}; do the in_channels of its heads "
                           "fit?") from error
     finally:
@@ -52,7 +54,12 @@ def check_forward(model: nn.Module, sample: Mapping[str, Any], micro_batch: int,
         others = "train on more processes" if isinstance(norm, nn.SyncBatchNorm) else "use norm_cfg=dict(type='SyncBN')"
         raise ConfigError(f"batch norm {name} gets one value per channel from {micro_batch} image a process on {processes} "
                           f"process{'es' * (processes > 1)}, and needs two in training; raise data.samples_per_gpu, or {others}")
-    return outputs
+    return outputs, None
+
+
+def is_unknown_to_meta(error: Exception) -> bool:
+    """Whether an operator refused tensors without storage: torch's dispatcher has no kernel for them, or mmcv's has none for their device."""
+    return isinstance(error, NotImplementedError) or "implementation for device meta" in str(error)
 
 
 def image_shape(sample: Mapping[str, Any]) -> tuple[int, int, int]:

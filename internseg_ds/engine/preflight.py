@@ -4,24 +4,24 @@ In: what the user gave. Out: a `Plan`, from which `SegmentorEngine` is built and
 """
 
 import copy
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.data import Dataset
 
 from internseg_ds.checkpoints.fitting import Fit
 from internseg_ds.data.datasets import build_datasets, first_sample, parts, plain_parts
 from internseg_ds.data.survey import compare_zero_labels, survey
-from internseg_ds.distributed.construction import build_on_meta, choose_recomputation
+from internseg_ds.distributed.construction import build_on_meta, choose_recomputation, freeze_parts
 from internseg_ds.distributed.ds_config import DsConfig
 from internseg_ds.distributed.optimizers import check_optimizer
 from internseg_ds.distributed.parameter_groups import named_groups, parameter_groups
-from internseg_ds.distributed.precision import apply_precision, backbone_dtype, heads_dtype
+from internseg_ds.distributed.precision import backbone_dtype, heads_dtype
 from internseg_ds.distributed.process_group import World
 from internseg_ds.engine.experiment import Experiment, leaf_datasets
 from internseg_ds.engine.loss_checks import check_losses
@@ -31,7 +31,10 @@ from internseg_ds.engine.planner import ds_config_of
 from internseg_ds.engine.resuming import check_resumable
 from internseg_ds.engine.starting_weights import starting_weights
 from internseg_ds.engine.trackers import check_trackers
-from internseg_ds.errors import ConfigError, DataError, reason_of
+from internseg_ds.errors import ConfigError, DataError, shortened
+from internseg_ds.models.blocks import odd_blocks
+
+log = logging.getLogger(__name__)
 
 TOLERATED = 8
 """Damaged images at the start of a validation set, which an evaluation will leave out, that are no reason to think its pipeline wrong."""
@@ -55,6 +58,8 @@ class Plan:
     train_set: Dataset
     val_set: Dataset | None
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What the log of the run is to say of these checks."""
 
 
 def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, Any], world: World, *, validate: bool = True,
@@ -65,11 +70,12 @@ def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, An
     """
     meta_model = build_on_meta(experiment.model)
     choose_recomputation(meta_model, experiment.engine.recomputation)
+    freeze_parts(meta_model, experiment.engine.freeze)
     ds = ds_config_of(experiment, ds_config, meta_model, world.size, global_batch=experiment.engine.global_batch, accumulation=experiment.accumulation)
     if ds.stage == 0:
         raise ConfigError(f"{ds.source} names no ZeRO stage; write \"zero_optimization\": {{\"stage\": 3}} (or 1, 2), or take one of ds_configs/")
-    dtypes = (backbone_dtype(experiment.engine.backbone_dtype, world.device, ds.precision),
-              heads_dtype(experiment.engine.heads_dtype, meta_model, ds.precision))
+    backbone_dtype(experiment.engine.backbone_dtype, world.device, ds.precision)
+    heads_dtype(experiment.engine.heads_dtype, meta_model, ds.precision)
     check_offload(experiment, ds, resume_from)
     check_node_local(ds, world)
     groups = parameter_groups(meta_model, experiment.optimizer)
@@ -88,8 +94,15 @@ def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, An
     first, *others = [first_sample(part, "data.train", tolerated=experiment.engine.max_data_faults) for part in parts(train_set)]
     for sample in (first, *others):
         check_sample(meta_model, sample)
-    outputs = check_forward(meta_model, first, ds.micro_batch, world.size)
-    check_precision(meta_model, first, ds, *dtypes)
+    leaf_classes = ds.raw["zero_optimization"].get("leaf_module", {}).get("classes", ())
+    with odd_blocks(meta_model, leaf_classes) as odd:
+        outputs, unchecked = check_forward(meta_model, first, ds.micro_batch, world.size)
+    notes = [unchecked] if unchecked else []
+    if odd or (unchecked and leaf_classes):
+        ds = ds.without_leaf_modules()
+        notes.append("ZeRO-3's hooks are on layers, not on blocks: " +
+                     ("nothing is known of their inputs and outputs" if unchecked else
+                      f"{shortened(sorted(odd))} takes or returns no single tensor, or runs twice"))
     warnings += try_losses(outputs, len(train_set.CLASSES), ignored)
     val_set = None
     if validate:
@@ -100,25 +113,7 @@ def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, An
     if world.is_main:
         warnings += survey(train_set, "data.train", training=True)
         warnings += survey(val_set, "data.val", training=False) if val_set is not None else []
-    return Plan(experiment, ds, world, meta_model, weights, resume_from, image_shape(first)[1:], train_set, val_set, tuple(warnings))
-
-
-def check_precision(meta_model: nn.Module, sample: Mapping[str, Any], ds: DsConfig, compute: torch.dtype, heads: torch.dtype) -> None:
-    """A forward in the dtypes of the run, which a module that makes fp32 tensors of its own does not survive in bf16. Raises ConfigError."""
-    if ds.param_dtype == torch.float32:
-        return
-    model = copy.deepcopy(meta_model).to(ds.param_dtype)
-    apply_precision(model, compute, heads=heads)
-    try:
-        check_forward(model, sample, ds.micro_batch, ds.world_size)
-    except ConfigError as error:
-        cause = reason_of(error.__cause__) if error.__cause__ is not None else str(error)
-        raise ConfigError(f"the model computes in fp32, but not with a backbone in {_name(compute)} and heads in {_name(heads)} ({cause}); its modules must "
-                          "not make fp32 tensors of their own; engine.backbone_dtype=\"float32\", or ds_configs/zero3_autocast.json, does without") from error
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return Plan(experiment, ds, world, meta_model, weights, resume_from, image_shape(first)[1:], train_set, val_set, tuple(warnings), tuple(notes))
 
 
 def check_offload(experiment: Experiment, ds: DsConfig, resume_from: Path | None) -> None:

@@ -6,12 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from mmcv import ConfigDict
 from mmseg.datasets import DATASETS, build_dataset
 from mmseg.datasets.builder import PIPELINES
-from mmseg.models import BACKBONES
-from torch import nn
 from torch.utils.data import Dataset
 
 from internseg_ds.distributed.process_group import World
@@ -159,28 +156,6 @@ def test_a_part_without_images_is_named(ade20k, tmp_path):
         (tmp_path / nothing[key]).mkdir(parents=True)
     with pytest.raises(DataError, match=f"joins several data sets, and that of {tmp_path}/images/training has no image"):
         check(replace(experiment, train=[experiment.train, nothing]), ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0))
-
-
-@BACKBONES.register_module()
-class BackboneWithFp32OfItsOwn(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.LayerNorm(3)
-
-    def forward(self, image):
-        mixed = torch.einsum("bhwc,cd->bhwd", self.norm(image.movedim(1, 3)), torch.ones(3, 128, device=image.device))
-        return [mixed.movedim(3, 1)] * 4
-
-
-def test_a_module_that_does_not_compute_in_bf16_is_refused_before_it_has_memory(ade20k):
-    experiment = read_experiment(ROOT / TINY, dict(option.split("=") for option in data_options(ade20k)) | {"engine.backbone_dtype": "bfloat16"})
-    experiment.model.backbone = ConfigDict(type="BackboneWithFp32OfItsOwn")
-    experiment.optimizer.pop("constructor")
-    experiment.optimizer.pop("paramwise_cfg")
-    with pytest.raises(ConfigError, match=r"not with a backbone in bfloat16 .*RuntimeError: expected scalar type .* engine\.backbone_dtype=\"float32\""):
-        check(experiment, ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0))
-    for engine, ds_config in ((replace(experiment.engine, backbone_dtype="float32"), "zero3_bf16"), (experiment.engine, "zero3_autocast")):
-        check(replace(experiment, engine=engine), ROOT / f"ds_configs/{ds_config}.json", World(0, 2, 0))
 
 
 @DATASETS.register_module()
