@@ -18,6 +18,7 @@ from mmseg.datasets.pipelines import LoadAnnotations
 from torch.utils.data import Dataset
 
 import internseg_ds.data.ade20k
+import internseg_ds.data.published
 import internseg_ds.data.transforms  # noqa: F401 - registers those that published configs name
 from internseg_ds.data.class_balance import ClassBalancedDataset
 from internseg_ds.data.label_maps import CheckAnnotation, read_label_maps_of
@@ -58,6 +59,9 @@ def build_datasets(entry: Any, what: str, leaves: list[Any], **default_args: Any
         if isinstance(part, CustomDataset) and part.CLASSES is not None:
             read_label_maps_of(part)
             _check_annotations_of(part)
+            for step in part.pipeline.transforms:
+                if hasattr(step, "CLASSES"):  # from there on labels mean something else
+                    part.CLASSES, part.PALETTE = step.CLASSES, step.PALETTE
     for wrapper in _wrappers(dataset):
         if isinstance(wrapper, ClassBalancedDataset):
             wrapper.balance()

@@ -94,7 +94,7 @@ def _classes(parts: Sequence[CustomDataset], what: str, training: bool) -> list[
     counts, began, total = Counts(), time.monotonic(), sum(map(len, parts))
     for part in parts:
         loader = next((step for step in _steps(part) if isinstance(step, LoadLabelMap)), None) if training else part.gt_seg_map_loader
-        if isinstance(loader, LoadLabelMap) and part.ann_dir is not None:
+        if isinstance(loader, LoadLabelMap) and part.ann_dir is not None and loader.classes == len(part.CLASSES):  # no later step gives labels another meaning
             _count(part, loader, max(1, MAPS * len(part) // total), began + SECONDS, counts)
     classes, none = parts[0].CLASSES, parts[0].ignore_index
     present = {index for index in counts.pixels if 0 <= index < len(classes)}

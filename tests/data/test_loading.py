@@ -1,3 +1,4 @@
+import random
 import re
 import shutil
 import signal
@@ -5,10 +6,12 @@ import subprocess
 from itertools import islice
 
 import cv2
+import numpy as np
 import psutil
 import pytest
 import torch
 from mmcv import Config
+from mmseg.datasets.builder import PIPELINES
 
 from internseg_ds.data.datasets import build_datasets, first_sample
 from internseg_ds.data.loading import evaluation_images, training_batches
@@ -211,3 +214,19 @@ def test_a_data_worker_ends_by_sigterm_of_its_own_process_only(training):
     psutil.wait_procs([worker], timeout=5)
     assert not worker.is_running()
     stream.close()
+
+
+def test_whatever_generator_a_transform_draws_from_a_resumed_stream_repeats_it(data):
+    @PIPELINES.register_module(force=True)
+    class Noise:
+        def __call__(self, results):
+            drawn = torch.rand(1).item() + np.random.rand() + random.random()
+            results["img"] = results["img"] + np.float32(drawn)
+            return results
+
+    entry = Config({**data.train})._cfg_dict
+    entry.pipeline.insert([step.type for step in entry.pipeline].index("DefaultFormatBundle"), dict(type="Noise"))
+    dataset = build_datasets(entry, "data.train", [entry])
+    unbroken, resumed, helped = batches(dataset, 5), batches(dataset, 2, start=6), batches(dataset, 5, workers=2)
+    assert all(torch.equal(a.inputs["img"], b.inputs["img"]) for a, b in zip(unbroken[3:], resumed))
+    assert all(torch.equal(a.inputs["img"], b.inputs["img"]) for a, b in zip(unbroken, helped))
