@@ -89,8 +89,8 @@ def read_experiment(config: str | os.PathLike | Config, cfg_options: Mapping[str
     for key in ("model", "data", "optimizer", "lr_config", "runner"):
         if key not in cfg:
             newer = [name for name in OF_MMENGINE if name in cfg]
-            raise ConfigError(f"{path} has no {key!r} section; " + (f"with {', '.join(newer)} it looks like a config of MMSegmentation 1.x, and 0.x is read here "
-                              "(0.30 is the last); " if newer else "") + "take one of configs/ as an example")
+            hint = f"with {', '.join(newer)} it looks like a config of MMSegmentation 1.x, and 0.x is read here (0.30 is the last); " if newer else ""
+            raise ConfigError(f"{path} has no {key!r} section; {hint}take one of configs/ as an example")
     for key in SECTIONS:
         if not isinstance(cfg.get(key, {}), Mapping) and (key not in OPTIONAL or cfg[key] is not None):
             raise ConfigError(f"{key}={cfg[key]!r} of {path} must be a section dict(...)")
