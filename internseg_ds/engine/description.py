@@ -32,6 +32,8 @@ def describe(plan: Plan, console: Console) -> None:
     console.print(f"batch: {ds.global_batch} images per step = {ds.world_size} processes x {ds.micro_batch} images x {ds.accumulation} accumulation steps")
     console.print(f"data: {len(plan.train_set):,} training images, {len(plan.val_set) if plan.val_set is not None else 0:,} validation images; "
                   f"{experiment.max_steps:,} steps = {experiment.max_steps * ds.global_batch / len(plan.train_set):.1f} epochs")
+    for note in plan.notes:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
     for said in plan.warnings:
         console.print(f"warning: {said}", markup=False, highlight=False, soft_wrap=True, style="yellow")
     try:
