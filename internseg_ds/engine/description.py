@@ -32,12 +32,15 @@ def describe(plan: Plan, console: Console) -> None:
     console.print(f"batch: {ds.global_batch} images per step = {ds.world_size} processes x {ds.micro_batch} images x {ds.accumulation} accumulation steps")
     console.print(f"data: {len(plan.train_set):,} training images, {len(plan.val_set) if plan.val_set is not None else 0:,} validation images; "
                   f"{experiment.max_steps:,} steps = {experiment.max_steps * ds.global_batch / len(plan.train_set):.1f} epochs")
+    for note in plan.notes:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
     for said in plan.warnings:
         console.print(f"warning: {said}", markup=False, highlight=False, soft_wrap=True, style="yellow")
     try:
         memory = of_this_run(Planner(experiment, plan.meta_model, crop=plan.crop), ds, plan.world, validate=plan.val_set is not None)
     except Exception as error:  # an odd model is no reason not to train it
-        console.print(f"the memory of this run cannot be planned: {reason_of(error)}")
+        console.print(f"the memory of this run cannot be planned: {reason_of(error)}; where that is of its forward, training will end there too",
+                      markup=False, soft_wrap=True)
         return
     console.print(memory_table(memory, f"{ds.source}: ZeRO-{ds.stage}, {ds.precision}, {ds.world_size} process{'es' * (ds.world_size > 1)}"))
     console.print(f"Recomputed in the backbone: {memory.planner.recomputation}.")

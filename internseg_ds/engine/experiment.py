@@ -68,6 +68,8 @@ class Experiment:
         return self.schedule.max_steps
 
 
+OF_MMENGINE = ("optim_wrapper", "param_scheduler", "train_dataloader", "default_hooks", "val_evaluator")
+"""Sections that MMSegmentation has since version 1."""
 SCORES = {"mIoU": ("mIoU", "mAcc", "aAcc"), "mDice": ("mDice", "mAcc", "aAcc"), "mFscore": ("mFscore", "mPrecision", "mRecall", "aAcc")}
 """mmseg's metrics, and the scores over all classes that each comes with."""
 
@@ -86,7 +88,9 @@ def read_experiment(config: str | os.PathLike | Config, cfg_options: Mapping[str
         cfg.runner = dict(type="IterBasedRunner", max_iters=cfg.total_iters)
     for key in ("model", "data", "optimizer", "lr_config", "runner"):
         if key not in cfg:
-            raise ConfigError(f"{path} has no {key!r} section; take one of configs/ as an example")
+            newer = [name for name in OF_MMENGINE if name in cfg]
+            hint = f"with {', '.join(newer)} it looks like a config of MMSegmentation 1.x, and 0.x is read here (0.30 is the last); " if newer else ""
+            raise ConfigError(f"{path} has no {key!r} section; {hint}take one of configs/ as an example")
     for key in SECTIONS:
         if not isinstance(cfg.get(key, {}), Mapping) and (key not in OPTIONAL or cfg[key] is not None):
             raise ConfigError(f"{key}={cfg[key]!r} of {path} must be a section dict(...)")

@@ -56,6 +56,9 @@ def section_notes(cfg: Mapping[str, Any], path: str) -> list[str]:
     for section, known in _known_elsewhere(optimizer_hook).items():
         lenient = section in ("evaluation", "log_config") or (section == "optimizer_config" and optimizer_hook is None)
         notes += _look(_section(cfg, section, path), section, KNOWN[section], known, path, lenient=lenient)
+    for key in _section(cfg, "model.test_cfg", path):  # heads may read keys of their own there
+        if key not in KNOWN["model.test_cfg"] and (near := difflib.get_close_matches(key, KNOWN["model.test_cfg"], n=1, cutoff=0.75)):
+            raise ConfigError(f"unknown key {key!r} in model.test_cfg of {path}; did you mean {near[0]!r}?")
     if kind != "OptimizerHook":
         notes.append(f"optimizer_config.type = {kind!r} has no effect here: the engine clips and steps itself, in the precision that the ds_config says")
     return notes

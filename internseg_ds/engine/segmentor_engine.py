@@ -141,7 +141,7 @@ class SegmentorEngine:
         for note in experiment.notes:
             log.info("config: %s", note)
         log.info("%s", sizes)
-        for said in self.plan.warnings:
+        for said in self.plan.warnings if world.is_main else ():
             log.warning(said)
         for note in self.plan.notes:
             log.info("%s", note)

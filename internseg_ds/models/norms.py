@@ -64,7 +64,8 @@ def rms_norm_kernel(width: int, dtype: torch.dtype, device: torch.device) -> Ker
     if apex is not None:
         kernels["apex"] = apex
     name, why = fastest(kernels, width, dtype, device) if len(kernels) > 1 else ("torch", "no other here")
-    log.info("RMSNorm of width %d in %s on %s: %s (%s)", width, str(dtype).removeprefix("torch."), device, name, why)
+    if device.type != "meta":  # where nothing is computed
+        log.info("RMSNorm of width %d in %s on %s: %s (%s)", width, str(dtype).removeprefix("torch."), device, name, why)
     return kernels[name]
 
 

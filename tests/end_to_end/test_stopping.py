@@ -125,6 +125,7 @@ def test_a_stop_file_stops_all_ranks_and_must_be_removed_to_go_on(options, tmp_p
     (work_dir / "STOP").touch()
     assert run.codes() == [STOPPED, STOPPED]
     tag = (work_dir / "checkpoints" / "latest").read_text()
+    assert "--resume auto: there is no checkpoint in" in run.log.read_text()
     assert f"--resume auto goes on from {tag}" in run.log.read_text() and tag != f"iter_{STEPS}"
     refused = launch("launch/train.py", TINY, "--work-dir", work_dir, "--cfg-options", *options, processes=1, check=False)
     assert refused.returncode == 2 and f"{work_dir / 'STOP'} is there" in refused.stderr

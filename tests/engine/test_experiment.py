@@ -55,6 +55,7 @@ def test_work_dir_seed_and_auto_resume_are_read():
     ({"lr_config": {"min_lrs": 4}}, "'min_lrs' in lr_config .*did you mean 'min_lr'"),
     ({"optimizer_config": {"gradclip": 4}}, "'gradclip' in optimizer_config .*did you mean 'grad_clip'"),
     ({"checkpoint_config": {"max_keep_ckpt": 4}}, "'max_keep_ckpt' in checkpoint_config .*did you mean 'max_keep_ckpts'"),
+    ({"model": {"test_cfg": {"batch_sizes": 4}}}, "'batch_sizes' in model.test_cfg .*did you mean 'batch_size'"),
     ({"log_config": {"intervals": 4}}, "'intervals' in log_config .*did you mean 'interval'"),
     ({"log_config": {"hooks": [dict(type="TensorboardLoggerHook", log_dirs="x")]}}, "'log_dirs' in TensorboardLoggerHook .*did you mean 'log_dir'"),
     ({"log_config": {"hooks": [dict(type="TensorBoardLoggerHook")]}}, "did you mean 'TensorboardLoggerHook'"),
@@ -154,7 +155,8 @@ def test_options_that_mean_nothing_are_named(options, words):
         read_experiment(ROOT / TINY, options)
 
 
-@pytest.mark.parametrize(("text", "words"), [("model = dict(", "cannot be read"), ("x = 1", "no 'model' section")])
+@pytest.mark.parametrize(("text", "words"), [("model = dict(", "cannot be read"), ("x = 1", "no 'model' section; take one"),
+                                             ("model = dict()\noptim_wrapper = dict()", "optim_wrapper it looks like a config of MMSegmentation 1.x")])
 def test_a_broken_config_is_one_sentence(tmp_path, text, words):
     (tmp_path / "broken.py").write_text(text)
     with pytest.raises(ConfigError, match=words):
