@@ -48,7 +48,7 @@ def fit(weights: Weights, shapes: Mapping[str, torch.Size], *, prefix: str = "",
             found.ignored.append(source)
         elif name not in shapes:
             extra.append(source)
-        elif shape == shapes[name]:
+        elif shape == shapes[name] or (shape == () and shapes[name] == (1,)):  # parameters without dimensions are vectors here (`construction`)
             found.sources[name] = source
         elif name in resizable and resizable[name](shape, shapes[name]):
             found.sources[name] = source

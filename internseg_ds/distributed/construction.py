@@ -15,6 +15,7 @@ from mmcv.cnn import ConvModule
 from mmcv.runner import BaseModule
 from mmseg.models import build_segmentor
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
 import internseg_ds.models  # noqa: F401 - registers the backbones and heads
@@ -24,6 +25,7 @@ from internseg_ds.distributed.sync_batch_norm import allow_any_device
 from internseg_ds.errors import ConfigError
 from internseg_ds.models.backbone import forget_pretrained
 from internseg_ds.models.external_parameters import external_parameters
+from internseg_ds.models.freezing import freeze
 from internseg_ds.models.pixel_losses import losses_without_waits
 from internseg_ds.models.recomputation import set_recomputation
 from internseg_ds.seeding import derived_seed
@@ -35,7 +37,7 @@ def build_on_meta(model: ConfigDict) -> nn.Module:
     Raises ConfigError when mmseg cannot build it, in the words of whichever constructor refused.
     """
     try:
-        with torch.device("meta"), _HostSequences():
+        with torch.device("meta"), _HostSequences(), _vectors_for_scalars():
             segmentor = build_segmentor(model).to("meta")
     except Exception as error:  # whatever some constructor refuses with
         raise ConfigError(f"the model section cannot be built: {type(error).__name__}: {error}") from error
@@ -56,6 +58,20 @@ class _HostSequences(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+@contextmanager
+def _vectors_for_scalars() -> Iterator[None]:
+    """Inside: a parameter without dimensions (mmcv's `Scale`), which ZeRO-3 cannot partition, is registered as a vector of one element, which multiplies alike."""
+
+    def one_element(_: nn.Module, __: str, param: nn.Parameter | None) -> nn.Parameter | None:
+        return nn.Parameter(param.data.view(1), param.requires_grad) if param is not None and param.dim() == 0 else None
+
+    hook = register_module_parameter_registration_hook(one_element)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def choose_recomputation(segmentor: nn.Module, recomputation: str | int) -> None:
     """Applies `engine.recomputation` to a built segmentor; "config" leaves it as its config's `with_cp` says, "auto" until it is chosen.
 
@@ -70,19 +86,27 @@ def choose_recomputation(segmentor: nn.Module, recomputation: str | int) -> None
                           "and \"auto\" to the plan of the memory") from None
 
 
+def freeze_parts(segmentor: nn.Module, names: Sequence[str]) -> None:
+    """Applies `engine.freeze` to a built segmentor, before its parameter groups are made. Raises ConfigError for a name that is none."""
+    try:
+        freeze(segmentor, names)
+    except ValueError as error:
+        raise ConfigError(f"engine.freeze={list(names)!r} cannot be: {error}") from None
+
+
 def build_for_training(model: ConfigDict, ds: DsConfig, device: torch.device, seed: int) -> nn.Module:
     """The segmentor with initial values, in `ds.param_dtype`, on `device`. Collective under ZeRO-3, where each rank keeps its share only."""
     import deepspeed
 
     if ds.stage == 3:
         # no dtype argument: deepspeed 0.19.8 turns dtype=torch.float32 into bf16 where fp16 is not supported (CPUs); the config says the same
-        with deepspeed.zero.Init(config_dict_or_path=ds.raw):
+        with deepspeed.zero.Init(config_dict_or_path=ds.raw), _vectors_for_scalars():
             segmentor = build_segmentor(model)
         for module in segmentor.modules():
             for param in external_parameters(module).values():
                 deepspeed.zero.register_external_parameter(module, param)
     else:
-        with torch.device(device), _default_dtype(ds.param_dtype), _HostSequences():
+        with torch.device(device), _default_dtype(ds.param_dtype), _HostSequences(), _vectors_for_scalars():
             segmentor = build_segmentor(model).to(device)
     forget_pretrained(segmentor)
     allow_any_device(segmentor)
@@ -95,7 +119,7 @@ def build_for_training(model: ConfigDict, ds: DsConfig, device: torch.device, se
 def initialise(segmentor: nn.Module, seed: int, dtype: torch.dtype) -> None:
     """Draws the initial values in fp32, gathering the parameters of one owner at a time. Collective under ZeRO-3.
 
-    Three rounds, as mmcv orders them: every module that owns parameters (`reset_parameters`), every ConvModule, then every child of the segmentor that
+    Three rounds, as mmcv orders them: every module that owns parameters (`reset_parameters`), every ConvModule, then every part of the segmentor that
     brings an `init_cfg` or an `init_weights` of its own. A module with none of these keeps the values that its constructor gave it.
     """
     for name, module in segmentor.named_modules():
@@ -109,13 +133,24 @@ def initialise(segmentor: nn.Module, seed: int, dtype: torch.dtype) -> None:
             torch.manual_seed(derived_seed(seed, name + "#conv"))
             with _whole_fp32(list(module.parameters()), dtype):
                 module.init_weights()
-    for name, child in segmentor.named_children():
-        if _initialises_itself(child):
+    for name, part in _parts(segmentor):
+        if _initialises_itself(part):
             torch.manual_seed(derived_seed(seed, name + "#init"))
-            with _whole_fp32(list(child.parameters()), dtype):
+            with _whole_fp32(list(part.parameters()), dtype):
                 logging.disable(logging.INFO)  # mmcv logs every parameter that it sets
-                child.init_weights()
-                logging.disable(logging.NOTSET)
+                try:
+                    part.init_weights()
+                finally:
+                    logging.disable(logging.NOTSET)
+
+
+def _parts(segmentor: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Backbone, neck and heads by their names; of several heads in a list each by itself."""
+    for name, child in segmentor.named_children():
+        if isinstance(child, nn.ModuleList):
+            yield from ((f"{name}.{place}", part) for place, part in child.named_children())
+        else:
+            yield name, child
 
 
 def _initialises_itself(module: nn.Module) -> bool:

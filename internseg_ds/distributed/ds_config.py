@@ -8,7 +8,7 @@ import copy
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -59,6 +59,11 @@ class DsConfig:
     def param_dtype(self) -> torch.dtype:
         """dtype in which ZeRO stores the parameters that modules compute with (the masters are fp32 in every mode)."""
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    def without_leaf_modules(self) -> "DsConfig":
+        """The same with DeepSpeed's hooks on each layer."""
+        zero = {**self.raw["zero_optimization"], "leaf_module": {"classes": []}}
+        return replace(self, raw={**self.raw, "zero_optimization": zero})
 
 
 def resolve_ds_config(

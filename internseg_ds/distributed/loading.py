@@ -76,7 +76,9 @@ def _resizable(model: nn.Module, prefix: str) -> dict[str, CanResize]:
 
 
 def resized(model: nn.Module, name: str, value: Tensor, shape: torch.Size) -> Tensor:
-    """`value` as the parameter `name` of the segmentor needs it: resized where the backbone says how."""
+    """`value` as the parameter `name` of the segmentor needs it: resized where the backbone says how; of one without dimensions, a vector."""
+    if value.dim() == 0:
+        return value.view(shape)
     return value if value.shape == shape else model.backbone.resizable[name.removeprefix("backbone.")][1](value, shape)
 
 

@@ -15,13 +15,15 @@ from torch.utils.data import Dataset
 from internseg_ds.engine.experiment import Experiment, leaf_datasets
 from internseg_ds.errors import ConfigError
 from internseg_ds.models.backbone import patch_size
-from internseg_ds.models.heads import heads
+from internseg_ds.models.heads import head_outputs, heads
+from internseg_ds.models.pixel_losses import counts_pixels
 
 
-def check_forward(model: nn.Module, sample: Mapping[str, Any], micro_batch: int, processes: int) -> None:
+def check_forward(model: nn.Module, sample: Mapping[str, Any], micro_batch: int, processes: int) -> str | None:
     """A forward on the meta device: layers whose sizes do not fit each other are found without memory or data, and batch norms that would get one value.
 
-    A batch norm needs two values per channel in training, which one image pooled to a point does not give it. Raises ConfigError.
+    A batch norm needs two values per channel in training, which one image pooled to a point does not give it. Raises ConfigError. Returns why nothing could be
+    checked, where a layer computes by an operator that does not know the meta device (mmcv's compiled ones); else None.
     """
     shape, starved = image_shape(sample), []
 
@@ -36,9 +38,11 @@ def check_forward(model: nn.Module, sample: Mapping[str, Any], micro_batch: int,
     try:
         with torch.no_grad():
             features = model.extract_feat(torch.empty(1, *shape, device="meta"))
-            for head in heads(model):
-                head(features)
+            for _ in head_outputs(model, features):
+                pass
     except Exception as error:  # whatever some layer refuses with
+        if is_unknown_to_meta(error):
+            return f"whether the layers fit each other was not checked, since an operator has no form without memory ({_first_line(error)})"
         raise ConfigError(f"the model cannot take a training image of {shape}: {type(error).__name__}: {error}; do the in_channels of its heads "
                           "fit?") from error
     finally:
@@ -50,6 +54,16 @@ def check_forward(model: nn.Module, sample: Mapping[str, Any], micro_batch: int,
         others = "train on more processes" if isinstance(norm, nn.SyncBatchNorm) else "use norm_cfg=dict(type='SyncBN')"
         raise ConfigError(f"batch norm {name} gets one value per channel from {micro_batch} image a process on {processes} "
                           f"process{'es' * (processes > 1)}, and needs two in training; raise data.samples_per_gpu, or {others}")
+    return None
+
+
+def is_unknown_to_meta(error: Exception) -> bool:
+    """Whether an operator refused tensors without storage: torch's dispatcher has no kernel for them, or mmcv's has none for their device."""
+    return isinstance(error, NotImplementedError) or "implementation for device meta" in str(error)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
 
 
 def image_shape(sample: Mapping[str, Any]) -> tuple[int, int, int]:
@@ -66,8 +80,9 @@ def check_classes(model: nn.Module, dataset: Dataset, what: str) -> None:
     colours = getattr(dataset, "PALETTE", None)  # drawn by mmseg for a CustomDataset that is given none
     if colours is None or len(colours) != len(classes):
         raise ConfigError(f"{what} has {len(classes)} classes and {0 if colours is None else len(colours)} colours; give it a palette=[...] of one each")
+    auxiliary = heads(model)[len(model.decode_head) if isinstance(model.decode_head, nn.ModuleList) else 1 :]  # may have labels of their own: edges
     for head in heads(model):
-        if head.num_classes != len(classes):
+        if head.num_classes != len(classes) and (counts_pixels(head) or head not in auxiliary):
             raise ConfigError(f"{type(head).__name__} predicts num_classes={head.num_classes} classes but {what} has {len(classes)}; make them equal")
 
 

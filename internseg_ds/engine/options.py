@@ -41,13 +41,18 @@ class EngineOptions:
     weights_may_differ: tuple[str, ...] = ()
     """Prefixes of names that the weights a run starts from may have too many, too few, or of another shape (other classes);
     any other difference is an error."""
+    freeze: tuple[str, ...] = ()
+    """Names of modules (backbone.layer1, or backbone for all of it) and parameters that do not train. A module that is named runs as in an evaluation: its
+    batch norms use the statistics that they start with, and keep them, and it drops nothing."""
     peak_tflops: float | None = None
     """Peak of matrix products in the backbone's compute dtype, in TFLOP/s per device, which mfu and hfu are relative to. None: measured at the start."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.weights_may_differ, (list, tuple)) or not all(isinstance(prefix, str) for prefix in self.weights_may_differ):
-            raise ConfigError(f"engine.weights_may_differ={self.weights_may_differ!r} must be a list of prefixes of names")
-        object.__setattr__(self, "weights_may_differ", tuple(self.weights_may_differ))
+        for name, what in (("weights_may_differ", "prefixes of names"), ("freeze", "names of modules and parameters, such as ['backbone']")):
+            names = getattr(self, name)
+            if not isinstance(names, (list, tuple)) or not all(isinstance(part, str) for part in names):
+                raise ConfigError(f"engine.{name}={names!r} must be a list of {what}")
+            object.__setattr__(self, name, tuple(names))
         if self.ema is not None and not (isinstance(self.ema, float) and 0 < self.ema < 1):
             raise ConfigError(f"engine.ema={self.ema!r} must be a number between 0 and 1, such as 0.999, or None")
         if self.backbone_dtype not in ("auto", "bfloat16", "float32"):

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from internseg_ds.distributed.construction import build_on_meta, choose_recomputation
+from internseg_ds.distributed.construction import build_on_meta, choose_recomputation, freeze_parts
 from internseg_ds.distributed.ds_config import DsConfig, Precision, resolve_ds_config
 from internseg_ds.distributed.gathering import ROOM
 from internseg_ds.distributed.optimizers import group_limit, is_ranged
@@ -64,6 +64,7 @@ class Planner:
         self.model = model if model is not None else build_on_meta(experiment.model)
         if model is None:
             choose_recomputation(self.model, experiment.engine.recomputation)
+            freeze_parts(self.model, experiment.engine.freeze)
         self.crop = crop or crop_size(experiment)
         self.setting_sizes = [sum(param.numel() for param in group["params"]) for group in parameter_groups(self.model, experiment.optimizer)]
         self._found: dict[tuple[Precision, torch.dtype, bool], tuple[Activations, Evaluation | None]] = {}

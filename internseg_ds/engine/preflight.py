@@ -15,7 +15,7 @@ from torch.utils.data import ConcatDataset, Dataset
 
 from internseg_ds.checkpoints.fitting import Fit
 from internseg_ds.data.datasets import build_datasets, first_sample, parts
-from internseg_ds.distributed.construction import build_on_meta, choose_recomputation
+from internseg_ds.distributed.construction import build_on_meta, choose_recomputation, freeze_parts
 from internseg_ds.distributed.ds_config import DsConfig
 from internseg_ds.distributed.optimizers import check_optimizer
 from internseg_ds.distributed.parameter_groups import named_groups, parameter_groups
@@ -27,7 +27,8 @@ from internseg_ds.engine.planner import ds_config_of
 from internseg_ds.engine.resuming import check_resumable
 from internseg_ds.engine.starting_weights import starting_weights
 from internseg_ds.engine.trackers import check_trackers
-from internseg_ds.errors import ConfigError, DataError
+from internseg_ds.errors import ConfigError, DataError, shortened
+from internseg_ds.models.blocks import odd_blocks
 
 TOLERATED = 8
 """Damaged images at the start of a validation set, which an evaluation will leave out, that are no reason to think its pipeline wrong."""
@@ -49,6 +50,8 @@ class Plan:
     crop: tuple[int, int]
     train_set: Dataset
     val_set: Dataset | None
+    notes: tuple[str, ...] = ()
+    """What the log of the run is to say of these checks."""
 
 
 def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, Any], world: World, *, validate: bool = True,
@@ -59,6 +62,7 @@ def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, An
     """
     meta_model = build_on_meta(experiment.model)
     choose_recomputation(meta_model, experiment.engine.recomputation)
+    freeze_parts(meta_model, experiment.engine.freeze)
     ds = ds_config_of(experiment, ds_config, meta_model, world.size, global_batch=experiment.engine.global_batch, accumulation=experiment.accumulation)
     if ds.stage == 0:
         raise ConfigError(f"{ds.source} names no ZeRO stage; write \"zero_optimization\": {{\"stage\": 3}} (or 1, 2), or take one of ds_configs/")
@@ -80,13 +84,20 @@ def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, An
     first, *others = [first_sample(part, "data.train", tolerated=experiment.engine.max_data_faults) for part in parts(train_set)]
     for sample in (first, *others):
         check_sample(meta_model, sample)
-    check_forward(meta_model, first, ds.micro_batch, world.size)
+    leaf_classes = ds.raw["zero_optimization"].get("leaf_module", {}).get("classes", ())
+    with odd_blocks(meta_model, leaf_classes) as odd:
+        unchecked = check_forward(meta_model, first, ds.micro_batch, world.size)
+    notes = [unchecked] if unchecked else []
+    if odd or (unchecked and leaf_classes):
+        ds = ds.without_leaf_modules()
+        notes.append("ZeRO-3's hooks are on layers, not on blocks: " +
+                     ("nothing is known of their inputs and outputs" if unchecked else f"{shortened(sorted(odd))} takes or returns no single tensor, or runs twice"))
     val_set = None
     if validate:
         val_set = validation_set(experiment)
         check_classes(meta_model, val_set, "data.val")
         first_sample(val_set, "data.val", tolerated=TOLERATED)
-    return Plan(experiment, ds, world, meta_model, weights, resume_from, image_shape(first)[1:], train_set, val_set)
+    return Plan(experiment, ds, world, meta_model, weights, resume_from, image_shape(first)[1:], train_set, val_set, tuple(notes))
 
 
 def check_offload(experiment: Experiment, ds: DsConfig, resume_from: Path | None) -> None:

@@ -30,8 +30,9 @@ from torch import Tensor
 from internseg_ds.checkpoints.weights import weights_of
 from internseg_ds.checkpoints.zero_checkpoint import ZeroCheckpoint
 from internseg_ds.data.loading import Batch
+from internseg_ds.distributed.block_hooks import require_input_gradients
 from internseg_ds.distributed.checkpoint_engine import NotingCheckpointEngine
-from internseg_ds.distributed.construction import build_for_training, choose_recomputation
+from internseg_ds.distributed.construction import build_for_training, choose_recomputation, freeze_parts
 from internseg_ds.distributed.ema import ShardedEma
 from internseg_ds.distributed.gathering import forwards
 from internseg_ds.distributed.loading import fit_segmentor, load
@@ -128,6 +129,8 @@ class SegmentorEngine:
         start_logging(self.work_dir, level=experiment.log_level, is_main=world.is_main)
         for note in experiment.notes:
             log.info("config: %s", note)
+        for note in self.plan.notes:
+            log.info("%s", note)
         self._recomputation: Recomputation | Literal["config"] = "config"
         self._planner = Planner(experiment, self.plan.meta_model, crop=self.plan.crop)
         if world.is_main:
@@ -161,6 +164,7 @@ class SegmentorEngine:
         torch.backends.cudnn.benchmark = experiment.cudnn_benchmark and not torch.are_deterministic_algorithms_enabled()
         model = build_for_training(experiment.model, ds, device, seed)
         choose_recomputation(model, recomputation)
+        freeze_parts(model, experiment.engine.freeze)
         if checkpoint is not None:
             load(model, fit_segmentor(model, weights_of(checkpoint)))
         elif self.plan.weights is not None:
@@ -173,6 +177,7 @@ class SegmentorEngine:
         optimizer = build_optimizer(groups, experiment.optimizer, ds)
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds.raw,
                                                   lr_scheduler=lambda optimizer: experiment.schedule.scheduler(scheduled(optimizer)))
+        require_input_gradients(self.deepspeed.module)
         if isinstance(optimizer, RangedAdam):
             divide_by_settings(self.deepspeed, optimizer, groups)
         self.deepspeed.checkpoint_engine = NotingCheckpointEngine(self.deepspeed._config, background=experiment.engine.background_save)

@@ -1,8 +1,16 @@
 """The block that a backbone repeats: the unit in which ZeRO-3 gathers weights and reduces gradients. Built models and meta ones alike."""
 
+from collections import Counter
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+from mmcv.cnn import ConvModule, DepthwiseSeparableConvModule
+from torch import Tensor, nn
+
+LAYERS = (ConvModule, DepthwiseSeparableConvModule)
+"""Of mmcv."""
 
 
 @dataclass(frozen=True)
@@ -25,10 +33,39 @@ def repeated_block(backbone: nn.Module) -> RepeatedBlock | None:
         seen: set[RepeatedBlock] = set()
         for child in parent:
             kind = type(child)
-            if child is None or kind.__module__.startswith("torch.nn."):  # a place left empty; a container or a plain layer, whose class heads have too
-                continue
-            block = RepeatedBlock(f"{kind.__module__}.{kind.__qualname__}", tuple(param.numel() for param in child.parameters()))
+            if child is None or kind.__module__.startswith("torch.nn.") or issubclass(kind, LAYERS):
+                continue  # a place left empty; a container or a plain layer, whose class heads have too
+            block = RepeatedBlock(_class_name(child), tuple(param.numel() for param in child.parameters()))
             if block in seen and sum(block.sizes) > (sum(largest.sizes) if largest else 0):
                 largest = block
             seen.add(block)
     return largest
+
+
+@contextmanager
+def odd_blocks(model: nn.Module, class_names: Collection[str]) -> Iterator[set[str]]:
+    """Inside, during a forward pass: the set gets the names of those classes a module of which is called without a tensor by position, puts none out
+    (but a list of them, say), or is called twice: hooks that see tensors come and go do not work on those."""
+    odd: set[str] = set()
+    calls: Counter[nn.Module] = Counter()
+
+    def look(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        calls[module] += 1
+        results = output if isinstance(output, tuple) else (output,)
+        if calls[module] > 1 or not _hold_tensor(args) or not _hold_tensor(results):
+            odd.add(_class_name(module))
+
+    hooks = [module.register_forward_hook(look) for module in model.modules() if _class_name(module) in class_names]
+    try:
+        yield odd
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _hold_tensor(values: tuple[Any, ...]) -> bool:
+    return any(isinstance(value, Tensor) and value.is_floating_point() for value in values)
+
+
+def _class_name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"

@@ -1,6 +1,7 @@
 """The heads of a segmentor, as mmseg's segmentors hold them: decode_head (in cascades a list) and auxiliary_head (one, a list, or none)."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,14 +14,35 @@ def heads(segmentor: nn.Module) -> list[nn.Module]:
     return [part for head in found for part in (head if isinstance(head, nn.ModuleList) else [head])]
 
 
-def stand_in_loss(head: nn.Module, features: Sequence[Tensor], labels: Tensor) -> Tensor:
-    """A scalar that takes the memory of a head's loss, on tensors that may have no values (planning).
+def head_outputs(segmentor: nn.Module, features: Sequence[Tensor], but: Collection[nn.Module] = ()) -> Iterator[tuple[nn.Module, Any]]:
+    """Each head, but for some, with what it puts out. In a cascade, a head takes the output of the one before, as mmseg's evaluation has it.
 
-    features: the backbone's maps. labels: (b, h, w) int64. A head that computes no loss of pixels says itself what stands in, by a method
+    features: the maps of the backbone, or of the neck where there is one.
+    """
+    cascade = segmentor.decode_head if isinstance(segmentor.decode_head, nn.ModuleList) else ()
+    previous: Any = None
+    for head in heads(segmentor):
+        if head in but:
+            continue
+        if head in list(cascade)[1:]:
+            previous = head.forward_test(features, previous, [], segmentor.test_cfg)
+            yield head, previous
+        else:
+            output = head(features)
+            previous = output if head in cascade else previous
+            yield head, output
+
+
+def stand_in_loss(segmentor: nn.Module, features: Sequence[Tensor], labels: Tensor) -> Tensor:
+    """A scalar that takes the memory of the losses of all heads, on tensors that may have no values (planning).
+
+    features: as `head_outputs` takes them. labels: (b, h, w) int64. A head that computes no loss of pixels says itself what stands in, by a method
     `stand_in_loss(features, labels)`; of the others, which bring logits to the size of the labels, it is a cross entropy of each (b, classes, h, w)
     that they put out.
     """
-    if hasattr(head, "stand_in_loss"):
-        return head.stand_in_loss(features, labels)
-    maps = (leaf for leaf in tree_leaves(head(features)) if isinstance(leaf, Tensor) and leaf.dim() == 4)
-    return sum(F.cross_entropy(F.interpolate(logits, size=labels.shape[1:], mode="bilinear"), labels) for logits in maps)
+    own = [head for head in heads(segmentor) if hasattr(head, "stand_in_loss")]
+    total = sum(head.stand_in_loss(features, labels) for head in own)
+    for _, output in head_outputs(segmentor, features, but=own):
+        maps = (leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.dim() == 4)
+        total = total + sum(F.cross_entropy(F.interpolate(logits, size=labels.shape[1:], mode="bilinear"), labels) for logits in maps)
+    return total

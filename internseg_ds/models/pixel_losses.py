@@ -33,6 +33,11 @@ def losses_without_waits(segmentor: nn.Module) -> None:
             head.__class__ = _counting_class(type(head))
 
 
+def counts_pixels(head: nn.Module) -> bool:
+    """Whether a head has mmseg's own `losses`, of pixels and the data set's classes. For segmentors that `losses_without_waits` has seen."""
+    return getattr(head, "pixel_losses", False)
+
+
 @functools.cache
 def _counting_class(head_class: type[BaseDecodeHead]) -> type[BaseDecodeHead]:
     def losses(self: BaseDecodeHead, seg_logit: Tensor, seg_label: Tensor) -> dict[str, Tensor]:
@@ -46,4 +51,4 @@ def _counting_class(head_class: type[BaseDecodeHead]) -> type[BaseDecodeHead]:
         return found | {"acc_seg": pixel_accuracy(scores, labels, self.ignore_index)}
 
     place = {"__module__": head_class.__module__, "__qualname__": head_class.__qualname__, "__doc__": head_class.__doc__}
-    return type(head_class.__name__, (head_class,), place | {"losses": losses})
+    return type(head_class.__name__, (head_class,), place | {"losses": losses, "pixel_losses": True})

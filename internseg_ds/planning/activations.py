@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from internseg_ds.models.heads import heads, stand_in_loss
+from internseg_ds.models.heads import stand_in_loss
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def training_activations(model: nn.Module, height: int, width: int, micro_batch:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             features = model.extract_feat(images)
             kept, forward = lived.now - batch, lived.peak_since()
-            loss = sum(stand_in_loss(head, features, labels) for head in heads(model))
+            loss = stand_in_loss(model, features, labels)
         _at_first_gradient(features, lambda: peaks.append(lived.peak_since()))
         del features
         saved = lived.now if loss.requires_grad else 0
@@ -97,8 +97,7 @@ def most_bytes(model: nn.Module, height: int, width: int, micro_batch: int) -> i
         with Sum(), torch.no_grad():
             features = model.extract_feat(torch.empty(1, 3, height, width, device="meta"))
             labels = torch.empty(1, height, width, dtype=torch.int64, device="meta")
-            for head in heads(model):
-                stand_in_loss(head, features, labels)
+            stand_in_loss(model, features, labels)
     finally:
         for module, mode in modes:
             module.training = mode

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
-from internseg_ds.models.heads import heads
+from internseg_ds.models.heads import head_outputs
 
 
 class Use(NamedTuple):
@@ -82,7 +82,7 @@ def _run(model: nn.Module, height: int, width: int) -> tuple[int, int, int, int]
         features = model.extract_feat(torch.empty(1, 3, height, width, device="meta"))
     entries = [feature.detach().requires_grad_() for feature in features]
     with counted():
-        total = sum(leaf.sum() for head in heads(model) for leaf in tree_leaves(head(entries)))
+        total = sum(leaf.sum() for _, output in head_outputs(model, entries) for leaf in tree_leaves(output))
     with counted():
         total.backward()
     with counted():
