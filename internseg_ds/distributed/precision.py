@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from internseg_ds.distributed.ds_config import Precision
 from internseg_ds.errors import ConfigError
@@ -78,17 +79,23 @@ def apply_precision(segmentor: nn.Module, compute: torch.dtype, *, heads: torch.
     """Makes `segmentor.backbone` compute in `compute`, and everything beside it in `heads`. Once per model, before deepspeed.initialize.
 
     compute, heads: torch.bfloat16 or torch.float32. autocast: parameters are fp32 and the caller runs the model under torch.autocast, which then does the
-    backbone's casts. Batch norms of a bf16 backbone are computed in fp32, as their moments are. In bf16 heads, norms keep fp32 parameters, moments
-    and sums, and class scores (`conv_seg`) are fp32. Batch-norm statistics and other buffers become fp32.
+    backbone's casts. A backbone that does not say that it follows its input's dtype (`follows_dtype`) is bf16 under torch.autocast, too. Batch norms of a bf16
+    backbone are computed in fp32, as their moments are, and so are mmcv's compiled operators, which know no bf16. In bf16 heads, norms keep fp32 parameters,
+    moments and sums, and class scores (`conv_seg`) are fp32. Batch-norm statistics and other buffers become fp32.
     """
     for name, child in segmentor.named_children():
         if name != "backbone" and heads == torch.bfloat16:
             compute_in_bf16(child, except_for=[head.conv_seg for head in heads_of(segmentor)])
+            _compiled_in_fp32(child)
         elif name != "backbone" or compute == torch.float32:
             compute_in_fp32(child)
     buffers_to_fp32(segmentor)
-    if compute == torch.bfloat16 and not autocast:
-        _norms_with_moments_in_fp32(segmentor.backbone)
+    if compute == torch.bfloat16:
+        _compiled_in_fp32(segmentor.backbone)
+        if not autocast:
+            _norms_with_moments_in_fp32(segmentor.backbone)
+            if not getattr(segmentor.backbone, "follows_dtype", False):
+                segmentor.backbone.__class__ = _autocasting_class(type(segmentor.backbone))
     entry = torch.float32 if autocast else compute
     segmentor.backbone.register_forward_pre_hook(lambda _, args: tuple(_cast(arg, entry) for arg in args))
     segmentor.backbone.register_forward_hook(lambda _, __, features: _cast(features, heads))
@@ -125,6 +132,17 @@ def _norms_with_moments_in_fp32(backbone: nn.Module) -> None:
             norm.__class__ = _casting_class(type(norm), torch.float32, torch.bfloat16, leaf=True)
 
 
+def _compiled_in_fp32(module: nn.Module) -> None:
+    """mmcv's compiled operators have no kernels for bf16: their modules compute in fp32, whole, with a bf16 result."""
+    inside: set[nn.Module] = set()
+    for operator in list(module.modules()):
+        if operator not in inside and any(kind.__module__.startswith("mmcv.ops.") for kind in type(operator).__mro__):
+            inside.update(operator.modules())
+            for child in operator.children():
+                compute_in_fp32(child)
+            operator.__class__ = _casting_class(type(operator), torch.float32, torch.bfloat16, leaf=True)
+
+
 def _owners(module: nn.Module) -> list[nn.Module]:
     return [owner for owner in module.modules() if any(True for _ in owner.parameters(recurse=False))]
 
@@ -146,14 +164,31 @@ def _casting_class(owner_class: type[nn.Module], compute: torch.dtype, result: t
         return value.to(compute) if isinstance(value, nn.Parameter) and value.is_floating_point() else value
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        device = next(self.parameters(recurse=False)).device.type
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(_device_type(args), enabled=False):
             return _cast(owner_class.forward(self, *(_cast(arg, compute) for arg in args), **kwargs), result)
 
     word = "Fp32" if compute == torch.float32 else "Bf16"
     place = {"__module__": owner_class.__module__, "__qualname__": owner_class.__qualname__}  # by which DeepSpeed knows the blocks that it gathers as one
     body = place | {"__getattr__": __getattr__, "__doc__": f"{owner_class.__name__}, computed in {word.lower()}."}
     return type(f"{word}{owner_class.__name__}", (owner_class,), body | ({"forward": forward} if leaf else {}))
+
+
+@functools.cache
+def _autocasting_class(owner_class: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of `owner_class` whose forward runs under torch.autocast in bf16. Weights are bf16 already: none is cast, so there is nothing to cache."""
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(_device_type(args), torch.bfloat16, cache_enabled=False):
+            return owner_class.forward(self, *args, **kwargs)
+
+    place = {"__module__": owner_class.__module__, "__qualname__": owner_class.__qualname__}
+    return type(f"Autocast{owner_class.__name__}", (owner_class,), place | {"forward": forward, "__doc__": f"{owner_class.__name__}, under autocast."})
+
+
+def _device_type(args: tuple[Any, ...]) -> str:
+    """Where a forward computes; "cpu" for tensors without storage, for which there is no autocast."""
+    kinds = {leaf.device.type for leaf in tree_leaves(args) if isinstance(leaf, Tensor)} - {"meta"}
+    return next(iter(kinds), "cpu")
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

@@ -32,6 +32,8 @@ class InternImage(BaseModule):
     passed over. Raises ValueError for arguments that do not fit each other.
     """
 
+    follows_dtype = True
+    """It computes in the dtype of its input, whatever that is."""
     pretrained_extras = ("conv_head.", "head.", "dcnv3_head_x3.", "dcnv3_head_x4.", "clip_projector.", "fc_norm.")
     """Prefixes of what published classification checkpoints hold beside the backbone."""
     layouts = ("internimage",)

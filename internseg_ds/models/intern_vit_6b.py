@@ -137,6 +137,8 @@ class InternViT6B(BaseModule):
     ValueError for sizes that do not fit each other.
     """
 
+    follows_dtype = True
+    """It computes in the dtype of its input, whatever that is."""
     resizable = {"pos_embed": (is_square_embedding, resize_to_shape), "patch_embed.proj.weight": (is_patch_kernel, resize_patch_kernel)}
     """Parameters whose shape in a weight file may differ: which (file's, model's) shapes can be brought together, and how."""
     pretrained_extras = ("clip_projector.", "layernorm.")
