@@ -121,7 +121,7 @@ class Segmenter:
         segmentor = forwards.segmentor
         head = segmentor.decode_head
         self.test_cfg, self.align_corners, self.binary = segmentor.test_cfg, segmentor.align_corners, segmentor.out_channels == 1
-        self.threshold = (head[-1] if isinstance(head, nn.ModuleList) else head).threshold
+        self.threshold = getattr(head[-1] if isinstance(head, nn.ModuleList) else head, "threshold", None)  # of a binary head, which all have
         self.patch = patch_size(segmentor.backbone)
         self.batch_size = self.test_cfg.get("batch_size", 1 if forwards.in_step else BATCH_SIZE)
 
