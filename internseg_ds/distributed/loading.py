@@ -63,6 +63,14 @@ def fit_backbone(model: nn.Module, weights: Weights, may_differ: tuple[str, ...]
     return found
 
 
+def fit_part(model: nn.Module, part: str, weights: Weights, may_differ: tuple[str, ...] = ()) -> Fit:
+    """Pretrained weights of one module inside the backbone, by its name in the segmentor. Raises CheckpointError when they do not fit."""
+    prefix = "backbone." if any(name.startswith("backbone.") for name in weights.shapes) else ""
+    found = fit(weights, shapes_of(model.get_submodule(part)), prefix=prefix, ignore=CLASSIFIERS + may_differ, may_miss=may_differ)
+    found.sources = {f"{part}.{name}": source for name, source in found.sources.items()}
+    return found
+
+
 def _check_config(backbone: nn.Module, weights: Weights) -> None:
     """The arguments that a folder's config.json asks for must be the backbone's: not all of them show in the shapes."""
     if weights.config is None or not hasattr(backbone, "arguments_of"):

@@ -1,14 +1,15 @@
 """The weights that a fresh run starts from, and those of a finished checkpoint: fitted to a model by names and shapes, before a value is read."""
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from internseg_ds.checkpoints.fitting import Fit
-from internseg_ds.checkpoints.weights import open_weights
-from internseg_ds.distributed.loading import fit_backbone, fit_segmentor
+from internseg_ds.checkpoints.weights import Weights, open_weights
+from internseg_ds.distributed.loading import fit_backbone, fit_part, fit_segmentor
 from internseg_ds.distributed.own_loading import read_by_backbone
 from internseg_ds.engine.experiment import Experiment
 from internseg_ds.errors import CheckpointError, ConfigError
@@ -19,17 +20,21 @@ def starting_weights(experiment: Experiment, model: nn.Module, load_from: str | 
     """What a fresh run loads, in order of precedence: `load_from` of the command line, the config's, the backbone's `pretrained`. None: random weights.
 
     model: on the meta device is enough. Raises CheckpointError for a file that is not there or does not fit, and for an address on the web: nothing is
-    downloaded here. Raises ConfigError when another part than the backbone asks for weights of its own.
+    downloaded here. Raises ConfigError when another part than the backbone asks for weights of its own, or several do.
     """
-    for name in pretrained_elsewhere(model):
-        raise ConfigError(f"{'.'.join(filter(None, ['model', name]))}.init_cfg asks for pretrained weights, which are read for the backbone alone; drop it, "
-                          "and start from weights of a whole segmentor with load_from=PATH")
     if load_from is not None:
         setting, source, fit = "--load-from", load_from, fit_segmentor
     elif experiment.load_from is not None:
         setting, source, fit = "load_from", experiment.load_from, fit_segmentor
     else:
         setting, source, fit = _pretrained_setting(experiment, model), pretrained_file(model.backbone), fit_backbone
+        elsewhere = pretrained_elsewhere(model)
+        if source is None and len(elsewhere) == 1 and elsewhere[0].startswith("backbone."):  # a backbone around another one
+            setting, source = f"model.{elsewhere[0]}.init_cfg.checkpoint", checkpoint_of(model.get_submodule(elsewhere[0]).init_cfg)
+            fit = partial(_fit_inside, elsewhere[0])
+        elif elsewhere:
+            raise ConfigError(f"{'.'.join(filter(None, ['model', elsewhere[0]]))}.init_cfg asks for pretrained weights, which are read for the backbone, or "
+                              "for one module inside it; drop it, and start from weights of a whole segmentor with load_from=PATH")
     if source is None:
         return None
     with_file, without = (f"--cfg-options {setting}=PATH", f"--cfg-options {setting}=None") if load_from is None else ("--load-from PATH", "no --load-from")
@@ -52,6 +57,10 @@ def starting_weights(experiment: Experiment, model: nn.Module, load_from: str | 
             raise
         kept = tuple(name for name, _ in (*model.backbone.named_parameters(), *model.backbone.named_buffers()) if name not in own.shapes)
         return fit_backbone(model, own, kept)
+
+
+def _fit_inside(part: str, model: nn.Module, weights: Weights, may_differ: tuple[str, ...]) -> Fit:
+    return fit_part(model, part, weights, may_differ)
 
 
 def _pretrained_setting(experiment: Experiment, model: nn.Module) -> str:

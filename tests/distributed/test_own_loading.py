@@ -88,3 +88,20 @@ def test_a_file_of_which_hardly_anything_is_taken_is_refused_in_the_words_of_its
     torch.save(state, tmp_path / "w.pth")
     with pytest.raises(CheckpointError, match="does not fit the model: unexpected in the file"):
         loaded(SWIN, tmp_path / "w.pth")
+
+
+def test_a_backbone_inside_a_backbone_starts_from_its_file(tmp_path):
+    inner = dict(RESNET, base_channels=64, stem_channels=64)
+    outer = dict(type="BiSeNetV1", context_channels=(4, 8, 16), spatial_channels=(4, 4, 4, 8), out_channels=8, backbone_cfg=inner)
+    state = random_state(inner)
+    torch.save(state | {"fc.weight": torch.ones(10, 512)}, tmp_path / "w.pth")
+    experiment = read_experiment(ROOT / TINY)
+    experiment.model.backbone = ConfigDict(outer, backbone_cfg=dict(inner, init_cfg=dict(type="Pretrained", checkpoint=str(tmp_path / "w.pth"))))
+    experiment.model.decode_head = ConfigDict(type="FCNHead", in_channels=8, in_index=0, channels=4, num_classes=150)
+    experiment.model.auxiliary_head = None
+    model = build_on_meta(experiment.model)
+    found = starting_weights(experiment, model, None)
+    assert found.ignored == ["fc.weight"] and {f"backbone.context_path.backbone.{name}" for name in state} == set(found.sources)
+    torch.save({"other": torch.ones(1)}, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match="does not fit the model"):
+        starting_weights(experiment, model, None)
