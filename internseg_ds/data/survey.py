@@ -132,12 +132,23 @@ def _count(part: CustomDataset, loader: LoadLabelMap, most: int, until: float, c
         except Exception as error:  # a damaged one is named when it is its turn
             log.debug("%s: %s", file, error)
             continue
-        labels = loader.to_classes(raw, results.get("label_map"))
+        numbers, pixels = _counted(raw)
+        labels = loader.to_classes(numbers, results.get("label_map"))
         counts.maps += 1
-        counts.numbers |= set(np.unique(raw).tolist())
-        counts.pixels.update(dict(zip(*(array.tolist() for array in np.unique(labels, return_counts=True)), strict=True)))
-        if (strange := raw[labels == loader.stranger]).size:
+        counts.numbers |= set(numbers.tolist())
+        for label, count in zip(labels.tolist(), pixels.tolist(), strict=True):
+            counts.pixels[label] += count
+        if (strange := numbers[labels == loader.stranger]).size:
             counts.strangers.append(f"{strange[0]} in {file}")
+
+
+def _counted(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The different numbers in an array, and how often each is there."""
+    if raw.dtype != np.uint8:
+        return np.unique(raw, return_counts=True)
+    counts = np.bincount(raw.ravel(), minlength=256)  # some ten times faster
+    numbers = np.flatnonzero(counts)
+    return numbers.astype(np.uint8), counts[numbers]
 
 
 def _left_out(part: CustomDataset, what: str) -> Iterator[str]:
