@@ -284,6 +284,22 @@ BACKBONES: dict[str, dict[str, Any]] = {
         ),
         levels("UPerHead", (32,) * 4),
     ),
+    "InternViTAdapter": segmentor(
+        dict(
+            type="InternViTAdapter",
+            img_size=CROP,
+            patch_size=16,
+            embed_dim=32,
+            depth=4,
+            num_heads=2,
+            use_flash_attn=False,
+            interaction_indexes=[[0, 1], [2, 3]],
+            deform_ratio=0.5,
+            conv_inplane=8,
+            freeze_vit=True,
+        ),
+        levels("UPerHead", (32,) * 4),
+    ),
     "InternImage": segmentor(
         dict(type="InternImage", core_op="DCNv3", channels=8, depths=[1, 1, 2, 1], groups=[1, 2, 4, 4]), levels("UPerHead")
     ),
