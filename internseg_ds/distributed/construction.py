@@ -26,6 +26,7 @@ from internseg_ds.errors import ConfigError, reason_of
 from internseg_ds.models.backbone import forget_pretrained
 from internseg_ds.models.external_parameters import external_parameters
 from internseg_ds.models.freezing import freeze
+from internseg_ds.models.heads import evaluate_by_call
 from internseg_ds.models.pixel_losses import losses_without_waits
 from internseg_ds.models.recomputation import set_recomputation
 from internseg_ds.seeding import derived_seed
@@ -103,6 +104,7 @@ def build_for_training(model: ConfigDict, ds: DsConfig, device: torch.device, se
         # no dtype argument: deepspeed 0.19.8 turns dtype=torch.float32 into bf16 where fp16 is not supported (CPUs); the config says the same
         with deepspeed.zero.Init(config_dict_or_path=ds.raw), _vectors_for_scalars():
             segmentor = build_segmentor(model)
+        evaluate_by_call(segmentor)
         for module in segmentor.modules():
             for param in external_parameters(module).values():
                 deepspeed.zero.register_external_parameter(module, param)

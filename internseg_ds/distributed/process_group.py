@@ -208,4 +208,6 @@ def any_rank(facts: Sequence[bool], device: torch.device) -> list[bool]:
 def leave() -> None:
     """Ends the process group, if there is one. A rank that just exits can abort while another still talks to it, so every path ends here."""
     if dist.is_initialized():
-        dist.destroy_process_group()
+        from deepspeed import comm  # forgets the groups that it has made of this one, too, which the next engine of this process would find
+
+        comm.destroy_process_group()

@@ -1,10 +1,13 @@
 import deepspeed
 import pytest
 import torch
-from mmcv import Config
+from mmcv import Config, ConfigDict
+from mmseg.models import build_segmentor
 
+from internseg_ds.checkpoints.weights import open_weights
 from internseg_ds.distributed.construction import build_for_training, build_on_meta, gathered
 from internseg_ds.distributed.ds_config import resolve_ds_config
+from internseg_ds.distributed.loading import fit_segmentor, load
 from tests.conftest import ROOT, TINY
 from tests.distributed.ranks import spawn
 
@@ -67,3 +70,45 @@ def test_no_two_blocks_start_alike():
 
 def test_a_model_on_meta_takes_no_memory():
     assert all(param.is_meta for param in build_on_meta(small()).parameters())
+
+
+def scaled() -> ConfigDict:
+    """A head with parameters that have no dimensions."""
+    model = small()
+    model.decode_head = dict(type="DAHead", in_channels=32, in_index=0, channels=16, pam_channels=8, num_classes=5, align_corners=False,
+                             loss_decode=dict(type="CrossEntropyLoss"))
+    return model
+
+
+SCALE = "decode_head.pam.gamma.scale"
+
+
+def parameters_without_dimensions_are_partitioned() -> None:
+    deepspeed.init_distributed(verbose=False)
+    model = build_for_training(scaled(), ds_config(3, world_size=2), torch.device("cpu"), 0)
+    assert dict(model.named_parameters())[SCALE].ds_shape == (1,)
+
+
+def test_parameters_without_dimensions_are_vectors_under_zero3():
+    spawn(parameters_without_dimensions_are_partitioned, 2)
+
+
+def test_mmsegs_files_and_ours_hold_parameters_without_dimensions_alike(tmp_path):
+    theirs, ours = build_segmentor(scaled()), build_for_training(scaled(), ds_config(1, bf16=False), torch.device("cpu"), 0)
+    assert theirs.state_dict()[SCALE].shape == () and ours.state_dict()[SCALE].shape == build_on_meta(scaled()).state_dict()[SCALE].shape == (1,)
+    theirs.state_dict()[SCALE].fill_(3.0)
+    torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
+    load(ours, fit_segmentor(ours, open_weights(tmp_path / "theirs.pth")))
+    assert ours.state_dict()[SCALE].item() == 3.0
+    ours.state_dict()[SCALE].fill_(4.0)
+    theirs.load_state_dict(ours.state_dict())
+    assert theirs.state_dict()[SCALE].item() == 4.0
+
+
+def test_several_auxiliary_heads_are_initialised_as_one_is():
+    model = small()
+    model.auxiliary_head = [model.auxiliary_head, model.auxiliary_head]
+    values = build_for_training(model, ds_config(1, bf16=False), torch.device("cpu"), 0).state_dict()
+    first, second = (values[f"auxiliary_head.{place}.conv_seg.weight"] for place in (0, 1))
+    assert not torch.equal(first, second)
+    assert all(float(weight.std()) == pytest.approx(0.01, rel=0.15) for weight in (first, second))

@@ -215,3 +215,53 @@ def test_fp32_products_on_a_gpu_are_tf32_unless_asked_for_in_full():
         assert (matmul.allow_tf32, cudnn.allow_tf32) == before
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+class Masking(nn.Module):
+    """As window attention: a mask of the default dtype meets scores, and the sum meets values."""
+
+    def __init__(self):
+        super().__init__()
+        self.values, self.operator = nn.Conv2d(3, 4, 1), nn.Identity()
+
+    def forward(self, image):
+        values = self.operator(self.values(image)).flatten(2)
+        mask = torch.zeros(values.shape[-1], values.shape[-1])
+        return ((values.mT @ values + mask).softmax(-1) @ values.mT).mT
+
+
+def test_a_backbone_that_mixes_fp32_into_bf16_runs_under_autocast_and_one_that_follows_its_input_does_not():
+    model = Segmentor().bfloat16()
+    model.backbone, model.decode_head = Masking().bfloat16(), Probe()
+    apply_precision(model, torch.bfloat16)
+    model(torch.rand(1, 3, 4, 4)).sum().backward()
+    assert model.decode_head.seen == torch.float32 and model.backbone.values.weight.grad.dtype == torch.bfloat16
+    strict = Segmentor().bfloat16()
+    strict.backbone, strict.decode_head = Masking().bfloat16(), Probe()
+    strict.backbone.follows_dtype = True
+    apply_precision(strict, torch.bfloat16)
+    with pytest.raises(RuntimeError, match="dtype"):
+        strict(torch.rand(1, 3, 4, 4))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiled_operators_of_mmcv_compute_in_fp32_inside_a_bf16_backbone(autocast):
+    from mmcv.ops import ModulatedDeformConv2dPack
+
+    torch.manual_seed(0)
+    model = Segmentor()
+    model.backbone = Masking()
+    model.backbone.operator = ModulatedDeformConv2dPack(4, 4, 3, padding=1)
+    reference = Segmentor()
+    reference.backbone = Masking()
+    reference.backbone.operator = ModulatedDeformConv2dPack(4, 4, 3, padding=1)
+    reference.load_state_dict(model.state_dict())
+    model.decode_head = reference.decode_head = Probe()
+    model = model if autocast else model.bfloat16()
+    apply_precision(model, torch.bfloat16, autocast=autocast)
+    image = torch.rand(1, 3, 6, 6)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = model(image)
+    torch.testing.assert_close(found.float(), reference(image), rtol=0.05, atol=0.05)
+    found.float().square().sum().backward()
+    assert all(param.grad.dtype == param.dtype for param in model.backbone.parameters())
