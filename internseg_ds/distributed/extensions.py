@@ -14,7 +14,7 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-PATIENCE_S = 3
+PATIENCE_S = 5
 """How long an extension may take to load until somebody says why: one that is there takes less than a second."""
 
 
