@@ -22,8 +22,8 @@ from internseg_ds.models.pixel_losses import counts_pixels
 def check_forward(model: nn.Module, sample: Mapping[str, Any], micro_batch: int, processes: int) -> str | None:
     """A forward on the meta device: layers whose sizes do not fit each other are found without memory or data, and batch norms that would get one value.
 
-    A batch norm needs two values per channel in training, which one image pooled to a point does not give it. Raises ConfigError. Returns why nothing could be
-    checked, where a layer computes by an operator that does not know the meta device (mmcv's compiled ones); else None.
+    A batch norm needs two values per channel in training, which one image pooled to a point does not give it. Raises ConfigError. Returns why
+    nothing could be checked, where a layer computes by an operator that does not know the meta device (mmcv's compiled ones); else None.
     """
     shape, starved = image_shape(sample), []
 
@@ -80,7 +80,8 @@ def check_classes(model: nn.Module, dataset: Dataset, what: str) -> None:
     colours = getattr(dataset, "PALETTE", None)  # drawn by mmseg for a CustomDataset that is given none
     if colours is None or len(colours) != len(classes):
         raise ConfigError(f"{what} has {len(classes)} classes and {0 if colours is None else len(colours)} colours; give it a palette=[...] of one each")
-    auxiliary = heads(model)[len(model.decode_head) if isinstance(model.decode_head, nn.ModuleList) else 1 :]  # may have labels of their own: edges
+    decoding = len(model.decode_head) if isinstance(model.decode_head, nn.ModuleList) else 1
+    auxiliary = heads(model)[decoding:]  # which may learn labels of their own: edges
     for head in heads(model):
         if head.num_classes != len(classes) and (counts_pixels(head) or head not in auxiliary):
             raise ConfigError(f"{type(head).__name__} predicts num_classes={head.num_classes} classes but {what} has {len(classes)}; make them equal")
