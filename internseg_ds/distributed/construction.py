@@ -61,8 +61,7 @@ class _HostSequences(TorchFunctionMode):
 
 @contextmanager
 def _vectors_for_scalars() -> Iterator[None]:
-    """Inside: a parameter without dimensions (mmcv's `Scale`), which ZeRO-3 cannot partition, is registered as a vector of one element, which multiplies
-    alike."""
+    """Inside: a parameter without dimensions (mmcv's `Scale`), which ZeRO-3 cannot partition, is registered as a vector of one element."""
 
     def one_element(_: nn.Module, __: str, param: nn.Parameter | None) -> nn.Parameter | None:
         return nn.Parameter(param.data.view(1), param.requires_grad) if param is not None and param.dim() == 0 else None

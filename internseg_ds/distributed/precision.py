@@ -79,9 +79,9 @@ def apply_precision(segmentor: nn.Module, compute: torch.dtype, *, heads: torch.
     """Makes `segmentor.backbone` compute in `compute`, and everything beside it in `heads`. Once per model, before deepspeed.initialize.
 
     compute, heads: torch.bfloat16 or torch.float32. autocast: parameters are fp32 and the caller runs the model under torch.autocast, which then does the
-    backbone's casts. A backbone that does not say that it follows its input's dtype (`follows_dtype`) is bf16 under torch.autocast, too. Batch norms of a bf16
-    backbone are computed in fp32, as their moments are, and so are mmcv's compiled operators, which know no bf16. In bf16 heads, norms keep fp32 parameters,
-    moments and sums, and class scores (`conv_seg`) are fp32. Batch-norm statistics and other buffers become fp32.
+    backbone's casts. A backbone that does not say that it follows its input's dtype (`follows_dtype`) is bf16 under torch.autocast, too. Batch
+    norms of a bf16 backbone are computed in fp32, as their moments are, and so are mmcv's compiled operators, which know no bf16. In bf16 heads,
+    norms keep fp32 parameters, moments and sums, and class scores (`conv_seg`) are fp32. Batch-norm statistics and other buffers become fp32.
     """
     for name, child in segmentor.named_children():
         if name != "backbone" and heads == torch.bfloat16:
@@ -175,14 +175,14 @@ def _casting_class(owner_class: type[nn.Module], compute: torch.dtype, result: t
 
 @functools.cache
 def _autocasting_class(owner_class: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of `owner_class` whose forward runs under torch.autocast in bf16. Weights are bf16 already: none is cast, so there is nothing to cache."""
+    """A subclass of `owner_class` whose forward runs under torch.autocast in bf16. Weights are bf16 already, so none need be cached."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with torch.autocast(_device_type(args), torch.bfloat16, cache_enabled=False):
             return owner_class.forward(self, *args, **kwargs)
 
-    place = {"__module__": owner_class.__module__, "__qualname__": owner_class.__qualname__}
-    return type(f"Autocast{owner_class.__name__}", (owner_class,), place | {"forward": forward, "__doc__": f"{owner_class.__name__}, under autocast."})
+    place = {"__module__": owner_class.__module__, "__qualname__": owner_class.__qualname__, "__doc__": f"{owner_class.__name__}, under autocast."}
+    return type(f"Autocast{owner_class.__name__}", (owner_class,), place | {"forward": forward})
 
 
 def _device_type(args: tuple[Any, ...]) -> str:

@@ -76,6 +76,8 @@ def check_classes(model: nn.Module, dataset: Dataset, what: str) -> list[str]:
     classes = getattr(dataset, "CLASSES", None)
     if classes is None:
         raise ConfigError(f"{what} does not name its classes; add classes=(...) and palette=[...] to it")
+    if twice := sorted({str(name) for name in classes if list(classes).count(name) > 1}):
+        raise ConfigError(f"{what} has several classes called {shortened(twice)}; scores go by names, so each needs its own")
     colours = getattr(dataset, "PALETTE", None)  # drawn by mmseg for a CustomDataset that is given none
     if colours is None or len(colours) != len(classes):
         raise ConfigError(f"{what} has {len(classes)} classes and {0 if colours is None else len(colours)} colours; give it a palette=[...] of one each")

@@ -42,8 +42,8 @@ class EngineOptions:
     """Prefixes of names that the weights a run starts from may have too many, too few, or of another shape (other classes);
     any other difference is an error."""
     freeze: tuple[str, ...] = ()
-    """Names of modules (backbone.layer1, or backbone for all of it) and parameters that do not train. A module that is named runs as in an evaluation: its
-    batch norms use the statistics that they start with, and keep them, and it drops nothing."""
+    """Names of modules (backbone.layer1, or backbone for all of it) and parameters that do not train. A module that is named runs as in an
+    evaluation: its batch norms use the statistics that they start with, and keep them, and it drops nothing."""
     peak_tflops: float | None = None
     """Peak of matrix products in the backbone's compute dtype, in TFLOP/s per device, which mfu and hfu are relative to. None: measured at the start."""
 

@@ -100,9 +100,8 @@ def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, An
     notes = [unchecked] if unchecked else []
     if odd or (unchecked and leaf_classes):
         ds = ds.without_leaf_modules()
-        notes.append("ZeRO-3's hooks are on layers, not on blocks: " +
-                     ("nothing is known of their inputs and outputs" if unchecked else
-                      f"{shortened(sorted(odd))} takes or returns no single tensor, or runs twice"))
+        why = f"{shortened(sorted(odd))} takes or returns no single tensor, or runs twice" if odd else "nothing is known of what these take and return"
+        notes.append(f"ZeRO-3's hooks are on layers, not on blocks: {why}")
     warnings += try_losses(outputs, len(train_set.CLASSES), ignored)
     val_set = None
     if validate:

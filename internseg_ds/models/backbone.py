@@ -21,8 +21,8 @@ class Backbone(Protocol):
     patch_size: int | tuple[int, int]
     """Pixels whose multiples the sides of an image must be: crops are checked before a run, evaluated images padded. Without: images of any size."""
     follows_dtype: bool
-    """Whether all of it computes in the dtype of its input. Without: in bf16 it runs under torch.autocast, which brings together what it mixes (a mask or a
-    grid that is made in fp32), and has its layer norms and softmaxes in fp32."""
+    """Whether all of it computes in the dtype of its input. Without: in bf16 it runs under torch.autocast, which brings together what it mixes
+    (a mask or a grid that is made in fp32), and has its layer norms and softmaxes in fp32."""
     with_cp: bool
     recomputation: Recomputation
     """What `run_block` (models/recomputation.py) is to keep of a block, where `with_cp` is true. Without: `engine.recomputation` must be "auto" or "config"."""

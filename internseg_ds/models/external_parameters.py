@@ -5,8 +5,8 @@ from torch import nn
 
 
 def external_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Those of `module`, by their names in it: torch's MultiheadAttention reads the weights of its `out_proj`, K-Net's head takes the weights of a classifier
-    for its first kernels."""
+    """Those of `module`, by their names in it: torch's MultiheadAttention reads the weights of its `out_proj`, K-Net's head takes the weights of a
+    classifier for its first kernels."""
     if isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward:
         return {f"out_proj.{name}": param for name, param in module.out_proj.named_parameters()}
     if isinstance(module, IterativeDecodeHead):

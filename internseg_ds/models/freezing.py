@@ -10,8 +10,8 @@ from torch import nn
 def freeze(segmentor: nn.Module, names: Sequence[str]) -> None:
     """Takes the parameters of the named modules (`backbone.layer1`), and named parameters, out of the training.
 
-    A module that is named runs as in an evaluation, whatever mode the segmentor is in: its batch norms use the statistics that they have and keep them, and it
-    drops nothing. Raises ValueError for a name that is none.
+    A module that is named runs as in an evaluation, whatever mode the segmentor is in: its batch norms use the statistics that they have and
+    keep them, and it drops nothing. Raises ValueError for a name that is none.
     """
     modules, params = dict(segmentor.named_modules()), dict(segmentor.named_parameters())
     for name in names:
@@ -34,5 +34,6 @@ def _frozen_class(owner: type[nn.Module]) -> type[nn.Module]:
     def train(self: nn.Module, mode: bool = True) -> nn.Module:
         return owner.train(self, False)
 
-    place = {"__module__": owner.__module__, "__qualname__": owner.__qualname__, "__doc__": owner.__doc__}  # by which DeepSpeed knows blocks
+    # the names are those by which DeepSpeed knows blocks
+    place = {"__module__": owner.__module__, "__qualname__": owner.__qualname__, "__doc__": owner.__doc__}
     return type(owner.__name__, (owner,), place | {"train": train})

@@ -36,8 +36,8 @@ def head_outputs(segmentor: nn.Module, features: Sequence[Tensor], but: Collecti
 
 
 def evaluate_by_call(segmentor: nn.Module) -> None:
-    """Gives a decode head that has mmseg's own `forward_test` a subclass of its class, whose one calls the head and not its forward: the hooks by which ZeRO-3
-    gathers the parameters that a head reads itself run then, too."""
+    """Gives a decode head that has mmseg's own `forward_test` a subclass of its class, whose one calls the head and not its forward: the hooks by
+    which ZeRO-3 gathers the parameters that a head reads itself run then, too."""
     head = segmentor.decode_head
     if isinstance(head, BaseDecodeHead) and type(head).forward_test is BaseDecodeHead.forward_test:
         head.__class__ = _called_class(type(head))

@@ -1,4 +1,4 @@
-"""Gradients of blocks that ZeRO-3 handles as one, where the block's input asks for none: after frozen layers, and of blocks that take the image."""
+"""Gradients of blocks that ZeRO-3 handles as one, where the block's input asks for none: after frozen layers, and where blocks take the image."""
 
 import deepspeed
 import pytest
@@ -8,14 +8,14 @@ from mmcv import ConfigDict
 
 from internseg_ds.distributed.block_hooks import require_input_gradients
 from internseg_ds.distributed.construction import build_for_training, build_on_meta, freeze_parts, gathered
-from internseg_ds.distributed.ds_config import resolve_ds_config
+from internseg_ds.distributed.ds_config import DsConfig, resolve_ds_config
 from internseg_ds.errors import ConfigError
-from internseg_ds.models.blocks import odd_blocks, repeated_block
+from internseg_ds.models.blocks import RepeatedBlock, odd_blocks, repeated_block
 from tests.distributed.ranks import spawn
 
 IMAGE = (2, 3, 32, 32)
-RESNET = dict(type="ResNet", depth=18, base_channels=8, stem_channels=8, num_stages=2, out_indices=(0, 1), strides=(1, 2), dilations=(1, 1), norm_eval=True,
-              zero_init_residual=False)
+RESNET = dict(type="ResNet", depth=18, base_channels=8, stem_channels=8, num_stages=2, out_indices=(0, 1), strides=(1, 2), dilations=(1, 1),
+              norm_eval=True, zero_init_residual=False)
 VIT = dict(type="VisionTransformer", img_size=(32, 32), patch_size=8, embed_dims=16, num_layers=3, num_heads=2, out_indices=(2,))
 
 
@@ -47,8 +47,12 @@ def model_of(name: str) -> ConfigDict:
     else:
         backbone, channels = {"resnet": (dict(RESNET, frozen_stages=1), 16), "vit": (VIT, 16)}[name]
     return ConfigDict(type="EncoderDecoder", backbone=backbone, test_cfg=dict(mode="whole"), train_cfg=dict(), decode_head=dict(
-        type="FCNHead", in_channels=channels, channels=channels, num_convs=0, concat_input=False, num_classes=3, in_index=-1, dropout_ratio=0.0,
-        align_corners=False, loss_decode=dict(type="CrossEntropyLoss")))
+        type="FCNHead", in_channels=channels, channels=channels, num_convs=0, concat_input=False, num_classes=3, in_index=-1,
+        dropout_ratio=0.0, align_corners=False, loss_decode=dict(type="CrossEntropyLoss")))
+
+
+def ds_config(zero: dict, world_size: int = 2, block: RepeatedBlock | None = None) -> DsConfig:
+    return resolve_ds_config({"zero_optimization": zero}, experiment="", micro_batch=2, world_size=world_size, optimizer={"type": "SGD"}, block=block)
 
 
 FREEZE = {"vit": ["backbone.layers.0", "backbone.patch_embed", "backbone.cls_token", "backbone.pos_embed"]}
@@ -58,10 +62,9 @@ def blocks_train_as_in_plain_pytorch(name: str) -> None:
     deepspeed.init_distributed(verbose=False)
     config, device = model_of(name), torch.device("cpu")
     block = repeated_block(build_on_meta(config).backbone)
-    zero = {"stage": 3, "leaf_module": "auto", "stage3_param_persistence_threshold": 0, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto"}
-    ds = resolve_ds_config({"zero_optimization": zero}, experiment="", micro_batch=2, world_size=2, optimizer={"type": "SGD"}, block=block)
-    models = [build_for_training(config, ds if sharded else resolve_ds_config({"zero_optimization": {"stage": 1}}, experiment="", micro_batch=2, world_size=2,
-                                                                                optimizer={"type": "SGD"}), device, seed=0) for sharded in (False, True)]
+    ds = ds_config({"stage": 3, "leaf_module": "auto", "stage3_param_persistence_threshold": 0, "reduce_bucket_size": "auto",
+                    "stage3_prefetch_bucket_size": "auto"}, block=block)
+    models = [build_for_training(config, each, device, seed=0) for each in (ds_config({"stage": 1}), ds)]
     for model in models:
         freeze_parts(model, FREEZE.get(name, ()))
     plain, sharded = models
@@ -86,12 +89,12 @@ def blocks_train_as_in_plain_pytorch(name: str) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
         engine.backward(found)
         engine.step()
+    blocks = tuple(f"{key}." for key, module in plain.named_modules() if f"{type(module).__module__}.{type(module).__qualname__}" == block.class_name)
     for key, param in engine.module.named_parameters():
         whole = dict(plain.named_parameters())[key]
         with gathered([param]):
             torch.testing.assert_close(param.data, whole.data, rtol=1e-4, atol=1e-5, msg=lambda said, key=key: f"{key}: {said}")
-        if key.startswith(block_names := tuple(n for n, m in plain.named_modules() if f"{type(m).__module__}.{type(m).__qualname__}" == block.class_name)):
-            assert block_names and torch.equal(whole, start[key]) != whole.requires_grad, key
+        assert torch.equal(whole, start[key]) != whole.requires_grad or not key.startswith(blocks), key
 
 
 @pytest.mark.parametrize("name", ["resnet", "vit", "image"])
@@ -112,13 +115,13 @@ def test_a_block_that_takes_a_list_is_told_from_one_that_hooks_can_see():
 
 
 def test_a_frozen_module_neither_trains_nor_moves_its_statistics_and_a_wrong_name_names_the_nearest():
-    ds = resolve_ds_config({"zero_optimization": {"stage": 1}}, experiment="", micro_batch=2, world_size=1, optimizer={})
-    model = build_for_training(ConfigDict(model_of("resnet"), backbone=dict(RESNET, norm_eval=False)), ds, torch.device("cpu"), 0)
+    model = build_for_training(ConfigDict(model_of("resnet"), backbone=dict(RESNET, norm_eval=False)),
+                               ds_config({"stage": 1}, world_size=1), torch.device("cpu"), 0)
     freeze_parts(model, ["backbone.layer1", "decode_head.conv_seg.bias"])
     before = model.backbone.layer1[0].bn1.running_mean.clone()
     model.train().extract_feat(torch.randn(IMAGE))
     assert torch.equal(model.backbone.layer1[0].bn1.running_mean, before) and not torch.equal(model.backbone.bn1.running_mean, before)
     frozen = {name for name, param in model.named_parameters() if not param.requires_grad}
-    assert frozen == {name for name in dict(model.named_parameters()) if name.startswith("backbone.layer1.") or name == "decode_head.conv_seg.bias"}
+    assert frozen == {name for name, _ in model.named_parameters() if name.startswith(("backbone.layer1.", "decode_head.conv_seg.bias"))}
     with pytest.raises(ConfigError, match=r"no part 'backbone.layer_1'; did you mean 'backbone.layer1'"):
         freeze_parts(model, ["backbone.layer_1"])

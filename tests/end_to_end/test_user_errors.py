@@ -81,6 +81,8 @@ def refusal(config: str, options: dict, ade20k: Path) -> str:
     ({"model.test_cfg.batch_size": 0}, ["model.test_cfg.batch_size=0"]),
     ({"engine.evaluation_weights": "half"}, ["engine.evaluation_weights='half'"]),
     ({"data.train.pipeline.3.crop_size": 112}, ["data.train", "TypeError"]),
+    ({"data.val.type": "CustomDataset", "data.val.classes": ("a", "a"), "data.val.palette": [[0, 0, 0], [1, 1, 1]]},
+     ["data.val has several classes called a"]),
     ({"data.val.type": "CustomDataset", "data.val.classes": ("a", "b"), "data.val.palette": [[0, 0, 0], [1, 1, 1]]},
      ["data.train has 150 classes", "data.val has 2"]),
     ({"data.train.type": "CustomDataset"}, ["data.train", "classes"]),

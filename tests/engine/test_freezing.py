@@ -32,7 +32,8 @@ def trains_all_but(root: Path, work_dir: Path) -> None:
                 engine.train()
     before, after = values
     frozen = {name for name, param in params.items() if not param.requires_grad}
-    assert frozen == {name for name in params if name.startswith(("backbone.patch_embed.", "backbone.blocks.0.")) or name == "backbone.pos_embed"}
+    named = ("backbone.patch_embed.", "backbone.blocks.0.", "backbone.pos_embed")
+    assert frozen == {name for name in params if name.startswith(named)}
     assert all(torch.equal(before[name], after[name]) for name in frozen)
     assert not torch.equal(before["backbone.blocks.1.mlp.fc1.weight"], after["backbone.blocks.1.mlp.fc1.weight"])
 
@@ -42,7 +43,7 @@ def test_parts_that_engine_freeze_names_do_not_train_and_all_others_do(ade20k, t
 
 
 @pytest.mark.parametrize(("value", "words"), [
-    ("[backbone.block.0]", r"engine.freeze=\['backbone.block.0'\] cannot be: the model has no part 'backbone.block.0'; did you mean 'backbone.blocks.0'"),
+    ("[backbone.block.0]", r"engine.freeze=\['backbone.block.0'\] cannot be: .* no part 'backbone.block.0'; did you mean 'backbone.blocks.0'"),
     ("backbone", "engine.freeze='backbone' must be a list of names of modules and parameters")])
 def test_a_wrong_name_is_refused_with_the_nearest_before_anything_is_built(value, words, ade20k, tmp_path):
     with pytest.raises(ConfigError, match=words):
