@@ -17,7 +17,7 @@ OPENING = """# What trains as it is
 
 Each model below, at a tiny size, took two steps under `ds_configs/zero3_bf16.json` with 2 processes on CPUs (gloo), its backbone in bf16, and was then
 evaluated, from whole weights and from partitioned ones, which must segment alike. **Not on GPUs, and not to convergence**: that a loss goes down, or that a
-published score is reached, is another matter. Losses and weights beside plain PyTorch are compared in `tests/distributed`.
+published score is reached, is another matter. For a few of them, `tests/distributed` holds losses and weights against plain PyTorch.
 
 All of it again: `python -m docs.tabulate_supported_models`; `make test-slow` holds this table against what comes out
 (`tests/end_to_end/test_every_model.py`). Of mmseg's registry, `TIMMBackbone` was not tried, for it needs timm; `KernelUpdateHead` is a part of

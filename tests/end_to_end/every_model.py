@@ -469,7 +469,7 @@ WORTH_KNOWING = {
     "backbone SwinTransformer": "bf16 under torch.autocast, as all backbones that do not say `follows_dtype`",
     "head LRASPPHead": "needs a map of 49 x 49 or more",
 }
-NOT_RUN = {"TIMMBackbone": "needs timm", "KernelUpdateHead": "a part of IterativeDecodeHead"}
+NOT_RUN = {"TIMMBackbone": "needs timm", "KernelUpdateHead": "a part of IterativeDecodeHead", "KernelUpdator": "a part of that"}
 """Of mmseg's registry."""
 CROPS = {"head LRASPPHead": 224, "backbone ICNet": 128}
 """The first pools 49 x 49 pixels of a map that is a quarter of the image's size. The second halves its image: a last stage of one pixel would meet
