@@ -66,6 +66,9 @@ def build_datasets(entry: Any, what: str, leaves: list[Any], **default_args: Any
                 if hasattr(step, "CLASSES"):  # from there on labels mean something else
                     part.CLASSES, part.PALETTE = step.CLASSES, step.PALETTE
     for wrapper in _wrappers(dataset):
+        first = next(plain_parts(wrapper))
+        if wrapper is not first and hasattr(first, "CLASSES"):  # which wrappers took when they were built
+            wrapper.CLASSES, wrapper.PALETTE = first.CLASSES, first.PALETTE
         if isinstance(wrapper, ClassBalancedDataset):
             wrapper.balance()
     for transforms in _pipelines(dataset):
