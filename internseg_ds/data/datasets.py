@@ -5,7 +5,7 @@ fault, and the mend.
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import internseg_ds.data.ade20k
 import internseg_ds.data.published
 import internseg_ds.data.transforms  # noqa: F401 - registers those that published configs name
 from internseg_ds.data.class_balance import ClassBalancedDataset
+from internseg_ds.data.joined import joining
 from internseg_ds.data.label_maps import CheckAnnotation, read_label_maps_of
 from internseg_ds.errors import ConfigError, DataError, reason_of
 
@@ -34,18 +35,20 @@ def build_datasets(entry: Any, what: str, leaves: list[Any], **default_args: Any
     """mmseg's data set of a config entry, after a look at its folders.
 
     what: its name in messages ("data.train"). leaves: the plain data sets inside wrappers. Raises DataError when a folder or a label map is missing, the set
-    or a part of it is empty, or its parts have different classes; ConfigError when its pipeline makes masks too early or too late.
+    or a part of it is empty, or its parts have different classes; ConfigError when its pipeline makes masks too early or too late,
+    or its folders cannot be paired.
     """
     for leaf in leaves:
         root = Path(leaf.get("data_root") or "")
         for key in ("img_dir", "ann_dir"):
             folders = leaf.get(key) or []
-            for folder in folders if isinstance(folders, (list, tuple)) else [folders]:  # mmseg joins the data sets of several folders
+            for folder in folders if isinstance(folders, (list, tuple)) else [folders]:  # a data set for each of several folders
                 if not (root / folder).is_dir():
                     raise DataError(f"{what}: there is no folder {root / folder} ({key} = {folder!r} under data_root = {leaf.get('data_root')!r}); "
                                     f"put the data there, or set {what}.data_root")
+    joined = joining(entry, what)
     try:
-        dataset = build_dataset(_with_lists(entry), default_args or None)
+        dataset = build_dataset(joined, default_args or None)
     except (KeyError, TypeError, AttributeError, AssertionError, OSError, ValueError) as error:
         raise DataError(f"{what} cannot be built: {reason_of(error)}") from error
     for part in plain_parts(dataset):
@@ -63,6 +66,9 @@ def build_datasets(entry: Any, what: str, leaves: list[Any], **default_args: Any
                 if hasattr(step, "CLASSES"):  # from there on labels mean something else
                     part.CLASSES, part.PALETTE = step.CLASSES, step.PALETTE
     for wrapper in _wrappers(dataset):
+        first = next(plain_parts(wrapper))
+        if wrapper is not first and hasattr(first, "CLASSES"):  # which wrappers took when they were built
+            wrapper.CLASSES, wrapper.PALETTE = first.CLASSES, first.PALETTE
         if isinstance(wrapper, ClassBalancedDataset):
             wrapper.balance()
     for transforms in _pipelines(dataset):
@@ -78,17 +84,6 @@ def build_datasets(entry: Any, what: str, leaves: list[Any], **default_args: Any
         if len(part) == 0:
             raise DataError(f"{what} joins several data sets, and that of {part.img_dir} has no image; put some there, or leave it out")
     return dataset
-
-
-def _with_lists(entry: Any) -> Any:
-    """A config entry with a list in place of each ConcatDataset, which is how mmseg builds one of a config."""
-    if isinstance(entry, (list, tuple)):
-        return [_with_lists(item) for item in entry]
-    if isinstance(entry, Mapping) and entry.get("type") == "ConcatDataset":
-        return _with_lists(entry["datasets"])
-    if isinstance(entry, Mapping) and "dataset" in entry:
-        return {**entry, "dataset": _with_lists(entry["dataset"])}
-    return entry
 
 
 def _wrappers(dataset: Dataset) -> Iterator[Dataset]:

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from internseg_ds.checkpoints.fitting import Fit
 from internseg_ds.data.datasets import build_datasets, first_sample, parts, plain_parts
+from internseg_ds.data.joined import wrapper_in
 from internseg_ds.data.survey import compare_zero_labels, survey
 from internseg_ds.distributed.construction import build_on_meta, choose_recomputation, freeze_parts
 from internseg_ds.distributed.ds_config import DsConfig
@@ -132,14 +133,17 @@ def check_node_local(ds: DsConfig, world: World) -> None:
 
 
 def validation_set(experiment: Experiment, split: str = "val", *, truth: bool = True) -> Dataset:
-    """The data set that is evaluated on, in test mode, or several joined (mmseg's ConcatDataset); split: "val" or "test".
+    """The data set that is evaluated on, in test mode, or several joined (`JoinedDatasets`); split: "val" or "test".
 
     truth: whether there must be label maps; without, none is looked for.
-    Raises DataError when it is missing or empty.
+    Raises DataError when it is missing or empty, ConfigError when its images are repeated or mixed.
     """
     entry = experiment.test if split == "test" else experiment.val
     if entry is None:
         raise DataError(f"{experiment.path}: data has neither a 'val' nor a 'test' entry to evaluate on; add one, or train with --no-validate")
+    if wrapper := wrapper_in(entry):
+        raise ConfigError(f"data.{split} of {experiment.path} is a {wrapper} of a data set, but an evaluation scores each image once, as it is; "
+                          "give it the data set inside")
     if not truth:
         entry = copy.deepcopy(entry)
         for leaf in leaf_datasets(entry):

@@ -32,6 +32,16 @@ def test_mapillarys_labels_become_those_of_cityscapes(root):
     assert survey(dataset, "data.train", training=True) == []
 
 
+@pytest.mark.parametrize("wrap", [lambda entry: dict(entry, img_dir=["i", "i"], ann_dir=["l", "l"]), lambda entry: [entry, entry],
+                                  lambda entry: dict(type="RepeatDataset", times=2, dataset=entry)])
+def test_the_classes_of_the_relabelling_are_those_of_wrappers_too(root, wrap):
+    Image.new("RGB", (1, 1)).save(root / "i/a.jpg")
+    Image.fromarray(np.zeros((1, 1), np.uint8)).save(root / "l/a.png")
+    entry = dict(type="MapillaryDataset", data_root=str(root), img_dir="i", ann_dir="l", pipeline=[*TRAIN[:2], dict(type="MapillaryHack"), *TRAIN[2:]])
+    dataset = build_datasets(wrap(entry), "data.train", [entry])
+    assert len(dataset) == 2 and dataset.CLASSES == CityscapesDataset.CLASSES and len(dataset.PALETTE) == 19
+
+
 def test_without_the_relabelling_mapillary_has_its_66_classes(root):
     assert len(MapillaryDataset.CLASSES) == len(MapillaryDataset.PALETTE) == 66 and MapillaryHack.CLASSES == CityscapesDataset.CLASSES
 

@@ -1,6 +1,7 @@
 """Data sets inside data sets, as configs name them."""
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -59,3 +60,22 @@ def test_a_damaged_image_is_named_inside_a_balanced_set(folder, tmp_path):
 def test_a_threshold_that_is_no_share_is_refused(folder, threshold):
     with pytest.raises((ConfigError, DataError), match="oversample_thr"):
         built(dict(type="ClassBalancedDataset", oversample_thr=threshold, dataset=folder("some", 0, 1)))
+
+
+def test_cityscapes_in_several_folders_is_trained_on(folder):
+    first, second = folder("first", 0, 1), folder("second", 2)
+    root = str(Path(first["data_root"]).parent)
+    entry = dict(type="CityscapesDataset", data_root=root, img_dir=["first/images", "second/images"], ann_dir=["first/labels", "second/labels"],
+                 img_suffix=".png", seg_map_suffix=".png", pipeline=TRAIN)
+    joined = built(entry)
+    assert [sample(joined, index)["gt_semantic_seg"].data.unique().tolist() for index in range(3)] == [[0], [1], [2]]
+    assert len(joined.CLASSES) == 19 and len(built([entry, second | dict(classes=joined.CLASSES, palette=joined.PALETTE)])) == 4
+    (Path(root) / "all.txt").write_text("00\n")
+    one = entry | dict(img_dir="first/images", ann_dir="first/labels", split=[f"{root}/all.txt"] * 3)
+    assert len(built(one)) == 3 and len(built([one | dict(split=f"{root}/all.txt")])) == 1
+
+
+@pytest.mark.parametrize("folders", [dict(img_dir=["images"] * 2), dict(img_dir=["images"] * 2, ann_dir=["labels"] * 3), dict(img_dir=[])])
+def test_folders_that_cannot_be_paired_are_refused(folder, folders):
+    with pytest.raises(ConfigError, match=f"data.train has {len(folders['img_dir'])} img_dir, .* ann_dir, which cannot be paired"):
+        built(folder("some", 0) | folders)

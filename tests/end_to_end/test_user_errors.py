@@ -255,6 +255,21 @@ def test_a_joined_validation_set_passes(ade20k):
     assert len(check(experiment, ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0)).val_set) == 23 + 7
 
 
+def test_joined_validation_sets_inside_each_other_are_scored_one_by_one(ade20k):
+    experiment = read_experiment(ROOT / TINY, dict(option.split("=") for option in data_options(ade20k)))
+    both = experiment.val | dict(img_dir=["images/training", "images/validation"], ann_dir=["annotations/training", "annotations/validation"])
+    nested = replace(experiment, val=[both, dict(type="ConcatDataset", datasets=[experiment.val])])
+    assert [len(part) for part in check(nested, ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0)).val_set.datasets] == [23, 7, 7]
+
+
+@pytest.mark.parametrize("wrapper", [dict(type="RepeatDataset", times=2), dict(type="ClassBalancedDataset", oversample_thr=0.1)])
+def test_a_validation_set_that_repeats_its_images_is_refused(wrapper, ade20k):
+    experiment = read_experiment(ROOT / TINY, dict(option.split("=") for option in data_options(ade20k)))
+    repeated = replace(experiment, val=[experiment.val, dict(**wrapper, dataset=experiment.val)])
+    with pytest.raises(ConfigError, match=rf"data\.val of .* is a {wrapper['type']} of a data set, but an evaluation scores each image once"):
+        check(repeated, ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0))
+
+
 def test_a_ds_config_without_a_stage_is_refused(ade20k):
     experiment = read_experiment(ROOT / TINY, dict(option.split("=") for option in data_options(ade20k)))
     with pytest.raises(ConfigError, match="no ZeRO stage"):
