@@ -38,7 +38,7 @@ def main() -> None:
     data = f"data.train.data_root={root} data.val.data_root={root} data.test.data_root={root}"
     step("a small data set in ADE20K's layout", f"{python} -m internseg_ds.data.generated_ade20k {root}")
     step("full tuning under ZeRO-3",
-         f"deepspeed --num_gpus {processes} launch/train.py {CONFIG} --deepspeed_config ds_configs/zero3_bf16.json --work-dir {WORK} "
+         f"deepspeed --num_gpus {processes} launch/train.py {CONFIG} --deepspeed_config ds_configs/zero3_bf16.json --work-dir {WORK} --overwrite "
          f"--cfg-options engine.evaluate_before=True {data}")
     step("one file out of the ZeRO checkpoint", f"{python} launch/consolidate.py {WORK}/checkpoints {WORK}/segmentor.pth --overwrite")
     step("evaluation of that file, with pictures",

@@ -32,6 +32,8 @@ def main() -> None:
     parser.add_argument("--resume", "--resume-from", type=command_line.given, metavar="auto|PATH",
                         help="go on exactly where a checkpoint stopped; auto: the newest of the work directory, if any")
     parser.add_argument("--auto-resume", action="store_const", const="auto", dest="resume", help="the same as --resume auto")
+    parser.add_argument("--overwrite", action="store_true",
+                        help="start anew in a work directory that holds a run, which is moved beside it; without, that is refused")
     parser.add_argument("--no-validate", action="store_true", help="train without evaluating")
     parser.add_argument("--no-save", action="store_true", help="write no checkpoint, not at the end nor when asked to stop: for measuring")
     parser.add_argument("--seed", type=int, help="of data order, augmentation, initial weights and noise (default: the config's seed, or 0)")
@@ -57,10 +59,13 @@ def main() -> None:
         from internseg_ds.engine.preflight import check
         from internseg_ds.engine.resuming import checkpoint_to_resume
         from internseg_ds.engine.trackers import start_logging
+        from internseg_ds.engine.work_dir import check_unused
 
         world = world_from_environment()
         start_logging(None, level=experiment.log_level, is_main=world.is_main)
-        resume_from = checkpoint_to_resume(args.resume or experiment.resume_from, Path(args.work_dir or experiment.work_dir))
+        resume, work_dir = args.resume or experiment.resume_from, Path(args.work_dir or experiment.work_dir)
+        resume_from = checkpoint_to_resume(resume, work_dir)
+        check_unused(work_dir, resume_from, overwrite=args.overwrite, resumes=resume == "auto")
         plan = check(experiment, args.deepspeed_config, world, validate=not args.no_validate, load_from=args.load_from, resume_from=resume_from)
         if world.is_main:
             describe(plan, Console())
@@ -75,7 +80,7 @@ def main() -> None:
     from internseg_ds.engine.segmentor_engine import SegmentorEngine
 
     with SegmentorEngine(experiment, args.deepspeed_config, work_dir=args.work_dir, seed=args.seed, load_from=args.load_from, resume=args.resume,
-                         validate=not args.no_validate, saves=not args.no_save, heartbeat_timeout=args.heartbeat_timeout,
+                         validate=not args.no_validate, saves=not args.no_save, overwrite=args.overwrite, heartbeat_timeout=args.heartbeat_timeout,
                          profiled_steps=args.profile) as engine:
         engine.train()
     if engine.stopped and engine.saves:  # without a save there is nothing to go on from

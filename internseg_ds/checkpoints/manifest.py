@@ -10,15 +10,20 @@ from typing import Any
 from internseg_ds.errors import CheckpointError
 
 MANIFEST = "internseg_ds.json"
+KINDS = {"step": (int,), "number": (int,), "run": (str,), "saved_at": (float, int), "world_size": (int,), "files": (dict,), "meta": (dict,),
+         "metrics": (dict,), "groups": (list,)}
+"""What a note holds, as far as it is relied on."""
 
 
 def write_manifest(directory: Path, *, step: int, world_size: int, zero_stage: int, meta: Mapping[str, Any], metrics: Mapping[str, float],
-                   groups: Sequence[Mapping[str, Any]] = (), saved_at: float | None = None, node_local: bool = False) -> None:
+                   groups: Sequence[Mapping[str, Any]] = (), saved_at: float | None = None, node_local: bool = False, run: str = "", number: int = 0) -> None:
     """Records step, layout, meta (CLASSES, PALETTE, config text), metrics, parameter groups (names, lr, weight_decay) and the size of every other file in
-    `directory`; atomic. saved_at: seconds since 1970, now if None. node_local: other hosts have written the files of their ranks into folders of their own."""
+    `directory`; atomic. saved_at: seconds since 1970, now if None. node_local: other hosts have written the files of their ranks into folders of their own.
+    run: an identity that a run keeps when it is resumed; number: of this save in it."""
     files = {str(file.relative_to(directory)): file.stat().st_size for file in sorted(directory.rglob("*")) if file.is_file() and file.name != MANIFEST}
-    _write(directory, {"format": 1, "step": step, "saved_at": time.time() if saved_at is None else saved_at, "world_size": world_size, "zero_stage": zero_stage,
-                       "node_local": node_local, "files": files, "meta": dict(meta), "metrics": dict(metrics), "groups": list(groups)})
+    _write(directory, {"format": 1, "run": run, "number": number, "step": step, "saved_at": time.time() if saved_at is None else saved_at,
+                       "world_size": world_size, "zero_stage": zero_stage, "node_local": node_local, "files": files, "meta": dict(meta),
+                       "metrics": dict(metrics), "groups": list(groups)})
 
 
 def update_metrics(directory: Path, metrics: Mapping[str, float]) -> None:
@@ -30,13 +35,17 @@ def update_metrics(directory: Path, metrics: Mapping[str, float]) -> None:
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:
-    """The note, or None where there is none. Raises CheckpointError when it is not JSON."""
+    """The note, or None where there is none. Raises CheckpointError when it is no note."""
     try:
-        return json.loads((directory / MANIFEST).read_text())
+        content = json.loads((directory / MANIFEST).read_text())
     except FileNotFoundError:
         return None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise CheckpointError(f"{directory / MANIFEST} is damaged ({error}); take another checkpoint") from None
+    for key, kind in KINDS.items():
+        if not isinstance(content, dict) or not isinstance(content.get(key, kind[0]()), kind):
+            raise CheckpointError(f"{directory / MANIFEST} is damaged: it has no {key} as a save writes it; take another checkpoint")
+    return content
 
 
 def verify_manifest(directory: Path) -> None:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from internseg_ds.checkpoints.manifest import MANIFEST, read_manifest, verify_manifest
+from internseg_ds.checkpoints.saves import named_by
 from internseg_ds.checkpoints.stored import Stored, load_stored
 from internseg_ds.errors import CheckpointError
 
@@ -201,17 +202,17 @@ def find_save(path: Path, tag: str | None = None) -> Path:
     not there."""
     path = Path(path)
     if _is_pointer(path):
-        path = path.parent / path.read_text().strip()
+        path = path.parent / named_by(path)
     if not path.is_dir():
         raise CheckpointError(f"there is no checkpoint directory {path}; give WORK_DIR, WORK_DIR/checkpoints or one iter_N directory")
-    if tag is None and any(path.glob("*_optim_states.pt")):
+    if tag is None and (any(path.glob("*_optim_states.pt")) or (path / MANIFEST).is_file()):
         return path
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     pointer = folder / (tag if tag == "best" else "latest")
     if tag is None or tag == "best":
         if not pointer.is_file():
             raise CheckpointError(f"there is no {pointer}, so nothing says which checkpoint to take; give one iter_N directory, or --tag")
-        tag = pointer.read_text().strip()
+        tag = named_by(pointer)
     if not (folder / tag).is_dir():
         there = ", ".join(sorted(item.name for item in folder.iterdir() if item.is_dir())) or "none"
         raise CheckpointError(f"there is no checkpoint {folder / tag}; there are: {there}")

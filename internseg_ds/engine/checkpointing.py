@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from internseg_ds.checkpoints.manifest import MANIFEST, read_manifest, update_metrics, write_manifest
+from internseg_ds.checkpoints.manifest import read_manifest, update_metrics, write_manifest
+from internseg_ds.checkpoints.saves import PARTIAL, complete_saves, pointed_to, publish, remove, sweep, to_disk
 from internseg_ds.checkpoints.zero_checkpoint import EMA_FILE
 from internseg_ds.distributed.partitions import partitions
 from internseg_ds.distributed.process_group import any_rank, of_all_ranks
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
     from internseg_ds.distributed.ema import ShardedEma
 
 log = logging.getLogger(__name__)
-
-PARTIAL = ".partial"
 
 
 @dataclass(frozen=True)
@@ -74,8 +73,7 @@ class Checkpoints:
         partial = self.folder / (tag + PARTIAL)
         if self.leads:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self.folder.glob("*" + PARTIAL):
-                shutil.rmtree(leftover)
+            sweep(self.folder)
         writer.forget()
         needed = self._bytes_to_save(deepspeed_engine, ema)
         if _agreed(deepspeed_engine, not self.leads or shutil.disk_usage(self.folder).free > needed):
@@ -87,6 +85,7 @@ class Checkpoints:
         self._started = Started(deepspeed_engine, tag, needed, {
             "step": state.step, "world_size": dist.get_world_size(), "meta": meta, "metrics": {}, "groups": groups,
             "zero_stage": deepspeed_engine.zero_optimization_stage(), "node_local": len(set(self.leaders)) > 1,
+            "run": state.run, "number": max(of_all_ranks(self._last_number())) + 1,
             "saved_at": of_all_ranks(time.time())[0]})  # on every host the same: it tells two saves of one step apart
         if not writer.background:
             self.finish()
@@ -102,7 +101,7 @@ class Checkpoints:
         if not wait and not _agreed(started.engine, writer.done()):
             return
         self._started = None
-        failure = writer.wait() or _all_to_disk(partial)
+        failure = writer.wait() or _allto_disk(partial)
         if fine := _agreed(started.engine, failure is None):
             failure = _noted(partial, started.note) if self.leads else None
             fine = _agreed(started.engine, failure is None)
@@ -116,16 +115,17 @@ class Checkpoints:
             return
         if self.leads:
             replaced = self.folder / (started.tag + ".replaced" + PARTIAL)
-            if final.exists():
+            if os.path.lexists(final):
                 final.rename(replaced)  # a resumed run comes to this step again
             partial.rename(final)
-            shutil.rmtree(replaced, ignore_errors=True)
+            if os.path.lexists(replaced):
+                remove(replaced)
             with unless_disk_full(f"{final} is saved, but `latest` does not name it"):  # --resume auto finds it all the same
-                _to_disk(self.folder)
+                to_disk(self.folder)
                 publish(self.folder / "latest", started.tag)
         dist.barrier()  # published on every host, before one removes an older one
         if self.leads:
-            self._retain()
+            self._retain(started.note["run"])
         dist.barrier()
         self.newest = started.tag
         log.info("saved %s", final)
@@ -142,20 +142,21 @@ class Checkpoints:
                 update_metrics(self.folder / tag, metrics)
                 if better:
                     publish(self.folder / "best", tag)
-                    self._retain()
+                    self._retain(state.run)
         dist.barrier()
         return better
 
     def recall_best(self, state: TrainState, best_by: str | None) -> None:
         """Takes the best score so far from the folder: a checkpoint is saved before it is scored, so its own state does not know."""
-        tag = self._best_tag()
-        if tag and (manifest := read_manifest(self.folder / tag)) and manifest["step"] <= state.step:
+        saves = {path.name: path for path in complete_saves(self.folder)}
+        tag = pointed_to(self.folder, "best")
+        if tag in saves and (manifest := read_manifest(saves[tag]))["step"] <= state.step:
             state.best, state.best_tag = manifest["metrics"].get(best_by), tag
         state.best, state.best_tag = of_all_ranks((state.best, state.best_tag))[0]  # hosts with folders of their own must not differ
 
-    def _best_tag(self) -> str | None:
-        pointer = self.folder / "best"
-        return pointer.read_text() if pointer.is_file() else None
+    def _last_number(self) -> int:
+        """Of the saves in this rank's folder."""
+        return max((read_manifest(path)["number"] for path in complete_saves(self.folder) if "number" in read_manifest(path)), default=0) if self.leads else 0
 
     def _bytes_to_save(self, deepspeed_engine: Any, ema: "ShardedEma | None") -> int:
         """What the files in this rank's folder will take together: masters and two moments in fp32, the module's own weights, the average. Collective."""
@@ -164,35 +165,22 @@ class Checkpoints:
         written = of_all_ranks(masters * (16 if ema is not None else 12) + module)
         return int(1.01 * sum(size for size, leader in zip(written, self.leaders) if leader == self.leaders[dist.get_rank()])) + 2**20
 
-    def _retain(self) -> None:
-        """Newest by the time of the save, not by step: the folder may hold later steps of an earlier run."""
+    def _retain(self, run: str) -> None:
+        """The newest of `run` stay, and what `latest` and `best` name; saves of other runs are not this one's to remove."""
         if self.keep <= 0:
             return
-        for path in complete_saves(self.folder)[: -self.keep]:
-            if path.name != self._best_tag():
+        own = [path for path in complete_saves(self.folder) if read_manifest(path).get("run", "") == run]
+        named = {pointed_to(self.folder, "latest"), pointed_to(self.folder, "best")}
+        for path in own[: -self.keep]:
+            if path.name not in named:
                 log.info("removing %s (max_keep_ckpts = %d)", path, self.keep)
-                shutil.rmtree(path)
+                remove(path)
 
 
 def _agreed(deepspeed_engine: Any, fine: bool) -> bool:
     """Whether it is fine on every rank. Collective."""
     (trouble,) = any_rank([not fine], deepspeed_engine.device)
     return not trouble
-
-
-def complete_saves(folder: Path) -> list[Path]:
-    """The finished checkpoints of a folder, the newest last."""
-    saves = [note.parent for note in folder.glob(f"iter_*/{MANIFEST}")]
-    return sorted(saves, key=lambda path: read_manifest(path).get("saved_at", 0))
-
-
-def publish(pointer: Path, tag: str) -> None:
-    """Makes the pointer file name `tag`, at once or not at all."""
-    temporary = pointer.with_suffix(".new")
-    temporary.write_text(tag)
-    _to_disk(temporary)
-    os.replace(temporary, pointer)
-    _to_disk(pointer.parent)
 
 
 def _noted(partial: Path, note: dict[str, Any]) -> OSError | None:
@@ -204,19 +192,11 @@ def _noted(partial: Path, note: dict[str, Any]) -> OSError | None:
     return None
 
 
-def _all_to_disk(folder: Path) -> OSError | None:
+def _allto_disk(folder: Path) -> OSError | None:
     """Brings what this host wrote to disk; what went wrong."""
     try:
         for file in folder.iterdir():
-            _to_disk(file)
+            to_disk(file)
     except OSError as error:
         return error
     return None
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,11 +11,11 @@ import torch.distributed as dist
 from torch import nn
 
 from internseg_ds.checkpoints.manifest import read_manifest, verify_manifest
+from internseg_ds.checkpoints.saves import complete_saves, pointed_to
 from internseg_ds.checkpoints.weights import weights_of
 from internseg_ds.checkpoints.zero_checkpoint import ZeroCheckpoint, advice, find_save
 from internseg_ds.distributed.loading import fit_segmentor
 from internseg_ds.distributed.process_group import of_all_ranks
-from internseg_ds.engine.checkpointing import complete_saves
 from internseg_ds.engine.state import TrainState
 from internseg_ds.errors import CheckpointError
 
@@ -33,15 +33,28 @@ def find_checkpoint(path: str | os.PathLike) -> Path:
 
 
 def checkpoint_to_resume(resume: str | os.PathLike | None, work_dir: Path) -> Path | None:
-    """The checkpoint directory that --resume means: None, "auto" (the newest of `work_dir`, if there is any), or a path."""
-    if resume == "auto":
-        pointer = work_dir / "checkpoints" / "latest"
-        tag = pointer.read_text().strip() if pointer.is_file() else ""
-        named = pointer.parent / tag if tag else None
-        if named is None or not named.is_dir():  # somebody removed the pointer, or a run was killed while it replaced that very checkpoint
-            named = next(reversed(complete_saves(pointer.parent)), None)
-        resume = named
-    return find_checkpoint(resume) if resume is not None else None
+    """The checkpoint directory that --resume means: None, "auto" (the newest of `work_dir` that is whole, if there is any), or a path.
+
+    Raises CheckpointError when the path names none, or when all saves of `work_dir` are damaged: starting anew would lose them.
+    """
+    if resume is None:
+        return None
+    if resume != "auto":
+        return find_checkpoint(resume)
+    folder, trouble = work_dir / "checkpoints", None
+    saves = complete_saves(folder)
+    latest = folder / (pointed_to(folder, "latest") or "")  # plain DeepSpeed's have no note, but a pointer
+    if latest != folder and latest.is_dir() and latest not in saves[-1:]:
+        saves = [*(path for path in saves if path != latest), latest]
+    for path in reversed(saves):
+        try:
+            return find_checkpoint(path)
+        except CheckpointError as error:
+            trouble = trouble or error
+            log.warning("%s; going on from the one before it", error)
+    if trouble is not None:
+        raise CheckpointError(f"{trouble}; none of the {len(saves)} checkpoints in {folder} is whole")
+    return None
 
 
 def agree_to_resume(found: Path | None, stage: int) -> ZeroCheckpoint | None:
@@ -49,8 +62,9 @@ def agree_to_resume(found: Path | None, stage: int) -> ZeroCheckpoint | None:
 
     stage: of ZeRO, of this run. Raises CheckpointError, on every rank, when hosts have none in common, or when one lacks what its processes need of it.
     """
-    def identity(path: Path) -> tuple[str, float]:  # a step may have been saved twice
-        return path.name, (read_manifest(path) or {}).get("saved_at", 0)
+    def identity(path: Path) -> tuple[str, tuple[int, float]]:  # a step may have been saved twice
+        manifest = read_manifest(path) or {}
+        return path.name, (manifest.get("number", 0), manifest.get("saved_at", 0))
 
     here = {identity(path): path for path in [*complete_saves(found.parent), found]} if found is not None else {}
     hosts = of_all_ranks((socket.gethostname(), identity(found) if found is not None else None, list(here)))

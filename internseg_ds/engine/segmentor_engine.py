@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import socket
+import uuid
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -63,7 +64,7 @@ from internseg_ds.engine.stopping import StopRequests, check_no_stop_file, stop_
 from internseg_ds.engine.trackers import start_logging
 from internseg_ds.engine.trainer import train
 from internseg_ds.engine.utilization import make_meter
-from internseg_ds.engine.work_dir import claim, leaders
+from internseg_ds.engine.work_dir import check_unused, claim, leaders, set_aside
 from internseg_ds.errors import ConfigError, UserError, of_one_rank
 from internseg_ds.models.recomputation import Recomputation
 from internseg_ds.seeding import derived_seed
@@ -88,13 +89,15 @@ class SegmentorEngine:
         cfg_options: Mapping[str, Any] | None = None,
         validate: bool = True,
         saves: bool = True,
+        overwrite: bool = False,
         heartbeat_timeout: float = 600.0,
         profiled_steps: int = 0,
     ) -> None:
         """config: an experiment config; ds_config: a DeepSpeed JSON. work_dir, seed: None as the config says (work_dirs/NAME_OF_CONFIG, 0). load_from: weights
         of a whole segmentor to start from (over the config's `load_from`). resume: "auto" (the newest checkpoint of work_dir, if any) or a checkpoint to go
         on from exactly (over the config's `resume_from` and `auto_resume`). validate: False leaves the validation set alone. saves: False has the training
-        write no checkpoint, for a measurement that has no room for one. A run that resumes takes its weights from the checkpoint, whatever load_from says.
+        write no checkpoint, for a measurement that has no room for one. overwrite: what an earlier run left in work_dir is moved into a folder beside it;
+        without, a run that would start anew there is refused. A run that resumes takes its weights from the checkpoint, whatever load_from says.
         heartbeat_timeout: seconds in which no rank gets on that end the run (`distributed.watch`); 0: any. profiled_steps: how many steps of a training are
         recorded (`engine.profiling`). Joins the process group if there is none yet.
 
@@ -118,6 +121,7 @@ class SegmentorEngine:
             check_no_stop_file(self.work_dir)
             resume = resume or experiment.resume_from
             resume_from = checkpoint_to_resume(resume, self.work_dir)
+            check_unused(self.work_dir, resume_from, overwrite=overwrite, resumes=resume == "auto")
             self.plan: Plan = check(experiment, ds_config, world, validate=validate, load_from=load_from, resume_from=resume_from)
         except UserError as error:
             refusal = error
@@ -131,8 +135,10 @@ class SegmentorEngine:
         node_local = (self.plan.ds.raw.get("checkpoint") or {}).get("use_node_local_storage", False)
         in_charge = leaders(self.work_dir, world, node_local=node_local, ds_config=self.plan.ds.source)
         self._claimed = claim(self.work_dir, world, in_charge)
+        if overwrite:
+            set_aside(self.work_dir, in_charge, world.rank)
         self.checkpoints = Checkpoints(self.work_dir / "checkpoints", experiment.max_keep_ckpts, in_charge)
-        self.state, self.stopped = TrainState(seed=seed), False
+        self.state, self.stopped = TrainState(seed=seed, run=of_all_ranks(uuid.uuid4().hex)[0]), False
         hosts = of_all_ranks(socket.gethostname())
         start_logging(self.work_dir, level=experiment.log_level, is_main=world.is_main, header=environment_lines(seed, hosts))
         sizes, warnings = size_lines(experiment, self.plan.crop)

@@ -14,6 +14,8 @@ class TrainState:
     seed: int = 0
     best: float | None = None
     best_tag: str | None = None
+    run: str = ""
+    """What tells this run from others; a resumed one keeps it."""
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)

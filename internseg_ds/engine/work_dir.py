@@ -1,6 +1,8 @@
-"""The work directory of a run: which process looks after it, where every process sees the same or each host has its own, and that no other run works in it."""
+"""The work directory of a run: which process looks after it, where every process sees the same or each host has its own, that no other run works in it,
+and that no finished one is lost."""
 
 import fcntl
+import logging
 import socket
 import uuid
 from collections.abc import Sequence
@@ -8,9 +10,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
+from internseg_ds.checkpoints.saves import complete_saves
 from internseg_ds.distributed.process_group import World, of_all_ranks
 from internseg_ds.engine.outputs import make_folder
 from internseg_ds.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+LOCK = ".lock"
 
 
 def leaders(folder: Path, world: World, *, node_local: bool, ds_config: str) -> list[int]:
@@ -41,7 +48,7 @@ def claim(folder: Path, world: World, leaders: Sequence[int]) -> TextIO:
 
     Raises ConfigError, on every rank, when another run has it. File systems without locks (some are mounted so) let everybody in.
     """
-    file, taken = (folder / ".lock").open("a"), False
+    file, taken = (folder / LOCK).open("a"), False
     if leaders[world.rank] == world.rank:
         with suppress(OSError):
             try:
@@ -51,3 +58,40 @@ def claim(folder: Path, world: World, leaders: Sequence[int]) -> TextIO:
     if any(of_all_ranks(taken)):
         raise ConfigError(f"another run is at work in {folder}; wait for its end, stop it (touch {folder / 'STOP'}), or choose another --work-dir")
     return file
+
+
+def check_unused(folder: Path, resume_from: Path | None, *, overwrite: bool, resumes: bool) -> None:
+    """A run that starts anew would empty the records of the one that is there, and take its checkpoints for its own.
+
+    resume_from: the checkpoint that the run goes on from. overwrite: whether what is there may be set aside. resumes: whether the run was to go on from the
+    folder's newest checkpoint, if any. Raises ConfigError.
+    """
+    if overwrite and (resumes or resume_from is not None):
+        raise ConfigError("--overwrite starts anew and --resume goes on; keep one of them")
+    here = resume_from is not None and (folder / "checkpoints").resolve() in resume_from.resolve().parents
+    if not (overwrite or resumes or here) and (what := _of_a_run(folder)):
+        raise ConfigError(f"the work directory {folder} holds a run ({what}), which would be lost; go on with it (--resume auto), choose another directory "
+                          "(--work-dir), or set it aside and start anew (--overwrite)")
+
+
+def _of_a_run(folder: Path) -> str:
+    """What a run has left in a folder; "" for nothing."""
+    saves = complete_saves(folder / "checkpoints")
+    if saves:
+        return f"{len(saves)} checkpoint{'s' * (len(saves) > 1)}, the newest is {saves[-1].name}"
+    records = folder / "metrics.jsonl"
+    return f"records in {records.name}" if records.is_file() and records.stat().st_size else ""
+
+
+def set_aside(folder: Path, leaders: Sequence[int], rank: int) -> None:
+    """Moves all that lies in `folder`, which this run has claimed, into a new folder beside it. Collective."""
+    if leaders[rank] == rank and any(item.name != LOCK for item in folder.iterdir()):
+        number = 1
+        while (aside := folder.with_name(f"{folder.name}.old_{number}")).exists():
+            number += 1
+        make_folder(aside)
+        for item in folder.iterdir():
+            if item.name != LOCK:
+                item.rename(aside / item.name)
+        log.info("what lay in %s is now in %s (--overwrite)", folder, aside)
+    of_all_ranks(None)  # nobody goes on before

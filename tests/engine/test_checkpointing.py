@@ -1,16 +1,21 @@
 """The checkpoints folder of a run: what is named, what is kept, and what a second run in the same folder does."""
 
+import json
 from pathlib import Path
+from unittest import mock
 
 import deepspeed
+import pytest
 import torch
 import torch.distributed as dist
 
-from internseg_ds.checkpoints.manifest import read_manifest
+from internseg_ds.checkpoints.manifest import MANIFEST, read_manifest
+from internseg_ds.checkpoints.saves import complete_saves
 from internseg_ds.distributed.checkpoint_engine import NotingCheckpointEngine
 from internseg_ds.engine.checkpointing import Checkpoints
 from internseg_ds.engine.resuming import checkpoint_to_resume, find_checkpoint
 from internseg_ds.engine.state import TrainState
+from internseg_ds.errors import CheckpointError
 from tests.distributed.ranks import spawn
 
 
@@ -39,19 +44,96 @@ def the_newest_and_the_best_stay(folder: Path) -> None:
     assert find_checkpoint(folder) == folder / "iter_50"
 
 
-def another_run_in_the_same_folder_keeps_what_it_saves(folder: Path) -> None:
-    engine, checkpoints, state = toy_engine(), Checkpoints(folder, keep=2), TrainState(step=3000)
-    for step in (3000, 4000):
+def another_run_in_the_same_folder_removes_its_own_saves_alone(folder: Path) -> None:
+    engine, checkpoints, state = toy_engine(), Checkpoints(folder, keep=2), TrainState(step=4000, run="one")
+    checkpoints.save(engine, state, {})
+    state = TrainState(run="another")
+    for step in (1000, 2000, 3000):
         state.step = step
         checkpoints.save(engine, state, {})
-    state = TrainState()
-    for step in (1000, 2000):
-        state.step = step
-        checkpoints.save(engine, state, {})
-        assert find_checkpoint(folder) == folder / f"iter_{step}"
-    assert there(folder) == {"iter_1000", "iter_2000"}
+        assert find_checkpoint(folder) == checkpoint_to_resume("auto", folder.parent) == folder / f"iter_{step}"
+    assert there(folder) == {"iter_2000", "iter_3000", "iter_4000"}
     checkpoints.save(engine, state, {})  # the same step again replaces it
-    assert there(folder) == {"iter_1000", "iter_2000"}
+    assert there(folder) == {"iter_2000", "iter_3000", "iter_4000"}
+
+
+def a_clock_that_goes_back_removes_no_new_save(folder: Path) -> None:
+    engine, checkpoints, state = toy_engine(), Checkpoints(folder, keep=2), TrainState()
+    for step, now in ((10, 9000.0), (20, 9100.0), (30, 1900.0), (40, 2000.0)):
+        state.step = step
+        with mock.patch("internseg_ds.engine.checkpointing.time.time", lambda now=now: now):
+            checkpoints.save(engine, state, {})
+        (folder / "latest").unlink()  # what is newest is told without it, too
+        assert checkpoint_to_resume("auto", folder.parent) == folder / f"iter_{step}"
+    assert there(folder) == {"iter_30", "iter_40"}
+
+
+def what_latest_and_best_name_stays_whatever_the_order_says(folder: Path) -> None:
+    engine, checkpoints, state = toy_engine(), Checkpoints(folder, keep=1), TrainState()
+    for step in (10, 20):
+        state.step = step
+        checkpoints.save(engine, state, {})
+    future = json.loads((folder / "iter_20" / MANIFEST).read_text()) | {"number": 1000}
+    (folder / "iter_20" / MANIFEST).write_text(json.dumps(future))
+    state.step = 30
+    checkpoints.save(engine, state, {})
+    assert there(folder) == {"iter_30"} and read_manifest(folder / "iter_30")["number"] == 1001
+
+
+def a_damaged_neighbour_costs_no_save(folder: Path) -> None:
+    engine, checkpoints, state = toy_engine(), Checkpoints(folder, keep=2), TrainState()
+    for number, note in enumerate(("[]", "null", "{", "[" * 100_000, '{"step": "x"}', '{"number": []}')):
+        (folder / f"iter_9{number}").mkdir(parents=True)
+        (folder / f"iter_9{number}" / MANIFEST).write_text(note)
+    (folder / "iter_10").write_text("a file that has the name of the next save")
+    (folder / "iter_20.partial").write_text("a leftover that is no folder")
+    for pointer in ("latest", "best"):
+        (folder / pointer).write_bytes(b"\xff\x00\x01")
+    for step in (10, 20, 30):
+        state.step = step
+        assert checkpoints.save(engine, state, {}) == folder / f"iter_{step}"
+        assert checkpoint_to_resume("auto", folder.parent) == folder / f"iter_{step}"
+    assert {"iter_20", "iter_30"} < there(folder) and "iter_10" not in there(folder) and len(there(folder)) == 8
+    assert not list(folder.glob("*.partial"))
+
+
+def an_old_save_that_cannot_be_removed_costs_no_training(folder: Path) -> None:
+    engine, checkpoints, state = toy_engine(), Checkpoints(folder, keep=1), TrainState()
+    with mock.patch("internseg_ds.checkpoints.saves.shutil.rmtree", side_effect=OSError(16, "Device or resource busy")):
+        for step in (10, 20):
+            state.step = step
+            assert checkpoints.save(engine, state, {}) == folder / f"iter_{step}"
+    assert {path.name for path in complete_saves(folder)} == {"iter_20"} and there(folder) == {"iter_20", "iter_10.removed.partial"}
+    state.step = 30
+    checkpoints.save(engine, state, {})
+    assert there(folder) == {"iter_30"}
+
+
+def auto_goes_on_from_the_one_before_a_damaged_newest(folder: Path) -> None:
+    engine, checkpoints, state = toy_engine(), Checkpoints(folder, keep=-1), TrainState()
+    for step in (10, 20, 30):
+        state.step = step
+        checkpoints.save(engine, state, {})
+    next((folder / "iter_30").glob("*optim_states.pt")).unlink()
+    assert checkpoint_to_resume("auto", folder.parent) == folder / "iter_20"
+    (folder / "iter_20" / MANIFEST).write_text("{")
+    assert checkpoint_to_resume("auto", folder.parent) == folder / "iter_10"
+    next((folder / "iter_10").glob("*optim_states.pt")).write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"iter_30.* is missing.*none of the 2 checkpoints in .* is whole"):
+        checkpoint_to_resume("auto", folder.parent)
+
+
+def a_pointer_is_not_followed_out_of_its_folder(folder: Path) -> None:
+    engine, checkpoints, state = toy_engine(), Checkpoints(folder, keep=-1), TrainState(step=10)
+    checkpoints.save(engine, state, {})
+    outside = folder.parent / "outside"
+    (folder / "iter_10").rename(outside)
+    checkpoints.save(engine, state, {})
+    for name in ("../outside", str(outside), "..", "", "iter_10\niter_11", "x" * 300):
+        (folder / "latest").write_text(name)
+        assert checkpoint_to_resume("auto", folder.parent) == folder / "iter_10"
+        with pytest.raises(CheckpointError, match="no name of a checkpoint beside it"):
+            find_checkpoint(folder)
 
 
 def a_resumed_run_knows_the_best_score_so_far(folder: Path) -> None:
@@ -80,8 +162,16 @@ def test_the_newest_and_the_best_stay(tmp_path):
     spawn(the_newest_and_the_best_stay, 2, tmp_path / "checkpoints")
 
 
-def test_another_run_in_the_same_folder_keeps_what_it_saves(tmp_path):
-    spawn(another_run_in_the_same_folder_keeps_what_it_saves, 1, tmp_path / "checkpoints")
+def several(folder: Path) -> None:
+    for proof in (another_run_in_the_same_folder_removes_its_own_saves_alone, a_clock_that_goes_back_removes_no_new_save,
+                  what_latest_and_best_name_stays_whatever_the_order_says, a_damaged_neighbour_costs_no_save,
+                  an_old_save_that_cannot_be_removed_costs_no_training, auto_goes_on_from_the_one_before_a_damaged_newest,
+                  a_pointer_is_not_followed_out_of_its_folder):
+        proof(folder / proof.__name__ / "checkpoints")
+
+
+def test_what_lies_beside_a_save_is_neither_lost_nor_costs_it(tmp_path):
+    spawn(several, 1, tmp_path)
 
 
 def test_a_resumed_run_knows_the_best_score_so_far(tmp_path):
