@@ -132,6 +132,10 @@ def _check_annotations_of(dataset: Dataset) -> None:
 
 def _masks_come_last(steps: list[str], what: str) -> None:
     """Masks are made once, from the label map as it then is: what changes that afterwards would leave them as they were. Raises ConfigError."""
+    loads = next((place for place, step in enumerate(steps) if step in ("LoadAnnotations", "LoadLabelMap")), 0)
+    if early := next((step for step in steps[:loads] if step in CHANGE_LABELS), None):
+        raise ConfigError(f"the pipeline of {what} has {early} before LoadAnnotations, so the label map would not change with the image; "
+                          "put LoadAnnotations before it")
     if "ToMask" not in steps:
         return
     place = steps.index("ToMask")

@@ -24,6 +24,12 @@ def orientation(file: str) -> int:
     return found if found in TURNS else 1
 
 
+def is_square(file: str) -> bool:
+    """Whether an image has equal sides, so that a turn by 90 degrees does not show in them."""
+    with Image.open(file) as image:
+        return image.width == image.height
+
+
 def turned_against(file: str, labels: Sequence[int], image: Sequence[int]) -> str:
     """The end of a message about a label map of other sides than its image, where the image's EXIF orientation explains it; else nothing."""
     if tuple(labels[:2]) == tuple(image[:2])[::-1] and (turn := orientation(file)) >= 5:

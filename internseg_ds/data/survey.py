@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from internseg_ds.data.datasets import plain_parts
 from internseg_ds.data.label_maps import LoadLabelMap
-from internseg_ds.data.orientation import MEND, TURNS, orientation
+from internseg_ds.data.orientation import MEND, TURNS, is_square, orientation
 from internseg_ds.errors import ConfigError, DataError, shortened
 from internseg_ds.seeding import derived_seed
 
@@ -53,7 +53,7 @@ def survey(dataset: Dataset, what: str, *, training: bool) -> list[str]:
     label maps; and where all label maps of a set to train on were read and hold but one class, or none.
     """
     parts = [part for part in plain_parts(dataset) if isinstance(part, CustomDataset) and part.CLASSES is not None]
-    said = [sentence for part in parts for sentence in (*_left_out(part, what), *_images(part, what))]
+    said = [sentence for part in parts for sentence in (*_left_out(part, what), *_images(part, what), *_lossy(part, what))]
     if parts:
         said += _classes(parts, what, training)
     return said
@@ -127,6 +127,8 @@ def _count(part: CustomDataset, loader: LoadLabelMap, most: int, until: float, c
         results: dict[str, Any] = {"ann_info": part.get_ann_info(index)}
         part.pre_pipeline(results)
         file = os.path.join(results.get("seg_prefix") or "", results["ann_info"]["seg_map"])
+        if os.path.exists(file) and not os.path.isfile(file):
+            continue
         try:
             raw = loader.read(file)
         except Exception as error:  # a damaged one is named when it is its turn
@@ -182,19 +184,25 @@ def _alike(suffix: str) -> set[str]:
     return {head + other for other in next((same for same in SAME if ending in same), {ending})}
 
 
+def _lossy(part: CustomDataset, what: str) -> Iterator[str]:
+    if part.ann_dir is not None and part.seg_map_suffix.lower().endswith((".jpg", ".jpeg")):
+        yield f"{what}: label maps end in {part.seg_map_suffix}, a format that changes numbers a little, so that classes become others; save them as .png"
+
+
 def _images(part: CustomDataset, what: str) -> Iterator[str]:
     """Images that EXIF turns in a way that their label maps do not tell, and images of which the loader takes a part."""
     loader = next((step for step in _steps(part) if isinstance(step, LoadImageFromFile)), None)
     if loader is None or loader.color_type != "color":
         return
     files = [os.path.join(part.img_dir, part.img_infos[index]["filename"]) for index in _drawn(part, MAPS)]
+    files = [file for file in files if os.path.isfile(file)]  # a pipe would keep the run waiting here
     until = time.monotonic() + SECONDS / 2
     turned, looked = [], 0
     for file in files:
         if time.monotonic() > until:
             break
         looked += 1
-        if orientation(file) in (2, 3, 4):
+        if (turn := orientation(file)) in (2, 3, 4) or (turn >= 5 and is_square(file)):
             turned.append(file)
     if turned and part.ann_dir is not None:
         yield (f"{what}: EXIF {TURNS[orientation(turned[0])]} in {turned[0]} ({len(turned)} such images of {looked} looked at), so it is read turned; "

@@ -4,6 +4,7 @@ In: the config's `model` section and a `DsConfig`. Out: a segmentor whose parame
 initial values that depend on the seed and the parameter's name alone: the same under every stage, precision and number of processes.
 """
 
+import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -39,7 +40,7 @@ def build_on_meta(model: ConfigDict) -> nn.Module:
     """
     try:
         with torch.device("meta"), _HostSequences(), _vectors_for_scalars():
-            segmentor = build_segmentor(model).to("meta")
+            segmentor = build_segmentor(copy.deepcopy(model)).to("meta")  # mmseg writes into what it is given
     except Exception as error:  # whatever some constructor refuses with
         raise ConfigError(f"the model section cannot be built: {reason_of(error)}") from error
     allow_any_device(segmentor)
@@ -102,14 +103,14 @@ def build_for_training(model: ConfigDict, ds: DsConfig, device: torch.device, se
     if ds.stage == 3:
         # no dtype argument: deepspeed 0.19.8 turns dtype=torch.float32 into bf16 where fp16 is not supported (CPUs); the config says the same
         with deepspeed.zero.Init(config_dict_or_path=ds.raw), _vectors_for_scalars():
-            segmentor = build_segmentor(model)
+            segmentor = build_segmentor(copy.deepcopy(model))
         evaluate_by_call(segmentor)
         for module in segmentor.modules():
             for param in external_parameters(module).values():
                 deepspeed.zero.register_external_parameter(module, param)
     else:
         with torch.device(device), _default_dtype(ds.param_dtype), _HostSequences(), _vectors_for_scalars():
-            segmentor = build_segmentor(model).to(device)
+            segmentor = build_segmentor(copy.deepcopy(model)).to(device)
     forget_pretrained(segmentor)
     allow_any_device(segmentor)
     losses_without_waits(segmentor)

@@ -21,7 +21,7 @@ from internseg_ds.errors import CheckpointError
 log = logging.getLogger(__name__)
 
 CLASSIFIERS = ("fc.", "head.", "head_dist.", "heads.", "classifier.")
-"""What weight files of classifiers hold beside a backbone, which may be passed over where the backbone does not say itself."""
+"""What weight files of classifiers hold beside a backbone, which may be passed over."""
 
 
 def shapes_of(module: nn.Module) -> dict[str, torch.Size]:
@@ -57,7 +57,7 @@ def fit_backbone(model: nn.Module, weights: Weights, may_differ: tuple[str, ...]
         taken = {name for names in sources.values() for name in names}
         rest = [name for name in weights.shapes if name not in taken and name.startswith(tower)]  # beside a vision tower lies a language model
         weights = renamed(weights, sources, rest)
-    extras, own = tuple(getattr(backbone, "pretrained_extras", CLASSIFIERS)), tuple(getattr(backbone, "not_pretrained", ()))
+    extras, own = CLASSIFIERS + tuple(getattr(backbone, "pretrained_extras", ())), tuple(getattr(backbone, "not_pretrained", ()))
     found = fit(weights, shapes_of(backbone), prefix=prefix, resizable=_resizable(model, ""), ignore=extras + own + may_differ, may_miss=own + may_differ)
     found.sources = {f"backbone.{name}": source for name, source in found.sources.items()}
     return found

@@ -33,7 +33,7 @@ def read_by_backbone(config: Mapping[str, Any], path: Path) -> Weights | None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             backbone = build_backbone(config)
-            if not isinstance(backbone, BaseModule):
+            if not isinstance(backbone, BaseModule) or not _reads_itself(backbone):
                 return None
             before = {name: value.clone() for name, value in _state(backbone).items()}
             try:
@@ -51,6 +51,11 @@ def read_by_backbone(config: Mapping[str, Any], path: Path) -> Weights | None:
     held = {name: HeldTensor(value) for name, value in taken.items()}
     return Weights(path, {name: value.shape for name, value in held.items()}, lambda name: held[name].read(),
                    lambda name, start, stop: held[name].read_slice(start, stop))
+
+
+def _reads_itself(backbone: BaseModule) -> bool:
+    """Whether it has a way of its own at all: in `init_weights`, or while a state dict is loaded."""
+    return type(backbone).init_weights is not BaseModule.init_weights or any(module._load_state_dict_pre_hooks for module in backbone.modules())
 
 
 def _state(backbone: BaseModule) -> dict[str, Tensor]:

@@ -22,6 +22,9 @@ def full_shape(param: nn.Parameter) -> torch.Size:
     return getattr(param, "ds_shape", param.shape)
 
 
+PARAMWISE = ("custom_keys", "bias_lr_mult", "bias_decay_mult", "norm_decay_mult", "dwconv_decay_mult", "dcn_offset_lr_mult", "bypass_duplicate")
+CUSTOM = ("lr_mult", "decay_mult")
+"""What mmcv's DefaultOptimizerConstructor reads of `paramwise_cfg` and of each of its `custom_keys` (mmcv 1.7, `runner/optimizer/default_constructor.py`)."""
 HEADS_OFFSETS = ("sampling_offsets", "reference_points")
 """Parts of names that mark the offsets of deformable attention in heads."""
 
@@ -143,6 +146,8 @@ def parameter_groups(model: nn.Module, optimizer: Mapping[str, Any]) -> list[dic
         if not isinstance(settings[required], (int, float)) or not 0 <= settings[required] < math.inf:
             raise ConfigError(f"optimizer.{required}={settings[required]!r} must be a number of at least 0")
     kind, singles = optimizer.get("constructor", "DefaultOptimizerConstructor"), []
+    if kind == "DefaultOptimizerConstructor":
+        _check_paramwise(optimizer.get("paramwise_cfg") or {})
     try:
         paramwise_cfg = copy.deepcopy(optimizer.get("paramwise_cfg"))  # mmseg's constructors change it
         build_optimizer_constructor({"type": kind, "optimizer_cfg": settings, "paramwise_cfg": paramwise_cfg}).add_params(singles, model)
@@ -162,6 +167,19 @@ def parameter_groups(model: nn.Module, optimizer: Mapping[str, Any]) -> list[dic
     if not merged:
         raise ConfigError("no parameter of the model trains: everything is frozen")
     return list(merged.values())
+
+
+def _check_paramwise(paramwise_cfg: Any) -> None:
+    """mmcv's constructor passes over keys that it does not know. Raises ConfigError."""
+    if not isinstance(paramwise_cfg, Mapping):
+        raise ConfigError(f"optimizer.paramwise_cfg={paramwise_cfg!r} must be a dict(...)")
+    for key in paramwise_cfg:
+        if key not in PARAMWISE:
+            raise unknown_key(key, PARAMWISE, "optimizer.paramwise_cfg")
+    for name, settings in (paramwise_cfg.get("custom_keys") or {}).items():
+        for key in settings:
+            if key not in CUSTOM:
+                raise unknown_key(key, CUSTOM, f"optimizer.paramwise_cfg.custom_keys[{name!r}]")
 
 
 def groups_in(model: nn.Module, groups: Sequence[Mapping[str, Any]], names_of: nn.Module) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from mmcv import Config, ConfigDict
 from mmcv.utils import import_modules_from_strings
 
 from internseg_ds.distributed.lr_schedule import LrSchedule, arguments, policies, policy_name
-from internseg_ds.engine.config_keys import OPTIONAL, REPLACED, SECTIONS, check_option
+from internseg_ds.engine.config_keys import KNOWN, OPTIONAL, REPLACED, SECTIONS, check_option
 from internseg_ds.engine.options import EngineOptions, read_options, whole_number
 from internseg_ds.engine.section_keys import hook_notes, near_misses, section_notes, unused_crop_size
 from internseg_ds.errors import ConfigError, reason_of, unknown_key
@@ -106,6 +106,8 @@ def read_experiment(config: str | os.PathLike | Config, cfg_options: Mapping[str
     optimizer_config = cfg.get("optimizer_config") or {}
     options = read_options(cfg.get("engine") or {}, path)
     cumulative = optimizer_config.get("cumulative_iters")
+    if cumulative is not None:
+        whole_number(cumulative, f"optimizer_config.cumulative_iters of {path}", least=1)
     if cumulative is not None and options.global_batch is not None:
         raise ConfigError(f"{path} sets engine.global_batch={options.global_batch} and optimizer_config.cumulative_iters={cumulative}; keep one of them")
     hooks = tuple(logging_.get("hooks") or ()) if isinstance(logging_.get("hooks", ()), (list, tuple, type(None))) else (None,)
@@ -173,6 +175,9 @@ def _check_data(data: Mapping[str, Any], path: str) -> None:
 def _clipping(grad_clip: Any, path: str) -> float:
     if not isinstance(grad_clip, Mapping):
         raise ConfigError(f"optimizer_config.grad_clip={grad_clip!r} of {path} must be dict(max_norm=...)")
+    for key in grad_clip:
+        if key not in KNOWN["optimizer_config.grad_clip"]:
+            raise unknown_key(key, KNOWN["optimizer_config.grad_clip"], f"optimizer_config.grad_clip of {path}")
     norm, kind = grad_clip.get("max_norm", 0.0), grad_clip.get("norm_type", 2)
     if isinstance(norm, bool) or not isinstance(norm, (int, float)) or norm < 0 or kind != 2:
         raise ConfigError(f"optimizer_config.grad_clip={dict(grad_clip)} of {path}: max_norm must be a number of at least 0, "

@@ -20,10 +20,10 @@ SIDE = 32
 
 def try_losses(outputs: Sequence[tuple[nn.Module, Any]], classes: int, ignored: Sequence[int]) -> list[str]:
     """Computes each head's losses for labels of all classes and of those that are `ignored`, and for a crop without any label; says where the latter is not
-    finite.
+    finite, or nothing is learnt.
 
     outputs: heads of mmseg's kind, each with its forward's result on any device; only shapes are used. Heads with losses of their own kind are passed over.
-    Raises ConfigError where a loss fails, is not finite, or teaches nothing.
+    Raises ConfigError where a loss fails or is not finite.
     """
     said = []
     with torch.enable_grad():
@@ -68,8 +68,7 @@ def _try_head(head: BaseDecodeHead, output: Any, classes: int, ignored: Sequence
     if total.requires_grad:
         total.backward()
     if not any(leaf.grad is not None and leaf.grad.any() for leaf in tree_leaves(given) if isinstance(leaf, Tensor)):
-        raise ConfigError(f"{name} would learn nothing: its losses do not depend on its scores (out_channels={head.out_channels}, num_classes="
-                          f"{head.num_classes}); one channel needs a loss with use_sigmoid=True")
+        return [f"{name} learns nothing: its losses do not depend on its scores; is their loss_weight 0?"]
     return _unlabelled(head, given, torch.full_like(labels, head.ignore_index))
 
 

@@ -4,7 +4,7 @@ In: the segmentor on the meta device, the config, one sample. Out: nothing, or a
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -91,14 +91,22 @@ def check_classes(model: nn.Module, dataset: Dataset, what: str) -> list[str]:
 
 
 def compare_classes(trained: Dataset, scored: Dataset) -> list[str]:
-    """What is trained as class n is scored as class n: a line where the names differ. Raises ConfigError where the numbers of classes do."""
-    ours, theirs = tuple(trained.CLASSES), tuple(scored.CLASSES)
-    if len(ours) != len(theirs):
-        raise ConfigError(f"data.train has {len(ours)} classes and data.val has {len(theirs)}, so their numbers cannot mean the same; give both the same "
-                          "classes=(...)")
-    differing = [f"{index}: {a} and {b}" for index, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b]
-    return [f"data.train and data.val call {len(differing)} classes differently, and their numbers are taken to mean the same: "
-            f"{shortened(differing, 3)}"] if differing else []
+    """What is trained as class n is scored as class n: a line where the names differ. Raises ConfigError where that cannot be meant."""
+    if len(trained.CLASSES) != len(scored.CLASSES):
+        raise ConfigError(f"data.train has {len(trained.CLASSES)} classes and data.val has {len(scored.CLASSES)}, so their numbers cannot mean the same; give "
+                          "both the same classes=(...)")
+    return check_same_classes(trained.CLASSES, scored.CLASSES, "data.train", "data.val")
+
+
+def check_same_classes(ours: Sequence[str] | None, theirs: Sequence[str], what: str, other: str) -> list[str]:
+    """A line where the names differ that two sides have for the same numbers. Raises ConfigError where they are the same names in another order."""
+    if ours is None or tuple(ours) == tuple(theirs):
+        return []
+    if sorted(ours) == sorted(theirs):
+        raise ConfigError(f"{what} and {other} have the same classes in another order, so what is trained as one would be scored as another; give the data set "
+                          f"classes=[...] in the order of {what}: {shortened(list(ours), 3)}")
+    differing = [f"{index}: {a} and {b}" for index, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b]
+    return [f"{what} and {other} call {len(differing)} classes differently, and their numbers are taken to mean the same: {shortened(differing, 3)}"]
 
 
 def check_patches(experiment: Experiment, model: nn.Module) -> None:

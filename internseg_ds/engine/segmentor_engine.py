@@ -209,6 +209,8 @@ class SegmentorEngine:
             if self.ema is not None:
                 self.ema.restore(checkpoint)
             self.state = state_of(checkpoint, seed)
+            if self.state.seed != seed:
+                log.warning("the data order and the noise go on by seed %d of the checkpoint, not by %d", self.state.seed, seed)
             if checkpoint.path.parent.resolve() == self.checkpoints.folder.resolve():
                 self.checkpoints.newest = checkpoint.path.name
             self.checkpoints.recall_best(self.state, experiment.best_by)

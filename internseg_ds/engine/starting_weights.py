@@ -1,5 +1,6 @@
 """The weights that a fresh run starts from, and those of a finished checkpoint: fitted to a model by names and shapes, before a value is read."""
 
+import logging
 import os
 from functools import partial
 from pathlib import Path
@@ -12,8 +13,10 @@ from internseg_ds.checkpoints.weights import Weights, open_weights
 from internseg_ds.distributed.loading import fit_backbone, fit_part, fit_segmentor
 from internseg_ds.distributed.own_loading import read_by_backbone
 from internseg_ds.engine.experiment import Experiment
-from internseg_ds.errors import CheckpointError, ConfigError
+from internseg_ds.errors import CheckpointError, ConfigError, shortened
 from internseg_ds.models.backbone import checkpoint_of, pretrained_elsewhere, pretrained_file
+
+log = logging.getLogger(__name__)
 
 
 def starting_weights(experiment: Experiment, model: nn.Module, load_from: str | os.PathLike | None) -> Fit | None:
@@ -56,7 +59,10 @@ def starting_weights(experiment: Experiment, model: nn.Module, load_from: str | 
         if own is None:
             raise
         kept = tuple(name for name, _ in (*model.backbone.named_parameters(), *model.backbone.named_buffers()) if name not in own.shapes)
-        return fit_backbone(model, own, kept)
+        found = fit_backbone(model, own, kept)
+        log.warning("%s does not fit by its names alone, and %s reads it in its own way; %d tensors keep their initial values: %s", source,
+                    type(model.backbone).__name__, len(found.missing), shortened(found.missing) or "none")
+        return found
 
 
 def _fit_inside(part: str, model: nn.Module, weights: Weights, may_differ: tuple[str, ...]) -> Fit:

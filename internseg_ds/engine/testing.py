@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 from torch.utils.data import ConcatDataset
 
+from internseg_ds.data.survey import survey
 from internseg_ds.distributed.construction import build_on_meta
 from internseg_ds.distributed.process_group import world_from_environment
 from internseg_ds.distributed.watch import joined
 from internseg_ds.engine.evaluator import Evaluation, Watcher, conclude, evaluate_each, images_of
 from internseg_ds.engine.experiment import known_metrics, read_experiment
 from internseg_ds.engine.inference import ready
-from internseg_ds.engine.model_checks import check_classes, check_windows
+from internseg_ds.engine.model_checks import check_classes, check_same_classes, check_windows
 from internseg_ds.engine.outputs import output_folder
 from internseg_ds.engine.preflight import validation_set
 from internseg_ds.engine.report import Extremes, Shower, write_report
@@ -51,8 +52,10 @@ def test(config: str | os.PathLike, checkpoint: str | os.PathLike, *, metrics: S
     dataset = validation_set(experiment, "test")
     meta_model = build_on_meta(experiment.model)
     check_classes(meta_model, dataset, "data.test")
-    check_weights_fit(meta_model, checkpoint, ema=ema)
+    odd = check_same_classes(check_weights_fit(meta_model, checkpoint, ema=ema).get("CLASSES"), dataset.CLASSES, f"checkpoint {checkpoint}", "data.test")
     with joined(world):
+        for said in (*odd, *survey(dataset, "data.test", training=False)) if world.is_main else ():
+            log.warning(said)
         forwards = ready(experiment, checkpoint, world, ema=ema)
         joined_sets = isinstance(dataset, ConcatDataset)  # of which each has pictures in a folder of its own
         drawn: dict[Path, Extremes] = {}

@@ -35,7 +35,7 @@ class Backbone(Protocol):
     pretrained: str | None
     """The weight file that the engine loads before the first step. Without: the checkpoint of mmcv's init_cfg=dict(type="Pretrained", checkpoint=PATH)."""
     pretrained_extras: tuple[str, ...]
-    """Prefixes of names that weight files hold beside the backbone. Without: those of the usual classifiers (fc., head., classifier., ...)."""
+    """Prefixes of names that weight files hold beside the backbone, other than those of the usual classifiers (fc., head., classifier., ...)."""
     not_pretrained: tuple[str, ...]
     """Prefixes of names that weight files lack; they keep their initial values. Without: a missing name is an error."""
     resizable: Mapping[str, tuple[Callable[[torch.Size, torch.Size], bool], Callable[[Tensor, torch.Size], Tensor]]]

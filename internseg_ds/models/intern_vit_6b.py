@@ -6,7 +6,8 @@ Source: Chen et al., "InternVL" (2023), and OpenGVLab/InternVL `segmentation/mms
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -132,9 +133,9 @@ class InternViT6B(BaseModule):
     img_size: side of the image whose grid the position embedding has; other sizes are resized to at run time. pretrain_size: that of the weights to be
     loaded, kept for the published configs (the grid is read from the file). out_indices: blocks whose patch tokens become feature maps. with_fpn: four
     maps, at 4x, 2x, 1x and 1/2 of the patch grid. with_cp: recompute each block in the backward pass, or what the attribute
-    `recomputation` says. freeze_vit: the ViT neither trains nor keeps a graph; the FPN layers train. pretrained: weight file that the engine loads.
-    norm_type ("rms_norm" or "layer_norm") and layer_norm_eps: of the blocks; InternViT-300M has LayerNorm, qkv_bias and no qk_normalization. Raises
-    ValueError for sizes that do not fit each other.
+    `recomputation` says. freeze_vit: the ViT neither trains nor keeps a graph; the FPN layers train. pretrained (or mmcv's init_cfg): weight file that
+    the engine loads. norm_type ("rms_norm" or "layer_norm") and layer_norm_eps: of the blocks; InternViT-300M has LayerNorm, qkv_bias and no
+    qk_normalization. Raises ValueError for sizes that do not fit each other.
     """
 
     follows_dtype = True
@@ -174,8 +175,9 @@ class InternViT6B(BaseModule):
         pretrained: str | None = None,
         norm_type: str = "rms_norm",
         layer_norm_eps: float = 1e-6,
+        init_cfg: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(init_cfg)
         if norm_type not in NORMS:
             raise ValueError(f"norm_type={norm_type!r} is none of {', '.join(NORMS)}")
         if img_size % patch_size:

@@ -1,5 +1,6 @@
 """Data sets with one thing wrong each: what the survey says of it, that it says nothing of sound ones, and that it is quick."""
 
+import os
 import time
 
 import cv2
@@ -148,3 +149,34 @@ def test_a_split_file_that_names_missing_images_is_found_up_front(data, text, wo
     (root / "some.txt").write_text(text)
     with pytest.raises(DataError, match=words):
         built(root, split="some.txt")
+
+
+def test_lossy_label_maps_are_said(data):
+    root = data([0, 1], [1, 0])
+    for index in range(2):
+        Image.open(root / f"labels/{index}.png").save(root / f"labels/{index}.jpg", quality=100)
+    assert any("label maps end in .jpg" in said for said in survey(built(root, seg_map_suffix=".jpg"), "data.train", training=True))
+
+
+def test_a_square_image_turned_by_90_degrees_is_said(data):
+    root = data([0, 1, 0, 1], [1, 0, 0, 1])
+    picture = Image.new("RGB", (4, 4))
+    exif = picture.getexif()
+    exif[0x0112] = 6
+    picture.save(root / "images/1.jpg", exif=exif)
+    (said,) = survey(built(root), "data.train", training=True)
+    assert "EXIF turns it by 90 degrees" in said
+
+
+def test_a_pipe_among_the_images_is_not_waited_for(data):
+    root = data([0, 1], [1, 0])
+    dataset = built(root)
+    (root / "images/1.jpg").unlink()
+    os.mkfifo(root / "images/1.jpg")
+    assert survey(dataset, "data.train", training=True) == []
+
+
+def test_a_step_that_turns_images_before_their_label_maps_are_loaded_is_refused(data):
+    pipeline = [TRAIN[0], dict(type="RandomFlip", prob=0.5), *TRAIN[1:]]
+    with pytest.raises(ConfigError, match="RandomFlip before LoadAnnotations"):
+        built(data([0, 1]), pipeline=pipeline)

@@ -1,3 +1,5 @@
+import copy
+
 import deepspeed
 import pytest
 import torch
@@ -8,6 +10,7 @@ from internseg_ds.checkpoints.weights import open_weights
 from internseg_ds.distributed.construction import build_for_training, build_on_meta, gathered
 from internseg_ds.distributed.ds_config import resolve_ds_config
 from internseg_ds.distributed.loading import fit_segmentor, load
+from internseg_ds.models.backbone import pretrained_file
 from tests.conftest import ROOT, TINY
 from tests.distributed.ranks import spawn
 
@@ -112,3 +115,18 @@ def test_several_auxiliary_heads_are_initialised_as_one_is():
     first, second = (values[f"auxiliary_head.{place}.conv_seg.weight"] for place in (0, 1))
     assert not torch.equal(first, second)
     assert all(float(weight.std()) == pytest.approx(0.01, rel=0.15) for weight in (first, second))
+
+
+@pytest.mark.parametrize("setting", ["model.pretrained", "init_cfg"])
+def test_a_config_that_names_weights_in_either_of_mmsegs_ways_can_be_built_again_and_again(setting):
+    vit = dict(type="InternViT6B", img_size=28, patch_size=14, embed_dim=12, depth=1, num_heads=3, out_indices=[0], use_flash_attn=False)
+    model = ConfigDict(type="EncoderDecoder", train_cfg={}, test_cfg=dict(mode="whole"), backbone=vit,
+                       decode_head=dict(type="FCNHead", in_channels=12, channels=4, num_classes=3))
+    if setting == "init_cfg":
+        model.backbone.init_cfg = dict(type="Pretrained", checkpoint="vit.pth")
+    else:
+        model.pretrained = "vit.pth"
+    before = copy.deepcopy(model)
+    for _ in range(2):
+        assert pretrained_file(build_on_meta(model).backbone) == "vit.pth"
+    assert model == before

@@ -109,14 +109,19 @@ def test_a_folder_of_another_variant_is_refused_with_the_settings_that_fit(state
 
 
 def test_unexpected_and_missing_names_are_errors_unless_they_are_allowed(state, tmp_path):
-    extra = state | {"head.weight": torch.ones(2)}
+    extra = state | {"tail.weight": torch.ones(2)}
     del extra["blocks.3.norm2.weight"]
     torch.save(extra, tmp_path / "w.pth")
     weights, model = open_weights(tmp_path / "w.pth"), build_on_meta(segmentor())
-    with pytest.raises(CheckpointError, match=r"unexpected in the file: head\.weight; missing from it: blocks\.3\.norm2\.weight"):
+    with pytest.raises(CheckpointError, match=r"unexpected in the file: tail\.weight; missing from it: blocks\.3\.norm2\.weight"):
         fit_backbone(model, weights)
-    found = fit_backbone(model, weights, ("head.", "blocks.3.norm2"))
-    assert found.ignored == ["head.weight"] and "blocks.3.norm2.weight" in found.missing and "backbone.blocks.3.norm1.weight" in found.sources
+    found = fit_backbone(model, weights, ("tail.", "blocks.3.norm2"))
+    assert found.ignored == ["tail.weight"] and "blocks.3.norm2.weight" in found.missing and "backbone.blocks.3.norm1.weight" in found.sources
+
+
+def test_a_classifier_beside_any_backbone_is_passed_over(state, tmp_path):
+    torch.save(state | {"head.weight": torch.ones(2), "fc.bias": torch.ones(2)}, tmp_path / "w.pth")
+    assert sorted(fit_backbone(build_on_meta(segmentor()), open_weights(tmp_path / "w.pth")).ignored) == ["fc.bias", "head.weight"]
 
 
 def shares_are_read_and_no_more(path) -> None:

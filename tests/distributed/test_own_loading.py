@@ -1,7 +1,6 @@
 """Files that mmseg's backbones read in their own way: classifiers beside them, tables of another window, other layouts."""
 
 import pytest
-import scipy
 import torch
 from mmcv import ConfigDict
 from mmseg.models import build_backbone
@@ -11,6 +10,7 @@ from internseg_ds.distributed.loading import load
 from internseg_ds.engine.experiment import read_experiment
 from internseg_ds.engine.starting_weights import starting_weights
 from internseg_ds.errors import CheckpointError
+from internseg_ds.models.beit import resize_bias_table
 from tests.conftest import ROOT, TINY
 
 SWIN = dict(type="SwinTransformer", embed_dims=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2), window_size=7, patch_norm=True, pretrain_img_size=32)
@@ -76,10 +76,27 @@ def test_a_beit_of_the_same_size_is_read_as_mmseg_reads_it(tmp_path):
     assert all(torch.equal(found[name], state[name]) for name in state)
 
 
-@pytest.mark.skipif(tuple(map(int, scipy.__version__.split(".")[:2])) < (1, 14), reason="mmseg's BEiT still finds what it calls in scipy")
+@pytest.mark.parametrize("kind", ["BEiT", "MAE"])
+def test_a_beit_of_another_image_size_gets_its_tables_resized(tmp_path, kind):
+    backbone = {**BEIT, "type": kind, "img_size": 128}
+    if kind == "MAE":
+        backbone.pop("qv_bias")
+    state = {name: value for name, value in random_state(backbone | {"img_size": 64}).items() if not name.endswith("relative_position_index")}
+    torch.save({"state_dict": state}, tmp_path / "w.pth")
+    found, _ = loaded(backbone, tmp_path / "w.pth")
+    resized = [name for name in state if state[name].shape != found[name].shape]
+    assert {name.rpartition(".")[2] for name in resized} <= {"relative_position_bias_table", "pos_embed"} and len(resized) >= 3
+    for name in set(state) - set(resized):
+        assert torch.equal(found[name], state[name]), name
+    for name in resized:
+        if name.endswith("table"):  # 7 x 7 positions, and 3 entries of their own
+            assert found[name].shape == (228, 2) and torch.equal(found[name][-3:], state[name][-3:])
+            torch.testing.assert_close(found[name][:-3], resize_bias_table(state[name][:-3], 15))
+
+
 def test_where_mmsegs_own_way_fails_its_reason_is_told(tmp_path):
-    torch.save({"state_dict": random_state(BEIT | {"img_size": 32})}, tmp_path / "w.pth")
-    with pytest.raises(CheckpointError, match=r"relative_position_bias_table is .* \(BEiT cannot read it in its own way either: .*interp2d"):
+    torch.save({"state_dict": random_state(BEIT | {"embed_dims": 12})}, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match=r"does not fit the model"):
         loaded(BEIT, tmp_path / "w.pth")
 
 

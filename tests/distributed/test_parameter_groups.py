@@ -137,7 +137,9 @@ def test_groups_of_a_meta_model_are_given_the_parameters_of_another_whose_shapes
 @pytest.mark.parametrize(("optimizer", "words"), [
     (dict(constructor="LearningRateDecayOptimizerConstructor", paramwise_cfg=dict(num_layers=4, decay_rate=0.9)), "backbone InternViT6B.*NotImplementedError"),
     (dict(constructor="LearningRateDecayOptimizerConstructor", paramwise_cfg=dict(decay_rate=0.9)), "TypeError"),
-    (dict(constructor="NoConstructor"), "NoConstructor is not registered")])
+    (dict(constructor="NoConstructor"), "NoConstructor is not registered"),
+    (dict(paramwise_cfg=dict(norm_decay_mul=0.0)), "did you mean 'norm_decay_mult'"),
+    (dict(paramwise_cfg=dict(custom_keys=dict(backbone=dict(lr_mul=0.1)))), r"'lr_mul' in .*custom_keys\['backbone'\]; did you mean 'lr_mult'")])
 def test_a_constructor_that_cannot_work_is_one_sentence(model, optimizer, words):
     with pytest.raises(ConfigError, match=words):
         parameter_groups(model, ADAMW | optimizer)

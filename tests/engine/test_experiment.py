@@ -206,3 +206,14 @@ def test_the_module_of_a_transform_is_imported(tmp_path, monkeypatch):
     (tmp_path / "config.py").write_text(f"_base_ = {str(ROOT / TINY)!r}\ncustom_imports = dict(imports='module_that_a_config_imports')")
     read_experiment(tmp_path / "config.py")
     assert sys.modules.pop("module_that_a_config_imports").__file__ == str(tmp_path / "module_that_a_config_imports.py")
+
+
+@pytest.mark.parametrize(("section", "words"), [
+    (dict(grad_clip=dict(max_norms=0.1)), "did you mean 'max_norm'"), (dict(grad_clip=dict(clip_value=1.0)), "unknown key 'clip_value'"),
+    (dict(cumulative_iters=2.5), "cumulative_iters.*2.5.*whole number"), (dict(cumulative_iters=0), "cumulative_iters.* 0")])
+def test_clipping_and_accumulation_that_mean_nothing_are_named(section, words):
+    cfg = Config.fromfile(ROOT / TINY)
+    cfg.engine.pop("global_batch", None)
+    cfg.optimizer_config = section
+    with pytest.raises(ConfigError, match=words):
+        read_experiment(cfg)

@@ -47,7 +47,6 @@ def test_one_output_with_a_sigmoid_passes_and_mmsegs_failure_without_labels_is_s
     (dict(type="FocalLoss", class_weight=[1.0, 2.0]), {}, "class_weight"),
     (dict(type="CrossEntropyLoss"), dict(ignore_index=254), "ignore_index"),
     (dict(type="CrossEntropyLoss"), dict(num_classes=2), "num_classes"),
-    (dict(type="CrossEntropyLoss", loss_weight=0.0), {}, "would learn nothing"),
     (dict(type="CrossEntropyLoss", loss_weight=float("nan")), {}, "is nan for ordinary scores")])
 def test_a_loss_that_cannot_work_is_named_with_its_mend(loss, head, words):
     with pytest.raises(ConfigError, match=words):
@@ -65,3 +64,8 @@ def test_a_loss_that_is_not_finite_without_labels_is_said():
     LOSSES.register_module(MeanOfLabelled, force=True)
     (said,) = said_of(dict(type="MeanOfLabelled"))
     assert "loss_mean of FCNHead is not finite for a crop without a labelled pixel" in said
+
+
+def test_a_loss_of_weight_0_is_said():
+    (said,) = said_of(dict(type="CrossEntropyLoss", loss_weight=0.0))
+    assert "FCNHead learns nothing" in said and "loss_weight 0" in said
