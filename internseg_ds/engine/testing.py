@@ -53,8 +53,9 @@ def test(config: str | os.PathLike, checkpoint: str | os.PathLike, *, metrics: S
     meta_model = build_on_meta(experiment.model)
     check_classes(meta_model, dataset, "data.test")
     odd = check_same_classes(check_weights_fit(meta_model, checkpoint, ema=ema).get("CLASSES"), dataset.CLASSES, f"checkpoint {checkpoint}", "data.test")
+    odd += survey(dataset, "data.test", training=False)  # on every rank, for what it refuses they all have to know
     with joined(world):
-        for said in (*odd, *survey(dataset, "data.test", training=False)) if world.is_main else ():
+        for said in odd if world.is_main else ():
             log.warning(said)
         forwards = ready(experiment, checkpoint, world, ema=ema)
         joined_sets = isinstance(dataset, ConcatDataset)  # of which each has pictures in a folder of its own
