@@ -266,6 +266,8 @@ def _schedule(cfg: Config, path: str) -> LrSchedule:
         if key in ("power", "min_lr", "min_lr_ratio", "warmup_ratio", "warmup_iters", "gamma") and value is not None and (
                 isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0):
             raise ConfigError(f"lr_config.{key}={value!r} of {path} must be a number of at least 0")
+    if not lr.get("warmup_iters", 0):  # mmcv wants at least one step of a warmup
+        lr.pop("warmup", None)
     schedule = LrSchedule(steps, policy, lr)
     try:
         schedule.check()

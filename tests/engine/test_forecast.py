@@ -100,7 +100,7 @@ def test_a_run_that_will_not_fit_is_warned_with_figures_and_a_mend(monkeypatch, 
     assert "it needs " in said and "there are 3.5" in said and "the largest part is" in said
     assert "ds_configs/zero3_bf16" in said and "would need" in said
     assert "none of the ds_configs beside it would fit" in warning(monkeypatch, 0.5 * 2**30)
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]  # a test before may have left the level lower
 
 
 def test_a_model_that_is_small_beside_the_memory_is_not_looked_at(monkeypatch):
