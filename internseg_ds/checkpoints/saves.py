@@ -7,7 +7,9 @@ it shall cost neither a training nor a resume. Names that lead out of the folder
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from internseg_ds.checkpoints.manifest import MANIFEST, read_manifest
 from internseg_ds.errors import CheckpointError
@@ -21,7 +23,12 @@ LONGEST = 255
 
 
 def complete_saves(folder: Path) -> list[Path]:
-    """The finished checkpoints of a folder, the newest last: by the number that a run gives its saves, and not by a clock, which may go back."""
+    """The finished checkpoints of a folder, the newest last."""
+    return [path for path, _ in noted_saves(folder)]
+
+
+def noted_saves(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """The same with their notes, each read once. Their order is that of the numbers that a run gives its saves, and not of a clock, which may go back."""
     found = []
     for note in folder.glob(f"iter_*/{MANIFEST}"):
         if not note.parent.name.endswith(PARTIAL):
@@ -30,8 +37,13 @@ def complete_saves(folder: Path) -> list[Path]:
             except (CheckpointError, OSError) as error:
                 log.warning("%s is passed over: %s", note.parent, error)
                 continue
-            found.append(((manifest.get("number", 0), manifest.get("saved_at", 0.0)), note.parent))
-    return [path for _, path in sorted(found)]
+            found.append((note.parent, manifest))
+    return sorted(found, key=lambda save: (*place_of(save[1]), save[0]))
+
+
+def place_of(manifest: Mapping[str, Any]) -> tuple[int, float]:
+    """By which saves are ordered: the number, and for those of before there were numbers the time."""
+    return manifest.get("number", 0), manifest.get("saved_at", 0.0)
 
 
 def named_by(pointer: Path) -> str:

@@ -14,7 +14,7 @@ from mmseg.datasets import DATASETS, CustomDataset, build_dataset
 from rich.progress import track
 from torch.utils.data import Dataset
 
-from internseg_ds.data.label_maps import LoadLabelMap
+from internseg_ds.data.label_maps import annotation_of, loader_in
 from internseg_ds.errors import ConfigError
 
 THREADS = 8
@@ -45,16 +45,13 @@ class ClassBalancedDataset(Dataset):
 
     def balance(self) -> None:
         """Reads which classes each image has. Raises ConfigError where the data set is none of mmseg's kind, or reads its label maps in a way of its own."""
-        steps = self.dataset.pipeline.transforms if isinstance(self.dataset, CustomDataset) else ()
-        loader = next((step for step in steps if isinstance(step, LoadLabelMap)), None)
+        loader = loader_in(self.dataset) if isinstance(self.dataset, CustomDataset) else None
         if loader is None:
             raise ConfigError(f"ClassBalancedDataset cannot see the classes of {type(self.dataset).__name__}; give it one data set of mmseg, "
                               "whose pipeline has mmseg's LoadAnnotations")
 
         def classes(index: int) -> list[int]:
-            results: dict[str, Any] = {"ann_info": self.dataset.get_ann_info(index)}
-            self.dataset.pre_pipeline(results)
-            found = np.unique(loader(results)["gt_semantic_seg"]).tolist()
+            found = np.unique(loader(annotation_of(self.dataset, index))["gt_semantic_seg"]).tolist()
             return [label for label in found if label != loader.ignore_index] or ([] if self.filter_empty_gt else [len(self.CLASSES)])
 
         with ThreadPoolExecutor(THREADS) as pool:

@@ -111,6 +111,18 @@ def read_label_maps_of(dataset: CustomDataset) -> None:
         dataset.gt_seg_map_loader = LoadLabelMap(theirs, len(dataset.CLASSES), dataset.ignore_index, reduce_zero_label=reduce_zero_label, strict=False)
 
 
+def loader_in(dataset: CustomDataset) -> LoadLabelMap | None:
+    """Our loader in the pipeline of a data set; None where there is none, or one of the user's own."""
+    return next((step for step in dataset.pipeline.transforms if isinstance(step, LoadLabelMap)), None)
+
+
+def annotation_of(dataset: CustomDataset, index: int) -> dict[str, Any]:
+    """What a loader takes of an image's label map: mmseg's results before the first step."""
+    results: dict[str, Any] = {"ann_info": dataset.get_ann_info(index)}
+    dataset.pre_pipeline(results)
+    return results
+
+
 def ground_truth(dataset: CustomDataset, index: int) -> np.ndarray:
     """Classes (h, w) of an image, as the metrics take them: `ignore_index` stands for none. Raises DataError naming the file."""
     try:

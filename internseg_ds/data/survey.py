@@ -18,7 +18,7 @@ from mmseg.datasets.pipelines import LoadAnnotations, LoadImageFromFile
 from torch.utils.data import Dataset
 
 from internseg_ds.data.datasets import plain_parts
-from internseg_ds.data.label_maps import LoadLabelMap
+from internseg_ds.data.label_maps import LoadLabelMap, annotation_of, loader_in
 from internseg_ds.data.orientation import MEND, TURNS, is_square, orientation
 from internseg_ds.errors import ConfigError, DataError, shortened
 from internseg_ds.seeding import derived_seed
@@ -93,7 +93,7 @@ def _drawn(part: CustomDataset, most: int) -> Iterator[int]:
 def _classes(parts: Sequence[CustomDataset], what: str, training: bool) -> list[str]:
     counts, began, total = Counts(), time.monotonic(), sum(map(len, parts))
     for part in parts:
-        loader = next((step for step in _steps(part) if isinstance(step, LoadLabelMap)), None) if training else part.gt_seg_map_loader
+        loader = loader_in(part) if training else part.gt_seg_map_loader
         if isinstance(loader, LoadLabelMap) and part.ann_dir is not None and loader.classes == len(part.CLASSES):  # no later step gives labels another meaning
             _count(part, loader, max(1, MAPS * len(part) // total), began + SECONDS, counts)
     classes, none = parts[0].CLASSES, parts[0].ignore_index
@@ -124,8 +124,7 @@ def _count(part: CustomDataset, loader: LoadLabelMap, most: int, until: float, c
     for index in _drawn(part, most):
         if time.monotonic() > until and counts.maps:
             return
-        results: dict[str, Any] = {"ann_info": part.get_ann_info(index)}
-        part.pre_pipeline(results)
+        results = annotation_of(part, index)
         file = os.path.join(results.get("seg_prefix") or "", results["ann_info"]["seg_map"])
         if os.path.exists(file) and not os.path.isfile(file):
             continue

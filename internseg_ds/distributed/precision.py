@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from internseg_ds.distributed.ds_config import Precision
 from internseg_ds.errors import ConfigError
+from internseg_ds.models.derived_class import derived_class
 from internseg_ds.models.heads import heads as heads_of
 
 log = logging.getLogger(__name__)
@@ -168,9 +169,8 @@ def _casting_class(owner_class: type[nn.Module], compute: torch.dtype, result: t
             return _cast(owner_class.forward(self, *(_cast(arg, compute) for arg in args), **kwargs), result)
 
     word = "Fp32" if compute == torch.float32 else "Bf16"
-    place = {"__module__": owner_class.__module__, "__qualname__": owner_class.__qualname__}  # by which DeepSpeed knows the blocks that it gathers as one
-    body = place | {"__getattr__": __getattr__, "__doc__": f"{owner_class.__name__}, computed in {word.lower()}."}
-    return type(f"{word}{owner_class.__name__}", (owner_class,), body | ({"forward": forward} if leaf else {}))
+    body = {"__getattr__": __getattr__} | ({"forward": forward} if leaf else {})
+    return derived_class(owner_class, body, word=word, doc=f"{owner_class.__name__}, computed in {word.lower()}.")
 
 
 @functools.cache
@@ -181,8 +181,7 @@ def _autocasting_class(owner_class: type[nn.Module]) -> type[nn.Module]:
         with torch.autocast(_device_type(args), torch.bfloat16, cache_enabled=False):
             return owner_class.forward(self, *args, **kwargs)
 
-    place = {"__module__": owner_class.__module__, "__qualname__": owner_class.__qualname__, "__doc__": f"{owner_class.__name__}, under autocast."}
-    return type(f"Autocast{owner_class.__name__}", (owner_class,), place | {"forward": forward})
+    return derived_class(owner_class, {"forward": forward}, word="Autocast", doc=f"{owner_class.__name__}, under autocast.")
 
 
 def _device_type(args: tuple[Any, ...]) -> str:

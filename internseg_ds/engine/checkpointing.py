@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from internseg_ds.checkpoints.manifest import read_manifest, update_metrics, write_manifest
-from internseg_ds.checkpoints.saves import PARTIAL, complete_saves, pointed_to, publish, remove, sweep, to_disk
+from internseg_ds.checkpoints.manifest import update_metrics, write_manifest
+from internseg_ds.checkpoints.saves import PARTIAL, noted_saves, pointed_to, publish, remove, sweep, to_disk
 from internseg_ds.checkpoints.zero_checkpoint import EMA_FILE
 from internseg_ds.distributed.partitions import partitions
 from internseg_ds.distributed.process_group import any_rank, of_all_ranks
@@ -148,15 +148,15 @@ class Checkpoints:
 
     def recall_best(self, state: TrainState, best_by: str | None) -> None:
         """Takes the best score so far from the folder: a checkpoint is saved before it is scored, so its own state does not know."""
-        saves = {path.name: path for path in complete_saves(self.folder)}
+        notes = {path.name: manifest for path, manifest in noted_saves(self.folder)}
         tag = pointed_to(self.folder, "best")
-        if tag in saves and (manifest := read_manifest(saves[tag]))["step"] <= state.step:
+        if tag in notes and (manifest := notes[tag])["step"] <= state.step:
             state.best, state.best_tag = manifest["metrics"].get(best_by), tag
         state.best, state.best_tag = of_all_ranks((state.best, state.best_tag))[0]  # hosts with folders of their own must not differ
 
     def _last_number(self) -> int:
         """Of the saves in this rank's folder."""
-        return max((read_manifest(path)["number"] for path in complete_saves(self.folder) if "number" in read_manifest(path)), default=0) if self.leads else 0
+        return max((manifest.get("number", 0) for _, manifest in noted_saves(self.folder)), default=0) if self.leads else 0
 
     def _bytes_to_save(self, deepspeed_engine: Any, ema: "ShardedEma | None") -> int:
         """What the files in this rank's folder will take together: masters and two moments in fp32, the module's own weights, the average. Collective."""
@@ -169,7 +169,7 @@ class Checkpoints:
         """The newest of `run` stay, and what `latest` and `best` name; saves of other runs are not this one's to remove."""
         if self.keep <= 0:
             return
-        own = [path for path in complete_saves(self.folder) if read_manifest(path).get("run", "") == run]
+        own = [path for path, manifest in noted_saves(self.folder) if manifest.get("run", "") == run]
         named = {pointed_to(self.folder, "latest"), pointed_to(self.folder, "best")}
         for path in own[: -self.keep]:
             if path.name not in named:

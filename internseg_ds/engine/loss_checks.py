@@ -12,6 +12,7 @@ from mmseg.models.losses import CrossEntropyLoss, DiceLoss, FocalLoss, LovaszLos
 from torch import nn
 
 from internseg_ds.errors import ConfigError
+from internseg_ds.models.heads import losses_of
 from internseg_ds.models.pixel_losses import BinaryCrossEntropyOfAnyImages, LovaszOfAnyImages
 
 FILLED = {"Pad": ("seg_pad_val", 255), "RandomRotate": ("seg_pad_val", 255), "RandomMosaic": ("seg_pad_val", 255), "RandomCutOut": ("seg_fill_in", None)}
@@ -27,7 +28,7 @@ def check_losses(model: nn.Module, train: Any, ignored: Sequence[int], path: str
     lines = []
     for name, head in model.named_modules():
         if isinstance(head, BaseDecodeHead) and hasattr(head, "loss_decode"):
-            losses = list(head.loss_decode) if isinstance(head.loss_decode, nn.ModuleList) else [head.loss_decode]
+            losses = losses_of(head)
             for loss in losses:
                 _check_weights(f"model.{name}.loss_decode", loss, head.out_channels)
                 _check_one_channel(f"model.{name}", loss, head.out_channels)

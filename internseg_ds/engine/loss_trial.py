@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from internseg_ds.errors import ConfigError, reason_of
+from internseg_ds.models.heads import losses_of
 from internseg_ds.models.pixel_losses import has_mmsegs_losses
 
 SIDE = 32
@@ -37,8 +38,7 @@ def _is_mmsegs(head: nn.Module) -> bool:
     """Whether its losses are those of pixels, and need no parameter of the head, which may have no values."""
     if not isinstance(head, BaseDecodeHead) or not has_mmsegs_losses(head):
         return False
-    losses = head.loss_decode if isinstance(head.loss_decode, nn.ModuleList) else [head.loss_decode]
-    return not any(True for loss in losses for _ in (*loss.parameters(), *loss.buffers()))
+    return not any(True for loss in losses_of(head) for _ in (*loss.parameters(), *loss.buffers()))
 
 
 def _try_head(head: BaseDecodeHead, output: Any, classes: int, ignored: Sequence[int]) -> list[str]:

@@ -4,7 +4,6 @@ In: what the user gave. Out: a `Plan`, from which `SegmentorEngine` is built and
 """
 
 import copy
-import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,8 +33,6 @@ from internseg_ds.engine.starting_weights import starting_weights
 from internseg_ds.engine.trackers import check_trackers
 from internseg_ds.errors import ConfigError, DataError, shortened
 from internseg_ds.models.blocks import odd_blocks
-
-log = logging.getLogger(__name__)
 
 TOLERATED = 8
 """Damaged images at the start of a validation set, which an evaluation will leave out, that are no reason to think its pipeline wrong."""

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from internseg_ds.checkpoints.manifest import read_manifest, verify_manifest
-from internseg_ds.checkpoints.saves import complete_saves, pointed_to
+from internseg_ds.checkpoints.saves import complete_saves, place_of, pointed_to
 from internseg_ds.checkpoints.weights import weights_of
 from internseg_ds.checkpoints.zero_checkpoint import ZeroCheckpoint, advice, find_save
 from internseg_ds.distributed.loading import fit_segmentor
@@ -63,8 +63,7 @@ def agree_to_resume(found: Path | None, stage: int) -> ZeroCheckpoint | None:
     stage: of ZeRO, of this run. Raises CheckpointError, on every rank, when hosts have none in common, or when one lacks what its processes need of it.
     """
     def identity(path: Path) -> tuple[str, tuple[int, float]]:  # a step may have been saved twice
-        manifest = read_manifest(path) or {}
-        return path.name, (manifest.get("number", 0), manifest.get("saved_at", 0))
+        return path.name, place_of(read_manifest(path) or {})
 
     here = {identity(path): path for path in [*complete_saves(found.parent), found]} if found is not None else {}
     hosts = of_all_ranks((socket.gethostname(), identity(found) if found is not None else None, list(here)))

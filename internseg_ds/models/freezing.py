@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from internseg_ds.models.derived_class import derived_class
+
 
 def freeze(segmentor: nn.Module, names: Sequence[str]) -> None:
     """Takes the parameters of the named modules (`backbone.layer1`), and named parameters, out of the training.
@@ -34,6 +36,4 @@ def _frozen_class(owner: type[nn.Module]) -> type[nn.Module]:
     def train(self: nn.Module, mode: bool = True) -> nn.Module:
         return owner.train(self, False)
 
-    # the names are those by which DeepSpeed knows blocks
-    place = {"__module__": owner.__module__, "__qualname__": owner.__qualname__, "__doc__": owner.__doc__}
-    return type(owner.__name__, (owner,), place | {"train": train})
+    return derived_class(owner, {"train": train})

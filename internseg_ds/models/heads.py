@@ -9,11 +9,18 @@ from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from internseg_ds.models.derived_class import derived_class
+
 
 def heads(segmentor: nn.Module) -> list[nn.Module]:
     """All heads that run in training."""
     found = [head for name in ("decode_head", "auxiliary_head") if (head := getattr(segmentor, name, None)) is not None]
     return [part for head in found for part in (head if isinstance(head, nn.ModuleList) else [head])]
+
+
+def losses_of(head: BaseDecodeHead) -> list[nn.Module]:
+    """The losses of a head of mmseg's, which holds one, or a list of them."""
+    return list(head.loss_decode) if isinstance(head.loss_decode, nn.ModuleList) else [head.loss_decode]
 
 
 def head_outputs(segmentor: nn.Module, features: Sequence[Tensor], but: Collection[nn.Module] = ()) -> Iterator[tuple[nn.Module, Any]]:
@@ -48,8 +55,7 @@ def _called_class(head_class: type[BaseDecodeHead]) -> type[BaseDecodeHead]:
     def forward_test(self: BaseDecodeHead, inputs: Sequence[Tensor], img_metas: Any, test_cfg: Any) -> Tensor:
         return self(inputs)
 
-    place = {"__module__": head_class.__module__, "__qualname__": head_class.__qualname__, "__doc__": head_class.__doc__}
-    return type(head_class.__name__, (head_class,), place | {"forward_test": forward_test})
+    return derived_class(head_class, {"forward_test": forward_test})
 
 
 def stand_in_loss(segmentor: nn.Module, features: Sequence[Tensor], labels: Tensor) -> Tensor:

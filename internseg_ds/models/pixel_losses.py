@@ -13,7 +13,8 @@ from mmseg.models.losses import CrossEntropyLoss, LovaszLoss
 from mmseg.ops import resize
 from torch import Tensor, nn
 
-from internseg_ds.models.heads import heads
+from internseg_ds.models.derived_class import derived_class
+from internseg_ds.models.heads import heads, losses_of
 
 
 def pixel_accuracy(scores: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
@@ -74,10 +75,9 @@ def _counting_class(head_class: type[BaseDecodeHead]) -> type[BaseDecodeHead]:
         scores = resize(seg_logit, size=seg_label.shape[2:], mode="bilinear", align_corners=self.align_corners)
         weight = self.sampler.sample(scores, seg_label) if self.sampler is not None else None
         labels, found = seg_label.squeeze(1), {}
-        for loss in self.loss_decode if isinstance(self.loss_decode, nn.ModuleList) else [self.loss_decode]:
+        for loss in losses_of(self):
             value = loss(scores, labels, weight=weight, ignore_index=self.ignore_index)
             found[loss.loss_name] = found[loss.loss_name] + value if loss.loss_name in found else value
         return found | {"acc_seg": pixel_accuracy(scores, labels, self.ignore_index)}
 
-    place = {"__module__": head_class.__module__, "__qualname__": head_class.__qualname__, "__doc__": head_class.__doc__}
-    return type(head_class.__name__, (head_class,), place | {"losses": losses, "counts_on_the_device": True})
+    return derived_class(head_class, {"losses": losses, "counts_on_the_device": True})
