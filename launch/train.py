@@ -59,6 +59,7 @@ def main() -> None:
         from internseg_ds.engine.preflight import check
         from internseg_ds.engine.resuming import checkpoint_to_resume
         from internseg_ds.engine.trackers import start_logging
+        from internseg_ds.engine.trial_step import try_step
         from internseg_ds.engine.work_dir import check_unused
 
         world = world_from_environment()
@@ -68,7 +69,10 @@ def main() -> None:
         check_unused(work_dir, resume_from, overwrite=args.overwrite, resumes=resume == "auto")
         plan = check(experiment, args.deepspeed_config, world, validate=not args.no_validate, load_from=args.load_from, resume_from=resume_from)
         if world.is_main:
-            describe(plan, Console())
+            console = Console()
+            describe(plan, console)
+            console.print("trying one step on the CPU ...")
+            console.print(try_step(plan, args.cfg_options), markup=False, highlight=False, soft_wrap=True)
         return
     if args.deterministic:
         import torch

@@ -32,23 +32,20 @@ from torch import Tensor
 from internseg_ds.checkpoints.weights import weights_of
 from internseg_ds.checkpoints.zero_checkpoint import ZeroCheckpoint
 from internseg_ds.data.loading import Batch
-from internseg_ds.distributed.block_hooks import require_input_gradients
 from internseg_ds.distributed.checkpoint_engine import NotingCheckpointEngine
-from internseg_ds.distributed.construction import build_for_training, choose_recomputation, freeze_parts
+from internseg_ds.distributed.construction import choose_recomputation
 from internseg_ds.distributed.ema import ShardedEma
 from internseg_ds.distributed.gathering import forwards
 from internseg_ds.distributed.loading import fit_segmentor, load
-from internseg_ds.distributed.optimizers import build_optimizer, scheduled
-from internseg_ds.distributed.parameter_groups import groups_in, named_groups, parameter_groups
-from internseg_ds.distributed.precision import apply_precision, backbone_dtype, heads_dtype, set_fp32_matmul
+from internseg_ds.distributed.parameter_groups import named_groups, parameter_groups
+from internseg_ds.distributed.precision import backbone_dtype, heads_dtype, set_fp32_matmul
 from internseg_ds.distributed.process_group import World, adopt, join, leave, of_all_ranks, world_from_environment
-from internseg_ds.distributed.ranged_adam import RangedAdam, divide_by_settings
 from internseg_ds.distributed.restoring import restore
-from internseg_ds.distributed.threads import take_share_of_cores
 from internseg_ds.distributed.watch import Watch, check_heartbeat_timeout
 from internseg_ds.engine.auto_recomputation import agreed_recomputation
 from internseg_ds.engine.checkpointing import Checkpoints
 from internseg_ds.engine.config_text import config_text
+from internseg_ds.engine.deepspeed_engine import build_deepspeed_engine, loss_terms
 from internseg_ds.engine.environment import environment_lines
 from internseg_ds.engine.evaluator import Evaluation, evaluate_each
 from internseg_ds.engine.experiment import Experiment, read_experiment
@@ -171,8 +168,6 @@ class SegmentorEngine:
             raise
 
     def _build(self, seed: int, checkpoint: ZeroCheckpoint | None) -> None:
-        import deepspeed
-
         experiment, ds, device = self.plan.experiment, self.plan.ds, self.world.device
         self.compute_dtype = backbone_dtype(experiment.engine.backbone_dtype, device, ds.precision)
         self.heads_dtype = heads_dtype(experiment.engine.heads_dtype, self.plan.meta_model, ds.precision)
@@ -184,24 +179,17 @@ class SegmentorEngine:
         choose_recomputation(self.plan.meta_model, recomputation)
         self.meter = make_meter(experiment.engine.peak_tflops, self.plan.meta_model, self.plan.crop, self.world, self.compute_dtype)
         torch.backends.cudnn.benchmark = experiment.cudnn_benchmark and not torch.are_deterministic_algorithms_enabled()
-        model = build_for_training(experiment.model, ds, device, seed)
-        choose_recomputation(model, recomputation)
-        freeze_parts(model, experiment.engine.freeze)
-        if checkpoint is not None:
-            load(model, fit_segmentor(model, weights_of(checkpoint)))
-        elif self.plan.weights is not None:
-            load(model, self.plan.weights)
-            self.plan = replace(self.plan, weights=None)  # an old file's tensors are in memory
-        apply_precision(model, self.compute_dtype, heads=self.heads_dtype, autocast=ds.precision == "autocast")
-        groups = groups_in(model, parameter_groups(self.plan.meta_model, experiment.optimizer), self.plan.meta_model)
-        if ds.cpu_adam:
-            take_share_of_cores()
-        optimizer = build_optimizer(groups, experiment.optimizer, ds)
-        self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds.raw,
-                                                  lr_scheduler=lambda optimizer: experiment.schedule.scheduler(scheduled(optimizer)))
-        require_input_gradients(self.deepspeed.module)
-        if isinstance(optimizer, RangedAdam):
-            divide_by_settings(self.deepspeed, optimizer, groups)
+
+        def load_weights(model: torch.nn.Module) -> None:
+            if checkpoint is not None:
+                load(model, fit_segmentor(model, weights_of(checkpoint)))
+            elif self.plan.weights is not None:
+                load(model, self.plan.weights)
+                self.plan = replace(self.plan, weights=None)  # an old file's tensors are in memory
+
+        self.deepspeed = build_deepspeed_engine(
+            experiment, ds, self.plan.meta_model, device, seed=seed, compute=self.compute_dtype, heads=self.heads_dtype, recomputation=recomputation,
+            load_weights=load_weights)
         self.deepspeed.checkpoint_engine = NotingCheckpointEngine(self.deepspeed._config, background=experiment.engine.background_save)
         self.ema = ShardedEma(self.deepspeed, experiment.engine.ema) if experiment.engine.ema is not None else None
         if checkpoint is not None:
@@ -236,10 +224,7 @@ class SegmentorEngine:
         of the same micro-batches over ranks and accumulation steps.
         """
         torch.manual_seed(derived_seed(self.state.seed, "noise", batch.position))
-        terms = {name: value.mean() if isinstance(value, Tensor) else sum(item.mean() for item in value)
-                 for name, value in self.deepspeed(return_loss=True, **batch.inputs).items()}
-        terms["loss"] = sum(value for name, value in terms.items() if "loss" in name)
-        return terms
+        return loss_terms(self.deepspeed, batch.inputs)
 
     def train(self) -> TrainState:
         """Trains to the last step of the schedule, logging, saving and evaluating as the config says."""
