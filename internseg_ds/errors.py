@@ -72,3 +72,9 @@ def _without_text(error: BaseException) -> bool:
 def shortened(names: list[str], most: int = 5) -> str:
     """The first names of a list, and how many more there are, for a sentence."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def short_repr(value: object, limit: int = 60) -> str:
+    """A value as Python writes it, cut to `limit` characters."""
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."

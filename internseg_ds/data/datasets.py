@@ -71,7 +71,7 @@ def build_datasets(entry: Any, what: str, leaves: list[Any], **default_args: Any
             wrapper.CLASSES, wrapper.PALETTE = first.CLASSES, first.PALETTE
         if isinstance(wrapper, ClassBalancedDataset):
             wrapper.balance()
-    for transforms in _pipelines(dataset):
+    for transforms in pipelines(dataset):
         _masks_come_last([type(step).__name__ for step in transforms], what)
     if len({tuple(getattr(part, "CLASSES", None) or ()) for part in plain_parts(dataset)}) > 1:
         raise DataError(f"{what} joins data sets whose classes have other names or another order, but a label must mean one class; "
@@ -113,11 +113,11 @@ def plain_parts(dataset: Dataset) -> Iterator[Dataset]:
             yield part
 
 
-def _pipelines(dataset: Dataset) -> Iterator[list[Any]]:
+def pipelines(dataset: Dataset) -> Iterator[list[Any]]:
     """All that happens to the images of each plain data set, the steps of its wrappers included."""
     for part in parts(dataset):
         if hasattr(part, "dataset"):
-            yield from ([*steps, *getattr(part, "pipeline", ())] for steps in _pipelines(part.dataset))
+            yield from ([*steps, *getattr(part, "pipeline", ())] for steps in pipelines(part.dataset))
         else:
             yield part.pipeline.transforms
 

@@ -14,7 +14,7 @@ from mmcv.runner.optimizer import OPTIMIZER_BUILDERS, DefaultOptimizerConstructo
 from mmseg.core.builder import build_optimizer_constructor  # knows mmcv's constructors too
 from torch import nn
 
-from internseg_ds.errors import ConfigError, UserError, reason_of, unknown_key
+from internseg_ds.errors import ConfigError, UserError, reason_of, shortened, unknown_key
 
 
 def full_shape(param: nn.Parameter) -> torch.Size:
@@ -180,6 +180,14 @@ def _check_paramwise(paramwise_cfg: Any) -> None:
         for key in settings:
             if key not in CUSTOM:
                 raise unknown_key(key, CUSTOM, f"optimizer.paramwise_cfg.custom_keys[{name!r}]")
+
+
+def unmatched_custom_keys(model: nn.Module, optimizer: Mapping[str, Any]) -> list[str]:
+    """A line for those of `paramwise_cfg.custom_keys` that stand in no parameter's name, and so change nothing."""
+    keys = (optimizer.get("paramwise_cfg") or {}).get("custom_keys") or {}
+    names = [name for name, _ in model.named_parameters()]
+    unmatched = [key for key in keys if not any(key in name for name in names)]
+    return [f"optimizer.paramwise_cfg.custom_keys: no parameter's name holds {shortened(unmatched)}"] if unmatched else []
 
 
 def groups_in(model: nn.Module, groups: Sequence[Mapping[str, Any]], names_of: nn.Module) -> list[dict[str, Any]]:

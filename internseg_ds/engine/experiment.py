@@ -17,9 +17,10 @@ from mmcv.utils import import_modules_from_strings
 
 from internseg_ds.distributed.lr_schedule import LrSchedule, arguments, policies, policy_name
 from internseg_ds.engine.config_keys import KNOWN, OPTIONAL, REPLACED, SECTIONS, check_option
+from internseg_ds.engine.config_variables import unused_crop_size, unused_variables
 from internseg_ds.engine.options import EngineOptions, read_options, whole_number
-from internseg_ds.engine.section_keys import hook_notes, near_misses, section_notes, unused_crop_size
-from internseg_ds.errors import ConfigError, reason_of, unknown_key
+from internseg_ds.engine.section_keys import hook_notes, near_misses, section_notes
+from internseg_ds.errors import ConfigError, reason_of, short_repr, unknown_key
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def read_experiment(config: str | os.PathLike | Config, cfg_options: Mapping[str
         if not isinstance(cfg.get(key, {}), Mapping) and (key not in OPTIONAL or cfg[key] is not None):
             raise ConfigError(f"{key}={cfg[key]!r} of {path} must be a section dict(...)")
     _check_data(cfg.data, path)
-    notes = [f"{key} = {_short(cfg[key])} has no effect: {why}" for key, why in REPLACED.items() if cfg.get(key) is not None]
+    notes = [f"{key} = {short_repr(cfg[key])} has no effect: {why}" for key, why in REPLACED.items() if cfg.get(key) is not None]
     notes += section_notes(cfg, path)
     loader = {**{k: v for k, v in cfg.data.items() if k in ("samples_per_gpu", "workers_per_gpu")}, **(cfg.data.get("train_dataloader") or {})}
     val = cfg.data.get("val") or cfg.data.get("test")
@@ -146,7 +147,7 @@ def read_experiment(config: str | os.PathLike | Config, cfg_options: Mapping[str
         seed=whole_number(cfg.get("seed") or 0, f"seed of {path}", least=0),
         engine=options,
         notes=(*notes, *hook_notes(hooks, log_every, path)),
-        warnings=(*near_misses(cfg, path), *unused_crop_size(cfg, path)),
+        warnings=(*near_misses(cfg, path), *unused_crop_size(cfg, path), *unused_variables(cfg, path)),
     )
 
 
@@ -242,11 +243,6 @@ def _import_modules(section: Mapping[str, Any], path: str) -> None:
             if "already registered" in str(error):
                 mend = "mmcv, mmseg or internseg_ds have a class of that name; leave the import out, rename yours, or register it with force=True"
             raise ConfigError(f"custom_imports of {path}: {name!r} cannot be imported: {reason_of(error)}; {mend}") from error
-
-
-def _short(value: Any, limit: int = 60) -> str:
-    text = repr(value)
-    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def _schedule(cfg: Config, path: str) -> LrSchedule:

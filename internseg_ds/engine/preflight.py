@@ -10,17 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.data import Dataset
 
 from internseg_ds.checkpoints.fitting import Fit
 from internseg_ds.data.datasets import build_datasets, first_sample, parts, plain_parts
 from internseg_ds.data.joined import wrapper_in
+from internseg_ds.data.normalization import compare_normalization
 from internseg_ds.data.survey import compare_zero_labels, survey
 from internseg_ds.distributed.construction import build_on_meta, choose_recomputation, freeze_parts
 from internseg_ds.distributed.ds_config import DsConfig
 from internseg_ds.distributed.optimizers import check_optimizer
-from internseg_ds.distributed.parameter_groups import named_groups, parameter_groups
+from internseg_ds.distributed.parameter_groups import named_groups, parameter_groups, unmatched_custom_keys
 from internseg_ds.distributed.precision import backbone_dtype, heads_dtype
 from internseg_ds.distributed.process_group import World
 from internseg_ds.engine.experiment import Experiment, leaf_datasets
@@ -95,11 +97,15 @@ def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, An
     leaf_classes = ds.raw["zero_optimization"].get("leaf_module", {}).get("classes", ())
     with odd_blocks(meta_model, leaf_classes) as odd:
         outputs, unchecked = check_forward(meta_model, first, ds.micro_batch, world.size)
-    notes = [unchecked] if unchecked else []
+    notes = unmatched_custom_keys(meta_model, experiment.optimizer) + ([unchecked] if unchecked else [])
     if odd or (unchecked and leaf_classes):
         ds = ds.without_leaf_modules()
         why = f"{shortened(sorted(odd))} takes or returns no single tensor, or runs twice" if odd else "nothing is known of what these take and return"
         notes.append(f"ZeRO-3's hooks are on layers, not on blocks: {why}")
+    frozen = sum(param.numel() for param in meta_model.parameters() if not param.requires_grad)
+    if frozen and ds.param_dtype == torch.bfloat16:
+        notes.append(f"{frozen:,} parameters are frozen: they are kept and saved in bf16, in which the model computes with them; only what trains has fp32 "
+                     "masters")
     warnings += try_losses(outputs, len(train_set.CLASSES), ignored)
     val_set = None
     if validate:
@@ -107,6 +113,7 @@ def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, An
         check_classes(meta_model, val_set, "data.val")
         first_sample(val_set, "data.val", tolerated=TOLERATED)
         warnings += compare_classes(train_set, val_set) + compare_zero_labels(train_set, val_set)
+        warnings += compare_normalization(train_set, val_set)
     if world.is_main:
         warnings += survey(train_set, "data.train", training=True)
         warnings += survey(val_set, "data.val", training=False) if val_set is not None else []

@@ -6,7 +6,7 @@ signatures of the classes that they would build.
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import mmseg.core  # noqa: F401 - registers mmseg's hooks
@@ -88,28 +88,6 @@ def near_misses(cfg: Mapping[str, Any], path: str) -> list[str]:
         if key not in READ and key not in ELSEWHERE and (near := difflib.get_close_matches(key, READ, n=1, cutoff=0.85)):
             warnings.append(f"{key} of {path} is read by nobody; did you mean {near[0]}?")
     return warnings
-
-
-def unused_crop_size(cfg: Mapping[str, Any], path: str) -> list[str]:
-    """A warning where the config has a `crop_size` at its top that no step of the training pipeline has: set over a `_base_`, it changes nothing else."""
-    crop = cfg.get("crop_size")
-    sizes = [tuple(size) for size in _sizes(cfg["data"]["train"])]
-    if not isinstance(crop, (list, tuple)) or not sizes or tuple(crop) in sizes:
-        return []
-    there = ", ".join(map(str, dict.fromkeys(sizes)))
-    return [f"crop_size = {crop} of {path} is a variable that no step of data.train.pipeline has (there are {there}); set over a _base_, it does not change "
-            "the pipelines of that file: write them again, too"]
-
-
-def _sizes(entry: Any) -> Iterator[Sequence[int]]:
-    """Of each crop and padding in a `data.train` entry, in wrappers too."""
-    if isinstance(entry, (list, tuple)):
-        for part in entry:
-            yield from _sizes(part)
-    elif isinstance(entry, Mapping):
-        for step in entry.get("pipeline") or ():
-            yield from (step[key] for key in ("crop_size", "size") if isinstance(step, Mapping) and isinstance(step.get(key), (list, tuple)))
-        yield from _sizes(entry.get("dataset"))
 
 
 def _section(cfg: Mapping[str, Any], name: str, path: str) -> Mapping[str, Any]:

@@ -100,17 +100,28 @@ def write_submission(config: str | os.PathLike, checkpoint: str | os.PathLike, o
     with joined(world):
         forwards = ready(experiment, checkpoint, world, ema=ema)
         faults: list[str] = []
+        published = published_classes(dataset, forwards.segmentor.out_channels)
         images = images_of(dataset, world, experiment.workers, world.device, faults, strict=strict, truth=False, doing="segmenting")
         written = 0
         for segmented in Segmenter(forwards).segment((image.index, image.inputs) for image in images):
             try:
-                dataset.format_results([segmented.labels.cpu().numpy()], str(folder), indices=[segmented.key])
+                dataset.format_results([published[segmented.labels.cpu().numpy()]], str(folder), indices=[segmented.key])
             except OSError as error:
                 raise OutputError(f"the submission files in {folder} cannot be written: {error.strerror or error}; "
                                   "make room there, or choose another folder") from error
             written += 1
         total, _ = conclude(written, faults, world)
         log.info("%d images: submission files of %s are in %s", total, type(dataset).__name__, folder)
+
+
+def published_classes(dataset: Any, outputs: int) -> np.ndarray:
+    """(n,) int64: the number that each class has among all those of the data set's kind, which mmseg's `format_results` takes a prediction for; a config may
+    have chosen some of them, or another order.
+
+    outputs: of the model, which may have more than the data set has classes; those keep their numbers.
+    """
+    chosen = {new: old for old, new in (getattr(dataset, "label_map", None) or {}).items() if new != dataset.ignore_index}
+    return np.array([chosen.get(index, index) for index in range(max(len(dataset.CLASSES), outputs))])
 
 
 def _check_format(dataset: Any) -> None:

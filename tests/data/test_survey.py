@@ -10,6 +10,7 @@ from mmseg.datasets import DATASETS, CustomDataset
 from PIL import Image
 
 from internseg_ds.data.datasets import build_datasets
+from internseg_ds.data.normalization import compare_normalization
 from internseg_ds.data.survey import compare_zero_labels, survey
 from internseg_ds.errors import ConfigError, DataError
 from tests.data.test_label_maps import REDUCED, TEST, TRAIN, colours
@@ -180,3 +181,20 @@ def test_a_step_that_turns_images_before_their_label_maps_are_loaded_is_refused(
     pipeline = [TRAIN[0], dict(type="RandomFlip", prob=0.5), *TRAIN[1:]]
     with pytest.raises(ConfigError, match="RandomFlip before LoadAnnotations"):
         built(data([0, 1]), pipeline=pipeline)
+
+
+def test_an_evaluation_normalises_as_the_training_does(data):
+    root = data([0, 1])
+
+    def normalized(to_rgb):
+        step = dict(type="Normalize", mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=to_rgb)
+        load, augment = TEST
+        return (built(root, pipeline=[*TRAIN[:2], step, *TRAIN[2:]]),
+                built(root, pipeline=[load, {**augment, "transforms": [step, *augment["transforms"]]}], test_mode=True))
+
+    train, val = normalized(to_rgb=True)
+    assert compare_normalization(train, val) == compare_normalization(built(root), built(root, pipeline=TEST, test_mode=True)) == []
+    (said,) = compare_normalization(train, normalized(to_rgb=False)[1])
+    assert "data.val are normalised with mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=False, those of data.train with" in said
+    (said,) = compare_normalization(train, built(root, pipeline=TEST, test_mode=True))
+    assert "data.val are normalised by no Normalize" in said

@@ -5,7 +5,7 @@ from mmseg.models import build_segmentor
 from torch import nn
 
 from internseg_ds.distributed.construction import build_on_meta
-from internseg_ds.distributed.parameter_groups import groups_in, parameter_groups
+from internseg_ds.distributed.parameter_groups import groups_in, parameter_groups, unmatched_custom_keys
 from internseg_ds.errors import ConfigError
 from tests.conftest import ROOT, TINY
 
@@ -143,3 +143,10 @@ def test_groups_of_a_meta_model_are_given_the_parameters_of_another_whose_shapes
 def test_a_constructor_that_cannot_work_is_one_sentence(model, optimizer, words):
     with pytest.raises(ConfigError, match=words):
         parameter_groups(model, ADAMW | optimizer)
+
+
+def test_custom_keys_that_no_name_holds_are_named(model):
+    keys = {"cls_token": dict(decay_mult=0.0), "absolute_pos_embed": dict(decay_mult=0.0)}
+    assert unmatched_custom_keys(model, ADAMW | {"paramwise_cfg": {"custom_keys": keys}}) == [
+        "optimizer.paramwise_cfg.custom_keys: no parameter's name holds absolute_pos_embed"]
+    assert unmatched_custom_keys(model, ADAMW) == []

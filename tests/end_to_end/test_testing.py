@@ -7,7 +7,10 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from mmseg.datasets import ADE20KDataset
 
+from internseg_ds.data.datasets import build_datasets
+from internseg_ds.engine.testing import published_classes
 from tests.conftest import TINY, data_options
 from tests.end_to_end.conftest import SMALL
 
@@ -91,6 +94,17 @@ def test_a_submission_has_ade20ks_files(one_file, launch, ade20k, tmp_path):
     for file in files:
         predicted = cv2.imread(str(tmp_path / "predicted" / f"{file.stem}_labels.png"), cv2.IMREAD_UNCHANGED)
         assert np.array_equal(cv2.imread(str(file), cv2.IMREAD_UNCHANGED), predicted + 1)
+
+
+def test_a_submission_numbers_chosen_classes_as_the_benchmark_does(ade20k, tmp_path):
+    entry = dict(type="ADE20KDataset", data_root=str(ade20k), img_dir="images/validation", ann_dir="annotations/validation", pipeline=[],
+                 classes=["sky", "wall"])
+    dataset = build_datasets(entry, "data.test", [entry], test_mode=True)
+    numbers = published_classes(dataset, 3)
+    assert [ADE20KDataset.CLASSES[number] for number in numbers[:2]] == ["sky", "wall"] and numbers[2] == 2
+    dataset.format_results([numbers[np.array([[0, 1]])]], str(tmp_path), indices=[0])
+    (file,) = tmp_path.iterdir()
+    assert cv2.imread(str(file), cv2.IMREAD_UNCHANGED).tolist() == [[3, 1]]  # in the benchmark's files 1 is wall, 3 is sky
 
 
 def test_predict_takes_globs_and_names_what_it_cannot_read(one_file, launch, ade20k, tmp_path):
