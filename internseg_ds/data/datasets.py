@@ -55,6 +55,10 @@ def build_datasets(entry: Any, what: str, leaves: list[Any], **default_args: Any
         if lacks := [name for name in ("pipeline", "CLASSES", "img_infos") if not hasattr(part, name)]:
             raise DataError(f"{what}: {type(part).__name__} is no data set of mmseg, it lacks {', '.join(lacks)}; derive it from mmseg.datasets.CustomDataset, "
                             "and fill img_infos in its load_annotations")
+        left_out = -1 in (getattr(part, "label_map", None) or {}).values()
+        if left_out and 0 <= part.ignore_index < len(part.CLASSES):
+            raise DataError(f"{what} leaves classes out, and ignore_index={part.ignore_index} is one of those it keeps ({part.CLASSES[part.ignore_index]}), "
+                            "so their pixels would count as that; leave ignore_index at 255, or at another number that is no class")
         if getattr(part, "label_map", None):  # of classes that the config leaves out; mmseg's -1 is no uint8, which numpy 2 minds
             part.label_map = {old: part.ignore_index if new == -1 else new for old, new in part.label_map.items()}
         if isinstance(part, CustomDataset) and part.split is not None and type(part).load_annotations is CustomDataset.load_annotations:

@@ -35,7 +35,7 @@ def _sizes(entry: Any) -> Iterator[Sequence[int]]:
     elif isinstance(entry, Mapping):
         for step in entry.get("pipeline") or ():
             yield from (step[key] for key in ("crop_size", "size") if isinstance(step, Mapping) and isinstance(step.get(key), (list, tuple)))
-        yield from _sizes(entry.get("dataset"))
+        yield from _sizes([entry.get("dataset"), *(entry.get("datasets") or ())])
 
 
 def unused_variables(cfg: Config, path: str) -> list[str]:

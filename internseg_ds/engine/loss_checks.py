@@ -4,7 +4,7 @@ border, or not at all.
 In: the segmentor on the meta device, and the training set. Out: lines for the log, or a ConfigError that names the setting and its mend.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
@@ -18,7 +18,8 @@ from internseg_ds.models.pixel_losses import BinaryCrossEntropyOfAnyImages, Lova
 FILLED = {"Pad": ("seg_pad_val", 255), "RandomRotate": ("seg_pad_val", 255), "RandomMosaic": ("seg_pad_val", 255), "RandomCutOut": ("seg_fill_in", None)}
 """The transforms of mmseg that make pixels of the label map, the argument that says of what label, and its default."""
 
-
+USUAL = 255
+"""The label for "no class" wherever nobody says otherwise: with more classes, a default that was left, and no class that is meant."""
 LOSSES = (CrossEntropyLoss, BinaryCrossEntropyOfAnyImages, FocalLoss, LovaszLoss, LovaszOfAnyImages, DiceLoss, TverskyLoss)
 """Those whose `class_weight` is one number for each class. That of somebody's own loss may be anything."""
 
@@ -33,8 +34,9 @@ def check_losses(model: nn.Module, train: Any, ignored: Sequence[int], path: str
                 _check_weights(f"model.{name}.loss_decode", loss, head.out_channels)
                 _check_one_channel(f"model.{name}", loss, head.out_channels)
             lines += _that_do_not_count(f"model.{name}.loss_decode", [getattr(loss, "loss_name", "loss") for loss in losses])
-            _check_ignored(f"model.{name}", head, losses, [(f"ignore_index of data.train is {value}", value) for value in ignored]
-                           + [(f"{step} is {value}", value) for step, value in _filled(train)], path)
+            made = [(f"ignore_index of data.train is {value}", value) for value in ignored]
+            made += [(f"{step} is {value}", value) for step, value in _filled(train)]
+            lines += _check_ignored(f"model.{name}", head, losses, dict.fromkeys(made), path)
     return lines
 
 
@@ -67,15 +69,22 @@ def _that_do_not_count(what: str, names: Sequence[str]) -> Iterator[str]:
         yield f"{what}: loss_name={name!r} has no 'loss' in it, so it is logged and not trained on; 'loss_{name}' would be"
 
 
-def _check_ignored(what: str, head: nn.Module, losses: Sequence[nn.Module], made: Sequence[tuple[str, int]], path: str) -> None:
-    """Labels that are no class must be those that the head ignores. made: where such labels come from, and what they are."""
+def _check_ignored(what: str, head: nn.Module, losses: Sequence[nn.Module], made: Iterable[tuple[str, int]], path: str) -> Iterator[str]:
+    """Labels that are no class must be those that the head ignores; a line where they are one of its classes, as padding may be meant to be.
+
+    made: where such labels come from, and what they are.
+    """
     for source, value in made:
-        if value != head.ignore_index and not 0 <= value < head.num_classes:
-            raise ConfigError(f"{what}.ignore_index is {head.ignore_index} and {source} (of {path}): a pixel of that label is neither ignored nor one of the "
-                              f"{head.num_classes} classes; make both the same, ignore_index={value} of each head, say")
+        if value == head.ignore_index:
+            continue
+        if value == USUAL or not 0 <= value < head.num_classes:
+            trained = f"is class {value} of" if 0 <= value < head.num_classes else "is neither ignored nor one of"
+            raise ConfigError(f"{what}.ignore_index is {head.ignore_index} and {source} (of {path}): a pixel of that label {trained} the "
+                              f"{head.num_classes} classes; make both the same, ignore_index={max(value, head.ignore_index)} of each head, say")
+        yield f"{source}, which {what} learns as class {value}, since its ignore_index is {head.ignore_index}"
     for loss in losses:
         own = getattr(loss, "ignore_index", None)
-        if isinstance(own, int) and own != head.ignore_index and not 0 <= own < head.num_classes:
+        if isinstance(own, int) and own != head.ignore_index and (own == USUAL or not 0 <= own < head.num_classes):
             raise ConfigError(f"{what}.ignore_index is {head.ignore_index} and that of its {type(loss).__name__} is {own}; make them the same")
 
 
@@ -89,4 +98,4 @@ def _filled(entry: Any) -> Iterator[tuple[str, int]]:
             argument, default = FILLED.get(step.get("type"), (None, None))
             if (value := step.get(argument, default)) is not None:
                 yield f"{step['type']}.{argument} of its pipeline", value
-        yield from _filled(entry.get("dataset"))
+        yield from _filled([entry.get("dataset"), *(entry.get("datasets") or ())])

@@ -200,9 +200,7 @@ def ds_config_of(experiment: Experiment, ds_config: str | os.PathLike | Mapping[
 
 def crop_size(experiment: Experiment) -> tuple[int, int]:
     """Height and width of the training images, in pixels, from the last step of the pipeline that fixes them. Raises ConfigError when none does."""
-    train = experiment.train[0] if isinstance(experiment.train, list) else experiment.train
-    while "dataset" in train:  # RepeatDataset and its like
-        train = train["dataset"]
+    train = next(leaf_datasets(experiment.train))
     for step in reversed(train.get("pipeline", ())):
         for key in ("crop_size", "size"):
             if step.get("type") in ("RandomCrop", "Pad") and isinstance(step.get(key), (list, tuple)):
