@@ -57,6 +57,7 @@ def rehearsed(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_rehearsal_measures_steps_beside_their_plan_and_says_what_cannot_be(rehearsed):
     lines = lines_of(rehearsed)
     assert {line["job"] for line in lines if line["status"] == "done"} == {
@@ -76,6 +77,7 @@ def test_a_rehearsal_measures_steps_beside_their_plan_and_says_what_cannot_be(re
     assert [line["settings"]["background"] for line in lines if line.get("name") == "saving"] == [False, True]
 
 
+@pytest.mark.slow
 def test_the_table_holds_what_the_lines_hold(rehearsed):
     text = (rehearsed / "results.md").read_text()
     lines = lines_of(rehearsed)
@@ -85,12 +87,14 @@ def test_the_table_holds_what_the_lines_hold(rehearsed):
     assert f"| {100 * step['figures']['model_tflops'] / top:.1f} |" in text
 
 
+@pytest.mark.slow
 def test_a_later_call_leaves_out_what_was_had(rehearsed, tmp_path):
     done = call("--rehearse", "--out", tmp_path, "--minutes", "1", "--parts", "b,d,h", "--skip-done", "--earlier", rehearsed / "results.jsonl", timeout=30)
     assert done.returncode == 0 and not (tmp_path / "results.jsonl").exists()
     assert "## Training steps" in (tmp_path / "results.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_job_that_was_cut_short_goes_on_with_the_settings_that_are_left(rehearsed, tmp_path):
     """As after a call whose time was over in the middle of `ceilings`."""
     kept = [line for line in lines_of(rehearsed) if line["job"] == "ceilings" and line["status"] == "measured"]
