@@ -149,7 +149,7 @@ class CheckAnnotation:
         if labels.shape != image.shape[:2]:
             raise DataError(f"label map {file} has {' x '.join(map(str, labels.shape))} pixels and its image {' x '.join(map(str, image.shape[:2]))}; "
                             f"it must have one class per pixel{turned_against(results.get('filename', ''), labels.shape, image.shape)}")
-        wrong = labels[(labels >= self.classes) & (labels != self.ignore_index)]
+        wrong = labels[((labels < 0) | (labels >= self.classes)) & (labels != self.ignore_index)]
         if wrong.size:
             raise DataError(f"label map {file} has label {int(wrong[0])}, but there are classes 0 to {self.classes - 1} and {self.ignore_index} for none; "
                             "correct it, or set reduce_zero_label of LoadAnnotations as the data need it")

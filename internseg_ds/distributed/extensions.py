@@ -7,6 +7,7 @@ without a word. A lock of the operating system goes with its process, so whoever
 import fcntl
 import logging
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,8 +36,20 @@ def build_extension(name: str) -> None:
             log.warning("removing %s, which a run that was killed while it compiled has left", folder / "lock")
             (folder / "lock").unlink(missing_ok=True)
         with _said_when_slow(logging.WARNING, "compiling DeepSpeed's %s into %s, once per environment; this takes half a minute, and minutes where cores "
-                             "are busy", builder.name, folder):
+                             "are busy", builder.name, folder), _own_programs_first():
             builder.load(verbose=False)
+
+
+@contextmanager
+def _own_programs_first() -> Iterator[None]:
+    """Inside, programs of this Python's environment are found first, whether it is activated or not: torch needs a ninja, and two versions of it take each
+    other's builds for stale, so that each run would compile again."""
+    before = os.environ.get("PATH", os.defpath)
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{before}"
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before
 
 
 @contextmanager

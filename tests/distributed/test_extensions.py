@@ -2,6 +2,9 @@
 
 import fcntl
 import logging
+import os
+import shutil
+import sys
 import threading
 import time
 from pathlib import Path
@@ -36,3 +39,13 @@ def test_whoever_loads_it_slowly_and_whoever_waits_for_that_say_so(heard):
     waiting.join()
     assert [record.levelname for record in heard.records] == ["INFO", "WARNING"]
     assert f"compiling DeepSpeed's {NAME} into" in heard.records[-1].message
+
+
+def test_the_ninja_of_this_environment_compiles_not_another_one_on_the_path(tmp_path, monkeypatch):
+    other = tmp_path / "ninja"
+    other.write_text("#!/bin/sh\nexit 1\n")
+    other.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    with extensions._own_programs_first():
+        assert shutil.which("ninja") == str(Path(sys.executable).parent / "ninja")
+    assert shutil.which("ninja") == str(other)
