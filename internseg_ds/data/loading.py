@@ -26,6 +26,8 @@ from internseg_ds.data.sampler import GlobalBatchSampler
 from internseg_ds.errors import DataError, FaultError
 from internseg_ds.seeding import derived_seed
 
+NOT_FOR_WORKERS = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}
+"""Signals that terminals, launchers and schedulers send to whole groups of processes, and that are a training process's to answer."""
 REPLACEMENTS = 20
 """Images that are tried for one place of the stream, before all of them are taken for damaged."""
 
@@ -135,8 +137,13 @@ def evaluation_images(dataset: Dataset, *, rank: int, world_size: int, workers: 
 
 def _loaded(loader: DataLoader) -> Iterator[Any]:
     """The batches of a loader; of an error in a worker, its own sentence without the worker's traceback."""
+    earlier = signal.pthread_sigmask(signal.SIG_BLOCK, NOT_FOR_WORKERS)  # workers take that over, and so none is hit before `_quiet_worker`
     try:
-        yield from loader
+        batches = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
+    try:
+        yield from batches
     except DataError as error:
         raise type(error)(str(error).strip().splitlines()[-1].removeprefix(f"{DataError.__module__}.{type(error).__name__}: ")) from None
 
@@ -176,7 +183,8 @@ def _quiet_worker(_: int) -> None:
     """
     cv2.setNumThreads(0)
     signal.set_wakeup_fd(-1)  # it is the training process's
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for number in NOT_FOR_WORKERS - {signal.SIGTERM}:
+        signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_end_when_the_parent_says_so, args=(os.getppid(),), daemon=True).start()
 

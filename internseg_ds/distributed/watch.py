@@ -76,6 +76,12 @@ class Watch:
         """This rank was asked to; the others hear of it."""
         self.asked_to_stop = True
 
+    def announce(self, reason: str, code: int) -> None:
+        """Before this process ends at once: the others hear the reason, and end with the same code. Returns when they have had the time to hear it."""
+        if self._thread is not None:
+            self._place = replace(self._place, failure=reason, code=code)
+            time.sleep(2 * BEAT_S)
+
     def close(self, failure: BaseException | None = None) -> None:
         """Ends this rank's part. failure: what it fails with, alone as far as it knows. Should another rank's death be the reason, that ends the process;
         else the others hear of it when this process ends, after its traceback."""

@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 SIGNALLED = 128
 """From here on exit codes are signals, which shells and mpirun report as 128 + n and deepspeed as 256 - n, and ssh's 255."""
 LONGEST_DELAY_S = 300.0
+AGAIN_S = SAME_REQUEST_S + 1
+"""Requests closer together are one. Longer than for the training, to which they come later."""
 PATIENCE_S = 60.0
 """For processes that an ended command left behind; then they are killed."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -76,7 +78,7 @@ class KeptRunning:
     """A command, and the processes that it starts.
 
     SIGTERM, SIGINT and SIGUSR1 ask it to end, and it is not started again. The training processes among its own get SIGUSR1, and so save; where there are none
-    (yet, or on this host), all get the signal itself. A second request is SIGTERM for all of them.
+    (yet, or on this host), all get the signal itself. A second request is Ctrl-C for the training processes, which ends them at once, and SIGTERM for the rest.
     """
 
     def __init__(self, command: Sequence[str], *, max_restarts: int, delay_s: float) -> None:
@@ -84,7 +86,7 @@ class KeptRunning:
         self.command, self.max_restarts, self.delay_s = command, max_restarts, delay_s
         self.pointer = work_dir_of(command) / "checkpoints" / "latest"
         self._asked = False
-        self._signal, self._again, self._asked_at = signal.SIGTERM, False, -SAME_REQUEST_S
+        self._signal, self._again, self._asked_at = signal.SIGTERM, False, -AGAIN_S
 
     def run(self) -> int:
         """Runs it until it is done, cannot be mended, or was asked to end; returns its last exit code, 128 + n for signal n. For the main thread."""
@@ -142,7 +144,7 @@ class KeptRunning:
             return None
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        if time.monotonic() - self._asked_at < SAME_REQUEST_S:
+        if time.monotonic() - self._asked_at < AGAIN_S:
             return
         self._asked_at = time.monotonic()
         self._signal = signal.SIGTERM if self._asked else signal.Signals(number)
@@ -153,10 +155,11 @@ class KeptRunning:
 
     def _pass_on(self) -> None:
         everybody = _descendants()
-        training = [] if self._again else list(filter(_saves_on_request, everybody))
-        for process in training or everybody:
+        training = set(filter(_saves_on_request, everybody))
+        for process in everybody if self._again else training or everybody:
+            number = self._signal if process not in training else signal.SIGINT if self._again else signal.SIGUSR1
             with suppress(psutil.NoSuchProcess):
-                process.send_signal(signal.SIGUSR1 if training else self._signal)
+                process.send_signal(number)
 
 
 def _descendants() -> list[psutil.Process]:

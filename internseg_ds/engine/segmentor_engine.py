@@ -161,6 +161,7 @@ class SegmentorEngine:
         self.resumed_unscored = any(of_all_ranks(checkpoint is not None and not checkpoint.manifest.get("metrics")))  # hosts may differ
         self.watch = Watch(world, hang_s=heartbeat_timeout)
         self.stop_requests = StopRequests(stop_file(self.work_dir) if world.is_main else None, self.watch)
+        self.stop_requests.listen(training=False)
         try:
             self._build(seed, checkpoint)
         except BaseException as error:
@@ -228,7 +229,7 @@ class SegmentorEngine:
 
     def train(self) -> TrainState:
         """Trains to the last step of the schedule, logging, saving and evaluating as the config says."""
-        self.stop_requests.listen()  # until the end: what comes too late to be answered is no reason to end before the other ranks
+        self.stop_requests.listen(training=True)  # until the end: what comes too late to be answered is no reason to end before the other ranks
         return train(self)
 
     def evaluate(self, *, verbose: bool = True, stop: Callable[[], bool] = lambda: False) -> Evaluation:

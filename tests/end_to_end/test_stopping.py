@@ -4,7 +4,9 @@ import json
 import os
 import random
 import signal
+import socket
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import torch
 
 from internseg_ds.checkpoints.weights import open_weights
 from internseg_ds.engine.stopping import SAME_REQUEST_S
-from internseg_ds.exit_codes import LOST, STOPPED
+from internseg_ds.exit_codes import INTERRUPTED, LOST, STOPPED
 from tests.conftest import TINY, data_options, free_port
 from tests.end_to_end.conftest import SMALL
 from tests.forks import script, start_ranks
@@ -22,13 +24,19 @@ STEPS = 24
 OPTIONS = [f"runner.max_iters={STEPS}", f"checkpoint_config.interval={STEPS}", "data.workers_per_gpu=1", "data.samples_per_gpu=1", "engine.global_batch=2"]
 
 
+def interruptible(path: str, args: Sequence[str], stdout: Path, stderr: Path) -> None:
+    """A script on a rank that hears Ctrl-C, which is ignored where the tests run in the background."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    script(path, args, stdout, stderr)
+
+
 class Run:
     """Two ranks of launch/train.py CONFIG --resume auto in one work directory, with a log file of both."""
 
-    def __init__(self, work_dir: Path, options: list[str], *, validate: bool = False) -> None:
-        self.log = work_dir.with_suffix(f".{time.monotonic_ns()}.log")
+    def __init__(self, work_dir: Path, options: list[str], *, validate: bool = False, log: Path | None = None) -> None:
+        self.log = log or work_dir.with_suffix(f".{time.monotonic_ns()}.log")
         args = [TINY, "--work-dir", str(work_dir), "--resume", "auto", *["--no-validate"] * (not validate), "--cfg-options", *options]
-        self.ranks = start_ranks(script, 2, free_port(), "launch/train.py", args, self.log, self.log)
+        self.ranks = start_ranks(interruptible, 2, free_port(), "launch/train.py", args, self.log, self.log)
 
     def wait_for(self, text: str) -> None:
         deadline = time.monotonic() + 120
@@ -131,20 +139,63 @@ def test_a_stop_file_stops_all_ranks_and_must_be_removed_to_go_on(options, tmp_p
     assert refused.returncode == 2 and f"{work_dir / 'STOP'} is there" in refused.stderr
 
 
-def test_a_second_signal_ends_a_rank_at_once_even_inside_a_collective(options, tmp_path):
+def test_what_a_launcher_passes_on_later_is_the_same_request(options, tmp_path):
     run = Run(tmp_path / "run", options)
     run.wait_for("  eta")
     os.kill(run.ranks[1].pid, signal.SIGSTOP)  # rank 0 now waits for it
     time.sleep(0.5)
-    os.kill(run.ranks[0].pid, signal.SIGTERM)
-    time.sleep(SAME_REQUEST_S / 2)
-    os.kill(run.ranks[0].pid, signal.SIGTERM)  # a launcher that passes on the same request
-    time.sleep(SAME_REQUEST_S)
+    for _ in range(2):
+        os.kill(run.ranks[0].pid, signal.SIGTERM)
+        time.sleep(SAME_REQUEST_S + 0.5)
     assert run.ranks[0].is_alive()
-    os.kill(run.ranks[0].pid, signal.SIGTERM)
+    os.kill(run.ranks[1].pid, signal.SIGCONT)
+    assert run.codes() == [STOPPED, STOPPED] and (tmp_path / "run" / "checkpoints" / "latest").is_file()
+
+
+def test_a_second_ctrl_c_ends_a_rank_at_once_even_inside_a_collective(options, tmp_path):
+    run = Run(tmp_path / "run", options)
+    run.wait_for("  eta")
+    os.kill(run.ranks[1].pid, signal.SIGSTOP)
+    time.sleep(0.5)
+    os.kill(run.ranks[0].pid, signal.SIGINT)
+    time.sleep(SAME_REQUEST_S / 2)
+    os.kill(run.ranks[0].pid, signal.SIGINT)  # torchrun, which passes on the same one
+    time.sleep(SAME_REQUEST_S / 2 + 0.5)
+    assert run.ranks[0].is_alive()
+    os.kill(run.ranks[0].pid, signal.SIGINT)
     run.ranks[0].join(5)
-    assert run.ranks[0].exitcode == 128 + signal.SIGTERM
+    assert run.ranks[0].exitcode == INTERRUPTED
     os.kill(run.ranks[1].pid, signal.SIGCONT)
     assert run.codes()[1] == LOST  # it finds that rank 0 is gone
+    assert "got SIGINT: this run saves" in run.log.read_text()
 
 
+def test_ctrl_c_saves_though_nobody_reads_what_the_run_says(options, tmp_path):
+    """Of an ssh session that is gone, say."""
+    os.mkfifo(pipe := tmp_path / "pipe")
+    run = Run(tmp_path / "run", options, log=pipe)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    with pipe.open() as reader:
+        said = ""
+        while "  eta" not in said:
+            said += reader.read(1)
+    assert metrics.read_text()
+    for rank in run.ranks:
+        os.kill(rank.pid, signal.SIGINT)
+    for rank in run.ranks:
+        rank.join(60)
+        rank.kill()
+        rank.join()
+    assert (tmp_path / "run" / "checkpoints" / "latest").is_file() and "stopped at step" in (tmp_path / "run" / "train.log").read_text()
+    assert [rank.exitcode for rank in run.ranks] == [STOPPED, STOPPED]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, STOPPED), (signal.SIGINT, INTERRUPTED)])
+def test_a_signal_to_one_rank_while_it_builds_ends_all_with_its_code(number, code, options, tmp_path):
+    run = Run(tmp_path / "run", options)
+    run.wait_for("images per step")  # the first thing that `SegmentorEngine._build` says
+    os.kill(run.ranks[1].pid, number)
+    assert run.codes() == [code, code], run.log.read_text()[-3000:]
+    said = run.log.read_text()
+    assert f"rank 1 (host {socket.gethostname()}, process {run.ranks[1].pid}) at step 0, building ended with {number.name}, before training began" in said
+    assert "Traceback" not in said

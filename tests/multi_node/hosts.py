@@ -76,15 +76,17 @@ class Host:
         return output
 
     def python_processes(self) -> dict[int, str]:
-        """What came to this host by ssh, python's alone (launcher, ranks, their data workers): pid, in the numbers of this machine -> command line."""
-        found = {}
-        for process in self.process.children(recursive=True):
+        """What runs on this host, python's alone (launcher, ranks, their data workers): pid, in the numbers of this machine -> command line.
+
+        By their namespace, and not by their parents: whose parent ends while it is looked for (an ssh session) would not be found.
+        """
+        host, found = os.stat(f"/proc/{self.init}/ns/pid").st_ino, {}
+        for process in psutil.process_iter():
             try:
-                line = " ".join(process.cmdline())
-            except psutil.Error:
+                if os.stat(f"/proc/{process.pid}/ns/pid").st_ino == host and "python" in (line := " ".join(process.cmdline())):
+                    found[process.pid] = line
+            except (psutil.Error, OSError):  # it has ended
                 continue
-            if "python" in line:
-                found[process.pid] = line
         return found
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from internseg_ds.engine.restarting import can_be_mended, resuming, work_dir_of
+from internseg_ds.engine.restarting import AGAIN_S, can_be_mended, resuming, work_dir_of
 from internseg_ds.errors import ConfigError
 from tests.conftest import free_port
 from tests.schedulers.conftest import STEPS, steps_of
@@ -142,9 +142,9 @@ def test_a_second_signal_ends_a_training_that_does_not_end(tmp_path):
         wait_for((tmp_path / "ready").exists, "start")
         asked(run, signal.SIGINT)
         wait_for((tmp_path / "checkpoints" / "latest").exists, "save")
-        time.sleep(2.1)  # signals closer together are one request
+        time.sleep(AGAIN_S + 0.1)  # signals closer together are one request
         asked(run, signal.SIGINT)
-        assert run.wait(timeout_s=20) == 143, run.output
+        assert run.wait(timeout_s=20) == 128 + signal.SIGINT, run.output
 
 
 def test_a_signal_between_two_starts_ends_the_waiting(tmp_path):
