@@ -61,6 +61,9 @@ def build_datasets(entry: Any, what: str, leaves: list[Any], **default_args: Any
                             "so their pixels would count as that; leave ignore_index at 255, or at another number that is no class")
         if getattr(part, "label_map", None):  # of classes that the config leaves out; mmseg's -1 is no uint8, which numpy 2 minds
             part.label_map = {old: part.ignore_index if new == -1 else new for old, new in part.label_map.items()}
+        if isinstance(part, CustomDataset) and part.ann_dir is not None and part.split is None and (
+                type(part).load_annotations is CustomDataset.load_annotations):
+            _pair_by_endings(part)
         if isinstance(part, CustomDataset) and part.split is not None and type(part).load_annotations is CustomDataset.load_annotations:
             _read_split(part)
         if isinstance(part, CustomDataset) and part.CLASSES is not None:
@@ -70,6 +73,8 @@ def build_datasets(entry: Any, what: str, leaves: list[Any], **default_args: Any
                 if hasattr(step, "CLASSES"):  # from there on labels mean something else
                     part.CLASSES, part.PALETTE = step.CLASSES, step.PALETTE
     for wrapper in _wrappers(dataset):
+        if isinstance(wrapper, RepeatDataset) and len(wrapper) == 0:
+            raise DataError(f"{what} repeats a data set {wrapper.times} times, so none of its images is ever drawn; set times to 1 or more, or leave it out")
         first = next(plain_parts(wrapper))
         if wrapper is not first and hasattr(first, "CLASSES"):  # which wrappers took when they were built
             wrapper.CLASSES, wrapper.PALETTE = first.CLASSES, first.PALETTE
@@ -147,6 +152,15 @@ def _masks_come_last(steps: list[str], what: str) -> None:
         raise ConfigError(f"the pipeline of {what} has {changes} after ToMask, whose masks would not change with the image; put ToMask behind it")
     if packed := next((step for step in steps[:place] if step in PACK), None):
         raise ConfigError(f"the pipeline of {what} has {packed} before ToMask, which needs the plain label map; put ToMask before it")
+
+
+def _pair_by_endings(part: CustomDataset) -> None:
+    """mmseg replaces the ending of an image wherever it stands in the name, in that of a folder too: where no label map is called so, the ending alone."""
+    for info in part.img_infos:
+        if info["filename"].count(part.img_suffix) > 1:
+            by_ending = info["filename"].removesuffix(part.img_suffix) + part.seg_map_suffix
+            if not os.path.exists(os.path.join(part.ann_dir, info["ann"]["seg_map"])) and os.path.exists(os.path.join(part.ann_dir, by_ending)):
+                info["ann"] = {"seg_map": by_ending}
 
 
 def _read_split(part: CustomDataset) -> None:

@@ -5,12 +5,13 @@ that in mmseg's DATASETS.
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from mmseg.datasets import DATASETS, build_dataset
 from torch.utils.data import ConcatDataset
 
-from internseg_ds.errors import ConfigError
+from internseg_ds.errors import ConfigError, DataError
 
 FOLDERS = ("img_dir", "ann_dir", "split")
 
@@ -41,7 +42,18 @@ def joining(entry: Any, what: str) -> Any:
         return {**entry, "dataset": joining(entry["dataset"], what)}
     if any(isinstance(entry.get(key), (list, tuple)) for key in FOLDERS):
         return joining(_of_each_folder(entry, what), what)
+    if isinstance(entry.get("classes"), str):
+        return {**entry, "classes": _names_in(entry["classes"], what)}
     return entry
+
+
+def _names_in(file: str, what: str) -> list[str]:
+    """A class for each line of a file; mmseg takes an empty line and a byte-order mark for a name, or a part of one. Raises DataError."""
+    try:
+        lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
+        raise DataError(f"{what}.classes={file!r} names a file of classes that cannot be read: {error}; give one name a line, or a list of names") from None
+    return [line.strip() for line in lines if line.strip()]
 
 
 def _of_each_folder(entry: Mapping[str, Any], what: str) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ without a word. A lock of the operating system goes with its process, so whoever
 import fcntl
 import logging
 import os
+import shutil
 import sys
 import threading
 from collections.abc import Iterator
@@ -33,8 +34,8 @@ def build_extension(name: str) -> None:
         with _said_when_slow(logging.INFO, "waiting for another process of this host, which compiles DeepSpeed's %s into %s", builder.name, folder):
             fcntl.flock(file, fcntl.LOCK_EX)
         if (folder / "lock").exists():
-            log.warning("removing %s, which a run that was killed while it compiled has left", folder / "lock")
-            (folder / "lock").unlink(missing_ok=True)
+            log.warning("compiling %s anew: a run was killed while it compiled that", folder)
+            shutil.rmtree(folder, ignore_errors=True)  # what it left may look newer than it is
         with _said_when_slow(logging.WARNING, "compiling DeepSpeed's %s into %s, once per environment; this takes half a minute, and minutes where cores "
                              "are busy", builder.name, folder), _own_programs_first():
             builder.load(verbose=False)

@@ -62,7 +62,12 @@ class LrSchedule:
     def lr(self, step: int, base: float) -> float:
         """The learning rate that update number `step` (from 0) of a group with rate `base` uses; after the last step it stays."""
         hook = self._hook
-        rate = hook.get_lr(SimpleNamespace(iter=min(step, self.max_steps), max_iters=self.max_steps), base)
+        try:
+            rate = hook.get_lr(SimpleNamespace(iter=min(step, self.max_steps), max_iters=self.max_steps), base)
+        except ZeroDivisionError:  # after the last step, where mmcv never asks, of FlatCosineAnnealing that has no step to anneal in
+            if step < self.max_steps:
+                raise
+            rate = hook.get_lr(SimpleNamespace(iter=self.max_steps - 1, max_iters=self.max_steps), base)
         if hook.warmup is not None and step < hook.warmup_iters:
             hook.regular_lr = [rate]
             (rate,) = hook.get_warmup_lr(step)

@@ -4,13 +4,14 @@ In: a model (whole or partitioned by ZeRO-3) and the config's `optimizer` sectio
 """
 
 import copy
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from mmcv.runner.optimizer import OPTIMIZER_BUILDERS, DefaultOptimizerConstructor
+from mmcv.runner.optimizer import OPTIMIZER_BUILDERS, OPTIMIZERS, DefaultOptimizerConstructor
 from mmseg.core.builder import build_optimizer_constructor  # knows mmcv's constructors too
 from torch import nn
 
@@ -137,12 +138,14 @@ def parameter_groups(model: nn.Module, optimizer: Mapping[str, Any]) -> list[dic
     """Groups of the trainable parameters, merged where lr and weight decay are the same; the order is that of first appearance.
 
     optimizer: the config's section; `constructor` picks the rule (default: mmcv's DefaultOptimizerConstructor), `paramwise_cfg` is its setting.
-    Each group has params, lr, weight_decay, name. Raises ConfigError when lr or weight_decay is missing, or nothing is left to train.
+    Each group has params, lr, weight_decay, name. Raises ConfigError when lr is missing, a constructor gives groups other settings of their own, or nothing
+    is left to train.
     """
     settings = {key: value for key, value in optimizer.items() if key not in ("constructor", "paramwise_cfg")}
-    for required in ("lr", "weight_decay"):  # torch's default decay differs from optimizer to optimizer, so it is written out
-        if required not in settings:
-            raise ConfigError(f"optimizer has no {required}; write optimizer=dict(type='AdamW', lr=..., weight_decay=...)")
+    settings.setdefault("weight_decay", default_weight_decay(optimizer))
+    if "lr" not in settings:
+        raise ConfigError(f"optimizer has no lr; write optimizer=dict(type={optimizer.get('type', 'AdamW')!r}, lr=..., weight_decay=...)")
+    for required in ("lr", "weight_decay"):
         if not isinstance(settings[required], (int, float)) or not 0 <= settings[required] < math.inf:
             raise ConfigError(f"optimizer.{required}={settings[required]!r} must be a number of at least 0")
     kind, singles = optimizer.get("constructor", "DefaultOptimizerConstructor"), []
@@ -156,6 +159,7 @@ def parameter_groups(model: nn.Module, optimizer: Mapping[str, Any]) -> list[dic
     except Exception as error:  # whatever a constructor refuses with
         raise ConfigError(f"optimizer.constructor={kind!r} cannot work with backbone {type(getattr(model, 'backbone', model)).__name__} and "
                           f"paramwise_cfg={optimizer.get('paramwise_cfg')}: {reason_of(error)}") from error
+    _check_own_settings(kind, settings, singles)
     merged: dict[tuple[float, float], dict[str, Any]] = {}
     for single in singles:
         lr, weight_decay = single.get("lr", settings["lr"]), single.get("weight_decay", settings["weight_decay"])
@@ -167,6 +171,28 @@ def parameter_groups(model: nn.Module, optimizer: Mapping[str, Any]) -> list[dic
     if not merged:
         raise ConfigError("no parameter of the model trains: everything is frozen")
     return list(merged.values())
+
+
+def default_weight_decay(optimizer: Mapping[str, Any]) -> float:
+    """What the optimizer's class takes where the config's section sets none; 0 for a class that is not known or has none."""
+    return float(getattr(_parameters(optimizer).get("weight_decay"), "default", 0.0))
+
+
+def _parameters(optimizer: Mapping[str, Any]) -> Mapping[str, inspect.Parameter]:
+    kind = optimizer.get("type", "AdamW")
+    found = OPTIMIZERS.get(kind) if isinstance(kind, str) else None
+    return {} if found is None else inspect.signature(found).parameters
+
+
+def _check_own_settings(constructor: str, settings: Mapping[str, Any], singles: Sequence[Mapping[str, Any]]) -> None:
+    """Groups differ in learning rate and weight decay alone here. Raises ConfigError."""
+    known = {name: settings.get(name, parameter.default) for name, parameter in _parameters(settings).items()
+             if name not in ("params", "lr", "weight_decay")}
+    for single in singles:
+        for key in known.keys() & single.keys():
+            if single[key] != known[key]:
+                raise ConfigError(f"optimizer.constructor={constructor!r} gives a group {key}={single[key]!r}, where the optimizer has {known[key]!r}; "
+                                  "groups may differ in lr and weight_decay only")
 
 
 def _check_paramwise(paramwise_cfg: Any) -> None:

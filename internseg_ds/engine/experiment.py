@@ -97,6 +97,8 @@ def read_experiment(config: str | os.PathLike | Config, cfg_options: Mapping[str
             raise ConfigError(f"{key}={cfg[key]!r} of {path} must be a section dict(...)")
     _check_data(cfg.data, path)
     notes = [f"{key} = {short_repr(cfg[key])} has no effect: {why}" for key, why in REPLACED.items() if cfg.get(key) is not None]
+    if cfg.get("total_iters", cfg.runner.get("max_iters")) != cfg.runner.get("max_iters"):
+        notes.append(f"total_iters = {short_repr(cfg.total_iters)} has no effect: runner.max_iters = {cfg.runner.get('max_iters')} says how long a run is")
     notes += section_notes(cfg, path)
     loader = {**{k: v for k, v in cfg.data.items() if k in ("samples_per_gpu", "workers_per_gpu")}, **(cfg.data.get("train_dataloader") or {})}
     val = cfg.data.get("val") or cfg.data.get("test")
@@ -147,7 +149,8 @@ def read_experiment(config: str | os.PathLike | Config, cfg_options: Mapping[str
         seed=whole_number(cfg.get("seed") or 0, f"seed of {path}", least=0),
         engine=options,
         notes=(*notes, *hook_notes(hooks, log_every, path)),
-        warnings=(*near_misses(cfg, path), *unused_crop_size(cfg, path), *unused_variables(cfg, path)),
+        warnings=(*near_misses(cfg, path), *unused_crop_size(cfg, path), *unused_variables(cfg, path),
+                  *_schedule_warnings(cfg.lr_config, cfg.optimizer.get("lr"), schedule.max_steps, path)),
     )
 
 
@@ -162,6 +165,8 @@ def _check_data(data: Mapping[str, Any], path: str) -> None:
     for split in ("train", "val", "test"):
         if split == "train" and data.get(split) is None:
             raise ConfigError(f"{path}: data has no 'train' entry")
+        if isinstance(data.get(split), (list, tuple)) and not data[split]:
+            raise ConfigError(f"data.{split} of {path} is an empty list; name a data set, or several")
         for entry in leaf_datasets(data[split]) if data.get(split) is not None else ():
             if not isinstance(entry, Mapping):
                 raise ConfigError(f"data.{split} of {path} is {entry!r}; it must be a data set dict(type=..., pipeline=[...])")
@@ -200,7 +205,8 @@ def _best_by(save_best: Any, metrics: tuple[str, ...], path: str) -> str | None:
     if save_best in ("auto", True):
         return metrics[0]
     scores = [score for metric in metrics for score in SCORES[metric]]
-    if save_best not in scores:
+    number, _, of_one = str(save_best).partition("_")  # "1_mIoU" of the second of several validation sets
+    if save_best not in scores and not (number.isdecimal() and of_one in scores):
         raise ConfigError(f"evaluation.save_best={save_best!r} of {path} is no score of evaluation.metric={'/'.join(metrics)}; "
                           f"there are {', '.join(scores)}, or 'auto'")
     return save_best
@@ -254,7 +260,8 @@ def _schedule(cfg: Config, path: str) -> LrSchedule:
     policy, known = cfg.lr_config.get("policy", "poly"), policies()
     if not isinstance(policy, str) or policy_name(policy) not in known:
         raise ConfigError(f"lr_config.policy={policy!r} of {path} is not known here; the policies are {', '.join(known)}")
-    if lr.get("by_epoch", True) or lr.get("warmup_by_epoch"):
+    counted = policy_name(policy) != "Fixed"  # which has the same rate whatever is counted
+    if (counted and lr.get("by_epoch", True)) or lr.get("warmup_by_epoch"):
         raise ConfigError(f"lr_config of {path} must have by_epoch=False (mmcv's default is True): steps are counted here, not epochs")
     for key, value in lr.items():
         if key not in (names := arguments(policy)):
@@ -270,6 +277,18 @@ def _schedule(cfg: Config, path: str) -> LrSchedule:
     except Exception as error:  # whatever mmcv's hook refuses with
         raise ConfigError(f"lr_config = {dict(cfg.lr_config)} of {path} cannot work: {reason_of(error)}") from error
     return schedule
+
+
+def _schedule_warnings(lr_config: Mapping[str, Any], lr: Any, steps: int, path: str) -> Iterator[str]:
+    """What is odd about a schedule. lr: the optimizer's."""
+    warmup = lr_config.get("warmup_iters") or 0
+    if warmup and lr_config.get("warmup") is None:
+        yield f"lr_config.warmup_iters={warmup} of {path} warms nothing up without warmup='linear' (or 'constant', 'exp')"
+    elif warmup >= steps:
+        yield f"lr_config.warmup_iters={warmup} of {path} is as long as all of the training ({steps} steps), which never gets to its learning rate"
+    least = lr_config.get("min_lr")
+    if isinstance(least, (int, float)) and isinstance(lr, (int, float)) and least > lr:
+        yield f"lr_config.min_lr={least:g} of {path} is above optimizer.lr={lr:g}, so the learning rate grows"
 
 
 def leaf_datasets(entry: Any) -> Iterator[ConfigDict]:

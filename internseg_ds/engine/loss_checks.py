@@ -4,6 +4,7 @@ border, or not at all.
 In: the segmentor on the meta device, and the training set. Out: lines for the log, or a ConfigError that names the setting and its mend.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from mmseg.models.losses import CrossEntropyLoss, DiceLoss, FocalLoss, LovaszLoss, TverskyLoss
 from torch import nn
 
-from internseg_ds.errors import ConfigError
+from internseg_ds.errors import ConfigError, short_repr
 from internseg_ds.models.heads import losses_of
 from internseg_ds.models.pixel_losses import BinaryCrossEntropyOfAnyImages, LovaszOfAnyImages
 
@@ -47,6 +48,8 @@ def _check_weights(what: str, loss: nn.Module, channels: int) -> None:
     if isinstance(loss, CrossEntropyLoss) and loss.use_sigmoid and len(weights) > 1:
         raise ConfigError(f"{what} has class_weight with use_sigmoid=True, which mmseg would lay along the width of the image and not over the classes; "
                           "leave class_weight out, or use_sigmoid")
+    if any(not 0 <= weight < math.inf for weight in weights) or not any(weights):
+        raise ConfigError(f"{what}: class_weight of {type(loss).__name__} must be numbers of at least 0, and not all 0; it is {short_repr(list(weights))}")
     if len(weights) != channels and not (isinstance(loss, LovaszLoss) and channels == 1):
         raise ConfigError(f"{what}: {type(loss).__name__} has class_weight of {len(weights)} numbers, and the head predicts {channels} classes; "
                           "give one number for each class")

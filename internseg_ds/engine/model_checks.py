@@ -43,8 +43,8 @@ def check_forward(model: nn.Module, sample: Mapping[str, Any], micro_batch: int,
     except Exception as error:  # whatever some layer refuses with
         if is_unknown_to_meta(error):
             return [], f"whether the layers fit each other was not checked, since an operator has no form without memory ({reason_of(error)})"
-        raise ConfigError(f"the model cannot take a training image of {shape}: {reason_of(error)}; do the in_channels of its heads "
-                          "fit?") from error
+        raise ConfigError(f"the model cannot take a training image of {shape}: {reason_of(error)}; do the in_channels and in_index "
+                          "of its heads fit?") from error
     finally:
         model.train()
         for hook in hooks:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset
 
 from internseg_ds.checkpoints.fitting import Fit
 from internseg_ds.data.datasets import build_datasets, first_sample, parts, plain_parts
@@ -22,7 +22,7 @@ from internseg_ds.data.survey import compare_zero_labels, survey
 from internseg_ds.distributed.construction import build_on_meta, choose_recomputation, freeze_parts
 from internseg_ds.distributed.ds_config import DsConfig
 from internseg_ds.distributed.optimizers import check_optimizer
-from internseg_ds.distributed.parameter_groups import named_groups, parameter_groups, unmatched_custom_keys
+from internseg_ds.distributed.parameter_groups import default_weight_decay, named_groups, parameter_groups, unmatched_custom_keys
 from internseg_ds.distributed.precision import backbone_dtype, heads_dtype
 from internseg_ds.distributed.process_group import World
 from internseg_ds.engine.experiment import Experiment, leaf_datasets
@@ -97,7 +97,10 @@ def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, An
     leaf_classes = ds.raw["zero_optimization"].get("leaf_module", {}).get("classes", ())
     with odd_blocks(meta_model, leaf_classes) as odd:
         outputs, unchecked = check_forward(meta_model, first, ds.micro_batch, world.size)
-    notes = unmatched_custom_keys(meta_model, experiment.optimizer) + ([unchecked] if unchecked else [])
+    notes = unmatched_custom_keys(meta_model, experiment.optimizer)
+    if "weight_decay" not in experiment.optimizer:
+        notes.append(f"optimizer.weight_decay is not set: it is {default_weight_decay(experiment.optimizer):g}, the optimizer's own default")
+    notes += ([unchecked] if unchecked else [])
     if odd or (unchecked and leaf_classes):
         ds = ds.without_leaf_modules()
         why = f"{shortened(sorted(odd))} takes or returns no single tensor, or runs twice" if odd else "nothing is known of what these take and return"
@@ -114,10 +117,20 @@ def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, An
         first_sample(val_set, "data.val", tolerated=TOLERATED)
         warnings += compare_classes(train_set, val_set) + compare_zero_labels(train_set, val_set)
         warnings += compare_normalization(train_set, val_set)
+        _check_best_by(experiment, val_set)
     if world.is_main:
         warnings += survey(train_set, "data.train", training=True)
         warnings += survey(val_set, "data.val", training=False) if val_set is not None else []
     return Plan(experiment, ds, world, meta_model, weights, resume_from, image_shape(first)[1:], train_set, val_set, tuple(warnings), tuple(notes))
+
+
+def _check_best_by(experiment: Experiment, val_set: Dataset) -> None:
+    """A score of one of several validation sets must be there. Raises ConfigError."""
+    number, _, of_one = (experiment.best_by or "").partition("_")
+    count = len(val_set.datasets) if isinstance(val_set, ConcatDataset) else 1
+    if of_one and number.isdecimal() and (count == 1 or int(number) >= count):
+        there = f"data.val joins {count} data sets, numbered from 0" if count > 1 else "data.val is a single data set"
+        raise ConfigError(f"evaluation.save_best={experiment.best_by!r} of {experiment.path}: {there}; write save_best={of_one!r} for the score of all")
 
 
 def check_offload(experiment: Experiment, ds: DsConfig, resume_from: Path | None) -> None:

@@ -79,3 +79,28 @@ def test_cityscapes_in_several_folders_is_trained_on(folder):
 def test_folders_that_cannot_be_paired_are_refused(folder, folders):
     with pytest.raises(ConfigError, match=f"data.train has {len(folders['img_dir'])} img_dir, .* ann_dir, which cannot be paired"):
         built(folder("some", 0) | folders)
+
+
+def test_a_data_set_that_is_repeated_no_times_is_an_error(folder):
+    entry = dict(type="ConcatDataset", datasets=[folder("first", 0), dict(type="RepeatDataset", times=0, dataset=folder("second", 1))])
+    with pytest.raises(DataError, match="repeats a data set 0 times"):
+        built(entry)
+
+
+def test_an_ending_that_stands_in_a_folders_name_is_replaced_at_the_end_alone(folder):
+    entry = folder("first", 0, 1)
+    root = Path(entry["data_root"])
+    for kind, ending in (("images", ".png"), ("labels", ".bmp")):
+        inner = root / kind / "of.pngs"
+        inner.mkdir()
+        for file in sorted((root / kind).glob("*.png")):
+            Image.open(file).save(inner / f"{file.stem}{ending}")
+            file.unlink()
+    assert [sample(built(entry | dict(seg_map_suffix=".bmp")), index)["gt_semantic_seg"].data.unique().tolist() for index in range(2)] == [[0], [1]]
+
+
+def test_a_file_of_classes_may_have_empty_lines_and_a_byte_order_mark(folder, tmp_path):
+    (tmp_path / "names.txt").write_bytes(b"\xef\xbb\xbfa\r\nb\r\n\r\nc\n\n")
+    assert list(built(folder("first", 0) | dict(classes=str(tmp_path / "names.txt"))).CLASSES) == ["a", "b", "c"]
+    with pytest.raises(DataError, match=r"classes='.*nowhere.txt' names a file of classes that cannot be read"):
+        built(folder("second", 0) | dict(classes=str(tmp_path / "nowhere.txt")))

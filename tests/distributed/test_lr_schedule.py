@@ -38,6 +38,7 @@ WARM = dict(warmup="linear", warmup_iters=7, warmup_ratio=1e-6)
     ("poly", dict(warmup="exp", warmup_iters=7)), ("poly", dict(warmup="constant", warmup_iters=7, warmup_ratio=0.3)),
     ("step", dict(step=[8, 15], **WARM)), ("step", dict(step=6, gamma=0.5, min_lr=1e-5)), ("fixed", dict(**WARM)), ("exp", dict(gamma=0.9)),
     ("inv", dict(gamma=0.1)), ("CosineAnnealing", dict(min_lr_ratio=0.01, **WARM)), ("FlatCosineAnnealing", dict(min_lr=1e-6, start_percent=0.5)),
+    ("FlatCosineAnnealing", dict(min_lr=1e-6, start_percent=1.0)),
     ("LinearAnnealing", dict(min_lr=0.0))])
 def test_rates_are_those_of_mmcvs_hook_step_by_step_in_every_group(policy, settings):
     bases, steps = [1e-2, 3e-3], 20

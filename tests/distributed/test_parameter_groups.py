@@ -89,10 +89,30 @@ def test_shapes_are_those_before_partitioning():
     assert settings(segmentor, **LAYER_DECAY) == {"backbone.weight": (1.0, 0.05), "backbone.bias": (1.0, 0.0)}
 
 
-@pytest.mark.parametrize("missing", ["lr", "weight_decay"])
-def test_a_rate_that_is_not_written_down_is_asked_for(missing, model):
-    with pytest.raises(ConfigError, match=f"optimizer has no {missing}"):
-        parameter_groups(model, {key: value for key, value in ADAMW.items() if key != missing})
+def test_a_learning_rate_that_is_not_written_down_is_asked_for(model):
+    with pytest.raises(ConfigError, match="optimizer has no lr"):
+        parameter_groups(model, dict(type="AdamW", weight_decay=0.05))
+
+
+@pytest.mark.parametrize(("kind", "default"), [("AdamW", 0.01), ("Adam", 0.0), ("SGD", 0.0)])
+def test_a_weight_decay_that_is_not_written_down_is_the_optimizers_own(kind, default, model):
+    assert {group["weight_decay"] for group in parameter_groups(model, dict(type=kind, lr=1.0))} == {default}
+    optimizer = dict(type=kind, lr=1.0, paramwise_cfg=dict(norm_decay_mult=0.0))
+    assert {group["weight_decay"] for group in parameter_groups(model, optimizer)} == {default, 0.0}
+
+
+def test_a_constructor_may_not_give_groups_other_settings_than_rate_and_decay(model):
+    from mmcv.runner.optimizer import OPTIMIZER_BUILDERS, DefaultOptimizerConstructor
+
+    @OPTIMIZER_BUILDERS.register_module(force=True)
+    class SlowMoments(DefaultOptimizerConstructor):
+        def add_params(self, params, module, **_):
+            params += [{"params": list(module.backbone.parameters()), "betas": self.paramwise_cfg["betas"], "of_its_own": 1},
+                       {"params": list(module.decode_head.parameters())}]
+
+    parameter_groups(model, ADAMW | dict(constructor="SlowMoments", betas=(0.9, 0.95), paramwise_cfg=dict(betas=(0.9, 0.95))))
+    with pytest.raises(ConfigError, match=r"'SlowMoments' gives a group betas=\(0.9, 0.95\), where the optimizer has \(0.9, 0.999\)"):
+        parameter_groups(model, ADAMW | dict(constructor="SlowMoments", paramwise_cfg=dict(betas=(0.9, 0.95))))
 
 
 BACKBONES = {

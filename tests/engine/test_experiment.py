@@ -90,6 +90,24 @@ def test_a_key_at_the_top_that_is_nearly_one_that_is_read_is_a_warning():
     assert said == (f"evalution of {ROOT / TINY} is read by nobody; did you mean evaluation?",)
 
 
+@pytest.mark.parametrize(("options", "words"), [
+    ({"lr_config.warmup": None}, ["warmup_iters=", "warms nothing up"]),
+    ({"lr_config.warmup_iters": 420}, ["warmup_iters=420", "as long as all of the training (420 steps)"]),
+    ({"lr_config.min_lr": 1.0}, ["min_lr=1", "is above optimizer.lr"]),
+])
+def test_an_odd_schedule_is_a_warning(options, words):
+    (said,) = read_experiment(ROOT / TINY, options).warnings
+    assert all(word in said for word in words), said
+
+
+def test_a_fixed_rate_need_not_say_what_is_counted(tmp_path):
+    config = tmp_path / "fixed.py"
+    config.write_text(f"_base_ = {str(ROOT / TINY)!r}\nlr_config = dict(_delete_=True, policy='fixed')\ntotal_iters = 77\n")
+    experiment = read_experiment(config)
+    assert experiment.schedule.lr(100, 0.5) == 0.5 and experiment.max_steps == 420
+    assert "total_iters = 77 has no effect: runner.max_iters = 420 says how long a run is" in experiment.notes
+
+
 def test_defaults_are_what_mmseg_users_expect():
     cfg = Config.fromfile(ROOT / TINY)
     for key in ("checkpoint_config", "evaluation", "log_config", "engine", "optimizer_config"):
@@ -99,7 +117,7 @@ def test_defaults_are_what_mmseg_users_expect():
     assert experiment.save_every == experiment.evaluate_every == experiment.max_steps == 420
 
 
-@pytest.mark.parametrize(("save_best", "best_by"), [("auto", "mIoU"), ("mAcc", "mAcc"), (True, "mIoU"), (False, None), (None, None)])
+@pytest.mark.parametrize(("save_best", "best_by"), [("auto", "mIoU"), ("mAcc", "mAcc"), ("1_mIoU", "1_mIoU"), (True, "mIoU"), (False, None), (None, None)])
 def test_save_best_names_the_score(save_best, best_by):
     assert read_experiment(ROOT / TINY, {"evaluation.save_best": save_best}).best_by == best_by
 
@@ -143,6 +161,8 @@ def test_options_reach_arguments_that_the_file_leaves_at_their_defaults():
     ({"model.test_cfg.strid": (3, 3)}, "did you mean model.test_cfg.stride"),
     ({"evaluation.metric": "mIou"}, "mIoU, mDice"),
     ({"evaluation.metric": []}, "names no metric"),
+    ({"data.train": []}, "data.train of .* is an empty list"),
+    ({"evaluation.save_best": "1_mDice"}, "save_best='1_mDice'"),
     ({"evaluation.save_best": "mDice"}, "save_best='mDice'.*mIoU, mAcc, aAcc"),
     ({"evaluation.interval": "x"}, "evaluation.interval.*'x'"),
     ({"checkpoint_config.interval": 2.5}, "checkpoint_config.interval.*2.5"),

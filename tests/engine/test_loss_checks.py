@@ -29,6 +29,8 @@ def test_what_agrees_passes_in_silence(settings):
 @pytest.mark.parametrize(("settings", "words"), [
     (dict(classes=300, ignored=65535, ignore_index=65535), "Pad.seg_pad_val of its pipeline is 255 .* is class 255 of the 300 classes"),
     (dict(classes=300, ignored=65535, ignore_index=65535, pad=65535, loss=dict(type="DiceLoss")), "its DiceLoss is 255"),
+    (dict(classes=2, loss=CROSS_ENTROPY | dict(class_weight=[1.0, -1.0])), "must be numbers of at least 0, and not all 0"),
+    (dict(classes=2, loss=CROSS_ENTROPY | dict(class_weight=[0.0, 0.0])), "must be numbers of at least 0, and not all 0"),
     (dict(classes=150, pad=254), "seg_pad_val of its pipeline is 254"),
     (dict(classes=150, pad=254, wrapped=True), "seg_pad_val of its pipeline is 254")], ids=str)
 def test_what_does_not_agree_is_an_error(settings, words):
