@@ -56,6 +56,9 @@ def refusal(config: str, options: dict, ade20k: Path) -> str:
     ({"lr_config.warmup_iters": -1}, ["warmup_iters", "-1"]),
     ({"model.test_cfg.stride": [0, 0]}, ["model.test_cfg.stride=[0, 0]"]),
     ({"model.decode_head.in_channels": [128, 128, 128, 33]}, ["the model cannot take a training image", "in_channels"]),
+    ({"evaluation.save_best": "1_mIoU"}, ["save_best='1_mIoU'", "data.val is a single data set", "write save_best='mIoU'"]),
+    ({"evaluation.save_best": "2_mIoU", "data.val.img_dir": ["images/validation"] * 2, "data.val.ann_dir": ["annotations/validation"] * 2},
+     ["save_best='2_mIoU'", "data.val joins 2 data sets, numbered from 0"]),
     ({"optimizer.betas": [0.9]}, ["optimizer AdamW"]),
     ({"model.backbone.num_heads": 0}, ["ZeroDivisionError"]),
     ({"model.backbone.pretrained": 5}, ["pretrained=5"]),
@@ -109,6 +112,12 @@ def refusal(config: str, options: dict, ade20k: Path) -> str:
 def test_a_wrong_setting_is_one_sentence(options, words, ade20k):
     said = refusal(TINY, options, ade20k)
     assert all(word in said for word in words), said
+
+
+def test_the_score_of_one_of_several_validation_sets_may_say_which_is_best(ade20k):
+    options = {"evaluation.save_best": "1_mIoU", "data.val.img_dir": ["images/validation"] * 2, "data.val.ann_dir": ["annotations/validation"] * 2}
+    experiment = read_experiment(ROOT / TINY, dict(option.split("=") for option in data_options(ade20k)) | options)
+    assert check(experiment, ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0)).experiment.best_by == "1_mIoU"
 
 
 def test_one_channel_needs_a_sigmoid(ade20k):
