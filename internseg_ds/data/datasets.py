@@ -23,12 +23,8 @@ import internseg_ds.data.transforms  # noqa: F401 - registers those that publish
 from internseg_ds.data.class_balance import ClassBalancedDataset
 from internseg_ds.data.joined import joining
 from internseg_ds.data.label_maps import CheckAnnotation, read_label_maps_of
-from internseg_ds.errors import ConfigError, DataError, reason_of
-
-CHANGE_LABELS = {"Resize", "SETR_Resize", "ResizeToMultiple", "RandomFlip", "RandomCrop", "RandomRotate", "RandomMosaic", "RandomCutOut", "Pad"}
-"""The transforms of mmseg, and ours, after which the label map is another."""
-PACK = {"DefaultFormatBundle", "Collect"}
-"""Those after which there is no plain label map any more."""
+from internseg_ds.data.pipeline_steps import check_steps
+from internseg_ds.errors import DataError, reason_of
 
 
 def build_datasets(entry: Any, what: str, leaves: list[Any], **default_args: Any) -> Dataset:
@@ -81,7 +77,7 @@ def build_datasets(entry: Any, what: str, leaves: list[Any], **default_args: Any
         if isinstance(wrapper, ClassBalancedDataset):
             wrapper.balance()
     for transforms in pipelines(dataset):
-        _masks_come_last([type(step).__name__ for step in transforms], what)
+        check_steps(transforms, what, evaluates=bool(default_args.get("test_mode")))
     if len({tuple(getattr(part, "CLASSES", None) or ()) for part in plain_parts(dataset)}) > 1:
         raise DataError(f"{what} joins data sets whose classes have other names or another order, but a label must mean one class; "
                         "give all the same classes=(...)")
@@ -137,21 +133,6 @@ def _check_annotations_of(dataset: Dataset) -> None:
     for place, transform in reversed(list(enumerate(transforms))):
         if isinstance(transform, LoadAnnotations):
             transforms.insert(place + 1, CheckAnnotation(len(dataset.CLASSES), dataset.ignore_index))
-
-
-def _masks_come_last(steps: list[str], what: str) -> None:
-    """Masks are made once, from the label map as it then is: what changes that afterwards would leave them as they were. Raises ConfigError."""
-    loads = next((place for place, step in enumerate(steps) if step in ("LoadAnnotations", "LoadLabelMap")), 0)
-    if early := next((step for step in steps[:loads] if step in CHANGE_LABELS), None):
-        raise ConfigError(f"the pipeline of {what} has {early} before LoadAnnotations, so the label map would not change with the image; "
-                          "put LoadAnnotations before it")
-    if "ToMask" not in steps:
-        return
-    place = steps.index("ToMask")
-    if changes := next((step for step in steps[place:] if step in CHANGE_LABELS), None):
-        raise ConfigError(f"the pipeline of {what} has {changes} after ToMask, whose masks would not change with the image; put ToMask behind it")
-    if packed := next((step for step in steps[:place] if step in PACK), None):
-        raise ConfigError(f"the pipeline of {what} has {packed} before ToMask, which needs the plain label map; put ToMask before it")
 
 
 def _pair_by_endings(part: CustomDataset) -> None:

@@ -11,19 +11,21 @@ import numpy as np
 from mmseg.datasets.pipelines import Compose
 from torch.utils.data import Dataset
 
+from internseg_ds.data.pipeline_steps import check_steps
 from internseg_ds.errors import ConfigError, DataError, reason_of
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
 
 class ImageFiles(Dataset):
-    """Image files through an mmseg test pipeline. Raises ConfigError when it cannot be built."""
+    """Image files through an mmseg test pipeline. Raises ConfigError when it cannot be built, or its predictions would not lie on the images."""
 
     def __init__(self, images: Sequence[Path], pipeline: Sequence[dict[str, Any]]) -> None:
         try:
             self.images, self.pipeline = images, Compose(pipeline)
         except Exception as error:  # whatever a transform's constructor refuses with
             raise ConfigError(f"the pipeline of data.test cannot be built: {reason_of(error)}") from error
+        check_steps(self.pipeline.transforms, "data.test", evaluates=True)
         self.img_infos = [{"filename": str(path)} for path in images]
 
     def __len__(self) -> int:

@@ -1,12 +1,13 @@
 """Whether images are normalised alike where a model is trained and where it is scored."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from mmseg.datasets.pipelines import Normalize
 from torch.utils.data import Dataset
 
 from internseg_ds.data.datasets import pipelines
+from internseg_ds.data.pipeline_steps import flat
 
 
 def compare_normalization(train_set: Dataset, val_set: Dataset) -> list[str]:
@@ -20,16 +21,8 @@ def compare_normalization(train_set: Dataset, val_set: Dataset) -> list[str]:
 
 def _settings(steps: Iterable[Any]) -> tuple[Any, ...] | None:
     """mean, std and to_rgb of the last Normalize of a pipeline."""
-    found = [(tuple(map(float, step.mean)), tuple(map(float, step.std)), bool(step.to_rgb)) for step in _flat(steps) if isinstance(step, Normalize)]
+    found = [(tuple(map(float, step.mean)), tuple(map(float, step.std)), bool(step.to_rgb)) for step in flat(steps) if isinstance(step, Normalize)]
     return found[-1] if found else None
-
-
-def _flat(steps: Iterable[Any]) -> Iterator[Any]:
-    """The steps of a pipeline, those inside of others (MultiScaleFlipAug) too."""
-    for step in steps:
-        yield step
-        inner = getattr(step, "transforms", None)
-        yield from _flat(getattr(inner, "transforms", inner) or ())
 
 
 def _words(settings: tuple[Any, ...] | None) -> str:

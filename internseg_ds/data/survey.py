@@ -7,14 +7,14 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import cv2
 import numpy as np
-from mmseg.datasets import CustomDataset
-from mmseg.datasets.pipelines import LoadAnnotations, LoadImageFromFile
+from mmseg.datasets import DATASETS, CustomDataset
+from mmseg.datasets.pipelines import LoadImageFromFile
 from torch.utils.data import Dataset
 
 from internseg_ds.data.datasets import plain_parts
@@ -59,22 +59,24 @@ def survey(dataset: Dataset, what: str, *, training: bool) -> list[str]:
     return said
 
 
-def compare_zero_labels(train_set: Dataset, val_set: Dataset) -> list[str]:
+def compare_zero_labels(train_entries: Iterable[Mapping[str, Any]], val_set: Dataset, what: str) -> list[str]:
     """Label maps that are trained on and scored against must be read alike: sentences where two data sets of different kinds are not.
 
+    train_entries: plain data sets of the config, which need not be on this machine. val_set: built; what: its name in messages.
     Raises ConfigError where two of one kind are not.
     """
     said = []
-    for train, val in ((train, val) for train in plain_parts(train_set) for val in plain_parts(val_set)):
-        trained = [step.reduce_zero_label for step in _steps(train) if isinstance(step, LoadAnnotations)]
+    for train, val in ((train, val) for train in train_entries for val in plain_parts(val_set)):
+        trained = [bool(step.get("reduce_zero_label")) for step in train.get("pipeline") or () if step.get("type") == "LoadAnnotations"]
         scored = getattr(val, "reduce_zero_label", None)
         if isinstance(getattr(val, "gt_seg_map_loader", None), LoadLabelMap):
             scored = val.gt_seg_map_loader.reduce_zero_label
         if not trained or scored is None or trained[0] == scored:
             continue
-        sentence = (f"reduce_zero_label={trained[0]} of LoadAnnotations in data.train.pipeline, and reduce_zero_label={scored} of data.val "
+        sentence = (f"reduce_zero_label={trained[0]} of LoadAnnotations in data.train.pipeline, and reduce_zero_label={scored} of {what} "
                     f"({type(val).__name__}): what is trained as class n is scored as class n {'+' if trained[0] else '-'} 1")
-        if type(train) is type(val) and (type(val) is not CustomDataset or train.data_root == val.data_root):
+        kind = DATASETS.get(train["type"]) if isinstance(train.get("type"), str) else train.get("type")
+        if kind is type(val) and (type(val) is not CustomDataset or train.get("data_root") == val.data_root):
             raise ConfigError(f"{sentence}; write reduce_zero_label=True in both where 0 in the label maps stands for no class, and in neither where it is one")
         said.append(f"{sentence}, unless the label maps of the two sets differ in just this")
     return sorted(set(said))

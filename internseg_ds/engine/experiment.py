@@ -97,6 +97,8 @@ def read_experiment(config: str | os.PathLike | Config, cfg_options: Mapping[str
             raise ConfigError(f"{key}={cfg[key]!r} of {path} must be a section dict(...)")
     _check_data(cfg.data, path)
     notes = [f"{key} = {short_repr(cfg[key])} has no effect: {why}" for key, why in REPLACED.items() if cfg.get(key) is not None]
+    if cfg.data.get("val") is None and cfg.data.get("test") is not None:
+        notes.append("data.val is not set: data.test is evaluated on")
     if cfg.get("total_iters", cfg.runner.get("max_iters")) != cfg.runner.get("max_iters"):
         notes.append(f"total_iters = {short_repr(cfg.total_iters)} has no effect: runner.max_iters = {cfg.runner.get('max_iters')} says how long a run is")
     notes += section_notes(cfg, path)

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mmseg.datasets import CustomDataset
 from torch import nn
 from torch.utils.data import ConcatDataset, Dataset
 
 from internseg_ds.checkpoints.fitting import Fit
-from internseg_ds.data.datasets import build_datasets, first_sample, parts, plain_parts
+from internseg_ds.data.datasets import build_datasets, first_sample, parts, pipelines, plain_parts
 from internseg_ds.data.joined import wrapper_in
 from internseg_ds.data.normalization import compare_normalization
+from internseg_ds.data.pipeline_steps import odd_steps
 from internseg_ds.data.survey import compare_zero_labels, survey
 from internseg_ds.distributed.construction import build_on_meta, choose_recomputation, freeze_parts
 from internseg_ds.distributed.ds_config import DsConfig
@@ -89,6 +91,8 @@ def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, An
         check_trackers(experiment.log_hooks)
     train_set = build_datasets(experiment.train, "data.train", list(leaf_datasets(experiment.train)))
     warnings = check_classes(meta_model, train_set, "data.train")
+    for steps in pipelines(train_set):
+        warnings += odd_steps(steps, "data.train", evaluates=False)
     ignored = sorted({getattr(part, "ignore_index", 255) for part in plain_parts(train_set)})
     warnings += check_losses(meta_model, experiment.train, ignored, experiment.path)
     first, *others = [first_sample(part, "data.train", tolerated=experiment.engine.max_data_faults) for part in parts(train_set)]
@@ -115,8 +119,9 @@ def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, An
         val_set = validation_set(experiment)
         check_classes(meta_model, val_set, "data.val")
         first_sample(val_set, "data.val", tolerated=TOLERATED)
-        warnings += compare_classes(train_set, val_set) + compare_zero_labels(train_set, val_set)
-        warnings += compare_normalization(train_set, val_set)
+        warnings += compare_classes(train_set, val_set)
+        warnings += compare_zero_labels(list(leaf_datasets(experiment.train)), val_set, "data.val")
+        warnings += compare_normalization(train_set, val_set) + odd_about(val_set, "data.val")
         _check_best_by(experiment, val_set)
     if world.is_main:
         warnings += survey(train_set, "data.train", training=True)
@@ -131,6 +136,17 @@ def _check_best_by(experiment: Experiment, val_set: Dataset) -> None:
     if of_one and number.isdecimal() and (count == 1 or int(number) >= count):
         there = f"data.val joins {count} data sets, numbered from 0" if count > 1 else "data.val is a single data set"
         raise ConfigError(f"evaluation.save_best={experiment.best_by!r} of {experiment.path}: {there}; write save_best={of_one!r} for the score of all")
+
+
+def odd_about(dataset: Dataset, what: str) -> list[str]:
+    """Sentences about what can hardly be meant of a data set that is scored; what: its name."""
+    said = [sentence for steps in pipelines(dataset) for sentence in odd_steps(steps, what, evaluates=True)]
+    for part in plain_parts(dataset):
+        if isinstance(part, CustomDataset) and type(part).pre_eval is not CustomDataset.pre_eval:
+            said.append(f"{type(part).__name__} has a pre_eval of its own, which is not called: pixels are counted here, and its evaluate makes scores of them")
+        if 0 <= getattr(part, "ignore_index", 255) < len(part.CLASSES):
+            said.append(f"ignore_index={part.ignore_index} of {what} is a class ({part.CLASSES[part.ignore_index]}), whose pixels are left out of all scores")
+    return sorted(set(said))
 
 
 def check_offload(experiment: Experiment, ds: DsConfig, resume_from: Path | None) -> None:

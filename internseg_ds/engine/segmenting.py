@@ -45,6 +45,10 @@ def windows(height: int, width: int, crop: tuple[int, int], stride: tuple[int, i
     return [Window(*row, *column) for row in rows for column in columns]
 
 
+FLIPPED = {"horizontal": (2,), "vertical": (1,), "diagonal": (1, 2)}
+"""The dimensions of (classes, h, w) that mmcv's `imflip` turns around."""
+
+
 @dataclass(eq=False)
 class View:
     """One augmentation of an image: pixels (3, h, w), mmseg's meta, and the logits (classes, h, w) fp32 as its windows come in."""
@@ -84,7 +88,7 @@ class View:
         for first in range(0, inner.size(1), some):
             chunk = F.interpolate(inner[:, first : first + some], size=(height, width), mode="bilinear", align_corners=align_corners)[0]
             if self.meta.get("flip"):
-                chunk = chunk.flip(2 if self.meta["flip_direction"] == "horizontal" else 1)
+                chunk = chunk.flip(FLIPPED[self.meta["flip_direction"]])
             yield first, chunk
 
 

@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 from torch.utils.data import ConcatDataset
 
-from internseg_ds.data.survey import survey
+from internseg_ds.data.survey import compare_zero_labels, survey
 from internseg_ds.distributed.construction import build_on_meta
 from internseg_ds.distributed.process_group import world_from_environment
 from internseg_ds.distributed.watch import joined
 from internseg_ds.engine.evaluator import Evaluation, Watcher, conclude, evaluate_each, images_of
-from internseg_ds.engine.experiment import known_metrics, read_experiment
+from internseg_ds.engine.experiment import known_metrics, leaf_datasets, read_experiment
 from internseg_ds.engine.inference import ready
 from internseg_ds.engine.model_checks import check_classes, check_same_classes, check_windows
 from internseg_ds.engine.outputs import output_folder
-from internseg_ds.engine.preflight import validation_set
+from internseg_ds.engine.preflight import odd_about, validation_set
 from internseg_ds.engine.report import Extremes, Shower, write_report
 from internseg_ds.engine.segmenting import Segmenter
 from internseg_ds.engine.starting_weights import check_weights_fit
@@ -53,6 +53,7 @@ def test(config: str | os.PathLike, checkpoint: str | os.PathLike, *, metrics: S
     meta_model = build_on_meta(experiment.model)
     check_classes(meta_model, dataset, "data.test")
     odd = check_same_classes(check_weights_fit(meta_model, checkpoint, ema=ema).get("CLASSES"), dataset.CLASSES, f"checkpoint {checkpoint}", "data.test")
+    odd += compare_zero_labels(list(leaf_datasets(experiment.train)), dataset, "data.test") + odd_about(dataset, "data.test")
     odd += survey(dataset, "data.test", training=False)  # on every rank, for what it refuses they all have to know
     with joined(world):
         for said in odd if world.is_main else ():

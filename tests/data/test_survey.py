@@ -113,17 +113,17 @@ def test_sixteen_bits_and_four_channels_are_said(data):
 @pytest.mark.parametrize(("pipeline", "scored"), [(REDUCED, False), (TRAIN, True)])
 def test_zero_reduced_on_one_side_only_is_an_error(data, pipeline, scored):
     root = data([0, 1, 2], [1, 2, 0])
-    train, val = built(root, pipeline=pipeline), built(root, pipeline=TEST, test_mode=True, reduce_zero_label=scored)
+    val = built(root, pipeline=TEST, test_mode=True, reduce_zero_label=scored)
     with pytest.raises(ConfigError, match=f"reduce_zero_label={not scored} of LoadAnnotations .* reduce_zero_label={scored} of data.val"):
-        compare_zero_labels(train, val)
+        compare_zero_labels([entry_of(root, pipeline=pipeline)], val, "data.val")
 
 
 @pytest.mark.parametrize(("pipeline", "scored"), [(REDUCED, True), (TRAIN, False)])
 def test_zero_reduced_on_both_sides_or_none_is_right(data, pipeline, scored):
     root = data([0, 1, 2], [1, 2, 0])
     val = built(root, pipeline=TEST, test_mode=True, reduce_zero_label=scored)
-    assert compare_zero_labels(built(root, pipeline=pipeline), val) == []
-    assert compare_zero_labels(built(root, pipeline=pipeline, reduce_zero_label=not scored), val) == []  # that of a training set has no effect
+    trained = [entry_of(root, pipeline=pipeline), entry_of(root, pipeline=pipeline, reduce_zero_label=not scored)]  # that of a training set has no effect
+    assert compare_zero_labels(trained, val, "data.val") == []
 
 
 def test_two_kinds_of_data_set_may_differ_in_it(data):
@@ -132,7 +132,7 @@ def test_two_kinds_of_data_set_may_differ_in_it(data):
         pass
 
     root = data([0, 1, 2], [1, 2, 0])
-    (said,) = compare_zero_labels(built(root, pipeline=REDUCED), built(root, type="OtherKind", pipeline=TEST, test_mode=True))
+    (said,) = compare_zero_labels([entry_of(root, pipeline=REDUCED)], built(root, type="OtherKind", pipeline=TEST, test_mode=True), "data.val")
     assert "OtherKind" in said
 
 

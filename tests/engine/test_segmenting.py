@@ -4,6 +4,7 @@ import copy
 import functools
 import itertools
 
+import mmcv
 import numpy as np
 import pytest
 import torch
@@ -90,6 +91,15 @@ def test_several_scales_and_flips_are_averaged_as_mmseg_averages_them(tiny, mode
         with torch.no_grad():
             mean = sum(model.inference(pixels, metas, True) for pixels, metas in zip(stream[key]["img"], stream[key]["img_metas"]))[0] / 6
         assert (mean.gather(0, labels[None])[0] >= mean.amax(0) - 1e-6).all()
+
+
+@pytest.mark.parametrize(("direction", "dims"), [("horizontal", (2,)), ("vertical", (1,)), ("diagonal", (1, 2))])
+def test_predictions_are_flipped_back_as_mmcv_flipped_the_image(direction, dims):
+    turned = mmcv.imflip(np.arange(12.0, dtype=np.float32).reshape(3, 4), direction)
+    view = segmenting.View(torch.zeros(3, 3, 4), meta((3, 4), flip=direction), [segmenting.Window(0, 3, 0, 4)])
+    view.add(view.windows[0], torch.from_numpy(turned.copy())[None])
+    (_, back), = view.resized(align_corners=False)
+    assert torch.equal(back[0], torch.arange(12.0).view(3, 4)) and torch.equal(back, torch.from_numpy(turned.copy())[None].flip(dims))
 
 
 def test_in_bf16_labels_differ_from_mmsegs_only_where_two_classes_are_level(tiny):
