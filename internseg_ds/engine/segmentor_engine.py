@@ -210,6 +210,8 @@ class SegmentorEngine:
             if self.ema is not None:
                 self.ema.restore(checkpoint)
             self.state = state_of(checkpoint, seed)
+            if self.state.images != self.state.step * ds.global_batch:
+                log.info("the checkpoint's run had another number of images per step: %g -> %d", self.state.images / max(self.state.step, 1), ds.global_batch)
             if self.state.seed != seed:
                 log.warning("the data order and the noise go on by seed %d of the checkpoint, not by %d", self.state.seed, seed)
             if checkpoint.path.parent.resolve() == self.checkpoints.folder.resolve():
