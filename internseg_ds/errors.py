@@ -35,13 +35,25 @@ class OutputError(UserError):
     """A result cannot be written. Comes late, and from one rank alone."""
 
 
+class HostError(UserError):
+    """A host gives the run too little: open files, shared memory. Comes late, and from one rank alone."""
+
+
+class Lost(RuntimeError):
+    """A process of the run is gone. Comes from one rank alone; starting the run again may mend it."""
+
+
 class Diverged(RuntimeError):
     """The loss or the gradient is not finite any more. Raised on every rank."""
 
 
+OF_ONE_RANK = (FaultError, OutputError, HostError)
+"""Errors of the user, or of a host, that come late, and that the other ranks know nothing of."""
+
+
 def of_one_rank(error: BaseException) -> BaseException | None:
     """An error that the other ranks may know nothing of; None for one that all ranks raise."""
-    of_all = isinstance(error, (UserError, Diverged)) and not isinstance(error, (FaultError, OutputError))
+    of_all = isinstance(error, (UserError, Diverged)) and not isinstance(error, OF_ONE_RANK)
     return None if of_all else error
 
 

@@ -6,7 +6,6 @@ as the file is open. Pickles may hold tensors, numbers, strings and containers; 
 """
 
 import codecs
-import json
 import math
 import pickle
 import re
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from internseg_ds.checkpoints.json_files import LARGEST, object_in
 from internseg_ds.errors import CheckpointError
 
 
@@ -155,7 +155,10 @@ def load_stored(path: Path) -> Any:
     except Exception as error:  # a damaged pickle can raise anything
         reason = next(iter(str(error).splitlines()), type(error).__name__).split(". ")[0][:120]
         raise CheckpointError(f"{path} is truncated or no PyTorch file ({reason}); copy it again, or take another checkpoint") from None
-    return _stored(content, path)
+    try:
+        return _stored(content, path)
+    except RecursionError:
+        raise CheckpointError(f"{path} holds lists or dicts inside each other, deeper than any checkpoint's; take another file") from None
 
 
 def _noting_places() -> AbstractContextManager:
@@ -191,14 +194,18 @@ def load_stored_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[s
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="pt"):  # checks the header, and the file's length against it
-            pass
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is truncated or no safetensors file ({error}); copy it again") from None
-    metadata = header.pop("__metadata__", {})
+            text = file.read(min(length, LARGEST + 1))
+        if length > LARGEST and len(text) > LARGEST:
+            raise CheckpointError(f"the header of {path} has {length / 2**20:.0f} MiB, and no model's has more than {LARGEST / 2**20:.0f}: it would name more "
+                                  "than 100,000 tensors; take another file")
+        with safe_open(path, framework="pt"):  # checks the header, and the file's length against it
+            pass
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is truncated or no safetensors file ({str(error)[:200]}); copy it again") from None
+    header = object_in(text, f"the header of {path}")
+    metadata = header.pop("__metadata__", None) or {}
     tensors = {}
     for name, entry in header.items():
         if entry["dtype"] not in SAFETENSORS_DTYPES:

@@ -4,7 +4,6 @@ Out: names, shapes, and tensors or slices of them, read from where they lie in t
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from internseg_ds.checkpoints.json_files import object_in, read_object
 from internseg_ds.checkpoints.stored import HeldTensor, Stored, load_stored, load_stored_safetensors
 from internseg_ds.checkpoints.zero_checkpoint import What, ZeroCheckpoint, is_zero_checkpoint
-from internseg_ds.errors import CheckpointError, reason_of, shortened
+from internseg_ds.errors import CheckpointError, shortened
 
 WRAPPERS = ("state_dict", "module", "model")
 INDEX = "model.safetensors.index.json"
 PICKLED_INDEX = "pytorch_model.bin.index.json"
+LONGEST_NAME = 255
+"""Characters of a shard's name, as file systems have it."""
 
 
 @dataclass(frozen=True)
@@ -159,16 +161,19 @@ def _folder(folder: Path) -> Weights:
 def _shards(folder: Path, index_name: str, pattern: str) -> list[Path]:
     """The files that an index names, or those of a pattern."""
     index = folder / index_name
-    if index.is_file():
-        try:
-            shards = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index} is damaged ({reason_of(error)}); copy it again") from None
-    else:
-        shards = sorted(folder.glob(pattern))
-    for shard in shards:
-        if not shard.is_file():
-            raise CheckpointError(f"{shard} is missing, but {index.name} names it; copy the folder again, with all its files")
+    if not index.is_file():
+        return sorted(folder.glob(pattern))
+    names = read_object(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise CheckpointError(f"{index} is damaged: it has no weight_map of file names; copy it again")
+    shards = []
+    for name in sorted(set(names.values())):
+        if not 0 < len(name) <= LONGEST_NAME or not name.isprintable() or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise CheckpointError(f"{index} names {name[:80]!r}, which is no file in its folder; files outside of it are not read; take another copy of "
+                                  "the model")
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name} is missing, but {index.name} names it; copy the folder again, with all its files")
+        shards.append(folder / name)
     return shards
 
 
@@ -178,7 +183,7 @@ def _safetensors(path: Path, shards: list[Path]) -> Weights:
     for shard in shards:
         found, metadata = load_stored_safetensors(shard)
         tensors |= found
-        meta |= json.loads(metadata.get("meta", "{}"))
+        meta |= object_in(metadata.get("meta", "{}"), f"the metadata 'meta' of {shard}")
     return dataclasses.replace(_of_tensors(path, tensors, meta), config=_config(path) if path.is_dir() else None)
 
 
@@ -186,7 +191,7 @@ def _config(folder: Path) -> dict[str, Any] | None:
     file = folder / "config.json"
     if not file.is_file():
         return None
-    try:
-        return json.loads(file.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{file} is damaged ({error}); copy it again") from None
+    config = read_object(file)
+    if not isinstance(config.get("vision_config") or {}, dict):
+        raise CheckpointError(f"{file} is damaged: its vision_config is a {type(config['vision_config']).__name__}, and no object of names; copy it again")
+    return config

@@ -55,9 +55,13 @@ class Place:
 
 COLLECTIVES = ("/torch/distributed/", "/deepspeed/comm/")
 """Parts of paths: who has such a file on its stack is in a collective."""
-WAITING_CALL = re.compile(r"\.(?:_cuda_)?(item|tolist|cpu|numpy|nonzero|wait|synchronize|result)\(|\b(bool|float|int)\(")
+WAITING_CALL = re.compile(r"\.(?:_cuda_)?(item|tolist|cpu|numpy|nonzero|wait|synchronize|result)\)?\(|\b(bool|float|int)\(")
 """In a line of source at whose call the host may wait for what the GPU was given before. Not all of them: indexing by a mask, or `if tensor:`, looks like work;
 and such a call may be other work, which then counts as waiting."""
+
+
+WRAPPER = "/deepspeed/utils/nvtx.py"
+"""Whose one function calls another, `instrument_w_nvtx(handle.wait)()`: where that has no frame of its own, as torch's `wait`, the caller's line tells more."""
 
 
 BACKWARD = ("/torch/autograd/graph.py", "_engine_run_backward")
@@ -81,6 +85,8 @@ def line_of(thread: int) -> tuple[str, bool]:
         if hooks is None:
             return f"{BACKWARD[0][1:]}:{frame.f_lineno} {BACKWARD[1]}", True
         frame = hooks
+    if frame.f_code.co_filename.endswith(WRAPPER) and frame.f_back is not None:
+        frame = frame.f_back
     code = frame.f_code
     place = f"{'/'.join(code.co_filename.split('/')[-3:])}:{frame.f_lineno} {code.co_name}"
     waits = WAITING_CALL.search(linecache.getline(code.co_filename, frame.f_lineno or 0)) is not None

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from internseg_ds.device import VARIABLE, device_type
 from internseg_ds.distributed.extensions import build_extension, forget_shared_buffer
-from internseg_ds.errors import ConfigError, UserError
+from internseg_ds.errors import ConfigError, Lost, UserError, reason_of
 
 # variable names of (rank, world size, local rank); the first complete set wins. mpirun stands before srun: in a Slurm job it sets its own and inherits Slurm's
 LAUNCHERS = {
@@ -166,7 +166,9 @@ def _meet(world: World, timeout: timedelta, refusal: UserError | None) -> dist.S
             raise ConfigError(f"port {os.environ['MASTER_PORT']} of this host, where the processes are to meet, is in use, by another run perhaps; start with "
                               "another: --master_port N of deepspeed, --master-port N of torchrun, or MASTER_PORT=N in the environment") from error
         if refusal is None:
-            raise
+            place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise Lost(f"rank {world.rank} on host {socket.gethostname()} has not met the others at {place}, or one went away "
+                       f"({reason_of(error)[:300]}); what the others said first is the reason") from error
         raise refusal from None  # the others have not come: what is wrong here is still wrong
     if found:
         raise refusal or UserError(found)

@@ -26,8 +26,9 @@ import torch.distributed as dist
 
 from internseg_ds.distributed.hang_verdict import Doing, Place, line_of, verdict
 from internseg_ds.distributed.process_group import World, join, leave, of_all_ranks
-from internseg_ds.errors import ConfigError, UserError, of_one_rank, reason_of
-from internseg_ds.exit_codes import FAILED, USER_ERROR
+from internseg_ds.errors import ConfigError, Lost, UserError, of_one_rank, reason_of
+from internseg_ds.exit_codes import FAILED, LOST, USER_ERROR
+from internseg_ds.host_faults import told_in_a_sentence
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ class Watch:
             self._thread = None
             return
         self._place = replace(self._place, failure=reason_of(failure)[:300],
-                              code=USER_ERROR if isinstance(failure, UserError) else FAILED)
+                              code=USER_ERROR if isinstance(failure, UserError) else LOST if isinstance(failure, Lost) else FAILED)
         time.sleep(GRACE_S)  # the thread speaks, and ends the process, where it knows better
 
     def _connected(self) -> bool:
@@ -243,7 +244,8 @@ def joined(world: World) -> Iterator[World]:
     try:
         watch = Watch(world, hang_s=0)
         try:
-            yield world
+            with told_in_a_sentence():
+                yield world
         except BaseException as error:
             watch.close(of_one_rank(error))
             raise

@@ -14,7 +14,8 @@ from typing import NoReturn
 
 from internseg_ds import exit_codes
 from internseg_ds.distributed.process_group import leave, world_from_environment
-from internseg_ds.errors import Diverged, FaultError, OutputError, UserError
+from internseg_ds.errors import OF_ONE_RANK, Diverged, Lost, UserError
+from internseg_ds.host_faults import told_in_a_sentence
 
 GRACE_S = 15
 """Seconds that ranks other than 0 wait before they exit on a user's error: launchers kill the others at the first exit, and rank 0 is to speak first."""
@@ -25,16 +26,20 @@ def run(main: Callable[[], None]) -> NoReturn:
     quieten()
     code = exit_codes.FAILED
     try:
-        main()
+        with told_in_a_sentence():
+            main()
         code = 0
     except UserError as error:
         code = exit_codes.USER_ERROR
-        if _rank() == 0 or isinstance(error, (FaultError, OutputError)):
+        if _rank() == 0 or isinstance(error, OF_ONE_RANK):
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(GRACE_S)
     except KeyboardInterrupt:
         code = exit_codes.INTERRUPTED
+    except Lost as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        code = exit_codes.LOST
     except Diverged as error:
         if _rank() == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)

@@ -27,11 +27,13 @@ from internseg_ds.distributed.optimizers import check_optimizer
 from internseg_ds.distributed.parameter_groups import default_weight_decay, named_groups, parameter_groups, unmatched_custom_keys
 from internseg_ds.distributed.precision import backbone_dtype, heads_dtype
 from internseg_ds.distributed.process_group import World
+from internseg_ds.engine.config_text import config_text
 from internseg_ds.engine.experiment import Experiment, leaf_datasets
 from internseg_ds.engine.loss_checks import check_losses
 from internseg_ds.engine.loss_trial import try_losses
 from internseg_ds.engine.model_checks import check_classes, check_forward, check_patches, check_sample, check_windows, compare_classes, image_shape
 from internseg_ds.engine.planner import ds_config_of
+from internseg_ds.engine.resumed_settings import changed_settings, check_same_classes
 from internseg_ds.engine.resuming import check_resumable
 from internseg_ds.engine.starting_weights import starting_weights
 from internseg_ds.engine.trackers import check_trackers
@@ -85,14 +87,16 @@ def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, An
     check_windows(experiment)
     check_patches(experiment, meta_model)
     weights = starting_weights(experiment, meta_model, load_from) if resume_from is None else None
-    if resume_from is not None:
-        check_resumable(resume_from, meta_model, named_groups(meta_model, groups))
+    saved: Mapping[str, Any] = check_resumable(resume_from, meta_model, named_groups(meta_model, groups)) if resume_from is not None else {}
     if world.is_main:
         check_trackers(experiment.log_hooks)
     train_set = build_datasets(experiment.train, "data.train", list(leaf_datasets(experiment.train)))
     warnings = check_classes(meta_model, train_set, "data.train")
     for steps in pipelines(train_set):
         warnings += odd_steps(steps, "data.train", evaluates=False)
+    changed = changed_settings(saved.get("config"), config_text(experiment.cfg._cfg_dict.to_dict()))
+    if resume_from is not None:
+        changed += check_same_classes(resume_from, saved.get("CLASSES"), train_set.CLASSES)
     ignored = sorted({getattr(part, "ignore_index", 255) for part in plain_parts(train_set)})
     warnings += check_losses(meta_model, experiment.train, ignored, experiment.path)
     first, *others = [first_sample(part, "data.train", tolerated=experiment.engine.max_data_faults) for part in parts(train_set)]
@@ -101,10 +105,10 @@ def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, An
     leaf_classes = ds.raw["zero_optimization"].get("leaf_module", {}).get("classes", ())
     with odd_blocks(meta_model, leaf_classes) as odd:
         outputs, unchecked = check_forward(meta_model, first, ds.micro_batch, world.size)
-    notes = unmatched_custom_keys(meta_model, experiment.optimizer)
+    notes = [*changed, *unmatched_custom_keys(meta_model, experiment.optimizer)]
     if "weight_decay" not in experiment.optimizer:
         notes.append(f"optimizer.weight_decay is not set: it is {default_weight_decay(experiment.optimizer):g}, the optimizer's own default")
-    notes += ([unchecked] if unchecked else [])
+    notes += [unchecked] if unchecked else []
     if odd or (unchecked and leaf_classes):
         ds = ds.without_leaf_modules()
         why = f"{shortened(sorted(odd))} takes or returns no single tensor, or runs twice" if odd else "nothing is known of what these take and return"

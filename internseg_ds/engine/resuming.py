@@ -91,8 +91,9 @@ def agree_to_resume(found: Path | None, stage: int) -> ZeroCheckpoint | None:
     return checkpoint
 
 
-def check_resumable(path: Path, model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> None:
-    """Raises CheckpointError when the checkpoint is of another model than `model`, or trained other parameters, or in other groups.
+def check_resumable(path: Path, model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """What the checkpoint's note says of its run (CLASSES, config text). Raises CheckpointError when it is of another model than `model`, or trained other
+    parameters, or in other groups.
 
     groups: those of the run that is to go on, as `named_groups` gives them. Stage and number of processes may differ.
     """
@@ -111,6 +112,7 @@ def check_resumable(path: Path, model: nn.Module, groups: Sequence[Mapping[str, 
         raise CheckpointError(f"{path} trained {name} with lr and weight decay {then.get(name)}, this run's config says {now[name]} "
                               f"({len(differ)} parameters differ); resume with the optimizer section that it was saved with, "
                               f"or start anew from its weights with --load-from")
+    return checkpoint.manifest.get("meta") or {}
 
 
 def state_of(checkpoint: ZeroCheckpoint, seed: int) -> TrainState:

@@ -63,6 +63,7 @@ from internseg_ds.engine.trainer import train
 from internseg_ds.engine.utilization import make_meter
 from internseg_ds.engine.work_dir import check_unused, claim, leaders, set_aside
 from internseg_ds.errors import ConfigError, UserError, of_one_rank
+from internseg_ds.host_faults import told_in_a_sentence
 from internseg_ds.models.recomputation import Recomputation
 from internseg_ds.seeding import derived_seed
 
@@ -163,7 +164,8 @@ class SegmentorEngine:
         self.stop_requests = StopRequests(stop_file(self.work_dir) if world.is_main else None, self.watch)
         self.stop_requests.listen(training=False)
         try:
-            self._build(seed, checkpoint)
+            with told_in_a_sentence():
+                self._build(seed, checkpoint)
         except BaseException as error:
             self._give_up(error)
             raise
@@ -198,6 +200,8 @@ class SegmentorEngine:
             if self.ema is not None:
                 self.ema.restore(checkpoint)
             self.state = state_of(checkpoint, seed)
+            if self.state.images != self.state.step * ds.global_batch:
+                log.info("the checkpoint's run had another number of images per step: %g -> %d", self.state.images / max(self.state.step, 1), ds.global_batch)
             if self.state.seed != seed:
                 log.warning("the data order and the noise go on by seed %d of the checkpoint, not by %d", self.state.seed, seed)
             if checkpoint.path.parent.resolve() == self.checkpoints.folder.resolve():
@@ -230,7 +234,8 @@ class SegmentorEngine:
     def train(self) -> TrainState:
         """Trains to the last step of the schedule, logging, saving and evaluating as the config says."""
         self.stop_requests.listen(training=True)  # until the end: what comes too late to be answered is no reason to end before the other ranks
-        return train(self)
+        with told_in_a_sentence():
+            return train(self)
 
     def evaluate(self, *, verbose: bool = True, stop: Callable[[], bool] = lambda: False) -> Evaluation:
         """mmseg's metrics on the validation set with the weights as they are, or with their average (EMA) where the run keeps one.

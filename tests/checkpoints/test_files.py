@@ -2,6 +2,8 @@
 
 import json
 import os
+import time
+import zipfile
 
 import numpy as np
 import pytest
@@ -178,6 +180,79 @@ def test_position_embeddings_and_patch_kernels_are_resized_as_torch_resizes_pict
     np.testing.assert_allclose(found[:, 1:].reshape(1, 6, 3, 5).permute(0, 3, 1, 2).numpy(), expected.numpy(), rtol=1e-6)
     assert torch.equal(found[:, 0], embedding[:, 0])
     assert resize_patch_kernel(torch.randn(5, 3, 14, 14), torch.Size((5, 3, 16, 16))).shape == (5, 3, 16, 16)
+
+
+@pytest.mark.parametrize(("index", "kind"), [(INDEX, "safetensors"), (PICKLED_INDEX, "bin")])
+@pytest.mark.parametrize("name", ["../w.{kind}", "{folder}/w.{kind}", "x/../../w.{kind}", "", "a\0b", "x" * 5000])
+def test_an_index_that_names_files_outside_of_its_folder_is_refused(name, index, kind, tmp_path):
+    save_file(STATE, tmp_path / "w.safetensors")
+    torch.save(STATE, tmp_path / "w.bin")
+    folder = tmp_path / "model"
+    (folder / "x").mkdir(parents=True)
+    (folder / index).write_text(json.dumps({"weight_map": {"backbone.a": name.format(kind=kind, folder=tmp_path)}}))
+    with pytest.raises(CheckpointError, match=r"index\.json names .* no file in its folder"):
+        read(folder)
+
+
+def test_shards_that_are_links_are_read(tmp_path):
+    """As in the cache of huggingface_hub, whose links lead out of the folder."""
+    folder = tmp_path / "snapshot"
+    folder.mkdir()
+    save_file(STATE, tmp_path / "blob")
+    (folder / "model-1.safetensors").symlink_to("../blob")
+    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(STATE, "model-1.safetensors")}))
+    same(read(folder)[0])
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+@pytest.mark.parametrize("text", [DEEP, "[]", "5", "{", '{"weight_map": {"a": 5}}', '{"weight_map": {"a": ["x"]}}', '{"weight_map": null}'])
+def test_a_damaged_index_is_one_sentence(text, tmp_path):
+    (tmp_path / INDEX).write_text(text)
+    with pytest.raises(CheckpointError, match=r"index\.json is damaged"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("text", [DEEP, "[1]", "5", "{"])
+def test_damaged_metadata_and_a_damaged_config_are_one_sentence(text, tmp_path):
+    save_file(STATE, tmp_path / "w.safetensors", {"meta": text})
+    with pytest.raises(CheckpointError, match=r"the metadata 'meta' of .*w\.safetensors is damaged"):
+        read(tmp_path / "w.safetensors")
+    save_file(STATE, tmp_path / "w.safetensors")
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"config\.json is damaged"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("header", ['{"a":%s}' % DEEP, "null", '{"a":5}'])  # noqa: UP031 - braces
+def test_a_damaged_header_is_one_sentence(header, tmp_path):
+    (tmp_path / "w.safetensors").write_bytes(len(header).to_bytes(8, "little") + header.encode())
+    with pytest.raises(CheckpointError, match="is truncated or no safetensors file"):
+        read(tmp_path / "w.safetensors")
+
+
+def test_millions_of_names_are_refused_before_they_are_read(tmp_path):
+    """17 seconds and 2.3 GB, once."""
+    header = "{" + ",".join(f'"{number}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for number in range(400_000)) + "}"
+    (tmp_path / "w.safetensors").write_bytes(len(header).to_bytes(8, "little") + header.encode())
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {f"backbone.blocks.{number}.weight": "w.safetensors" for number in range(400_000)}}))
+    began = time.monotonic()
+    with pytest.raises(CheckpointError, match=r"the header of .* would name more than 100,000 tensors"):
+        read(tmp_path / "w.safetensors")
+    with pytest.raises(CheckpointError, match=r"index\.json has more than 16 MiB"):
+        read(tmp_path)
+    assert time.monotonic() - began < 1
+
+
+def test_a_pth_of_lists_inside_each_other_is_refused(tmp_path):
+    depth = 50_000
+    with zipfile.ZipFile(tmp_path / "w.pth", "w") as archive:
+        archive.writestr("w/data.pkl", b"\x80\x02" + b"]" * depth + b"a" * (depth - 1) + b".")
+        archive.writestr("w/version", "3\n")
+        archive.writestr("w/byteorder", "little")
+    with pytest.raises(CheckpointError, match="deeper than any checkpoint's"):
+        read(tmp_path / "w.pth")
 
 
 def test_pytorch_model_bin_of_transformers_is_read_in_one_piece_and_in_shards(tmp_path):

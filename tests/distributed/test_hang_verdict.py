@@ -77,6 +77,27 @@ def test_a_rank_that_hangs_at_the_part_where_the_others_read_from_their_gpus_is_
     assert "the other 2 wait for rank 1 (host " in log and "at step 5, update (" in log and "reads_a_value_that_rank_1_keeps_back" in log
 
 
+def gathers_weights_that_rank_1_keeps_back(rank: int) -> None:
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters, Init
+
+    watch = Watch(world_from_environment(), hang_s=3)
+    with Init(config_dict_or_path={"train_batch_size": 3, "zero_optimization": {"stage": 3}}):
+        layer = torch.nn.Linear(4, 4)
+    watch.at(1, "forward")
+    while rank == 1:
+        time.sleep(0.01)
+    with GatheredParameters(list(layer.parameters())):
+        pass
+    watch.close()
+
+
+def test_a_rank_that_hangs_before_the_first_weights_of_zero3_are_gathered_is_named(tmp_path):
+    """The others wait in a handle of DeepSpeed's, through a wrapper that has no frame of a collective."""
+    codes, log = ranks(gathers_weights_that_rank_1_keeps_back, 3, tmp_path)
+    assert codes == [LOST] * 3
+    assert "the other 2 wait for rank 1 (host " in log and "gathers_weights_that_rank_1_keeps_back" in log, log
+
+
 def test_a_thread_at_work_is_in_no_waiting_call():
     ends = threading.Event()
 

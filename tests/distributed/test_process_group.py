@@ -1,12 +1,16 @@
+import os
 import socket
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from internseg_ds.distributed.process_group import Vote, World, first_host, join, rendezvous, world_from_environment
-from internseg_ds.errors import ConfigError
+from internseg_ds.errors import ConfigError, Lost
+from tests.conftest import free_port
 from tests.distributed.ranks import spawn
+from tests.forks import start_ranks
 
 
 @pytest.mark.parametrize(("env", "expected"), [
@@ -69,3 +73,22 @@ def test_a_port_in_use_is_named_with_the_option_that_chooses_another(monkeypatch
         monkeypatch.setenv("MASTER_PORT", str(port))
         with pytest.raises(ConfigError, match=rf"port {port} of this host.* is in use.* --master_port N of deepspeed"):
             join(World(0, 2, 0, "deepspeed, torchrun"))
+
+
+def meets_a_rank_0_that_ends(folder: Path) -> None:
+    if os.environ["RANK"] == "0":
+        store, *_ = next(dist.rendezvous("env://", 0, 2))
+        store.get("refusal/1")  # the other is there
+        os._exit(0)
+    try:
+        join(World(1, 2))
+    except Lost as error:
+        (folder / "said").write_text(str(error))
+
+
+def test_a_rank_that_ends_before_all_have_met_is_one_sentence(tmp_path):
+    for process in start_ranks(meets_a_rank_0_that_ends, 2, free_port(), tmp_path):
+        process.join(60)
+        process.kill()
+    said = (tmp_path / "said").read_text()
+    assert "rank 1 on host " in said and "has not met the others at 127.0.0.1:" in said and "\n" not in said, said

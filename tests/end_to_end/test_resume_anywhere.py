@@ -1,12 +1,19 @@
 """A run saved by 2 processes under one ds_config goes on under another, and with other numbers of processes, along the curve of the unbroken run."""
 
+import ast
 import json
 import shutil
 
 import pytest
+from mmseg.datasets import build_dataset
 
 from internseg_ds.checkpoints.zero_checkpoint import ZeroCheckpoint
-from tests.end_to_end.conftest import NO_NOISE
+from internseg_ds.distributed.process_group import World
+from internseg_ds.engine.experiment import read_experiment
+from internseg_ds.engine.preflight import check
+from internseg_ds.errors import CheckpointError
+from tests.conftest import ROOT, TINY, data_options
+from tests.end_to_end.conftest import NO_NOISE, SMALL
 
 STEPS = [*NO_NOISE, "runner.max_iters=10", "checkpoint_config.interval=5", "lr_config.warmup_iters=3"]
 
@@ -60,10 +67,20 @@ def test_a_checkpoint_of_another_model_or_other_groups_is_refused(options, words
     assert run.returncode == 2 and "Traceback" not in run.output and all(word in run.output for word in words), run.output[-2000:]
 
 
-def test_the_average_is_scored_and_consolidated(unbroken, launch, ade20k, tmp_path):
-    from tests.conftest import TINY, data_options
-    from tests.end_to_end.conftest import SMALL
+def test_other_settings_are_told_and_other_classes_refused(unbroken, train, ade20k):
+    run = train("--resume", unbroken.work_dir, "--no-validate", "--dry-run", options=[*STEPS, "optimizer.betas=(0.9,0.95)", "runner.max_iters=12"], processes=1)
+    for line in ("optimizer.betas (0.9, 0.999) -> (0.9, 0.95)", "runner.max_iters 10 -> 12"):
+        assert f"the checkpoint's run had another setting: {line}" in run.output, run.output[-2000:]
+    settings = dict(option.split("=", 1) for option in [*SMALL, *STEPS])
+    experiment = read_experiment(ROOT / TINY, {key: ast.literal_eval(value) for key, value in settings.items()} | dict(
+        option.split("=", 1) for option in data_options(ade20k)))
+    names = build_dataset(experiment.train).CLASSES
+    experiment.train["classes"] = [names[1], names[0], *names[2:]]
+    with pytest.raises(CheckpointError, match=f"class 0 was '{names[0]}' and is '{names[1]}'"):
+        check(experiment, ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0), validate=False, resume_from=unbroken.work_dir / "checkpoints" / "iter_5")
 
+
+def test_the_average_is_scored_and_consolidated(unbroken, launch, ade20k, tmp_path):
     launch("launch/consolidate.py", unbroken.work_dir, tmp_path / "ema.pth", "--ema", processes=1)
     scores = []
     for number, arguments in enumerate(([unbroken.work_dir, "--ema"], [tmp_path / "ema.pth"], [unbroken.work_dir])):

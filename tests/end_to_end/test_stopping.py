@@ -18,6 +18,7 @@ from internseg_ds.engine.stopping import SAME_REQUEST_S
 from internseg_ds.exit_codes import INTERRUPTED, LOST, STOPPED
 from tests.conftest import TINY, data_options, free_port
 from tests.end_to_end.conftest import SMALL
+from tests.end_to_end.test_lost_ranks import nothing_stays, running
 from tests.forks import script, start_ranks
 
 STEPS = 24
@@ -199,3 +200,17 @@ def test_a_signal_to_one_rank_while_it_builds_ends_all_with_its_code(number, cod
     said = run.log.read_text()
     assert f"rank 1 (host {socket.gethostname()}, process {run.ranks[1].pid}) at step 0, building ended with {number.name}, before training began" in said
     assert "Traceback" not in said
+
+
+def test_ctrl_c_in_the_terminal_of_deepspeed_saves(ade20k, tmp_path):
+    """It comes to launcher and ranks alike, and launch.py asks the ranks again."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # not ignored, as in the background
+    try:
+        with running(tmp_path, ade20k) as (launcher, _):
+            os.killpg(launcher.pid, signal.SIGINT)
+            output, _ = launcher.communicate(timeout=60)
+            assert nothing_stays(tmp_path, within_s=40)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (tmp_path / "checkpoints" / "latest").is_file() and "stopped at step" in (tmp_path / "train.log").read_text()
+    assert "launch/train.py\", line" not in output, output[-3000:]  # no traceback of ours; deepspeed's own runner has one
