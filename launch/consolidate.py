@@ -21,7 +21,8 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace OUT when it exists")
     args = parser.parse_args()
 
-    from internseg_ds.checkpoints.consolidate import consolidate, verify
+    from internseg_ds.checkpoints.consolidate import consolidate
+    from internseg_ds.checkpoints.sum_files import verify
 
     settings = dict(dtype=args.dtype, tag=args.tag, ema=args.ema, overwrite=args.overwrite)
     if args.verify:
