@@ -168,9 +168,17 @@ class CheckedFile:
 
     @contextmanager
     def opened(self) -> Iterator[io.RawIOBase]:
-        """The file to read from, checked."""
+        """The file to read from, checked. Raises CheckpointError, at the end of the block, where a read met damage: not every
+        library lets an exception of a read through."""
         with self.path.open("rb", buffering=0) as file:
-            yield _Reader(self, file)
+            reader = _Reader(self, file)
+            try:
+                yield reader
+            except Exception:
+                if reader.damage is None:
+                    raise
+            if reader.damage is not None:
+                raise reader.damage
 
     def _overlapping(self, start: int, stop: int) -> range:
         first = max(0, bisect_right(self._starts, start) - 1)
@@ -197,6 +205,7 @@ class _Reader(io.RawIOBase):
 
     def __init__(self, checked: CheckedFile, file: BinaryIO) -> None:
         self._checked, self._file, self._at = checked, file, 0
+        self.damage: CheckpointError | None = None
 
     def readable(self) -> bool:
         return True
@@ -213,7 +222,11 @@ class _Reader(io.RawIOBase):
         return self._at
 
     def readinto(self, room: memoryview) -> int:
-        count = self._checked.read_into(self._file, memoryview(room).cast("B"), self._at)
+        try:
+            count = self._checked.read_into(self._file, memoryview(room).cast("B"), self._at)
+        except CheckpointError as error:
+            self.damage = error
+            raise
         self._at += count
         return count
 

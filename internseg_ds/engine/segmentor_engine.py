@@ -57,7 +57,7 @@ from internseg_ds.engine.outputs import check_writable
 from internseg_ds.engine.planner import Planner
 from internseg_ds.engine.preflight import Plan, check
 from internseg_ds.engine.profiling import check_profiled_steps
-from internseg_ds.engine.resuming import agree_to_resume, checkpoint_to_resume, state_of
+from internseg_ds.engine.resuming import agree_to_resume, check_resumable, checkpoint_to_resume, state_of
 from internseg_ds.engine.run_warnings import after_out_of_memory, no_room_to_save, shortfall
 from internseg_ds.engine.state import TrainState
 from internseg_ds.engine.stopping import StopRequests, check_no_stop_file, stop_file
@@ -120,7 +120,7 @@ class SegmentorEngine:
                 check_writable(self.work_dir / "profile", "--profile")
             check_no_stop_file(self.work_dir)
             resume = resume or experiment.resume_from
-            resume_from = checkpoint_to_resume(resume, self.work_dir)
+            resume_from = checkpoint_to_resume(resume, self.work_dir, check=experiment.engine.checksums)
             check_unused(self.work_dir, resume_from, overwrite=overwrite, resumes=resume == "auto")
             self.plan: Plan = check(experiment, ds_config, world, validate=validate, load_from=load_from, resume_from=resume_from)
         except UserError as error:
@@ -158,7 +158,10 @@ class SegmentorEngine:
             for said in (shortfall(self._planner, self.plan.ds, world), room or no_room_to_save(self._planner, self.plan.ds, self.work_dir)):
                 if said:
                     log.warning(said)
-        checkpoint = agree_to_resume(resume_from, self.plan.ds.stage)
+        checkpoint = agree_to_resume(resume_from, self.plan.ds.stage, auto=resume == "auto", check=experiment.engine.checksums)
+        if checkpoint is not None and checkpoint.path != resume_from:  # another than the one that was looked at
+            check_resumable(checkpoint.path, self.plan.meta_model, self._named_groups, check=experiment.engine.checksums)
+            self.plan = replace(self.plan, resume_from=checkpoint.path)
         if checkpoint is None and resume is not None:
             log.info("--resume auto: there is no checkpoint in %s yet, so this run starts at step 0", self.checkpoints.folder)
         self.resumed_unscored = any(of_all_ranks(checkpoint is not None and not checkpoint.manifest.get("metrics")))  # hosts may differ
@@ -224,6 +227,10 @@ class SegmentorEngine:
     def world(self) -> World:
         return self.plan.world
 
+    @property
+    def _named_groups(self) -> list[dict[str, Any]]:
+        return named_groups(self.plan.meta_model, parameter_groups(self.plan.meta_model, self.plan.experiment.optimizer))
+
     @cached_property
     def _config_text(self) -> str:
         """The experiment as one config file."""
@@ -270,8 +277,7 @@ class SegmentorEngine:
         self.watch.at(self.state.step, "saving")
         dataset = self.plan.train_set
         meta = {"CLASSES": list(dataset.CLASSES), "PALETTE": [list(map(int, colour)) for colour in dataset.PALETTE], "config": self._config_text}
-        groups = named_groups(self.plan.meta_model, parameter_groups(self.plan.meta_model, self.plan.experiment.optimizer))
-        return self.checkpoints.save(self.deepspeed, self.state, meta, groups, self.ema)
+        return self.checkpoints.save(self.deepspeed, self.state, meta, self._named_groups, self.ema)
 
     def close(self) -> None:
         """Publishes a save that is still being written, frees the engine, and leaves the process group if this engine joined it."""
