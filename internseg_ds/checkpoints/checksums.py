@@ -1,9 +1,9 @@
 """Checksums of files, block by block: made while a file is written, and held against it while it is read.
 
 In: what a writer writes (`SummedFile`), or what is known of a file (`of_digests`, `of_zip`). Out: digests, or a `CheckedFile`, through which every read goes. A
-block is checked when its first byte is asked for: what nobody reads costs nothing, nobody reads twice, and ranks that share a file can share the work
-(`check_part`). Blocks are mebibytes under 128-bit XXH3, which is several times as fast as a copy; in archives of torch.save that come without such
-checksums they are the archive's own entries under CRC-32.
+block is checked when its first byte is asked for: what nobody reads costs nothing, little is read twice, and each rank checks
+what it reads itself. Blocks are mebibytes under 128-bit XXH3, which is several times as fast as a copy; in archives of torch.save
+that come without such checksums they are the archive's own entries under CRC-32.
 """
 
 import io
@@ -12,7 +12,7 @@ import struct
 import zipfile
 import zlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import BinaryIO, Protocol
 
 import xxhash
 
-from internseg_ds.errors import CheckpointError
+from internseg_ds.errors import CheckpointError, DamagedError
 
 BLOCK = 2**20
 """Bytes under one checksum: few enough to stay in a core's cache between two uses, enough for a digest to weigh nothing beside them."""
@@ -131,15 +131,10 @@ class CheckedFile:
         self._starts = [block.start for block in self.blocks]
         self._seen = bytearray(len(self.blocks))
 
-    @property
-    def nbytes(self) -> int:
-        """Of all blocks."""
-        return sum(block.stop - block.start for block in self.blocks)
-
     def read_into(self, file: BinaryIO, room: memoryview, start: int) -> int:
         """Reads the bytes from `start` on into `room`, and checks the blocks that they lie in; `file`: opened without a buffer. How many there were.
 
-        Raises CheckpointError where a block is not what it was.
+        Raises DamagedError where a block is not what it was.
         """
         stop, at = start + len(room), start
         for index in self._overlapping(start, stop):
@@ -156,19 +151,16 @@ class CheckedFile:
             at = block.stop
         return at - start + _read(file, room[at - start :], at)
 
-    def check(self, first: int = 0, last: int | None = None) -> None:
-        """Reads and checks the blocks first, ..., last - 1, all by default. Raises CheckpointError where one is not what it was, or cannot be read."""
-        try:
-            with self.path.open("rb", buffering=0) as file:
-                for index in range(len(self.blocks))[first:last]:
-                    if not self._seen[index]:
-                        self._check(file, index)
-        except OSError as error:
-            raise CheckpointError(f"{self.path} cannot be read: {error.strerror or error}; copy it again, or take another checkpoint") from None
+    def check(self) -> None:
+        """Reads and checks all blocks. Raises DamagedError where one is not what it was."""
+        with self.path.open("rb", buffering=0) as file:
+            for index, seen in enumerate(self._seen):
+                if not seen:
+                    self._check(file, index)
 
     @contextmanager
     def opened(self) -> Iterator[io.RawIOBase]:
-        """The file to read from, checked. Raises CheckpointError, at the end of the block, where a read met damage: not every
+        """The file to read from, checked. Raises DamagedError, at the end of the block, where a read met damage: not every
         library lets an exception of a read through."""
         with self.path.open("rb", buffering=0) as file:
             reader = _Reader(self, file)
@@ -195,7 +187,7 @@ class CheckedFile:
     def _compare(self, index: int, found: _Sum) -> None:
         block = self.blocks[index]
         if found.hexdigest() != block.digest:
-            raise CheckpointError(f"{self.path} is not what was written: the checksum of its bytes {block.start:,} to {block.stop:,} is {found.hexdigest()}, "
+            raise DamagedError(f"{self.path} is not what was written: the checksum of its bytes {block.start:,} to {block.stop:,} is {found.hexdigest()}, "
                                   f"{self.said_by} has {block.digest}; copy it again, or take another checkpoint")
         self._seen[index] = True
 
@@ -205,7 +197,7 @@ class _Reader(io.RawIOBase):
 
     def __init__(self, checked: CheckedFile, file: BinaryIO) -> None:
         self._checked, self._file, self._at = checked, file, 0
-        self.damage: CheckpointError | None = None
+        self.damage: DamagedError | None = None
 
     def readable(self) -> bool:
         return True
@@ -224,7 +216,7 @@ class _Reader(io.RawIOBase):
     def readinto(self, room: memoryview) -> int:
         try:
             count = self._checked.read_into(self._file, memoryview(room).cast("B"), self._at)
-        except CheckpointError as error:
+        except DamagedError as error:
             self.damage = error
             raise
         self._at += count
@@ -281,18 +273,3 @@ def of_zip(path: Path) -> CheckedFile | None:
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
         raise CheckpointError(f"{path} is truncated or no PyTorch file ({error}); copy it again, or take another checkpoint") from None
     return CheckedFile(path, blocks, _Crc32, "its own archive")
-
-
-def check_part(files: Iterable[CheckedFile], part: int, parts: int) -> None:
-    """Checks the part number `part` of `parts`, which hold about equally many bytes, of files that lie end to end. Raises CheckpointError."""
-    files = list(files)
-    total, at = sum(file.nbytes for file in files), 0
-    begin, end = total * part // parts, total * (part + 1) // parts
-    for file in files:
-        mine = []
-        for index, block in enumerate(file.blocks):
-            if begin <= at < end:
-                mine.append(index)
-            at += block.stop - block.start
-        if mine:
-            file.check(mine[0], mine[-1] + 1)

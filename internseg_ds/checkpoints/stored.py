@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from internseg_ds.checkpoints.checksums import CheckedFile
-from internseg_ds.errors import CheckpointError
+from internseg_ds.errors import CheckpointError, DamagedError
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class StoredTensor:
                 file.seek(begin)
             while room:
                 if not (count := file.readinto(room)):
-                    raise CheckpointError(f"{self.path} ends before its tensors do: it is truncated; copy it again")
+                    raise DamagedError(f"{self.path} ends before its tensors do: it is truncated; copy it again")
                 room = room[count:]
 
 

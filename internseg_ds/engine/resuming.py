@@ -3,7 +3,6 @@
 import logging
 import os
 import socket
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from internseg_ds.checkpoints.checksums import check_part
-from internseg_ds.checkpoints.manifest import MANIFEST, checked_files, read_manifest, verify_manifest
-from internseg_ds.checkpoints.saves import complete_saves, place_of, pointed_to
+from internseg_ds.checkpoints.manifest import read_manifest, verify_manifest
+from internseg_ds.checkpoints.saves import complete_saves, noted_saves, place_of, pointed_to
 from internseg_ds.checkpoints.weights import weights_of
 from internseg_ds.checkpoints.zero_checkpoint import ZeroCheckpoint, advice, find_save
 from internseg_ds.distributed.loading import fit_segmentor
@@ -36,8 +34,7 @@ def find_checkpoint(path: str | os.PathLike) -> Path:
 
 def checkpoint_to_resume(resume: str | os.PathLike | None, work_dir: Path, *, check: bool = True) -> Path | None:
     """The checkpoint directory that --resume means: None, "auto" (the newest of `work_dir` that is whole as far as it is read
-    here, if there is any), or a path. check: what is read of it is held against its checksums; the rest is, later, by all ranks
-    together (`agree_to_resume`).
+    here, if there is any), or a path. check: what is read of it is held against its checksums.
 
     Raises CheckpointError when the path names none, or when all saves of `work_dir` are damaged: starting anew would lose them.
     """
@@ -61,20 +58,23 @@ def checkpoint_to_resume(resume: str | os.PathLike | None, work_dir: Path, *, ch
     return None
 
 
-def agree_to_resume(found: Path | None, stage: int, *, auto: bool = False, check: bool = True) -> ZeroCheckpoint | None:
+def agree_to_resume(found: Path | None, stage: int, *, check: bool = True) -> ZeroCheckpoint | None:
     """The checkpoint that all hosts go on from, given what each has found (`checkpoint_to_resume`): the same, or else the newest that all have. Collective.
 
-    stage: of ZeRO, of this run. check: its files are held against their checksums, by all ranks together. auto: where it is
-    damaged, the one before it is taken. Raises CheckpointError, on every rank, when hosts have none in common, when it is
-    damaged (and so are all before it), or when one host lacks what its processes need of it.
+    stage: of ZeRO, of this run. check: what is read of it, now and later, is held against its checksums. Raises CheckpointError,
+    on every rank, when hosts have none in common, or when one lacks what its processes need of it.
     """
     def identity(path: Path) -> tuple[str, tuple[int, float]]:  # a step may have been saved twice
         return path.name, place_of(read_manifest(path) or {})
 
-    here = {identity(path): path for path in [*complete_saves(found.parent), found]} if found is not None else {}
+    here = {}
+    if found is not None:
+        newest = identity(found)[1] if read_manifest(found) is not None else None  # what is newer was found damaged here
+        here = {identity(path): path for path in complete_saves(found.parent) if newest is None or identity(path)[1] <= newest}
+        here[identity(found)] = found
     hosts = of_all_ranks((socket.gethostname(), identity(found) if found is not None else None, list(here)))
-    common = set(here).intersection(*(saves for _, _, saves in hosts))
     if len({chosen for _, chosen, _ in hosts}) > 1:
+        common = set(here).intersection(*(saves for _, _, saves in hosts))
         they = ", ".join(dict.fromkeys(f"{host} {chosen[0] if chosen else 'none'}" for host, chosen, _ in hosts))
         if not common:
             raise CheckpointError(f"hosts have different checkpoints to go on from ({they}) and none that all have; "
@@ -83,54 +83,36 @@ def agree_to_resume(found: Path | None, stage: int, *, auto: bool = False, check
         log.warning("the newest checkpoints of the hosts differ (%s); going on from %s, the newest that all have", they, found.name)
     if found is None:
         return None
-    chosen, first = identity(found), None
-    unnoted = read_manifest(found) is None  # of plain DeepSpeed, which tells no order
-    older = sorted((save for save in common if save != chosen and (unnoted or save[1] < chosen[1])), key=lambda save: save[1])
-    while (damage := _damage(found, check)) is not None:
-        first = first or damage
-        if not auto or not older:
-            raise CheckpointError(first + (f"; none of the checkpoints in {found.parent} is whole" if auto else ""))
-        if dist.get_rank() == 0:
-            log.warning("%s; going on from the one before it", damage)
-        found = here[older.pop()]
+    return _opened_by_all(found, stage, check)
+
+
+def one_before(checkpoint: ZeroCheckpoint, stage: int, *, check: bool = True) -> ZeroCheckpoint | None:
+    """The newest save before `checkpoint` that all hosts have and that is whole, as far as opening it tells; None where there is
+    none. stage, check: as for `agree_to_resume`. Collective."""
+    here = {(path.name, place_of(note)): path for path, note in noted_saves(checkpoint.path.parent)
+            if path != checkpoint.path and (not checkpoint.manifest or place_of(note) < place_of(checkpoint.manifest))}
+    for save in sorted(set(here).intersection(*of_all_ranks(list(here))), key=lambda save: save[1], reverse=True):
+        try:
+            return _opened_by_all(here[save], stage, check)
+        except CheckpointError as error:
+            log.warning("%s", error)
+    return None
+
+
+def _opened_by_all(path: Path, stage: int, check: bool) -> ZeroCheckpoint:
+    """Opens a save. Collective; raises CheckpointError, on every rank, where it is damaged or lacks what a host needs of it."""
     size, trouble, checkpoint = dist.get_world_size(), None, None
     try:
-        checkpoint = ZeroCheckpoint(found, partial=True, check=False)  # it was looked at
+        checkpoint = ZeroCheckpoint(path, partial=True, check=check)
         if len(checkpoint.ranks) < checkpoint.world_size and ((size, stage) != (checkpoint.world_size, checkpoint.stage)
                                                               or dist.get_rank() not in checkpoint.ranks):
-            trouble = (f"{found} of {socket.gethostname()} lacks files that {size} processes under ZeRO-{stage} need, {checkpoint.world_size} saved it under "
+            trouble = (f"{path} of {socket.gethostname()} lacks files that {size} processes under ZeRO-{stage} need, {checkpoint.world_size} saved it under "
                        f"ZeRO-{checkpoint.stage}; {advice(checkpoint.manifest)}")
     except CheckpointError as error:
         trouble = f"on {socket.gethostname()}: {error}"
     if troubles := [each for each in of_all_ranks(trouble) if each is not None]:
         raise CheckpointError(troubles[0])
     return checkpoint
-
-
-def _damage(path: Path, check: bool) -> str | None:
-    """What is wrong with the files of a save on some host; None where nothing is. Ranks that see the same folder share the reading. Collective."""
-    rank, trouble, began = dist.get_rank(), None, time.monotonic()
-    places = of_all_ranks(_identity_on_disk(path))
-    sharing = [other for other, place in enumerate(places) if place == places[rank]]
-    try:
-        verify_manifest(path)
-        if check:
-            files = list(checked_files(path, read_manifest(path) or {}).values())
-            check_part(files, sharing.index(rank), len(sharing))
-            log.info("%s: %.2f GiB held against their checksums in %.1f s", path,
-                     sum(file.nbytes for file in files) / 2**30, time.monotonic() - began)
-    except CheckpointError as error:
-        trouble = f"{error} (on host {socket.gethostname()})"
-    return next((each for each in of_all_ranks(trouble) if each is not None), None)
-
-
-def _identity_on_disk(path: Path) -> tuple[int, int] | None:
-    """The same for all that see one folder, another for a copy of it."""
-    try:
-        seen = (path / MANIFEST if (path / MANIFEST).is_file() else path).stat()
-    except OSError:
-        return None
-    return seen.st_ino, seen.st_ctime_ns
 
 
 def check_resumable(path: Path, model: nn.Module, groups: Sequence[Mapping[str, Any]], *, check: bool = True) -> None:
