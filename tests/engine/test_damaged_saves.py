@@ -90,7 +90,7 @@ def kept_values(save: Path) -> dict[str, torch.Tensor]:
         for name in checkpoint.trained for what in ("exp_avg", "exp_avg_sq", "ema")}
 
 
-def every_rank_takes_up_the_one_before(root: Path, work_dir: Path, stage: int) -> None:
+def every_rank_takes_up_the_one_before(root: Path, work_dir: Path, stage: int, thorough: bool) -> None:
     cfg = small_experiment(root, *WIDE, "runner.max_iters=2", "checkpoint_config.interval=1", "checkpoint_config.max_keep_ckpts=-1")
     ds, main = ROOT / f"ds_configs/zero{stage}_bf16.json", dist.get_rank() == 0
 
@@ -103,7 +103,7 @@ def every_rank_takes_up_the_one_before(root: Path, work_dir: Path, stage: int) -
     experiment = read_experiment(cfg)
     unchecked = dataclasses.replace(experiment, engine=dataclasses.replace(experiment.engine, checksums=False))
     newest, before = work_dir / "checkpoints" / "iter_2", kept_values(work_dir / "checkpoints" / "iter_1")
-    for what in ("exp_avg", "fp32"):  # read after the engine is there, and before
+    for what in ("exp_avg", "fp32") if thorough else ("exp_avg",):  # read after the engine is there, and before
         if main:
             damage(newest, what, rank=1)
         dist.barrier()
@@ -117,6 +117,8 @@ def every_rank_takes_up_the_one_before(root: Path, work_dir: Path, stage: int) -
         dist.barrier()
         lines = [line for line in (work_dir / "train.log").read_text().splitlines() if "rank_1" in line and "is not what was written" in line]
         assert lines and all("iter_1, the one before it" in line for line in lines)
+        if not thorough:
+            return
         with pytest.raises(DamagedError, match=r"rank_1.* is not what was written: the checksum of its bytes .* copy it again"):
             resumed(resume=newest)
         with resumed(unchecked) as engine:
@@ -127,6 +129,6 @@ def every_rank_takes_up_the_one_before(root: Path, work_dir: Path, stage: int) -
         resumed()
 
 
-@pytest.mark.parametrize("stage", [3, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
-def test_every_rank_takes_up_the_one_before(stage, ade20k, tmp_path):
-    spawn(every_rank_takes_up_the_one_before, 2, ade20k, tmp_path / "run", stage)
+@pytest.mark.parametrize(("stage", "thorough"), [(3, False), *(pytest.param(stage, True, marks=pytest.mark.slow) for stage in (1, 2, 3))])
+def test_every_rank_takes_up_the_one_before(stage, thorough, ade20k, tmp_path):
+    spawn(every_rank_takes_up_the_one_before, 2, ade20k, tmp_path / "run", stage, thorough)
