@@ -27,6 +27,10 @@ class CheckpointError(UserError):
     """A checkpoint is missing, incomplete, damaged, or does not fit the model."""
 
 
+class DamagedError(CheckpointError):
+    """A file does not hold what was written into it. May come while values are read."""
+
+
 class FaultError(DataError):
     """One image cannot be read, and that was to be an error. Comes late, and from one rank alone."""
 

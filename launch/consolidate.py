@@ -19,11 +19,13 @@ def main() -> None:
     parser.add_argument("--ema", action="store_true", help="the averaged weights, of a run with engine.ema")
     parser.add_argument("--verify", action="store_true", help="write nothing: hold OUT against the checksums that were written with it")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT when it exists")
+    command_line.add_checksum_option(parser)
     args = parser.parse_args()
 
-    from internseg_ds.checkpoints.consolidate import consolidate, verify
+    from internseg_ds.checkpoints.consolidate import consolidate
+    from internseg_ds.checkpoints.sum_files import verify
 
-    settings = dict(dtype=args.dtype, tag=args.tag, ema=args.ema, overwrite=args.overwrite)
+    settings = dict(dtype=args.dtype, tag=args.tag, ema=args.ema, overwrite=args.overwrite, check=not args.skip_checksums)
     if args.verify:
         verify(args.out)
     elif args.backbone:

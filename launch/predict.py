@@ -15,12 +15,14 @@ def main() -> None:
     parser.add_argument("--logits", action="store_true", help="write NAME_logits.npy too: (classes, h, w) float32")
     parser.add_argument("--strict", action="store_true", help="an image that cannot be read is an error; without it, it is left out and named")
     parser.add_argument("--ema", action="store_true", help="use the averaged weights of a ZeRO checkpoint of a run with engine.ema")
+    command_line.add_checksum_option(parser)
     command_line.add_config_options(parser)
     args = parser.parse_args()
 
     from internseg_ds.engine.prediction import predict_files
 
-    predict_files(args.config, args.checkpoint, args.images, args.out, logits=args.logits, strict=args.strict, ema=args.ema, cfg_options=args.cfg_options)
+    predict_files(args.config, args.checkpoint, args.images, args.out, logits=args.logits, strict=args.strict, ema=args.ema,
+                  cfg_options=command_line.settings_of(args))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ def main() -> None:
     parser.add_argument("--show-dir", metavar="DIR", help="write image, ground truth and prediction side by side as PNGs")
     parser.add_argument("--show-count", type=command_line.count, default=20, metavar="N", help="how many of them (default: %(default)s)")
     parser.add_argument("--ema", action="store_true", help="evaluate the averaged weights of a ZeRO checkpoint of a run with engine.ema")
+    command_line.add_checksum_option(parser)
     command_line.add_config_options(parser)
     args = parser.parse_args()
 
@@ -29,10 +30,10 @@ def main() -> None:
     if args.format_only and (args.eval or args.out or args.show_dir):
         parser.error("--format-only scores nothing, so --eval, --out and --show-dir make no sense beside it")
     if args.format_only:
-        write_submission(args.config, args.checkpoint, args.format_only, strict=args.strict, ema=args.ema, cfg_options=args.cfg_options)
+        write_submission(args.config, args.checkpoint, args.format_only, strict=args.strict, ema=args.ema, cfg_options=command_line.settings_of(args))
     else:
         test(args.config, args.checkpoint, metrics=args.eval, out=args.out, extremes=args.extremes, show_dir=args.show_dir, show_count=args.show_count,
-             strict=args.strict, ema=args.ema, cfg_options=args.cfg_options)
+             strict=args.strict, ema=args.ema, cfg_options=command_line.settings_of(args))
 
 
 if __name__ == "__main__":

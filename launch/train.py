@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--profile", nargs="?", type=_steps, const=3, default=0, metavar="STEPS",
                         help="record so many steps (3) with torch.profiler into the work directory's profile/: a trace per rank, and where the time goes")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print parameters, groups and memory, and take no accelerator")
+    command_line.add_checksum_option(parser)
     command_line.add_config_options(parser)
     args = parser.parse_args()
     if args.load_from and args.resume not in (None, "auto"):
@@ -50,7 +51,7 @@ def main() -> None:
 
     from internseg_ds.engine.experiment import read_experiment
 
-    experiment = read_experiment(args.config, args.cfg_options)
+    experiment = read_experiment(args.config, command_line.settings_of(args))
     if args.dry_run:
         from rich.console import Console
 
@@ -65,7 +66,7 @@ def main() -> None:
         world = world_from_environment()
         start_logging(None, level=experiment.log_level, is_main=world.is_main)
         resume, work_dir = args.resume or experiment.resume_from, Path(args.work_dir or experiment.work_dir)
-        resume_from = checkpoint_to_resume(resume, work_dir)
+        resume_from = checkpoint_to_resume(resume, work_dir, check=experiment.engine.checksums)
         check_unused(work_dir, resume_from, overwrite=args.overwrite, resumes=resume == "auto")
         plan = check(experiment, args.deepspeed_config, world, validate=not args.no_validate, load_from=args.load_from, resume_from=resume_from)
         if world.is_main:

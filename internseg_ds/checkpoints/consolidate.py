@@ -14,13 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import rich.progress
 import torch
-import xxhash
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from internseg_ds.checkpoints.stored import HeldTensor
 from internseg_ds.checkpoints.streaming import Advance, Entry, write_pth, write_safetensors
+from internseg_ds.checkpoints.sum_files import FileSummer, FileSums, sum_file, written_sums
 from internseg_ds.checkpoints.weights import INDEX
 from internseg_ds.checkpoints.zero_checkpoint import What, ZeroCheckpoint
 from internseg_ds.errors import CheckpointError, shortened
@@ -31,16 +30,17 @@ SHARD_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 def consolidate(source: Path, out: Path, *, dtype: Literal["float32", "bfloat16"] = "float32", tag: str | None = None, ema: bool = False,
                 overwrite: bool = False, select: Callable[[Mapping[str, Entry]], dict[str, Entry]] = dict, files: Mapping[str, str] = {},
-                bare: bool = False) -> Path:
+                bare: bool = False, check: bool = True) -> Path:
     """Writes the weights of a ZeRO checkpoint to `out` (*.pth, *.safetensors, or a folder) and returns it.
 
     source: WORK_DIR, WORK_DIR/checkpoints, or one save. tag: which save ("best", "iter_N"; default the latest). dtype: of the backbone's parameters;
-    the rest stays float32. ema: the averaged weights. select: picks and renames what is written (default: all). files: texts that go into a folder, by name.
+    the rest stays float32. ema: the averaged weights. check: what is read is held against the checksums of its save. select: picks and renames what is
+    written (default: all). files: texts that go into a folder, by name.
     The .pth is mmseg's: {"meta": {CLASSES, PALETTE, config, iter, metrics}, "state_dict": ...}, loadable with weights_only; bare: the state dict alone.
 
     Raises CheckpointError for a damaged source, an existing `out` (unless overwrite), and a target without enough space, before the first byte.
     """
-    checkpoint, what = ZeroCheckpoint.open(source, tag), "ema" if ema else "fp32"
+    checkpoint, what = ZeroCheckpoint.open(source, tag, check=check), "ema" if ema else "fp32"
     checkpoint.check_holds(what)
     out = Path(out)
     if out.exists() and not overwrite:
@@ -84,7 +84,7 @@ def consolidate(source: Path, out: Path, *, dtype: Literal["float32", "bfloat16"
             sums = write_sharded(unfinished, entries, {"format": "pt", "meta": json.dumps(meta)}, advance)
             for name, text in files.items():
                 (unfinished / name).write_text(text)
-                sums[name] = xxhash.xxh3_128_hexdigest(text.encode())
+                sums[name] = _of_text(text)
             sums = {f"{out.name}/{name}": digest for name, digest in sums.items()}
     _publish(unfinished, out, sums)
     return out
@@ -97,8 +97,8 @@ def _entries(checkpoint: ZeroCheckpoint, dtype: torch.dtype, what: What) -> dict
     return entries | {name: Entry(value.shape, value.dtype, HeldTensor(value).read_slice) for name, value in checkpoint.buffers.items()}
 
 
-def write_sharded(folder: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str], advance: Advance) -> dict[str, str]:
-    """Safetensors of at most SHARD_BYTES (or one tensor) and transformers' index file; returns file name -> checksum."""
+def write_sharded(folder: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str], advance: Advance) -> dict[str, FileSums]:
+    """Safetensors of at most SHARD_BYTES (or one tensor) and transformers' index file; returns file name -> checksums."""
     shards: list[dict[str, Entry]] = [{}]
     for name, entry in entries.items():
         if shards[-1] and sum(other.nbytes for other in shards[-1].values()) + entry.nbytes > SHARD_BYTES:
@@ -110,45 +110,25 @@ def write_sharded(folder: Path, entries: Mapping[str, Entry], metadata: Mapping[
     index = json.dumps({"metadata": {"total_size": sum(entry.nbytes for entry in entries.values())},
                         "weight_map": {name: file for file, shard in zip(files, shards) for name in shard}}, indent=1)
     (folder / INDEX).write_text(index)
-    return sums | {INDEX: xxhash.xxh3_128_hexdigest(index.encode())}
+    return sums | {INDEX: _of_text(index)}
 
 
-def _publish(unfinished: Path, out: Path, sums: Mapping[str, str]) -> None:
+def _of_text(text: str) -> FileSums:
+    summer = FileSummer()
+    summer.update(text.encode())
+    return summer.sums()
+
+
+def _publish(unfinished: Path, out: Path, sums: Mapping[str, FileSums]) -> None:
     """Brings the result to disk, gives it its name, and notes its checksums beside it."""
     for file in unfinished.iterdir() if unfinished.is_dir() else [unfinished]:
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
-    note = checksums(out).with_name(checksums(out).name + ".partial")
-    note.write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
+    note = sum_file(out).with_name(sum_file(out).name + ".partial")
+    note.write_text(written_sums(sums))
     _remove(out)
     unfinished.rename(out)
-    note.replace(checksums(out))
-
-
-def checksums(out: Path) -> Path:
-    """The file of checksums beside a result, 128-bit XXH3 in the format of `xxh128sum -c`."""
-    return out.with_name(out.name + ".xxh128")
-
-
-def verify(out: Path) -> None:
-    """Reads a result of `consolidate` again and holds it against its checksums. Raises CheckpointError naming what is missing or has changed."""
-    out = Path(out)
-    if not checksums(out).is_file():
-        raise CheckpointError(f"there is no {checksums(out)}, so nothing says what {out} should hold")
-    lines = [line.split(maxsplit=1) for line in checksums(out).read_text(errors="replace").splitlines()]
-    if not lines or any(len(line) != 2 or not re.fullmatch("[0-9a-f]{32}", line[0]) for line in lines):
-        raise CheckpointError(f"{checksums(out)} is damaged or empty, so nothing says what {out} should hold; consolidate again")
-    expected = {name: digest for digest, name in lines}
-    missing = [name for name in expected if not (out.parent / name).is_file()]
-    if missing:
-        raise CheckpointError(f"{out.parent / missing[0]} is missing, but {checksums(out).name} names it; copy it again")
-    for name, digest in expected.items():
-        with rich.progress.open(out.parent / name, "rb", description=f"verifying {name}") as file:
-            found = xxhash.xxh3_128()
-            while piece := file.read(2**22):
-                found.update(piece)
-            if found.hexdigest() != digest:
-                raise CheckpointError(f"{out.parent / name} is not what was written: its checksum is another than {checksums(out).name} says; copy it again")
+    note.replace(sum_file(out))
 
 
 def _remove(path: Path) -> None:

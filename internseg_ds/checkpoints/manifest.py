@@ -1,4 +1,7 @@
-"""The note that a finished save leaves in its directory: `internseg_ds.json`, written last. Its presence says that every rank's file is on disk."""
+"""The note that a finished save leaves in its directory: `internseg_ds.json`, written last. Its presence says that every rank's file is on disk.
+
+It says of each file how large it is, which rank wrote it, and the checksums of its blocks (`checksums`), and has a checksum of its own.
+"""
 
 import json
 import os
@@ -7,21 +10,39 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
+from internseg_ds.checkpoints.checksums import BLOCK, DIGEST, BlockSums, CheckedFile, Written, of_digests, of_zip
 from internseg_ds.errors import CheckpointError
 
 MANIFEST = "internseg_ds.json"
 KINDS = {"step": (int,), "number": (int,), "run": (str,), "saved_at": (float, int), "world_size": (int,), "files": (dict,), "meta": (dict,),
          "metrics": (dict,), "groups": (list,)}
 """What a note holds, as far as it is relied on."""
+FORMAT = 2
+"""Of notes with checksums. Those of format 1 have the size alone of each file."""
+SUM = "xxh128"
 
 
 def write_manifest(directory: Path, *, step: int, world_size: int, zero_stage: int, meta: Mapping[str, Any], metrics: Mapping[str, float],
-                   groups: Sequence[Mapping[str, Any]] = (), saved_at: float | None = None, node_local: bool = False, run: str = "", number: int = 0) -> None:
-    """Records step, layout, meta (CLASSES, PALETTE, config text), metrics, parameter groups (names, lr, weight_decay) and the size of every other file in
-    `directory`; atomic. saved_at: seconds since 1970, now if None. node_local: other hosts have written the files of their ranks into folders of their own.
-    run: an identity that a run keeps when it is resumed; number: of this save in it."""
-    files = {str(file.relative_to(directory)): file.stat().st_size for file in sorted(directory.rglob("*")) if file.is_file() and file.name != MANIFEST}
-    _write(directory, {"format": 1, "run": run, "number": number, "step": step, "saved_at": time.time() if saved_at is None else saved_at,
+                   groups: Sequence[Mapping[str, Any]] = (), saved_at: float | None = None, node_local: bool = False, run: str = "", number: int = 0,
+                   written: Mapping[str, tuple[int, Written]] = {}) -> None:
+    """Records step, layout, meta (CLASSES, PALETTE, config text), metrics, parameter groups (names, lr, weight_decay), and
+    size and checksums of every other file in `directory`; atomic.
+
+    saved_at: seconds since 1970, now if None. node_local: other hosts have written the files of their ranks into folders of
+    their own. run: an identity that a run keeps when it is resumed; number: of this save in it. written: by name, the rank
+    that wrote a file and what it wrote; other files are read for it. Raises OSError when a file on the disk is not as large
+    as what was written.
+    """
+    files = {}
+    for file in sorted(file for file in directory.rglob("*") if file.is_file() and file.name != MANIFEST):
+        name = str(file.relative_to(directory))
+        rank, sums = written.get(name) or (None, _read_again(file))
+        if (size := file.stat().st_size) != sums.size:
+            raise OSError(f"{file} has {size:,} bytes on the disk, {sums.size:,} were written")
+        files[name] = {"size": size, "rank": rank, SUM: sums.digests}
+    _write(directory, {"format": FORMAT, "block": BLOCK, "run": run, "number": number, "step": step, "saved_at": time.time() if saved_at is None else saved_at,
                        "world_size": world_size, "zero_stage": zero_stage, "node_local": node_local, "files": files, "meta": dict(meta),
                        "metrics": dict(metrics), "groups": list(groups)})
 
@@ -42,16 +63,22 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
         return None
     except (ValueError, RecursionError, OSError) as error:
         raise CheckpointError(f"{directory / MANIFEST} is damaged ({error}); take another checkpoint") from None
+    if isinstance(content, dict) and (SUM in content or content.get("format", 1) != 1):
+        said = content.pop(SUM, None)
+        if said != (found := _sum_of(content)):
+            raise CheckpointError(f"{directory / MANIFEST} is damaged: its checksum says {said}, its content has {found}; take another checkpoint")
     for key, kind in KINDS.items():
         if not isinstance(content, dict) or not isinstance(content.get(key, kind[0]()), kind):
             raise CheckpointError(f"{directory / MANIFEST} is damaged: it has no {key} as a save writes it; take another checkpoint")
+    if not all(isinstance(_size(entry), int) for entry in content.get("files", {}).values()):
+        raise CheckpointError(f"{directory / MANIFEST} is damaged: it has no files as a save writes them; take another checkpoint")
     return content
 
 
 def verify_manifest(directory: Path) -> None:
     """Raises CheckpointError when a file that the note names is missing or has another size."""
-    for name, size in (read_manifest(directory) or {"files": {}})["files"].items():
-        file = directory / name
+    for name, entry in (read_manifest(directory) or {"files": {}}).get("files", {}).items():
+        file, size = directory / name, _size(entry)
         if not file.is_file():
             raise CheckpointError(f"{file} is missing: the checkpoint is incomplete; copy it again with all its files, or take another one")
         if file.stat().st_size != size:
@@ -59,10 +86,45 @@ def verify_manifest(directory: Path) -> None:
                                   "copy it again, or take another checkpoint")
 
 
+def checked_files(directory: Path, manifest: Mapping[str, Any]) -> dict[str, CheckedFile]:
+    """The files of a save, by name, held against the checksums of its note, or, where that has none (of plain DeepSpeed, or an older one), against those in
+    their own archives. Raises CheckpointError when one is damaged where it says what is in it."""
+    found = {}
+    for name, entry in manifest.get("files", {}).items():
+        if isinstance(entry, dict) and isinstance(entry.get(SUM), str):
+            block = manifest.get("block", BLOCK)
+            if len(entry[SUM]) != DIGEST * -(-entry["size"] // block):
+                raise CheckpointError(f"{directory / MANIFEST} is damaged: {name} has checksums for another size; take another checkpoint")
+            found[name] = of_digests(directory / name, entry["size"], entry[SUM], MANIFEST, block)
+    for file in sorted(directory.glob("*.pt")):
+        if file.name not in found and (checked := of_zip(file)) is not None:
+            found[file.name] = checked
+    return found
+
+
+def _size(entry: Any) -> Any:
+    """Of a file, by its entry of either format."""
+    return entry.get("size") if isinstance(entry, dict) else entry
+
+
+def _read_again(file: Path) -> Written:
+    sums, room = BlockSums(), memoryview(bytearray(BLOCK))
+    with file.open("rb", buffering=0) as opened:
+        while count := opened.readinto(room):
+            sums.update(room[:count])
+    return Written(sums.size, sums.hexdigests())
+
+
+def _sum_of(content: Mapping[str, Any]) -> str:
+    """Of a note without its own checksum, whatever the order and the spaces in its file."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
+
+
 def _write(directory: Path, content: Mapping[str, Any]) -> None:
+    content = json.loads(json.dumps(content))  # as it will be read
     temporary = directory / (MANIFEST + ".new")
     with temporary.open("w") as file:
-        json.dump(content, file, indent=1)
+        json.dump({**content, SUM: _sum_of(content)}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, directory / MANIFEST)

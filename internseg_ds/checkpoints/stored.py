@@ -11,7 +11,7 @@ import pickle
 import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from internseg_ds.checkpoints.checksums import CheckedFile
 from internseg_ds.checkpoints.json_files import LARGEST, object_in
-from internseg_ds.errors import CheckpointError
+from internseg_ds.errors import CheckpointError, DamagedError
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file. place: byte at which its first element lies. stride: in elements, None when the elements lie in order (as nearly all do)."""
+    """A tensor in a file. place: byte at which its first element lies. stride: in elements, None when the elements lie in order (as nearly all do).
+    checked: what the file should hold, where that is known; reads are held against it."""
 
     path: Path
     place: int
     dtype: torch.dtype
     shape: torch.Size
     stride: tuple[int, ...] | None = None
+    checked: CheckedFile | None = field(default=None, compare=False, repr=False)
 
     def numel(self) -> int:
         return self.shape.numel()
@@ -41,10 +44,12 @@ class StoredTensor:
         if self.stride is None:
             return self.read_slice(0, self.numel()).view(self.shape)
         reach = 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride)) if self.numel() else 0
-        return StoredTensor(self.path, self.place, self.dtype, torch.Size([reach])).read().as_strided(self.shape, self.stride).contiguous()
+        reached = StoredTensor(self.path, self.place, self.dtype, torch.Size([reach]), checked=self.checked).read()
+        return reached.as_strided(self.shape, self.stride).contiguous()
 
     def read_slice(self, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of the tensor laid out flat: (stop - start,), fresh. Raises CheckpointError when the file ends before them."""
+        """Elements [start, stop) of the tensor laid out flat: (stop - start,), fresh. Raises CheckpointError when the file ends before them, or is not what was
+        written."""
         if self.stride is not None:
             return self.read().flatten()[start:stop].clone()
         out = torch.empty(stop - start, dtype=self.dtype)
@@ -60,11 +65,14 @@ class StoredTensor:
 
     def _read_into(self, out: Tensor, start: int) -> None:
         with self.path.open("rb", buffering=0) as file:
-            file.seek(self.place + start * self.dtype.itemsize)
-            room = memoryview(out.view(torch.uint8).numpy())
+            begin, room = self.place + start * self.dtype.itemsize, memoryview(out.view(torch.uint8).numpy())
+            if self.checked is not None:
+                room = room[self.checked.read_into(file, room, begin) :]
+            else:
+                file.seek(begin)
             while room:
                 if not (count := file.readinto(room)):
-                    raise CheckpointError(f"{self.path} ends before its tensors do: it is truncated; copy it again")
+                    raise DamagedError(f"{self.path} ends before its tensors do: it is truncated; copy it again")
                 room = room[count:]
 
 
@@ -132,16 +140,20 @@ ZIP = b"PK\x03\x04"
 """What a file of torch 1.6 or later starts with."""
 
 
-def load_stored(path: Path) -> Any:
+def load_stored(path: Path, checked: CheckedFile | None = None) -> Any:
     """The content of a file of torch.save, with a `StoredTensor` for each tensor. Files of torch before 1.6, which are no zip archives, are read whole.
+    checked: what the file should hold; whatever is read, now and from the tensors later, is held against it.
 
     Raises CheckpointError when it is missing, damaged or not such a file, or holds other objects, or sparse or quantized tensors.
     """
     try:
         with path.open("rb") as file:
             zipped = file.read(len(ZIP)) == ZIP
-        with torch.serialization.safe_globals(ALLOWED), _noting_places() if zipped else nullcontext():
-            content = torch.load(path, map_location="meta" if zipped else "cpu", weights_only=True)
+        with (torch.serialization.safe_globals(ALLOWED), _noting_places() if zipped else nullcontext(),
+              nullcontext(path) if checked is None else checked.opened() as source):
+            content = torch.load(source, map_location="meta" if zipped else "cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: the checkpoint is incomplete; copy it again with all its files") from None
     except pickle.UnpicklingError as error:
@@ -156,7 +168,7 @@ def load_stored(path: Path) -> Any:
         reason = next(iter(str(error).splitlines()), type(error).__name__).split(". ")[0][:120]
         raise CheckpointError(f"{path} is truncated or no PyTorch file ({reason}); copy it again, or take another checkpoint") from None
     try:
-        return _stored(content, path)
+        return _stored(content, path, checked)
     except RecursionError:
         raise CheckpointError(f"{path} holds lists or dicts inside each other, deeper than any checkpoint's; take another file") from None
 
@@ -170,18 +182,19 @@ def _noting_places() -> AbstractContextManager:
     return FakeTensorMode()
 
 
-def _stored(value: Any, path: Path) -> Any:
+def _stored(value: Any, path: Path, checked: CheckedFile | None) -> Any:
     if isinstance(value, Tensor):
         if value.layout is not torch.strided:
             raise CheckpointError(f"{path} holds sparse tensors; save plain ones")
         start = value.untyped_storage()._checkpoint_offset
         if start is None:
             return HeldTensor(value)
-        return StoredTensor(path, start + value.storage_offset() * value.itemsize, value.dtype, value.shape, None if value.is_contiguous() else value.stride())
+        return StoredTensor(path, start + value.storage_offset() * value.itemsize, value.dtype, value.shape,
+                            None if value.is_contiguous() else value.stride(), checked)
     if isinstance(value, Mapping):
-        return {key: _stored(item, path) for key, item in value.items()}
+        return {key: _stored(item, path, checked) for key, item in value.items()}
     if isinstance(value, list) or type(value) is tuple:  # torch.Size stays what it is
-        return type(value)(_stored(item, path) for item in value)
+        return type(value)(_stored(item, path, checked) for item in value)
     return value
 
 
@@ -189,12 +202,13 @@ SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.f
                       "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 
 
-def load_stored_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """Names and tensors of a safetensors file, and its metadata. Raises CheckpointError when it is damaged."""
+def load_stored_safetensors(path: Path, checked: CheckedFile | None = None) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Names and tensors of a safetensors file, and its metadata. checked: as for `load_stored`. Raises CheckpointError when it is
+    damaged."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        with path.open("rb") as file:
+        with path.open("rb") if checked is None else checked.opened() as file:
             length = int.from_bytes(file.read(8), "little")
             text = file.read(min(length, LARGEST + 1))
         if length > LARGEST and len(text) > LARGEST:
@@ -210,6 +224,7 @@ def load_stored_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[s
     for name, entry in header.items():
         if entry["dtype"] not in SAFETENSORS_DTYPES:
             raise CheckpointError(f"{path}: {name} has dtype {entry['dtype']}, which no weight of ours has; known are {', '.join(SAFETENSORS_DTYPES)}")
-        tensors[name] = StoredTensor(path, 8 + length + entry["data_offsets"][0], SAFETENSORS_DTYPES[entry["dtype"]], torch.Size(entry["shape"]))
+        tensors[name] = StoredTensor(path, 8 + length + entry["data_offsets"][0], SAFETENSORS_DTYPES[entry["dtype"]], torch.Size(entry["shape"]),
+                                     checked=checked)
         assert math.prod(entry["shape"]) * tensors[name].dtype.itemsize == entry["data_offsets"][1] - entry["data_offsets"][0]
     return tensors, metadata

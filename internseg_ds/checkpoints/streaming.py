@@ -1,7 +1,7 @@
 """Writes weight files piece by piece: what is in memory is one piece of some megabytes, however large the tensors and the file.
 
 In: names with an `Entry` each, which says shape, dtype and where the values come from. Out: a .pth that torch.load reads, or a .safetensors, and its
-XXH3 checksum, which costs a tenth of the copy where SHA-256 costs more than all of it. The libraries' own writers want every tensor in memory first;
+XXH3 checksums, which cost a tenth of the copy where SHA-256 costs more than all of it. The libraries' own writers want every tensor in memory first;
 the .pth is laid out by torch.save all the same (`skip_data` leaves room for the values), and the safetensors header follows the format's
 specification.
 """
@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-import xxhash
 from torch import Tensor
 
 from internseg_ds.checkpoints.stored import SAFETENSORS_DTYPES, load_stored
+from internseg_ds.checkpoints.sum_files import FileSummer, FileSums
 
 PIECE = 2**20
 """Elements that are read, cast and written at a time."""
@@ -55,8 +55,8 @@ class Entry:
             yield memoryview(piece.contiguous().view(torch.uint8).numpy())
 
 
-def write_pth(path: Path, entries: Mapping[str, Entry], meta: Mapping[str, Any] | None, advance: Advance) -> str:
-    """{"meta": meta, "state_dict": entries} as torch.save writes it, or the bare entries without a meta; returns the file's checksum.
+def write_pth(path: Path, entries: Mapping[str, Entry], meta: Mapping[str, Any] | None, advance: Advance) -> FileSums:
+    """{"meta": meta, "state_dict": entries} as torch.save writes it, or the bare entries without a meta; returns the file's checksums.
 
     The archive's own CRC-32 fields stay empty, which torch.load does not look at (`unzip -t` would complain).
     """
@@ -66,42 +66,42 @@ def write_pth(path: Path, entries: Mapping[str, Entry], meta: Mapping[str, Any] 
     del hollow
     content = load_stored(path)
     places = {name: stored.place for name, stored in (content if meta is None else content["state_dict"]).items()}
-    digest = xxhash.xxh3_128()
+    digest = FileSummer()
     with path.open("r+b") as file:
         for name in sorted((name for name, entry in entries.items() if entry.nbytes), key=places.__getitem__):
             digest.update(file.read(places[name] - file.tell()))  # the archive's headers, which torch wrote
             file.seek(places[name])
             _write(file, entries[name], digest, advance)
         digest.update(file.read())
-    return digest.hexdigest()
+    return digest.sums()
 
 
-def write_safetensors(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str], advance: Advance) -> str:
-    """A .safetensors file with `entries` in their order; returns its checksum. metadata: strings, "format": "pt" among them."""
+def write_safetensors(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str], advance: Advance) -> FileSums:
+    """A .safetensors file with `entries` in their order; returns its checksums. metadata: strings, "format": "pt" among them."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name, entry in entries.items():
         header[name] = {"dtype": NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": [end, end := end + entry.nbytes]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the values begin at a multiple of 8
-    digest = xxhash.xxh3_128()
+    digest = FileSummer()
     with path.open("wb") as file:
         for data in (len(text).to_bytes(8, "little"), text):
             file.write(data)
             digest.update(data)
         for entry in entries.values():
             _write(file, entry, digest, advance)
-    return digest.hexdigest()
+    return digest.sums()
 
 
-def _write(file: BinaryIO, entry: Entry, digest: xxhash.xxh3_128, advance: Advance) -> None:
+def _write(file: BinaryIO, entry: Entry, digest: FileSummer, advance: Advance) -> None:
     for data in _ahead(entry.pieces(), digest):
         file.write(data)
         advance(len(data))
 
 
-def _ahead(pieces: Iterator[memoryview], digest: xxhash.xxh3_128) -> Iterator[memoryview]:
-    """The same pieces; a thread reads the next one, and adds it to the checksum, while this one is written."""
+def _ahead(pieces: Iterator[memoryview], digest: FileSummer) -> Iterator[memoryview]:
+    """The same pieces; a thread reads the next one, and adds it to the checksums, while this one is written."""
 
     def following() -> memoryview | None:
         piece = next(pieces, None)

@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from internseg_ds.checkpoints.checksums import CheckedFile
 from internseg_ds.checkpoints.json_files import object_in, read_object
 from internseg_ds.checkpoints.stored import HeldTensor, Stored, load_stored, load_stored_safetensors
+from internseg_ds.checkpoints.sum_files import checked_beside
 from internseg_ds.checkpoints.zero_checkpoint import What, ZeroCheckpoint, is_zero_checkpoint
 from internseg_ds.errors import CheckpointError, shortened
 
@@ -23,6 +25,8 @@ INDEX = "model.safetensors.index.json"
 PICKLED_INDEX = "pytorch_model.bin.index.json"
 LONGEST_NAME = 255
 """Characters of a shard's name, as file systems have it."""
+Checked = Mapping[str, CheckedFile]
+"""Of files that have checksums, by name."""
 
 
 @dataclass(frozen=True)
@@ -38,25 +42,27 @@ class Weights:
     config: dict[str, Any] | None = None
 
 
-def open_weights(path: Path, *, ema: bool = False) -> Weights:
+def open_weights(path: Path, *, ema: bool = False, check: bool = True) -> Weights:
     """Opens a weight file, or a folder of them, or a ZeRO checkpoint (WORK_DIR, its checkpoints folder, or one save), whatever it is.
 
-    ema: of a ZeRO checkpoint, the averaged weights. Nothing is held open: each read opens its file. Raises CheckpointError when it is missing, damaged, or no
-    weight file.
+    ema: of a ZeRO checkpoint, the averaged weights. check: what is read is held against the checksums that were noted when it
+    was written: of a save in its manifest, of other weights in the NAME.xxh128 beside them, where there is one. Nothing is held
+    open: each read opens its file. Raises CheckpointError when it is missing, damaged, or no weight file.
     """
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"there is no weight file {path}")
     if is_zero_checkpoint(path):
-        return weights_of(ZeroCheckpoint.open(path), "ema" if ema else "fp32")
+        return weights_of(ZeroCheckpoint.open(path, check=check), "ema" if ema else "fp32")
     if ema:
         raise CheckpointError(f"{path} is no ZeRO checkpoint, which alone keeps averaged weights beside the others")
+    checked = checked_beside(path) if check else {}
     if path.is_dir():
-        return _folder(path)
+        return _folder(path, checked)
     if path.suffix == ".safetensors":
-        return _safetensors(path, [path])
+        return _safetensors(path, [path], checked)
     if path.suffix in (".pth", ".pt", ".bin", ".ckpt"):
-        return _pth(path)
+        return _pth(path, checked)
     raise CheckpointError(f"{path} has an unknown ending; weights are .pth, .safetensors, a folder of safetensors or of pytorch_model.bin, or a ZeRO "
                           "checkpoint directory")
 
@@ -74,18 +80,32 @@ def weights_of(checkpoint: ZeroCheckpoint, what: What = "fp32") -> Weights:
                    checkpoint.manifest.get("meta", {}))
 
 
+def _of(file: Path, checked: Checked) -> CheckedFile | None:
+    """What a file should hold. Raises CheckpointError where others have checksums and it has none."""
+    if checked and file.name not in checked:
+        raise CheckpointError(f"{file} has no checksum where the files beside it have; copy the weights again, with their .xxh128, or remove that")
+    return checked.get(file.name)
+
+
+def _object(file: Path, checked: Checked) -> dict[str, Any]:
+    """The object in a JSON file beside weights, which somebody may have added to them."""
+    if file.name in checked:
+        checked[file.name].check()
+    return read_object(file)
+
+
 def _of_tensors(path: Path, tensors: Mapping[str, Stored], meta: dict[str, Any]) -> Weights:
     return Weights(path, {name: value.shape for name, value in tensors.items()}, lambda name: tensors[name].read(),
                    lambda name, start, stop: tensors[name].read_slice(start, stop), meta)
 
 
-def _pth(path: Path) -> Weights:
+def _pth(path: Path, checked: Checked) -> Weights:
     with path.open("rb") as file:
         head = file.read(64)
     if head.startswith(b"version https://git-lfs") or head.lstrip().lower().startswith((b"<!doctype", b"<html")):
         kind = "a git-lfs pointer" if head.startswith(b"version") else "a web page"
         raise CheckpointError(f"{path} is {kind}, not the weights themselves; download the file again")
-    content = load_stored(path)
+    content = load_stored(path, _of(path, checked))
     meta = content.get("meta") if isinstance(content, dict) else None
     meta = meta if isinstance(meta, dict) else {}
     meta = {key: value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value for key, value in meta.items()}
@@ -146,24 +166,24 @@ def renamed(weights: Weights, sources: Mapping[str, tuple[str, ...]], rest: Coll
     return dataclasses.replace(weights, shapes=shapes, read=lambda name: read_slice(name, 0, shapes[name].numel()).view(shapes[name]), read_slice=read_slice)
 
 
-def _folder(folder: Path) -> Weights:
+def _folder(folder: Path, checked: Checked) -> Weights:
     """A folder as transformers writes it: safetensors, or PyTorch's files (pytorch_model.bin), each in one piece or in shards with an index."""
-    if shards := _shards(folder, INDEX, "*.safetensors"):
-        return _safetensors(folder, shards)
-    if not (shards := _shards(folder, PICKLED_INDEX, "pytorch_model*.bin")):
+    if shards := _shards(folder, INDEX, "*.safetensors", checked):
+        return _safetensors(folder, shards, checked)
+    if not (shards := _shards(folder, PICKLED_INDEX, "pytorch_model*.bin", checked)):
         raise CheckpointError(f"{folder} holds no weights: no *.safetensors, no pytorch_model.bin, and no ZeRO checkpoint")
-    parts = [_pth(shard) for shard in shards]
+    parts = [_pth(shard, checked) for shard in shards]
     where = {name: part for part in parts for name in part.shapes}
     return Weights(folder, {name: part.shapes[name] for name, part in where.items()}, lambda name: where[name].read(name),
-                   lambda name, start, stop: where[name].read_slice(name, start, stop), config=_config(folder))
+                   lambda name, start, stop: where[name].read_slice(name, start, stop), config=_config(folder, checked))
 
 
-def _shards(folder: Path, index_name: str, pattern: str) -> list[Path]:
+def _shards(folder: Path, index_name: str, pattern: str, checked: Checked) -> list[Path]:
     """The files that an index names, or those of a pattern."""
     index = folder / index_name
     if not index.is_file():
         return sorted(folder.glob(pattern))
-    names = read_object(index).get("weight_map")
+    names = _object(index, checked).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise CheckpointError(f"{index} is damaged: it has no weight_map of file names; copy it again")
     shards = []
@@ -177,21 +197,21 @@ def _shards(folder: Path, index_name: str, pattern: str) -> list[Path]:
     return shards
 
 
-def _safetensors(path: Path, shards: list[Path]) -> Weights:
+def _safetensors(path: Path, shards: list[Path], checked: Checked) -> Weights:
     tensors: dict[str, Stored] = {}
     meta: dict[str, Any] = {}
     for shard in shards:
-        found, metadata = load_stored_safetensors(shard)
+        found, metadata = load_stored_safetensors(shard, _of(shard, checked))
         tensors |= found
         meta |= object_in(metadata.get("meta", "{}"), f"the metadata 'meta' of {shard}")
-    return dataclasses.replace(_of_tensors(path, tensors, meta), config=_config(path) if path.is_dir() else None)
+    return dataclasses.replace(_of_tensors(path, tensors, meta), config=_config(path, checked) if path.is_dir() else None)
 
 
-def _config(folder: Path) -> dict[str, Any] | None:
+def _config(folder: Path, checked: Checked) -> dict[str, Any] | None:
     file = folder / "config.json"
     if not file.is_file():
         return None
-    config = read_object(file)
+    config = _object(file, checked)
     if not isinstance(config.get("vision_config") or {}, dict):
         raise CheckpointError(f"{file} is damaged: its vision_config is a {type(config['vision_config']).__name__}, and no object of names; copy it again")
     return config

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from internseg_ds.checkpoints.manifest import MANIFEST, read_manifest, verify_manifest
+from internseg_ds.checkpoints.manifest import MANIFEST, checked_files, read_manifest, verify_manifest
 from internseg_ds.checkpoints.saves import named_by
 from internseg_ds.checkpoints.stored import Stored, load_stored
 from internseg_ds.errors import CheckpointError
@@ -42,19 +42,21 @@ class ZeroCheckpoint:
     schedule), updates (of AdamW), has_ema; ranks (whose files are here: all of them, unless `partial`).
     """
 
-    def __init__(self, path: Path, *, partial: bool = False) -> None:
+    def __init__(self, path: Path, *, partial: bool = False, check: bool = True) -> None:
         """path: the directory of one save. partial: where each host wrote into a folder of its own (node-local storage), this host's files will do;
-        its processes can read what they themselves saved. Raises CheckpointError when files are missing, damaged, or from different runs."""
+        its processes can read what they themselves saved. check: whatever is read, now and later, is held against the
+        checksums of the save. Raises CheckpointError when files are missing, damaged, or from different runs."""
         self.path = path
         if path.name.endswith(".partial"):
             raise CheckpointError(f"the save of {path} did not finish; take another checkpoint")
         self.manifest: dict[str, Any] = read_manifest(path) or {}
         verify_manifest(path)
+        checked = checked_files(path, self.manifest) if check else {}
         partial = partial and self.manifest.get("node_local", False)
         again = advice(self.manifest)
         by_rank = _by_rank(path, "optim_states", partial, again)
         self.ranks, files = tuple(by_rank), list(by_rank.values())
-        shards = [_optimizer_state(file) for file in files]
+        shards = [_optimizer_state(file, load_stored(file, checked.get(file.name))) for file in files]
         self.stage, self.world_size = _layout(shards[0])
         for file, shard in zip(files, shards):
             stage, written_by = _layout(shard)
@@ -69,7 +71,7 @@ class ZeroCheckpoint:
         if len(model_files) != (len(files) if self.stage == 3 else 1):
             raise CheckpointError(f"{path} has {len(model_files)} model_states files for {len(files)} processes under ZeRO-{self.stage}"
                                   + (f": {_of_rank(model_files[0], len(model_files)).name} is missing" if len(model_files) < len(files) else "") + f"; {again}")
-        models = [load_stored(file) for file in model_files]
+        models = [load_stored(file, checked.get(file.name)) for file in model_files]
         for file, model in zip(model_files, models):
             if not isinstance(model, dict) or not {"module", "param_shapes", "buffer_names"} <= model.keys():
                 raise CheckpointError(f"{file} holds no model state of a ZeRO checkpoint; copy the checkpoint again, with all its files")
@@ -111,7 +113,7 @@ class ZeroCheckpoint:
             averages = _by_rank(path, "ema_states", partial, again)
             if len(averages) != len(files):
                 raise CheckpointError(f"{path} has {len(averages)} ema_states files for {len(files)} processes; {again}")
-            self._flat["ema"] = [load_stored(file)["ema_flat_groups"] for file in averages.values()]
+            self._flat["ema"] = [load_stored(file, checked.get(file.name))["ema_flat_groups"] for file in averages.values()]
         # ranks' partitions are equally long, but DeepSpeed saves the masters of the last one, and those alone, without the padding behind them
         lengths = [max(piece.numel() for piece in pieces) for pieces in zip(*(pieces for held in self._flat.values() for pieces in held if pieces))]
         for what, held in self._flat.items():
@@ -134,10 +136,10 @@ class ZeroCheckpoint:
         return [there[rank] if rank in there else elsewhere(rank) for rank in range(self.world_size)]
 
     @classmethod
-    def open(cls, path: Path, tag: str | None = None) -> "ZeroCheckpoint":
+    def open(cls, path: Path, tag: str | None = None, *, check: bool = True) -> "ZeroCheckpoint":
         """path: a work directory, its `checkpoints` folder, one save in it, or the file that names one. tag: which save; "best" for the best score;
-        default the latest."""
-        return cls(find_save(path, tag))
+        default the latest. check: as for the class."""
+        return cls(find_save(path, tag), check=check)
 
     def read(self, name: str) -> Tensor:
         """The whole fp32 value of a parameter, a fresh tensor (frozen parameters were stored in the run's own dtype and are widened)."""
@@ -268,8 +270,8 @@ def _of_rank(file: Path, rank: int) -> Path:
     return file.with_name(RANK.sub(f"zero_pp_rank_{rank}_mp_rank_00", file.name))
 
 
-def _optimizer_state(file: Path) -> dict[str, Any]:
-    state = content.get("optimizer_state_dict") if isinstance(content := load_stored(file), dict) else None
+def _optimizer_state(file: Path, content: Any) -> dict[str, Any]:
+    state = content.get("optimizer_state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict) or "partition_count" not in state or not {"fp32_flat_groups", "single_partition_of_fp32_groups"} & state.keys():
         raise CheckpointError(f"{file} holds no optimizer state of ZeRO-1, 2 or 3; give a checkpoint that was saved under one of them")
     return state

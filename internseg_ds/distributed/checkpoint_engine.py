@@ -12,13 +12,19 @@ import torch
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from torch.utils._pytree import tree_map
 
+from internseg_ds.checkpoints.checksums import SummedFile, Written
+
 
 class NotingCheckpointEngine(TorchCheckpointEngine):
-    """background: `save` copies what it is given to host memory and returns; a thread writes the copy. Host memory holds this rank's files once more then."""
+    """Attributes: failure (the first on this rank since `forget`), written (name of a file -> what was written into it, with its checksums).
+
+    background: `save` copies what it is given to host memory and returns; a thread writes the copy. Host memory holds this rank's files once more then.
+    """
 
     def __init__(self, config: Any, *, background: bool = False) -> None:
         super().__init__(config)
         self.background, self.failure = background, None
+        self.written: dict[str, Written] = {}
         self._thread, self._pending = ThreadPoolExecutor(1), []
 
     def save(self, state_dict: Any, path: str) -> None:
@@ -39,16 +45,21 @@ class NotingCheckpointEngine(TorchCheckpointEngine):
 
     def _write(self, state_dict: Any, path: str) -> None:
         try:
-            super().save(state_dict, path)
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())  # here, where the training need not wait for it
+            file = SummedFile(path)
+            try:
+                super().save(state_dict, file)
+                if file.failure is not None:
+                    raise file.failure
+                file.to_disk()  # here, where the training need not wait for it
+            finally:
+                self.written[os.path.basename(path)] = file.close()
         except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError where the disk is full
             self.failure = self.failure or error
 
     def forget(self) -> None:
         """Before the files of the next checkpoint."""
         self.wait()
-        self.failure = None
+        self.failure, self.written = None, {}
 
     def done(self) -> bool:
         """Whether nothing is left to be written."""

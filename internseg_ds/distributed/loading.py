@@ -16,7 +16,7 @@ from internseg_ds.checkpoints.weights import Weights, noting_unfit, refuse_unfit
 from internseg_ds.distributed.construction import gathered
 from internseg_ds.distributed.parameter_groups import full_shape
 from internseg_ds.distributed.process_group import of_all_ranks
-from internseg_ds.errors import CheckpointError
+from internseg_ds.errors import CheckpointError, DamagedError
 
 log = logging.getLogger(__name__)
 
@@ -101,24 +101,32 @@ def watched(model: nn.Module, found: Fit, unfit: dict[str, str]) -> Weights:
 def load(model: nn.Module, found: Fit) -> None:
     """Reads what `found` matched into the model. Under ZeRO-3 each rank reads its own share of each parameter. Collective where there is a process group.
 
-    Raises CheckpointError, on every rank, when some rank read values that no weights have (NaN, infinite, or integers for numbers).
+    Raises CheckpointError, on every rank, when some rank read values that no weights have (NaN, infinite, or integers for
+    numbers); DamagedError when some rank could not read, or read what was not written.
     """
     params, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     unfit: dict[str, str] = {}
+    damage: CheckpointError | None = None
     weights = watched(model, found, unfit)
     for name, source in track(found.sources.items(), "loading weights", disable=dist.is_initialized() and dist.get_rank() != 0):
-        with torch.no_grad():
-            if name in buffers:
-                buffers[name].copy_(weights.read(source))
-            elif not hasattr(params[name], "ds_id"):
-                params[name].copy_(resized(model, name, weights.read(source), params[name].shape))
-            elif simply_partitioned(params[name]):
-                _load_share(model, name, params[name], weights, source)
-            else:
-                with gathered([params[name]], modifier_rank=0):
-                    if dist.get_rank() == 0:
-                        params[name].copy_(resized(model, name, weights.read(source), full_shape(params[name])))
-    refuse_unfit(weights, {name: values for told in of_all_ranks(unfit) for name, values in told.items()})
+        try:
+            with torch.no_grad():
+                if name in buffers:
+                    buffers[name].copy_(weights.read(source))
+                elif not hasattr(params[name], "ds_id"):
+                    params[name].copy_(resized(model, name, weights.read(source), params[name].shape))
+                elif simply_partitioned(params[name]):
+                    _load_share(model, name, params[name], weights, source)
+                else:
+                    with gathered([params[name]], modifier_rank=0):
+                        if dist.get_rank() == 0:
+                            params[name].copy_(resized(model, name, weights.read(source), full_shape(params[name])))
+        except CheckpointError as error:  # the other ranks, which read elsewhere, go on
+            damage = damage or error
+    told = of_all_ranks((unfit, damage and str(damage)))
+    if damaged := next((said for _, said in told if said), None):
+        raise DamagedError(damaged)
+    refuse_unfit(weights, {name: values for each, _ in told for name, values in each.items()})
     log.info("%s: %s", weights.path, found.summary())
 
 

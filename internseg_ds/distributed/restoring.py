@@ -20,7 +20,8 @@ MOMENTS: tuple[What, ...] = ("exp_avg", "exp_avg_sq")
 
 @torch.no_grad()
 def restore(engine: Any, checkpoint: ZeroCheckpoint, schedule: LrSchedule) -> None:
-    """Gives the engine's optimizer and schedule the state of `checkpoint`. Raises CheckpointError where the checkpoint lacks part of it."""
+    """Gives the engine's optimizer and schedule the state of `checkpoint`. Raises CheckpointError where the checkpoint lacks part
+    of it, or is damaged where this rank reads."""
     masters, inner = partitions(engine), engine.optimizer.optimizer
     if checkpoint.updates:
         for master in masters:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
+from internseg_ds.checkpoints.checksums import Written
 from internseg_ds.checkpoints.manifest import update_metrics, write_manifest
 from internseg_ds.checkpoints.saves import PARTIAL, noted_saves, pointed_to, publish, remove, sweep, to_disk
 from internseg_ds.checkpoints.zero_checkpoint import EMA_FILE
@@ -103,7 +104,8 @@ class Checkpoints:
         self._started = None
         failure = writer.wait() or _allto_disk(partial)
         if fine := _agreed(started.engine, failure is None):
-            failure = _noted(partial, started.note) if self.leads else None
+            note = started.note | {"written": self._written(writer)}
+            failure = _noted(partial, note) if self.leads else None
             fine = _agreed(started.engine, failure is None)
         if not fine:
             if self.leads:
@@ -157,6 +159,11 @@ class Checkpoints:
     def _last_number(self) -> int:
         """Of the saves in this rank's folder."""
         return max((manifest.get("number", 0) for _, manifest in noted_saves(self.folder)), default=0) if self.leads else 0
+
+    def _written(self, writer: Any) -> dict[str, tuple[int, Written]]:
+        """What the ranks of this rank's folder have written into it, by name, and which did. Collective."""
+        told = of_all_ranks(writer.written)
+        return {name: (rank, sums) for rank, files in enumerate(told) if self.leaders[rank] == self.leaders[dist.get_rank()] for name, sums in files.items()}
 
     def _bytes_to_save(self, deepspeed_engine: Any, ema: "ShardedEma | None") -> int:
         """What the files in this rank's folder will take together: masters and two moments in fp32, the module's own weights, the average. Collective."""

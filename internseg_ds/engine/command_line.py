@@ -10,7 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from internseg_ds import exit_codes
 from internseg_ds.distributed.process_group import leave, world_from_environment
@@ -86,6 +86,17 @@ def count(text: str) -> int:
     if number < 0:
         raise argparse.ArgumentTypeError(f"{number} is below 0")
     return number
+
+
+def add_checksum_option(made: argparse.ArgumentParser) -> None:
+    """--skip-checksums, of what reads checkpoints or weights."""
+    made.add_argument("--skip-checksums", action="store_true",
+                      help="read checkpoints and weights without holding them against their checksums (engine.checksums=False)")
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What the options say of the config."""
+    return args.cfg_options | ({"engine.checksums": False} if args.skip_checksums else {})
 
 
 def add_config_options(made: argparse.ArgumentParser) -> None:

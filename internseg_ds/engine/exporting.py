@@ -18,14 +18,14 @@ from internseg_ds.errors import CheckpointError
 
 
 def export_backbone(source: Path, out: Path, layout: str, *, dtype: Literal["float32", "bfloat16"] = "float32",
-                    tag: str | None = None, ema: bool = False, overwrite: bool = False) -> Path:
+                    tag: str | None = None, ema: bool = False, overwrite: bool = False, check: bool = True) -> Path:
     """Writes the backbone of a checkpoint, without what is not part of its layout (heads, a ViT's FPN), to `out`: a .pth, or a folder where the layout has a
     config.json.
 
     Raises CheckpointError where `consolidate` does, when `out` is not of that kind, and when the checkpoint carries no config or its backbone has no such
     layout.
     """
-    meta = ZeroCheckpoint.open(source, tag).manifest.get("meta", {})
+    meta = ZeroCheckpoint.open(source, tag, check=check).manifest.get("meta", {})
     if not meta.get("config"):
         raise CheckpointError(f"{source} carries no config, so nothing says what its backbone is; only checkpoints of this engine can be exported")
     backbone = build_on_meta(Config.fromstring(meta["config"], ".py").model).backbone
@@ -42,4 +42,5 @@ def export_backbone(source: Path, out: Path, layout: str, *, dtype: Literal["flo
                 for theirs, entry in zip(parts, entries[f"backbone.{ours}"].split(len(parts)), strict=True)}
 
     files = {} if config is None else {"config.json": json.dumps(config | {"torch_dtype": dtype}, indent=2) + "\n"}
-    return consolidate(source, out, dtype=dtype, tag=tag, ema=ema, overwrite=overwrite, select=select, files=files, bare=config is None)
+    return consolidate(source, out, dtype=dtype, tag=tag, ema=ema, overwrite=overwrite, select=select, files=files, bare=config is None,
+                       check=check)

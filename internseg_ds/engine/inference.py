@@ -41,7 +41,7 @@ def _load_partitioned(experiment: Experiment, checkpoint: str | os.PathLike, wor
     ds = resolve_ds_config({"bf16": {"enabled": compute == torch.bfloat16}, "zero_optimization": {"stage": 3}}, experiment=experiment.path,
                            micro_batch=experiment.micro_batch, world_size=world.size, optimizer=experiment.optimizer)
     model = build_for_training(experiment.model, ds, world.device, seed=0)
-    load(model, fit_segmentor(model, open_weights(Path(checkpoint), ema=ema)))
+    load(model, fit_segmentor(model, open_weights(Path(checkpoint), ema=ema, check=experiment.engine.checksums)))
     apply_precision(model, compute, heads=heads_dtype(experiment.engine.heads_dtype, model))
     engine, *_ = deepspeed.initialize(model=model, config=ds.raw)
     return engine.module.eval()
@@ -55,7 +55,7 @@ def load_trained(experiment: Experiment, checkpoint: str | os.PathLike, device: 
     """
     model = build_on_meta(experiment.model)
     compute = backbone_dtype(experiment.engine.backbone_dtype, device)
-    found, unfit = fit_segmentor(model, open_weights(Path(checkpoint), ema=ema)), {}
+    found, unfit = fit_segmentor(model, open_weights(Path(checkpoint), ema=ema, check=experiment.engine.checksums)), {}
     weights = watched(model, found, unfit)
 
     def parameter(name: str, shape: torch.Size) -> Tensor:

@@ -34,6 +34,8 @@ class EngineOptions:
     """Decay of an exponential moving average of the weights, 0.999 say; it is evaluated in their place, and saved beside them. None: no average."""
     background_save: bool = False
     """Write checkpoints while the training goes on, from a copy in host memory."""
+    checksums: bool = True
+    """Hold checkpoints and weights that are read against the checksums that were noted when they were written."""
     max_data_faults: int = 0
     """Training images that may be damaged: each is named, and another takes its place. One more ends the run; by default, the first."""
     max_skipped_steps: int = 10
@@ -65,7 +67,7 @@ class EngineOptions:
             raise ConfigError(f"engine.evaluation_weights={self.evaluation_weights!r} is none of 'auto', 'whole', 'partitioned'")
         if self.global_batch is not None:
             whole_number(self.global_batch, "engine.global_batch", least=1)
-        for name in ("evaluate_before", "background_save"):
+        for name in ("evaluate_before", "background_save", "checksums"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"engine.{name}={getattr(self, name)!r} must be True or False")
         whole_number(self.max_data_faults, "engine.max_data_faults", least=0)

@@ -52,7 +52,7 @@ def predict_files(config: str | os.PathLike, checkpoint: str | os.PathLike, imag
     if taken := [path for path in files if path.resolve() in written]:
         raise DataError(f"the prediction of {written[taken[0].resolve()]} would overwrite the image {taken[0]}; choose another --out")
     dataset = ImageFiles(files, experiment.test["pipeline"])
-    classes, palette = _classes(experiment, check_weights_fit(build_on_meta(experiment.model), checkpoint, ema=ema))
+    classes, palette = _classes(experiment, check_weights_fit(build_on_meta(experiment.model), checkpoint, ema=ema, check=experiment.engine.checksums))
     with joined(world):
         forwards = ready(experiment, checkpoint, world, ema=ema)
         faults: list[str] = []

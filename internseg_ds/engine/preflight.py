@@ -87,7 +87,9 @@ def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, An
     check_windows(experiment)
     check_patches(experiment, meta_model)
     weights = starting_weights(experiment, meta_model, load_from) if resume_from is None else None
-    saved: Mapping[str, Any] = check_resumable(resume_from, meta_model, named_groups(meta_model, groups)) if resume_from is not None else {}
+    saved: Mapping[str, Any] = {}
+    if resume_from is not None:
+        saved = check_resumable(resume_from, meta_model, named_groups(meta_model, groups), check=experiment.engine.checksums)
     if world.is_main:
         check_trackers(experiment.log_hooks)
     train_set = build_datasets(experiment.train, "data.train", list(leaf_datasets(experiment.train)))

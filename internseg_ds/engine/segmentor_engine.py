@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -54,7 +54,7 @@ from internseg_ds.engine.outputs import check_writable
 from internseg_ds.engine.planner import Planner
 from internseg_ds.engine.preflight import Plan, check
 from internseg_ds.engine.profiling import check_profiled_steps
-from internseg_ds.engine.resuming import agree_to_resume, checkpoint_to_resume, state_of
+from internseg_ds.engine.resuming import agree_to_resume, check_resumable, checkpoint_to_resume, one_before, state_of
 from internseg_ds.engine.run_warnings import after_out_of_memory, no_room_to_save, shortfall
 from internseg_ds.engine.state import TrainState
 from internseg_ds.engine.stopping import StopRequests, check_no_stop_file, stop_file
@@ -62,7 +62,7 @@ from internseg_ds.engine.trackers import start_logging
 from internseg_ds.engine.trainer import train
 from internseg_ds.engine.utilization import make_meter
 from internseg_ds.engine.work_dir import check_unused, claim, leaders, set_aside
-from internseg_ds.errors import ConfigError, UserError, of_one_rank
+from internseg_ds.errors import CheckpointError, ConfigError, DamagedError, UserError, of_one_rank
 from internseg_ds.host_faults import told_in_a_sentence
 from internseg_ds.models.recomputation import Recomputation
 from internseg_ds.seeding import derived_seed
@@ -118,7 +118,7 @@ class SegmentorEngine:
                 check_writable(self.work_dir / "profile", "--profile")
             check_no_stop_file(self.work_dir)
             resume = resume or experiment.resume_from
-            resume_from = checkpoint_to_resume(resume, self.work_dir)
+            resume_from = checkpoint_to_resume(resume, self.work_dir, check=experiment.engine.checksums)
             check_unused(self.work_dir, resume_from, overwrite=overwrite, resumes=resume == "auto")
             self.plan: Plan = check(experiment, ds_config, world, validate=validate, load_from=load_from, resume_from=resume_from)
         except UserError as error:
@@ -156,10 +156,10 @@ class SegmentorEngine:
             for said in (shortfall(self._planner, self.plan.ds, world), room or no_room_to_save(self._planner, self.plan.ds, self.work_dir)):
                 if said:
                     log.warning(said)
-        checkpoint = agree_to_resume(resume_from, self.plan.ds.stage)
+        checkpoint = agree_to_resume(resume_from, self.plan.ds.stage, check=experiment.engine.checksums)
+        self._may_go_back = resume == "auto"
         if checkpoint is None and resume is not None:
             log.info("--resume auto: there is no checkpoint in %s yet, so this run starts at step 0", self.checkpoints.folder)
-        self.resumed_unscored = any(of_all_ranks(checkpoint is not None and not checkpoint.manifest.get("metrics")))  # hosts may differ
         self.watch = Watch(world, hang_s=heartbeat_timeout)
         self.stop_requests = StopRequests(stop_file(self.work_dir) if world.is_main else None, self.watch)
         self.stop_requests.listen(training=False)
@@ -184,8 +184,9 @@ class SegmentorEngine:
         torch.backends.cudnn.benchmark = experiment.cudnn_benchmark and not torch.are_deterministic_algorithms_enabled()
 
         def load_weights(model: torch.nn.Module) -> None:
+            nonlocal checkpoint
             if checkpoint is not None:
-                load(model, fit_segmentor(model, weights_of(checkpoint)))
+                checkpoint = self._from_one_that_is_whole(checkpoint, lambda each: load(model, fit_segmentor(model, weights_of(each))))
             elif self.plan.weights is not None:
                 load(model, self.plan.weights)
                 self.plan = replace(self.plan, weights=None)  # an old file's tensors are in memory
@@ -196,9 +197,7 @@ class SegmentorEngine:
         self.deepspeed.checkpoint_engine = NotingCheckpointEngine(self.deepspeed._config, background=experiment.engine.background_save)
         self.ema = ShardedEma(self.deepspeed, experiment.engine.ema) if experiment.engine.ema is not None else None
         if checkpoint is not None:
-            restore(self.deepspeed, checkpoint, experiment.schedule)
-            if self.ema is not None:
-                self.ema.restore(checkpoint)
+            checkpoint = self._from_one_that_is_whole(checkpoint, partial(self._restore, loaded=checkpoint))
             self.state = state_of(checkpoint, seed)
             if self.state.images != self.state.step * ds.global_batch:
                 log.info("the checkpoint's run had another number of images per step: %g -> %d", self.state.images / max(self.state.step, 1), ds.global_batch)
@@ -209,13 +208,52 @@ class SegmentorEngine:
             self.checkpoints.recall_best(self.state, experiment.best_by)
             log.info("resumed from %s (%d processes, ZeRO-%d): step %d, %d images seen",
                      checkpoint.path, checkpoint.world_size, checkpoint.stage, self.state.step, self.state.images)
+        self.resumed_unscored = any(of_all_ranks(checkpoint is not None and not checkpoint.manifest.get("metrics")))  # hosts may differ
         if self.world.is_main:
             (self.work_dir / "config.py").write_text(self._config_text, encoding="utf-8")
             (self.work_dir / "ds_config.json").write_text(json.dumps(ds.raw, indent=4) + "\n")
 
+    def _restore(self, checkpoint: ZeroCheckpoint, loaded: ZeroCheckpoint) -> None:
+        """Gives optimizer, schedule and average the state of `checkpoint`, and the module its weights, unless it has those of
+        `loaded`. Collective; raises CheckpointError on every rank."""
+        if checkpoint is not loaded:
+            load(self.deepspeed.module, fit_segmentor(self.deepspeed.module, weights_of(checkpoint)))
+        trouble: CheckpointError | None = None
+        try:
+            restore(self.deepspeed, checkpoint, self.plan.experiment.schedule)
+            if self.ema is not None:
+                self.ema.restore(checkpoint)
+        except CheckpointError as error:
+            trouble = error
+        if troubles := [each for each in of_all_ranks(trouble and (type(trouble), str(trouble))) if each is not None]:
+            kind, said = troubles[0]
+            raise kind(said)
+
+    def _from_one_that_is_whole(self, checkpoint: ZeroCheckpoint, take_up: Callable[[ZeroCheckpoint], None]) -> ZeroCheckpoint:
+        """Calls `take_up` with the checkpoint, or, where that turns out to be damaged and the run may choose, with the newest one
+        before it that is not; returns the one that it was. Collective."""
+        check = self.plan.experiment.engine.checksums
+        while True:
+            try:
+                take_up(checkpoint)
+                return checkpoint
+            except DamagedError as error:
+                if not self._may_go_back:
+                    raise
+                damaged, checkpoint = checkpoint, one_before(checkpoint, self.plan.ds.stage, check=check)
+                if checkpoint is None:
+                    raise DamagedError(f"{error}; no checkpoint before it in {damaged.path.parent} is whole") from None
+                if self.world.is_main:
+                    log.warning("%s; going on from %s, the one before it", error, checkpoint.path)
+                check_resumable(checkpoint.path, self.plan.meta_model, self._named_groups, check=check)
+
     @property
     def world(self) -> World:
         return self.plan.world
+
+    @property
+    def _named_groups(self) -> list[dict[str, Any]]:
+        return named_groups(self.plan.meta_model, parameter_groups(self.plan.meta_model, self.plan.experiment.optimizer))
 
     @cached_property
     def _config_text(self) -> str:
@@ -261,8 +299,7 @@ class SegmentorEngine:
         self.watch.at(self.state.step, "saving")
         dataset = self.plan.train_set
         meta = {"CLASSES": list(dataset.CLASSES), "PALETTE": [list(map(int, colour)) for colour in dataset.PALETTE], "config": self._config_text}
-        groups = named_groups(self.plan.meta_model, parameter_groups(self.plan.meta_model, self.plan.experiment.optimizer))
-        return self.checkpoints.save(self.deepspeed, self.state, meta, groups, self.ema)
+        return self.checkpoints.save(self.deepspeed, self.state, meta, self._named_groups, self.ema)
 
     def close(self) -> None:
         """Publishes a save that is still being written, frees the engine, and leaves the process group if this engine joined it."""

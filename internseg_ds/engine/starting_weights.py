@@ -48,7 +48,7 @@ def starting_weights(experiment: Experiment, model: nn.Module, load_from: str | 
                               f"or start from random weights with {without}")
     if not Path(source).exists():
         raise CheckpointError(f"{setting}={str(source)!r}: there is no such file; put the weights there, or start from random weights with {without}")
-    weights = open_weights(Path(source))
+    weights = open_weights(Path(source), check=experiment.engine.checksums)
     try:
         return fit(model, weights, experiment.engine.weights_may_differ)
     except CheckpointError as error:
@@ -77,8 +77,9 @@ def _pretrained_setting(experiment: Experiment, model: nn.Module) -> str:
     return "model.pretrained" if experiment.model.get("pretrained") else "model.backbone.pretrained"
 
 
-def check_weights_fit(model: nn.Module, checkpoint: str | os.PathLike, *, ema: bool = False) -> dict[str, Any]:
-    """A finished checkpoint must be there and fit the model (on the meta device); returns its meta (CLASSES, PALETTE, ...). Raises CheckpointError."""
-    weights = open_weights(Path(checkpoint), ema=ema)
+def check_weights_fit(model: nn.Module, checkpoint: str | os.PathLike, *, ema: bool = False, check: bool = True) -> dict[str, Any]:
+    """A finished checkpoint must be there and fit the model (on the meta device); returns its meta (CLASSES, PALETTE, ...). check: as for `open_weights`.
+    Raises CheckpointError."""
+    weights = open_weights(Path(checkpoint), ema=ema, check=check)
     fit_segmentor(model, weights)
     return weights.meta

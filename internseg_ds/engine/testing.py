@@ -52,7 +52,8 @@ def test(config: str | os.PathLike, checkpoint: str | os.PathLike, *, metrics: S
     dataset = validation_set(experiment, "test")
     meta_model = build_on_meta(experiment.model)
     check_classes(meta_model, dataset, "data.test")
-    odd = check_same_classes(check_weights_fit(meta_model, checkpoint, ema=ema).get("CLASSES"), dataset.CLASSES, f"checkpoint {checkpoint}", "data.test")
+    meta = check_weights_fit(meta_model, checkpoint, ema=ema, check=experiment.engine.checksums)
+    odd = check_same_classes(meta.get("CLASSES"), dataset.CLASSES, f"checkpoint {checkpoint}", "data.test")
     odd += compare_zero_labels(list(leaf_datasets(experiment.train)), dataset, "data.test") + odd_about(dataset, "data.test")
     odd += survey(dataset, "data.test", training=False)  # on every rank, for what it refuses they all have to know
     with joined(world):
@@ -97,7 +98,7 @@ def write_submission(config: str | os.PathLike, checkpoint: str | os.PathLike, o
     meta_model = build_on_meta(experiment.model)
     check_classes(meta_model, dataset, "data.test")
     _check_format(dataset)
-    check_weights_fit(meta_model, checkpoint, ema=ema)
+    check_weights_fit(meta_model, checkpoint, ema=ema, check=experiment.engine.checksums)
     with joined(world):
         forwards = ready(experiment, checkpoint, world, ema=ema)
         faults: list[str] = []
