@@ -11,7 +11,7 @@ import os
 import struct
 import zipfile
 import zlib
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -77,9 +77,11 @@ class Written:
 
 
 class SummedFile:
-    """A file that is written from its start to its end, as torch.save does, and its checksums: made of what is in memory, and not of what has come to the disk.
+    """A file that is written from its start to its end, as torch.save does, and its checksums: of what is in memory, and not of
+    what has come to the disk.
 
-    `write` does not raise, since torch calls it from code that is not to be left so: the first failure is noted in `failure`, and what follows is dropped.
+    `write` does not raise, since torch calls it from code that is not to be left so: the first failure is noted in `failure`,
+    and what follows is dropped.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -118,7 +120,8 @@ class _Block:
 
 @dataclass
 class CheckedFile:
-    """A file whose blocks are known. blocks: in order; bytes between them are not checked. said_by: whose word they are, for the message."""
+    """A file whose blocks are known. blocks: in order; bytes between them are not checked. sums: makes an empty checksum of their
+    kind. said_by: whose word they are, for the message."""
 
     path: Path
     blocks: list[_Block]
@@ -132,31 +135,29 @@ class CheckedFile:
         self._seen = bytearray(len(self.blocks))
 
     def read_into(self, file: BinaryIO, room: memoryview, start: int) -> int:
-        """Reads the bytes from `start` on into `room`, and checks the blocks that they lie in; `file`: opened without a buffer. How many there were.
+        """Reads the bytes from `start` on into `room`, and checks the blocks that they lie in; `file`: opened without a buffer.
+        How many there were.
 
         Raises DamagedError where a block is not what it was.
         """
-        stop, at = start + len(room), start
+        stop = start + _read(file, room, start)
         for index in self._overlapping(start, stop):
-            block = self.blocks[index]
-            if self._seen[index]:
-                continue
-            if block.start < start or block.stop > stop:
-                self._check(file, index)
-                continue
-            _read(file, room[at - start : block.start - start], at)
-            inside, found = room[block.start - start : block.stop - start], self.sums()
-            found.update(inside[: _read(file, inside, block.start)])
-            self._compare(index, found)
-            at = block.stop
-        return at - start + _read(file, room[at - start :], at)
+            if not self._seen[index]:
+                block, found = self.blocks[index], self.sums()
+                _add(file, found, block.start, min(start, block.stop))
+                found.update(room[max(block.start - start, 0) : min(block.stop, stop) - start])
+                _add(file, found, stop, block.stop)
+                self._compare(index, found)
+        return stop - start
 
     def check(self) -> None:
         """Reads and checks all blocks. Raises DamagedError where one is not what it was."""
         with self.path.open("rb", buffering=0) as file:
             for index, seen in enumerate(self._seen):
                 if not seen:
-                    self._check(file, index)
+                    found = self.sums()
+                    _add(file, found, self.blocks[index].start, self.blocks[index].stop)
+                    self._compare(index, found)
 
     @contextmanager
     def opened(self) -> Iterator[io.RawIOBase]:
@@ -173,22 +174,16 @@ class CheckedFile:
                 raise reader.damage
 
     def _overlapping(self, start: int, stop: int) -> range:
-        first = max(0, bisect_right(self._starts, start) - 1)
-        return range(first + (first < len(self.blocks) and self.blocks[first].stop <= start), bisect_right(self._starts, stop - 1))
-
-    def _check(self, file: BinaryIO, index: int) -> None:
-        block, found = self.blocks[index], self.sums()
-        room = memoryview(bytearray(min(BLOCK, block.stop - block.start)))
-        for at in range(block.start, block.stop, BLOCK):
-            piece = room[: min(BLOCK, block.stop - at)]
-            found.update(piece[: _read(file, piece, at)])
-        self._compare(index, found)
+        first = bisect_right(self._starts, start) - 1
+        if first < 0 or self.blocks[first].stop <= start:
+            first += 1
+        return range(first, bisect_left(self._starts, stop))
 
     def _compare(self, index: int, found: _Sum) -> None:
         block = self.blocks[index]
         if found.hexdigest() != block.digest:
-            raise DamagedError(f"{self.path} is not what was written: the checksum of its bytes {block.start:,} to {block.stop:,} is {found.hexdigest()}, "
-                                  f"{self.said_by} has {block.digest}; copy it again, or take another checkpoint")
+            raise DamagedError(f"{self.path} is not what was written: the checksum of its bytes {block.start:,} to {block.stop:,} is "
+                               f"{found.hexdigest()}, {self.said_by} has {block.digest}; copy it again, or take another checkpoint")
         self._seen[index] = True
 
 
@@ -230,6 +225,14 @@ def _read(file: BinaryIO, room: memoryview, start: int) -> int:
     while count < len(room) and (got := file.readinto(room[count:])):
         count += got
     return count
+
+
+def _add(file: BinaryIO, sums: _Sum, start: int, stop: int) -> None:
+    """Adds the bytes [start, stop) of a file to `sums`; none where stop is not above start."""
+    room = memoryview(bytearray(max(0, min(BLOCK, stop - start))))
+    for at in range(start, stop, BLOCK):
+        piece = room[: stop - at]
+        sums.update(piece[: _read(file, piece, at)])
 
 
 def of_digests(path: Path, size: int, digests: str, said_by: str, block: int = BLOCK) -> CheckedFile:

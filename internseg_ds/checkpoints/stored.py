@@ -64,16 +64,19 @@ class StoredTensor:
             out.copy_(self.read_slice(start, start + out.numel()))
 
     def _read_into(self, out: Tensor, start: int) -> None:
-        with self.path.open("rb", buffering=0) as file:
-            begin, room = self.place + start * self.dtype.itemsize, memoryview(out.view(torch.uint8).numpy())
-            if self.checked is not None:
-                room = room[self.checked.read_into(file, room, begin) :]
-            else:
-                file.seek(begin)
-            while room:
-                if not (count := file.readinto(room)):
-                    raise DamagedError(f"{self.path} ends before its tensors do: it is truncated; copy it again")
-                room = room[count:]
+        begin, room = self.place + start * self.dtype.itemsize, memoryview(out.view(torch.uint8).numpy())
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                if self.checked is not None:
+                    room = room[self.checked.read_into(file, room, begin) :]
+                else:
+                    file.seek(begin)
+                while room:
+                    if not (count := file.readinto(room)):
+                        raise DamagedError(f"{self.path} ends before its tensors do: it is truncated; copy it again")
+                    room = room[count:]
+        except OSError as error:
+            raise DamagedError(f"{self.path} cannot be read: {error.strerror or error}; copy it again, or take another checkpoint") from None
 
 
 @dataclass(frozen=True)
