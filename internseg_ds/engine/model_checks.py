@@ -19,6 +19,10 @@ from internseg_ds.models.backbone import patch_size
 from internseg_ds.models.heads import head_outputs, heads
 from internseg_ds.models.pixel_losses import has_mmsegs_losses
 
+COMES_OUT = "of the first image of data.train comes out of the pipeline as"
+FORMAT = "DefaultFormatBundle"
+BUNDLE = f"put dict(type='{FORMAT}') before Collect, which makes such tensors of both (ImageToTensor and ToTensor are for test pipelines)"
+
 
 def check_forward(model: nn.Module, sample: Mapping[str, Any], micro_batch: int, processes: int) -> tuple[list[tuple[nn.Module, Any]], str | None]:
     """A forward on the meta device: layers whose sizes do not fit each other are found without memory or data, and batch norms that would get one value.
@@ -146,7 +150,8 @@ def check_windows(experiment: Experiment) -> None:
 
 
 def check_sample(model: nn.Module, sample: Mapping[str, Any]) -> None:
-    """A training image as the pipeline hands it over must hold what the model's `forward_train` takes, maps of its size, and be whole patches.
+    """A training image as the pipeline hands it over must hold what the model's `forward_train` takes, as tensors of the right kind, maps of its size, and be
+    whole patches.
 
     Raises ConfigError.
     """
@@ -155,6 +160,7 @@ def check_sample(model: nn.Module, sample: Mapping[str, Any]) -> None:
     except TypeError as error:
         raise ConfigError(f"the pipeline of data.train hands over {', '.join(sorted(sample))}, which {type(model).__name__} cannot train on: {error}; "
                           "its Collect must name what is missing, made by a step before it, and nothing else") from None
+    _check_image(sample["img"])
     patch, (_, height, width) = patch_size(model.backbone), image_shape(sample)
     for name, value in sample.items():
         value = value.data if isinstance(value, DataContainer) else value
@@ -164,3 +170,37 @@ def check_sample(model: nn.Module, sample: Mapping[str, Any]) -> None:
     if height % patch or width % patch:
         raise ConfigError(f"the first image of data.train comes out of its pipeline with {height} x {width} pixels, which are no whole patches of {patch}; "
                           f"crop and pad to a multiple of {patch}")
+    if "gt_semantic_seg" in sample and any(isinstance(head, BaseDecodeHead) for head in heads(model)):
+        _check_labels(sample["gt_semantic_seg"], height, width)
+
+
+def _check_image(handed: Any) -> None:
+    """An image must be a tensor of floating-point numbers, channels first, that can be stacked with others."""
+    value = _stackable("img", handed)
+    if not isinstance(value, torch.Tensor) or value.dim() != 3 or value.shape[2] < 5 <= value.shape[0]:
+        raise ConfigError(f"img {COMES_OUT} {_words_for(value)}, and must be a tensor of float32, channels first: {BUNDLE}")
+    if not value.is_floating_point():
+        raise ConfigError(f"img {COMES_OUT} {_words_for(value)}, and must be of float32: the pipeline has no Normalize; put one before {FORMAT}")
+
+
+def _check_labels(handed: Any, height: int, width: int) -> None:
+    """Labels must be a tensor as mmseg's heads take them, int64 of one channel."""
+    value = _stackable("gt_semantic_seg", handed)
+    if not isinstance(value, torch.Tensor) or value.dtype != torch.int64 or tuple(value.shape) != (1, height, width):
+        raise ConfigError(f"gt_semantic_seg {COMES_OUT} {_words_for(value)}, and must be a tensor of int64, (1, {height}, {width}): {BUNDLE}")
+
+
+def _stackable(name: str, handed: Any) -> Any:
+    """What a pipeline hands over as `name`, out of its container, which must be one whose contents become a batch."""
+    if not isinstance(handed, DataContainer):
+        return handed
+    if handed.cpu_only or not handed.stack:
+        raise ConfigError(f"{name} {COMES_OUT} a DataContainer that is not stacked into a batch; write stack=True for it, or {BUNDLE}")
+    return handed.data
+
+
+def _words_for(value: Any) -> str:
+    """The kind, type and shape of a value."""
+    shape, dtype = getattr(value, "shape", None), str(getattr(value, "dtype", "")).removeprefix("torch.")
+    kind = {"Tensor": "a tensor", "ndarray": "an array"}.get(type(value).__name__, type(value).__name__)
+    return kind if shape is None else f"{kind} of {dtype}, {tuple(shape)}"

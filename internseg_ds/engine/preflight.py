@@ -109,7 +109,7 @@ def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, An
     if frozen and ds.param_dtype == torch.bfloat16:
         notes.append(f"{frozen:,} parameters are frozen: they are kept and saved in bf16, in which the model computes with them; only what trains has fp32 "
                      "masters")
-    warnings += try_losses(outputs, len(train_set.CLASSES), ignored)
+    warnings += try_losses(outputs, len(train_set.CLASSES), ignored, ds.micro_batch)
     val_set = None
     if validate:
         val_set = validation_set(experiment)
