@@ -11,6 +11,7 @@ import torch
 from mmcv.parallel import DataContainer
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset
 
 from internseg_ds.engine.experiment import Experiment, leaf_datasets
@@ -40,15 +41,19 @@ def check_forward(model: nn.Module, sample: Mapping[str, Any], micro_batch: int,
     norms = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training]
     hooks = [norm.register_forward_pre_hook(lambda module, args, name=name: look(name, module, args)) for name, norm in norms]
     model.eval()  # batch norms in training mode would want values
+    reached, outputs = ["model.backbone"], []
+    if getattr(model, "with_neck", False):
+        hooks.append(model.backbone.register_forward_hook(lambda _, __, ___: reached.append("model.neck")))
     try:
         with torch.no_grad():
             features = model.extract_feat(torch.empty(1, *shape, device="meta"))
-            outputs = list(head_outputs(model, features))
+            reached.append("heads")
+            outputs.extend(head_outputs(model, features))
     except Exception as error:  # whatever some layer refuses with
         if is_unknown_to_meta(error):
             return [], f"whether the layers fit each other was not checked, since an operator has no form without memory ({reason_of(error)})"
-        raise ConfigError(f"the model cannot take a training image of {shape}: {reason_of(error)}; do the in_channels and in_index "
-                          "of its heads fit?") from error
+        where = _head_words(model, heads(model)[len(outputs)], features) if reached[-1] == "heads" else reached[-1]
+        raise ConfigError(f"the model cannot take a training image of {shape}: {reason_of(error)}, in {where}") from error
     finally:
         model.train()
         for hook in hooks:
@@ -59,6 +64,15 @@ def check_forward(model: nn.Module, sample: Mapping[str, Any], micro_batch: int,
         raise ConfigError(f"batch norm {name} gets one value per channel from {micro_batch} image a process on {processes} "
                           f"process{'es' * (processes > 1)}, and needs two in training; raise data.samples_per_gpu, or {others}")
     return outputs, None
+
+
+def _head_words(model: nn.Module, head: nn.Module, features: Any) -> str:
+    """A head by its place in the config, what it asks for, and the maps that it is given."""
+    name = next(name for name, module in model.named_modules() if module is head)
+    asked = ", ".join(f"{key}={getattr(head, key)}" for key in ("in_index", "in_channels") if hasattr(head, key))
+    maps = [leaf for leaf in tree_leaves(features) if isinstance(leaf, torch.Tensor)]
+    given = f"{len(maps)} maps of {', '.join(str(leaf.size(1)) for leaf in maps)} channels" if all(leaf.dim() > 1 for leaf in maps) else "what came before it"
+    return f"model.{name} ({type(head).__name__}): do its {asked} fit the {given} that it is given?"
 
 
 def is_unknown_to_meta(error: Exception) -> bool:
@@ -170,7 +184,7 @@ def check_sample(model: nn.Module, sample: Mapping[str, Any]) -> None:
     if height % patch or width % patch:
         raise ConfigError(f"the first image of data.train comes out of its pipeline with {height} x {width} pixels, which are no whole patches of {patch}; "
                           f"crop and pad to a multiple of {patch}")
-    if "gt_semantic_seg" in sample and any(isinstance(head, BaseDecodeHead) for head in heads(model)):
+    if "gt_semantic_seg" in sample and any(isinstance(head, BaseDecodeHead) and has_mmsegs_losses(head) for head in heads(model)):
         _check_labels(sample["gt_semantic_seg"], height, width)
 
 
@@ -180,7 +194,8 @@ def _check_image(handed: Any) -> None:
     if not isinstance(value, torch.Tensor) or value.dim() != 3 or value.shape[2] < 5 <= value.shape[0]:
         raise ConfigError(f"img {COMES_OUT} {_words_for(value)}, and must be a tensor of float32, channels first: {BUNDLE}")
     if not value.is_floating_point():
-        raise ConfigError(f"img {COMES_OUT} {_words_for(value)}, and must be of float32: the pipeline has no Normalize; put one before {FORMAT}")
+        raise ConfigError(f"img {COMES_OUT} {_words_for(value)}, and must be of float32; put a Normalize before {FORMAT}, or to_float32=True "
+                          "into LoadImageFromFile")
 
 
 def _check_labels(handed: Any, height: int, width: int) -> None:
