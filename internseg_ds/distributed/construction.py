@@ -6,7 +6,7 @@ initial values that depend on the seed and the parameter's name alone: the same 
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,7 +44,9 @@ def build_on_meta(model: ConfigDict) -> nn.Module:
         if (stages := _not_to_be_frozen(model)) is not None:
             raise ConfigError(f"model.backbone.frozen_stages={stages!r} is not for this {model.backbone.type}, which can be built without it: "
                               f"{reason_of(error)}; it says how many stages do not train, -1 for none") from error
-        raise ConfigError(f"the model section cannot be built: {reason_of(error)}") from error
+        zeros = ", ".join(_zeros(model, "model")) if isinstance(error, ZeroDivisionError) else ""
+        hint = f"; of its settings these are 0: {zeros}" if zeros else ""
+        raise ConfigError(f"the model section cannot be built: {reason_of(error)}{hint}") from error
     allow_any_device(segmentor)
     losses_without_waits(segmentor)
     return segmentor
@@ -66,6 +68,15 @@ def _not_to_be_frozen(model: ConfigDict) -> Any:
     except Exception:  # for another reason
         return None
     return backbone.frozen_stages
+
+
+def _zeros(value: Any, path: str) -> Iterator[str]:
+    """The settings that are a whole number 0, by their paths."""
+    if isinstance(value, (Mapping, list, tuple)):
+        for key, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _zeros(inner, f"{path}.{key}")
+    elif isinstance(value, int) and not isinstance(value, bool) and value == 0:
+        yield path
 
 
 class _HostSequences(TorchFunctionMode):

@@ -17,7 +17,7 @@ from torch.utils.data import ConcatDataset, Dataset
 from internseg_ds.checkpoints.fitting import Fit
 from internseg_ds.data.datasets import build_datasets, first_sample, parts, plain_parts
 from internseg_ds.data.joined import wrapper_in
-from internseg_ds.data.normalization import compare_normalization
+from internseg_ds.data.normalization import check_normalization, compare_normalization
 from internseg_ds.data.survey import compare_zero_labels, survey
 from internseg_ds.distributed.construction import build_on_meta, choose_recomputation, freeze_parts
 from internseg_ds.distributed.ds_config import DsConfig
@@ -88,6 +88,7 @@ def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, An
     if world.is_main:
         check_trackers(experiment.log_hooks)
     train_set = build_datasets(experiment.train, "data.train", list(leaf_datasets(experiment.train)))
+    check_normalization(train_set, "data.train")
     warnings = check_classes(meta_model, train_set, "data.train")
     ignored = sorted({getattr(part, "ignore_index", 255) for part in plain_parts(train_set)})
     warnings += check_losses(meta_model, experiment.train, ignored, experiment.path)
@@ -113,6 +114,7 @@ def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, An
     val_set = None
     if validate:
         val_set = validation_set(experiment)
+        check_normalization(val_set, "data.val")
         check_classes(meta_model, val_set, "data.val")
         first_sample(val_set, "data.val", tolerated=TOLERATED)
         warnings += compare_classes(train_set, val_set) + compare_zero_labels(train_set, val_set)
