@@ -23,8 +23,10 @@ import internseg_ds.data.transforms  # noqa: F401 - registers those that publish
 from internseg_ds.data.class_balance import ClassBalancedDataset
 from internseg_ds.data.joined import joining
 from internseg_ds.data.label_maps import CheckAnnotation, read_label_maps_of
+from internseg_ds.data.other_endings import instead_of, there_are
+from internseg_ds.data.palettes import check_decoder
 from internseg_ds.data.pipeline_steps import check_steps
-from internseg_ds.errors import DataError, reason_of
+from internseg_ds.errors import DataError, UserError, reason_of
 
 
 def build_datasets(entry: Any, what: str, leaves: list[Any], **default_args: Any) -> Dataset:
@@ -45,7 +47,9 @@ def build_datasets(entry: Any, what: str, leaves: list[Any], **default_args: Any
     joined = joining(entry, what)
     try:
         dataset = build_dataset(joined, default_args or None)
-    except (KeyError, TypeError, AttributeError, AssertionError, OSError, ValueError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # whatever somebody's data set refuses with
         raise DataError(f"{what} cannot be built: {reason_of(error)}") from error
     for part in plain_parts(dataset):
         if lacks := [name for name in ("pipeline", "CLASSES", "img_infos") if not hasattr(part, name)]:
@@ -84,11 +88,21 @@ def build_datasets(entry: Any, what: str, leaves: list[Any], **default_args: Any
     _files_are_there(dataset, what)
     if len(dataset) == 0:
         places = ", ".join(f"{leaf.get('data_root')}/{leaf.get('img_dir')}/*{leaf.get('img_suffix', '.jpg')}" for leaf in leaves)
-        raise DataError(f"{what} is empty: no image matches {places}")
+        raise DataError(f"{what} is empty: no image matches {places}{_what_is_there(next(plain_parts(dataset)))}")
     for part in plain_parts(dataset):
         if len(part) == 0:
-            raise DataError(f"{what} joins several data sets, and that of {part.img_dir} has no image; put some there, or leave it out")
+            there = _what_is_there(part) or "; put some there, or leave it out"
+            raise DataError(f"{what} joins several data sets, and that of {part.img_dir} has no image{there}")
+        if isinstance(part, CustomDataset):
+            check_decoder(part, what)
     return dataset
+
+
+def _what_is_there(part: Dataset) -> str:
+    """What stands in the folder of a data set that takes none of it, as the end of a sentence."""
+    if not isinstance(part, CustomDataset) or part.split is not None or type(part).load_annotations is not CustomDataset.load_annotations:
+        return ""
+    return there_are(part.img_dir, part.img_suffix, "img_suffix") if os.path.isdir(part.img_dir) else ""
 
 
 def _wrappers(dataset: Dataset) -> Iterator[Dataset]:
@@ -160,12 +174,15 @@ def _files_are_there(dataset: Dataset, what: str) -> None:
             continue
         infos = part.img_infos
         if part.split is not None and (missing := [info["filename"] for info in infos if not os.path.exists(os.path.join(part.img_dir, info["filename"]))]):
-            twice = f"; its lines end in {part.img_suffix} already, which img_suffix adds once more" if missing[0].endswith(2 * part.img_suffix) else ""
-            raise DataError(f"{what}: {len(missing)} of {len(infos)} images of the split file {part.split} are missing, the first is "
-                            f"{os.path.join(part.img_dir, missing[0])}{twice}; put them there, or take their lines out")
+            file = os.path.join(part.img_dir, missing[0])
+            ends_twice = missing[0].endswith(2 * part.img_suffix)
+            why = f"; its lines end in {part.img_suffix} already, which img_suffix adds once more" if ends_twice else instead_of(file)
+            raise DataError(f"{what}: {len(missing)} of {len(infos)} images of the split file {part.split} are missing, "
+                            f"the first is {file}{why}; put them there, or take their lines out")
         names = [info["ann"]["seg_map"] for info in infos if "ann" in info] if part.ann_dir is not None else []
         if missing := [name for name in names if not os.path.exists(os.path.join(part.ann_dir, name))]:
-            raise DataError(f"{what}: {len(missing)} of {len(names)} label maps are missing, the first is {os.path.join(part.ann_dir, missing[0])}; "
+            file = os.path.join(part.ann_dir, missing[0])
+            raise DataError(f"{what}: {len(missing)} of {len(names)} label maps are missing, the first is {file}{instead_of(file)}; "
                             f"put them there, or take their images away")
 
 
@@ -192,6 +209,9 @@ def sample(dataset: Dataset, index: int) -> dict[str, Any]:
             if not _is_picture(file):
                 what = "is no picture that can be read" if os.path.exists(file) else "is not there"
                 raise DataError(f"{file} {what}; copy it again, or take the image away") from error
+        if _to_nothing(error) and (size := _size_of(image)) is not None:
+            raise DataError(f"image {image} of {size[0]} x {size[1]} pixels (height x width) cannot be resized: a side of it would have no pixel left; "
+                            "take it away, or cut it into pieces that are less narrow") from error
         mend = "is the image, or its label map, damaged?"
         if isinstance(error, KeyError):
             mend = "does a step of the pipeline make it, before the one that asks for it?"
@@ -203,6 +223,16 @@ def _is_picture(file: str) -> bool:
         return cv2.imdecode(np.fromfile(file, np.uint8), cv2.IMREAD_UNCHANGED) is not None
     except (OSError, cv2.error):  # of an empty file
         return False
+
+
+def _to_nothing(error: Exception) -> bool:
+    """Whether OpenCV was to make a picture of no width or no height."""
+    return isinstance(error, cv2.error) and getattr(error, "func", None) == "resize" and any(word in str(error) for word in ("inv_scale", "dsize"))
+
+
+def _size_of(file: str) -> tuple[int, int] | None:
+    image = cv2.imdecode(np.fromfile(file, np.uint8), cv2.IMREAD_UNCHANGED) if os.path.isfile(file) else None
+    return None if image is None else image.shape[:2]
 
 
 def _files(dataset: Dataset, index: int) -> tuple[str, str | None]:

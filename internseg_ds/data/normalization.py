@@ -1,5 +1,6 @@
-"""Whether images are normalised alike where a model is trained and where it is scored."""
+"""Whether images are normalised by numbers that can be meant, and alike where a model is trained and where it is scored."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -8,6 +9,16 @@ from torch.utils.data import Dataset
 
 from internseg_ds.data.datasets import pipelines
 from internseg_ds.data.pipeline_steps import flat
+from internseg_ds.errors import ConfigError
+
+
+def check_normalization(dataset: Dataset, what: str) -> None:
+    """Each Normalize must divide by numbers above 0. Raises ConfigError. what: the data set's name in messages ("data.train")."""
+    for steps in pipelines(dataset):
+        for step in flat(steps):
+            if isinstance(step, Normalize) and not all(0 < value < math.inf for value in map(float, step.std)):
+                raise ConfigError(f"std={step.std.tolist()} of Normalize in the pipeline of {what}: each number must be above 0, "
+                                  "for values are divided by it; write 1.0 to leave them as they are")
 
 
 def compare_normalization(train_set: Dataset, val_set: Dataset) -> list[str]:

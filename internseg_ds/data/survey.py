@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from internseg_ds.data.datasets import plain_parts
 from internseg_ds.data.label_maps import LoadLabelMap, annotation_of, loader_in
 from internseg_ds.data.orientation import MEND, TURNS, is_square, orientation
+from internseg_ds.data.other_endings import files_alike
 from internseg_ds.errors import ConfigError, DataError, shortened
 from internseg_ds.seeding import derived_seed
 
@@ -29,8 +30,6 @@ MAPS, SECONDS = 200, 2.0
 """Label maps that are read, and how long at most."""
 DECODED = 8
 """Images that are decoded whole; of the others the head is read."""
-SAME = ({".jpg", ".jpeg"}, {".tif", ".tiff"})
-"""Endings of one format."""
 
 
 @dataclass
@@ -158,14 +157,8 @@ def _left_out(part: CustomDataset, what: str) -> Iterator[str]:
     """Files of the image folder whose names end almost as `img_suffix` says."""
     if part.split is not None or type(part).load_annotations is not CustomDataset.load_annotations or not os.path.isdir(part.img_dir):
         return
-    alike = _alike(part.img_suffix)
     used = {info["filename"] for info in part.img_infos}
-    found = []
-    for folder, _, names in os.walk(part.img_dir):
-        for name in names:
-            path = os.path.relpath(os.path.join(folder, name), part.img_dir)
-            if not name.endswith(part.img_suffix) and (ending := next((some for some in alike if name.lower().endswith(some)), None)):
-                found.append((path, path[: -len(ending)]))
+    found = list(files_alike(part.img_dir, part.img_suffix))
     if not found:
         return
     sentence = (f"{what}: {len(found)} files of {part.img_dir} are left out, for their names end in "
@@ -176,13 +169,6 @@ def _left_out(part: CustomDataset, what: str) -> Iterator[str]:
     if labelled and not any(stem in stems for _, stem in found):
         raise DataError(f"{sentence}. All of them have label maps, so they are meant to be there: rename them")
     yield f"{sentence}. Rename those that are meant to be there"
-
-
-def _alike(suffix: str) -> set[str]:
-    """What `suffix` may have been meant as, in lower case: other endings of its format too."""
-    head, dot, ending = suffix.lower().rpartition(".")
-    ending = dot + ending
-    return {head + other for other in next((same for same in SAME if ending in same), {ending})}
 
 
 def _lossy(part: CustomDataset, what: str) -> Iterator[str]:

@@ -6,7 +6,7 @@ initial values that depend on the seed and the parameter's name alone: the same 
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,13 +39,44 @@ def build_on_meta(model: ConfigDict) -> nn.Module:
     Raises ConfigError when mmseg cannot build it, in the words of whichever constructor refused.
     """
     try:
-        with torch.device("meta"), _HostSequences(), _vectors_for_scalars():
-            segmentor = build_segmentor(copy.deepcopy(model)).to("meta")  # mmseg writes into what it is given
+        segmentor = _on_meta(model)
     except Exception as error:  # whatever some constructor refuses with
-        raise ConfigError(f"the model section cannot be built: {reason_of(error)}") from error
+        if (stages := _not_to_be_frozen(model)) is not None:
+            raise ConfigError(f"model.backbone.frozen_stages={stages!r} is not for this {model.backbone.type}, which can be built without it: "
+                              f"{reason_of(error)}; it says how many stages do not train, -1 for none") from error
+        zeros = ", ".join(_zeros(model, "model")) if isinstance(error, ZeroDivisionError) else ""
+        hint = f"; of its settings these are 0: {zeros}" if zeros else ""
+        raise ConfigError(f"the model section cannot be built: {reason_of(error)}{hint}") from error
     allow_any_device(segmentor)
     losses_without_waits(segmentor)
     return segmentor
+
+
+def _on_meta(model: ConfigDict) -> nn.Module:
+    with torch.device("meta"), _HostSequences(), _vectors_for_scalars():
+        segmentor = build_segmentor(copy.deepcopy(model)).to("meta")  # mmseg writes into what it is given
+    return segmentor.train()  # where some backbones freeze their stages
+
+
+def _not_to_be_frozen(model: ConfigDict) -> Any:
+    """The `frozen_stages` of a backbone that cannot be built with it, and can be without."""
+    backbone = model.get("backbone")
+    if not isinstance(backbone, ConfigDict) or backbone.get("frozen_stages", -1) == -1:
+        return None
+    try:
+        _on_meta(ConfigDict(model, backbone=ConfigDict(backbone, frozen_stages=-1)))
+    except Exception:  # for another reason
+        return None
+    return backbone.frozen_stages
+
+
+def _zeros(value: Any, path: str) -> Iterator[str]:
+    """The settings that are a whole number 0, by their paths."""
+    if isinstance(value, (Mapping, list, tuple)):
+        for key, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _zeros(inner, f"{path}.{key}")
+    elif isinstance(value, int) and not isinstance(value, bool) and value == 0:
+        yield path
 
 
 class _HostSequences(TorchFunctionMode):
@@ -111,6 +142,7 @@ def build_for_training(model: ConfigDict, ds: DsConfig, device: torch.device, se
     else:
         with torch.device(device), _default_dtype(ds.param_dtype), _HostSequences(), _vectors_for_scalars():
             segmentor = build_segmentor(copy.deepcopy(model)).to(device)
+    segmentor.train()  # where some backbones freeze their stages, as `build_on_meta` has it
     forget_pretrained(segmentor)
     allow_any_device(segmentor)
     losses_without_waits(segmentor)

@@ -11,6 +11,7 @@ import torch
 from mmcv.parallel import DataContainer
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset
 
 from internseg_ds.engine.experiment import Experiment, leaf_datasets
@@ -18,6 +19,10 @@ from internseg_ds.errors import ConfigError, reason_of, shortened
 from internseg_ds.models.backbone import patch_size
 from internseg_ds.models.heads import head_outputs, heads
 from internseg_ds.models.pixel_losses import has_mmsegs_losses
+
+COMES_OUT = "of the first image of data.train comes out of the pipeline as"
+FORMAT = "DefaultFormatBundle"
+BUNDLE = f"put dict(type='{FORMAT}') before Collect, which makes such tensors of both (ImageToTensor and ToTensor are for test pipelines)"
 
 
 def check_forward(model: nn.Module, sample: Mapping[str, Any], micro_batch: int, processes: int) -> tuple[list[tuple[nn.Module, Any]], str | None]:
@@ -36,15 +41,19 @@ def check_forward(model: nn.Module, sample: Mapping[str, Any], micro_batch: int,
     norms = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training]
     hooks = [norm.register_forward_pre_hook(lambda module, args, name=name: look(name, module, args)) for name, norm in norms]
     model.eval()  # batch norms in training mode would want values
+    reached, outputs = ["model.backbone"], []
+    if getattr(model, "with_neck", False):
+        hooks.append(model.backbone.register_forward_hook(lambda _, __, ___: reached.append("model.neck")))
     try:
         with torch.no_grad():
             features = model.extract_feat(torch.empty(1, *shape, device="meta"))
-            outputs = list(head_outputs(model, features))
+            reached.append("heads")
+            outputs.extend(head_outputs(model, features))
     except Exception as error:  # whatever some layer refuses with
         if is_unknown_to_meta(error):
             return [], f"whether the layers fit each other was not checked, since an operator has no form without memory ({reason_of(error)})"
-        raise ConfigError(f"the model cannot take a training image of {shape}: {reason_of(error)}; do the in_channels and in_index "
-                          "of its heads fit?") from error
+        where = _head_words(model, heads(model)[len(outputs)], features) if reached[-1] == "heads" else reached[-1]
+        raise ConfigError(f"the model cannot take a training image of {shape}: {reason_of(error)}, in {where}") from error
     finally:
         model.train()
         for hook in hooks:
@@ -55,6 +64,15 @@ def check_forward(model: nn.Module, sample: Mapping[str, Any], micro_batch: int,
         raise ConfigError(f"batch norm {name} gets one value per channel from {micro_batch} image a process on {processes} "
                           f"process{'es' * (processes > 1)}, and needs two in training; raise data.samples_per_gpu, or {others}")
     return outputs, None
+
+
+def _head_words(model: nn.Module, head: nn.Module, features: Any) -> str:
+    """A head by its place in the config, what it asks for, and the maps that it is given."""
+    name = next(name for name, module in model.named_modules() if module is head)
+    asked = ", ".join(f"{key}={getattr(head, key)}" for key in ("in_index", "in_channels") if hasattr(head, key))
+    maps = [leaf for leaf in tree_leaves(features) if isinstance(leaf, torch.Tensor)]
+    given = f"{len(maps)} maps of {', '.join(str(leaf.size(1)) for leaf in maps)} channels" if all(leaf.dim() > 1 for leaf in maps) else "what came before it"
+    return f"model.{name} ({type(head).__name__}): do its {asked} fit the {given} that it is given?"
 
 
 def is_unknown_to_meta(error: Exception) -> bool:
@@ -146,7 +164,8 @@ def check_windows(experiment: Experiment) -> None:
 
 
 def check_sample(model: nn.Module, sample: Mapping[str, Any]) -> None:
-    """A training image as the pipeline hands it over must hold what the model's `forward_train` takes, maps of its size, and be whole patches.
+    """A training image as the pipeline hands it over must hold what the model's `forward_train` takes, as tensors of the right kind, maps of its size, and be
+    whole patches.
 
     Raises ConfigError.
     """
@@ -155,6 +174,7 @@ def check_sample(model: nn.Module, sample: Mapping[str, Any]) -> None:
     except TypeError as error:
         raise ConfigError(f"the pipeline of data.train hands over {', '.join(sorted(sample))}, which {type(model).__name__} cannot train on: {error}; "
                           "its Collect must name what is missing, made by a step before it, and nothing else") from None
+    _check_image(sample["img"])
     patch, (_, height, width) = patch_size(model.backbone), image_shape(sample)
     for name, value in sample.items():
         value = value.data if isinstance(value, DataContainer) else value
@@ -164,3 +184,38 @@ def check_sample(model: nn.Module, sample: Mapping[str, Any]) -> None:
     if height % patch or width % patch:
         raise ConfigError(f"the first image of data.train comes out of its pipeline with {height} x {width} pixels, which are no whole patches of {patch}; "
                           f"crop and pad to a multiple of {patch}")
+    if "gt_semantic_seg" in sample and any(isinstance(head, BaseDecodeHead) and has_mmsegs_losses(head) for head in heads(model)):
+        _check_labels(sample["gt_semantic_seg"], height, width)
+
+
+def _check_image(handed: Any) -> None:
+    """An image must be a tensor of floating-point numbers, channels first, that can be stacked with others."""
+    value = _stackable("img", handed)
+    if not isinstance(value, torch.Tensor) or value.dim() != 3 or value.shape[2] < 5 <= value.shape[0]:
+        raise ConfigError(f"img {COMES_OUT} {_words_for(value)}, and must be a tensor of float32, channels first: {BUNDLE}")
+    if not value.is_floating_point():
+        raise ConfigError(f"img {COMES_OUT} {_words_for(value)}, and must be of float32; put a Normalize before {FORMAT}, or to_float32=True "
+                          "into LoadImageFromFile")
+
+
+def _check_labels(handed: Any, height: int, width: int) -> None:
+    """Labels must be a tensor as mmseg's heads take them, int64 of one channel."""
+    value = _stackable("gt_semantic_seg", handed)
+    if not isinstance(value, torch.Tensor) or value.dtype != torch.int64 or tuple(value.shape) != (1, height, width):
+        raise ConfigError(f"gt_semantic_seg {COMES_OUT} {_words_for(value)}, and must be a tensor of int64, (1, {height}, {width}): {BUNDLE}")
+
+
+def _stackable(name: str, handed: Any) -> Any:
+    """What a pipeline hands over as `name`, out of its container, which must be one whose contents become a batch."""
+    if not isinstance(handed, DataContainer):
+        return handed
+    if handed.cpu_only or not handed.stack:
+        raise ConfigError(f"{name} {COMES_OUT} a DataContainer that is not stacked into a batch; write stack=True for it, or {BUNDLE}")
+    return handed.data
+
+
+def _words_for(value: Any) -> str:
+    """The kind, type and shape of a value."""
+    shape, dtype = getattr(value, "shape", None), str(getattr(value, "dtype", "")).removeprefix("torch.")
+    kind = {"Tensor": "a tensor", "ndarray": "an array"}.get(type(value).__name__, type(value).__name__)
+    return kind if shape is None else f"{kind} of {dtype}, {tuple(shape)}"

@@ -18,7 +18,7 @@ from torch.utils.data import ConcatDataset, Dataset
 from internseg_ds.checkpoints.fitting import Fit
 from internseg_ds.data.datasets import build_datasets, first_sample, parts, pipelines, plain_parts
 from internseg_ds.data.joined import wrapper_in
-from internseg_ds.data.normalization import compare_normalization
+from internseg_ds.data.normalization import check_normalization, compare_normalization
 from internseg_ds.data.pipeline_steps import odd_steps
 from internseg_ds.data.survey import compare_zero_labels, survey
 from internseg_ds.distributed.construction import build_on_meta, choose_recomputation, freeze_parts
@@ -93,6 +93,7 @@ def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, An
     if world.is_main:
         check_trackers(experiment.log_hooks)
     train_set = build_datasets(experiment.train, "data.train", list(leaf_datasets(experiment.train)))
+    check_normalization(train_set, "data.train")
     warnings = check_classes(meta_model, train_set, "data.train")
     for steps in pipelines(train_set):
         warnings += odd_steps(steps, "data.train", evaluates=False)
@@ -119,10 +120,11 @@ def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, An
     if frozen and ds.param_dtype == torch.bfloat16:
         notes.append(f"{frozen:,} parameters are frozen: they are kept and saved in bf16, in which the model computes with them; only what trains has fp32 "
                      "masters")
-    warnings += try_losses(outputs, len(train_set.CLASSES), ignored)
+    warnings += try_losses(outputs, len(train_set.CLASSES), ignored, ds.micro_batch)
     val_set = None
     if validate:
         val_set = validation_set(experiment)
+        check_normalization(val_set, "data.val")
         check_classes(meta_model, val_set, "data.val")
         first_sample(val_set, "data.val", tolerated=TOLERATED)
         warnings += compare_classes(train_set, val_set)

@@ -180,6 +180,10 @@ class InternViT6B(BaseModule):
         super().__init__(init_cfg)
         if norm_type not in NORMS:
             raise ValueError(f"norm_type={norm_type!r} is none of {', '.join(NORMS)}")
+        sizes = dict(in_chans=in_chans, patch_size=patch_size, img_size=img_size, embed_dim=embed_dim, num_heads=num_heads, depth=depth)
+        for name, size in sizes.items():
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name}={size!r} must be a whole number of at least 1")
         if img_size % patch_size:
             below = img_size // patch_size * patch_size
             raise ValueError(f"img_size={img_size} is not a multiple of patch_size={patch_size}; use {below} or {below + patch_size}")

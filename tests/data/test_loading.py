@@ -11,6 +11,7 @@ import psutil
 import pytest
 import torch
 from mmcv import Config
+from mmseg.datasets import DATASETS, CustomDataset
 from mmseg.datasets.builder import PIPELINES
 
 from internseg_ds.data.datasets import build_datasets, first_sample
@@ -98,6 +99,39 @@ def test_data_that_is_not_there_is_one_sentence(data, change, words):
 def test_folders_in_a_list_are_joined_as_mmseg_joins_them(data):
     entry = Config({**data.train, "img_dir": ["images/training", "images/validation"], "ann_dir": ["annotations/training", "annotations/validation"]})._cfg_dict
     assert len(build_datasets(entry, "data.train", [entry])) == 23 + 7
+
+
+def test_an_image_that_a_resize_would_leave_no_pixel_of_is_told_so(data, ade20k, tmp_path):
+    shutil.copytree(ade20k, tmp_path / "ade")
+    image, labels = (sorted((tmp_path / "ade" / kind / "training").iterdir())[0] for kind in ("images", "annotations"))
+    for path in (image, labels):
+        cv2.imwrite(str(path), np.zeros((1, 200), np.uint8))
+    steps = [*data.train.pipeline[:2], {"type": "Resize", "img_scale": (96, 72)}, *data.train.pipeline[3:]]
+    entry = Config({**data.train, "data_root": str(tmp_path / "ade"), "pipeline": steps})._cfg_dict
+    dataset = build_datasets(entry, "data.train", [entry])
+    with pytest.raises(DataError, match=rf"image .*{image.name} of 1 x 200 pixels \(height x width\) cannot be resized: a side of it would have no pixel"):
+        first_sample(dataset, "data.train")
+
+
+@DATASETS.register_module()
+class NeedsAPackage(CustomDataset):
+    def load_annotations(self, *args, **kwargs):
+        import no_such_package_of_anybody  # noqa: F401
+
+
+@DATASETS.register_module()
+class ReadsLinesThatAreTooShort(CustomDataset):
+    def load_annotations(self, *args, **kwargs):
+        return [dict(filename=["a", "b"][5])]
+
+
+@pytest.mark.parametrize(("kind", "words"), [
+    ("NeedsAPackage", "ModuleNotFoundError: NeedsAPackage: No module named 'no_such_package_of_anybody'"),
+    ("ReadsLinesThatAreTooShort", "IndexError: ReadsLinesThatAreTooShort: list index out of range")])
+def test_a_data_set_of_ones_own_that_cannot_be_built_is_one_sentence(data, kind, words):
+    entry = Config({**data.train, "type": kind})._cfg_dict
+    with pytest.raises(DataError, match=f"data.train cannot be built: {words}"):
+        build_datasets(entry, "data.train", [entry])
 
 
 def test_a_pipeline_that_fails_on_an_image_is_one_sentence(data):

@@ -51,6 +51,42 @@ def test_masks_of_0_and_255_for_two_classes_have_nothing_to_learn(data):
         survey(built(data([0, 255], [255, 0])), "data.train", training=True)
 
 
+def test_a_folder_whose_images_end_otherwise_is_not_called_empty_alone(data):
+    root = data([0, 1], [1, 0], ending=".JPG")
+    with pytest.raises(DataError, match=r"data\.train is empty: .*; 2 files there end in '\.JPG' \(0\.JPG\): if these are meant, set img_suffix='\.JPG'"):
+        built(root)
+    with pytest.raises(DataError, match=r"; 2 files there end in '\.JPG'"):
+        built(root, img_suffix=".tif")
+    first, second = entry_of(root, img_suffix=".JPG"), entry_of(root)
+    with pytest.raises(DataError, match=r"joins several data sets, and that of .*images has no image; 2 files there end in '\.JPG'"):
+        build_datasets([first, second], "data.train", [first, second])
+    assert len(built(root, img_suffix=".JPG")) == 2
+
+
+def test_label_maps_that_end_otherwise_are_named(data):
+    root = data([0, 1], [1, 0])
+    with pytest.raises(DataError, match=r"2 of 2 label maps are missing, the first is .*0\.PNG \(there is 0\.png\)"):
+        built(root, seg_map_suffix=".PNG")
+    (root / "split.txt").write_text("0\n1\n")
+    with pytest.raises(DataError, match=r"images of the split file .*0\.jpeg \(there is 0\.jpg\)"):
+        built(root, img_suffix=".jpeg", split="split.txt")
+
+
+@pytest.mark.parametrize("validates", [False, True])
+def test_a_palette_that_opencv_would_read_as_colours_is_told_how_to_be_read(data, validates):
+    root = data([0, 1], [1, 0])
+    for path in (root / "labels").iterdir():
+        labels = Image.open(path)
+        labels.putpalette([0, 0, 0, 200, 10, 10])
+        labels.save(path)
+    by_opencv = dict(pipeline=TEST, gt_seg_map_loader_cfg=dict(imdecode_backend="cv2"), test_mode=True) if validates else dict(
+        pipeline=[TRAIN[0], dict(type="LoadAnnotations", imdecode_backend="cv2"), *TRAIN[2:]])
+    with pytest.raises(ConfigError, match=r"0\.png has a palette, of which imdecode_backend='cv2' .* leave imdecode_backend out"):
+        built(root, **by_opencv)
+    assert survey(built(root), "data.train", training=True) == []
+    built(data([0, 1], [1, 0]), **by_opencv)  # without a palette
+
+
 def test_classes_that_never_occur_are_named(data):
     dataset = built(data([0, 1], [1, 0]), classes=list("abcd"), palette=colours(4))
     assert survey(dataset, "data.train", training=True) == ["data.train: 2 of 4 classes occur in none of all 2 label maps looked at: c, d"]

@@ -16,10 +16,10 @@ SOUND = [
     [dict(type="CrossEntropyLoss", loss_name="loss_ce"), dict(type="DiceLoss", loss_name="loss_dice")]]
 
 
-def said_of(loss, *, ignore_index=255, classes=3, **head):
+def said_of(loss, *, ignore_index=255, classes=3, micro_batch=2, **head):
     settings = dict(type="FCNHead", in_channels=4, channels=4, num_convs=1, concat_input=False, num_classes=3) | head
     built = build_head(settings | dict(loss_decode=loss))
-    return try_losses([(built, built([torch.zeros(1, 4, 28, 28)]))], classes, [ignore_index])
+    return try_losses([(built, built([torch.zeros(1, 4, 28, 28)]))], classes, [ignore_index], micro_batch)
 
 
 @pytest.mark.parametrize("loss", SOUND, ids=str)
@@ -29,6 +29,19 @@ def test_the_losses_of_mmseg_pass(loss):
 
 def test_hard_pixels_are_sampled_as_in_training():
     assert said_of(SOUND[0], sampler=dict(type="OHEMPixelSampler", thresh=0.7, min_kept=100)) == []
+
+
+OHEM_OF_LOSSES = dict(type="OHEMPixelSampler", min_kept=100)
+
+
+def test_a_sampler_that_wants_losses_of_pixels_from_one_of_images_is_refused_where_there_are_several_images():
+    losses = [dict(type="CrossEntropyLoss", loss_name="loss_ce"), dict(type="LovaszLoss", per_image=True, loss_name="loss_lovasz")]
+    words = r"FCNHead cannot be computed .* in 2 images: .*\(CrossEntropyLoss, LovaszLoss\) .* as OHEMPixelSampler without"
+    with pytest.raises(ConfigError, match=words):
+        said_of(losses, sampler=OHEM_OF_LOSSES)
+    said_of(losses, sampler=OHEM_OF_LOSSES, micro_batch=1)  # of which mmseg's sampler takes the one value
+    said_of(losses, sampler=dict(OHEM_OF_LOSSES, thresh=0.7))
+    said_of(losses[:1], sampler=OHEM_OF_LOSSES)
 
 
 def test_more_outputs_than_classes_pass():

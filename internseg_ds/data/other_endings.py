@@ -1,0 +1,54 @@
+"""Files that a data set does not take since their names end otherwise than it says: found, and put into words.
+
+In: folders and endings. Out: paths, or the end of a sentence.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+
+SAME = ({".jpg", ".jpeg"}, {".tif", ".tiff"})
+"""Endings of one format."""
+
+
+def alike(suffix: str) -> set[str]:
+    """What `suffix` may have been meant as, in lower case: other endings of its format too."""
+    head, dot, ending = suffix.lower().rpartition(".")
+    ending = dot + ending
+    return {head + other for other in next((same for same in SAME if ending in same), {ending})}
+
+
+def files_alike(folder: str, suffix: str) -> Iterator[tuple[str, str]]:
+    """(path inside the folder, the same without its ending) of files whose names end almost as `suffix` says."""
+    endings = alike(suffix)
+    for path in _files(folder):
+        if not path.endswith(suffix) and (ending := next((some for some in endings if path.lower().endswith(some)), None)):
+            yield path, path[: -len(ending)]
+
+
+def there_are(folder: str, suffix: str, setting: str) -> str:
+    """The files of a folder in which none ends in `suffix`, as the end of a sentence that says what to set; setting: the name of that suffix.
+
+    Where some end almost so, these; else those of the ending that most have.
+    """
+    found = [path for path, _ in files_alike(folder, suffix)] or list(_files(folder))
+    endings = Counter(os.path.splitext(path)[1] for path in found)
+    if not endings:
+        return f"; there is no file in {folder}"
+    (ending, count), = endings.most_common(1)
+    first = min(path for path in found if os.path.splitext(path)[1] == ending)
+    return f"; {count} files there end in {ending!r} ({first}): if these are meant, set {setting}={ending!r}, or rename them"
+
+
+def instead_of(path: str) -> str:
+    """A file beside one that is missing, of the same name and another ending, as a part of a sentence; empty where there is none."""
+    folder, name = os.path.split(path)
+    stem = os.path.splitext(name)[0]
+    names = sorted(entry.name for entry in os.scandir(folder)) if os.path.isdir(folder) else []
+    other = next((entry for entry in names if os.path.splitext(entry)[0] == stem), None)
+    return f" (there is {other})" if other is not None else ""
+
+
+def _files(folder: str) -> Iterator[str]:
+    for inner, _, names in os.walk(folder):
+        yield from (os.path.relpath(os.path.join(inner, name), folder) for name in names)
