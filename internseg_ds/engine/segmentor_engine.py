@@ -33,7 +33,7 @@ from internseg_ds.checkpoints.weights import weights_of
 from internseg_ds.checkpoints.zero_checkpoint import ZeroCheckpoint
 from internseg_ds.data.loading import Batch
 from internseg_ds.distributed.block_hooks import require_input_gradients
-from internseg_ds.distributed.checkpoint_engine import NotingCheckpointEngine
+from internseg_ds.distributed.checkpoint_engine import note_failed_writes
 from internseg_ds.distributed.construction import build_for_training, choose_recomputation, freeze_parts
 from internseg_ds.distributed.ema import ShardedEma
 from internseg_ds.distributed.gathering import forwards
@@ -138,6 +138,7 @@ class SegmentorEngine:
         if overwrite:
             set_aside(self.work_dir, in_charge, world.rank)
         self.checkpoints = Checkpoints(self.work_dir / "checkpoints", experiment.max_keep_ckpts, in_charge)
+        self.checkpoints.tidy()
         self.state, self.stopped = TrainState(seed=seed, run=of_all_ranks(uuid.uuid4().hex)[0]), False
         hosts = of_all_ranks(socket.gethostname())
         start_logging(self.work_dir, level=experiment.log_level, is_main=world.is_main, header=environment_lines(seed, hosts))
@@ -202,7 +203,7 @@ class SegmentorEngine:
         require_input_gradients(self.deepspeed.module)
         if isinstance(optimizer, RangedAdam):
             divide_by_settings(self.deepspeed, optimizer, groups)
-        self.deepspeed.checkpoint_engine = NotingCheckpointEngine(self.deepspeed._config, background=experiment.engine.background_save)
+        note_failed_writes(self.deepspeed, background=experiment.engine.background_save)
         self.ema = ShardedEma(self.deepspeed, experiment.engine.ema) if experiment.engine.ema is not None else None
         if checkpoint is not None:
             restore(self.deepspeed, checkpoint, experiment.schedule)
