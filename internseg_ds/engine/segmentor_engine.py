@@ -53,7 +53,7 @@ from internseg_ds.engine.environment import environment_lines
 from internseg_ds.engine.evaluator import Evaluation, evaluate_each
 from internseg_ds.engine.experiment import Experiment, read_experiment
 from internseg_ds.engine.image_sizes import size_lines
-from internseg_ds.engine.outputs import check_writable
+from internseg_ds.engine.outputs import check_writable, whole_file
 from internseg_ds.engine.planner import Planner
 from internseg_ds.engine.preflight import Plan, check
 from internseg_ds.engine.profiling import check_profiled_steps
@@ -218,8 +218,9 @@ class SegmentorEngine:
             log.info("resumed from %s (%d processes, ZeRO-%d): step %d, %d images seen",
                      checkpoint.path, checkpoint.world_size, checkpoint.stage, self.state.step, self.state.images)
         if self.world.is_main:
-            (self.work_dir / "config.py").write_text(self._config_text, encoding="utf-8")
-            (self.work_dir / "ds_config.json").write_text(json.dumps(ds.raw, indent=4) + "\n")
+            for name, text in (("config.py", self._config_text), ("ds_config.json", json.dumps(ds.raw, indent=4) + "\n")):
+                with whole_file(self.work_dir / name) as file:
+                    file.write(text.encode())
 
     @property
     def world(self) -> World:

@@ -1,5 +1,10 @@
-"""Disks that fill while something is written, by bytes and by inodes: what did not fit is lost or comes later, and the training goes on. Needs leave to mount."""
+"""Disks that fill while something is written, by bytes and by inodes: what did not fit is lost, or comes later, and the training goes on.
 
+The tests need leave to mount.
+"""
+
+import json
+import logging
 import os
 import shutil
 import subprocess
@@ -12,13 +17,20 @@ import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
+from mmseg.datasets.builder import PIPELINES
 
 from internseg_ds.checkpoints.saves import complete_saves
 from internseg_ds.checkpoints.zero_checkpoint import ZeroCheckpoint
 from internseg_ds.distributed.checkpoint_engine import note_failed_writes
 from internseg_ds.engine.checkpointing import Checkpoints
+from internseg_ds.engine.segmentor_engine import SegmentorEngine
 from internseg_ds.engine.state import TrainState
+from internseg_ds.engine.trackers import open_trackers, start_logging
+from internseg_ds.engine.trainer import record
+from tests.conftest import ROOT, TINY, data_options
 from tests.distributed.ranks import spawn
+from tests.end_to_end.conftest import SMALL
+from tests.engine.small import small_experiment
 
 SIZE = 2**14
 
@@ -103,3 +115,77 @@ def saves_while_the_disk_fills(disk: Path, background: bool, fills: list[dict[st
 def test_a_disk_that_fills_during_a_save_costs_the_save_alone(background, small_disk):
     fills = [{"free_bytes": pages * 4096} for pages in (0, 1, 2, 5, 8, 11, 13, 15, 17, 19, 21)] + [{"free_inodes": number} for number in range(8)]
     spawn(saves_while_the_disk_fills, 2, small_disk(), background, fills)
+
+
+def test_records_catch_up_when_there_is_room_again(small_disk):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    disk, log = small_disk(), logging.getLogger("internseg_ds.engine")
+    start_logging(disk, level="INFO", is_main=True)
+    with open_trackers(disk, [{"type": "TensorboardLoggerHook"}], max_steps=9, start=0, config={}, is_main=True) as trackers:
+        for step in range(1, 10):
+            if step == 3:
+                leave(disk, free_bytes=0)
+            if step == 7:
+                shutil.rmtree(disk / "filler")
+            log.info("step %d of the log, %s", step, "and more " * 200)
+            record(trackers, step, {"loss": float(step), **{f"IoU.{name}": 0.5 for name in range(150)}})
+    start_logging(None, level="INFO", is_main=True)
+    assert [json.loads(line)["loss"] for line in (disk / "metrics.jsonl").read_text().splitlines()] == list(range(1, 10))
+    lines = (disk / "train.log").read_text().splitlines()
+    assert [step for line in lines for step in range(1, 10) if f" step {step} of the log, and more " in line] == list(range(1, 10))
+    assert sum("lines wait in memory" in line for line in lines) == 2  # once for each file
+    events = EventAccumulator(str(disk / "tensorboard"))
+    events.Reload()
+    assert {event.step: event.value for event in events.Scalars("loss")} == {step: float(step) for step in range(1, 10)}
+
+
+def test_a_full_disk_at_the_start_or_at_a_resume_is_one_sentence(small_disk, launch, ade20k):
+    disk = small_disk(size="16m")
+    options = [*SMALL, *data_options(ade20k), "runner.max_iters=1", "checkpoint_config.interval=1"]
+    command = ("launch/train.py", TINY, "--work-dir", disk / "run", "--no-validate", "--cfg-options", *options)
+
+    def refused(*more: str) -> bool:
+        done = launch(*command[:4], *more, *command[4:], check=False)
+        said = [line for line in done.stderr.splitlines() if "error: " in line]
+        return done.returncode == 2 and len(said) == 1 and f"the work directory {disk / 'run'} cannot be written" in said[0] and "make room" in said[0]
+
+    leave(disk, free_bytes=0)
+    assert refused()
+    shutil.rmtree(disk / "filler")
+    leave(disk, free_inodes=1)
+    assert refused()
+    shutil.rmtree(disk / "filler")
+    launch(*command)
+    leave(disk, free_bytes=4096)
+    assert refused("--resume", "auto")
+
+
+@PIPELINES.register_module()
+class FillDiskInStep:
+    """An image of the third step of a training fills its disk; one of the fifth makes room again."""
+
+    def __init__(self, disk: str) -> None:
+        self.disk, self.images = Path(disk), 0
+
+    def __call__(self, results: dict) -> dict:
+        self.images += 1
+        if self.images == 9:
+            leave(self.disk, free_bytes=0)
+        elif self.images == 17:
+            shutil.rmtree(self.disk / "filler")
+        return results
+
+
+def test_a_training_goes_on_while_its_disk_is_full(small_disk, ade20k):
+    disk = small_disk(size="16m")
+    cfg = small_experiment(ade20k, "runner.max_iters=6", "checkpoint_config.interval=2", "checkpoint_config.max_keep_ckpts=1", "evaluation.interval=2")
+    cfg.data.train.pipeline.insert(-2, dict(type="FillDiskInStep", disk=str(disk)))
+    with SegmentorEngine(cfg, ROOT / "ds_configs/zero1_bf16.json", work_dir=disk / "run") as engine:
+        engine.train()
+        assert engine.checkpoints.newest == "iter_6"
+    records = [json.loads(line) for line in (disk / "run/metrics.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in records if "loss" in entry] == [1, 2, 3, 4, 5, 6]
+    assert [entry["step"] for entry in records if "mIoU" in entry] == [2, 4, 6]
+    assert "iter_4 could not be saved" in (disk / "run/train.log").read_text()
+    assert {path.name for path in complete_saves(disk / "run/checkpoints")} >= {"iter_6"}
