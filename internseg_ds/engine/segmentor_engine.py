@@ -53,6 +53,7 @@ from internseg_ds.engine.environment import environment_lines
 from internseg_ds.engine.evaluator import Evaluation, evaluate_each
 from internseg_ds.engine.experiment import Experiment, read_experiment
 from internseg_ds.engine.image_sizes import size_lines
+from internseg_ds.engine.launcher import Launcher
 from internseg_ds.engine.outputs import check_writable, whole_file
 from internseg_ds.engine.planner import Planner
 from internseg_ds.engine.preflight import Plan, check
@@ -164,7 +165,7 @@ class SegmentorEngine:
             log.info("--resume auto: there is no checkpoint in %s yet, so this run starts at step 0", self.checkpoints.folder)
         self.resumed_unscored = any(of_all_ranks(checkpoint is not None and not checkpoint.manifest.get("metrics")))  # hosts may differ
         self.watch = Watch(world, hang_s=heartbeat_timeout)
-        self.stop_requests = StopRequests(stop_file(self.work_dir) if world.is_main else None, self.watch)
+        self.stop_requests = StopRequests(stop_file(self.work_dir) if world.is_main else None, self.watch, Launcher())
         try:
             self._build(seed, checkpoint)
         except BaseException as error:

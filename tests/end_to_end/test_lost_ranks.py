@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from internseg_ds.engine.launcher import is_launcher
 from internseg_ds.exit_codes import LOST
 from tests.conftest import ROOT, TINY, data_options, free_port
 from tests.end_to_end.conftest import SMALL
@@ -86,6 +87,26 @@ def test_a_rank_that_is_frozen_ends_the_others_after_the_heartbeat_timeout(ade20
         assert re.search(r"rank 1 .* has given no sign of life for 4 s", (tmp_path / "train.log").read_text())
         ranks[1].resume()  # lest the launcher wait 30 s for it
         assert launcher.wait(timeout=60) == LOST and nothing_stays(tmp_path, within_s=10)
+
+
+def test_a_training_whose_launcher_was_terminated_saves_and_ends(ade20k, tmp_path):
+    """deepspeed's runner dies of SIGTERM alone, and its launch.py with the ranks would go on for ever."""
+    with running(tmp_path, ade20k) as (launcher, _):
+        launcher.terminate()
+        launcher.wait(10)
+        assert nothing_stays(tmp_path, within_s=60)
+    said = (tmp_path / "train.log").read_text()
+    tag = (tmp_path / "checkpoints/latest").read_text()
+    assert "the launcher of this training has ended" in said and f"--resume auto goes on from {tag}" in said
+
+
+@pytest.mark.parametrize(("command", "expected"), [
+    ("python3.11 /venv/bin/deepspeed --num_gpus 2 launch/train.py", True), ("/usr/bin/python3.11 -u -m deepspeed.launcher.launch --world_info=e30=", True),
+    ("python /venv/bin/torchrun --standalone", True), ("python -m torch.distributed.run --nproc_per_node 2", True), ("mpirun -np 2 python", True),
+    ("bash -c deepspeed", False), ("-bash", False), ("python launch/keep_running.py -- deepspeed", False), ("sh ./deepspeed_job.sh", False)])
+def test_launchers_are_known_by_their_command_lines(command, expected):
+    assert is_launcher(command.split(" ", 2) if command.startswith("bash -c") else command.split(" ")) is expected
+    assert is_launcher(["slurmstepd: [4711.0]"])
 
 
 @pytest.mark.slow

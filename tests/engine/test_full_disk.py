@@ -148,7 +148,7 @@ def test_a_full_disk_at_the_start_or_at_a_resume_is_one_sentence(small_disk, lau
     def refused(*more: str) -> bool:
         done = launch(*command[:4], *more, *command[4:], check=False)
         said = [line for line in done.stderr.splitlines() if "error: " in line]
-        return done.returncode == 2 and len(said) == 1 and f"the work directory {disk / 'run'} cannot be written" in said[0] and "make room" in said[0]
+        return done.returncode == 2 and len(said) == 1 and " cannot be written" in said[0] and "make room" in said[0]
 
     leave(disk, free_bytes=0)
     assert refused()
@@ -163,7 +163,7 @@ def test_a_full_disk_at_the_start_or_at_a_resume_is_one_sentence(small_disk, lau
 
 @PIPELINES.register_module()
 class FillDiskInStep:
-    """An image of the third step of a training fills its disk; one of the fifth makes room again."""
+    """An image early in a training fills its disk; a later one makes room again."""
 
     def __init__(self, disk: str) -> None:
         self.disk, self.images = Path(disk), 0
@@ -187,5 +187,6 @@ def test_a_training_goes_on_while_its_disk_is_full(small_disk, ade20k):
     records = [json.loads(line) for line in (disk / "run/metrics.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in records if "loss" in entry] == [1, 2, 3, 4, 5, 6]
     assert [entry["step"] for entry in records if "mIoU" in entry] == [2, 4, 6]
-    assert "iter_4 could not be saved" in (disk / "run/train.log").read_text()
+    said = (disk / "run/train.log").read_text()
+    assert " could not be saved: it needs " in said and "a record of step" in said
     assert {path.name for path in complete_saves(disk / "run/checkpoints")} >= {"iter_6"}
