@@ -45,7 +45,7 @@ from internseg_ds.distributed.process_group import World, adopt, join, leave, of
 from internseg_ds.distributed.ranged_adam import RangedAdam, divide_by_settings
 from internseg_ds.distributed.restoring import restore
 from internseg_ds.distributed.threads import take_share_of_cores
-from internseg_ds.distributed.watch import Watch, check_heartbeat_timeout
+from internseg_ds.distributed.watch import Watch, check_heartbeat_timeout, time_limit
 from internseg_ds.engine.auto_recomputation import agreed_recomputation
 from internseg_ds.engine.checkpointing import Checkpoints
 from internseg_ds.engine.config_text import config_text
@@ -115,20 +115,22 @@ class SegmentorEngine:
         self.work_dir = Path(work_dir) if work_dir else experiment.work_dir
         seed = experiment.seed if seed is None else seed
         refusal: UserError | None = None
+        io_s = experiment.engine.io_timeout
         try:
-            check_writable(self.work_dir / "checkpoints", "--work-dir")
-            if self.profiled_steps:
-                check_writable(self.work_dir / "profile", "--profile")
-            check_no_stop_file(self.work_dir)
-            resume = resume or experiment.resume_from
-            resume_from = checkpoint_to_resume(resume, self.work_dir)
-            check_unused(self.work_dir, resume_from, overwrite=overwrite, resumes=resume == "auto")
-            self.plan: Plan = check(experiment, ds_config, world, validate=validate, load_from=load_from, resume_from=resume_from)
+            with time_limit(io_s, "looking at the work directory, the weights and the data"):
+                check_writable(self.work_dir / "checkpoints", "--work-dir")
+                if self.profiled_steps:
+                    check_writable(self.work_dir / "profile", "--profile")
+                check_no_stop_file(self.work_dir)
+                resume = resume or experiment.resume_from
+                resume_from = checkpoint_to_resume(resume, self.work_dir)
+                check_unused(self.work_dir, resume_from, overwrite=overwrite, resumes=resume == "auto")
+                self.plan: Plan = check(experiment, ds_config, world, validate=validate, load_from=load_from, resume_from=resume_from)
         except UserError as error:
             refusal = error
         self._owns_group = not dist.is_initialized()
         if self._owns_group:
-            join(world, timedelta(seconds=max(1800.0, 2 * heartbeat_timeout)), refusal=refusal)  # the watch is to speak before that time is over
+            join(world, timedelta(seconds=max(1800.0, 2 * heartbeat_timeout, io_s + 600)), refusal=refusal)  # the watch is to speak before that time is over
         elif refusal is not None:
             raise refusal
         else:
@@ -164,13 +166,14 @@ class SegmentorEngine:
         if checkpoint is None and resume is not None:
             log.info("--resume auto: there is no checkpoint in %s yet, so this run starts at step 0", self.checkpoints.folder)
         self.resumed_unscored = any(of_all_ranks(checkpoint is not None and not checkpoint.manifest.get("metrics")))  # hosts may differ
-        self.watch = Watch(world, hang_s=heartbeat_timeout)
+        self.watch = Watch(world, hang_s=heartbeat_timeout, io_s=io_s)
         self.stop_requests = StopRequests(stop_file(self.work_dir) if world.is_main else None, self.watch, Launcher())
         try:
             self._build(seed, checkpoint)
         except BaseException as error:
             self._give_up(error)
             raise
+        self.watch.at(self.state.step, "idle")
 
     def _build(self, seed: int, checkpoint: ZeroCheckpoint | None) -> None:
         import deepspeed
@@ -187,6 +190,7 @@ class SegmentorEngine:
         self.meter = make_meter(experiment.engine.peak_tflops, self.plan.meta_model, self.plan.crop, self.world, self.compute_dtype)
         torch.backends.cudnn.benchmark = experiment.cudnn_benchmark and not torch.are_deterministic_algorithms_enabled()
         model = build_for_training(experiment.model, ds, device, seed)
+        self.watch.mark()
         choose_recomputation(model, recomputation)
         freeze_parts(model, experiment.engine.freeze)
         if checkpoint is not None:
@@ -194,6 +198,7 @@ class SegmentorEngine:
         elif self.plan.weights is not None:
             load(model, self.plan.weights)
             self.plan = replace(self.plan, weights=None)  # an old file's tensors are in memory
+        self.watch.mark()
         apply_precision(model, self.compute_dtype, heads=self.heads_dtype, autocast=ds.precision == "autocast")
         groups = groups_in(model, parameter_groups(self.plan.meta_model, experiment.optimizer), self.plan.meta_model)
         if ds.cpu_adam:
@@ -201,6 +206,7 @@ class SegmentorEngine:
         optimizer = build_optimizer(groups, experiment.optimizer, ds)
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds.raw,
                                                   lr_scheduler=lambda optimizer: experiment.schedule.scheduler(scheduled(optimizer)))
+        self.watch.mark()
         require_input_gradients(self.deepspeed.module)
         if isinstance(optimizer, RangedAdam):
             divide_by_settings(self.deepspeed, optimizer, groups)
@@ -247,7 +253,9 @@ class SegmentorEngine:
     def train(self) -> TrainState:
         """Trains to the last step of the schedule, logging, saving and evaluating as the config says."""
         self.stop_requests.listen()  # until the end: what comes too late to be answered is no reason to end before the other ranks
-        return train(self)
+        state = train(self)
+        self.watch.at(state.step, "idle")
+        return state
 
     def evaluate(self, *, verbose: bool = True, stop: Callable[[], bool] = lambda: False) -> Evaluation:
         """mmseg's metrics on the validation set with the weights as they are, or with their average (EMA) where the run keeps one.
@@ -258,10 +266,10 @@ class SegmentorEngine:
         if self.plan.val_set is None:
             raise ConfigError("this engine was built with validate=False and has no validation set; build it with validate=True to evaluate")
         experiment = self.plan.experiment
-        self.watch.at(self.state.step, "evaluating")
         ready = forwards(self.deepspeed.module, experiment.model, self.compute_dtype, self.world.device, heads=self.heads_dtype,
                          autocast=self.plan.ds.precision == "autocast", weights=experiment.engine.evaluation_weights)
-        with self.ema.in_place_of_weights() if self.ema is not None else nullcontext(), ready as segmentor:
+        averaged = self.ema.in_place_of_weights() if self.ema is not None else nullcontext()
+        with self.watch.during(self.state.step, "evaluating"), averaged, ready as segmentor:
             return evaluate_each(segmentor, self.plan.val_set, world=self.world, workers=experiment.workers, metrics=experiment.metrics, verbose=verbose,
                             stop=lambda: self.watch.mark() or stop())
 
@@ -270,14 +278,15 @@ class SegmentorEngine:
 
         With `engine.background_save` it returns sooner, and the checkpoint is published at a later log step, evaluation, save, or `close`.
         """
-        self.watch.at(self.state.step, "saving")
         dataset = self.plan.train_set
         meta = {"CLASSES": list(dataset.CLASSES), "PALETTE": [list(map(int, colour)) for colour in dataset.PALETTE], "config": self._config_text}
         groups = named_groups(self.plan.meta_model, parameter_groups(self.plan.meta_model, self.plan.experiment.optimizer))
-        return self.checkpoints.save(self.deepspeed, self.state, meta, groups, self.ema)
+        with self.watch.during(self.state.step, "saving"):
+            return self.checkpoints.save(self.deepspeed, self.state, meta, groups, self.ema)
 
     def close(self) -> None:
         """Publishes a save that is still being written, frees the engine, and leaves the process group if this engine joined it."""
+        self.watch.at(self.state.step, "saving")
         self.checkpoints.finish()
         self.deepspeed.destroy()
         dist.barrier()  # a rank that dies on its way here is still noticed
@@ -303,6 +312,7 @@ class SegmentorEngine:
             error.add_note(after_out_of_memory(self._planner, self.plan.ds, self.world, self._recomputation))
         alone = of_one_rank(error)
         if alone is None:
+            self.watch.at(self.state.step, "saving")
             self.checkpoints.finish()
         self.watch.close(alone)
         if self._owns_group:

@@ -36,6 +36,7 @@ def train(engine: "SegmentorEngine") -> TrainState:
     plan, state, watch, stop = engine.plan, engine.state, engine.watch, engine.stop_requests
     experiment, ds, world, deepspeed = plan.experiment, plan.ds, engine.world, engine.deepspeed
     last, evaluates = experiment.max_steps, plan.val_set is not None
+    watch.at(state.step, "building")
     if state.step >= last:
         log.warning("nothing is left to train: the checkpoint is of step %d, and runner.max_iters is %d; raise it, or start anew in another --work-dir",
                     state.step, last)

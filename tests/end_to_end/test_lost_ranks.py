@@ -135,3 +135,15 @@ def test_a_rank_that_hangs_is_named_with_its_line(launch, ade20k, tmp_path):
     found = re.search(r"no rank has got on for 4 s: the other 1 wait for rank (\d) .* at step (\d+), data \((\S+)", done.stderr)
     assert found and "file_client" in found[3], done.stderr[-3000:]
     assert "most recent call first" in done.stderr  # the stack of the one that hangs
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_save_that_hangs_ends_after_its_limit(processes, launch, ade20k, tmp_path):
+    """The pointer to it is written through a pipe that nobody reads: a disk that does not answer."""
+    (tmp_path / "checkpoints").mkdir()
+    os.mkfifo(tmp_path / "checkpoints/latest.new")
+    done = launch("launch/train.py", TINY, "--work-dir", tmp_path, "--no-validate", "--heartbeat-timeout", "4", "--cfg-options", *SMALL, *data_options(ade20k),
+                  "runner.max_iters=1", "checkpoint_config.interval=1", "engine.io_timeout=20", processes=processes, check=False)
+    assert done.returncode == LOST and nothing_stays(tmp_path, within_s=10)
+    assert re.search(r"no rank has got on for 20 s: .* rank 0 \(host .*\) at step 1, saving \(\S+", done.stderr), done.stderr[-3000:]
+    assert "in publish" in done.stderr  # of the stack
