@@ -50,6 +50,8 @@ def place_of(manifest: Mapping[str, Any]) -> tuple[int, float]:
 def named_by(pointer: Path) -> str:
     """The name that a pointer file (`latest`, `best`) holds: of a neighbour. Raises CheckpointError where it holds none, or a way out of the folder."""
     try:
+        if pointer.exists() and not pointer.is_file():
+            raise OSError("it is no file")  # a pipe would be waited for
         with pointer.open("rb") as file:
             name = file.read(LONGEST + 1).decode().strip()
     except (OSError, UnicodeDecodeError) as error:

@@ -117,6 +117,43 @@ def test_a_disk_that_fills_during_a_save_costs_the_save_alone(background, small_
     spawn(saves_while_the_disk_fills, 2, small_disk(), background, fills)
 
 
+def saves_beside_what_is_busy_and_where_nothing_can_be_written(disk: Path) -> None:
+    engine, checkpoints, folder = toy_engine(False), Checkpoints(disk / "checkpoints", keep=1), disk / "checkpoints"
+
+    def mount(*words: object) -> None:
+        if dist.get_rank() == 0:
+            subprocess.run(["mount", *map(str, words)], check=True)
+        dist.barrier()
+
+    def saved(step: int) -> bool:
+        path = checkpoints.save(engine, TrainState(step=step), {})
+        assert path in (None, folder / f"iter_{step}")
+        dist.barrier()
+        return path is not None and complete_saves(folder)[-1] == path
+
+    assert saved(1)
+    mount("--bind", folder / "iter_1", folder / "iter_1")  # a mount point is busy: it can neither be renamed nor removed
+    assert saved(2) and saved(3)
+    assert {path.name for path in complete_saves(folder)} == {"iter_1", "iter_3"}
+    assert not saved(1)  # it cannot take that name
+    assert saved(4)
+    if dist.get_rank() == 0:
+        (folder / "iter_5.partial").mkdir()
+    dist.barrier()
+    mount("--bind", folder / "iter_5.partial", folder / "iter_5.partial")
+    assert not saved(5) and saved(6)
+    mount("-o", "remount,ro", disk)
+    assert not saved(7)
+    checkpoints.tidy()
+    assert checkpoints.score(TrainState(step=6), {"mIoU": 0.5}, "mIoU") is True  # not noted, and no end
+    mount("-o", "remount,rw", disk)
+    assert saved(8)
+
+
+def test_what_is_busy_or_read_only_costs_a_save_at_most(small_disk):
+    spawn(saves_beside_what_is_busy_and_where_nothing_can_be_written, 2, small_disk())
+
+
 def test_records_catch_up_when_there_is_room_again(small_disk):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
