@@ -58,6 +58,8 @@ def update_metrics(directory: Path, metrics: Mapping[str, float]) -> None:
 def read_manifest(directory: Path) -> dict[str, Any] | None:
     """The note, or None where there is none. Raises CheckpointError when it is no note."""
     try:
+        if (directory / MANIFEST).exists() and not (directory / MANIFEST).is_file():
+            raise ValueError("it is no file")  # a pipe would be waited for
         content = json.loads((directory / MANIFEST).read_text())
     except FileNotFoundError:
         return None
@@ -70,9 +72,28 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     for key, kind in KINDS.items():
         if not isinstance(content, dict) or not isinstance(content.get(key, kind[0]()), kind):
             raise CheckpointError(f"{directory / MANIFEST} is damaged: it has no {key} as a save writes it; take another checkpoint")
-    if not all(isinstance(_size(entry), int) for entry in content.get("files", {}).values()):
-        raise CheckpointError(f"{directory / MANIFEST} is damaged: it has no files as a save writes them; take another checkpoint")
+    if trouble := _trouble_in(content):
+        raise CheckpointError(f"{directory / MANIFEST} is damaged: {trouble}; take another checkpoint")
     return content
+
+
+def _trouble_in(content: Mapping[str, Any]) -> str | None:
+    """What of a note's content no save writes."""
+    def is_number(value: Any) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+    if "step" not in content:
+        return "it has no step"
+    for name, entry in content.get("files", {}).items():
+        if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name or not isinstance(_size(entry), int):
+            return f"its files hold {name[:60]!r}: {entry!r:.60}"
+    for name, value in content.get("metrics", {}).items():
+        if not is_number(value):
+            return f"its metrics hold {name[:60]!r}: {value!r:.60}"
+    for group in content.get("groups", []):
+        if not (isinstance(group, dict) and isinstance(group.get("names"), list) and is_number(group.get("lr")) and is_number(group.get("weight_decay"))):
+            return f"its groups hold {group!r:.60}"
+    return None
 
 
 def verify_manifest(directory: Path) -> None:

@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ def place_of(manifest: Mapping[str, Any]) -> tuple[int, float]:
 def named_by(pointer: Path) -> str:
     """The name that a pointer file (`latest`, `best`) holds: of a neighbour. Raises CheckpointError where it holds none, or a way out of the folder."""
     try:
+        if pointer.exists() and not pointer.is_file():
+            raise OSError("it is no file")  # a pipe would be waited for
         with pointer.open("rb") as file:
             name = file.read(LONGEST + 1).decode().strip()
     except (OSError, UnicodeDecodeError) as error:
@@ -78,6 +81,26 @@ def publish(pointer: Path, tag: str) -> None:
     to_disk(pointer.parent)
 
 
+def take_name(partial: Path, final: Path, replaced: Path) -> None:
+    """Renames a save that is whole; one that has its name already is `replaced` then. Raises OSError, and all is as it was."""
+    if os.path.lexists(final):
+        final.rename(replaced)  # a resumed run comes to this step again
+    try:
+        partial.rename(final)
+    except OSError:
+        give_name_back(None, replaced)
+        raise
+
+
+def give_name_back(final: Path | None, replaced: Path) -> None:
+    """Takes back what `take_name` did. final: the save that has the name now, None for none."""
+    with suppress(OSError):  # of a disk that gives trouble already
+        if final is not None:
+            final.rename(final.with_name(final.name + PARTIAL))
+        if os.path.lexists(replaced):
+            replaced.rename(replaced.with_name(replaced.name.removesuffix(".replaced" + PARTIAL)))
+
+
 def remove(path: Path) -> None:
     """Takes a save away: out of sight at once, then off the disk. What cannot be removed is a warning, and is tried again by `sweep`."""
     aside = path if path.name.endswith(PARTIAL) else path.with_name(f"{path.name}.removed{PARTIAL}")
@@ -96,6 +119,12 @@ def sweep(folder: Path) -> None:
     """Takes away what interrupted saves and removals have left."""
     for leftover in folder.glob("*" + PARTIAL):
         remove(leftover)
+
+
+def all_to_disk(folder: Path) -> None:
+    """Brings the files of a folder to disk."""
+    for file in folder.iterdir():
+        to_disk(file)
 
 
 def to_disk(path: Path) -> None:

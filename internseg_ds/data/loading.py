@@ -4,6 +4,8 @@ Training batches come from an endless, seeded stream: which images, and how each
 position in the stream alone (not on workers, ranks or restarts). Evaluation batches are single images, dealt out to the ranks in turn.
 """
 
+import ctypes
+import multiprocessing
 import os
 import random
 import signal
@@ -28,6 +30,7 @@ from internseg_ds.seeding import derived_seed
 
 NOT_FOR_WORKERS = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}
 """Signals that terminals, launchers and schedulers send to whole groups of processes, and that are a training process's to answer."""
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 REPLACEMENTS = 20
 """Images that are tried for one place of the stream, before all of them are taken for damaged."""
 
@@ -181,12 +184,21 @@ def _quiet_worker(_: int) -> None:
     Launchers and schedulers signal workers too, but a request to stop is the training process's to answer, and it still wants its batch. So a worker ends by
     SIGTERM only when that process sent it.
     """
+    _end_with_the_parent()
     cv2.setNumThreads(0)
     signal.set_wakeup_fd(-1)  # it is the training process's
     for number in NOT_FOR_WORKERS - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_end_when_the_parent_says_so, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_the_parent() -> None:
+    """Has the kernel kill this worker when the thread that started it ends, whatever the worker is at then: an image that hangs, or a wait for memory."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if multiprocessing.get_start_method() == "fork" and parent is not None and os.getppid() != parent.pid:
+        os._exit(0)  # it has ended before
 
 
 def _end_when_the_parent_says_so(parent: int) -> None:

@@ -4,15 +4,19 @@ DeepSpeed's save_checkpoint holds barriers between the files of a rank. A rank t
 would end the training instead of the save. (DeepSpeed's own decoupled writer, 0.19.8, needs libaio and says nothing of a write that failed.)
 """
 
+import logging
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.engine import DeepSpeedEngine
 from torch.utils._pytree import tree_map
 
 from internseg_ds.checkpoints.checksums import SummedFile, Written
+
+log = logging.getLogger(__name__)
 
 
 class NotingCheckpointEngine(TorchCheckpointEngine):
@@ -26,6 +30,12 @@ class NotingCheckpointEngine(TorchCheckpointEngine):
         self.background, self.failure = background, None
         self.written: dict[str, Written] = {}
         self._thread, self._pending = ThreadPoolExecutor(1), []
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        try:
+            super().makedirs(path, exist_ok)
+        except OSError as error:
+            self.failure = self.failure or error
 
     def save(self, state_dict: Any, path: str) -> None:
         if self.background:
@@ -72,3 +82,19 @@ class NotingCheckpointEngine(TorchCheckpointEngine):
         for write in pending:
             write.result()
         return self.failure
+
+
+class _SavingEngine(DeepSpeedEngine):
+    """DeepSpeed's engine, whose copies of its recovery scripts beside the checkpoints are worth a warning, and no rank's end, where there is no room."""
+
+    def _copy_recovery_script(self, save_path: str) -> None:
+        try:
+            super()._copy_recovery_script(save_path)
+        except OSError as error:
+            log.warning("DeepSpeed's scripts zero_to_fp32.py and zero_to_torch.py cannot be copied into %s: %s", save_path, error.strerror or error)
+
+
+def note_failed_writes(engine: DeepSpeedEngine, *, background: bool = False) -> None:
+    """Has the saves of an engine go on where a write fails, and note it in its `checkpoint_engine`. background: as of `NotingCheckpointEngine`."""
+    engine.checkpoint_engine = NotingCheckpointEngine(engine._config, background=background)
+    engine.__class__ = _SavingEngine  # deepspeed.initialize makes its own class alone

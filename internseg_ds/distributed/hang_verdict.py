@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from internseg_ds.exit_codes import LOST
 
-Doing = Literal["building", "data", "forward", "backward", "update", "agreeing", "evaluating", "saving"]
+Doing = Literal["building", "data", "forward", "backward", "update", "agreeing", "evaluating", "saving", "idle"]
 STEP_PARTS: tuple[Doing, ...] = ("data", "forward", "backward", "update", "agreeing")
 """In the order in which a step goes through them: a rank that stands at an earlier one keeps the others waiting."""
 

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from multiprocessing import AuthenticationError, Pipe
@@ -39,16 +39,17 @@ CONNECT_S = 60.0
 GRACE_S = 3.0
 """Seconds in which a rank that fails may learn that another one's death was the reason."""
 
-UNTIMED: tuple[Doing, ...] = ("building", "saving")
-"""What may take any time."""
+SLOW: tuple[Doing, ...] = ("building", "saving")
+"""What waits for disks, and has a longer limit of its own."""
 
 
 class Watch:
-    """One rank's part in it. Made by all ranks together; a group of one has nobody to look after, and starts no thread."""
+    """One rank's part in it. Made by all ranks together; a group of one looks after what waits for disks alone."""
 
-    def __init__(self, world: World, *, hang_s: float) -> None:
-        """hang_s: seconds in which no rank gets on (saving and building left out), or one gives no sign of life, that end the run; 0: any. Collective."""
-        self.world, self.hang_s = world, hang_s
+    def __init__(self, world: World, *, hang_s: float, io_s: float = 0) -> None:
+        """hang_s: seconds in which no rank gets on, or one gives no sign of life, that end the run; 0: any. io_s: the same while some rank builds, loads or
+        saves. Nothing is timed while one is idle, which is up to who called. Collective."""
+        self.world, self.hang_s, self.io_s = world, hang_s, io_s
         self.asked_to_stop = False
         """Whether some rank was asked to stop."""
         self._place = Place(world.rank, socket.gethostname(), os.getpid())
@@ -63,11 +64,22 @@ class Watch:
             alive = weakref.ref(self)
             os.register_at_fork(after_in_child=lambda: (here := alive()) and here._disown())
             self._thread = threading.Thread(target=self._oversee if world.is_main else self._report, daemon=True, name="watch")
+        elif world.size == 1 and io_s:
+            self._thread = threading.Thread(target=self._oversee, daemon=True, name="watch")
+        if self._thread is not None:
             self._thread.start()
 
     def at(self, step: int, doing: Doing, micro_batch: int = 0) -> None:
         """This rank has come to this part of this step (the one after `step` - 1 updates). micro_batch: of the step, from 0."""
         self._place, self._got_on = replace(self._place, step=step, doing=doing, micro_batch=micro_batch, marks=self._place.marks + 1), time.monotonic()
+
+    @contextmanager
+    def during(self, step: int, doing: Doing) -> Iterator[None]:
+        """This rank does this for the length of a block, and goes on with what it did before; after an error it goes on with nothing."""
+        before = self._place.doing
+        self.at(step, doing)
+        yield
+        self.at(step, before)
 
     def mark(self) -> None:
         """This rank gets on."""
@@ -88,7 +100,7 @@ class Watch:
         else the others hear of it when this process ends, after its traceback."""
         if self._thread is None:
             return
-        if failure is None:
+        if failure is None or self.world.size == 1:
             self._place = replace(self._place, left=True)
             self._wake.send(None)
             self._thread.join(GRACE_S)
@@ -201,17 +213,26 @@ class Watch:
                 self._send("", here)
                 return
             everybody = [here, *self._peers.values()]
-            if (seen := sum(place.marks for place in everybody)) != marks or any(place.doing in UNTIMED or place.left for place in everybody):
+            limit = self._limit({place.doing for place in everybody})
+            if (seen := sum(place.marks for place in everybody)) != marks or not limit or any(place.left for place in everybody):
                 marks, got_on = seen, now
             if self.hang_s:
                 for peer, place in self._peers.items():
                     if now - heard[peer] > self.hang_s and not place.left:
                         self._tell(f"{place} has given no sign of life for {self.hang_s:.0f} s: its process is stopped, or its host is down", place)
-                if now - got_on > self.hang_s:
-                    self._tell(*verdict(everybody, self.hang_s))
+            if limit and now - got_on > limit:
+                self._tell(*verdict(everybody, limit))
             if now - beat >= BEAT_S:
                 beat = now
                 self._send("", here)
+
+    def _limit(self, doing: Set[Doing]) -> float:
+        """Seconds in which some rank must get on while all are at these; 0: any."""
+        if "idle" in doing:
+            return 0
+        if doing & set(SLOW):
+            return self.io_s
+        return self.hang_s if self.world.size > 1 else 0  # one alone may stand in a debugger
 
     def _tell(self, word: str, about: Place) -> None:
         """The end for all ranks."""
@@ -254,6 +275,24 @@ def joined(world: World) -> Iterator[World]:
     finally:
         if owned:
             leave()
+
+
+@contextmanager
+def time_limit(seconds: float, doing: str) -> Iterator[None]:
+    """Ends this process, with its stack, where a block takes longer: for what comes before ranks can watch each other. 0: any time."""
+    def end() -> None:
+        faulthandler.dump_traceback(file=sys.__stderr__)
+        log.error("%s took more than %.0f s (engine.io_timeout): a disk that does not answer? This run ends.", doing, seconds)
+        os._exit(LOST)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    if seconds:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def check_heartbeat_timeout(seconds: float) -> None:

@@ -16,7 +16,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from internseg_ds.checkpoints.checksums import Written
 from internseg_ds.checkpoints.manifest import update_metrics, write_manifest
-from internseg_ds.checkpoints.saves import PARTIAL, noted_saves, pointed_to, publish, remove, sweep, to_disk
+from internseg_ds.checkpoints.saves import PARTIAL, all_to_disk, give_name_back, noted_saves, pointed_to, publish, remove, sweep, take_name, to_disk
 from internseg_ds.checkpoints.zero_checkpoint import EMA_FILE
 from internseg_ds.distributed.partitions import partitions
 from internseg_ds.distributed.process_group import any_rank, of_all_ranks
@@ -72,17 +72,15 @@ class Checkpoints:
         self.finish()  # the save before this one
         tag, writer = f"iter_{state.step}", deepspeed_engine.checkpoint_engine
         partial = self.folder / (tag + PARTIAL)
-        if self.leads:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            sweep(self.folder)
         writer.forget()
         needed = self._bytes_to_save(deepspeed_engine, ema)
-        if _agreed(deepspeed_engine, not self.leads or shutil.disk_usage(self.folder).free > needed):
+        failure = _failure_of(lambda: self._make_room_for(partial, needed)) if self.leads else None
+        if _agreed(deepspeed_engine, failure is None):
             deepspeed_engine.save_checkpoint(str(self.folder), tag=partial.name, client_state={"internseg_ds": state.state_dict()}, save_latest=False)
             if ema is not None:
                 writer.save(ema.state_dict(), str(partial / EMA_FILE.format(rank=dist.get_rank())))
         else:
-            writer.failure = OSError("no room")
+            writer.failure = failure or OSError("another rank failed")
         self._started = Started(deepspeed_engine, tag, needed, {
             "step": state.step, "world_size": dist.get_world_size(), "meta": meta, "metrics": {}, "groups": groups,
             "zero_stage": deepspeed_engine.zero_optimization_stage(), "node_local": len(set(self.leaders)) > 1,
@@ -102,24 +100,23 @@ class Checkpoints:
         if not wait and not _agreed(started.engine, writer.done()):
             return
         self._started = None
-        failure = writer.wait() or _allto_disk(partial)
+        failure = writer.wait() or _failure_of(lambda: all_to_disk(partial))
         if fine := _agreed(started.engine, failure is None):
             note = started.note | {"written": self._written(writer)}
-            failure = _noted(partial, note) if self.leads else None
+            replaced = final.with_name(f"{started.tag}.replaced{PARTIAL}")
+            failure = _failure_of(lambda: _named(partial, final, replaced, note)) if self.leads else None
             fine = _agreed(started.engine, failure is None)
+            if self.leads and not fine and failure is None:
+                give_name_back(final, replaced)  # on another host it could not be taken
         if not fine:
             if self.leads:
                 shutil.rmtree(partial, ignore_errors=True)
                 log.warning("%s could not be saved: it needs %s MiB and %s MiB are free in %s (%s); training goes on, the newest checkpoint is %s",
-                            started.tag, f"{started.needed / 2**20:,.0f}", f"{shutil.disk_usage(self.folder).free / 2**20:,.0f}", self.folder,
+                            started.tag, f"{started.needed / 2**20:,.0f}", _free_mib(self.folder), self.folder,
                             failure or "another rank failed", self.newest or "none")
             dist.barrier()
             return
         if self.leads:
-            replaced = self.folder / (started.tag + ".replaced" + PARTIAL)
-            if os.path.lexists(final):
-                final.rename(replaced)  # a resumed run comes to this step again
-            partial.rename(final)
             if os.path.lexists(replaced):
                 remove(replaced)
             with unless_disk_full(f"{final} is saved, but `latest` does not name it"):  # --resume auto finds it all the same
@@ -148,6 +145,12 @@ class Checkpoints:
         dist.barrier()
         return better
 
+    def tidy(self) -> None:
+        """Takes away what interrupted runs have left. Before the first save."""
+        if self.leads:
+            sweep(self.folder)
+        dist.barrier()
+
     def recall_best(self, state: TrainState, best_by: str | None) -> None:
         """Takes the best score so far from the folder: a checkpoint is saved before it is scored, so its own state does not know."""
         notes = {path.name: manifest for path, manifest in noted_saves(self.folder)}
@@ -155,6 +158,15 @@ class Checkpoints:
         if tag in notes and (manifest := notes[tag])["step"] <= state.step:
             state.best, state.best_tag = manifest["metrics"].get(best_by), tag
         state.best, state.best_tag = of_all_ranks((state.best, state.best_tag))[0]  # hosts with folders of their own must not differ
+
+    def _make_room_for(self, partial: Path, needed: int) -> None:
+        """Takes leftovers away, that of an earlier save to `partial` too, and looks for room for so many bytes."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        sweep(self.folder)
+        if os.path.lexists(partial):
+            raise OSError(f"the leftover {partial} cannot be removed; remove it by hand")
+        if shutil.disk_usage(self.folder).free <= needed:
+            raise OSError("no room")
 
     def _last_number(self) -> int:
         """Of the saves in this rank's folder."""
@@ -190,20 +202,24 @@ def _agreed(deepspeed_engine: Any, fine: bool) -> bool:
     return not trouble
 
 
-def _noted(partial: Path, note: dict[str, Any]) -> OSError | None:
-    """Writes the manifest; what went wrong."""
+def _failure_of(act: Callable[[], None]) -> OSError | None:
+    """What goes wrong with the disk while it acts: one rank alone must not raise where the others wait for it."""
     try:
-        write_manifest(partial, **note)
+        act()
     except OSError as error:
         return error
     return None
 
 
-def _allto_disk(folder: Path) -> OSError | None:
-    """Brings what this host wrote to disk; what went wrong."""
+def _named(partial: Path, final: Path, replaced: Path, note: Mapping[str, Any]) -> None:
+    """Writes the manifest of a save that is on disk, and gives the save its name."""
+    write_manifest(partial, **note)
+    take_name(partial, final, replaced)
+
+
+def _free_mib(folder: Path) -> str:
+    """For a sentence."""
     try:
-        for file in folder.iterdir():
-            to_disk(file)
-    except OSError as error:
-        return error
-    return None
+        return f"{shutil.disk_usage(folder).free / 2**20:,.0f}"
+    except OSError:
+        return "?"

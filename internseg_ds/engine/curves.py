@@ -2,14 +2,18 @@
 
 import json
 from pathlib import Path
+from typing import Any
+
+from internseg_ds.engine.outputs import whole_file
 
 
 def draw_curves(metrics: Path, picture: Path, score: str = "mIoU") -> None:
-    """Reads the records of `metrics` (JSON lines with step, loss, lr, and `score` where the run evaluated) and writes the PNG `picture`."""
+    """Reads the records of `metrics` (JSON lines with step, loss, lr, and `score` where the run evaluated) and writes the PNG `picture`; passes over
+    what is no record. Raises OutputError."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    records = list(filter(None, map(_record, metrics.read_text(errors="replace").splitlines())))
     losses = [(record["step"], record["loss"]) for record in records if record.get("loss") is not None]
     scores = [(record["step"], 100 * record[score]) for record in records if record.get(score) is not None]
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
@@ -23,4 +27,12 @@ def draw_curves(metrics: Path, picture: Path, score: str = "mIoU") -> None:
         right.plot(*zip(*scores, strict=True), color="tab:orange", marker="o", label=score)
         right.set_ylabel(f"{score} on the validation set, %", color="tab:orange")
         right.set_ylim(bottom=0)
-    figure.savefig(picture)
+    with whole_file(picture) as file:
+        figure.savefig(file, format="png")
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None  # half a line, of a disk that was full

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from internseg_ds.distributed.process_group import of_all_ranks
-from internseg_ds.engine.outputs import unless_disk_full
+from internseg_ds.engine.late_lines import LateLines
 from internseg_ds.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -19,8 +19,8 @@ class DataFaults:
     def __init__(self, file: Path, limit: int, *, start: int = 0) -> None:
         """file: has a line for each; a run that goes on from a step `start` knows those. limit: how many different ones a run may have
         (`engine.max_data_faults`). Collective."""
-        self.file, self.limit = file, limit
-        noted = file.read_text().splitlines() if dist.get_rank() == 0 and start and file.exists() else []
+        self.file, self.limit, self._lines = file, limit, LateLines(file)
+        noted = file.read_text(errors="replace").splitlines() if dist.get_rank() == 0 and start and file.exists() else []
         self.known: set[str] = set(of_all_ranks(noted)[0])
         """Of all ranks."""
         if dist.get_rank() == 0 and not start:
@@ -38,8 +38,7 @@ class DataFaults:
         self.pending = set()
         is_main = dist.get_rank() == 0
         if is_main:
-            with unless_disk_full("damaged images are not noted"), self.file.open("a") as file:
-                file.writelines(f"{fault}\n" for fault in new)
+            self._lines.add("".join(f"{fault}\n" for fault in new))
         if len(self.known) > self.limit:
             raise DataError(f"{new[-1]}" + (
                 f" ({len(self.known)} damaged training images are more than engine.max_data_faults={self.limit}; {self.file} names them)"

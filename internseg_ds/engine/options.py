@@ -7,6 +7,9 @@ from typing import Any
 
 from internseg_ds.errors import ConfigError, unknown_key
 
+LEAST_IO_TIMEOUT = 10.0
+"""Less would end runs that only build their model."""
+
 
 @dataclass(frozen=True)
 class EngineOptions:
@@ -36,6 +39,8 @@ class EngineOptions:
     """Write checkpoints while the training goes on, from a copy in host memory."""
     checksums: bool = True
     """Hold checkpoints and weights that are read against the checksums that were noted when they were written."""
+    io_timeout: float = 3600.0
+    """Seconds in which no rank gets on with building, loading or saving, after which the run ends, as where a network disk does not answer; 0: any."""
     max_data_faults: int = 0
     """Training images that may be damaged: each is named, and another takes its place. One more ends the run; by default, the first."""
     max_skipped_steps: int = 10
@@ -72,6 +77,9 @@ class EngineOptions:
                 raise ConfigError(f"engine.{name}={getattr(self, name)!r} must be True or False")
         whole_number(self.max_data_faults, "engine.max_data_faults", least=0)
         whole_number(self.max_skipped_steps, "engine.max_skipped_steps", least=1)
+        limit = self.io_timeout
+        if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not (limit == 0 or LEAST_IO_TIMEOUT <= limit < math.inf):
+            raise ConfigError(f"engine.io_timeout={limit!r} must be at least {LEAST_IO_TIMEOUT:g} seconds, or 0 for no limit; 3600 is the usual one")
         peak = self.peak_tflops
         if peak is not None and (isinstance(peak, bool) or not isinstance(peak, (int, float)) or not 0 < peak < math.inf):
             raise ConfigError(f"engine.peak_tflops={peak!r} must be a number of TFLOP/s per device above 0, "

@@ -11,7 +11,7 @@ from typing import BinaryIO
 import cv2
 import numpy as np
 
-from internseg_ds.errors import ConfigError, OutputError
+from internseg_ds.errors import CheckpointError, ConfigError, OutputError
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def unless_disk_full(loss: str) -> Iterator[None]:
     """What a training can do without: where it cannot be written, a warning says so. loss: what there will not be."""
     try:
         yield
-    except (OSError, OutputError) as error:
+    except (OSError, OutputError, CheckpointError) as error:
         log.warning("%s: %s; the training goes on", loss, error)
 
 

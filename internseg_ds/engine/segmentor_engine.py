@@ -32,7 +32,7 @@ from torch import Tensor
 from internseg_ds.checkpoints.weights import weights_of
 from internseg_ds.checkpoints.zero_checkpoint import ZeroCheckpoint
 from internseg_ds.data.loading import Batch
-from internseg_ds.distributed.checkpoint_engine import NotingCheckpointEngine
+from internseg_ds.distributed.checkpoint_engine import note_failed_writes
 from internseg_ds.distributed.construction import choose_recomputation
 from internseg_ds.distributed.ema import ShardedEma
 from internseg_ds.distributed.gathering import forwards
@@ -41,7 +41,7 @@ from internseg_ds.distributed.parameter_groups import named_groups, parameter_gr
 from internseg_ds.distributed.precision import backbone_dtype, heads_dtype, set_fp32_matmul
 from internseg_ds.distributed.process_group import World, adopt, join, leave, of_all_ranks, world_from_environment
 from internseg_ds.distributed.restoring import restore
-from internseg_ds.distributed.watch import Watch, check_heartbeat_timeout
+from internseg_ds.distributed.watch import Watch, check_heartbeat_timeout, time_limit
 from internseg_ds.engine.auto_recomputation import agreed_recomputation
 from internseg_ds.engine.checkpointing import Checkpoints
 from internseg_ds.engine.config_text import config_text
@@ -50,7 +50,8 @@ from internseg_ds.engine.environment import environment_lines
 from internseg_ds.engine.evaluator import Evaluation, evaluate_each
 from internseg_ds.engine.experiment import Experiment, read_experiment
 from internseg_ds.engine.image_sizes import size_lines
-from internseg_ds.engine.outputs import check_writable
+from internseg_ds.engine.launcher import Launcher
+from internseg_ds.engine.outputs import check_writable, whole_file
 from internseg_ds.engine.planner import Planner
 from internseg_ds.engine.preflight import Plan, check
 from internseg_ds.engine.profiling import check_profiled_steps
@@ -112,20 +113,22 @@ class SegmentorEngine:
         self.work_dir = Path(work_dir) if work_dir else experiment.work_dir
         seed = experiment.seed if seed is None else seed
         refusal: UserError | None = None
+        io_s = experiment.engine.io_timeout
         try:
-            check_writable(self.work_dir / "checkpoints", "--work-dir")
-            if self.profiled_steps:
-                check_writable(self.work_dir / "profile", "--profile")
-            check_no_stop_file(self.work_dir)
-            resume = resume or experiment.resume_from
-            resume_from = checkpoint_to_resume(resume, self.work_dir, check=experiment.engine.checksums)
-            check_unused(self.work_dir, resume_from, overwrite=overwrite, resumes=resume == "auto")
-            self.plan: Plan = check(experiment, ds_config, world, validate=validate, load_from=load_from, resume_from=resume_from)
+            with time_limit(io_s, "looking at the work directory, the weights and the data"):
+                check_writable(self.work_dir / "checkpoints", "--work-dir")
+                if self.profiled_steps:
+                    check_writable(self.work_dir / "profile", "--profile")
+                check_no_stop_file(self.work_dir)
+                resume = resume or experiment.resume_from
+                resume_from = checkpoint_to_resume(resume, self.work_dir, check=experiment.engine.checksums)
+                check_unused(self.work_dir, resume_from, overwrite=overwrite, resumes=resume == "auto")
+                self.plan: Plan = check(experiment, ds_config, world, validate=validate, load_from=load_from, resume_from=resume_from)
         except UserError as error:
             refusal = error
         self._owns_group = not dist.is_initialized()
         if self._owns_group:
-            join(world, timedelta(seconds=max(1800.0, 2 * heartbeat_timeout)), refusal=refusal)  # the watch is to speak before that time is over
+            join(world, timedelta(seconds=max(1800.0, 2 * heartbeat_timeout, io_s + 600)), refusal=refusal)  # the watch is to speak before that time is over
         elif refusal is not None:
             raise refusal
         else:
@@ -136,6 +139,7 @@ class SegmentorEngine:
         if overwrite:
             set_aside(self.work_dir, in_charge, world.rank)
         self.checkpoints = Checkpoints(self.work_dir / "checkpoints", experiment.max_keep_ckpts, in_charge)
+        self.checkpoints.tidy()
         self.state, self.stopped = TrainState(seed=seed, run=of_all_ranks(uuid.uuid4().hex)[0]), False
         hosts = of_all_ranks(socket.gethostname())
         start_logging(self.work_dir, level=experiment.log_level, is_main=world.is_main, header=environment_lines(seed, hosts))
@@ -160,8 +164,8 @@ class SegmentorEngine:
         self._may_go_back = resume == "auto"
         if checkpoint is None and resume is not None:
             log.info("--resume auto: there is no checkpoint in %s yet, so this run starts at step 0", self.checkpoints.folder)
-        self.watch = Watch(world, hang_s=heartbeat_timeout)
-        self.stop_requests = StopRequests(stop_file(self.work_dir) if world.is_main else None, self.watch)
+        self.watch = Watch(world, hang_s=heartbeat_timeout, io_s=io_s)
+        self.stop_requests = StopRequests(stop_file(self.work_dir) if world.is_main else None, self.watch, Launcher())
         self.stop_requests.listen(training=False)
         try:
             with told_in_a_sentence():
@@ -169,6 +173,7 @@ class SegmentorEngine:
         except BaseException as error:
             self._give_up(error)
             raise
+        self.watch.at(self.state.step, "idle")
 
     def _build(self, seed: int, checkpoint: ZeroCheckpoint | None) -> None:
         experiment, ds, device = self.plan.experiment, self.plan.ds, self.world.device
@@ -185,16 +190,19 @@ class SegmentorEngine:
 
         def load_weights(model: torch.nn.Module) -> None:
             nonlocal checkpoint
+            self.watch.mark()
             if checkpoint is not None:
                 checkpoint = self._from_one_that_is_whole(checkpoint, lambda each: load(model, fit_segmentor(model, weights_of(each))))
             elif self.plan.weights is not None:
                 load(model, self.plan.weights)
                 self.plan = replace(self.plan, weights=None)  # an old file's tensors are in memory
+            self.watch.mark()
 
         self.deepspeed = build_deepspeed_engine(
             experiment, ds, self.plan.meta_model, device, seed=seed, compute=self.compute_dtype, heads=self.heads_dtype, recomputation=recomputation,
             load_weights=load_weights)
-        self.deepspeed.checkpoint_engine = NotingCheckpointEngine(self.deepspeed._config, background=experiment.engine.background_save)
+        self.watch.mark()
+        note_failed_writes(self.deepspeed, background=experiment.engine.background_save)
         self.ema = ShardedEma(self.deepspeed, experiment.engine.ema) if experiment.engine.ema is not None else None
         if checkpoint is not None:
             checkpoint = self._from_one_that_is_whole(checkpoint, partial(self._restore, loaded=checkpoint))
@@ -210,8 +218,9 @@ class SegmentorEngine:
                      checkpoint.path, checkpoint.world_size, checkpoint.stage, self.state.step, self.state.images)
         self.resumed_unscored = any(of_all_ranks(checkpoint is not None and not checkpoint.manifest.get("metrics")))  # hosts may differ
         if self.world.is_main:
-            (self.work_dir / "config.py").write_text(self._config_text, encoding="utf-8")
-            (self.work_dir / "ds_config.json").write_text(json.dumps(ds.raw, indent=4) + "\n")
+            for name, text in (("config.py", self._config_text), ("ds_config.json", json.dumps(ds.raw, indent=4) + "\n")):
+                with whole_file(self.work_dir / name) as file:
+                    file.write(text.encode())
 
     def _restore(self, checkpoint: ZeroCheckpoint, loaded: ZeroCheckpoint) -> None:
         """Gives optimizer, schedule and average the state of `checkpoint`, and the module its weights, unless it has those of
@@ -273,7 +282,9 @@ class SegmentorEngine:
         """Trains to the last step of the schedule, logging, saving and evaluating as the config says."""
         self.stop_requests.listen(training=True)  # until the end: what comes too late to be answered is no reason to end before the other ranks
         with told_in_a_sentence():
-            return train(self)
+            state = train(self)
+        self.watch.at(state.step, "idle")
+        return state
 
     def evaluate(self, *, verbose: bool = True, stop: Callable[[], bool] = lambda: False) -> Evaluation:
         """mmseg's metrics on the validation set with the weights as they are, or with their average (EMA) where the run keeps one.
@@ -284,10 +295,10 @@ class SegmentorEngine:
         if self.plan.val_set is None:
             raise ConfigError("this engine was built with validate=False and has no validation set; build it with validate=True to evaluate")
         experiment = self.plan.experiment
-        self.watch.at(self.state.step, "evaluating")
         ready = forwards(self.deepspeed.module, experiment.model, self.compute_dtype, self.world.device, heads=self.heads_dtype,
                          autocast=self.plan.ds.precision == "autocast", weights=experiment.engine.evaluation_weights)
-        with self.ema.in_place_of_weights() if self.ema is not None else nullcontext(), ready as segmentor:
+        averaged = self.ema.in_place_of_weights() if self.ema is not None else nullcontext()
+        with self.watch.during(self.state.step, "evaluating"), averaged, ready as segmentor:
             return evaluate_each(segmentor, self.plan.val_set, world=self.world, workers=experiment.workers, metrics=experiment.metrics, verbose=verbose,
                             stop=lambda: self.watch.mark() or stop())
 
@@ -296,13 +307,14 @@ class SegmentorEngine:
 
         With `engine.background_save` it returns sooner, and the checkpoint is published at a later log step, evaluation, save, or `close`.
         """
-        self.watch.at(self.state.step, "saving")
         dataset = self.plan.train_set
         meta = {"CLASSES": list(dataset.CLASSES), "PALETTE": [list(map(int, colour)) for colour in dataset.PALETTE], "config": self._config_text}
-        return self.checkpoints.save(self.deepspeed, self.state, meta, self._named_groups, self.ema)
+        with self.watch.during(self.state.step, "saving"):
+            return self.checkpoints.save(self.deepspeed, self.state, meta, self._named_groups, self.ema)
 
     def close(self) -> None:
         """Publishes a save that is still being written, frees the engine, and leaves the process group if this engine joined it."""
+        self.watch.at(self.state.step, "saving")
         self.checkpoints.finish()
         self.deepspeed.destroy()
         dist.barrier()  # a rank that dies on its way here is still noticed
@@ -328,6 +340,7 @@ class SegmentorEngine:
             error.add_note(after_out_of_memory(self._planner, self.plan.ds, self.world, self._recomputation))
         alone = of_one_rank(error)
         if alone is None:
+            self.watch.at(self.state.step, "saving")
             self.checkpoints.finish()
         self.watch.close(alone)
         if self._owns_group:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from internseg_ds.distributed.process_group import of_all_ranks
-from internseg_ds.engine.outputs import unless_disk_full
+from internseg_ds.engine.late_lines import LateLines
 from internseg_ds.engine.trackers import rewind
 from internseg_ds.errors import Diverged
 
@@ -33,7 +33,7 @@ class SkippedSteps:
 
     def __init__(self, deepspeed_engine: Any, file: Path, limit: int, *, start: int = 0) -> None:
         """file: a line of JSON is added for each skipped step. limit: skipped steps in a row that end the run. start: the step that the run goes on from."""
-        self.deepspeed, self.file, self.limit = deepspeed_engine, file, limit
+        self.deepspeed, self.file, self.limit, self._lines = deepspeed_engine, file, limit, LateLines(file)
         self.in_a_row = 0
         self._seen = deepspeed_engine.skipped_steps
         self._buffers = [buffer for buffer in deepspeed_engine.module.buffers() if buffer.numel()]
@@ -64,9 +64,8 @@ class SkippedSteps:
         reason = f"the loss is not finite for these images: {names}" if names else "the losses are finite, the gradient is not"
         is_main = dist.get_rank() == 0
         if is_main:
-            with unless_disk_full("the images of a skipped step are not noted"), self.file.open("a") as file:
-                ranks = [[{"loss": str(loss), "images": files} for loss, files in some] for some in told]
-                print(json.dumps({"step": step, "ranks": ranks}), file=file)
+            ranks = [[{"loss": str(loss), "images": files} for loss, files in some] for some in told]
+            self._lines.add(json.dumps({"step": step, "ranks": ranks}) + "\n")
         if self.in_a_row >= self.limit:
             raise Diverged(f"{self.in_a_row} steps in a row, up to step {step}, were skipped; at the last {reason}. {self.file} names the images of all of "
                            "them. Lower the learning rate, or clip the gradients with optimizer_config=dict(grad_clip=dict(max_norm=...))")

@@ -1,6 +1,7 @@
-"""Requests that a training save and stop: SIGTERM, SIGUSR1 (Slurm's warning) and SIGINT (Ctrl-C) to any rank, and a file WORK_DIR/STOP.
+"""Requests that a training save and stop: SIGTERM, SIGUSR1 (Slurm's warning) and SIGINT (Ctrl-C) to any rank, a file WORK_DIR/STOP, and
+the end of its launcher.
 
-A signal or the file is only noted here; ranks agree on it at the end of a step (`trainer.train`), and hear of each other's sooner through the watch.
+Each is only noted here; ranks agree on it at the end of a step (`trainer.train`), and hear of each other's sooner through the watch.
 
 Launchers and schedulers pass a request on, one process after the other, and so a rank may get the same one again at any time: deepspeed's launch.py sends
 SIGTERM to each after it has waited up to 30 seconds for the one before. Only a person presses Ctrl-C twice. So SIGTERM and SIGUSR1 ask for a save as often as
@@ -24,6 +25,7 @@ from internseg_ds.exit_codes import INTERRUPTED, STOPPED
 
 if TYPE_CHECKING:
     from internseg_ds.distributed.watch import Watch  # which loads torch, and the first signal may come before that
+    from internseg_ds.engine.launcher import Launcher
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +33,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SAME_REQUEST_S = 5.0
 """Signals so close together are one request: torchrun passes on the Ctrl-C that its ranks got from the terminal, too."""
 LOOK_S = 1.0
-"""Seconds between looks for the file, which may lie on a slow file system."""
+"""Seconds between looks for the file, which may lie on a slow file system, and for the launcher."""
 
 
 def stop_file(work_dir: Path) -> Path:
@@ -102,9 +104,9 @@ class StopRequests:
     """What was asked of this rank. Between `listen` and `close` signals are noted; Ctrl-C after an earlier request ends the process at once, and nothing that
     was saved suffers from it."""
 
-    def __init__(self, file: Path | None, watch: "Watch") -> None:
+    def __init__(self, file: Path | None, watch: "Watch", launcher: "Launcher") -> None:
         """file: looked for, by the rank that is given it. watch: is told, and knows whether another rank was asked."""
-        self.file, self.watch = file, watch
+        self.file, self.watch, self.launcher = file, watch, launcher
         self._training = False
         self._first, self._looked = 0.0, 0.0
         self._unlisten: Callable[[], None] | None = None
@@ -129,9 +131,12 @@ class StopRequests:
 
     def __call__(self) -> bool:
         """Whether some rank was asked, as far as this one knows."""
-        if self.file is not None and time.monotonic() - self._looked > LOOK_S:
+        if not self.watch.asked_to_stop and time.monotonic() - self._looked > LOOK_S:
             self._looked = time.monotonic()
-            if self.file.exists():
+            if self.launcher.gone():
+                log.warning("the launcher of this training has ended, so it stops, too")
+                self.watch.ask_to_stop()
+            elif self.file is not None and self.file.exists():
                 self.watch.ask_to_stop()
         return self.watch.asked_to_stop
 

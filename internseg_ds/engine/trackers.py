@@ -13,8 +13,10 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from logging.handlers import MemoryHandler
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 
+from internseg_ds.engine.late_lines import LateLines
+from internseg_ds.engine.outputs import whole_file
 from internseg_ds.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -53,26 +55,32 @@ def _readable(value: float) -> str:
 
 
 class JsonlTracker:
-    """metrics.jsonl: one JSON object per record, flushed at once, appended to on resume. Records of steps that are done again are dropped first."""
+    """metrics.jsonl: one JSON object per record, flushed at once, appended to on resume. Records that are written again are dropped first."""
 
-    def __init__(self, path: Path, start: int) -> None:
-        rewind(path, start)
-        self.file: TextIO = path.open("a")
+    def __init__(self, path: Path, start: int, *, scores_again: bool = False) -> None:
+        """start: the step that the run goes on from. scores_again: whether it scores that step once more. Raises OutputError."""
+        rewind(path, start, scores_again=scores_again)
+        self.lines = LateLines(path)
+        self.lines.add("")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON knows neither NaN nor infinity
-        print(json.dumps({"step": step, "time": time.time(), **finite}), file=self.file, flush=True)
+        self.lines.add(json.dumps({"step": step, "time": time.time(), **finite}) + "\n")
 
     def close(self) -> None:
-        self.file.close()
+        self.lines.add("")
 
 
-def rewind(path: Path, start: int) -> None:
-    """Leaves the records of a file of JSON lines up to step `start`, those that a resumed run does not write again; at once, or not at all."""
+def rewind(path: Path, start: int, *, scores_again: bool = False) -> None:
+    """Leaves the records of a file of JSON lines up to step `start`, those that a resumed run does not write again; at once, or not at all.
+
+    scores_again: the scores of that step are written again, too. Raises OutputError where there is no room for it.
+    """
     if path.exists():
-        rewritten = path.with_suffix(".new")
-        rewritten.write_text("".join(f"{line}\n" for line in path.read_text().splitlines() if 0 < start >= _step_of(line)))
-        rewritten.replace(path)
+        lines = path.read_text(errors="replace").splitlines()
+        kept = [line for line in lines if 0 < start >= _step_of(line) and not (scores_again and _step_of(line) == start and "loss" not in json.loads(line))]
+        with whole_file(path) as file:
+            file.write("".join(f"{line}\n" for line in kept).encode())
 
 
 def _step_of(line: str) -> float:
@@ -83,19 +91,36 @@ def _step_of(line: str) -> float:
 
 
 class TensorBoardTracker:
-    """Scalars in WORK_DIR/tensorboard."""
+    """Scalars in WORK_DIR/tensorboard. After a write that failed, what is not there yet goes into a new file with the next record."""
 
     def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder))
+        self._open, self._writer = lambda: SummaryWriter(str(folder)), None
+        self._waiting: list[tuple[int, float, Mapping[str, float]]] = []
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
+        """Raises OSError where some records have to wait."""
+        self._waiting.append((step, time.time(), dict(values)))
+        self._catch_up()
 
     def close(self) -> None:
-        self.writer.close()
+        if self._waiting:
+            self._catch_up()
+        if self._writer is not None:
+            self._writer.close()
+
+    def _catch_up(self) -> None:
+        try:
+            self._writer = self._writer or self._open()
+            for step, moment, values in self._waiting:
+                for name, value in values.items():
+                    self._writer.add_scalar(name, value, step, moment)
+            self._writer.flush()  # an error of its thread comes out here
+        except OSError:
+            self._writer = None  # after an error it would only repeat it
+            raise
+        self._waiting = []
 
 
 class WandbTracker:
@@ -129,13 +154,13 @@ def check_trackers(hooks: Sequence[Mapping[str, Any]]) -> None:
 
 @contextmanager
 def open_trackers(work_dir: Path, hooks: Sequence[Mapping[str, Any]], *, max_steps: int, start: int, config: Mapping[str, Any],
-                  is_main: bool) -> Iterator[list[Tracker]]:
-    """The trackers of one run, closed at the end of the block however it ends. start: the step that it resumes from. config: what wandb shows as the
-    run's configuration."""
+                  is_main: bool, scores_again: bool = False) -> Iterator[list[Tracker]]:
+    """The trackers of one run, closed at the end of the block however it ends. start: the step that it resumes from; scores_again: whether it scores that
+    step once more. config: what wandb shows as the run's configuration."""
     if not is_main:
         yield []
         return
-    trackers: list[Tracker] = [ConsoleTracker(max_steps, start), JsonlTracker(work_dir / "metrics.jsonl", start)]
+    trackers: list[Tracker] = [ConsoleTracker(max_steps, start), JsonlTracker(work_dir / "metrics.jsonl", start, scores_again=scores_again)]
     for hook in hooks:
         if hook["type"] == "TensorboardLoggerHook":
             trackers.append(TensorBoardTracker(Path(hook.get("log_dir") or work_dir / "tensorboard")))
@@ -147,6 +172,17 @@ def open_trackers(work_dir: Path, hooks: Sequence[Mapping[str, Any]], *, max_ste
         for tracker in trackers:
             with suppress(OSError):  # of a full disk, which was warned of
                 tracker.close()
+
+
+class LogFile(logging.Handler):
+    """Adds the lines of a log to a file."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.lines = LateLines(path)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.add(self.format(record) + "\n")
 
 
 def start_logging(work_dir: Path | None, *, level: str, is_main: bool, header: Sequence[str] = ()) -> None:
@@ -165,7 +201,7 @@ def start_logging(work_dir: Path | None, *, level: str, is_main: bool, header: S
         logging.getLogger("internseg_ds.models").setLevel(logging.ERROR)  # all ranks build the same model: one says what it found
     handlers: list[logging.Handler] = [logging.StreamHandler()]
     if is_main:
-        handlers.append(logging.FileHandler(work_dir / "train.log") if work_dir is not None else MemoryHandler(EARLY_LINES, flushLevel=logging.CRITICAL + 1))
+        handlers.append(LogFile(work_dir / "train.log") if work_dir is not None else MemoryHandler(EARLY_LINES, flushLevel=logging.CRITICAL + 1))
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         package.addHandler(handler)

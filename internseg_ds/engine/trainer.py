@@ -36,6 +36,7 @@ def train(engine: "SegmentorEngine") -> TrainState:
     plan, state, watch, stop = engine.plan, engine.state, engine.watch, engine.stop_requests
     experiment, ds, world, deepspeed = plan.experiment, plan.ds, engine.world, engine.deepspeed
     last, evaluates = experiment.max_steps, plan.val_set is not None
+    watch.at(state.step, "building")
     if state.step >= last:
         log.warning("nothing is left to train: the checkpoint is of step %d, and runner.max_iters is %d; raise it, or start anew in another --work-dir",
                     state.step, last)
@@ -44,12 +45,13 @@ def train(engine: "SegmentorEngine") -> TrainState:
     skipped = SkippedSteps(deepspeed, engine.work_dir / "skipped_steps.jsonl", experiment.engine.max_skipped_steps, start=state.step)
     clock, stragglers, spikes = LayerClock(deepspeed.module, world.device), Stragglers(experiment.workers), Spikes()
     profile = StepProfile(engine.work_dir / "profile", engine.profiled_steps, deepspeed.module, world, watch, start=state.step, last=last)
+    score_first = evaluates and engine.resumed_unscored and due(state.step, experiment.evaluate_every, last)
     with (open_trackers(engine.work_dir, experiment.log_hooks, max_steps=last, start=state.step, config=experiment.cfg._cfg_dict.to_dict(),
-                        is_main=world.is_main) as trackers,
+                        is_main=world.is_main, scores_again=score_first) as trackers,
           closing(training_batches(plan.train_set, sampler, workers=experiment.workers, seed=state.seed, device=world.device)) as batches, profile):
         if evaluates and state.step == 0 and experiment.engine.evaluate_before:
             evaluate(engine, trackers, stop)
-        if evaluates and engine.resumed_unscored and due(state.step, experiment.evaluate_every, last):
+        if score_first:
             evaluate(engine, trackers, stop, scored=True)     # the run was interrupted between save and evaluation
         interval = Interval()
         deepspeed.train()
@@ -147,5 +149,5 @@ def evaluate(engine: "SegmentorEngine", trackers: list[Tracker], stop: StopReque
 
 def record(trackers: list[Tracker], step: int, values: Mapping[str, float]) -> None:
     for tracker in trackers:
-        with unless_disk_full(f"the record of step {step} is lost"):
+        with unless_disk_full(f"a record of step {step} is not written yet"):
             tracker.write(step, values)

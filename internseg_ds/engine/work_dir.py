@@ -10,27 +10,35 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
-from internseg_ds.checkpoints.saves import complete_saves
+from internseg_ds.checkpoints.saves import complete_saves, to_disk
 from internseg_ds.distributed.process_group import World, of_all_ranks
-from internseg_ds.engine.outputs import make_folder
 from internseg_ds.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
 LOCK = ".lock"
+ROOM = 2**16
+"""Bytes that must be free: what a run writes at its start."""
 
 
 def leaders(folder: Path, world: World, *, node_local: bool, ds_config: str) -> list[int]:
     """For each rank, the one that makes, renames and removes what lies in `folder` as that rank sees it: 0 for all where the hosts share it. Collective.
 
     The first process of each host leaves a mark in the folder, and all look which marks they see. node_local: whether folders may differ; ds_config: the file
-    that says so. Raises ConfigError, on every rank, where they differ and may not.
+    that says so. Raises ConfigError, on every rank, where they differ and may not, or where there is no room for a mark.
     """
-    mark = f".{uuid.uuid4().hex}" if world.local_rank == 0 else None
+    mark, trouble = f".{uuid.uuid4().hex}" if world.local_rank == 0 else None, None
     if mark is not None:
-        make_folder(folder)
-        (folder / mark).touch()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / mark).write_bytes(bytes(ROOM))
+            to_disk(folder / mark)
+        except OSError as error:
+            with suppress(OSError):
+                (folder / mark).unlink(missing_ok=True)
+            trouble = _cannot_be_written(folder, error)
     marks = of_all_ranks(mark)
+    _raise_on_every_rank(trouble)
     seen = [rank for rank, name in enumerate(marks) if name is not None and (folder / name).exists()]  # by name: a listing over a network can be a minute old
     found = of_all_ranks((min(seen, default=None), socket.gethostname()))
     if mark is not None:
@@ -48,7 +56,12 @@ def claim(folder: Path, world: World, leaders: Sequence[int]) -> TextIO:
 
     Raises ConfigError, on every rank, when another run has it. File systems without locks (some are mounted so) let everybody in.
     """
-    file, taken = (folder / LOCK).open("a"), False
+    file, taken, trouble = None, False, None
+    try:
+        file = (folder / LOCK).open("a")
+    except OSError as error:
+        trouble = _cannot_be_written(folder, error)
+    _raise_on_every_rank(trouble)
     if leaders[world.rank] == world.rank:
         with suppress(OSError):
             try:
@@ -58,6 +71,17 @@ def claim(folder: Path, world: World, leaders: Sequence[int]) -> TextIO:
     if any(of_all_ranks(taken)):
         raise ConfigError(f"another run is at work in {folder}; wait for its end, stop it (touch {folder / 'STOP'}), or choose another --work-dir")
     return file
+
+
+def _cannot_be_written(folder: Path, error: OSError) -> str:
+    return (f"the work directory {folder} cannot be written on {socket.gethostname()}: {error.strerror or error}; "
+            "make room there, or choose another --work-dir")
+
+
+def _raise_on_every_rank(trouble: str | None) -> None:
+    """Raises ConfigError where some rank has trouble. Collective."""
+    if troubles := [each for each in of_all_ranks(trouble) if each is not None]:
+        raise ConfigError(troubles[0])
 
 
 def check_unused(folder: Path, resume_from: Path | None, *, overwrite: bool, resumes: bool) -> None:
@@ -84,14 +108,18 @@ def _of_a_run(folder: Path) -> str:
 
 
 def set_aside(folder: Path, leaders: Sequence[int], rank: int) -> None:
-    """Moves all that lies in `folder`, which this run has claimed, into a new folder beside it. Collective."""
+    """Moves all that lies in `folder`, which this run has claimed, into a new folder beside it. Collective. Raises ConfigError, on every rank."""
+    trouble = None
     if leaders[rank] == rank and any(item.name != LOCK for item in folder.iterdir()):
         number = 1
         while (aside := folder.with_name(f"{folder.name}.old_{number}")).exists():
             number += 1
-        make_folder(aside)
-        for item in folder.iterdir():
-            if item.name != LOCK:
-                item.rename(aside / item.name)
-        log.info("what lay in %s is now in %s (--overwrite)", folder, aside)
-    of_all_ranks(None)  # nobody goes on before
+        try:
+            aside.mkdir()
+            for item in folder.iterdir():
+                if item.name != LOCK:
+                    item.rename(aside / item.name)
+            log.info("what lay in %s is now in %s (--overwrite)", folder, aside)
+        except OSError as error:
+            trouble = f"what lies in {folder} cannot be moved into {aside} ({error}); move it by hand, or choose another --work-dir"
+    _raise_on_every_rank(trouble)  # and nobody goes on before

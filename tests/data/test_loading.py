@@ -1,9 +1,12 @@
+import os
 import random
 import re
 import shutil
 import signal
 import subprocess
+import time
 from itertools import islice
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -18,7 +21,8 @@ from internseg_ds.data.datasets import build_datasets, first_sample
 from internseg_ds.data.loading import evaluation_images, training_batches
 from internseg_ds.data.sampler import GlobalBatchSampler
 from internseg_ds.errors import DataError
-from tests.conftest import ROOT, TINY
+from tests.conftest import ROOT, TINY, free_port
+from tests.forks import start_ranks
 
 CPU = torch.device("cpu")
 
@@ -248,6 +252,36 @@ def test_a_data_worker_ends_by_sigterm_of_its_own_process_only(training):
     psutil.wait_procs([worker], timeout=5)
     assert not worker.is_running()
     stream.close()
+
+
+def stops_in_its_first_image(data: Config, note: Path) -> None:
+    """A process whose one data worker runs nothing any more, as where an image hangs."""
+    @PIPELINES.register_module(force=True)
+    class Stop:
+        def __call__(self, results):
+            note.with_suffix(".new").write_text(str(os.getpid()))
+            note.with_suffix(".new").rename(note)
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    entry = Config({**data.train})._cfg_dict
+    dataset = build_datasets(entry, "data.train", [entry])
+    dataset.pipeline.transforms.insert(0, Stop())
+    batches(dataset, 1, workers=1)
+
+
+def test_a_data_worker_that_hangs_ends_with_its_process(data, tmp_path):
+    note = tmp_path / "worker"
+    (rank,) = start_ranks(stops_in_its_first_image, 1, free_port(), data, note)
+    deadline = time.monotonic() + 60
+    while not note.exists():
+        assert time.monotonic() < deadline and rank.is_alive()
+        time.sleep(0.02)
+    worker = psutil.Process(int(note.read_text()))
+    rank.kill()
+    _, left = psutil.wait_procs([worker], timeout=5)
+    for process in left:
+        process.kill()
+    assert not left
 
 
 def test_whatever_generator_a_transform_draws_from_a_resumed_stream_repeats_it(data):

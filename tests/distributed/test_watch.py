@@ -10,7 +10,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from internseg_ds.distributed.process_group import world_from_environment
-from internseg_ds.distributed.watch import GRACE_S, Watch, joined
+from internseg_ds.distributed.watch import GRACE_S, Watch, joined, time_limit
 from internseg_ds.errors import DataError
 from internseg_ds.exit_codes import FAILED, LOST
 from tests.conftest import free_port
@@ -135,3 +135,63 @@ def saves_longer_than_the_limit(rank: int) -> None:
 
 def test_a_slow_save_is_no_hang(tmp_path):
     assert ranks(saves_longer_than_the_limit, 2, tmp_path) == ([0, 0], "")
+
+
+def hangs_in_a_save_on_rank_1(rank: int) -> None:
+    watch = Watch(world_from_environment(), hang_s=3, io_s=6)
+    watch.at(1, "data")
+    with watch.during(1, "saving"):
+        time.sleep(4)  # slow alone
+    dist.barrier()
+    with watch.during(2, "saving"):
+        if rank == 1:
+            time.sleep(60)
+        dist.barrier()
+
+
+def test_a_save_that_hangs_ends_all_ranks_after_a_limit_of_its_own(tmp_path):
+    began = time.monotonic()
+    codes, log = ranks(hangs_in_a_save_on_rank_1, 2, tmp_path)
+    assert codes == [LOST, LOST] and time.monotonic() - began < 50
+    assert "no rank has got on for 6 s: the other 1 wait for rank 1 (host " in log and "at step 2, saving (" in log and "hangs_in_a_save_on_rank_1" in log
+
+
+def hangs_alone(rank: int) -> None:
+    watch = Watch(world_from_environment(), hang_s=3, io_s=4)
+    watch.at(1, "data")
+    time.sleep(5)  # in a debugger
+    watch.at(1, "idle")
+    time.sleep(5)  # in a notebook
+    watch.at(2, "saving")
+    time.sleep(60)
+
+
+def test_one_process_alone_is_timed_while_it_saves(tmp_path):
+    codes, log = ranks(hangs_alone, 1, tmp_path)
+    assert codes == [LOST] and "no rank has got on for 4 s" in log and "at step 2, saving (" in log
+
+
+def leaves_alone(rank: int) -> None:
+    watch = Watch(world_from_environment(), hang_s=3, io_s=4)
+    watch.at(1, "saving")
+    watch.close(ZeroDivisionError() if os.environ.get("FAILS") else None)
+    time.sleep(6)
+
+
+def test_nothing_is_timed_after_the_end(tmp_path):
+    assert ranks(leaves_alone, 1, tmp_path) == ([0], "")
+    began = time.monotonic()
+    os.environ["FAILS"] = "yes"
+    assert ranks(leaves_alone, 1, tmp_path) == ([0], "") and time.monotonic() - began < 30
+
+
+def looks_at_a_disk_that_does_not_answer(rank: int) -> None:
+    with time_limit(30, "a quick look"):
+        pass
+    with time_limit(1, "looking at the weights"):
+        time.sleep(60)
+
+
+def test_what_comes_before_the_watch_is_timed_too(tmp_path):
+    codes, log = ranks(looks_at_a_disk_that_does_not_answer, 1, tmp_path)
+    assert codes == [LOST] and "looking at the weights took more than 1 s (engine.io_timeout)" in log

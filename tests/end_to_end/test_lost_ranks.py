@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from internseg_ds.engine.launcher import is_launcher
 from internseg_ds.exit_codes import LOST
 from tests.conftest import ROOT, TINY, data_options, free_port
 from tests.end_to_end.conftest import SMALL
@@ -88,6 +89,26 @@ def test_a_rank_that_is_frozen_ends_the_others_after_the_heartbeat_timeout(ade20
         assert launcher.wait(timeout=60) == LOST and nothing_stays(tmp_path, within_s=10)
 
 
+def test_a_training_whose_launcher_was_terminated_saves_and_ends(ade20k, tmp_path):
+    """deepspeed's runner dies of SIGTERM alone, and its launch.py with the ranks would go on for ever."""
+    with running(tmp_path, ade20k) as (launcher, _):
+        launcher.terminate()
+        launcher.wait(10)
+        assert nothing_stays(tmp_path, within_s=60)
+    said = (tmp_path / "train.log").read_text()
+    tag = (tmp_path / "checkpoints/latest").read_text()
+    assert "the launcher of this training has ended" in said and f"--resume auto goes on from {tag}" in said
+
+
+@pytest.mark.parametrize(("command", "expected"), [
+    ("python3.11 /venv/bin/deepspeed --num_gpus 2 launch/train.py", True), ("/usr/bin/python3.11 -u -m deepspeed.launcher.launch --world_info=e30=", True),
+    ("python /venv/bin/torchrun --standalone", True), ("python -m torch.distributed.run --nproc_per_node 2", True), ("mpirun -np 2 python", True),
+    ("bash -c deepspeed", False), ("-bash", False), ("python launch/keep_running.py -- deepspeed", False), ("sh ./deepspeed_job.sh", False)])
+def test_launchers_are_known_by_their_command_lines(command, expected):
+    assert is_launcher(command.split(" ", 2) if command.startswith("bash -c") else command.split(" ")) is expected
+    assert is_launcher(["slurmstepd: [4711.0]"])
+
+
 @pytest.mark.slow
 def test_a_rank_that_is_frozen_for_less_goes_on(ade20k, tmp_path):
     with running(tmp_path, ade20k, "--heartbeat-timeout", "30") as (launcher, ranks):
@@ -114,3 +135,15 @@ def test_a_rank_that_hangs_is_named_with_its_line(launch, ade20k, tmp_path):
     found = re.search(r"no rank has got on for 4 s: the other 1 wait for rank (\d) .* at step (\d+), data \((\S+)", done.stderr)
     assert found and "file_client" in found[3], done.stderr[-3000:]
     assert "most recent call first" in done.stderr  # the stack of the one that hangs
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_save_that_hangs_ends_after_its_limit(processes, launch, ade20k, tmp_path):
+    """The pointer to it is written through a pipe that nobody reads: a disk that does not answer."""
+    (tmp_path / "checkpoints").mkdir()
+    os.mkfifo(tmp_path / "checkpoints/latest.new")
+    done = launch("launch/train.py", TINY, "--work-dir", tmp_path, "--no-validate", "--heartbeat-timeout", "4", "--cfg-options", *SMALL, *data_options(ade20k),
+                  "runner.max_iters=1", "checkpoint_config.interval=1", "engine.io_timeout=20", processes=processes, check=False)
+    assert done.returncode == LOST and nothing_stays(tmp_path, within_s=10)
+    assert re.search(r"no rank has got on for 20 s: .* rank 0 \(host .*\) at step 1, saving \(\S+", done.stderr), done.stderr[-3000:]
+    assert "in publish" in done.stderr  # of the stack

@@ -1,6 +1,7 @@
 """The checkpoints folder of a run: what is named, what is kept, and what a second run in the same folder does."""
 
 import json
+import os
 from pathlib import Path
 from unittest import mock
 
@@ -82,9 +83,16 @@ def what_latest_and_best_name_stays_whatever_the_order_says(folder: Path) -> Non
 
 def a_damaged_neighbour_costs_no_save(folder: Path) -> None:
     engine, checkpoints, state = toy_engine(), Checkpoints(folder, keep=2), TrainState()
-    for number, note in enumerate(("[]", "null", "{", "[" * 100_000, '{"step": "x"}', '{"number": []}')):
+    notes = ("[]", "null", "{", "[" * 100_000, "{}", '{"step": "x"}', '{"step": 9, "number": []}', '{"step": 9, "metrics": {"mIoU": "high"}}',
+             '{"step": 9, "files": {"../outside": 1}}', '{"step": 9, "files": {"/outside": 1}}', '{"step": 9, "files": {"a": "b"}}',
+             '{"step": 9, "groups": [{"names": ["a"]}]}')
+    for number, note in enumerate(notes):
         (folder / f"iter_9{number}").mkdir(parents=True)
         (folder / f"iter_9{number}" / MANIFEST).write_text(note)
+        with pytest.raises(CheckpointError, match="is damaged"):
+            read_manifest(folder / f"iter_9{number}")
+    (folder / "iter_89").mkdir()
+    os.mkfifo(folder / "iter_89" / MANIFEST)  # nobody waits for what may never come
     (folder / "iter_10").write_text("a file that has the name of the next save")
     (folder / "iter_20.partial").write_text("a leftover that is no folder")
     for pointer in ("latest", "best"):
@@ -93,7 +101,14 @@ def a_damaged_neighbour_costs_no_save(folder: Path) -> None:
         state.step = step
         assert checkpoints.save(engine, state, {}) == folder / f"iter_{step}"
         assert checkpoint_to_resume("auto", folder.parent) == folder / f"iter_{step}"
-    assert {"iter_20", "iter_30"} < there(folder) and "iter_10" not in there(folder) and len(there(folder)) == 8
+    assert {"iter_20", "iter_30"} < there(folder) and "iter_10" not in there(folder) and len(there(folder)) == len(notes) + 3
+    for pointed in [f"iter_9{number}" for number in range(len(notes))] + ["iter_89", "iter_8"]:
+        (folder / "best").write_text(pointed)
+        checkpoints.recall_best(state, "mIoU")
+        assert state.best is None
+    (folder / "best").unlink()
+    os.mkfifo(folder / "best")
+    checkpoints.recall_best(state, "mIoU")
     assert not list(folder.glob("*.partial"))
 
 
@@ -150,6 +165,11 @@ def a_resumed_run_knows_the_best_score_so_far(folder: Path) -> None:
 
 def a_half_written_save_is_cleared_away(folder: Path) -> None:
     engine, checkpoints = toy_engine(), Checkpoints(folder, keep=2)
+    if dist.get_rank() == 0:
+        (folder / "iter_6.partial").mkdir(parents=True)
+    checkpoints.tidy()  # at the start of a run
+    assert there(folder) == set()
+    dist.barrier()
     if dist.get_rank() == 0:
         (folder / "iter_7.partial").mkdir(parents=True)
         (folder / "iter_7.partial" / "shard.pt").write_bytes(b"half")

@@ -99,7 +99,7 @@ def test_every_cadence_includes_the_last_step(step, every, expected):
 
 
 def test_curves_are_a_picture(tmp_path):
-    (tmp_path / "m.jsonl").write_text('{"step": 1, "loss": 3}\n{"step": 2, "loss": 2}\n{"step": 2, "mIoU": 0.5}\n')
+    (tmp_path / "m.jsonl").write_text('{"step": 1, "loss": 3}\n{"step": 2, "loss": 2}\n{"step": 2, "mIoU": 0.5}\n{"step": 3, "lo')  # a full disk
     draw_curves(tmp_path / "m.jsonl", tmp_path / "c.png")
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
 

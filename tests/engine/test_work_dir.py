@@ -5,6 +5,7 @@ import json
 import pytest
 
 from internseg_ds import SegmentorEngine
+from internseg_ds.checkpoints.manifest import MANIFEST
 from internseg_ds.engine.work_dir import check_unused
 from internseg_ds.errors import ConfigError
 from tests.conftest import ROOT
@@ -47,3 +48,16 @@ def test_a_finished_run_is_gone_on_with_or_set_aside(ade20k, tmp_path):
     assert json.loads((work_dir / "checkpoints/iter_2/internseg_ds.json").read_text())["run"] == second
     run(overwrite=True)
     assert (tmp_path / "run.old_2/checkpoints/iter_2").is_dir()
+
+
+def test_a_score_that_was_recorded_and_not_noted_is_made_again_and_stands_once(ade20k, tmp_path):
+    """As where a run is killed between the two."""
+    settings = ("runner.max_iters=2", "checkpoint_config.interval=1", "evaluation.interval=1")
+    for resumes in range(3):
+        with SegmentorEngine(small_experiment(ade20k, *settings), ROOT / "ds_configs/zero1_bf16.json", work_dir=tmp_path, resume="auto") as engine:
+            engine.train()
+        records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+        assert [record["step"] for record in records if "loss" in record] == [1, 2], resumes
+        assert [record["step"] for record in records if "mIoU" in record] == [1, 2], resumes
+        note = tmp_path / "checkpoints/iter_2" / MANIFEST
+        note.write_text(json.dumps(json.loads(note.read_text()) | {"metrics": {}}))
