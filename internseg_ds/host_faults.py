@@ -7,6 +7,7 @@ settings must change first.
 import errno
 import re
 import socket
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -28,12 +29,18 @@ def told_in_a_sentence() -> Iterator[None]:
         raise meant from error
 
 
+def _of_a_semaphore(error: OSError | RuntimeError) -> bool:
+    """Whether a lock that processes share found no room; those lie in /dev/shm, too, and name no file."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return getattr(error, "errno", None) == errno.ENOSPC and bool(frames) and frames[-1].filename.endswith("multiprocessing/synchronize.py")
+
+
 def _meaning(error: OSError | RuntimeError) -> HostError | Lost | None:
     text, host = str(error), socket.gethostname()
     if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE) or TOO_MANY_FILES in text:
         return HostError(f"host {host} allows a process no more open files; raise `ulimit -n` (65536 is usual), or lower data.workers_per_gpu")
     dead = DEAD_WORKER.search(text)
-    if NO_SHARED_MEMORY.search(text) or (dead is not None and dead[2] == "Bus error"):
+    if NO_SHARED_MEMORY.search(text) or _of_a_semaphore(error) or (dead is not None and dead[2] == "Bus error"):
         return HostError(f"/dev/shm of host {host} is full, through which data workers hand over their images; make it larger (docker run --shm-size=16g), or "
                          "lower data.workers_per_gpu or data.samples_per_gpu")
     if dead is not None:

@@ -7,6 +7,7 @@ OMPI_COMM_WORLD_RANK ...; none: a plain `python` is a group of one). Out: a `Wor
 
 import os
 import re
+import shutil
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,8 @@ LAUNCHERS = {
     "srun": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
 }
 DEFAULT_PORT = 29500
+PEER_GONE = re.compile("Connection (?:reset|closed) by (?:peer|remote peer)|Broken pipe")
+"""How gloo says that a process it was connected with has ended."""
 REFUSAL = timedelta(seconds=60)
 """How long a process that cannot run waits for the others, to tell them."""
 
@@ -130,11 +133,19 @@ def join(world: World, timeout: timedelta = timedelta(minutes=30), *, refusal: U
         torch.cuda.set_device(world.device)
     else:
         build_extension("ShareMemCommBuilder")  # DeepSpeed's own collectives on one host
-    adopt(timeout)
-    del store  # until now: rank 0 serves the group's own store at the same port
-    if world.device.type == "cpu":
-        dist.barrier()
-        forget_shared_buffer(world.rank)
+    try:
+        adopt(timeout)
+        del store  # until now: rank 0 serves the group's own store at the same port
+        if world.device.type == "cpu":
+            dist.barrier()
+            forget_shared_buffer(world.rank)
+    except RuntimeError as error:
+        if PEER_GONE.search(str(error)) is None:
+            raise
+        free = shutil.disk_usage("/dev/shm").free / 2**20
+        raise Lost(f"another process ended while all met, as rank {world.rank} on host {socket.gethostname()} sees it ({reason_of(error)[:200]}); what it said "
+                   f"is the reason, or where a signal killed it, want of memory: {free:.0f} MiB are free in /dev/shm here, and DeepSpeed's collectives on CPUs "
+                   "take 66 for each process") from error
 
 
 def adopt(timeout: timedelta = timedelta(minutes=30)) -> None:

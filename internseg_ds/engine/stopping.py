@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+FROM_PROGRAMS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (*FROM_PROGRAMS, signal.SIGINT)
 SAME_REQUEST_S = 5.0
 """Signals so close together are one request: torchrun passes on the Ctrl-C that its ranks got from the terminal, too."""
 LOOK_S = 1.0
@@ -118,7 +119,7 @@ class StopRequests:
             self.close()
             self._training = training
             interrupts = not training and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-            self._unlisten = _listen(self._note, SIGNALS[:2] if interrupts else SIGNALS)
+            self._unlisten = _listen(self._note, FROM_PROGRAMS if interrupts else SIGNALS)
 
     def close(self, *, failed: bool = False) -> None:
         """Signals are what they were before; where the run failed, SIGTERM and SIGUSR1 the system's default: nothing is saved any more, so nobody shall take
@@ -126,7 +127,7 @@ class StopRequests:
         if self._unlisten is not None:
             self._unlisten()
             self._unlisten = None
-            for number in SIGNALS[:2] if failed else ():
+            for number in FROM_PROGRAMS if failed else ():
                 signal.signal(number, signal.SIG_DFL)
 
     def __call__(self) -> bool:
@@ -148,7 +149,7 @@ class StopRequests:
             os._exit(_code_before_training(number))
         if number == signal.SIGINT and self._first and now - self._first > SAME_REQUEST_S:
             os._exit(INTERRUPTED)
+        self.watch.ask_to_stop()
         if not self._first:
             self._first = now
             log.info("got %s: this run saves at the end of its step and stops; Ctrl-C after %.0f s ends it at once", _name(number), SAME_REQUEST_S)
-        self.watch.ask_to_stop()

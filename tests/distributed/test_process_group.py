@@ -1,4 +1,5 @@
 import os
+import signal
 import socket
 from pathlib import Path
 
@@ -92,3 +93,20 @@ def test_a_rank_that_ends_before_all_have_met_is_one_sentence(tmp_path):
         process.kill()
     said = (tmp_path / "said").read_text()
     assert "rank 1 on host " in said and "has not met the others at 127.0.0.1:" in said and "\n" not in said, said
+
+
+def joins_a_rank_that_is_killed(folder: Path) -> None:
+    if os.environ["RANK"] == "1":
+        dist.barrier = lambda: os.kill(os.getpid(), signal.SIGKILL)  # after all have met, before the first collective
+    try:
+        join(World(int(os.environ["RANK"]), 2))
+    except Lost as error:
+        (folder / "said").write_text(str(error))
+
+
+def test_a_rank_that_is_killed_while_all_join_is_one_sentence(tmp_path):
+    for process in start_ranks(joins_a_rank_that_is_killed, 2, free_port(), tmp_path):
+        process.join(60)
+        process.kill()
+    said = (tmp_path / "said").read_text()
+    assert "another process ended while all met, as rank 0 on host " in said and "MiB are free in /dev/shm" in said, said
