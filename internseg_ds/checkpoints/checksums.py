@@ -1,9 +1,9 @@
 """Checksums of files, block by block: made while a file is written, and held against it while it is read.
 
-In: what a writer writes (`SummedFile`), or what is known of a file (`of_digests`, `of_zip`). Out: digests, or a `CheckedFile`, through which every read goes. A
-block is checked when its first byte is asked for: what nobody reads costs nothing, little is read twice, and each rank checks
-what it reads itself. Blocks are mebibytes under 128-bit XXH3, which is several times as fast as a copy; in archives of torch.save
-that come without such checksums they are the archive's own entries under CRC-32.
+In: what a writer writes (`SummedFile`), or what is known of a file (`of_digests`, `of_zip`). Out: digests, or a `CheckedFile`,
+through which every read goes. A block is checked when its first byte is asked for: what nobody reads costs nothing, little is
+read twice, and each rank checks what it reads itself. Blocks are mebibytes under 128-bit XXH3, which is several times as fast
+as a copy; in archives of torch.save that come without such checksums they are the archive's own entries under CRC-32.
 """
 
 import io
@@ -23,11 +23,11 @@ import xxhash
 from internseg_ds.errors import CheckpointError, DamagedError
 
 BLOCK = 2**20
-"""Bytes under one checksum: few enough to stay in a core's cache between two uses, enough for a digest to weigh nothing beside them."""
+"""Bytes under one checksum: few enough to stay in a core's cache between two uses, and enough to outweigh a digest."""
 DIGEST = 32
 """Characters of a digest."""
 LOCAL_HEADER = struct.Struct("<4s22xHH")
-"""What stands before an entry of a zip archive: a mark, and at its end the lengths of the name and of the padding that follow."""
+"""What stands before an entry of a zip archive: a mark, and the lengths of the name and of the padding that follow."""
 
 
 class _Sum(Protocol):
@@ -77,11 +77,11 @@ class Written:
 
 
 class SummedFile:
-    """A file that is written from its start to its end, as torch.save does, and its checksums: of what is in memory, and not of
-    what has come to the disk.
+    """A file that is written from its start to its end, as torch.save does, and its checksums: of what is in memory, and not
+    of what has come to the disk.
 
-    `write` does not raise, since torch calls it from code that is not to be left so: the first failure is noted in `failure`,
-    and what follows is dropped.
+    `write` does not raise, since torch calls it from code that is not to be left so: the first failure is noted in
+    `failure`, and what follows is dropped.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -120,8 +120,8 @@ class _Block:
 
 @dataclass
 class CheckedFile:
-    """A file whose blocks are known. blocks: in order; bytes between them are not checked. sums: makes an empty checksum of their
-    kind. said_by: whose word they are, for the message."""
+    """A file whose blocks are known. blocks: in order; bytes between them are not checked. sums: makes an empty checksum of
+    their kind. said_by: whose word they are, for the message."""
 
     path: Path
     blocks: list[_Block]
@@ -135,8 +135,8 @@ class CheckedFile:
         self._seen = bytearray(len(self.blocks))
 
     def read_into(self, file: BinaryIO, room: memoryview, start: int) -> int:
-        """Reads the bytes from `start` on into `room`, and checks the blocks that they lie in; `file`: opened without a buffer.
-        How many there were.
+        """Reads the bytes from `start` on into `room`, and checks the blocks that they lie in; how many there were. file:
+        opened without a buffer.
 
         Raises DamagedError where a block is not what it was.
         """
@@ -161,8 +161,8 @@ class CheckedFile:
 
     @contextmanager
     def opened(self) -> Iterator[io.RawIOBase]:
-        """The file to read from, checked. Raises DamagedError, at the end of the block, where a read met damage: not every
-        library lets an exception of a read through."""
+        """The file to read from, checked. Raises DamagedError, at the end of the block, where a read met damage: not
+        every library lets an exception of a read through."""
         with self.path.open("rb", buffering=0) as file:
             reader = _Reader(self, file)
             try:
@@ -182,8 +182,9 @@ class CheckedFile:
     def _compare(self, index: int, found: _Sum) -> None:
         block = self.blocks[index]
         if found.hexdigest() != block.digest:
-            raise DamagedError(f"{self.path} is not what was written: the checksum of its bytes {block.start:,} to {block.stop:,} is "
-                               f"{found.hexdigest()}, {self.said_by} has {block.digest}; copy it again, or take another checkpoint")
+            raise DamagedError(f"{self.path} is not what was written: the checksum of its bytes {block.start:,} to "
+                               f"{block.stop:,} is {found.hexdigest()}, {self.said_by} has {block.digest}; copy it again, "
+                               "or take another checkpoint")
         self._seen[index] = True
 
 
@@ -254,9 +255,10 @@ class _Crc32:
 
 
 def of_zip(path: Path) -> CheckedFile | None:
-    """An archive of torch.save, of which only its own CRC-32 are known. None for another file, which torch before 1.6 wrote.
+    """An archive of torch.save, of which only its own CRC-32 are known. None for another file, as of torch before 1.6.
 
-    Entries without one (torch.serialization.set_crc32_options(False)) are not checked. Raises CheckpointError where the archive is damaged.
+    Entries without one (torch.serialization.set_crc32_options(False)) are not checked. Raises CheckpointError where the
+    archive is damaged.
     """
     try:
         with path.open("rb") as file:
@@ -266,13 +268,15 @@ def of_zip(path: Path) -> CheckedFile | None:
             for entry in sorted(zipfile.ZipFile(file).infolist(), key=lambda entry: entry.header_offset):
                 file.seek(entry.header_offset)
                 mark, name, padding = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
-                if mark != b"PK\x03\x04" or entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
+                stored = entry.compress_type == zipfile.ZIP_STORED and entry.compress_size == entry.file_size
+                if mark != b"PK\x03\x04" or not stored:
                     raise zipfile.BadZipFile(f"its entry {entry.filename} is not where, or not what, it should be")
                 start = entry.header_offset + LOCAL_HEADER.size + name + padding
                 if entry.CRC and entry.file_size:
                     blocks.append(_Block(start, start + entry.file_size, f"{entry.CRC:08x}"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: the checkpoint is incomplete; copy it again with all its files") from None
+        raise CheckpointError(f"{path} is missing: the checkpoint is incomplete; copy it again, with all its files") from None
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
-        raise CheckpointError(f"{path} is truncated or no PyTorch file ({error}); copy it again, or take another checkpoint") from None
+        raise CheckpointError(f"{path} is truncated or no PyTorch file ({error}); copy it again, or take another "
+                              "checkpoint") from None
     return CheckedFile(path, blocks, _Crc32, "its own archive")

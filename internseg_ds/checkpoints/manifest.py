@@ -108,8 +108,8 @@ def verify_manifest(directory: Path) -> None:
 
 
 def checked_files(directory: Path, manifest: Mapping[str, Any]) -> dict[str, CheckedFile]:
-    """The files of a save, by name, held against the checksums of its note, or, where that has none (of plain DeepSpeed, or an older one), against those in
-    their own archives. Raises CheckpointError when one is damaged where it says what is in it."""
+    """The files of a save, by name, held against the checksums of its note, or, where that has none (of plain DeepSpeed, or an
+    older one), against those in their own archives. Raises CheckpointError when one is damaged where it says what is in it."""
     found = {}
     for name, entry in manifest.get("files", {}).items():
         if isinstance(entry, dict) and isinstance(entry.get(SUM), str):

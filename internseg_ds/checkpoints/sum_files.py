@@ -1,6 +1,7 @@
 """The file of checksums beside a result of `consolidate`: `NAME.xxh128`, in the format of `xxh128sum -c`.
 
-A line for each file, and below them, as comments, the checksums of each block of it, by which a process that reads a part can check that part.
+A line for each file, and below them, as comments, the checksums of each block of it, by which a process that reads a part can
+check that part.
 """
 
 import re
@@ -12,7 +13,7 @@ import rich.progress
 import xxhash
 
 from internseg_ds.checkpoints.checksums import BLOCK, DIGEST, BlockSums, CheckedFile, of_digests
-from internseg_ds.errors import CheckpointError
+from internseg_ds.errors import CheckpointError, DamagedError
 
 LINE = re.compile(r"([0-9a-f]{32})  (.+)")
 BLOCKS = re.compile(r"# (\d+) bytes, blocks of (\d+): ((?:[0-9a-f]{32})*)  (.+)")
@@ -60,28 +61,27 @@ def read_sums(out: Path) -> dict[str, FileSums]:
     try:
         lines = note.read_text(errors="replace").splitlines()
     except OSError as error:
-        raise CheckpointError(f"{note} cannot be read: {error.strerror or error}, so nothing says what {out} should hold") from None
+        raise CheckpointError(f"{note} cannot be read ({error.strerror or error}), so nothing says what {out} should "
+                              "hold") from None
     found: dict[str, FileSums] = {}
+    odd = not lines
     for line in lines:
         if match := LINE.fullmatch(line):
             found[match[2]] = FileSums(match[1])
-        elif match := BLOCKS.fullmatch(line):
-            size, block, blocks, name = int(match[1]), int(match[2]), match[3], match[4]
-            if name in found and block and len(blocks) == DIGEST * -(-size // block):
-                found[name] = FileSums(found[name].whole, size, block, blocks)
-                continue
-            found = {}
-            break
+        elif (match := BLOCKS.fullmatch(line)) and match[4] in found:
+            found[match[4]] = sums = FileSums(found[match[4]].whole, int(match[1]), int(match[2]), match[3])
+            odd |= not sums.block or len(sums.blocks) != DIGEST * -(-sums.size // sums.block)
         else:
-            found = {}
-            break
-    if not found:
-        raise CheckpointError(f"{note} is damaged or empty, so nothing says what {out} should hold; consolidate again, or, if the weights are right, remove it")
+            odd = True
+    if odd:
+        raise CheckpointError(f"{note} is damaged or empty, so nothing says what {out} should hold; consolidate again, or, if "
+                              "the weights are right, remove it")
     return found
 
 
 def checked_beside(out: Path) -> dict[str, CheckedFile]:
-    """The files of a result, a file or a folder, by their own names, held against the sum file beside it; none where there is none.
+    """The files of a result, a file or a folder, by their own names, held against the sum file beside it; none where there is
+    none.
 
     Raises CheckpointError when the sum file is damaged, or a file of it is missing or has another size.
     """
@@ -89,7 +89,8 @@ def checked_beside(out: Path) -> dict[str, CheckedFile]:
         return {}
     found = read_sums(out)
     if out.is_file():  # a file and its sums may have been renamed
-        found = {out.name: next((sums for name, sums in found.items() if PurePath(name).name == out.name), None) or next(iter(found.values()))}
+        by_name = {PurePath(name).name: sums for name, sums in found.items()}
+        found = {out.name: by_name.get(out.name) or next(iter(found.values()))}
     checked, note = {}, sum_file(out).name
     for name, sums in found.items():
         file = out / PurePath(name).name if out.is_dir() else out
@@ -99,13 +100,14 @@ def checked_beside(out: Path) -> dict[str, CheckedFile]:
         if sums.size is not None and size != sums.size:
             raise CheckpointError(f"{file} has {size:,} bytes, {note} says {sums.size:,}; copy it again, or remove {note} if "
                                   "it is of another file")
-        checked[file.name] = (of_digests(file, size, sums.blocks, note, sums.block) if sums.size is not None
-                              else of_digests(file, size, sums.whole, note, max(size, 1)))
+        known = (sums.whole, max(size, 1)) if sums.size is None else (sums.blocks, sums.block)
+        checked[file.name] = of_digests(file, size, known[0], note, known[1])
     return checked
 
 
 def verify(out: Path) -> None:
-    """Reads a result of `consolidate` again and holds it against its checksums. Raises CheckpointError naming what is missing or has changed."""
+    """Reads a result of `consolidate` again and holds it against its checksums. Raises CheckpointError naming what is missing
+    or has changed."""
     out = Path(out)
     if not sum_file(out).is_file():
         raise CheckpointError(f"there is no {sum_file(out)}, so nothing says what {out} should hold")
@@ -119,4 +121,5 @@ def verify(out: Path) -> None:
             while piece := file.read(2**22):
                 found.update(piece)
             if found.hexdigest() != sums.whole:
-                raise CheckpointError(f"{out.parent / name} is not what was written: its checksum is another than {sum_file(out).name} says; copy it again")
+                raise DamagedError(f"{out.parent / name} is not what was written: its checksum is {found.hexdigest()}, "
+                                   f"{sum_file(out).name} has {sums.whole}; copy it again")

@@ -175,7 +175,8 @@ class Checkpoints:
     def _written(self, writer: Any) -> dict[str, tuple[int, Written]]:
         """What the ranks of this rank's folder have written into it, by name, and which did. Collective."""
         told = of_all_ranks(writer.written)
-        return {name: (rank, sums) for rank, files in enumerate(told) if self.leaders[rank] == self.leaders[dist.get_rank()] for name, sums in files.items()}
+        here = [rank for rank, leader in enumerate(self.leaders) if leader == self.leaders[dist.get_rank()]]
+        return {name: (rank, sums) for rank in here for name, sums in told[rank].items()}
 
     def _bytes_to_save(self, deepspeed_engine: Any, ema: "ShardedEma | None") -> int:
         """What the files in this rank's folder will take together: masters and two moments in fp32, the module's own weights, the average. Collective."""

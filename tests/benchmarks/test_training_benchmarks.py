@@ -77,5 +77,11 @@ def test_growth_ends_with_an_exponent_for_each_series():
     assert all(math.isfinite(value) for value in line["exponents"]["ZeRO-3, 1 process"].values())
 
 
+@pytest.mark.benchmark
+def test_checksums_ends_with_a_ratio_for_saves_and_for_resumes():
+    line = json.loads(run("checksums.py", "--million", "2", "--rounds", "2").stdout.splitlines()[-1])
+    assert {"save", "resume_from_the_disk", "resume_from_the_cache"} < line.keys() and all(value > 0 for value in line.values())
+
+
 def run(script: str, *args: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, f"benchmarks/{script}", *args], cwd=ROOT, capture_output=True, text=True, timeout=300)
