@@ -3,10 +3,12 @@
 In: flat dicts of floats with a step. Rank 0 writes; on other ranks `open_trackers` gives a list of none. A tracker never talks to other ranks.
 """
 
+import errno
 import json
 import logging
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -24,6 +26,8 @@ log = logging.getLogger(__name__)
 WANDB_HOOKS = ("WandbLoggerHook", "MMSegWandbHook")
 SHARES = ("mfu", "hfu", "data_wait", "waits_for_slowest")
 """Values that the console shows in percent; everywhere else they are fractions."""
+ROOM_FOR_EVENTS = 2**16
+"""Bytes that must be free for a record of TensorBoard's."""
 EARLY_LINES = 1000
 """Of the log, that wait for the run's work directory, if it gets one."""
 
@@ -96,6 +100,7 @@ class TensorBoardTracker:
     def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        self.folder = folder
         self._open, self._writer = lambda: SummaryWriter(str(folder)), None
         self._waiting: list[tuple[int, float, Mapping[str, float]]] = []
 
@@ -112,6 +117,9 @@ class TensorBoardTracker:
 
     def _catch_up(self) -> None:
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if shutil.disk_usage(self.folder).free < ROOM_FOR_EVENTS:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # the writer's thread would print a traceback
             self._writer = self._writer or self._open()
             for step, moment, values in self._waiting:
                 for name, value in values.items():

@@ -20,6 +20,7 @@ from internseg_ds.engine.state import TrainState, due
 from internseg_ds.engine.stopping import StopRequests
 from internseg_ds.engine.stragglers import LayerClock, Stragglers
 from internseg_ds.engine.trackers import Tracker, open_trackers
+from internseg_ds.errors import CheckpointError
 
 if TYPE_CHECKING:
     from internseg_ds.engine.segmentor_engine import SegmentorEngine
@@ -31,11 +32,11 @@ def train(engine: "SegmentorEngine") -> TrainState:
     """Trains `engine` from where its state stands to the last step, or until some rank is asked to stop (`engine.stopped`, after a save). Collective.
 
     Raises Diverged when too many steps in a row, or all of them, were skipped for a loss or gradient that is not finite, DataError when too many images
-    are damaged.
+    are damaged, CheckpointError when there was no room for the last save.
     """
     plan, state, watch, stop = engine.plan, engine.state, engine.watch, engine.stop_requests
     experiment, ds, world, deepspeed = plan.experiment, plan.ds, engine.world, engine.deepspeed
-    last, evaluates = experiment.max_steps, plan.val_set is not None
+    start, last, evaluates = state.step, experiment.max_steps, plan.val_set is not None
     watch.at(state.step, "building")
     if state.step >= last:
         log.warning("nothing is left to train: the checkpoint is of step %d, and runner.max_iters is %d; raise it, or start anew in another --work-dir",
@@ -121,6 +122,10 @@ def train(engine: "SegmentorEngine") -> TrainState:
             draw_curves(engine.work_dir / "metrics.jsonl", engine.work_dir / "curves.png", experiment.metrics[0])
     if not engine.stopped:
         skipped.at_end(state.step)
+        if engine.saves and state.step > start and engine.checkpoints.newest != f"iter_{state.step}":
+            raise CheckpointError(f"the training is done but its last step, {state.step}, could not be saved (the log says why); make room in "
+                                  f"{engine.checkpoints.folder} and start it again with --resume auto, which goes on from "
+                                  f"{engine.checkpoints.newest or 'the newest checkpoint that was there before, if any'}")
     return state
 
 

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -27,6 +28,7 @@ from internseg_ds.engine.segmentor_engine import SegmentorEngine
 from internseg_ds.engine.state import TrainState
 from internseg_ds.engine.trackers import open_trackers, start_logging
 from internseg_ds.engine.trainer import record
+from internseg_ds.errors import CheckpointError
 from tests.conftest import ROOT, TINY, data_options
 from tests.distributed.ranks import spawn
 from tests.end_to_end.conftest import SMALL
@@ -200,27 +202,32 @@ def test_a_full_disk_at_the_start_or_at_a_resume_is_one_sentence(small_disk, lau
 
 @PIPELINES.register_module()
 class FillDiskInStep:
-    """An image early in a training fills its disk; a later one makes room again."""
+    """An image early in a training fills its disk; a later one makes room again, unless it is `for_good`."""
 
-    def __init__(self, disk: str) -> None:
-        self.disk, self.images = Path(disk), 0
+    def __init__(self, disk: str, for_good: bool) -> None:
+        self.disk, self.for_good, self.images = Path(disk), for_good, 0
 
     def __call__(self, results: dict) -> dict:
         self.images += 1
         if self.images == 9:
             leave(self.disk, free_bytes=0)
-        elif self.images == 17:
+        elif self.images == 17 and not self.for_good:
             shutil.rmtree(self.disk / "filler")
         return results
 
 
-def test_a_training_goes_on_while_its_disk_is_full(small_disk, ade20k):
+@pytest.mark.parametrize("for_good", [False, True])
+def test_a_training_goes_on_while_its_disk_is_full(for_good, small_disk, ade20k):
     disk = small_disk(size="16m")
     cfg = small_experiment(ade20k, "runner.max_iters=6", "checkpoint_config.interval=2", "checkpoint_config.max_keep_ckpts=1", "evaluation.interval=2")
-    cfg.data.train.pipeline.insert(-2, dict(type="FillDiskInStep", disk=str(disk)))
-    with SegmentorEngine(cfg, ROOT / "ds_configs/zero1_bf16.json", work_dir=disk / "run") as engine:
+    cfg.data.train.pipeline.insert(-2, dict(type="FillDiskInStep", disk=str(disk), for_good=for_good))
+    unsaved = pytest.raises(CheckpointError, match=r"its last step, 6, could not be saved .*make room in .* --resume auto")
+    with unsaved if for_good else nullcontext(), SegmentorEngine(cfg, ROOT / "ds_configs/zero1_bf16.json", work_dir=disk / "run") as engine:
         engine.train()
         assert engine.checkpoints.newest == "iter_6"
+    if for_good:
+        assert engine.state.step == 6
+        return
     records = [json.loads(line) for line in (disk / "run/metrics.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in records if "loss" in entry] == [1, 2, 3, 4, 5, 6]
     assert [entry["step"] for entry in records if "mIoU" in entry] == [2, 4, 6]
