@@ -91,13 +91,15 @@ def agree_to_resume(found: Path | None, stage: int) -> ZeroCheckpoint | None:
     return checkpoint
 
 
-def check_resumable(path: Path, model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> None:
-    """Raises CheckpointError when the checkpoint is of another model than `model`, or trained other parameters, or in other groups.
+def check_resumable(path: Path, model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> Sequence[str] | None:
+    """The classes that the checkpoint was trained on, where it names them. Raises CheckpointError when it is of another model than `model`, or trained other
+    parameters, or in other groups.
 
     groups: those of the run that is to go on, as `named_groups` gives them. Stage and number of processes may differ.
     """
     checkpoint = ZeroCheckpoint(path, partial=True)
-    fit_segmentor(model, weights_of(checkpoint))
+    weights = weights_of(checkpoint)
+    fit_segmentor(model, weights)
     trains = {name for name, param in model.named_parameters() if param.requires_grad}
     if differ := sorted(trains ^ checkpoint.trained):
         name = differ[0]
@@ -111,6 +113,7 @@ def check_resumable(path: Path, model: nn.Module, groups: Sequence[Mapping[str, 
         raise CheckpointError(f"{path} trained {name} with lr and weight decay {then.get(name)}, this run's config says {now[name]} "
                               f"({len(differ)} parameters differ); resume with the optimizer section that it was saved with, "
                               f"or start anew from its weights with --load-from")
+    return weights.meta.get("CLASSES")
 
 
 def state_of(checkpoint: ZeroCheckpoint, seed: int) -> TrainState:
