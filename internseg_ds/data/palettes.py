@@ -18,7 +18,10 @@ SIGNATURE, COLOUR_TYPE, PALETTE = b"\x89PNG\r\n\x1a\n", 25, 3
 
 
 def check_decoder(dataset: CustomDataset, what: str) -> None:
-    """OpenCV turns a palette's numbers into its colours. Raises ConfigError where it is to read such a file. what: the data set's name in messages."""
+    """OpenCV turns a palette's numbers into its colours. Raises ConfigError where it is to read such a file.
+
+    what: the data set's name in messages.
+    """
     loaders = [step for step in dataset.pipeline.transforms if isinstance(step, LoadAnnotations)]
     loaders += [loader] if (loader := getattr(dataset, "gt_seg_map_loader", None)) is not None else []
     if dataset.ann_dir is None or not any(getattr(loader, "imdecode_backend", None) == "cv2" for loader in loaders):
@@ -27,8 +30,8 @@ def check_decoder(dataset: CustomDataset, what: str) -> None:
         results = annotation_of(dataset, index)
         file = os.path.join(results.get("seg_prefix") or "", results["ann_info"]["seg_map"])
         if os.path.isfile(file) and _has_palette(file):
-            raise ConfigError(f"{what}: label map {file} has a palette, of which imdecode_backend='cv2' of LoadAnnotations (or of gt_seg_map_loader_cfg) makes "
-                              "colours; leave imdecode_backend out, and its numbers are read as classes")
+            raise ConfigError(f"{what}: label map {file} has a palette, of which imdecode_backend='cv2' of LoadAnnotations (or of "
+                              "gt_seg_map_loader_cfg) makes colours; leave imdecode_backend out, and its numbers are read as classes")
 
 
 def _has_palette(file: str) -> bool:

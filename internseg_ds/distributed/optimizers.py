@@ -13,7 +13,7 @@ from mmcv.runner.optimizer import OPTIMIZERS
 from internseg_ds.distributed.ds_config import SUB_GROUP, DsConfig
 from internseg_ds.distributed.extensions import build_extension
 from internseg_ds.distributed.ranged_adam import RangedAdam
-from internseg_ds.errors import ConfigError, reason_of
+from internseg_ds.errors import ConfigError, reason_of, unknown_key
 
 PACKAGES = {"8bit": "bitsandbytes", "lion": "lion-pytorch", "lamb": "timm", "adan": "timm", "lars": "timm", "prodigy": "prodigyopt",
             "dadapt": "dadaptation", "schedulefree": "schedulefree"}
@@ -29,6 +29,11 @@ def check_optimizer(section: Mapping[str, Any], ds: DsConfig) -> str:
     if ds.cpu_adam and kind not in ("Adam", "AdamW"):
         raise ConfigError(f"{ds.source} offloads the optimizer, which runs DeepSpeed's CPU Adam, but optimizer.type is {kind!r}; "
                           "use AdamW, or drop offload_optimizer")
+    parameters = inspect.signature(OPTIMIZERS.get(kind)).parameters
+    if not any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        for key in _settings(section):
+            if key not in parameters:
+                raise unknown_key(key, parameters.keys() - {"params"}, f"optimizer {kind}")
     try:
         OPTIMIZERS.get(kind)([torch.zeros(1, requires_grad=True)], **_settings(section))
         if ds.cpu_adam:

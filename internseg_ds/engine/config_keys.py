@@ -18,7 +18,7 @@ OPTIONAL = SECTIONS[5:]
 REPLACED = {
     "deepspeed": "every run here is a DeepSpeed run",
     "deepspeed_config": "the ds_config is given on the command line",
-    "custom_hooks": "there are no hooks; precision is the engine's",
+    "custom_hooks": "there are no hooks; precision is the engine's, and an average of the weights (EMAHook) is engine.ema",
     "dist_params": "nccl on GPUs, gloo on CPUs",
     "workflow": "training and evaluation alternate as `evaluation.interval` says",
     "opencv_num_threads": "data workers use one OpenCV thread each",

@@ -289,6 +289,8 @@ def _schedule_warnings(lr_config: Mapping[str, Any], lr: Any, steps: int, path: 
     elif warmup >= steps:
         yield f"lr_config.warmup_iters={warmup} of {path} is as long as all of the training ({steps} steps), which never gets to its learning rate"
     least = lr_config.get("min_lr")
+    if lr == 0 and not least:
+        yield f"optimizer.lr={lr!r} of {path}, so no weight changes"
     if isinstance(least, (int, float)) and isinstance(lr, (int, float)) and least > lr:
         yield f"lr_config.min_lr={least:g} of {path} is above optimizer.lr={lr:g}, so the learning rate grows"
 

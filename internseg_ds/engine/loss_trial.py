@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from mmseg.models import LOSSES
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
@@ -80,7 +81,7 @@ def _sampler_hint(head: BaseDecodeHead) -> str:
     sampler = head.sampler
     if sampler is None or getattr(sampler, "thresh", None) is not None:
         return ""
-    kinds = ", ".join(type(loss).__name__.removesuffix("OfAnyImages") for loss in losses_of(head))
+    kinds = ", ".join(type(loss).__name__ if type(loss) in LOSSES.module_dict.values() else type(loss).__base__.__name__ for loss in losses_of(head))
     return f", and does each of its losses ({kinds}) have a value for each pixel, as {type(sampler).__name__} without thresh takes it (thresh=0.7 takes none)"
 
 

@@ -121,10 +121,27 @@ def check_same_classes(ours: Sequence[str] | None, theirs: Sequence[str], what: 
     if ours is None or tuple(ours) == tuple(theirs):
         return []
     if sorted(ours) == sorted(theirs):
-        raise ConfigError(f"{what} and {other} have the same classes in another order, so what is trained as one would be scored as another; give the data set "
+        raise ConfigError(f"{what} and {other} have the same classes in another order, so what is learnt as one would be taken for another; give the data set "
                           f"classes=[...] in the order of {what}: {shortened(list(ours), 3)}")
     differing = [f"{index}: {a} and {b}" for index, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b]
+    if not differing:
+        return [f"{what} has {len(ours)} classes and {other} {len(theirs)}; the first {min(len(ours), len(theirs))} are the same"]
     return [f"{what} and {other} call {len(differing)} classes differently, and their numbers are taken to mean the same: {shortened(differing, 3)}"]
+
+
+def check_thresholds(model: nn.Module) -> list[str]:
+    """A head of one channel compares its sigmoid with its threshold. Raises ConfigError for one that none or all lie above; a line where it has no effect."""
+    lines = []
+    for name, head in model.named_modules():
+        if not isinstance(head, BaseDecodeHead) or getattr(head, "threshold", None) is None:
+            continue
+        setting = f"model.{name}.threshold={head.threshold!r}"
+        if head.out_channels > 1:
+            lines.append(f"{setting} has no effect: the head has {head.out_channels} output channels, of which the highest is taken; "
+                         "out_channels=1 with num_classes=2 would make it count")
+        elif isinstance(head.threshold, bool) or not isinstance(head.threshold, (int, float)) or not 0 < head.threshold < 1:
+            raise ConfigError(f"{setting} is compared with a sigmoid, so it must be a number between 0 and 1; 0.5 is the even one")
+    return lines
 
 
 def check_patches(experiment: Experiment, model: nn.Module) -> None:

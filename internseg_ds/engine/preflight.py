@@ -31,11 +31,20 @@ from internseg_ds.engine.config_text import config_text
 from internseg_ds.engine.experiment import Experiment, leaf_datasets
 from internseg_ds.engine.loss_checks import check_losses
 from internseg_ds.engine.loss_trial import try_losses
-from internseg_ds.engine.model_checks import check_classes, check_forward, check_patches, check_sample, check_windows, compare_classes, image_shape
+from internseg_ds.engine.model_checks import (
+    check_classes,
+    check_forward,
+    check_patches,
+    check_sample,
+    check_thresholds,
+    check_windows,
+    compare_classes,
+    image_shape,
+)
 from internseg_ds.engine.planner import ds_config_of
 from internseg_ds.engine.resumed_settings import changed_settings, check_same_classes
 from internseg_ds.engine.resuming import check_resumable
-from internseg_ds.engine.starting_weights import starting_weights
+from internseg_ds.engine.starting_weights import check_starting_classes, starting_weights
 from internseg_ds.engine.trackers import check_trackers
 from internseg_ds.errors import ConfigError, DataError, shortened
 from internseg_ds.models.blocks import odd_blocks
@@ -94,12 +103,14 @@ def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, An
         check_trackers(experiment.log_hooks)
     train_set = build_datasets(experiment.train, "data.train", list(leaf_datasets(experiment.train)))
     check_normalization(train_set, "data.train")
-    warnings = check_classes(meta_model, train_set, "data.train")
+    warnings = check_classes(meta_model, train_set, "data.train") + check_thresholds(meta_model)
     for steps in pipelines(train_set):
         warnings += odd_steps(steps, "data.train", evaluates=False)
     changed = changed_settings(saved.get("config"), config_text(experiment.cfg._cfg_dict.to_dict()))
     if resume_from is not None:
         changed += check_same_classes(resume_from, saved.get("CLASSES"), train_set.CLASSES)
+    elif weights is not None:
+        warnings += check_starting_classes(meta_model, weights, train_set.CLASSES, experiment.engine.weights_may_differ)
     ignored = sorted({getattr(part, "ignore_index", 255) for part in plain_parts(train_set)})
     warnings += check_losses(meta_model, experiment.train, ignored, experiment.path)
     first, *others = [first_sample(part, "data.train", tolerated=experiment.engine.max_data_faults) for part in parts(train_set)]

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from internseg_ds.checkpoints.weights import Weights, open_weights
 from internseg_ds.distributed.loading import fit_backbone, fit_part, fit_segmentor
 from internseg_ds.distributed.own_loading import read_by_backbone
 from internseg_ds.engine.experiment import Experiment
+from internseg_ds.engine.model_checks import check_same_classes
 from internseg_ds.errors import CheckpointError, ConfigError, shortened
 from internseg_ds.models.backbone import checkpoint_of, pretrained_elsewhere, pretrained_file
+from internseg_ds.models.heads import heads
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +78,32 @@ def _pretrained_setting(experiment: Experiment, model: nn.Module) -> str:
     if init_cfg is not None and checkpoint_of(init_cfg) == pretrained_file(model.backbone):
         return "model.backbone.init_cfg.checkpoint"
     return "model.pretrained" if experiment.model.get("pretrained") else "model.backbone.pretrained"
+
+
+def check_starting_classes(model: nn.Module, fit: Fit, classes: Sequence[str], may_differ: tuple[str, ...]) -> list[str]:
+    """Class scores that a run starts from must be those of the same classes: lines where their names differ.
+
+    fit: of the file that they come from. classes: of the data set. Raises ConfigError for the same names in another order, unless `may_differ` (of
+    `engine.weights_may_differ`) covers the scores.
+    """
+    taken = dict(_scores(model, head, fit) for head in heads(model))
+    taken = {part: scores for part, scores in taken.items() if scores}
+    known, what = fit.weights.meta.get("CLASSES"), f"the weights of {fit.weights.path}"
+    if not taken or not isinstance(known, (list, tuple)) or not all(isinstance(name, str) for name in known):
+        return []
+    try:
+        return check_same_classes(known, classes, what, "data.train")
+    except ConfigError as error:
+        if all(any(name.startswith(may_differ) for name in scores) for scores in taken.values()):
+            return [f"{what} and data.train have the same classes in another order, so class scores start as those of other classes"]
+        raise ConfigError(f"{error}; or allow it with engine.weights_may_differ={list(taken)}") from None
+
+
+def _scores(model: nn.Module, head: nn.Module, fit: Fit) -> tuple[str, list[str]]:
+    """The part of a head that makes class scores, all of it where it does not say which, and names of its parameters that are taken from a file."""
+    part = next(name for name, module in model.named_modules() if module is head)
+    part += ".conv_seg" if isinstance(getattr(head, "conv_seg", None), nn.Module) else ""
+    return part, [name for name in fit.sources if name.startswith(f"{part}.")]
 
 
 def check_weights_fit(model: nn.Module, checkpoint: str | os.PathLike, *, ema: bool = False, check: bool = True) -> dict[str, Any]:

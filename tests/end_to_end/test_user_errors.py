@@ -6,16 +6,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from mmcv import ConfigDict
+from mmcv import ConfigDict, DictAction
 from mmseg.datasets import DATASETS, build_dataset
 from mmseg.datasets.builder import PIPELINES
+from mmseg.models import build_head
+from torch import nn
 from torch.utils.data import Dataset
 
 from internseg_ds.distributed.process_group import World
 from internseg_ds.engine.experiment import read_experiment
+from internseg_ds.engine.model_checks import check_thresholds
 from internseg_ds.engine.preflight import check
-from internseg_ds.errors import ConfigError, DataError, UserError
+from internseg_ds.errors import CheckpointError, ConfigError, DataError, UserError
 from tests.conftest import MASK2FORMER, ROOT, TINY, data_options
+from tests.end_to_end.conftest import SMALL
 
 
 def test_rank_0_says_it_once_and_the_launcher_ends_with_2(launch, tmp_path):
@@ -77,6 +81,7 @@ def refusal(config: str, options: dict, ade20k: Path) -> str:
     ({"engine": 5}, ["engine=5"]),
     ({"load_from": 5}, ["load_from", "is 5"]),
     ({"optimizer.momentum": 0.9}, ["AdamW", "momentum"]),
+    ({"optimizer.weigth_decay": 0.01}, ["unknown key 'weigth_decay' in optimizer AdamW", "did you mean 'weight_decay'"]),
     ({"optimizer.lr": -1}, ["optimizer.lr=-1"]),
     ({"optimizer.lr": "4e-5x"}, ["optimizer.lr='4e-5x'"]),
     ({"optimizer.constructor": "CustomLayerDecay"}, ["CustomLayerDecay"]),
@@ -132,6 +137,34 @@ def test_one_channel_needs_a_sigmoid(ade20k):
     two = replace(experiment, train=ConfigDict(experiment.train, type="CustomDataset", img_suffix=".jpg", seg_map_suffix=".png", classes=["a", "b"]), val=None)
     with pytest.raises(ConfigError, match=r"model\.decode_head has one output channel, and CrossEntropyLoss .* use_sigmoid=True"):
         check(two, ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0), validate=False)
+
+
+def two_classes(ade20k, **head):
+    """The experiment with two classes, and a decode head of these settings alone."""
+    experiment = read_experiment(ROOT / TINY, dict(option.split("=") for option in data_options(ade20k)))
+    experiment.model.decode_head.update(num_classes=2, **head)
+    experiment.model.auxiliary_head = None
+    own = dict(type="CustomDataset", img_suffix=".jpg", seg_map_suffix=".png", classes=["a", "b"], ignore_index=255)
+    return replace(experiment, train=ConfigDict(experiment.train, **own), val=None)
+
+
+BINARY = dict(out_channels=1, loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=True))
+
+
+@pytest.mark.parametrize("threshold", [7, 0, 1.0, "0.5", True])
+def test_a_threshold_that_no_sigmoid_can_pass_is_refused(threshold, ade20k):
+    with pytest.raises(ConfigError, match=rf"model\.decode_head\.threshold={threshold!r} .* between 0 and 1"):
+        check(two_classes(ade20k, threshold=threshold, **BINARY), ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0), validate=False)
+
+
+def test_a_threshold_of_two_channels_is_a_line():
+    built = build_head(dict(type="FCNHead", in_channels=4, channels=4, num_classes=2, threshold=0.9))
+    (said,) = check_thresholds(nn.ModuleDict({"decode_head": built}))
+    assert said.startswith("model.decode_head.threshold=0.9 has no effect: the head has 2 output channels")
+    for settings in (dict(num_classes=2), dict(num_classes=2, out_channels=1, threshold=0.5), dict(num_classes=2, out_channels=1)):
+        loss = dict(type="CrossEntropyLoss", use_sigmoid=True)
+        head = build_head(dict(type="FCNHead", in_channels=4, channels=4, loss_decode=loss, **settings))
+        assert check_thresholds(nn.ModuleDict({"decode_head": head})) == []
 
 
 def test_a_loss_beside_others_that_does_not_count_is_a_line(ade20k):
@@ -325,6 +358,16 @@ def test_a_dry_run_prints_parameters_groups_and_memory_and_writes_nothing(launch
 def test_help_shows_a_command(script, launch):
     done = launch(f"launch/{script}.py", "--help", processes=1, launcher="python")
     assert "example:" in done.stdout and f"launch/{script}.py" in done.stdout
+
+
+def test_a_run_does_not_go_on_with_its_classes_in_another_order(trained, ade20k):
+    options = dict(option.split("=", 1) for option in (*SMALL, *data_options(ade20k)))
+    experiment = read_experiment(ROOT / TINY, {key: DictAction._parse_iterable(value) for key, value in options.items()})
+    names = build_dataset(experiment.train).CLASSES
+    swapped = replace(experiment, train=ConfigDict(experiment.train, classes=[names[1], names[0], *names[2:]]))
+    save = trained.work_dir / "checkpoints" / "iter_12"
+    with pytest.raises(CheckpointError, match=r"iter_12.* the same classes in another order: class 0 was 'wall' and is 'building'"):
+        check(swapped, ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0), validate=False, resume_from=save)
 
 
 def test_a_truncated_checkpoint_is_refused_before_training(trained, launch, ade20k, tmp_path):

@@ -78,6 +78,7 @@ def test_a_misspelt_key_of_a_section_is_an_error(sections, words):
     ({"log_config": {"verbosely": True}}, "log_config.verbosely has no effect"),
     ({"log_config": {"hooks": [dict(type="MMSegWandbHook", num_eval_images=5)]}}, "MMSegWandbHook.num_eval_images has no effect here: no pictures are sent"),
     ({"log_config": {"hooks": [dict(type="TextLoggerHook", interval=7)]}}, "TextLoggerHook.interval has no effect"),
+    ({"custom_hooks": [dict(type="EMAHook", momentum=0.001)]}, "an average of the weights (EMAHook) is engine.ema"),
     ({"fp16": {}}, "fp16 = {} has no effect"),
     ({"opencv_num_threads": 0}, "opencv_num_threads = 0 has no effect"),
 ])
@@ -93,6 +94,7 @@ def test_a_key_at_the_top_that_is_nearly_one_that_is_read_is_a_warning():
 @pytest.mark.parametrize(("options", "words"), [
     ({"lr_config.warmup": None}, ["warmup_iters=", "warms nothing up"]),
     ({"lr_config.warmup_iters": 420}, ["warmup_iters=420", "as long as all of the training (420 steps)"]),
+    ({"optimizer.lr": 0}, ["optimizer.lr=0", "no weight changes"]),
     ({"lr_config.min_lr": 1.0}, ["min_lr=1", "is above optimizer.lr"]),
 ])
 def test_an_odd_schedule_is_a_warning(options, words):
