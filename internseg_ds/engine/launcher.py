@@ -1,6 +1,8 @@
-"""Whether the processes that started this one, and wait for its end, are still there: a training whose launcher has gone has nobody to end it any more.
+"""Whether the processes that started this one, and wait for its end, are still there: a training whose launcher has gone
+has nobody to end it any more.
 
-In: the processes above this one, as far as they are launchers. A shell, a batch script, nohup and the like are none: they may go at any time.
+In: the processes above this one, as far as they are launchers. A shell, a batch script, nohup and the like are none: they
+may go at any time.
 """
 
 from collections.abc import Sequence
@@ -9,8 +11,10 @@ from pathlib import Path
 
 import psutil
 
-NAMES = {"deepspeed", "deepspeed.launcher.runner", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run", "torch.distributed.launch",
-         "mpirun", "mpiexec", "mpiexec.hydra", "hydra_pmi_proxy", "orterun", "orted", "prterun", "prted", "slurmstepd", "slurmstepd:"}
+NAMES = {"deepspeed", "deepspeed.launcher.runner", "deepspeed.launcher.launch",
+         "torchrun", "torch.distributed.run", "torch.distributed.launch",
+         "mpirun", "mpiexec", "mpiexec.hydra", "hydra_pmi_proxy", "orterun", "orted", "prterun", "prted",
+         "slurmstepd", "slurmstepd:"}
 """Of programs and of Python's modules."""
 
 def is_launcher(command: Sequence[str]) -> bool:
@@ -22,7 +26,8 @@ def is_launcher(command: Sequence[str]) -> bool:
 
 
 class Launcher:
-    """The launchers above this process: its parent, the parent's parent (deepspeed's runner above its launch.py), and so on."""
+    """The launchers above this process: its parent, the parent's parent (deepspeed's runner above its launch.py), and so
+    on."""
 
     def __init__(self) -> None:
         self._chain = [psutil.Process()]

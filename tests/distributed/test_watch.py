@@ -7,11 +7,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch.distributed as dist
 
 from internseg_ds.distributed.process_group import world_from_environment
 from internseg_ds.distributed.watch import GRACE_S, Watch, joined, time_limit
-from internseg_ds.errors import DataError
+from internseg_ds.engine.options import EngineOptions
+from internseg_ds.errors import ConfigError, DataError
 from internseg_ds.exit_codes import FAILED, LOST
 from tests.conftest import free_port
 from tests.forks import start_ranks
@@ -195,3 +197,10 @@ def looks_at_a_disk_that_does_not_answer(rank: int) -> None:
 def test_what_comes_before_the_watch_is_timed_too(tmp_path):
     codes, log = ranks(looks_at_a_disk_that_does_not_answer, 1, tmp_path)
     assert codes == [LOST] and "looking at the weights took more than 1 s (engine.io_timeout)" in log
+
+
+@pytest.mark.parametrize("limit", [-1, 5, True, "1h", float("inf"), float("nan")])
+def test_a_limit_that_healthy_disks_would_exceed_or_that_is_no_time_is_refused(limit):
+    with pytest.raises(ConfigError, match=r"engine.io_timeout=.* must be at least 10 seconds, or 0 for no limit"):
+        EngineOptions(io_timeout=limit)
+    assert EngineOptions(io_timeout=0).io_timeout == 0
