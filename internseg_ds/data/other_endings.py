@@ -22,26 +22,28 @@ def files_alike(folder: str, suffix: str) -> Iterator[tuple[str, str]]:
     """(path inside the folder, the same without its ending) of files whose names end almost as `suffix` says."""
     endings = alike(suffix)
     for path in _files(folder):
-        if not path.endswith(suffix) and (ending := next((some for some in endings if path.lower().endswith(some)), None)):
+        ending = next((some for some in endings if path.lower().endswith(some)), None)
+        if ending is not None and not path.endswith(suffix):
             yield path, path[: -len(ending)]
 
 
 def there_are(folder: str, suffix: str, setting: str) -> str:
-    """The files of a folder in which none ends in `suffix`, as the end of a sentence that says what to set; setting: the name of that suffix.
+    """The files of a folder in which none ends in `suffix`, as the end of a sentence that says what to set.
 
-    Where some end almost so, these; else those of the ending that most have.
+    setting: the name of that suffix. Where some end almost so, these; else those of the ending that most have.
     """
-    found = [path for path, _ in files_alike(folder, suffix)] or list(_files(folder))
-    endings = Counter(os.path.splitext(path)[1] for path in found)
-    if not endings:
-        return f"; there is no file in {folder}"
-    (ending, count), = endings.most_common(1)
-    first = min(path for path in found if os.path.splitext(path)[1] == ending)
-    return f"; {count} files there end in {ending!r} ({first}): if these are meant, set {setting}={ending!r}, or rename them"
+    found = [(path, path[len(stem) :]) for path, stem in files_alike(folder, suffix)]
+    found = found or [(path, ending) for path in _files(folder) if (ending := os.path.splitext(path)[1])]
+    if not found:
+        return f"; there is no image in {folder}"
+    (ending, count), = Counter(ending for _, ending in found).most_common(1)
+    first = min(path for path, its in found if its == ending)
+    meant = f"if these are meant, set {setting}={ending!r}, or rename them"
+    return f"; {count} files there end in {ending!r} ({first}): {meant}"
 
 
 def instead_of(path: str) -> str:
-    """A file beside one that is missing, of the same name and another ending, as a part of a sentence; empty where there is none."""
+    """A file beside one that is missing, of the same name and another ending, in brackets; empty where there is none."""
     folder, name = os.path.split(path)
     stem = os.path.splitext(name)[0]
     names = sorted(entry.name for entry in os.scandir(folder)) if os.path.isdir(folder) else []

@@ -14,7 +14,7 @@ from internseg_ds.errors import ConfigError
 LOOKED_AT = 20
 """Label maps whose heads are read."""
 SIGNATURE, COLOUR_TYPE, PALETTE = b"\x89PNG\r\n\x1a\n", 25, 3
-"""The first bytes of a PNG, the place of its colour type, and the type of one with a palette (PNG specification, 11.2.2)."""
+"""The first bytes of a PNG, the place of its colour type, and the type of one with a palette (PNG specification)."""
 
 
 def check_decoder(dataset: CustomDataset, what: str) -> None:
@@ -30,8 +30,10 @@ def check_decoder(dataset: CustomDataset, what: str) -> None:
         results = annotation_of(dataset, index)
         file = os.path.join(results.get("seg_prefix") or "", results["ann_info"]["seg_map"])
         if os.path.isfile(file) and _has_palette(file):
-            raise ConfigError(f"{what}: label map {file} has a palette, of which imdecode_backend='cv2' of LoadAnnotations (or of "
-                              "gt_seg_map_loader_cfg) makes colours; leave imdecode_backend out, and its numbers are read as classes")
+            raise ConfigError(
+                f"{what}: label map {file} has a palette, of which imdecode_backend='cv2' of LoadAnnotations (or of "
+                "gt_seg_map_loader_cfg) makes colours; leave imdecode_backend out, and its numbers are read as classes"
+            )
 
 
 def _has_palette(file: str) -> bool:

@@ -57,6 +57,10 @@ def test_a_folder_whose_images_end_otherwise_is_not_called_empty_alone(data):
         built(root)
     with pytest.raises(DataError, match=r"; 2 files there end in '\.JPG'"):
         built(root, img_suffix=".tif")
+    (root / "images/0.JPG").rename(root / "images/0_left.JPG")
+    with pytest.raises(DataError, match=r"; 1 files there end in '_left\.JPG' \(0_left\.JPG\)"):
+        built(root, img_suffix="_left.jpg")
+    (root / "images/0_left.JPG").rename(root / "images/0.JPG")
     first, second = entry_of(root, img_suffix=".JPG"), entry_of(root)
     with pytest.raises(DataError, match=r"joins several data sets, and that of .*images has no image; 2 files there end in '\.JPG'"):
         build_datasets([first, second], "data.train", [first, second])
