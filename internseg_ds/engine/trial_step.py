@@ -30,7 +30,7 @@ from internseg_ds.errors import ConfigError, reason_of
 from internseg_ds.models.backbone import patch_size
 
 IMAGES = 2
-"""A batch norm over one pixel needs two values."""
+"""A batch norm over one pixel needs two values; where two fail and a process of the run has one, that is tried."""
 SIDE = 224
 """Pixels of the corner's sides, at most: a whole number of patches and strides of every common backbone."""
 LARGEST = 1_500_000_000
@@ -68,13 +68,15 @@ def try_step(plan: Plan, options: Mapping[str, Any]) -> str:
         return (f"no step was tried on the CPU: {params:,} parameters would take up to {BYTES * params / 2**30:,.0f} GiB and minutes "
                 f"({available / 2**30:,.0f} GiB of memory are free)")
     began, side = time.monotonic(), _corner_side(plan)
-    trial = Trial(plan.experiment.path, options, _alone(plan.ds), side, plan.val_set is not None)
-    failure = _run(trial)
-    if failure is not None and side is not None:
-        trial = replace(trial, side=None)
-        failure = _run(trial)
+    validates = plan.val_set is not None
+    counts = sorted({IMAGES, min(IMAGES, plan.ds.micro_batch)}, reverse=True)
+    whole = [Trial(plan.experiment.path, options, _alone(plan.ds, images), None, validates) for images in counts]
+    for trial in ([replace(whole[0], side=side)] if side is not None else []) + whole:  # the first that works will do
+        if (failure := _run(trial)) is None:
+            break
     size = f"{trial.side} x {trial.side} pixels" if trial.side else " x ".join(map(str, plan.crop)) + " pixels"
-    tried = f"one step of {IMAGES} images of {size}, in one process on the CPU with random weights, under ZeRO-{plan.ds.stage}"
+    count = f"{trial.ds.micro_batch} image{'s' * (trial.ds.micro_batch > 1)}"
+    tried = f"one step of {count} of {size}, in one process on the CPU with random weights, under ZeRO-{plan.ds.stage}"
     if failure is None:
         return f"{tried}{', and a window of an evaluation' * trial.validates}: ran in {time.monotonic() - began:.0f} s"
     if not failure.certain or NOT_ON_CPUS in failure.reason:
@@ -97,12 +99,12 @@ def _corner_side(plan: Plan) -> int | None:
     return side if 0 < side < min(plan.crop) else None
 
 
-def _alone(ds: DsConfig) -> DsConfig:
-    """The ds_config for one process on a CPU: the same stage, precision and hooks, with all states in memory."""
+def _alone(ds: DsConfig, images: int) -> DsConfig:
+    """The ds_config for one process on a CPU and so many images: the same stage, precision and hooks, with all states in memory."""
     zero = {key: value for key, value in ds.raw["zero_optimization"].items() if not key.startswith(LOCAL_ZERO_KEYS)}
     raw = {key: ds.raw[key] for key in KEPT if key in ds.raw}
-    raw |= {"zero_optimization": zero, "train_batch_size": IMAGES, "train_micro_batch_size_per_gpu": IMAGES, "gradient_accumulation_steps": 1}
-    return replace(ds, raw=raw, micro_batch=IMAGES, accumulation=1, world_size=1, cpu_adam=False)
+    raw |= {"zero_optimization": zero, "train_batch_size": images, "train_micro_batch_size_per_gpu": images, "gradient_accumulation_steps": 1}
+    return replace(ds, raw=raw, micro_batch=images, accumulation=1, world_size=1, cpu_adam=False)
 
 
 def _run(trial: Trial) -> Failure | None:
@@ -154,7 +156,7 @@ def _step(trial: Trial) -> None:
     freeze_parts(meta_model, experiment.engine.freeze)
     heads = heads_dtype(experiment.engine.heads_dtype, meta_model, ds.precision)
     dataset = build_datasets(experiment.train, "data.train", list(leaf_datasets(experiment.train)))
-    batch = next(training_batches(dataset, GlobalBatchSampler(len(dataset), IMAGES, seed=0), workers=0, seed=0, device=world.device))
+    batch = next(training_batches(dataset, GlobalBatchSampler(len(dataset), ds.micro_batch, seed=0), workers=0, seed=0, device=world.device))
     inputs = batch.inputs
     if trial.side is not None:
         inputs = _corner(inputs, tuple(inputs["img"].shape[-2:]), trial.side)
