@@ -57,7 +57,7 @@ $(VENV)/.mmcv: $(VENV)/.torch
 
 $(VENV)/.installed: $(VENV)/.mmcv pyproject.toml
 	@echo "installing the rest ..."
-	$(PIP) -e '.[test]'
+	$(PIP) --config-settings editable_mode=compat -e '.[test]'
 	@touch $@
 
 clean:

@@ -1,6 +1,7 @@
 """Fine-tuning of every parameter of billion-scale vision backbones for semantic segmentation, under DeepSpeed ZeRO."""
 
 import os
+import sys
 from typing import TYPE_CHECKING
 
 from internseg_ds.allocator import set_allocators
@@ -12,6 +13,8 @@ if os.environ.get("INTERNSEG_DEVICE") == "cpu":  # see `internseg_ds.device`; De
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 set_allocators()
+if sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK):  # a virtual environment's extensions stay in it: others would compile them anew
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))
 
 __version__ = "0.1.0"
 __all__ = ["SegmentorEngine", "__version__"]

@@ -23,17 +23,19 @@ def main() -> None:
     args = parser.parse_args()
 
     from internseg_ds.checkpoints.consolidate import consolidate
-    from internseg_ds.checkpoints.sum_files import verify
+    from internseg_ds.checkpoints.sum_files import sum_file, verify
 
     settings = dict(dtype=args.dtype, tag=args.tag, ema=args.ema, overwrite=args.overwrite, check=not args.skip_checksums)
     if args.verify:
         verify(args.out)
+        print(f"{args.out} agrees with its checksums")
     elif args.backbone:
         from internseg_ds.engine.exporting import export_backbone
 
         export_backbone(args.source, args.out, args.backbone, **settings)
     else:
         consolidate(args.source, args.out, **settings)
+        print(f"{args.out} is written, and its checksums are beside it ({sum_file(args.out).name})")
 
 
 if __name__ == "__main__":

@@ -59,7 +59,9 @@ demo finished in {(time.monotonic() - began) / 60:.1f} minutes
   log, metrics           {WORK}/train.log, {WORK}/metrics.jsonl
   curve                  {WORK}/curves.png
   scores by class        {WORK}/evaluation
-  pictures               {WORK}/pictures""")
+  pictures               {WORK}/pictures
+
+to go on by hand: . .venv/bin/activate""")
     if after < max(LEAST_MIOU, 10 * scores[0]):
         sys.exit(f"error: a score of {after:.2f} is below what this demo reaches (at least {LEAST_MIOU}, and ten times that of the untrained model); "
                  f"see {WORK}/train.log")

@@ -62,17 +62,24 @@ def main() -> None:
         from internseg_ds.engine.trackers import start_logging
         from internseg_ds.engine.trial_step import try_step
         from internseg_ds.engine.work_dir import check_unused
+        from internseg_ds.errors import ConfigError
 
         world = world_from_environment()
         start_logging(None, level=experiment.log_level, is_main=world.is_main)
         resume, work_dir = args.resume or experiment.resume_from, Path(args.work_dir or experiment.work_dir)
         resume_from = checkpoint_to_resume(resume, work_dir, check=experiment.engine.checksums)
-        check_unused(work_dir, resume_from, overwrite=args.overwrite, resumes=resume == "auto")
+        used = None
+        try:
+            check_unused(work_dir, resume_from, overwrite=args.overwrite, resumes=resume == "auto")
+        except ConfigError as error:  # which costs a dry run nothing
+            used = error
         plan = check(experiment, args.deepspeed_config, world, validate=not args.no_validate, load_from=args.load_from, resume_from=resume_from)
         if world.is_main:
             console = Console()
             describe(plan, console)
-            console.print("trying one step on the CPU ...")
+            if used is not None:
+                console.print(f"a run would be refused: {used}", markup=False, highlight=False, soft_wrap=True, style="yellow")
+            console.print("trying one step on the CPU (half a minute; minutes where DeepSpeed's extension is not compiled yet) ...")
             console.print(try_step(plan, args.cfg_options), markup=False, highlight=False, soft_wrap=True)
         return
     if args.deterministic:

@@ -70,7 +70,8 @@ def consolidate(source: Path, out: Path, *, dtype: Literal["float32", "bfloat16"
 
     out.parent.mkdir(parents=True, exist_ok=True)
     _remove(unfinished)
-    with Progress(TextColumn("consolidating"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn()) as progress:
+    doing = TextColumn(f"consolidating {checkpoint.path.name}, {len(entries)} tensors")
+    with Progress(doing, BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn()) as progress:
         task = progress.add_task("", total=total)
 
         def advance(written: int) -> None:

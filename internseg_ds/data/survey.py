@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 from mmseg.datasets import DATASETS, CustomDataset
 from mmseg.datasets.pipelines import LoadImageFromFile
+from PIL import Image
 from torch.utils.data import Dataset
 
 from internseg_ds.data.datasets import plain_parts
@@ -43,18 +44,21 @@ class Counts:
     """As they stand in the files."""
     strangers: list[str] = field(default_factory=list)
     """Files with a number that is no class."""
+    misfits: list[str] = field(default_factory=list)
+    """Files of other sides than their images."""
 
 
-def survey(dataset: Dataset, what: str, *, training: bool) -> list[str]:
+def survey(dataset: Dataset, what: str, *, training: bool, tolerated: int = 0) -> list[str]:
     """What is odd: sentences about classes that never occur, numbers that are no class, files left out, images turned by EXIF or read with a loss.
 
-    what: the data set's name in messages ("data.train"). training: whether it is trained on. Raises DataError for files that are left out although they have
-    label maps; and where all label maps of a set to train on were read and hold but one class, or none.
+    what: the data set's name in messages ("data.train"). training: whether it is trained on; tolerated: how many of its images may be damaged then.
+    Raises DataError for files that are left out although they have label maps, for label maps to train on that do not fit their images, and where all label
+    maps of a set to train on were read and hold but one class, or none.
     """
     parts = [part for part in plain_parts(dataset) if isinstance(part, CustomDataset) and part.CLASSES is not None]
     said = [sentence for part in parts for sentence in (*_left_out(part, what), *_images(part, what), *_lossy(part, what))]
     if parts:
-        said += _classes(parts, what, training)
+        said += _classes(parts, what, training, tolerated)
     return said
 
 
@@ -91,7 +95,7 @@ def _drawn(part: CustomDataset, most: int) -> Iterator[int]:
     yield from (int(index) for index in order[:most])
 
 
-def _classes(parts: Sequence[CustomDataset], what: str, training: bool) -> list[str]:
+def _classes(parts: Sequence[CustomDataset], what: str, training: bool, tolerated: int) -> list[str]:
     counts, began, total = Counts(), time.monotonic(), sum(map(len, parts))
     for part in parts:
         loader = loader_in(part) if training else part.gt_seg_map_loader
@@ -115,6 +119,11 @@ def _classes(parts: Sequence[CustomDataset], what: str, training: bool) -> list[
     if missing:
         said.append(f"{what}: {len(missing)} of {len(classes)} classes occur{'s' * (len(missing) == 1)} in none of {everything} label maps looked at: "
                     f"{shortened(missing, 8)}{hint}")
+    if counts.misfits:
+        misfit = (f"{what}: {len(counts.misfits)} of {everything} label maps looked at have other sides than their images: {shortened(counts.misfits, 2)}")
+        if training and len(counts.misfits) > tolerated:
+            raise DataError(f"{misfit}; there must be one class per pixel")
+        said.append(f"{misfit}; those images are left out")
     if counts.strangers:
         said.append(f"{what}: {len(counts.strangers)} of {everything} label maps looked at hold a number that is no class, and not {none} for none either; its "
                     f"pixels {'would end the run' if training else 'count as wrong'}: {shortened(counts.strangers, 2)}")
@@ -134,6 +143,8 @@ def _count(part: CustomDataset, loader: LoadLabelMap, most: int, until: float, c
         except Exception as error:  # a damaged one is named when it is its turn
             log.debug("%s: %s", file, error)
             continue
+        if misfit := _misfit(part, index, file, raw):
+            counts.misfits.append(misfit)
         numbers, pixels = _counted(raw)
         labels = loader.to_classes(numbers, results.get("label_map"))
         counts.maps += 1
@@ -142,6 +153,24 @@ def _count(part: CustomDataset, loader: LoadLabelMap, most: int, until: float, c
             counts.pixels[label] += count
         if (strange := numbers[labels == loader.stranger]).size:
             counts.strangers.append(f"{strange[0]} in {file}")
+
+
+def _misfit(part: CustomDataset, index: int, file: str, raw: np.ndarray) -> str:
+    """What is wrong with the sides of a label map, "" where nothing is, or nothing is known of the image's. An image that EXIF turns by 90 degrees may have
+    either: the pipeline looks at those."""
+    loaders = [step for step in _steps(part) if isinstance(step, LoadImageFromFile)]
+    image = os.path.join(part.img_dir, part.img_infos[index]["filename"])
+    if [type(step) for step in loaders] != [LoadImageFromFile] or orientation(image) >= 5:
+        return ""
+    try:
+        with Image.open(image) as opened:
+            sides = opened.size[::-1]
+    except Exception as error:  # one that PIL does not read may be fine for the loader
+        log.debug("%s: %s", image, error)
+        return ""
+    if raw.shape == sides or (raw.ndim < 2 and raw.size == sides[0] * sides[1]):
+        return ""
+    return f"{file} has {' x '.join(map(str, raw.shape))} pixels and its image {' x '.join(map(str, sides))}"
 
 
 def _counted(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

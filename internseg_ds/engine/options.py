@@ -52,7 +52,8 @@ class EngineOptions:
     """Names of modules (backbone.layer1, or backbone for all of it) and parameters that do not train. A module that is named runs as in an
     evaluation: its batch norms use the statistics that they start with, and keep them, and it drops nothing."""
     peak_tflops: float | None = None
-    """Peak of matrix products in the backbone's compute dtype, in TFLOP/s per device, which mfu and hfu are relative to. None: measured at the start."""
+    """Peak of matrix products in the backbone's compute dtype, in TFLOP/s per device, which mfu and hfu are relative to. None: measured at the start
+    on GPUs; on CPUs there are no mfu and hfu then."""
 
     def __post_init__(self) -> None:
         for name, what in (("weights_may_differ", "prefixes of names"), ("freeze", "names of modules and parameters, such as ['backbone']")):

@@ -143,7 +143,7 @@ def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, An
         warnings += compare_normalization(train_set, val_set) + odd_about(val_set, "data.val")
         _check_best_by(experiment, val_set)
     if world.is_main:
-        warnings += survey(train_set, "data.train", training=True)
+        warnings += survey(train_set, "data.train", training=True, tolerated=experiment.engine.max_data_faults)
         warnings += survey(val_set, "data.val", training=False) if val_set is not None else []
     return Plan(experiment, ds, world, meta_model, weights, resume_from, image_shape(first)[1:], train_set, val_set, tuple(warnings), tuple(notes))
 

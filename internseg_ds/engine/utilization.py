@@ -20,11 +20,8 @@ from internseg_ds.planning.training_pass import TrainingPass, training_pass
 
 log = logging.getLogger(__name__)
 
-GPU_SIDE = 8192
+SIDE = 8192
 """Of the square matrices that a GPU's peak is measured with."""
-CPU_SIDES = (128, 256, 512, 1024)
-LONGEST_S = 0.1
-"""On a CPU: no matrices are tried whose product may take longer."""
 MEASURED_S = 0.05
 """For how long each product is repeated."""
 
@@ -53,8 +50,13 @@ class Meter:
 
 
 def make_meter(peak_tflops: float | None, meta_model: nn.Module, crop: tuple[int, int], world: World, dtype: torch.dtype) -> Meter:
-    """Before the model takes memory: what is measured here leaves neither memory nor a peak behind. peak_tflops: of one device, None to measure it.
-    crop: height and width of a training image. dtype: in which the backbone computes. Collective."""
+    """Before the model takes memory: what is measured here leaves neither memory nor a peak behind. Collective.
+
+    peak_tflops: of one device, None to measure that of a GPU; a CPU's is shared with whatever else runs, so none is measured. crop: height and width of a
+    training image. dtype: in which the backbone computes.
+    """
+    if peak_tflops is None and world.device.type == "cpu":
+        return Meter(world.device)
     passed = flops_of(meta_model, crop) if world.is_main else None
     if not any(of_all_ranks(passed is not None)):
         return Meter(world.device)
@@ -74,28 +76,23 @@ def flops_of(meta_model: nn.Module, crop: tuple[int, int]) -> TrainingPass | Non
 def matmul_peak(dtype: torch.dtype, world: World) -> float:
     """FLOP/s of square matrix products in `dtype` on this rank's device, with all ranks at it at the same time, since they may share a machine. Collective.
 
-    The fastest of some blocks of products, which other work disturbs least, of normally distributed numbers (of zeros, a GPU multiplies faster); on a CPU, of
-    several sizes, for the small ones measure how threads meet where processes have more of them than cores. Logs the mean over ranks.
+    The fastest of some blocks of products, which other work disturbs least, of normally distributed numbers (of zeros, a GPU multiplies faster).
+    Logs the mean over ranks.
     """
     device = world.device
     generator = torch.Generator(device).manual_seed(0)  # its own: the training's stays where it is
     if dist.is_initialized():
         dist.barrier()
-    peak, best = 0.0, 0
-    for side in (GPU_SIDE,) if device.type == "cuda" else CPU_SIDES:
-        a, b = (torch.randn(side, side, dtype=dtype, device=device, generator=generator) for _ in range(2))
-        timer = Timer("torch.mm(a, b, out=product)", globals={"torch": torch, "a": a, "b": b, "product": torch.mm(a, b)}, num_threads=torch.get_num_threads())
-        seconds = min(timer.blocked_autorange(min_run_time=MEASURED_S).times)
-        peak, best = max((peak, best), (2 * side**3 / seconds, side))
-        if 8 * seconds > LONGEST_S:  # the next one
-            break
+    a, b = (torch.randn(SIDE, SIDE, dtype=dtype, device=device, generator=generator) for _ in range(2))
+    timer = Timer("torch.mm(a, b, out=product)", globals={"torch": torch, "a": a, "b": b, "product": torch.mm(a, b)}, num_threads=torch.get_num_threads())
+    peak = 2 * SIDE**3 / min(timer.blocked_autorange(min_run_time=MEASURED_S).times)
     del a, b, timer
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     of_all = of_all_ranks(peak)
     log.info("mfu and hfu are relative to %.4g TFLOP/s per process: products of %d x %d matrices in %s, measured%s; engine.peak_tflops names another peak",
-             sum(of_all) / len(of_all) / 1e12, best, best, str(dtype).removeprefix("torch."), f" on {len(of_all)} processes at once" * (len(of_all) > 1))
+             sum(of_all) / len(of_all) / 1e12, SIDE, SIDE, str(dtype).removeprefix("torch."), f" on {len(of_all)} processes at once" * (len(of_all) > 1))
     return peak
 
 

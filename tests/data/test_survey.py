@@ -142,6 +142,17 @@ def test_an_image_turned_by_180_degrees_is_said(data):
     assert survey(built(root, pipeline=[dict(TRAIN[0], color_type="color_ignore_orientation"), *TRAIN[1:]]), "data.train", training=True) == []
 
 
+def test_label_maps_of_other_sides_than_their_images_are_an_error_or_said(data):
+    root = data([0, 1, 0], [1, 0, 1])
+    Image.fromarray(np.zeros((2, 3), np.uint8)).save(root / "labels/1.png")
+    with pytest.raises(DataError, match=r"1 of all 2 label maps looked at have other sides than their images: .*1.png has 2 x 3 pixels and its image 4 x 3"):
+        survey(built(root), "data.train", training=True)
+    (said,) = survey(built(root), "data.train", training=True, tolerated=1)
+    assert "1.png has 2 x 3 pixels and its image 4 x 3; those images are left out" in said
+    (said,) = survey(built(root, pipeline=TEST, test_mode=True), "data.val", training=False)
+    assert "those images are left out" in said
+
+
 def test_sixteen_bits_and_four_channels_are_said(data):
     root = data([0, 1], [1, 0])
     cv2.imwrite(str(root / "images/0.png"), np.zeros((4, 2, 4), np.uint16))

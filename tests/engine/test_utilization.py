@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from internseg_ds.distributed.process_group import World
+from internseg_ds.engine import utilization
 from internseg_ds.engine.experiment import read_experiment
 from internseg_ds.engine.interval import Interval
 from internseg_ds.engine.options import EngineOptions
@@ -82,7 +83,12 @@ def test_a_model_whose_flops_cannot_be_counted_goes_without_mfu(heard):
     assert "the model's FLOPs cannot be counted (" in heard.text
 
 
-def test_the_peak_is_measured_without_a_trace_in_random_numbers_and_threads(heard):
+def test_no_peak_is_measured_on_a_cpu():
+    assert set(make_meter(None, linears(), CROP, World(), torch.float32).values(Interval(), 1)) == {"images_per_s", "data_wait", "peak_gib"}
+
+
+def test_the_peak_is_measured_without_a_trace_in_random_numbers_and_threads(heard, monkeypatch):
+    monkeypatch.setattr(utilization, "SIDE", 256)
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     peak = matmul_peak(torch.float32, World())
     assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == threads
