@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from torch.utils.cpp_extension import _get_build_directory  # no public name says where extensions are built
 
+import internseg_ds  # noqa: F401 - says where this environment keeps them
 from tests.forks import PATH, ROOT, run_script
 
 GPU = {"INTERNSEG_DEVICE": "cuda", "DS_ACCELERATOR": "cuda"}
@@ -31,6 +33,16 @@ def ade20k(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def data_options(root: Path) -> list[str]:
     return [f"data.{split}.data_root={root}" for split in ("train", "val", "test")]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def extension() -> None:
+    """DeepSpeed's extension, compiled before any test that kills processes kills one that compiles: what torch guards a build with would then be left, and
+    tests that start DeepSpeed by themselves would wait for it for ever."""
+    folder = Path(_get_build_directory("deepspeed_shm_comm", verbose=False))
+    if (folder / "lock").exists() or not (folder / "deepspeed_shm_comm.so").exists():
+        build = "from internseg_ds.distributed.extensions import build_extension; build_extension('ShareMemCommBuilder')"
+        subprocess.run([sys.executable, "-c", build], cwd=ROOT, check=True)
 
 
 @pytest.fixture(autouse=True)

@@ -160,7 +160,7 @@ def _misfit(part: CustomDataset, index: int, file: str, raw: np.ndarray) -> str:
     either: the pipeline looks at those."""
     loaders = [step for step in _steps(part) if isinstance(step, LoadImageFromFile)]
     image = os.path.join(part.img_dir, part.img_infos[index]["filename"])
-    if [type(step) for step in loaders] != [LoadImageFromFile] or orientation(image) >= 5:
+    if [type(step) for step in loaders] != [LoadImageFromFile] or not os.path.isfile(image) or orientation(image) >= 5:
         return ""
     try:
         with Image.open(image) as opened:
