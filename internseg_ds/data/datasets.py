@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 from mmcv import FileClient
 from mmcv.fileio.file_client import HardDiskBackend
-from mmseg.datasets import CustomDataset, RepeatDataset, build_dataset
+from mmseg.datasets import DATASETS, PIPELINES, CustomDataset, RepeatDataset, build_dataset
 from mmseg.datasets.pipelines import LoadAnnotations
 from torch.utils.data import Dataset
 
@@ -26,7 +26,7 @@ from internseg_ds.data.label_maps import CheckAnnotation, read_label_maps_of
 from internseg_ds.data.other_endings import instead_of, there_are
 from internseg_ds.data.palettes import check_decoder
 from internseg_ds.data.pipeline_steps import check_steps
-from internseg_ds.errors import DataError, UserError, reason_of
+from internseg_ds.errors import DataError, UserError, nearest_argument, reason_of
 
 
 def build_datasets(entry: Any, what: str, leaves: list[Any], **default_args: Any) -> Dataset:
@@ -50,7 +50,8 @@ def build_datasets(entry: Any, what: str, leaves: list[Any], **default_args: Any
     except UserError:
         raise
     except Exception as error:  # whatever somebody's data set refuses with
-        raise DataError(f"{what} cannot be built: {reason_of(error)}") from error
+        hint = nearest_argument(error, PIPELINES.module_dict | DATASETS.module_dict)
+        raise DataError(f"{what} cannot be built: {reason_of(error)}{hint}") from error
     for part in plain_parts(dataset):
         if lacks := [name for name in ("pipeline", "CLASSES", "img_infos") if not hasattr(part, name)]:
             raise DataError(f"{what}: {type(part).__name__} is no data set of mmseg, it lacks {', '.join(lacks)}; derive it from mmseg.datasets.CustomDataset, "

@@ -15,6 +15,7 @@ from mmcv import ConfigDict
 from mmcv.cnn import ConvModule
 from mmcv.runner import BaseModule
 from mmseg.models import build_segmentor
+from mmseg.models.builder import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
@@ -23,7 +24,7 @@ import internseg_ds.models  # noqa: F401 - registers the backbones and heads
 from internseg_ds.distributed.ds_config import DsConfig
 from internseg_ds.distributed.precision import buffers_to_fp32
 from internseg_ds.distributed.sync_batch_norm import allow_any_device
-from internseg_ds.errors import ConfigError, reason_of
+from internseg_ds.errors import ConfigError, nearest_argument, reason_of
 from internseg_ds.models.backbone import forget_pretrained
 from internseg_ds.models.external_parameters import external_parameters
 from internseg_ds.models.freezing import freeze
@@ -45,7 +46,7 @@ def build_on_meta(model: ConfigDict) -> nn.Module:
             raise ConfigError(f"model.backbone.frozen_stages={stages!r} is not for this {model.backbone.type}, which can be built without it: "
                               f"{reason_of(error)}; it says how many stages do not train, -1 for none") from error
         zeros = ", ".join(_zeros(model, "model")) if isinstance(error, ZeroDivisionError) else ""
-        hint = f"; of its settings these are 0: {zeros}" if zeros else ""
+        hint = f"; of its settings these are 0: {zeros}" if zeros else nearest_argument(error, MODELS.module_dict)
         raise ConfigError(f"the model section cannot be built: {reason_of(error)}{hint}") from error
     allow_any_device(segmentor)
     losses_without_waits(segmentor)

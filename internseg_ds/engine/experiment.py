@@ -16,7 +16,7 @@ from mmcv import Config, ConfigDict
 from mmcv.utils import import_modules_from_strings
 
 from internseg_ds.distributed.lr_schedule import LrSchedule, arguments, policies, policy_name
-from internseg_ds.engine.config_keys import KNOWN, OPTIONAL, REPLACED, SECTIONS, check_option
+from internseg_ds.engine.config_keys import KNOWN, OPTIONAL, READ, REPLACED, SECTIONS, check_option
 from internseg_ds.engine.config_variables import unused_crop_size, unused_variables
 from internseg_ds.engine.options import EngineOptions, read_options, whole_number
 from internseg_ds.engine.section_keys import hook_notes, near_misses, section_notes
@@ -91,6 +91,8 @@ def read_experiment(config: str | os.PathLike | Config, cfg_options: Mapping[str
         if key not in cfg:
             newer = [name for name in OF_MMENGINE if name in cfg]
             hint = f"with {', '.join(newer)} it looks like a config of MMSegmentation 1.x, and 0.x is read here (0.30 is the last); " if newer else ""
+            near = difflib.get_close_matches(key, [name for name in cfg if name not in READ], n=1, cutoff=0.75)
+            hint = f"is {near[0]!r} meant to be it? " if near else hint
             raise ConfigError(f"{path} has no {key!r} section; {hint}take one of configs/ as an example")
     for key in SECTIONS:
         if not isinstance(cfg.get(key, {}), Mapping) and (key not in OPTIONAL or cfg[key] is not None):

@@ -178,6 +178,7 @@ def test_options_that_mean_nothing_are_named(options, words):
 
 
 @pytest.mark.parametrize(("text", "words"), [("model = dict(", "cannot be read"), ("x = 1", "no 'model' section; take one"),
+                                             ("modl = dict()", "no 'model' section; is 'modl' meant to be it"),
                                              ("model = dict()\noptim_wrapper = dict()", "optim_wrapper it looks like a config of MMSegmentation 1.x")])
 def test_a_broken_config_is_one_sentence(tmp_path, text, words):
     (tmp_path / "broken.py").write_text(text)
