@@ -123,7 +123,7 @@ with SegmentorEngine({TINY!r}, "ds_configs/zero3_bf16.json", work_dir={str(tmp_p
 
 
 def test_losses_that_are_not_finite_end_with_3_and_name_step_rank_and_images(train):
-    run = train("--no-validate", options=["runner.max_iters=9", "checkpoint_config.interval=0", "data.train.pipeline.6.std=[0.0,0.0,0.0]",
+    run = train("--no-validate", options=["runner.max_iters=9", "checkpoint_config.interval=0", "data.train.pipeline.6.mean=[inf,inf,inf]",
                                           "engine.max_skipped_steps=3"], launcher="deepspeed", check=False)
     assert run.returncode == 3 and re.search(r"3 steps in a row, up to step 3, were skipped; .*rank 1: \S+ADE_train_", run.output)
     noted = [json.loads(line) for line in (run.work_dir / "skipped_steps.jsonl").read_text().splitlines()]
