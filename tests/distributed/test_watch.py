@@ -180,6 +180,7 @@ def leaves_alone(rank: int) -> None:
     time.sleep(6)
 
 
+@pytest.mark.slow
 def test_nothing_is_timed_after_the_end(tmp_path):
     assert ranks(leaves_alone, 1, tmp_path) == ([0], "")
     began = time.monotonic()

@@ -137,7 +137,8 @@ def test_a_rank_that_hangs_is_named_with_its_line(launch, ade20k, tmp_path):
     assert "most recent call first" in done.stderr  # the stack of the one that hangs
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
 def test_a_save_that_hangs_ends_after_its_limit(processes, launch, ade20k, tmp_path):
     """The pointer to it is written through a pipe that nobody reads: a disk that does not answer."""
     (tmp_path / "checkpoints").mkdir()

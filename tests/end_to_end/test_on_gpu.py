@@ -74,7 +74,7 @@ def tolerance(run: Callable[..., Run], config: str) -> float:
 
 
 @pytest.mark.parametrize(("config", "device"), [
-    pytest.param(config, device, marks=[needs_gpu] if device == "cuda" else [pytest.mark.slow] if config != TINY else []) for config, device in FAMILIES])
+    pytest.param(config, device, marks=[needs_gpu] if device == "cuda" else [pytest.mark.slow]) for config, device in FAMILIES])
 def test_training_in_bf16_follows_fp32_on_the_cpu(config, device, run):
     # on the CPU another ZeRO stage and hooks on layers stand for another device: the same steps by another way
     other = () if device == "cuda" else ("engine.recomputation=blocks",)

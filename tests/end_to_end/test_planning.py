@@ -44,6 +44,7 @@ def cells(output: str) -> dict[str, list[str]]:
     return {first: others for first, *others in lines}
 
 
+@pytest.mark.slow
 def test_the_command_that_help_shows_plans_the_six_billion_recipe(launch, plan):
     _, shown, _ = plan("--help")
     command = shown[shown.index("python launch/plan.py") :].replace("\\\n", " ").split()

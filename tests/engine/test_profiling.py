@@ -58,6 +58,7 @@ def a_profile_changes_no_loss_and_leaves_evaluations_out(root: Path, folder: Pat
         assert sorted(file.name for file in (profiled / "profile").iterdir()) == ["rank0.json.gz", "rank1.json.gz", "summary.txt"]
 
 
+@pytest.mark.slow
 def test_a_profile_changes_no_loss_and_leaves_evaluations_out(ade20k, tmp_path):
     spawn(a_profile_changes_no_loss_and_leaves_evaluations_out, 2, ade20k, tmp_path)
 

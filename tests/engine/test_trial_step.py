@@ -45,6 +45,7 @@ def test_a_backward_that_fails_is_refused_though_every_shape_fits(ade20k, tmp_pa
         try_step(plan, settings)
 
 
+@pytest.mark.slow
 def test_a_corner_of_larger_images_is_tried_with_its_masks(ade20k, tmp_path, monkeypatch):
     plan, settings = planned(MASK2FORMER, ade20k, tmp_path)
     monkeypatch.setattr(trial_step, "_corner_side", lambda _: 56)
