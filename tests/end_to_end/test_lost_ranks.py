@@ -138,7 +138,7 @@ def test_a_rank_that_hangs_is_named_with_its_line(launch, ade20k, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [2])
 def test_a_save_that_hangs_ends_after_its_limit(processes, launch, ade20k, tmp_path):
     """The pointer to it is written through a pipe that nobody reads: a disk that does not answer."""
     (tmp_path / "checkpoints").mkdir()

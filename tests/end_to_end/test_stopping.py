@@ -71,7 +71,7 @@ def undisturbed(options, tmp_path_factory) -> Path:
     return work_dir
 
 
-@pytest.mark.parametrize("signals", [5, pytest.param(20, marks=pytest.mark.slow)])  # the many minutes of 20 are spent with the other long tests
+@pytest.mark.parametrize("signals", [5, pytest.param(10, marks=pytest.mark.slow)])  # the minutes of 10 are spent with the other long tests
 def test_a_run_disturbed_at_random_moments_ends_with_the_weights_of_an_undisturbed_one(signals, undisturbed, options, tmp_path):
     expected, chance, sent, finished, stopped = open_weights(undisturbed), random.Random(0), 0, 0, 0
     while sent < signals or not finished:

@@ -48,7 +48,7 @@ def saves_for_ever(rank: int, port: int, folder: Path, first: int, background: b
 
 
 @pytest.mark.parametrize(("background", "tries"), [
-    (False, 4), (True, 3), pytest.param(False, 30, marks=pytest.mark.slow)])  # the seconds of 30 are spent with the other long tests
+    (False, 4), (True, 3), pytest.param(False, 12, marks=pytest.mark.slow)])  # the seconds of 12 are spent with the other long tests
 def test_a_save_killed_at_any_moment_leaves_the_previous_one_usable(background, tries, tmp_path):
     folder, newest, chance = tmp_path / "checkpoints", 0, random.Random(0)
     forked = multiprocessing.get_context("fork")
