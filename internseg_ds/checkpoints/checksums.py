@@ -26,6 +26,8 @@ BLOCK = 2**20
 """Bytes under one checksum: few enough to stay in a core's cache between two uses, and enough to outweigh a digest."""
 DIGEST = 32
 """Characters of a digest."""
+ZIP = b"PK\x03\x04"
+"""What a file of torch 1.6 or later, a zip archive, starts with, and each of its entries."""
 LOCAL_HEADER = struct.Struct("<4s22xHH")
 """What stands before an entry of a zip archive: a mark, and the lengths of the name and of the padding that follow."""
 
@@ -262,14 +264,14 @@ def of_zip(path: Path) -> CheckedFile | None:
     """
     try:
         with path.open("rb") as file:
-            if file.read(4) != b"PK\x03\x04":
+            if file.read(len(ZIP)) != ZIP:
                 return None
             blocks = []
             for entry in sorted(zipfile.ZipFile(file).infolist(), key=lambda entry: entry.header_offset):
                 file.seek(entry.header_offset)
                 mark, name, padding = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
                 stored = entry.compress_type == zipfile.ZIP_STORED and entry.compress_size == entry.file_size
-                if mark != b"PK\x03\x04" or not stored:
+                if mark != ZIP or not stored:
                     raise zipfile.BadZipFile(f"its entry {entry.filename} is not where, or not what, it should be")
                 start = entry.header_offset + LOCAL_HEADER.size + name + padding
                 if entry.CRC and entry.file_size:

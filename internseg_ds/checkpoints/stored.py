@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from internseg_ds.checkpoints.checksums import CheckedFile
+from internseg_ds.checkpoints.checksums import ZIP, CheckedFile
 from internseg_ds.checkpoints.json_files import LARGEST, object_in
 from internseg_ds.errors import CheckpointError, DamagedError
 
@@ -138,9 +138,6 @@ ALLOWED = [
     *((np.empty(0).__reduce__()[0], f"numpy.{module}.multiarray._reconstruct") for module in ("core", "_core")),
     (codecs.encode, "_codecs.encode"),
 ]
-
-ZIP = b"PK\x03\x04"
-"""What a file of torch 1.6 or later starts with."""
 
 
 def load_stored(path: Path, checked: CheckedFile | None = None) -> Any:

@@ -5,7 +5,7 @@ In: a config. Out: warnings.
 """
 
 import ast
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,29 +13,20 @@ from typing import Any
 from mmcv import Config
 
 from internseg_ds.engine.config_keys import ELSEWHERE, READ, SECTIONS
+from internseg_ds.engine.pipeline_entries import steps_of
 from internseg_ds.errors import short_repr
 
 
 def unused_crop_size(cfg: Mapping[str, Any], path: str) -> list[str]:
     """A warning where the config has a `crop_size` at its top that no step of the training pipeline has: set over a `_base_`, it changes nothing else."""
     crop = cfg.get("crop_size")
-    sizes = [tuple(size) for size in _sizes(cfg["data"]["train"])]
+    steps = steps_of(cfg["data"]["train"])
+    sizes = [tuple(step[key]) for step in steps for key in ("crop_size", "size") if isinstance(step.get(key), (list, tuple))]
     if not isinstance(crop, (list, tuple)) or not sizes or tuple(crop) in sizes:
         return []
     there = ", ".join(map(str, dict.fromkeys(sizes)))
     return [f"crop_size = {crop} of {path} is a variable that no step of data.train.pipeline has (there are {there}); set over a _base_, it does not change "
             "the pipelines of that file: write them again, too"]
-
-
-def _sizes(entry: Any) -> Iterator[Sequence[int]]:
-    """Of each crop and padding in a `data.train` entry, in wrappers too."""
-    if isinstance(entry, (list, tuple)):
-        for part in entry:
-            yield from _sizes(part)
-    elif isinstance(entry, Mapping):
-        for step in entry.get("pipeline") or ():
-            yield from (step[key] for key in ("crop_size", "size") if isinstance(step, Mapping) and isinstance(step.get(key), (list, tuple)))
-        yield from _sizes([entry.get("dataset"), *(entry.get("datasets") or ())])
 
 
 def unused_variables(cfg: Config, path: str) -> list[str]:

@@ -5,13 +5,14 @@ In: the segmentor on the meta device, and the training set. Out: lines for the l
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from mmseg.models.losses import CrossEntropyLoss, DiceLoss, FocalLoss, LovaszLoss, TverskyLoss
 from torch import nn
 
+from internseg_ds.engine.pipeline_entries import steps_of
 from internseg_ds.errors import ConfigError, short_repr
 from internseg_ds.models.heads import losses_of
 from internseg_ds.models.pixel_losses import BinaryCrossEntropyOfAnyImages, LovaszOfAnyImages
@@ -92,13 +93,8 @@ def _check_ignored(what: str, head: nn.Module, losses: Sequence[nn.Module], made
 
 
 def _filled(entry: Any) -> Iterator[tuple[str, int]]:
-    """Each transform of an entry that makes pixels of the label map, in wrappers too, and their label."""
-    if isinstance(entry, (list, tuple)):
-        for part in entry:
-            yield from _filled(part)
-    elif isinstance(entry, Mapping):
-        for step in entry.get("pipeline") or ():
-            argument, default = FILLED.get(step.get("type"), (None, None))
-            if (value := step.get(argument, default)) is not None:
-                yield f"{step['type']}.{argument} of its pipeline", value
-        yield from _filled([entry.get("dataset"), *(entry.get("datasets") or ())])
+    """Each transform of an entry that makes pixels of the label map, and their label."""
+    for step in steps_of(entry):
+        argument, default = FILLED.get(step.get("type"), (None, None))
+        if (value := step.get(argument, default)) is not None:
+            yield f"{step['type']}.{argument} of its pipeline", value

@@ -106,8 +106,9 @@ def check(experiment: Experiment, ds_config: str | os.PathLike | Mapping[str, An
     warnings = check_classes(meta_model, train_set, "data.train") + check_thresholds(meta_model)
     for steps in pipelines(train_set):
         warnings += odd_steps(steps, "data.train", evaluates=False)
-    changed = changed_settings(saved.get("config"), config_text(experiment.cfg._cfg_dict.to_dict()))
+    changed: list[str] = []
     if resume_from is not None:
+        changed += changed_settings(saved.get("config"), config_text(experiment.cfg._cfg_dict.to_dict()))
         changed += check_same_classes(resume_from, saved.get("CLASSES"), train_set.CLASSES)
     elif weights is not None:
         warnings += check_starting_classes(meta_model, weights, train_set.CLASSES, experiment.engine.weights_may_differ)

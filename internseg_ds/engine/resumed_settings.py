@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from internseg_ds.errors import CheckpointError
+from internseg_ds.errors import CheckpointError, short_repr
 
 SECTIONS = ("model", "data", "optimizer", "optimizer_config", "lr_config", "runner", "engine")
 """Of a config, which have a part in what is trained, and on what. `data.test` has none, nor have workers."""
@@ -91,5 +91,4 @@ def _plain(value: Any) -> Any:
 
 
 def _short(value: Any) -> str:
-    text = value if value == NOT_SET else repr(value)
-    return text if len(text) <= SHORT else text[: SHORT - 3] + "..."
+    return value if value == NOT_SET else short_repr(value, SHORT)
