@@ -55,8 +55,14 @@ def seconds(run: Callable[[], object]) -> float:
 
 def measure(million: int, rounds: int, folder: Path) -> dict[str, list[float]]:
     model = torch.nn.Sequential(*(torch.nn.Linear(1000, 1000, bias=False) for _ in range(million)))
-    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}
-    engine = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters()), config=config)[0]
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 2},
+        "bf16": {"enabled": True},
+    }
+    engine = deepspeed.initialize(
+        model=model, optimizer=torch.optim.AdamW(model.parameters()), config=config
+    )[0]
     engine.backward(engine(torch.randn(1, 1000, dtype=torch.bfloat16, device=engine.device)).float().sum())
     engine.step()  # AdamW has its moments now
     checkpoints = Checkpoints(folder, keep=1)
@@ -74,7 +80,9 @@ def measure(million: int, rounds: int, folder: Path) -> dict[str, list[float]]:
 
     taken: dict[str, list[float]] = {}
     for number in range(rounds):
-        for kind, writer in sorted((("plain", Plain), ("summed", NotingCheckpointEngine)), reverse=number % 2 == 1):
+        for kind, writer in sorted(
+            (("plain", Plain), ("summed", NotingCheckpointEngine)), reverse=number % 2 == 1
+        ):
             engine.checkpoint_engine = writer(engine._config)
             taken.setdefault(f"save, {kind}", []).append(seconds(save))
         if number % 2:  # the one that was saved last has none
@@ -85,12 +93,20 @@ def measure(million: int, rounds: int, folder: Path) -> dict[str, list[float]]:
                 if where == "disk" and dist.get_rank() == 0:
                     forget(folder)
                 kind = "summed" if check else "plain"
-                taken.setdefault(f"resume from the {where}, {kind}", []).append(seconds(lambda check=check: resume(check)))
+                taken.setdefault(f"resume from the {where}, {kind}", []).append(
+                    seconds(lambda check=check: resume(check))
+                )
     return taken
 
 
 def rank(number: int, port: int, args: argparse.Namespace, folder: str) -> None:
-    os.environ.update(RANK=str(number), WORLD_SIZE=str(args.ranks), LOCAL_RANK=str(number), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(number),
+        WORLD_SIZE=str(args.ranks),
+        LOCAL_RANK=str(number),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
     join(world_from_environment())
     taken = measure(args.million, args.rounds, Path(folder) / "checkpoints")
     dist.barrier()
@@ -100,17 +116,26 @@ def rank(number: int, port: int, args: argparse.Namespace, folder: str) -> None:
     median = {what: statistics.median(values) for what, values in taken.items()}
     for what, value in sorted(median.items()):
         print(f"{what:30} {value:7.2f} s   (of {', '.join(f'{each:.2f}' for each in taken[what])})")
-    ratios = {what.replace(" ", "_"): round(median[f"{what}, summed"] / median[f"{what}, plain"], 4)
-              for what in ("save", "resume from the disk", "resume from the cache")}
+    ratios = {
+        what.replace(" ", "_"): round(median[f"{what}, summed"] / median[f"{what}, plain"], 4)
+        for what in ("save", "resume from the disk", "resume from the cache")
+    }
     print(json.dumps({**ratios, "million": args.million, "ranks": args.ranks}))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="example:\n  python benchmarks/checksums.py --million 50",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--million", type=int, default=100, help="parameters in millions (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="example:\n  python benchmarks/checksums.py --million 50",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--million", type=int, default=100, help="parameters in millions (default: %(default)s)"
+    )
     parser.add_argument("--ranks", type=int, default=2, help="processes (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="measurements of each, in turn (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="measurements of each, in turn (default: %(default)s)"
+    )
     parser.add_argument("--folder", help="where to save (default: the system's temporary folder)")
     args = parser.parse_args()
     with socket.socket() as probe:

@@ -40,24 +40,49 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     experiment = read_experiment(args.config)
-    dataset, size = build_datasets(experiment.train, "data.train", list(leaf_datasets(experiment.train))), experiment.micro_batch
+    dataset, size = (
+        build_datasets(experiment.train, "data.train", list(leaf_datasets(experiment.train))),
+        experiment.micro_batch,
+    )
 
     def ours() -> float:
-        with closing(training_batches(dataset, GlobalBatchSampler(len(dataset), size), workers=args.workers, seed=0, device=torch.device("cpu"))) as batches:
+        with closing(
+            training_batches(
+                dataset,
+                GlobalBatchSampler(len(dataset), size),
+                workers=args.workers,
+                seed=0,
+                device=torch.device("cpu"),
+            )
+        ) as batches:
             return images_per_s(batches, args.batches, size)
 
     def theirs() -> float:
         loader = build_dataloader(dataset, size, args.workers, dist=False, seed=0, drop_last=True)
-        assert len(loader) >= args.batches + 2, f"an epoch has {len(loader)} batches; take --batches {len(loader) - 2}"
+        assert len(loader) >= args.batches + 2, (
+            f"an epoch has {len(loader)} batches; take --batches {len(loader) - 2}"
+        )
         return images_per_s(iter(loader), args.batches, size)
 
     found: dict[str, list[float]] = {"ours": [], "mmseg": []}
     for round_ in range(args.rounds):
-        for name, loader in (("ours", ours), ("mmseg", theirs)) if round_ % 2 == 0 else (("mmseg", theirs), ("ours", ours)):
+        for name, loader in (
+            (("ours", ours), ("mmseg", theirs)) if round_ % 2 == 0 else (("mmseg", theirs), ("ours", ours))
+        ):
             found[name].append(loader())
-        print(f"round {round_}: ours {found['ours'][-1]:.1f}, mmseg {found['mmseg'][-1]:.1f} images/s", flush=True)
+        print(
+            f"round {round_}: ours {found['ours'][-1]:.1f}, mmseg {found['mmseg'][-1]:.1f} images/s",
+            flush=True,
+        )
     medians = {name: statistics.median(values) for name, values in found.items()}
-    print(json.dumps({"ratio": round(medians["ours"] / medians["mmseg"], 3), **{f"{name}_images_per_s": round(value, 1) for name, value in medians.items()}}))
+    print(
+        json.dumps(
+            {
+                "ratio": round(medians["ours"] / medians["mmseg"], 3),
+                **{f"{name}_images_per_s": round(value, 1) for name, value in medians.items()},
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

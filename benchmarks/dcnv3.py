@@ -28,13 +28,23 @@ from internseg_ds.models import dcnv3_torch
 from internseg_ds.models.dcnv3_geometry import Geometry
 from internseg_ds.models.dcnv3_operator import dcnv3, implementation
 
-SIZES = {"t": (64, 4), "s": (80, 5), "b": (112, 7), "l": (160, 10), "xl": (192, 12), "h": (320, 10), "g": (512, 16)}
+SIZES = {
+    "t": (64, 4),
+    "s": (80, 5),
+    "b": (112, 7),
+    "l": (160, 10),
+    "xl": (192, 12),
+    "h": (320, 10),
+    "g": (512, 16),
+}
 """Channels and groups of the first stage; each further one has twice as many."""
 ARGUMENTS = ((3, 3), (1, 1), (1, 1), (1, 1))
 Operator = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 
-def inputs(images: int, side: int, channels: int, group: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+def inputs(
+    images: int, side: int, channels: int, group: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, ...]:
     """Features, offsets of a pixel or so, masks; and the gradient of the result."""
     torch.manual_seed(0)
     x, grad = (torch.randn(images, side, side, channels, device=device, dtype=dtype) for _ in range(2))
@@ -51,7 +61,9 @@ class OutOfPyTorch(torch.autograd.Function):
     """Our version for any device, where the operator would choose the Triton kernels."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, offset: Tensor, mask: Tensor, group: int) -> Tensor:
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, x: Tensor, offset: Tensor, mask: Tensor, group: int
+    ) -> Tensor:
         ctx.save_for_backward(x, offset, mask)
         ctx.geometry = Geometry(*ARGUMENTS, group, 1.0, False)
         return dcnv3_torch.forward(x, offset, mask, ctx.geometry)
@@ -64,15 +76,37 @@ class OutOfPyTorch(torch.autograd.Function):
 def by_grid_sample(x: Tensor, offset: Tensor, mask: Tensor, group: int) -> Tensor:
     """Every sample at once, in fp32, and autograd for the backward pass."""
     n, height, width, channels = x.shape
-    p_k = torch.tensor([(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)], device=x.device)  # (horizontal, vertical)
-    row, column = torch.meshgrid(torch.arange(height, device=x.device), torch.arange(width, device=x.device), indexing="ij")
-    at = torch.stack([column, row], -1).view(1, height, width, 1, 1, 2) + p_k + offset.view(n, height, width, group, 9, 2)
+    p_k = torch.tensor(
+        [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)], device=x.device
+    )  # (horizontal, vertical)
+    row, column = torch.meshgrid(
+        torch.arange(height, device=x.device), torch.arange(width, device=x.device), indexing="ij"
+    )
+    at = (
+        torch.stack([column, row], -1).view(1, height, width, 1, 1, 2)
+        + p_k
+        + offset.view(n, height, width, group, 9, 2)
+    )
     grid = (2 * at + 1) / torch.tensor([width, height], device=x.device) - 1
     grid = grid.permute(0, 3, 1, 2, 4, 5).reshape(n * group, height * width, 9, 2)
-    maps = x.float().view(n, height, width, group, -1).permute(0, 3, 4, 1, 2).reshape(n * group, -1, height, width)
-    samples = F.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False)  # (n g, c / g, h w, k)
+    maps = (
+        x.float()
+        .view(n, height, width, group, -1)
+        .permute(0, 3, 4, 1, 2)
+        .reshape(n * group, -1, height, width)
+    )
+    samples = F.grid_sample(
+        maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False
+    )  # (n g, c / g, h w, k)
     weights = mask.view(n, height * width, group, 9).transpose(1, 2).reshape(n * group, 1, height * width, 9)
-    return (samples * weights).sum(-1).view(n, group, -1, height, width).permute(0, 3, 4, 1, 2).reshape(n, height, width, channels).to(x.dtype)
+    return (
+        (samples * weights)
+        .sum(-1)
+        .view(n, group, -1, height, width)
+        .permute(0, 3, 4, 1, 2)
+        .reshape(n, height, width, channels)
+        .to(x.dtype)
+    )
 
 
 def published() -> Operator | None:
@@ -85,19 +119,25 @@ def published() -> Operator | None:
 
     class Published(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, offset: Tensor, mask: Tensor, group: int) -> Tensor:
+        def forward(
+            ctx: torch.autograd.function.FunctionCtx, x: Tensor, offset: Tensor, mask: Tensor, group: int
+        ) -> Tensor:
             ctx.save_for_backward(x, offset, mask)
             ctx.numbers = (3, 3, 1, 1, 1, 1, 1, 1, group, x.size(3) // group, 1.0)
             return DCNv3.dcnv3_forward(x, offset, mask, *ctx.numbers, 256, *more)
 
         @staticmethod
         def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-            return *DCNv3.dcnv3_backward(*ctx.saved_tensors, *ctx.numbers, grad.contiguous(), 256, *more), None
+            return *DCNv3.dcnv3_backward(
+                *ctx.saved_tensors, *ctx.numbers, grad.contiguous(), 256, *more
+            ), None
 
     return lambda x, offset, mask, group: Published.apply(x.float(), offset, mask, group).to(x.dtype)
 
 
-def measured(operator: Operator, given: tuple[Tensor, ...], group: int, *, first: bool) -> tuple[float, int, list[Tensor]]:
+def measured(
+    operator: Operator, given: tuple[Tensor, ...], group: int, *, first: bool
+) -> tuple[float, int, list[Tensor]]:
     """Seconds of a forward and backward pass, the most bytes that it took, and the result with its gradients."""
     *leaves, grad = given
     finish(grad.device)
@@ -116,14 +156,20 @@ def measured(operator: Operator, given: tuple[Tensor, ...], group: int, *, first
 def memory(device: torch.device, *, peak: bool) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) if peak else torch.cuda.memory_allocated(device)
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM" if peak else "VmRSS"))
+    line = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM" if peak else "VmRSS")
+    )
     return 1024 * int(line.split()[1])
 
 
 def parsed(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, torch.device]:
     """The arguments, with those that benchmarks of one operator share, and the device to measure on: a GPU, or one thread of the CPU."""
     parser.add_argument("--images", type=int, default=1, help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=5, help="measurements of each, in turn (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="measurements of each, in turn (default: %(default)s)"
+    )
     device = torch.device(device_type())
     if device.type == "cpu":
         torch.set_num_threads(1)
@@ -131,10 +177,15 @@ def parsed(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, torch.d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="example:\n  python benchmarks/dcnv3.py --size t --side 512",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="example:\n  python benchmarks/dcnv3.py --size t --side 512",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--size", choices=SIZES, default="t", help="of InternImage (default: %(default)s)")
-    parser.add_argument("--side", type=int, default=512, help="of the images, in pixels (default: %(default)s)")
+    parser.add_argument(
+        "--side", type=int, default=512, help="of the images, in pixels (default: %(default)s)"
+    )
     args, device = parsed(parser)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     operators: dict[str, Operator] = {"ours": ours}
@@ -146,7 +197,9 @@ def main() -> None:
 
     channels, group = SIZES[args.size]
     total: dict[str, list[float]] = {name: [0.0] * args.rounds for name in operators}
-    print(f"InternImage-{args.size.upper()}, {args.images} image(s) of {args.side} x {args.side}, {str(dtype).removeprefix('torch.')} on {device.type}")
+    print(
+        f"InternImage-{args.size.upper()}, {args.images} image(s) of {args.side} x {args.side}, {str(dtype).removeprefix('torch.')} on {device.type}"
+    )
     for stage in range(4):
         side = args.side // 4 // 2**stage
         given = inputs(args.images, side, channels << stage, group << stage, dtype, device)
@@ -162,14 +215,32 @@ def main() -> None:
                 else:
                     peaks[name] = taken
         for name in operators:
-            errors = [(one.float() - other.float()).norm() / other.float().norm() for one, other in zip(results[name], results["grid_sample"])]
-            print(f"  {side:3} x {side:3} x {channels << stage:4}  {name:14} {1e3 * statistics.median(seconds[name]):9.2f} ms {peaks[name] / 2**20:8.0f} MiB   "
-                  f"largest difference {max(errors):.1e}")
+            errors = [
+                (one.float() - other.float()).norm() / other.float().norm()
+                for one, other in zip(results[name], results["grid_sample"])
+            ]
+            print(
+                f"  {side:3} x {side:3} x {channels << stage:4}  {name:14} {1e3 * statistics.median(seconds[name]):9.2f} ms {peaks[name] / 2**20:8.0f} MiB   "
+                f"largest difference {max(errors):.1e}"
+            )
     for name, values in total.items():
         print(f"{name:14} {1e3 * statistics.median(values):9.2f} ms, all stages")
     ratio = statistics.median(mine / theirs for mine, theirs in zip(total["ours"], total["grid_sample"]))
-    print(json.dumps({"ratio": round(ratio, 3), "device": device.type, "size": args.size, "side": args.side, "images": args.images,
-                      **{name.replace(" ", "_") + "_ms": round(1e3 * statistics.median(values), 3) for name, values in total.items()}}))
+    print(
+        json.dumps(
+            {
+                "ratio": round(ratio, 3),
+                "device": device.type,
+                "size": args.size,
+                "side": args.side,
+                "images": args.images,
+                **{
+                    name.replace(" ", "_") + "_ms": round(1e3 * statistics.median(values), 3)
+                    for name, values in total.items()
+                },
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

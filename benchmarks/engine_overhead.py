@@ -37,8 +37,12 @@ def ours(engine: SegmentorEngine, start: int) -> float:
 def bare(engine: SegmentorEngine, start: int) -> float:
     """Seconds per step of the least that DeepSpeed needs: forward, backward, step. start: the position in the stream of images."""
     plan, world = engine.plan, engine.world
-    sampler = GlobalBatchSampler(len(plan.train_set), plan.ds.micro_batch, rank=world.rank, world_size=world.size, start=start)
-    batches = training_batches(plan.train_set, sampler, workers=plan.experiment.workers, seed=0, device=world.device)
+    sampler = GlobalBatchSampler(
+        len(plan.train_set), plan.ds.micro_batch, rank=world.rank, world_size=world.size, start=start
+    )
+    batches = training_batches(
+        plan.train_set, sampler, workers=plan.experiment.workers, seed=0, device=world.device
+    )
     for _ in range(2):  # the first half warms up
         began = time.perf_counter()
         for _ in range(STEPS * plan.ds.accumulation):
@@ -52,23 +56,39 @@ def bare(engine: SegmentorEngine, start: int) -> float:
 
 
 def main() -> None:
-    parser = command_line.parser(__doc__.splitlines()[0], "deepspeed --num_gpus 2 benchmarks/engine_overhead.py")
+    parser = command_line.parser(
+        __doc__.splitlines()[0], "deepspeed --num_gpus 2 benchmarks/engine_overhead.py"
+    )
     parser.add_argument("--config", default="configs/intern_vit_tiny/upernet_intern_vit_tiny_112_ade20k.py")
     parser.add_argument("--deepspeed_config", default="ds_configs/zero3_bf16.json")
     parser.add_argument("--rounds", type=int, default=6)
     args = parser.parse_args()
-    folder = Path(tempfile.gettempdir(), f"engine_overhead_{os.environ.get('MASTER_PORT', 'alone')}")  # one for all ranks
+    folder = Path(
+        tempfile.gettempdir(), f"engine_overhead_{os.environ.get('MASTER_PORT', 'alone')}"
+    )  # one for all ranks
     with SegmentorEngine(args.config, args.deepspeed_config, work_dir=folder, validate=False) as engine:
         times: dict[str, list[float]] = {"ours": [], "bare": []}
         for round_ in range(args.rounds):
             start = engine.state.images
-            for name, loop in (("ours", ours), ("bare", bare)) if round_ % 2 == 0 else (("bare", bare), ("ours", ours)):
+            for name, loop in (
+                (("ours", ours), ("bare", bare)) if round_ % 2 == 0 else (("bare", bare), ("ours", ours))
+            ):
                 times[name].append(loop(engine, start))
             if engine.world.is_main:
-                print(f"round {round_}: ours {times['ours'][-1]:.4f} s/step, bare {times['bare'][-1]:.4f} s/step", flush=True)
+                print(
+                    f"round {round_}: ours {times['ours'][-1]:.4f} s/step, bare {times['bare'][-1]:.4f} s/step",
+                    flush=True,
+                )
         if engine.world.is_main:
             medians = {name: statistics.median(values) for name, values in times.items()}
-            print(json.dumps({"ratio": round(medians["ours"] / medians["bare"], 4), **{f"{name}_s": round(value, 4) for name, value in medians.items()}}))
+            print(
+                json.dumps(
+                    {
+                        "ratio": round(medians["ours"] / medians["bare"], 4),
+                        **{f"{name}_s": round(value, 4) for name, value in medians.items()},
+                    }
+                )
+            )
 
 
 if __name__ == "__main__":

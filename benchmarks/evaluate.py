@@ -35,7 +35,13 @@ def segmentor_of(model: object, device: torch.device, seed: int) -> nn.Module:
     from internseg_ds.distributed.precision import apply_precision, backbone_dtype
 
     compute = backbone_dtype("auto", device)
-    ds = resolve_ds_config({"zero_optimization": {"stage": 1}}, experiment="", micro_batch=1, world_size=1, optimizer={"type": "AdamW", "lr": 1e-3})
+    ds = resolve_ds_config(
+        {"zero_optimization": {"stage": 1}},
+        experiment="",
+        micro_batch=1,
+        world_size=1,
+        optimizer={"type": "AdamW", "lr": 1e-3},
+    )
     with torch.no_grad():
         segmentor = build_for_training(model, ds, device, seed)
     segmentor.backbone.to(compute)
@@ -49,8 +55,17 @@ def theirs(segmentor: nn.Module, entry: object, world: World, workers: int, fold
     from mmseg.apis import multi_gpu_test, single_gpu_test
     from mmseg.datasets import build_dataloader, build_dataset
 
-    loader = build_dataloader(build_dataset(entry, dict(test_mode=True)), 1, workers, dist=world.size > 1, shuffle=False, persistent_workers=workers > 0)
-    wrapped = MMDataParallel(segmentor, device_ids=[world.device.index if world.device.type == "cuda" else -1])
+    loader = build_dataloader(
+        build_dataset(entry, dict(test_mode=True)),
+        1,
+        workers,
+        dist=world.size > 1,
+        shuffle=False,
+        persistent_workers=workers > 0,
+    )
+    wrapped = MMDataParallel(
+        segmentor, device_ids=[world.device.index if world.device.type == "cuda" else -1]
+    )
     if world.size == 1:
         results = single_gpu_test(wrapped, loader, pre_eval=True)
     else:
@@ -77,14 +92,29 @@ def timed(function: Callable[[], object], world: World) -> tuple[float, object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="example:\n  python benchmarks/evaluate.py --images 24 --batch-size 8",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="example:\n  python benchmarks/evaluate.py --images 24 --batch-size 8",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--config", default=str(TINY), help="experiment config (default: %(default)s)")
-    parser.add_argument("--images", type=int, default=48, help="images of the generated data set (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, help="windows per forward of ours (default: that of the config)")
+    parser.add_argument(
+        "--images", type=int, default=48, help="images of the generated data set (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, help="windows per forward of ours (default: that of the config)"
+    )
     parser.add_argument("--workers", type=int, default=0, help="processes that decode (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="measurements of each, in turn (default: %(default)s)")
-    parser.add_argument("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="settings that override the config, as launch/train.py takes them")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="measurements of each, in turn (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="settings that override the config, as launch/train.py takes them",
+    )
     args = parser.parse_args()
 
     from mmcv import DictAction
@@ -104,25 +134,51 @@ def main() -> None:
             write_generated_ade20k(root, training=1, validation=args.images)
         if world.size > 1:
             dist.barrier()
-        experiment = read_experiment(args.config, {**{key: DictAction._parse_iterable(value) for key, value in options.items()},
-                                                   "model.backbone.pretrained": None, "data.test.data_root": str(root),
-                                                   **({"model.test_cfg.batch_size": args.batch_size} if args.batch_size else {})})
-        dataset, segmentor = validation_set(experiment, "test"), segmentor_of(experiment.model, world.device, seed=0)
+        experiment = read_experiment(
+            args.config,
+            {
+                **{key: DictAction._parse_iterable(value) for key, value in options.items()},
+                "model.backbone.pretrained": None,
+                "data.test.data_root": str(root),
+                **({"model.test_cfg.batch_size": args.batch_size} if args.batch_size else {}),
+            },
+        )
+        dataset, segmentor = (
+            validation_set(experiment, "test"),
+            segmentor_of(experiment.model, world.device, seed=0),
+        )
         seconds: dict[str, list[float]] = {"ours": [], "mmseg": []}
         for number in range(args.rounds + 1):  # the first warms up
             took, counted = timed(lambda: ours(segmentor, dataset, world, args.workers), world)
-            their_time, expected = timed(lambda: theirs(segmentor, experiment.test, world, args.workers, Path(folder[0])), world)
+            their_time, expected = timed(
+                lambda: theirs(segmentor, experiment.test, world, args.workers, Path(folder[0])), world
+            )
             if number:
                 seconds["ours"].append(took)
                 seconds["mmseg"].append(their_time)
         if world.is_main:
             differing = (counted[2:] - expected[2:]).abs().sum().item() / expected[2:].sum().item()
-            print(f"\n{world.size} process{'es' * (world.size > 1)} on {world.device.type}, {args.images} images; "
-                  f"the areas of the classes differ by {differing:.2e}")
+            print(
+                f"\n{world.size} process{'es' * (world.size > 1)} on {world.device.type}, {args.images} images; "
+                f"the areas of the classes differ by {differing:.2e}"
+            )
             for who, values in seconds.items():
-                print(f"{who:6} {args.images / statistics.median(values):8.2f} images/s   rounds: {', '.join(f'{value:.2f} s' for value in values)}")
-            ratio = statistics.median(theirs / ours for ours, theirs in zip(seconds["ours"], seconds["mmseg"], strict=True))
-            print(json.dumps({"ours_over_mmseg": round(ratio, 4), "processes": world.size, "device": world.device.type, "images": args.images}))
+                print(
+                    f"{who:6} {args.images / statistics.median(values):8.2f} images/s   rounds: {', '.join(f'{value:.2f} s' for value in values)}"
+                )
+            ratio = statistics.median(
+                theirs / ours for ours, theirs in zip(seconds["ours"], seconds["mmseg"], strict=True)
+            )
+            print(
+                json.dumps(
+                    {
+                        "ours_over_mmseg": round(ratio, 4),
+                        "processes": world.size,
+                        "device": world.device.type,
+                        "images": args.images,
+                    }
+                )
+            )
 
 
 if __name__ == "__main__":

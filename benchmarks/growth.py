@@ -51,7 +51,9 @@ def model_points(steps: int) -> list[Point]:
     sizes = [(128, 4, 4), (192, 8, 4), (384, 12, 6), (768, 12, 12), (1024, 24, 16)]
     points = []
     for width, depth, heads in sizes:
-        made = workload(vit(width, depth, heads), micro_batch=2, steps=max(2, steps // (1 + width * depth // 4000)))
+        made = workload(
+            vit(width, depth, heads), micro_batch=2, steps=max(2, steps // (1 + width * depth // 4000))
+        )
         points.append(Point("ZeRO-3, 1 process", parameters(made), made))
     return points
 
@@ -64,25 +66,57 @@ def parameters(made: Workload) -> int:
 
 def image_points(steps: int) -> list[Point]:
     """Two images of 112 to 672 pixels a side; attention alone grows with the square of the number of tokens."""
-    return [Point("ZeRO-3, 1 process", side * side,
-                  workload({"model.backbone.img_size": side}, image_px=side, micro_batch=2, steps=max(2, steps * 112 // side)))
-            for side in (112, 168, 224, 336, 448, 672)]
+    return [
+        Point(
+            "ZeRO-3, 1 process",
+            side * side,
+            workload(
+                {"model.backbone.img_size": side},
+                image_px=side,
+                micro_batch=2,
+                steps=max(2, steps * 112 // side),
+            ),
+        )
+        for side in (112, 168, 224, 336, 448, 672)
+    ]
 
 
 def class_points(steps: int) -> list[Point]:
-    return [Point("ZeRO-3, 1 process", classes, workload(classes=classes, micro_batch=4, steps=steps)) for classes in (150, 171, 400, 847)]
+    return [
+        Point("ZeRO-3, 1 process", classes, workload(classes=classes, micro_batch=4, steps=steps))
+        for classes in (150, 171, 400, 847)
+    ]
 
 
 def world_points(steps: int) -> list[Point]:
     """Weak: 4 images in each process. Strong: 12 images in all, so that 1 to 4 processes divide them."""
-    return [Point(f"{kind}, ZeRO-{stage}", world, workload(stage=stage, micro_batch=4 if kind == "weak" else 12 // world, steps=max(2, steps // world)), world)
-            for kind in ("weak", "strong") for stage in (1, 3) for world in (1, 2, 3, 4) if world != 3 or kind == "weak"]
+    return [
+        Point(
+            f"{kind}, ZeRO-{stage}",
+            world,
+            workload(
+                stage=stage, micro_batch=4 if kind == "weak" else 12 // world, steps=max(2, steps // world)
+            ),
+            world,
+        )
+        for kind in ("weak", "strong")
+        for stage in (1, 3)
+        for world in (1, 2, 3, 4)
+        if world != 3 or kind == "weak"
+    ]
 
 
 def group_points(steps: int) -> list[Point]:
     """A narrow backbone of 48 blocks, as many tensors as the 6 B recipe has, so that the groups can be seen."""
-    return [Point(f"ZeRO-{stage}", groups, workload(vit(64, 48, 4), stage=stage, micro_batch=2, groups=groups, steps=steps))
-            for stage in (1, 3) for groups in (1, 10, 50, 98)]
+    return [
+        Point(
+            f"ZeRO-{stage}",
+            groups,
+            workload(vit(64, 48, 4), stage=stage, micro_batch=2, groups=groups, steps=steps),
+        )
+        for stage in (1, 3)
+        for groups in (1, 10, 50, 98)
+    ]
 
 
 CURVES = {
@@ -103,9 +137,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("curve", choices=CURVES)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=8, help="timed steps of the smallest point (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=8, help="timed steps of the smallest point (default: %(default)s)"
+    )
     parser.add_argument("--points", type=int, help="only the first so many of each series")
-    parser.add_argument("--under", default="", metavar="COMMAND", help="what to start each measurement with, such as 'numactl -N 0'")
+    parser.add_argument(
+        "--under",
+        default="",
+        metavar="COMMAND",
+        help="what to start each measurement with, such as 'numactl -N 0'",
+    )
     parser.add_argument("--out", type=Path, help="JSON lines to append the points to")
     args = parser.parse_args()
     make, what = CURVES[args.curve]
@@ -114,16 +155,31 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="growth_") as folder:
         for round_ in range(args.rounds):
             for index, point in enumerate(points) if round_ % 2 == 0 else reversed(list(enumerate(points))):
-                found = measure("ours", point.workload, point.world, Path(folder), under=args.under, threads=1)
+                found = measure(
+                    "ours", point.workload, point.world, Path(folder), under=args.under, threads=1
+                )
                 if "error" in found:
                     sys.exit(f"error: {point.series}, {what} {point.x:g}: {found['error']}")
                 runs[index].append(found)
-                print(f"round {round_}: {point.series}, {what} {point.x:g}: {found['seconds']:.4f} s/step, {found['peak_bytes'] / 2**30:.3f} GiB", flush=True)
-    rows = [{"curve": args.curve, "what": what, "series": point.series, "x": point.x, "world": point.world, "micro_batch": point.workload.micro_batch,
-             "seconds": statistics.median(run["seconds"] for run in found), "cpu_seconds": statistics.median(run["cpu_seconds"] for run in found),
-             "peak_gib": statistics.median(run["peak_bytes"] for run in found) / 2**30,
-             "own_gib": statistics.median(run["peak_bytes"] - run["start_bytes"] for run in found) / 2**30}
-            for point, found in zip(points, runs, strict=True)]
+                print(
+                    f"round {round_}: {point.series}, {what} {point.x:g}: {found['seconds']:.4f} s/step, {found['peak_bytes'] / 2**30:.3f} GiB",
+                    flush=True,
+                )
+    rows = [
+        {
+            "curve": args.curve,
+            "what": what,
+            "series": point.series,
+            "x": point.x,
+            "world": point.world,
+            "micro_batch": point.workload.micro_batch,
+            "seconds": statistics.median(run["seconds"] for run in found),
+            "cpu_seconds": statistics.median(run["cpu_seconds"] for run in found),
+            "peak_gib": statistics.median(run["peak_bytes"] for run in found) / 2**30,
+            "own_gib": statistics.median(run["peak_bytes"] - run["start_bytes"] for run in found) / 2**30,
+        }
+        for point, found in zip(points, runs, strict=True)
+    ]
     report(args.curve, what, rows)
     if args.out:
         with args.out.open("a") as file:
@@ -133,26 +189,69 @@ def main() -> None:
 def chosen(points: list[Point], first: int | None) -> list[Point]:
     """The first so many of each series, or all."""
     series = dict.fromkeys(point.series for point in points)
-    return points if first is None else [point for name in series for point in [point for point in points if point.series == name][:first]]
+    return (
+        points
+        if first is None
+        else [
+            point for name in series for point in [point for point in points if point.series == name][:first]
+        ]
+    )
 
 
 def report(curve: str, what: str, rows: list[dict[str, Any]]) -> None:
-    table = Table("series", what, "s/step", "CPU s/step of a process", "images/s", "peak GiB of a process", "of which not libraries",
-                  title=f"{curve}: {os.cpu_count()} cores" if curve == "world" else curve)
+    table = Table(
+        "series",
+        what,
+        "s/step",
+        "CPU s/step of a process",
+        "images/s",
+        "peak GiB of a process",
+        "of which not libraries",
+        title=f"{curve}: {os.cpu_count()} cores" if curve == "world" else curve,
+    )
     exponents = {}
     for name in dict.fromkeys(row["series"] for row in rows):
         series = [row for row in rows if row["series"] == name]
         for row in series:
-            table.add_row(name, f"{row['x']:,.0f}", f"{row['seconds']:.4f}", f"{row['cpu_seconds']:.4f}",
-                          f"{row['world'] * row['micro_batch'] / row['seconds']:.3g}", f"{row['peak_gib']:.3f}", f"{row['own_gib']:.3f}")
-        xs, seconds, cpu, memory = ([row[key] for row in series] for key in ("x", "seconds", "cpu_seconds", "own_gib"))
+            table.add_row(
+                name,
+                f"{row['x']:,.0f}",
+                f"{row['seconds']:.4f}",
+                f"{row['cpu_seconds']:.4f}",
+                f"{row['world'] * row['micro_batch'] / row['seconds']:.3g}",
+                f"{row['peak_gib']:.3f}",
+                f"{row['own_gib']:.3f}",
+            )
+        xs, seconds, cpu, memory = (
+            [row[key] for row in series] for key in ("x", "seconds", "cpu_seconds", "own_gib")
+        )
         if len(series) > 1:
-            exponents[name] = {"seconds": round(exponent(xs, seconds), 3), "cpu_seconds": round(exponent(xs, cpu), 3), "memory": round(exponent(xs, memory), 3),
-                               "cpu_seconds_last_two": round(exponent(xs[-2:], cpu[-2:]), 3)}
+            exponents[name] = {
+                "seconds": round(exponent(xs, seconds), 3),
+                "cpu_seconds": round(exponent(xs, cpu), 3),
+                "memory": round(exponent(xs, memory), 3),
+                "cpu_seconds_last_two": round(exponent(xs[-2:], cpu[-2:]), 3),
+            }
     Console(width=120).print(table)
-    print(json.dumps({"curve": curve, "exponents": exponents,
-                      "points": [[row["series"], row["x"], round(row["seconds"], 4), round(row["cpu_seconds"], 4),
-                                  round(row["peak_gib"], 3), round(row["own_gib"], 3)] for row in rows]}))
+    print(
+        json.dumps(
+            {
+                "curve": curve,
+                "exponents": exponents,
+                "points": [
+                    [
+                        row["series"],
+                        row["x"],
+                        round(row["seconds"], 4),
+                        round(row["cpu_seconds"], 4),
+                        round(row["peak_gib"], 3),
+                        round(row["own_gib"], 3),
+                    ]
+                    for row in rows
+                ],
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

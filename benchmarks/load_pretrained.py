@@ -22,8 +22,24 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def model_config(width: int, depth: int) -> dict:
-    backbone = dict(type="InternViT6B", embed_dim=width, depth=depth, num_heads=width // 64, img_size=224, out_indices=[depth - 1], use_flash_attn=False)
-    head = dict(type="FCNHead", in_channels=width, channels=width, num_convs=0, concat_input=False, num_classes=2, in_index=0)
+    backbone = dict(
+        type="InternViT6B",
+        embed_dim=width,
+        depth=depth,
+        num_heads=width // 64,
+        img_size=224,
+        out_indices=[depth - 1],
+        use_flash_attn=False,
+    )
+    head = dict(
+        type="FCNHead",
+        in_channels=width,
+        channels=width,
+        num_convs=0,
+        concat_input=False,
+        num_classes=2,
+        in_index=0,
+    )
     return dict(type="EncoderDecoder", backbone=backbone, decode_head=head, test_cfg=dict(mode="whole"))
 
 
@@ -43,7 +59,9 @@ def one_rank(how: str, path: Path, width: int, depth: int) -> None:
     join(world)
     torch.set_num_threads(1)
     raw = {"zero_optimization": {"stage": 3 if how == "ours" else 1}}
-    ds = resolve_ds_config(raw, experiment="", micro_batch=1, world_size=world.size, optimizer={"type": "AdamW", "lr": 1.0})
+    ds = resolve_ds_config(
+        raw, experiment="", micro_batch=1, world_size=world.size, optimizer={"type": "AdamW", "lr": 1.0}
+    )
     model = build_for_training(ConfigDict(model_config(width, depth)), ds, torch.device("cpu"), seed=0)
     dist.barrier()
     before, began = peak(), time.perf_counter()
@@ -55,7 +73,9 @@ def one_rank(how: str, path: Path, width: int, depth: int) -> None:
     found: list[tuple[float, int]] = [(0.0, 0)] * world.size
     dist.all_gather_object(found, (seconds, grown))
     if world.is_main:
-        print(json.dumps({"seconds": max(each[0] for each in found), "bytes": max(each[1] for each in found)}))
+        print(
+            json.dumps({"seconds": max(each[0] for each in found), "bytes": max(each[1] for each in found)})
+        )
     dist.barrier()
     leave()
 
@@ -65,17 +85,37 @@ def peak() -> int:
 
 
 def measure(how: str, path: Path, ranks: int, width: int, depth: int) -> dict[str, float]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), __file__, "--role", how,
-               "--file", str(path), "--width", str(width), "--depth", str(depth)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(ranks),
+        __file__,
+        "--role",
+        how,
+        "--file",
+        str(path),
+        "--width",
+        str(width),
+        "--depth",
+        str(depth),
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     if done.returncode:
         raise SystemExit(done.stderr[-3000:])
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="example:\n  python benchmarks/load_pretrained.py --ranks 1 2",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="example:\n  python benchmarks/load_pretrained.py --ranks 1 2",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--depth", type=int, default=24)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
@@ -96,16 +136,30 @@ def main() -> None:
         path = Path(folder) / "weights.pth"
         backbone = build_backbone(ConfigDict(model_config(args.width, args.depth)["backbone"]))
         torch.save(backbone.state_dict(), path)
-        print(f"{sum(p.numel() for p in backbone.parameters()):,} parameters, {path.stat().st_size / 2**30:.2f} GiB")
+        print(
+            f"{sum(p.numel() for p in backbone.parameters()):,} parameters, {path.stat().st_size / 2**30:.2f} GiB"
+        )
         del backbone
         ratios = {}
         for ranks in args.ranks:
-            runs = {how: [measure(how, path, ranks, args.width, args.depth) for _ in range(args.rounds)] for how in ("ours", "torch.load")}
-            median = {how: {key: statistics.median(run[key] for run in each) for key in ("seconds", "bytes")} for how, each in runs.items()}
+            runs = {
+                how: [measure(how, path, ranks, args.width, args.depth) for _ in range(args.rounds)]
+                for how in ("ours", "torch.load")
+            }
+            median = {
+                how: {key: statistics.median(run[key] for run in each) for key in ("seconds", "bytes")}
+                for how, each in runs.items()
+            }
             for how, each in median.items():
-                print(f"{ranks} ranks, {how:11} {each['seconds']:7.2f} s  peak of a rank +{each['bytes'] / 2**20:6.0f} MiB", flush=True)
-            ratios = {"ratio": round(median["ours"]["seconds"] / median["torch.load"]["seconds"], 4),
-                      "memory": round(median["ours"]["bytes"] / max(median["torch.load"]["bytes"], 1), 4), "ranks": ranks}
+                print(
+                    f"{ranks} ranks, {how:11} {each['seconds']:7.2f} s  peak of a rank +{each['bytes'] / 2**20:6.0f} MiB",
+                    flush=True,
+                )
+            ratios = {
+                "ratio": round(median["ours"]["seconds"] / median["torch.load"]["seconds"], 4),
+                "memory": round(median["ours"]["bytes"] / max(median["torch.load"]["bytes"], 1), 4),
+                "ranks": ranks,
+            }
         print(json.dumps(ratios))
 
 

@@ -29,18 +29,52 @@ TABLE_S = 3.0
 
 
 def options() -> argparse.Namespace:
-    listed = "\n".join(f"  {letter}  {what}: {', '.join(job.name for job in JOBS if job.part == letter)}" for letter, what in PARTS.items())
-    parser = argparse.ArgumentParser(description=__doc__, epilog=f"parts:\n{listed}", formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of results.jsonl, results.md, log.txt")
+    listed = "\n".join(
+        f"  {letter}  {what}: {', '.join(job.name for job in JOBS if job.part == letter)}"
+        for letter, what in PARTS.items()
+    )
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=f"parts:\n{listed}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder of results.jsonl, results.md, log.txt"
+    )
     parser.add_argument("--minutes", type=float, default=9.0, help="for all of it (default: %(default)g)")
     parser.add_argument("--parts", default=",".join(PARTS), help="letters, such as a,c,d (default: all)")
-    parser.add_argument("--skip-done", action="store_true", help="leave out what results.jsonl of DIR, or --earlier, holds for this card")
-    parser.add_argument("--earlier", type=Path, action="append", default=[], metavar="JSONL", help="results of an earlier call, for --skip-done and the tables")
+    parser.add_argument(
+        "--skip-done",
+        action="store_true",
+        help="leave out what results.jsonl of DIR, or --earlier, holds for this card",
+    )
+    parser.add_argument(
+        "--earlier",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="JSONL",
+        help="results of an earlier call, for --skip-done and the tables",
+    )
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, at tiny sizes")
-    parser.add_argument("--scratch", type=Path, metavar="DIR", help="for large files of part h (default: /dev/shm or the temporary folder, whichever has room)")
-    parser.add_argument("--deepspeed_config", "--deepspeed-config", type=Path, metavar="JSON", help="of the trainings (default: what fits by the plan)")
+    parser.add_argument(
+        "--scratch",
+        type=Path,
+        metavar="DIR",
+        help="for large files of part h (default: /dev/shm or the temporary folder, whichever has room)",
+    )
+    parser.add_argument(
+        "--deepspeed_config",
+        "--deepspeed-config",
+        type=Path,
+        metavar="JSON",
+        help="of the trainings (default: what fits by the plan)",
+    )
     parser.add_argument("--commit", help="of the code, where there is no git")
-    parser.add_argument("--report", type=Path, metavar="DIR", help="only reads DIR/results.jsonl (or such a file) and prints tables and fitted rates")
+    parser.add_argument(
+        "--report",
+        type=Path,
+        metavar="DIR",
+        help="only reads DIR/results.jsonl (or such a file) and prints tables and fitted rates",
+    )
     parser.add_argument("--job", choices=BY_NAME, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=1e9, help=argparse.SUPPRESS)
     parser.add_argument("--go-on", action="store_true", help=argparse.SUPPRESS)
@@ -54,7 +88,11 @@ def options() -> argparse.Namespace:
         parser.error(f"--parts names none; the parts are {', '.join(PARTS)}")
     if not 0 < args.minutes < math.inf:
         parser.error(f"--minutes {args.minutes:g} must be above 0")
-    for option, path in (("--report", args.report), ("--deepspeed_config", args.deepspeed_config), *(("--earlier", path) for path in args.earlier)):
+    for option, path in (
+        ("--report", args.report),
+        ("--deepspeed_config", args.deepspeed_config),
+        *(("--earlier", path) for path in args.earlier),
+    ):
         if path is not None and not path.exists():
             parser.error(f"{option} {path}: there is no such file")
     if args.report is None:
@@ -74,14 +112,25 @@ def main() -> int:
         return 0
     if args.commit:
         os.environ["ON_ONE_GPU_COMMIT"] = args.commit
-    results = Results(args.out.resolve(), rehearsal=args.rehearse, earlier=[path.resolve() for path in args.earlier])
+    results = Results(
+        args.out.resolve(), rehearsal=args.rehearse, earlier=[path.resolve() for path in args.earlier]
+    )
     if args.job is not None:
         return work(args, results)
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, _stop)
-    more = [word for name in ("scratch", "deepspeed_config") if getattr(args, name) for word in (f"--{name}", str(getattr(args, name).resolve()))]
-    supervisor = Supervisor(results, ends=began + 60 * args.minutes - TABLE_S, rehearse=args.rehearse, more=more, say=say)
-    print(", ".join(f"{name} {value}" for name, value in identity(args.rehearse).items() if value), flush=True)
+    more = [
+        word
+        for name in ("scratch", "deepspeed_config")
+        if getattr(args, name)
+        for word in (f"--{name}", str(getattr(args, name).resolve()))
+    ]
+    supervisor = Supervisor(
+        results, ends=began + 60 * args.minutes - TABLE_S, rehearse=args.rehearse, more=more, say=say
+    )
+    print(
+        ", ".join(f"{name} {value}" for name, value in identity(args.rehearse).items() if value), flush=True
+    )
     jobs = [job for job in JOBS if job.part in args.parts]
     for job in jobs:
         if job.missing:
@@ -97,7 +146,12 @@ def main() -> int:
         print(f"\n{text}", flush=True)
     if whole:
         return 0
-    return 1 if {line["status"] for line in read(results.path)[start:]} & {"failed", "crashed", "missing", "timed out"} else UNFINISHED
+    return (
+        1
+        if {line["status"] for line in read(results.path)[start:]}
+        & {"failed", "crashed", "missing", "timed out"}
+        else UNFINISHED
+    )
 
 
 def work(args: argparse.Namespace, results: Results) -> int:
@@ -105,8 +159,16 @@ def work(args: argparse.Namespace, results: Results) -> int:
     from gpu_visit.visit import OutOfTime, Spoilt, Visit
 
     job = BY_NAME[args.job]
-    visit = Visit(results, job.part, job.name, args.rehearse, time.monotonic() + args.seconds, args.scratch,
-                  results.had(failed=args.go_on) if args.skip_done or args.go_on else set(), args.deepspeed_config)
+    visit = Visit(
+        results,
+        job.part,
+        job.name,
+        args.rehearse,
+        time.monotonic() + args.seconds,
+        args.scratch,
+        results.had(failed=args.go_on) if args.skip_done or args.go_on else set(),
+        args.deepspeed_config,
+    )
     try:
         job.run(visit)
     except (OutOfTime, Spoilt) as error:
@@ -120,7 +182,10 @@ def say(line: Line) -> None:
 
 
 def _stop(*_: object) -> None:
-    for number in (signal.SIGTERM, signal.SIGINT):  # what ends the jobs and writes the table is not to be ended itself
+    for number in (
+        signal.SIGTERM,
+        signal.SIGINT,
+    ):  # what ends the jobs and writes the table is not to be ended itself
         signal.signal(number, signal.SIG_IGN)
     raise Stopped
 

@@ -25,11 +25,15 @@ def main() -> None:
     name, workload, result = sys.argv[1], Workload.read(Path(sys.argv[2])), Path(sys.argv[3])
     quieten()
     world = world_from_environment()
-    work_dir = Path(tempfile.gettempdir(), f"one_contender_{os.environ.get('MASTER_PORT', os.getpid())}")  # one for all ranks
+    work_dir = Path(
+        tempfile.gettempdir(), f"one_contender_{os.environ.get('MASTER_PORT', os.getpid())}"
+    )  # one for all ranks
     try:
         join(world)
         bf16 = workload.ds_config.get("bf16", {}).get("enabled", False)
-        peak = matmul_flops(torch.bfloat16 if bf16 and world.device.type == "cuda" else torch.float32, world.device)
+        peak = matmul_flops(
+            torch.bfloat16 if bf16 and world.device.type == "cuda" else torch.float32, world.device
+        )
         contender = importlib.import_module(f"contenders.{name}")
         reset_peak(world.device)
         start = peak_bytes(world.device)  # on a CPU, what the libraries take
@@ -39,7 +43,9 @@ def main() -> None:
         leave()
     except Exception as error:
         if not result.exists():
-            result.write_text(json.dumps({"error": f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"}))
+            result.write_text(
+                json.dumps({"error": f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"})
+            )
         raise
 
 

@@ -31,7 +31,9 @@ class Operations(TorchDispatchMode):
         super().__init__()
         self.found: Counter[str] = Counter()
 
-    def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         self.found[func._schema.name] += 1
         return func(*args, **(kwargs or {}))
 
@@ -52,9 +54,22 @@ def measure(way: str, ds_config: str, rounds: int) -> dict[str, Any]:
         optimizers.is_ranged = lambda *_: False
     cfg = Workload(options=vit(64, 48, 2)).experiment
     raw = ds_config_of(ds_config, "bfloat16")
-    with tempfile.TemporaryDirectory() as folder, SegmentorEngine(cfg, raw, work_dir=folder, validate=False) as engine:
-        deepspeed, dataset, stage = engine.deepspeed, engine.plan.train_set, stage3 if engine.plan.ds.stage == 3 else stage_1_and_2
-        batches = training_batches(dataset, GlobalBatchSampler(len(dataset), engine.plan.ds.micro_batch), workers=0, seed=0, device=engine.world.device)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        SegmentorEngine(cfg, raw, work_dir=folder, validate=False) as engine,
+    ):
+        deepspeed, dataset, stage = (
+            engine.deepspeed,
+            engine.plan.train_set,
+            stage3 if engine.plan.ds.stage == 3 else stage_1_and_2,
+        )
+        batches = training_batches(
+            dataset,
+            GlobalBatchSampler(len(dataset), engine.plan.ds.micro_batch),
+            workers=0,
+            seed=0,
+            device=engine.world.device,
+        )
         deepspeed.train()
 
         def until_step() -> None:
@@ -97,14 +112,21 @@ def measure(way: str, ds_config: str, rounds: int) -> dict[str, Any]:
             finish()
             ended = time.perf_counter()
             seconds.append(ended - began), after.append(ended - waited)
-        return {"settings": len(deepspeed.lr_scheduler.base_lrs), "operations": sum(operations.found.values()),
-                "all_reduces": operations.found["c10d::allreduce_"], "calls": calls, "seconds": statistics.median(seconds),
-                "after_wait_s": statistics.median(after)}
+        return {
+            "settings": len(deepspeed.lr_scheduler.base_lrs),
+            "operations": sum(operations.found.values()),
+            "all_reduces": operations.found["c10d::allreduce_"],
+            "calls": calls,
+            "seconds": statistics.median(seconds),
+            "after_wait_s": statistics.median(after),
+        }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--deepspeed_config", "--deepspeed-config", default="ds_configs/zero3_bf16.json", metavar="JSON")
+    parser.add_argument(
+        "--deepspeed_config", "--deepspeed-config", default="ds_configs/zero3_bf16.json", metavar="JSON"
+    )
     parser.add_argument("--rounds", type=int, default=10, help="timed updates (default: %(default)s)")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -113,20 +135,53 @@ def main() -> None:
         return
     found = {}
     for way in WAYS:
-        done = subprocess.run([sys.executable, __file__, "--way", way, "--deepspeed_config", args.deepspeed_config, "--rounds", str(args.rounds)],
-                              capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+        done = subprocess.run(
+            [
+                sys.executable,
+                __file__,
+                "--way",
+                way,
+                "--deepspeed_config",
+                args.deepspeed_config,
+                "--rounds",
+                str(args.rounds),
+            ],
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parent.parent,
+        )
         if done.returncode:
             sys.exit(done.stderr[-3000:])
         found[way] = json.loads(done.stdout.splitlines()[-1])
-    table = Table("", "settings", "operations", "all-reduces", "Python calls", "ms", "ms after the wait",
-                  title=f"one update, {Path(args.deepspeed_config).stem}")
+    table = Table(
+        "",
+        "settings",
+        "operations",
+        "all-reduces",
+        "Python calls",
+        "ms",
+        "ms after the wait",
+        title=f"one update, {Path(args.deepspeed_config).stem}",
+    )
     for way, values in found.items():
-        table.add_row(way, *(f"{values[key]:,}" for key in ("settings", "operations", "all_reduces", "calls")), f"{1000 * values['seconds']:.1f}",
-                      f"{1000 * values['after_wait_s']:.1f}")
+        table.add_row(
+            way,
+            *(f"{values[key]:,}" for key in ("settings", "operations", "all_reduces", "calls")),
+            f"{1000 * values['seconds']:.1f}",
+            f"{1000 * values['after_wait_s']:.1f}",
+        )
     Console(width=110).print(table)
     one, many = found.values()
-    print(json.dumps({"ratio": round(one["seconds"] / many["seconds"], 4),
-                      "ratio_after_wait": round(one["after_wait_s"] / many["after_wait_s"], 4), "ds_config": Path(args.deepspeed_config).stem, **found}))
+    print(
+        json.dumps(
+            {
+                "ratio": round(one["seconds"] / many["seconds"], 4),
+                "ratio_after_wait": round(one["after_wait_s"] / many["after_wait_s"], 4),
+                "ds_config": Path(args.deepspeed_config).stem,
+                **found,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -26,21 +26,45 @@ from internseg_ds.engine import command_line
 
 WIDTHS = {
     "tiny": {},
-    "small": {"model.backbone.embed_dim": 384, "model.backbone.num_heads": 6, "model.backbone.depth": 12, "model.backbone.out_indices": [2, 5, 8, 11]},
-    "100m": {"model.backbone.embed_dim": 768, "model.backbone.num_heads": 12, "model.backbone.depth": 12, "model.backbone.out_indices": [2, 5, 8, 11]},
-    "deep": {"model.backbone.embed_dim": 64, "model.backbone.num_heads": 2, "model.backbone.depth": 48, "model.backbone.out_indices": [11, 23, 35, 47]},
+    "small": {
+        "model.backbone.embed_dim": 384,
+        "model.backbone.num_heads": 6,
+        "model.backbone.depth": 12,
+        "model.backbone.out_indices": [2, 5, 8, 11],
+    },
+    "100m": {
+        "model.backbone.embed_dim": 768,
+        "model.backbone.num_heads": 12,
+        "model.backbone.depth": 12,
+        "model.backbone.out_indices": [2, 5, 8, 11],
+    },
+    "deep": {
+        "model.backbone.embed_dim": 64,
+        "model.backbone.num_heads": 2,
+        "model.backbone.depth": 48,
+        "model.backbone.out_indices": [11, 23, 35, 47],
+    },
 }
 """The demo's model, made larger; "deep" has the 48 blocks of the 6 B model and hardly any work in them, so that what remains is Python's."""
 BLOCK = "internseg_ds.models.intern_vit_6b.Block"
 SWITCHES: dict[str, dict[str, dict[str, Any]]] = {
-    "recomputation": {name: {"engine.recomputation": value} for name, value in
-                      {"blocks": "blocks", "every 2nd": 2, "all_but_matmuls": "all_but_matmuls", "none": "none"}.items()},
+    "recomputation": {
+        name: {"engine.recomputation": value}
+        for name, value in {
+            "blocks": "blocks",
+            "every 2nd": 2,
+            "all_but_matmuls": "all_but_matmuls",
+            "none": "none",
+        }.items()
+    },
     "zero3": {  # for ZeRO-3 ds_configs
         "hooks on layers": {"zero": {"leaf_module": {"classes": []}}},
         "hooks on blocks": {"zero": {"leaf_module": {"classes": [BLOCK]}}},
     },
     "heads_dtype": {name: {"engine.heads_dtype": name} for name in ("float32", "bfloat16")},
-    "fused": {name: {"optimizer.fused": fused} for name, fused in {"AdamW": False, "fused AdamW": True}.items()},
+    "fused": {
+        name: {"optimizer.fused": fused} for name, fused in {"AdamW": False, "fused AdamW": True}.items()
+    },
 }
 """switch -> variant -> its options; those under "zero" belong to the ds_config's zero_optimization."""
 
@@ -49,13 +73,24 @@ def engine_of(variant: dict[str, Any], args: Any, folder: Path) -> SegmentorEngi
     width = WIDTHS[args.model]
     channels = width.get("model.backbone.embed_dim", 128)
     depth = width.get("model.backbone.depth", 4)
-    options = {**width, "model.decode_head.in_channels": [channels] * 4, "model.auxiliary_head.in_channels": channels, "data.workers_per_gpu": 0,
-               "optimizer.paramwise_cfg": {"num_layers": depth, "layer_decay_rate": 0.95}, "data.samples_per_gpu": args.images,
-               "engine.global_batch": args.images * int(os.environ.get("WORLD_SIZE", "1"))}
+    options = {
+        **width,
+        "model.decode_head.in_channels": [channels] * 4,
+        "model.auxiliary_head.in_channels": channels,
+        "data.workers_per_gpu": 0,
+        "optimizer.paramwise_cfg": {"num_layers": depth, "layer_decay_rate": 0.95},
+        "data.samples_per_gpu": args.images,
+        "engine.global_batch": args.images * int(os.environ.get("WORLD_SIZE", "1")),
+    }
     ds = json.loads(Path(args.deepspeed_config).read_text())
     ds["zero_optimization"] |= variant.get("zero", {})
-    return SegmentorEngine(args.config, ds, work_dir=folder, validate=False,
-                           cfg_options=options | {key: value for key, value in variant.items() if key != "zero"})
+    return SegmentorEngine(
+        args.config,
+        ds,
+        work_dir=folder,
+        validate=False,
+        cfg_options=options | {key: value for key, value in variant.items() if key != "zero"},
+    )
 
 
 class Kept(TorchDispatchMode):
@@ -69,7 +104,10 @@ class Kept(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, (tuple, list)) else [out]:
             if isinstance(tensor, torch.Tensor):
-                self.made[tensor.untyped_storage()._cdata] = StorageWeakRef(tensor.untyped_storage()), tensor.untyped_storage().nbytes()
+                self.made[tensor.untyped_storage()._cdata] = (
+                    StorageWeakRef(tensor.untyped_storage()),
+                    tensor.untyped_storage().nbytes(),
+                )
         return out
 
     def bytes(self) -> int:
@@ -79,10 +117,22 @@ class Kept(TorchDispatchMode):
 def images(args: Any, engine: SegmentorEngine) -> Batch:
     size = engine.plan.experiment.model.backbone.img_size
     generator = torch.Generator().manual_seed(engine.world.rank)
-    meta = {"filename": "", "ori_shape": (size, size, 3), "img_shape": (size, size, 3), "pad_shape": (size, size, 3)}
-    return Batch({"img": torch.randn(args.images, 3, size, size, generator=generator).to(engine.world.device),
-                  "gt_semantic_seg": torch.randint(0, 150, (args.images, 1, size, size), generator=generator).to(engine.world.device),
-                  "img_metas": [meta] * args.images}, position=0)
+    meta = {
+        "filename": "",
+        "ori_shape": (size, size, 3),
+        "img_shape": (size, size, 3),
+        "pad_shape": (size, size, 3),
+    }
+    return Batch(
+        {
+            "img": torch.randn(args.images, 3, size, size, generator=generator).to(engine.world.device),
+            "gt_semantic_seg": torch.randint(0, 150, (args.images, 1, size, size), generator=generator).to(
+                engine.world.device
+            ),
+            "img_metas": [meta] * args.images,
+        },
+        position=0,
+    )
 
 
 def finish(engine: SegmentorEngine) -> None:
@@ -93,7 +143,9 @@ def finish(engine: SegmentorEngine) -> None:
 
 def main() -> None:
     parser = command_line.parser(__doc__.splitlines()[0], "deepspeed --num_gpus 2 benchmarks/speed_steps.py")
-    parser.add_argument("switches", nargs="*", default=list(SWITCHES), metavar="SWITCH", help=", ".join(SWITCHES))
+    parser.add_argument(
+        "switches", nargs="*", default=list(SWITCHES), metavar="SWITCH", help=", ".join(SWITCHES)
+    )
     parser.add_argument("--config", default="configs/intern_vit_tiny/upernet_intern_vit_tiny_112_ade20k.py")
     parser.add_argument("--deepspeed_config", default="ds_configs/zero3_bf16.json")
     parser.add_argument("--model", choices=WIDTHS, default="tiny")
@@ -101,12 +153,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4, help="per round and variant")
     args = parser.parse_args()
-    folder = Path(tempfile.gettempdir(), f"speed_steps_{os.environ.get('MASTER_PORT', 'alone')}")  # one for all ranks
+    folder = Path(
+        tempfile.gettempdir(), f"speed_steps_{os.environ.get('MASTER_PORT', 'alone')}"
+    )  # one for all ranks
     found: dict[str, Any] = {}
     owner = None
     for switch in args.switches:
         variants = SWITCHES[switch]
-        engines = {name: engine_of(variant, args, folder / str(index)) for index, (name, variant) in enumerate(variants.items())}
+        engines = {
+            name: engine_of(variant, args, folder / str(index))
+            for index, (name, variant) in enumerate(variants.items())
+        }
         owner = owner or next(iter(engines.values()))
         batch, times, kept = images(args, owner), {name: [] for name in variants}, {}
         for name, engine in engines.items():
@@ -120,7 +177,7 @@ def main() -> None:
             engine.deepspeed.step()
         names = list(variants)
         for round_ in range(args.rounds):
-            for name in names[round_ % len(names):] + names[:round_ % len(names)]:
+            for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
                 finish(owner)
                 began = time.perf_counter()
                 for _ in range(args.steps):
@@ -131,15 +188,33 @@ def main() -> None:
         first = seconds[names[0]]
         if owner.world.is_main:
             for name in names:
-                print(f"{switch}: {name:24} {seconds[name]:8.4f} s/step (rounds {min(times[name]):.4f} to {max(times[name]):.4f})  "
-                      f"ratio {seconds[name] / first:.3f}  kept {kept[name] / 2**20:8.1f} MiB", flush=True)
-        found[switch] = {name: {"s": round(seconds[name], 5), "ratio": round(seconds[name] / first, 4), "kept_mib": round(kept[name] / 2**20, 2)}
-                         for name in names}
+                print(
+                    f"{switch}: {name:24} {seconds[name]:8.4f} s/step (rounds {min(times[name]):.4f} to {max(times[name]):.4f})  "
+                    f"ratio {seconds[name] / first:.3f}  kept {kept[name] / 2**20:8.1f} MiB",
+                    flush=True,
+                )
+        found[switch] = {
+            name: {
+                "s": round(seconds[name], 5),
+                "ratio": round(seconds[name] / first, 4),
+                "kept_mib": round(kept[name] / 2**20, 2),
+            }
+            for name in names
+        }
         for engine in engines.values():
             if engine is not owner:
                 engine.close()
     if owner.world.is_main:
-        print(json.dumps({"model": args.model, "deepspeed_config": args.deepspeed_config, "processes": owner.world.size, "ratio": found}))
+        print(
+            json.dumps(
+                {
+                    "model": args.model,
+                    "deepspeed_config": args.deepspeed_config,
+                    "processes": owner.world.size,
+                    "ratio": found,
+                }
+            )
+        )
     owner.close()
 
 

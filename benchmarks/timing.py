@@ -46,7 +46,9 @@ def train_on(engine: "SegmentorEngine", steps: int, log_every: int) -> None:
     """Some more steps of the real loop, which saves nothing on its way. Collective."""
     experiment = engine.plan.experiment
     schedule = replace(experiment.schedule, max_steps=engine.state.step + steps)
-    engine.plan = replace(engine.plan, experiment=replace(experiment, schedule=schedule, save_every=0, log_every=log_every))
+    engine.plan = replace(
+        engine.plan, experiment=replace(experiment, schedule=schedule, save_every=0, log_every=log_every)
+    )
     engine.train()
 
 
@@ -76,7 +78,9 @@ def peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
     else:
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+        line = next(
+            line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")
+        )
         peak = 1024 * int(line.split()[1])
     most = torch.tensor([peak], dtype=torch.float64, device=device)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
@@ -98,7 +102,9 @@ def matmul_flops(dtype: torch.dtype, device: torch.device, seconds: float = 0.5)
     return 2 * side**3 / best
 
 
-def seconds_per_call(run: Callable[[], object], device: torch.device, *, seconds: float = 0.3, rounds: int = 5) -> tuple[float, float]:
+def seconds_per_call(
+    run: Callable[[], object], device: torch.device, *, seconds: float = 0.3, rounds: int = 5
+) -> tuple[float, float]:
     """(fastest, median) of some rounds of calls, which take so many seconds together; on a GPU by its own clock, with no wait between the calls of a round."""
     for _ in range(3):
         run()

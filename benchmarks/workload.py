@@ -58,7 +58,14 @@ class Workload:
     def experiment(self) -> Config:
         """The config with a constant learning rate, no dropout or drop-path (so that losses can be compared), and images in memory."""
         cfg = Config.fromfile(str(ROOT / self.config))
-        cfg.merge_from_dict({"model.backbone.drop_path_rate": 0.0, "model.backbone.pretrained": None, "log_config.hooks": [], "load_from": None})
+        cfg.merge_from_dict(
+            {
+                "model.backbone.drop_path_rate": 0.0,
+                "model.backbone.pretrained": None,
+                "log_config.hooks": [],
+                "load_from": None,
+            }
+        )
         if "init_cfg" in cfg.model.backbone:
             cfg.model.backbone.init_cfg = None  # weights of InternImage
         for head in filter(None, (cfg.model.get(name) for name in ("decode_head", "auxiliary_head"))):
@@ -71,13 +78,32 @@ class Workload:
         while "dataset" in train:  # RepeatDataset and its like
             train = train.dataset
         keys = train.pipeline[-1]["keys"]  # of the step that collects what the model takes
-        cfg.data = dict(samples_per_gpu=self.micro_batch, workers_per_gpu=0, train=dict(
-            type="GeneratedInMemory", classes=[f"class {index}" for index in range(self.classes)],
-            pipeline=[dict(type="GeneratedPixels", image_px=self.image_px, classes=self.classes, cells=self.cells, masks="gt_masks" in keys),
-                      dict(type="Collect", keys=list(keys),
-                           meta_keys=("filename", "ori_shape", "img_shape", "pad_shape", "scale_factor", "flip"))]))
+        cfg.data = dict(
+            samples_per_gpu=self.micro_batch,
+            workers_per_gpu=0,
+            train=dict(
+                type="GeneratedInMemory",
+                classes=[f"class {index}" for index in range(self.classes)],
+                pipeline=[
+                    dict(
+                        type="GeneratedPixels",
+                        image_px=self.image_px,
+                        classes=self.classes,
+                        cells=self.cells,
+                        masks="gt_masks" in keys,
+                    ),
+                    dict(
+                        type="Collect",
+                        keys=list(keys),
+                        meta_keys=("filename", "ori_shape", "img_shape", "pad_shape", "scale_factor", "flip"),
+                    ),
+                ],
+            ),
+        )
         cfg.engine = {key: value for key, value in cfg.get("engine", {}).items() if key != "global_batch"}
-        cfg.engine["recomputation"] = "config"  # as the model's with_cp says, which the other contenders go by
+        cfg.engine["recomputation"] = (
+            "config"  # as the model's with_cp says, which the other contenders go by
+        )
         cfg.lr_config = dict(policy="poly", power=0.0, min_lr=0.0, by_epoch=False)
         cfg.merge_from_dict(self.options)
         if self.groups is not None:
@@ -97,9 +123,26 @@ class GeneratedPixels:
         image, labels = self._made(int(results["img_info"]["filename"]))
         shape = (*image.shape[1:], 3)
         found = labels.unique()
-        masks = {"gt_labels": DataContainer(found), "gt_masks": DataContainer((labels == found[:, None, None]).to(torch.uint8))} if self.masks else {}
-        return {**results, **masks, "filename": results["img_info"]["filename"], "ori_shape": shape, "img_shape": shape, "pad_shape": shape,
-                "scale_factor": 1.0, "flip": False, "img": DataContainer(image, stack=True), "gt_semantic_seg": DataContainer(labels, stack=True)}
+        masks = (
+            {
+                "gt_labels": DataContainer(found),
+                "gt_masks": DataContainer((labels == found[:, None, None]).to(torch.uint8)),
+            }
+            if self.masks
+            else {}
+        )
+        return {
+            **results,
+            **masks,
+            "filename": results["img_info"]["filename"],
+            "ori_shape": shape,
+            "img_shape": shape,
+            "pad_shape": shape,
+            "scale_factor": 1.0,
+            "flip": False,
+            "img": DataContainer(image, stack=True),
+            "gt_semantic_seg": DataContainer(labels, stack=True),
+        }
 
     @staticmethod
     def _make(index: int, side: int, classes: int, cells: int) -> tuple[Tensor, Tensor]:
@@ -126,13 +169,21 @@ class EvenGroups(DefaultOptimizerConstructor):
 
     def add_params(self, params: list[dict[str, Any]], module: nn.Module, **_: Any) -> None:
         tensors, groups = list(module.parameters()), self.paramwise_cfg["groups"]
-        params.extend({"params": [tensor], "name": f"group {index * groups // len(tensors)}"} for index, tensor in enumerate(tensors))
+        params.extend(
+            {"params": [tensor], "name": f"group {index * groups // len(tensors)}"}
+            for index, tensor in enumerate(tensors)
+        )
 
 
 def loader(workload: Workload, rank: int, world_size: int) -> DataLoader:
     """Endless micro-batches of a rank on the CPU, in the order in which `SegmentorEngine.train` would hand them to it (seed 0)."""
     dataset = build_dataset(workload.experiment.data.train)
-    return DataLoader(dataset, workload.micro_batch, sampler=RankOrder(len(dataset), workload.micro_batch, rank, world_size), collate_fn=_plain)
+    return DataLoader(
+        dataset,
+        workload.micro_batch,
+        sampler=RankOrder(len(dataset), workload.micro_batch, rank, world_size),
+        collate_fn=_plain,
+    )
 
 
 class RankOrder(Sampler[int]):
@@ -151,10 +202,14 @@ class RankOrder(Sampler[int]):
 
 
 def _plain(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    return {name: container.data[0] for name, container in collate(samples, samples_per_gpu=len(samples)).items()}
+    return {
+        name: container.data[0] for name, container in collate(samples, samples_per_gpu=len(samples)).items()
+    }
 
 
-def micro_batches(workload: Workload, rank: int, world_size: int, device: torch.device) -> Iterator[dict[str, Any]]:
+def micro_batches(
+    workload: Workload, rank: int, world_size: int, device: torch.device
+) -> Iterator[dict[str, Any]]:
     """What a segmentor's forward takes: img (b, 3, h, w), gt_semantic_seg (b, 1, h, w) on `device`, img_metas."""
     for batch in loader(workload, rank, world_size):
         yield on_device(batch, device)
@@ -162,6 +217,7 @@ def micro_batches(workload: Workload, rank: int, world_size: int, device: torch.
 
 def on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """A micro-batch with its tensors, and lists of them, there."""
+
     def moved(value: Any) -> Any:
         if isinstance(value, list):
             return [moved(item) for item in value]
@@ -173,7 +229,11 @@ def on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
 def ds_config_of(path: str, dtype: str) -> dict[str, Any]:
     """A ds_config file; dtype "float32" drops its bf16 and autocast sections, "bfloat16" leaves it as it is."""
     raw = json.loads(Path(path).read_text())
-    return {key: value for key, value in raw.items() if dtype == "bfloat16" or key not in ("bf16", "torch_autocast")}
+    return {
+        key: value
+        for key, value in raw.items()
+        if dtype == "bfloat16" or key not in ("bf16", "torch_autocast")
+    }
 
 
 def resolved_ds_config(workload: Workload, cfg: Config, world_size: int) -> dict[str, Any]:
@@ -182,8 +242,16 @@ def resolved_ds_config(workload: Workload, cfg: Config, world_size: int) -> dict
     from internseg_ds.distributed.ds_config import resolve_ds_config
 
     optimizer: Mapping[str, Any] = cfg.optimizer
-    return copy.deepcopy(resolve_ds_config(workload.ds_config, experiment=workload.config, micro_batch=workload.micro_batch, world_size=world_size,
-                                           optimizer=optimizer, hidden_size=cfg.model.backbone.embed_dim).raw)
+    return copy.deepcopy(
+        resolve_ds_config(
+            workload.ds_config,
+            experiment=workload.config,
+            micro_batch=workload.micro_batch,
+            world_size=world_size,
+            optimizer=optimizer,
+            hidden_size=cfg.model.backbone.embed_dim,
+        ).raw
+    )
 
 
 def size_of(name: str, norm: str) -> dict[str, Any]:
@@ -192,16 +260,32 @@ def size_of(name: str, norm: str) -> dict[str, Any]:
     if name == "tiny":
         return dict(config=TINY, options=norms, image_px=112, micro_batch=4)
     if name == "300m":
-        return dict(config=TINY, options=norms | vit(1024, 24, 16) | {"model.backbone.img_size": 224, "model.decode_head.channels": 256,
-                                                                      "model.auxiliary_head.channels": 256, "model.backbone.qkv_bias": True,
-                                                                      "model.backbone.qk_normalization": False},
-                    image_px=224, micro_batch=2)
+        return dict(
+            config=TINY,
+            options=norms
+            | vit(1024, 24, 16)
+            | {
+                "model.backbone.img_size": 224,
+                "model.decode_head.channels": 256,
+                "model.auxiliary_head.channels": 256,
+                "model.backbone.qkv_bias": True,
+                "model.backbone.qk_normalization": False,
+            },
+            image_px=224,
+            micro_batch=2,
+        )
     return dict(config=FULL, options=norms, image_px=504, micro_batch=2)
 
 
 def vit(width: int, depth: int, heads: int) -> dict[str, Any]:
     """Options that give the tiny experiment a backbone of another size; the feature maps come from four evenly spaced blocks."""
     quarter = depth // 4
-    return {"model.backbone.embed_dim": width, "model.backbone.depth": depth, "model.backbone.num_heads": heads,
-            "model.backbone.out_indices": [quarter - 1, 2 * quarter - 1, 3 * quarter - 1, depth - 1], "model.decode_head.in_channels": [width] * 4,
-            "model.auxiliary_head.in_channels": width, "optimizer.paramwise_cfg.num_layers": depth}
+    return {
+        "model.backbone.embed_dim": width,
+        "model.backbone.depth": depth,
+        "model.backbone.num_heads": heads,
+        "model.backbone.out_indices": [quarter - 1, 2 * quarter - 1, 3 * quarter - 1, depth - 1],
+        "model.decode_head.in_channels": [width] * 4,
+        "model.auxiliary_head.in_channels": width,
+        "optimizer.paramwise_cfg.num_layers": depth,
+    }

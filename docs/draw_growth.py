@@ -1,6 +1,6 @@
 """Draws docs/growth.png from the points that benchmarks/growth.py appended to a file: seconds by the clock over processes, else seconds of CPU work.
 
-    python docs/draw_growth.py points.jsonl
+python docs/draw_growth.py points.jsonl
 """
 
 import json
@@ -10,7 +10,13 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 CURVES = ("model", "image", "classes", "world", "groups")
-TITLES = {"model": "model size", "image": "image size", "classes": "classes", "world": "processes, on 2 cores", "groups": "parameter groups"}
+TITLES = {
+    "model": "model size",
+    "image": "image size",
+    "classes": "classes",
+    "world": "processes, on 2 cores",
+    "groups": "parameter groups",
+}
 
 
 def main() -> None:
@@ -19,7 +25,9 @@ def main() -> None:
     for column, curve in enumerate(CURVES):
         found = [row for row in rows if row["curve"] == curve]
         if not found:
-            raise SystemExit(f"{sys.argv[1]} has no points of {curve!r}; run benchmarks/growth.py {curve} --out {sys.argv[1]}")
+            raise SystemExit(
+                f"{sys.argv[1]} has no points of {curve!r}; run benchmarks/growth.py {curve} --out {sys.argv[1]}"
+            )
         for colour, name in enumerate(dict.fromkeys(row["series"] for row in found)):
             series = [row for row in found if row["series"] == name]
             xs = [row["x"] for row in series]
@@ -27,7 +35,9 @@ def main() -> None:
                 panel, ys = axes[line, column], [row[key] for row in series]
                 panel.plot(xs, ys, color=f"C{colour}", marker="o", markersize=4, label=name)
                 if curve in ("model", "image"):
-                    panel.plot(xs, [ys[0] * x / xs[0] for x in xs], color="0.6", linestyle=":", label="linear")
+                    panel.plot(
+                        xs, [ys[0] * x / xs[0] for x in xs], color="0.6", linestyle=":", label="linear"
+                    )
         for line, title in enumerate(("seconds per step", "GiB of a process")):
             panel = axes[line, column]
             if curve in ("model", "image"):

@@ -1,6 +1,6 @@
 """Draws docs/scaling.png: planned step time, and the share of it that is not computation, of the 6 B recipe on 1 to 64 nodes of 8 H100s.
 
-    python docs/draw_scaling.py
+python docs/draw_scaling.py
 """
 
 from pathlib import Path
@@ -31,10 +31,17 @@ def main() -> None:
         for network, (between_gbs, style) in NETWORKS.items():
             clusters = [Cluster(DEVICES["H100"], nodes, 8, between_gbs) for nodes in NODES]
             rows = plan_scaling(experiment, ROOT / ds_config, clusters, Assumptions()).rows
-            line = dict(color=f"C{colour}", linestyle=style, marker="o", markersize=3, label=f"{label}, {network}")
+            line = dict(
+                color=f"C{colour}", linestyle=style, marker="o", markersize=3, label=f"{label}, {network}"
+            )
             times.plot(NODES, [row.time.step for row in rows], **line)
             shares.plot(NODES, [100 * (1 - row.time.compute / row.time.step) for row in rows], **line)
-    times.set(title="seconds per step of 2 images per GPU", yscale="log", yticks=(0.5, 1, 2, 5), yticklabels=(0.5, 1, 2, 5))
+    times.set(
+        title="seconds per step of 2 images per GPU",
+        yscale="log",
+        yticks=(0.5, 1, 2, 5),
+        yticklabels=(0.5, 1, 2, 5),
+    )
     shares.set(title="share of the step that is not computation, %", ylim=(0, 100))
     for axes in (times, shares):
         axes.set(xlabel="nodes of 8 H100s", xscale="log", xticks=NODES, xticklabels=NODES)

@@ -1,6 +1,6 @@
 """Writes docs/supported_models.md: whether each backbone and head of mmseg's registry trains and is evaluated, tried at a tiny size with two processes.
 
-    python -m docs.tabulate_supported_models    # some 8 minutes on 2 cores
+python -m docs.tabulate_supported_models    # some 8 minutes on 2 cores
 """
 
 import os
@@ -29,4 +29,6 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "ade"
         write_generated_ade20k(data, training=8, validation=3)
-        Path(__file__).with_name("supported_models.md").write_text(OPENING + table(sweep(list(CASES), data, Path(folder) / "runs")))
+        Path(__file__).with_name("supported_models.md").write_text(
+            OPENING + table(sweep(list(CASES), data, Path(folder) / "runs"))
+        )

@@ -47,7 +47,9 @@ def set_allocators(env: MutableMapping[str, str] = os.environ) -> None:
 def pinned_bytes(size: int, env: Mapping[str, str] = os.environ) -> int:
     """What torch takes for a page-locked buffer of `size` bytes: a power of two, unless the settings in force have a threshold and it is larger."""
     settings = env.get(NAMES[0], env.get(NAMES[1], ""))
-    threshold = re.search(r"pinned_max_round_threshold_mb:(\d+)(?:,|$)", settings)  # what is no number torch refuses itself
+    threshold = re.search(
+        r"pinned_max_round_threshold_mb:(\d+)(?:,|$)", settings
+    )  # what is no number torch refuses itself
     if threshold is not None and size > int(threshold[1]) * 2**20:
         return size
     return 1 << (size - 1).bit_length() if size else 0

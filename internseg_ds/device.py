@@ -27,9 +27,13 @@ def device_type(env: Mapping[str, str] = os.environ) -> DeviceType:
         raise ConfigError(f"{VARIABLE}={asked!r} of the environment is none of 'auto', 'cpu', 'cuda'")
     told = env.get("DS_ACCELERATOR", asked)
     if asked != "auto" and told != asked:
-        raise ConfigError(f"{VARIABLE}={asked} and DS_ACCELERATOR={told} of the environment contradict each other; unset one of them")
+        raise ConfigError(
+            f"{VARIABLE}={asked} and DS_ACCELERATOR={told} of the environment contradict each other; unset one of them"
+        )
     if "cpu" in (asked, told):
         return "cpu"
     if asked == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"{VARIABLE}=cuda, but torch {torch.__version__} sees no GPU; unset it to compute on the CPU")
+        raise ConfigError(
+            f"{VARIABLE}=cuda, but torch {torch.__version__} sees no GPU; unset it to compute on the CPU"
+        )
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -67,7 +67,10 @@ def unknown_key(key: str, known: Iterable[str], where: str) -> ConfigError:
     """The error for a key that exists nowhere, naming the nearest one that does."""
     known = sorted(known)
     near = difflib.get_close_matches(key, known, n=1)
-    return ConfigError(f"unknown key {key!r} in {where}" + (f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"))
+    return ConfigError(
+        f"unknown key {key!r} in {where}"
+        + (f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}")
+    )
 
 
 def reason_of(error: BaseException) -> str:
@@ -80,20 +83,35 @@ def reason_of(error: BaseException) -> str:
     if origin is not error and not _without_text(origin):
         return f"{said}: {reason_of(origin)}"
     frames = traceback.extract_tb(origin.__traceback__) if _without_text(origin) else []
-    return f"{said}: `{frames[-1].line}` of {'/'.join(Path(frames[-1].filename).parts[-3:])}, line {frames[-1].lineno}" if frames else said
+    return (
+        f"{said}: `{frames[-1].line}` of {'/'.join(Path(frames[-1].filename).parts[-3:])}, line {frames[-1].lineno}"
+        if frames
+        else said
+    )
 
 
 def nearest_argument(error: BaseException, classes: Mapping[str, type]) -> str:
-    """"; did you mean 'num_heads'?" for a constructor's complaint of an argument that it does not know; "" for anything else, and where none is near.
+    """ "; did you mean 'num_heads'?" for a constructor's complaint of an argument that it does not know; "" for anything else, and where none is near.
 
     classes: those that may have complained, by name.
     """
     found = re.search(r"(\w+)(?:\.__init__)?\(\) got an unexpected keyword argument '(\w+)'", str(error))
     if found is None:
         return ""
-    kind = next((kind for name, kind in classes.items() if found[1] in (name.rpartition(".")[2], kind.__name__)), None)
-    kinds = [kind] if kind is not None else [kind for name, kind in classes.items() if str(error).startswith(f"{kind.__name__}:")]
-    known = [name for each in kinds for base in each.__mro__ for name in inspect.signature(base.__init__).parameters]
+    kind = next(
+        (kind for name, kind in classes.items() if found[1] in (name.rpartition(".")[2], kind.__name__)), None
+    )
+    kinds = (
+        [kind]
+        if kind is not None
+        else [kind for name, kind in classes.items() if str(error).startswith(f"{kind.__name__}:")]
+    )
+    known = [
+        name
+        for each in kinds
+        for base in each.__mro__
+        for name in inspect.signature(base.__init__).parameters
+    ]
     near = difflib.get_close_matches(found[2], known, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 

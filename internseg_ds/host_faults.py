@@ -13,7 +13,9 @@ from contextlib import contextmanager
 
 from internseg_ds.errors import HostError, Lost
 
-DEAD_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: ([^.]+)\.|exited unexpectedly)")
+DEAD_WORKER = re.compile(
+    r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: ([^.]+)\.|exited unexpectedly)"
+)
 NO_SHARED_MEMORY = re.compile(r"</torch_\w+>: (?:No space left on device|Cannot allocate memory)")
 TOO_MANY_FILES = "Too many open files"
 
@@ -32,19 +34,33 @@ def told_in_a_sentence() -> Iterator[None]:
 def _of_a_semaphore(error: OSError | RuntimeError) -> bool:
     """Whether a lock that processes share found no room; those lie in /dev/shm, too, and name no file."""
     frames = traceback.extract_tb(error.__traceback__)
-    return getattr(error, "errno", None) == errno.ENOSPC and bool(frames) and frames[-1].filename.endswith("multiprocessing/synchronize.py")
+    return (
+        getattr(error, "errno", None) == errno.ENOSPC
+        and bool(frames)
+        and frames[-1].filename.endswith("multiprocessing/synchronize.py")
+    )
 
 
 def _meaning(error: OSError | RuntimeError) -> HostError | Lost | None:
     text, host = str(error), socket.gethostname()
     if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE) or TOO_MANY_FILES in text:
-        return HostError(f"host {host} allows a process no more open files; raise `ulimit -n` (65536 is usual), or lower data.workers_per_gpu")
+        return HostError(
+            f"host {host} allows a process no more open files; raise `ulimit -n` (65536 is usual), or lower data.workers_per_gpu"
+        )
     dead = DEAD_WORKER.search(text)
-    if NO_SHARED_MEMORY.search(text) or _of_a_semaphore(error) or (dead is not None and dead[2] == "Bus error"):
-        return HostError(f"/dev/shm of host {host} is full, through which data workers hand over their images; make it larger (docker run --shm-size=16g), or "
-                         "lower data.workers_per_gpu or data.samples_per_gpu")
+    if (
+        NO_SHARED_MEMORY.search(text)
+        or _of_a_semaphore(error)
+        or (dead is not None and dead[2] == "Bus error")
+    ):
+        return HostError(
+            f"/dev/shm of host {host} is full, through which data workers hand over their images; make it larger (docker run --shm-size=16g), or "
+            "lower data.workers_per_gpu or data.samples_per_gpu"
+        )
     if dead is not None:
         how = f"was killed by a signal ({dead[2]})" if dead[2] else "ended without a word"
-        return Lost(f"data worker {dead[1]} of host {host} {how}: where memory is short, "
-                    "the kernel does that (dmesg tells); lower data.workers_per_gpu, or start again with --resume auto")
+        return Lost(
+            f"data worker {dead[1]} of host {host} {how}: where memory is short, "
+            "the kernel does that (dmesg tells); lower data.workers_per_gpu, or start again with --resume auto"
+        )
     return None

@@ -5,7 +5,17 @@ import argparse
 from internseg_ds.engine import command_line
 from internseg_ds.planning.devices import DEVICES
 
-UNITS = {"GiB": 2**30, "TiB": 2**40, "MiB": 2**20, "GB": 10**9, "TB": 10**12, "MB": 10**6, "G": 2**30, "T": 2**40, "M": 2**20}
+UNITS = {
+    "GiB": 2**30,
+    "TiB": 2**40,
+    "MiB": 2**20,
+    "GB": 10**9,
+    "TB": 10**12,
+    "MB": 10**6,
+    "G": 2**30,
+    "T": 2**40,
+    "M": 2**20,
+}
 
 
 def numbers(text: str) -> list[int]:
@@ -45,37 +55,95 @@ def main() -> None:
         "Says what a training run will take before any GPU is taken: memory part by part, bytes sent, seconds per step, hours, disk, "
         "and which ds_configs fit; or, with --nodes, how that goes over clusters of several sizes. Pure arithmetic.",
         "python launch/plan.py configs/intern_vit_6b/full_tuning/upernet_intern_vit_6b_504_80k_ade20k_bs16_lr4e-5.py \\\n"
-        "      --deepspeed_config ds_configs/zero3_bf16.json --gpus 8 --gpu H100")
+        "      --deepspeed_config ds_configs/zero3_bf16.json --gpus 8 --gpu H100",
+    )
     parser.add_argument("config", help="experiment config (MMSegmentation 0.x format)")
-    parser.add_argument("--deepspeed_config", "--deepspeed-config", default="ds_configs/zero3_bf16.json", metavar="JSON",
-                        help="DeepSpeed JSON; the others of its folder are compared with it (default: %(default)s)")
+    parser.add_argument(
+        "--deepspeed_config",
+        "--deepspeed-config",
+        default="ds_configs/zero3_bf16.json",
+        metavar="JSON",
+        help="DeepSpeed JSON; the others of its folder are compared with it (default: %(default)s)",
+    )
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--gpus", type=number, metavar="N", help="plan for N GPUs (default: one node)")
-    size.add_argument("--nodes", type=numbers, metavar="N,N,...", help="a table over numbers of nodes, such as 1,2,4,8,16,32,64")
-    parser.add_argument("--gpus-per-node", type=number, default=8, metavar="N", help="processes of a node (default: %(default)s)")
-    parser.add_argument("--gpu", type=gpu, choices=DEVICES, default="H100", help="figures by the makers' data sheets (default: %(default)s)")
-    parser.add_argument("--gpu-memory", type=memory, metavar="SIZE", help="of one GPU, such as 80GiB (default: the GPU's)")
-    parser.add_argument("--host-memory", type=memory, metavar="SIZE", help="of one host, such as 1TiB (default: not looked at)")
-    parser.add_argument("--interconnect", type=positive, default=50.0, metavar="GB/s",
-                        help="between nodes, per GPU and direction (default: %(default)s, a 400 Gbit/s adapter each)")
-    parser.add_argument("--nvlink", type=positive, metavar="GB/s", help="within a node, per GPU and direction (default: the GPU's)")
-    parser.add_argument("--achieved", type=positive, default=0.45, metavar="SHARE", help="of the peak TFLOP/s; an assumption (default: %(default)s)")
+    size.add_argument(
+        "--nodes",
+        type=numbers,
+        metavar="N,N,...",
+        help="a table over numbers of nodes, such as 1,2,4,8,16,32,64",
+    )
+    parser.add_argument(
+        "--gpus-per-node",
+        type=number,
+        default=8,
+        metavar="N",
+        help="processes of a node (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--gpu",
+        type=gpu,
+        choices=DEVICES,
+        default="H100",
+        help="figures by the makers' data sheets (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--gpu-memory", type=memory, metavar="SIZE", help="of one GPU, such as 80GiB (default: the GPU's)"
+    )
+    parser.add_argument(
+        "--host-memory",
+        type=memory,
+        metavar="SIZE",
+        help="of one host, such as 1TiB (default: not looked at)",
+    )
+    parser.add_argument(
+        "--interconnect",
+        type=positive,
+        default=50.0,
+        metavar="GB/s",
+        help="between nodes, per GPU and direction (default: %(default)s, a 400 Gbit/s adapter each)",
+    )
+    parser.add_argument(
+        "--nvlink",
+        type=positive,
+        metavar="GB/s",
+        help="within a node, per GPU and direction (default: the GPU's)",
+    )
+    parser.add_argument(
+        "--achieved",
+        type=positive,
+        default=0.45,
+        metavar="SHARE",
+        help="of the peak TFLOP/s; an assumption (default: %(default)s)",
+    )
     command_line.add_config_options(parser)
     args = parser.parse_args()
     if args.achieved > 1:
-        parser.error(f"--achieved {args.achieved:g} is more than all of the peak; it is a share, such as 0.45")
+        parser.error(
+            f"--achieved {args.achieved:g} is more than all of the peak; it is a share, such as 0.45"
+        )
     if args.nodes and (args.gpu_memory or args.host_memory):
-        parser.error("--nodes makes a table of time, without memory; give --gpu-memory and --host-memory with --gpus")
+        parser.error(
+            "--nodes makes a table of time, without memory; give --gpu-memory and --host-memory with --gpus"
+        )
     gpus = args.gpus or args.gpus_per_node
     per_node = min(gpus, args.gpus_per_node)
     if gpus % per_node:
-        parser.error(f"--gpus {gpus} do not fill nodes of {per_node}; choose a multiple, or set --gpus-per-node")
+        parser.error(
+            f"--gpus {gpus} do not fill nodes of {per_node}; choose a multiple, or set --gpus-per-node"
+        )
 
     from dataclasses import replace
     from pathlib import Path
 
     from internseg_ds.engine.experiment import read_experiment
-    from internseg_ds.engine.forecast import compare, describe_comparison, describe_forecast, forecast, wide_console
+    from internseg_ds.engine.forecast import (
+        compare,
+        describe_comparison,
+        describe_forecast,
+        forecast,
+        wide_console,
+    )
     from internseg_ds.engine.planner import Planner
     from internseg_ds.engine.scaling import describe_scaling, plan_scaling
     from internseg_ds.planning.step_time import Assumptions, Cluster

@@ -2,7 +2,9 @@
 
 import os
 
-os.environ["INTERNSEG_DEVICE"] = os.environ["DS_ACCELERATOR"] = "cpu"  # of all tests and what they start, before any import asks; some ask for a GPU again
+os.environ["INTERNSEG_DEVICE"] = os.environ["DS_ACCELERATOR"] = (
+    "cpu"  # of all tests and what they start, before any import asks; some ask for a GPU again
+)
 
 import subprocess
 import sys
@@ -66,23 +68,48 @@ def launch() -> Launch:
     On CPUs, whatever the machine has: the GPU part of the suite asks for its GPU with env=GPU, which "forks" cannot give.
     """
 
-    def run(script: str, *args: object, processes: int = 2, launcher: str = "forks", env: dict[str, str] | None = None, check: bool = True,
-            timeout: float = 300) -> subprocess.CompletedProcess:
+    def run(
+        script: str,
+        *args: object,
+        processes: int = 2,
+        launcher: str = "forks",
+        env: dict[str, str] | None = None,
+        check: bool = True,
+        timeout: float = 300,
+    ) -> subprocess.CompletedProcess:
         port = free_port()
         if launcher == "forks":
             done = run_script(script, [*map(str, args)], processes, port, env=env, timeout=timeout)
         else:
             command = {
                 "deepspeed": ["deepspeed", "--num_gpus", str(processes), "--master_port", str(port)],
-                "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(port)],
+                "torchrun": [
+                    sys.executable,
+                    "-m",
+                    "torch.distributed.run",
+                    "--nproc_per_node",
+                    str(processes),
+                    "--master_port",
+                    str(port),
+                ],
                 "python": [sys.executable],
             }[launcher]
-            done = subprocess.run([*command, script, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
-                                  env={**os.environ, "PATH": PATH, "OMP_NUM_THREADS": "1", **(env or {})})
+            done = subprocess.run(
+                [*command, script, *map(str, args)],
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+                timeout=timeout,
+                env={**os.environ, "PATH": PATH, "OMP_NUM_THREADS": "1", **(env or {})},
+            )
         if check and done.returncode:
-            raise AssertionError(f"{script} {' '.join(map(str, args))} ended with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+            raise AssertionError(
+                f"{script} {' '.join(map(str, args))} ended with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+            )
         if not done.returncode:
-            assert not list(Path("/dev/shm").glob(f"deepspeed_*_{port}_*"))  # memory that would stay until the machine restarts
+            assert not list(
+                Path("/dev/shm").glob(f"deepspeed_*_{port}_*")
+            )  # memory that would stay until the machine restarts
         return done
 
     return run

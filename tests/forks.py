@@ -25,10 +25,20 @@ PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 """With the launchers, and ninja for DeepSpeed's extensions."""
 KILLED_AFTER_S = 10
 forks = multiprocessing.get_context("forkserver")
-forks.set_forkserver_preload([
-    "internseg_ds.engine.segmentor_engine", "internseg_ds.engine.testing", "internseg_ds.engine.prediction",
-    "internseg_ds.distributed.extensions", "tests.forks",
-    "torch._dynamo", "torch._inductor.compile_fx", "deepspeed.runtime.zero.muon.muon_optimizer", "torch.utils.tensorboard", "matplotlib.backends.backend_agg"])
+forks.set_forkserver_preload(
+    [
+        "internseg_ds.engine.segmentor_engine",
+        "internseg_ds.engine.testing",
+        "internseg_ds.engine.prediction",
+        "internseg_ds.distributed.extensions",
+        "tests.forks",
+        "torch._dynamo",
+        "torch._inductor.compile_fx",
+        "deepspeed.runtime.zero.muon.muon_optimizer",
+        "torch.utils.tensorboard",
+        "matplotlib.backends.backend_agg",
+    ]
+)
 
 
 def ready() -> None:
@@ -41,15 +51,34 @@ def ready() -> None:
 
 def environment_of(rank: int, world_size: int, port: int) -> dict[str, str]:
     """What torchrun tells a rank on one host."""
-    return {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world_size),
-            "PATH": PATH, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "PATH": PATH,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
 
 
-def start_ranks(function: Callable[..., None], world_size: int, port: int, *args: object, env: Mapping[str, str] | None = None) -> list[BaseProcess]:
+def start_ranks(
+    function: Callable[..., None],
+    world_size: int,
+    port: int,
+    *args: object,
+    env: Mapping[str, str] | None = None,
+) -> list[BaseProcess]:
     """Processes that call function(*args) in this process's environment and their own."""
     ready()
-    ranks = [forks.Process(target=_rank, args=({**os.environ, **environment_of(rank, world_size, port), **(env or {})}, function, args))
-             for rank in range(world_size)]
+    ranks = [
+        forks.Process(
+            target=_rank,
+            args=({**os.environ, **environment_of(rank, world_size, port), **(env or {})}, function, args),
+        )
+        for rank in range(world_size)
+    ]
     for process in ranks:
         process.start()
     return ranks
@@ -59,7 +88,9 @@ def _rank(env: dict[str, str], function: Callable[..., None], args: tuple) -> No
     os.environ.clear()
     os.environ.update(env)
     torch.set_num_threads(1)
-    assert len(os.listdir("/proc/self/task")) == 1, "something that is imported before the fork has started a thread, which no fork has"
+    assert len(os.listdir("/proc/self/task")) == 1, (
+        "something that is imported before the fork has started a thread, which no fork has"
+    )
     multiprocessing.set_start_method("fork", force=True)  # of data workers, as in any training
     function(*args)
 
@@ -74,8 +105,15 @@ def script(path: str, args: Sequence[str], stdout: Path, stderr: Path) -> None:
     runpy.run_path(path, run_name="__main__")
 
 
-def run_script(path: str, args: Sequence[str], world_size: int, port: int, *, env: Mapping[str, str] | None = None,
-               timeout: float = 300) -> subprocess.CompletedProcess:
+def run_script(
+    path: str,
+    args: Sequence[str],
+    world_size: int,
+    port: int,
+    *,
+    env: Mapping[str, str] | None = None,
+    timeout: float = 300,
+) -> subprocess.CompletedProcess:
     """Waits for the ranks of a script. As launchers do, asks the others to end when one has failed, and has the exit code of that one."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
@@ -84,7 +122,9 @@ def run_script(path: str, args: Sequence[str], world_size: int, port: int, *, en
         try:
             deadline = time.monotonic() + timeout
             while any(rank.is_alive() for rank in ranks) and not any(rank.exitcode for rank in ranks):
-                assert time.monotonic() < deadline, f"{path} has not ended after {timeout} s\n{out.read_text()[-3000:]}\n{err.read_text()[-3000:]}"
+                assert time.monotonic() < deadline, (
+                    f"{path} has not ended after {timeout} s\n{out.read_text()[-3000:]}\n{err.read_text()[-3000:]}"
+                )
                 time.sleep(0.02)
             code = next((rank.exitcode for rank in ranks if rank.exitcode), 0)
             for rank in ranks:

@@ -37,31 +37,58 @@ def gpus(monkeypatch: pytest.MonkeyPatch):
 
 def test_the_switch_has_the_last_word_over_what_torch_sees(gpus):
     gpus(2)
-    assert [device_type({"INTERNSEG_DEVICE": asked}) for asked in ("", "auto", "cuda", "cpu")] == ["cuda", "cuda", "cuda", "cpu"]
-    assert device_type({"DS_ACCELERATOR": "cpu"}) == "cpu" and device_type({"DS_ACCELERATOR": "cuda"}) == "cuda"
+    assert [device_type({"INTERNSEG_DEVICE": asked}) for asked in ("", "auto", "cuda", "cpu")] == [
+        "cuda",
+        "cuda",
+        "cuda",
+        "cpu",
+    ]
+    assert (
+        device_type({"DS_ACCELERATOR": "cpu"}) == "cpu" and device_type({"DS_ACCELERATOR": "cuda"}) == "cuda"
+    )
     gpus(0)
-    assert [device_type({"INTERNSEG_DEVICE": asked} if asked else {}) for asked in ("", "auto", "cpu")] == ["cpu"] * 3
+    assert [device_type({"INTERNSEG_DEVICE": asked} if asked else {}) for asked in ("", "auto", "cpu")] == [
+        "cpu"
+    ] * 3
 
 
-@pytest.mark.parametrize(("env", "said"), [
-    ({"INTERNSEG_DEVICE": "gpu"}, "'gpu' of the environment is none of 'auto', 'cpu', 'cuda'"),
-    ({"INTERNSEG_DEVICE": "cuda"}, "sees no GPU; unset it"),
-    ({"INTERNSEG_DEVICE": "cpu", "DS_ACCELERATOR": "cuda"}, "contradict each other; unset one"),
-    ({"INTERNSEG_DEVICE": "cuda", "DS_ACCELERATOR": "cpu"}, "contradict each other; unset one"),
-])
+@pytest.mark.parametrize(
+    ("env", "said"),
+    [
+        ({"INTERNSEG_DEVICE": "gpu"}, "'gpu' of the environment is none of 'auto', 'cpu', 'cuda'"),
+        ({"INTERNSEG_DEVICE": "cuda"}, "sees no GPU; unset it"),
+        ({"INTERNSEG_DEVICE": "cpu", "DS_ACCELERATOR": "cuda"}, "contradict each other; unset one"),
+        ({"INTERNSEG_DEVICE": "cuda", "DS_ACCELERATOR": "cpu"}, "contradict each other; unset one"),
+    ],
+)
 def test_a_switch_that_cannot_be_meant_is_one_sentence(gpus, env, said):
     gpus(0)
     with pytest.raises(ConfigError, match=said):
         device_type(env)
 
 
-def test_deepspeeds_launcher_gives_devices_back_that_were_hidden_but_not_those_that_the_switch_leaves_alone(tmp_path):
+def test_deepspeeds_launcher_gives_devices_back_that_were_hidden_but_not_those_that_the_switch_leaves_alone(
+    tmp_path,
+):
     """The launcher puts "0" for an empty CUDA_VISIBLE_DEVICES, so that hiding GPUs by it would not keep a run off them."""
-    env = {**os.environ, "PATH": PATH, "CUDA_VISIBLE_DEVICES": "", "INTERNSEG_DEVICE": "cpu", "PYTHONPATH": str(ROOT)}
+    env = {
+        **os.environ,
+        "PATH": PATH,
+        "CUDA_VISIBLE_DEVICES": "",
+        "INTERNSEG_DEVICE": "cpu",
+        "PYTHONPATH": str(ROOT),
+    }
     del env["DS_ACCELERATOR"]  # what importing internseg_ds sets
     script = tmp_path / "child.py"
     script.write_text(CHILD)
-    done = subprocess.run(["deepspeed", "--num_gpus", "1", script], env=env, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        ["deepspeed", "--num_gpus", "1", script],
+        env=env,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert "sees '0' takes cpu cpu" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
 
 
@@ -88,7 +115,9 @@ def test_more_processes_than_gpus_are_refused(gpus):
 
 def test_make_compiles_mmcvs_cpu_operators_whatever_gpu_the_machine_has():
     """mmcv's setup compiles for CUDA where `torch.cuda.is_available()` or FORCE_CUDA=1, which fails without nvcc."""
-    said = subprocess.run(["make", "--dry-run", "--always-make", "setup"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(
+        ["make", "--dry-run", "--always-make", "setup"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     (line,) = (line for line in said.splitlines() if "pip wheel" in line)
     assert {"CUDA_VISIBLE_DEVICES=", "FORCE_CUDA=0"} <= set(line.split())
 

@@ -29,7 +29,9 @@ def our_segmentor(workload: Workload) -> nn.Module:
     dtype = torch.bfloat16 if workload.ds_config.get("bf16", {}).get("enabled") else torch.float32
     with world.device:
         model = build_segmentor(workload.experiment.model).to(dtype)
-    initialise(model, 0, dtype) if workload.weights is None else model.load_state_dict(torch.load(workload.weights)["state_dict"])
+    initialise(model, 0, dtype) if workload.weights is None else model.load_state_dict(
+        torch.load(workload.weights)["state_dict"]
+    )
     apply_precision(model, dtype if world.device.type == "cuda" else torch.float32)
     return model
 
@@ -38,7 +40,9 @@ def loop(workload: Workload, model: nn.Module, groups_of: Any) -> Timed:
     """groups_of(model): its parameter groups."""
     cfg, world = workload.experiment, world_from_environment()
     raw = resolved_ds_config(workload, cfg, world.size)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=adamw(groups_of(model), cfg.optimizer, world.device), config=raw)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=adamw(groups_of(model), cfg.optimizer, world.device), config=raw
+    )
     batches = micro_batches(workload, world.rank, world.size, world.device)
 
     def step() -> Tensor:
@@ -54,4 +58,10 @@ def loop(workload: Workload, model: nn.Module, groups_of: Any) -> Timed:
 
 def adamw(groups: list[dict[str, Any]], section: dict[str, Any], device: torch.device) -> torch.optim.AdamW:
     """torch's AdamW, its fused kernel on a GPU: the optimizer that our engine builds."""
-    return torch.optim.AdamW(groups, lr=section["lr"], betas=tuple(section["betas"]), weight_decay=section["weight_decay"], fused=device.type == "cuda")
+    return torch.optim.AdamW(
+        groups,
+        lr=section["lr"],
+        betas=tuple(section["betas"]),
+        weight_decay=section["weight_decay"],
+        fused=device.type == "cuda",
+    )

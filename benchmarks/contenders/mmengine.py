@@ -43,7 +43,9 @@ class Wrapped(BaseModel):
     def init_weights(self) -> None:
         """They are drawn or loaded already; the runner would draw them anew."""
 
-    def forward(self, img: Tensor, gt_semantic_seg: Tensor, img_metas: list[dict[str, Any]], mode: str) -> dict[str, Tensor]:
+    def forward(
+        self, img: Tensor, gt_semantic_seg: Tensor, img_metas: list[dict[str, Any]], mode: str
+    ) -> dict[str, Tensor]:
         return self.segmentor(return_loss=True, img=img, gt_semantic_seg=gt_semantic_seg, img_metas=img_metas)
 
 
@@ -55,7 +57,13 @@ class Clock(Hook):
     def __init__(self, workload: Workload) -> None:
         self.workload, self.losses = workload, []
 
-    def after_train_iter(self, runner: FlexibleRunner, batch_idx: int, data_batch: Any = None, outputs: dict[str, Tensor] | None = None) -> None:
+    def after_train_iter(
+        self,
+        runner: FlexibleRunner,
+        batch_idx: int,
+        data_batch: Any = None,
+        outputs: dict[str, Tensor] | None = None,
+    ) -> None:
         device = world_from_environment().device
         if runner.iter < self.workload.warmup:
             self.losses.append(mean_over_ranks(outputs["loss"].detach()))
@@ -66,13 +74,15 @@ class Clock(Hook):
         if runner.iter == self.workload.warmup + self.workload.steps - 1:
             outputs["loss"].item()
             steps = self.workload.steps
-            seconds, cpu_seconds = (time.perf_counter() - self.began) / steps, (time.process_time() - self.cpu_began) / steps
+            seconds, cpu_seconds = (
+                (time.perf_counter() - self.began) / steps,
+                (time.process_time() - self.cpu_began) / steps,
+            )
             self.timed = Timed(seconds, self.losses, peak_bytes(device), cpu_seconds)
 
 
 def run(workload: Workload, work_dir: Path) -> Timed:
     from internseg_ds.distributed.parameter_groups import parameter_groups
-
 
     cfg, world, clock = workload.experiment, world_from_environment(), Clock(workload)
     model = Wrapped(our_segmentor(workload))

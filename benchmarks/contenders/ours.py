@@ -11,7 +11,9 @@ from internseg_ds import SegmentorEngine
 
 
 def run(workload: Workload, work_dir: Path) -> Timed:
-    with SegmentorEngine(workload.experiment, workload.ds_config, work_dir=work_dir, validate=False, load_from=workload.weights) as engine:
+    with SegmentorEngine(
+        workload.experiment, workload.ds_config, work_dir=work_dir, validate=False, load_from=workload.weights
+    ) as engine:
         engine.save = lambda: None  # the last step saves; disks are not the subject
         train_on(engine, workload.warmup, log_every=1)
         stamps: list[float] = []
@@ -19,8 +21,15 @@ def run(workload: Workload, work_dir: Path) -> Timed:
         reset_peak(engine.world.device)
         train_on(engine, workload.steps, log_every=workload.steps)
         peak = peak_bytes(engine.world.device)
-        cpu = (stamps[-1] - stamps[0]) / max(1, len(stamps) - 1)  # from forward to forward: without what `train` does at its end
+        cpu = (stamps[-1] - stamps[0]) / max(
+            1, len(stamps) - 1
+        )  # from forward to forward: without what `train` does at its end
         if not engine.world.is_main:
             return Timed(0.0, [], peak, cpu)
         records = [json.loads(line) for line in (work_dir / "metrics.jsonl").read_text().splitlines()]
-        return Timed(engine.plan.ds.global_batch / records[-1]["images_per_s"], [record["loss"] for record in records[: workload.warmup]], peak, cpu)
+        return Timed(
+            engine.plan.ds.global_batch / records[-1]["images_per_s"],
+            [record["loss"] for record in records[: workload.warmup]],
+            peak,
+            cpu,
+        )

@@ -49,9 +49,16 @@ def _import(path: Path):
 def groups_of(model: nn.Module, cfg: Config) -> list[dict]:
     """The parameter groups of its own optimizer constructor."""
     params: list[dict] = []
-    settings = {key: value for key, value in cfg.optimizer.items() if key not in ("constructor", "paramwise_cfg")}
-    build_optimizer_constructor(dict(type=cfg.optimizer.get("constructor", "DefaultOptimizerConstructor"), optimizer_cfg=settings,
-                                     paramwise_cfg=cfg.optimizer.get("paramwise_cfg"))).add_params(params, model)
+    settings = {
+        key: value for key, value in cfg.optimizer.items() if key not in ("constructor", "paramwise_cfg")
+    }
+    build_optimizer_constructor(
+        dict(
+            type=cfg.optimizer.get("constructor", "DefaultOptimizerConstructor"),
+            optimizer_cfg=settings,
+            paramwise_cfg=cfg.optimizer.get("paramwise_cfg"),
+        )
+    ).add_params(params, model)
     return [{key: group[key] for key in ("params", "lr", "weight_decay")} for group in params]
 
 

@@ -20,9 +20,19 @@ class Lines:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or (report.when == "setup" and not report.passed):
-            why = {} if report.passed else {"why": str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)[-1500:]}
+            why = (
+                {}
+                if report.passed
+                else {
+                    "why": str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)[
+                        -1500:
+                    ]
+                }
+            )
             status = report.outcome if report.when == "call" or report.skipped else "failed"
-            self.visit.add(status, name=report.nodeid, settings={}, figures={"seconds": round(report.duration, 2)}, **why)
+            self.visit.add(
+                status, name=report.nodeid, settings={}, figures={"seconds": round(report.duration, 2)}, **why
+            )
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
@@ -38,7 +48,18 @@ def run(visit: Visit, *, files: tuple[str, ...] = ()) -> None:
     found = list(files) or ([REHEARSED] if visit.rehearse else test_files())
     left_out = [f"--deselect={name}" for name in _had(visit)]
     lines = Lines(visit)
-    code = pytest.main(["-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), *left_out, *(str(Path(ROOT, path)) for path in found)], plugins=[lines])
+    code = pytest.main(
+        [
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "--rootdir",
+            str(ROOT),
+            *left_out,
+            *(str(Path(ROOT, path)) for path in found),
+        ],
+        plugins=[lines],
+    )
     if code == pytest.ExitCode.INTERRUPTED:
         raise OutOfTime
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED):
@@ -53,4 +74,8 @@ def test_files() -> list[str]:
 
 def _had(visit: Visit) -> list[str]:
     """Tests that passed, or failed, before."""
-    return [line["name"] for line in visit.results.lines() if line["job"] == visit.job and "name" in line and visit.is_had(line["name"], {})]
+    return [
+        line["name"]
+        for line in visit.results.lines()
+        if line["job"] == visit.job and "name" in line and visit.is_had(line["name"], {})
+    ]

@@ -44,8 +44,17 @@ def run(visit: Visit) -> None:
             _update(visit, size, device)
 
 
-def both(visit: Visit, name: str, settings: Mapping[str, Any], make: Callable[[], tuple[Callable[..., Tensor], Sequence[Tensor]]], size: Size, *,
-         flops: float = 0.0, units: tuple[float, float] = (0.0, 0.0), unit_bytes: float = 0.0) -> None:
+def both(
+    visit: Visit,
+    name: str,
+    settings: Mapping[str, Any],
+    make: Callable[[], tuple[Callable[..., Tensor], Sequence[Tensor]]],
+    size: Size,
+    *,
+    flops: float = 0.0,
+    units: tuple[float, float] = (0.0, 0.0),
+    unit_bytes: float = 0.0,
+) -> None:
     """A function of some leaves: milliseconds of its forward pass, and of both passes.
 
     flops: of the forward pass, of which a backward pass of attention has 2.5 times as many. units: tensors that must be read or written, forward and in both
@@ -58,12 +67,17 @@ def both(visit: Visit, name: str, settings: Mapping[str, Any], make: Callable[[]
         with torch.no_grad():
             forward, _ = seconds_per_call(lambda: function(*leaves), visit.device, seconds=size.seconds)
         grad = torch.randn_like(function(*leaves))
-        passes, _ = seconds_per_call(lambda: torch.autograd.grad(function(*leaves), leaves, grad), visit.device, seconds=size.seconds)
+        passes, _ = seconds_per_call(
+            lambda: torch.autograd.grad(function(*leaves), leaves, grad), visit.device, seconds=size.seconds
+        )
         figures: dict[str, Any] = {"forward_ms": 1e3 * forward, "both_ms": 1e3 * passes}
         if flops:
             figures |= {"forward_tflops": flops / forward / 1e12, "both_tflops": 3.5 * flops / passes / 1e12}
         if unit_bytes:
-            figures |= {"forward_gbs": units[0] * unit_bytes / forward / 1e9, "both_gbs": units[1] * unit_bytes / passes / 1e9}
+            figures |= {
+                "forward_gbs": units[0] * unit_bytes / forward / 1e9,
+                "both_gbs": units[1] * unit_bytes / passes / 1e9,
+            }
         return figures
 
     visit.measure(name, settings, measured)
@@ -79,12 +93,25 @@ def _norms(visit: Visit, size: Size, device: torch.device) -> None:
         return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype) * weight
 
     norm = RMSNorm(size.width).to(device, torch.bfloat16)
-    kinds = {"ours": lambda x, weight: torch.func.functional_call(norm, {"weight": weight}, (x,)),
-             "torch rms_norm": lambda x, weight: torch_rms_norm(x, weight, 1e-6), "formula": plain, "formula, compiled": torch.compile(plain)}
+    kinds = {
+        "ours": lambda x, weight: torch.func.functional_call(norm, {"weight": weight}, (x,)),
+        "torch rms_norm": lambda x, weight: torch_rms_norm(x, weight, 1e-6),
+        "formula": plain,
+        "formula, compiled": torch.compile(plain),
+    }
     for kind, function in kinds.items():
-        both(visit, "RMSNorm", {"kind": kind, "tokens": size.images * size.tokens, "width": size.width},
-             lambda function=function: (function, [_tokens(size, device), torch.ones(size.width, device=device, dtype=torch.bfloat16)]), size,
-             units=(2, 5), unit_bytes=2.0 * size.images * size.tokens * size.width)
+        both(
+            visit,
+            "RMSNorm",
+            {"kind": kind, "tokens": size.images * size.tokens, "width": size.width},
+            lambda function=function: (
+                function,
+                [_tokens(size, device), torch.ones(size.width, device=device, dtype=torch.bfloat16)],
+            ),
+            size,
+            units=(2, 5),
+            unit_bytes=2.0 * size.images * size.tokens * size.width,
+        )
 
 
 def _attention(visit: Visit, size: Size, device: torch.device) -> None:
@@ -92,33 +119,61 @@ def _attention(visit: Visit, size: Size, device: torch.device) -> None:
     flops = 4.0 * size.images * size.heads * size.tokens**2 * width
 
     def tensors() -> list[Tensor]:
-        return [torch.randn(size.images, size.tokens, size.heads, width, device=device, dtype=torch.bfloat16) for _ in range(3)]
+        return [
+            torch.randn(size.images, size.tokens, size.heads, width, device=device, dtype=torch.bfloat16)
+            for _ in range(3)
+        ]
 
     def by(backend: SDPBackend | None) -> Callable[..., Tensor]:
         def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             with sdpa_kernel(backend) if backend is not None else nullcontext():
-                return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+                return F.scaled_dot_product_attention(
+                    q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+                ).transpose(1, 2)
 
         return function
 
     settings = {"images": size.images, "tokens": size.tokens, "heads": size.heads, "head_width": width}
-    backends = {"torch's choice": None, "flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION,
-                "math": SDPBackend.MATH}
+    backends = {
+        "torch's choice": None,
+        "flash": SDPBackend.FLASH_ATTENTION,
+        "cuDNN": SDPBackend.CUDNN_ATTENTION,
+        "efficient": SDPBackend.EFFICIENT_ATTENTION,
+        "math": SDPBackend.MATH,
+    }
     for name, backend in backends.items():
         if device.type == "cpu" and name in ("cuDNN", "efficient"):
             visit.skip("attention", {"backend": name, **settings}, "there is none on a CPU")
             continue
-        both(visit, "attention", {"backend": name, **settings}, lambda backend=backend: (by(backend), tensors()), size, flops=flops)
+        both(
+            visit,
+            "attention",
+            {"backend": name, **settings},
+            lambda backend=backend: (by(backend), tensors()),
+            size,
+            flops=flops,
+        )
     flash = flash_attention()
     if flash is None or device.type == "cpu":
-        visit.skip("attention", {"backend": "flash-attn", **settings}, "flash-attn is not installed" if flash is None else "there is none on a CPU")
+        visit.skip(
+            "attention",
+            {"backend": "flash-attn", **settings},
+            "flash-attn is not installed" if flash is None else "there is none on a CPU",
+        )
         return
 
     def installed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = flash(q, k, v)
         return out[0] if isinstance(out, tuple) else out
 
-    both(visit, "attention", {"backend": f"flash-attn ({flash.__module__})", **settings}, lambda: (installed, tensors()), size, flops=flops)
+    both(
+        visit,
+        "attention",
+        {"backend": f"flash-attn ({flash.__module__})", **settings},
+        lambda: (installed, tensors()),
+        size,
+        flops=flops,
+    )
 
 
 def _pieces(visit: Visit, size: Size, device: torch.device, how: str) -> None:
@@ -138,15 +193,36 @@ def _pieces(visit: Visit, size: Size, device: torch.device, how: str) -> None:
         return [torch.ones(size.width, device=device, dtype=torch.bfloat16) for _ in range(count)]
 
     pieces: dict[str, tuple[Callable[..., Tensor], Callable[[], list[Tensor]], tuple[float, float]]] = {
-        "layer scale and residual": (scaled, lambda: [_tokens(size, device), _tokens(size, device), *ones(1)], (3, 3 + 3)),
-        "addcmul in its place": (lambda x, y, gamma: torch.addcmul(x, y, gamma), lambda: [_tokens(size, device), _tokens(size, device), *ones(1)], (3, 3 + 3)),
+        "layer scale and residual": (
+            scaled,
+            lambda: [_tokens(size, device), _tokens(size, device), *ones(1)],
+            (3, 3 + 3),
+        ),
+        "addcmul in its place": (
+            lambda x, y, gamma: torch.addcmul(x, y, gamma),
+            lambda: [_tokens(size, device), _tokens(size, device), *ones(1)],
+            (3, 3 + 3),
+        ),
         "GELU of the hidden layer": (F.gelu, lambda: [_tokens(size, device, width=4)], (8, 8 + 12)),
-        "norms of q and k, and a copy": (qk_norms, lambda: [_tokens(size, device, width=3), *ones(2)], (6, 6 + 9)),
+        "norms of q and k, and a copy": (
+            qk_norms,
+            lambda: [_tokens(size, device, width=3), *ones(2)],
+            (6, 6 + 9),
+        ),
     }
     for name, (function, leaves, units) in pieces.items():
-        both(visit, name, {"how": how, "tokens": size.images * size.tokens, "width": size.width},
-             lambda function=function, leaves=leaves: (function if how == "eager" else torch.compile(function), leaves()),
-             size, units=units, unit_bytes=unit)
+        both(
+            visit,
+            name,
+            {"how": how, "tokens": size.images * size.tokens, "width": size.width},
+            lambda function=function, leaves=leaves: (
+                function if how == "eager" else torch.compile(function),
+                leaves(),
+            ),
+            size,
+            units=units,
+            unit_bytes=unit,
+        )
 
 
 def _block(visit: Visit, size: Size, device: torch.device, how: str) -> None:
@@ -155,9 +231,13 @@ def _block(visit: Visit, size: Size, device: torch.device, how: str) -> None:
     forward_flops = 2.0 * n * 12 * size.width**2 + 4.0 * size.images * size.tokens**2 * size.width
 
     def measured(compiled: bool) -> Mapping[str, Any]:
-        block: nn.Module = Block(size.width, size.heads, 4.0, False, True, 0.0, 0.1, False, False, "rms_norm", 1e-6).to(device, torch.bfloat16)
+        block: nn.Module = Block(
+            size.width, size.heads, 4.0, False, True, 0.0, 0.1, False, False, "rms_norm", 1e-6
+        ).to(device, torch.bfloat16)
         call = torch.compile(block) if compiled else block
-        x = torch.randn(size.images, size.tokens, size.width, device=device, dtype=torch.bfloat16, requires_grad=True)
+        x = torch.randn(
+            size.images, size.tokens, size.width, device=device, dtype=torch.bfloat16, requires_grad=True
+        )
         grad = torch.randn_like(x)
         leaves = [x, *block.parameters()]
         began = time.perf_counter()
@@ -166,12 +246,30 @@ def _block(visit: Visit, size: Size, device: torch.device, how: str) -> None:
             torch.cuda.synchronize()
         first_s = time.perf_counter() - began
         with torch.no_grad():
-            forward, _ = seconds_per_call(lambda: block(x), device, seconds=size.seconds) if not compiled else (float("nan"), 0.0)
-        passes, _ = seconds_per_call(lambda: torch.autograd.grad(call(x), leaves, grad), device, seconds=2 * size.seconds)
-        figures = {"both_ms": 1e3 * passes, "both_tflops": 3 * forward_flops / passes / 1e12, "first_call_s": round(first_s, 2)}
-        return figures if compiled else {"forward_ms": 1e3 * forward, "forward_tflops": forward_flops / forward / 1e12, **figures}
+            forward, _ = (
+                seconds_per_call(lambda: block(x), device, seconds=size.seconds)
+                if not compiled
+                else (float("nan"), 0.0)
+            )
+        passes, _ = seconds_per_call(
+            lambda: torch.autograd.grad(call(x), leaves, grad), device, seconds=2 * size.seconds
+        )
+        figures = {
+            "both_ms": 1e3 * passes,
+            "both_tflops": 3 * forward_flops / passes / 1e12,
+            "first_call_s": round(first_s, 2),
+        }
+        return (
+            figures
+            if compiled
+            else {"forward_ms": 1e3 * forward, "forward_tflops": forward_flops / forward / 1e12, **figures}
+        )
 
-    visit.measure("block", {"how": how, "images": size.images, "tokens": size.tokens, "width": size.width}, lambda: measured(how == "compiled"))
+    visit.measure(
+        "block",
+        {"how": how, "images": size.images, "tokens": size.tokens, "width": size.width},
+        lambda: measured(how == "compiled"),
+    )
 
 
 def _update(visit: Visit, size: Size, device: torch.device) -> None:

@@ -19,7 +19,10 @@ KERNELS = (
     ("copies to and from the host", re.compile(r"Memcpy (HtoD|DtoH)", re.IGNORECASE)),
     ("attention", re.compile(r"flash|fmha|sdpa|attention|softmax", re.IGNORECASE)),
     ("optimizer", re.compile(r"adam|multi_tensor", re.IGNORECASE)),
-    ("convolutions", re.compile(r"conv|wgrad|dgrad|fprop|implicit|nchwToNhwc|nhwcToNchw|cudnn", re.IGNORECASE)),
+    (
+        "convolutions",
+        re.compile(r"conv|wgrad|dgrad|fprop|implicit|nchwToNhwc|nhwcToNchw|cudnn", re.IGNORECASE),
+    ),
     ("matrix products", re.compile(r"gemm|cutlass|nvjet|cublas|splitK", re.IGNORECASE)),
     ("deformable sampling", re.compile(r"dcnv3|deform|grid_sampl", re.IGNORECASE)),
     ("norms", re.compile(r"norm|welford", re.IGNORECASE)),
@@ -36,7 +39,9 @@ def profile_of(engine: SegmentorEngine, batch: Batch, steps: int, folder: Path) 
     project's table and the kernels that took longest."""
     world, forwards = engine.world, engine.deepspeed
     before = 2
-    with StepProfile(folder, steps, forwards.module, world, engine.watch, start=0, last=steps + before) as profile:
+    with StepProfile(
+        folder, steps, forwards.module, world, engine.watch, start=0, last=steps + before
+    ) as profile:
         for step in range(1, steps + before + 1):
             profile.at(step, "data")
             profile.at(step, "forward")
@@ -54,10 +59,19 @@ def profile_of(engine: SegmentorEngine, batch: Batch, steps: int, folder: Path) 
     found = break_down(trace)
     by_kind, longest = kernels(trace)
     count = len(found.steps_s)
-    lines = [summarise(trace), *(f"{ms / count:9.2f} ms {calls // count:6} x  {name[:120]}" for name, (ms, calls) in longest.items())]
-    return {"shares": {kind: round(found.of_kind(kind), 4) for kind in KINDS if found.of_kind(kind)},
-            "kernels_ms": {kind: round(ms / count, 3) for kind, ms in by_kind.items()},
-            "profiled_step_s": round(sum(found.steps_s.values()) / count, 4), "text": "\n".join(lines)}
+    lines = [
+        summarise(trace),
+        *(
+            f"{ms / count:9.2f} ms {calls // count:6} x  {name[:120]}"
+            for name, (ms, calls) in longest.items()
+        ),
+    ]
+    return {
+        "shares": {kind: round(found.of_kind(kind), 4) for kind in KINDS if found.of_kind(kind)},
+        "kernels_ms": {kind: round(ms / count, 3) for kind, ms in by_kind.items()},
+        "profiled_step_s": round(sum(found.steps_s.values()) / count, 4),
+        "text": "\n".join(lines),
+    }
 
 
 def kernels(trace: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, tuple[float, int]]]:

@@ -37,20 +37,42 @@ def rates(lines: Sequence[Line]) -> str:
     """Assumed shares beside those that this card reached, by what they were found from."""
     assumed, rows = Assumptions(), []
     for where, offloaded in (("on the GPU", False), ("offloaded", True)):
-        steps = [line for line in lines if line.get("name") == "training step" and line["status"] == "measured" and "at_peak" in line.get("planned", {})
-                 and line["planned"]["offloaded"] == offloaded and line["settings"]["heads"] == "TF32" and line["planned"]["sheet"]]
+        steps = [
+            line
+            for line in lines
+            if line.get("name") == "training step"
+            and line["status"] == "measured"
+            and "at_peak" in line.get("planned", {})
+            and line["planned"]["offloaded"] == offloaded
+            and line["settings"]["heads"] == "TF32"
+            and line["planned"]["sheet"]
+        ]
         for config in dict.fromkeys(line["settings"]["config"] for line in steps):
             fitted = fit([line for line in steps if line["settings"]["config"] == config], assumed)
             if fitted is not None:
-                about = f"{fitted.steps} steps of {config}, optimizer {where}; within {100 * fitted.error:.0f} %"
+                about = (
+                    f"{fitted.steps} steps of {config}, optimizer {where}; within {100 * fitted.error:.0f} %"
+                )
                 rows.append(("compute", assumed.compute, f"{fitted.compute:.3f}", about))
                 if fitted.update is not None:
                     rows.append(("link", assumed.link, f"{fitted.update:.3f}", f"the update of {about}"))
     for line in lines:
         planned = line.get("planned", {}).get("gbs")
         if line.get("name") == "bandwidth" and line["status"] == "measured" and planned:
-            rows.append(("link", assumed.link, f"{line['figures']['gbs'] / planned:.3f}", f"copies {line['settings']['copy']}"))
-    if (update := next((line for line in lines if line.get("name") == "fused AdamW" and line["status"] == "measured"), None)) is not None:
+            rows.append(
+                (
+                    "link",
+                    assumed.link,
+                    f"{line['figures']['gbs'] / planned:.3f}",
+                    f"copies {line['settings']['copy']}",
+                )
+            )
+    if (
+        update := next(
+            (line for line in lines if line.get("name") == "fused AdamW" and line["status"] == "measured"),
+            None,
+        )
+    ) is not None:
         rows.append(("update, GB/s", "", number(update["figures"]["gbs"]), "fused AdamW alone"))
     if not rows:
         return "## The planner's rates\n\nNothing was measured that they could be fitted to.\n"
@@ -67,7 +89,9 @@ def fit(lines: Iterable[Line], assumed: Assumptions) -> Fit | None:
     if not rows:
         return None
     measured = np.array([step for step, _ in rows])
-    compute, update, host = (np.array([peak[name] for _, peak in rows]) for name in ("compute_s", "update_s", "host_s"))
+    compute, update, host = (
+        np.array([peak[name] for _, peak in rows]) for name in ("compute_s", "update_s", "host_s")
+    )
     rest = measured - host / assumed.link
     parts = np.stack([compute, update], 1) / measured[:, None]
     slow, share = None, None
@@ -77,7 +101,10 @@ def fit(lines: Iterable[Line], assumed: Assumptions) -> Fit | None:
             slow, share = inverse
     if slow is None:  # of the update as assumed, or the fit makes no sense
         share = 1 / assumed.link
-        slow = float(np.sum(compute / measured * (rest - share * update) / measured) / np.sum((compute / measured) ** 2))
+        slow = float(
+            np.sum(compute / measured * (rest - share * update) / measured)
+            / np.sum((compute / measured) ** 2)
+        )
         if slow <= 0:
             return None
         fitted = slow * compute + share * update + host / assumed.link

@@ -24,13 +24,24 @@ Line = dict[str, Any]
 def identity(rehearsal: bool) -> dict[str, Any]:
     """What every line says of where it was measured: card, driver, versions, commit. rehearsal: on the CPU, whatever the machine has."""
     card, driver = (f"CPU ({platform.machine()}, {os.cpu_count()} cores)", "") if rehearsal else _card()
-    return {"card": card, "driver": driver, "rehearsal": rehearsal, "python": platform.python_version(),
-            "commit": os.environ.get("ON_ONE_GPU_COMMIT") or _commit(), **{name: _version(name) for name in ("torch", "triton", "deepspeed")}}
+    return {
+        "card": card,
+        "driver": driver,
+        "rehearsal": rehearsal,
+        "python": platform.python_version(),
+        "commit": os.environ.get("ON_ONE_GPU_COMMIT") or _commit(),
+        **{name: _version(name) for name in ("torch", "triton", "deepspeed")},
+    }
 
 
 def _card() -> tuple[str, str]:
     try:
-        done = subprocess.run(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"], capture_output=True, text=True, timeout=20)
+        done = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+        )
         name, driver = done.stdout.splitlines()[0].rsplit(", ", 1)
         return name.strip(), driver.strip()
     except (OSError, subprocess.SubprocessError, IndexError, ValueError):
@@ -46,7 +57,13 @@ def _version(package: str) -> str:
 
 def _commit() -> str:
     try:
-        done = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=10"], cwd=ROOT, capture_output=True, text=True, timeout=20)
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=10"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=20,
+        )
         return done.stdout.strip() or "unknown"
     except (OSError, subprocess.SubprocessError):
         return "unknown"
@@ -61,7 +78,14 @@ class Results:
 
     def add(self, part: str, job: str, status: str, **values: Any) -> Line:
         """Writes a line, which is on the disk when this returns. values: name, settings, figures, planned, why, text."""
-        line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S"), "part": part, "job": job, "status": status, **values, **identity(self.rehearsal)}
+        line = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
+            "part": part,
+            "job": job,
+            "status": status,
+            **values,
+            **identity(self.rehearsal),
+        }
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, default=str) + "\n")
             file.flush()
@@ -71,8 +95,12 @@ class Results:
     def lines(self) -> list[Line]:
         """All that count here: of this file and of the earlier ones, measured on the same card."""
         own = identity(self.rehearsal)
-        return [line for path in dict.fromkeys([*self.earlier, self.path]) for line in read(path)
-                if line["card"] == own["card"] and line["rehearsal"] == self.rehearsal]
+        return [
+            line
+            for path in dict.fromkeys([*self.earlier, self.path])
+            for line in read(path)
+            if line["card"] == own["card"] and line["rehearsal"] == self.rehearsal
+        ]
 
     def finished(self) -> set[str]:
         """Jobs that came to their end."""
@@ -81,7 +109,11 @@ class Results:
     def had(self, *, failed: bool = False) -> set[str]:
         """Keys of results that need not be measured again. failed: those that failed, too."""
         statuses = (*FINAL, "failed") if failed else FINAL
-        return {key(line["job"], line["name"], line.get("settings", {})) for line in self.lines() if line["status"] in statuses and "name" in line}
+        return {
+            key(line["job"], line["name"], line.get("settings", {}))
+            for line in self.lines()
+            if line["status"] in statuses and "name" in line
+        }
 
 
 def key(job: str, name: str, settings: Mapping[str, Any]) -> str:

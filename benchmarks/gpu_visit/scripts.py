@@ -12,12 +12,22 @@ from gpu_visit.visit import Visit
 
 
 def run_script(visit: Visit, script: str, words: Sequence[str]) -> None:
-    visit.measure(script, {"arguments": " ".join(words).replace(f"{ROOT}/", "")}, lambda: _result_of(script, words, visit.deadline - time.monotonic()))
+    visit.measure(
+        script,
+        {"arguments": " ".join(words).replace(f"{ROOT}/", "")},
+        lambda: _result_of(script, words, visit.deadline - time.monotonic()),
+    )
 
 
 def _result_of(script: str, words: Sequence[str], seconds: float) -> Mapping[str, Any]:
     """The script's last line; what it prints goes to this process's output as well. Raises RuntimeError where it fails."""
-    done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / script), *words], cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=max(1.0, seconds))
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / script), *words],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=max(1.0, seconds),
+    )
     print(done.stdout, flush=True)
     if done.returncode:
         raise RuntimeError(f"benchmarks/{script} ended with {done.returncode}")

@@ -30,8 +30,22 @@ class Stopped(Exception):
 class Supervisor:
     """ends: of `time.monotonic`. more: words of the command line of each job. say: called with each line as it comes."""
 
-    def __init__(self, results: Results, *, ends: float, rehearse: bool, more: Sequence[str] = (), say: Callable[[Line], None]) -> None:
-        self.results, self.ends, self.rehearse, self.more, self.say = results, ends, rehearse, tuple(more), say
+    def __init__(
+        self,
+        results: Results,
+        *,
+        ends: float,
+        rehearse: bool,
+        more: Sequence[str] = (),
+        say: Callable[[Line], None],
+    ) -> None:
+        self.results, self.ends, self.rehearse, self.more, self.say = (
+            results,
+            ends,
+            rehearse,
+            tuple(more),
+            say,
+        )
         self.log = results.path.parent / "log.txt"
         self._said, self._size = len(read(results.path)), 0
 
@@ -50,7 +64,11 @@ class Supervisor:
                 self._add(job, "missing", why=job.missing)
                 whole = False
             elif self.left_s < (5 if self.rehearse else job.least_s) and not first:
-                self._add(job, "no time", why=f"{max(0, self.left_s):.0f} s of the budget were left, and it is not begun with less than {job.least_s:.0f}")
+                self._add(
+                    job,
+                    "no time",
+                    why=f"{max(0, self.left_s):.0f} s of the budget were left, and it is not begun with less than {job.least_s:.0f}",
+                )
                 whole = False
             else:
                 status = self._run_one(job, skip_had=skip_done, again=job.name in measured_before)
@@ -68,17 +86,46 @@ class Supervisor:
         limit_s = max(1.0, min(self.left_s, job.most_s))
         soft_s = limit_s - min(20.0, 0.2 * limit_s)
         began, mark, before = time.monotonic(), uuid.uuid4().hex, len(read(self.results.path))
-        command = [sys.executable, str(ROOT / "benchmarks/on_one_gpu.py"), "--out", str(self.results.path.parent), "--job", job.name, "--seconds", str(soft_s),
-                   *["--rehearse"] * self.rehearse, *["--skip-done"] * skip_had, *["--go-on"] * again, *self.more,
-                   *[word for path in self.results.earlier for word in ("--earlier", str(path))]]
-        env = {**os.environ, MARK: mark, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]), "PYTHONUNBUFFERED": "1",
-               "TOKENIZERS_PARALLELISM": "false"}
+        command = [
+            sys.executable,
+            str(ROOT / "benchmarks/on_one_gpu.py"),
+            "--out",
+            str(self.results.path.parent),
+            "--job",
+            job.name,
+            "--seconds",
+            str(soft_s),
+            *["--rehearse"] * self.rehearse,
+            *["--skip-done"] * skip_had,
+            *["--go-on"] * again,
+            *self.more,
+            *[word for path in self.results.earlier for word in ("--earlier", str(path))],
+        ]
+        env = {
+            **os.environ,
+            MARK: mark,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+            "PYTHONUNBUFFERED": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
         if self.rehearse:
-            env |= {"INTERNSEG_DEVICE": "cpu", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": env.get("OMP_NUM_THREADS", "1")}
+            env |= {
+                "INTERNSEG_DEVICE": "cpu",
+                "DS_ACCELERATOR": "cpu",
+                "OMP_NUM_THREADS": env.get("OMP_NUM_THREADS", "1"),
+            }
         with self.log.open("ab") as log:
             log.write(f"\n===== {job.name}, {limit_s:.0f} s =====\n".encode())
             log.flush()
-            process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=env,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
             try:
                 while process.poll() is None and time.monotonic() - began < limit_s:
                     time.sleep(0.1)
@@ -89,7 +136,9 @@ class Supervisor:
             finally:
                 code = process.poll()
                 with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)  # where /proc tells no environment, this is what there is
+                    os.killpg(
+                        process.pid, signal.SIGKILL
+                    )  # where /proc tells no environment, this is what there is
                 kill_marked(mark)
                 process.wait()
         self._tell()
@@ -98,13 +147,21 @@ class Supervisor:
             self._add(job, "timed out", why=f"ended after {took:.0f} s", took_s=took)
             return "timed out"
         if code == UNFINISHED:
-            self._add(job, "unfinished", why="settings are left, for want of time or after an error that a fresh process does not have", took_s=took)
+            self._add(
+                job,
+                "unfinished",
+                why="settings are left, for want of time or after an error that a fresh process does not have",
+                took_s=took,
+            )
             return "unfinished"
         if code:
             ended = f"signal {-code}" if code < 0 else f"exit code {code}"
             self._add(job, "crashed", why=f"{ended}: {self._last_words()}", took_s=took)
             return "crashed"
-        failed = sum(line["status"] == "failed" and line["job"] == job.name for line in read(self.results.path)[before:])
+        failed = sum(
+            line["status"] == "failed" and line["job"] == job.name
+            for line in read(self.results.path)[before:]
+        )
         status = "with failures" if failed else "done"
         self._add(job, status, took_s=took, **({"why": f"{failed} of its settings failed"} if failed else {}))
         return status
@@ -112,7 +169,9 @@ class Supervisor:
     def _last_words(self) -> str:
         with self.log.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 4000))
-            lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+            lines = [
+                line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()
+            ]
         return lines[-1][:400] if lines else ""
 
     def _add(self, job: Job, status: str, **values: object) -> None:
@@ -124,7 +183,7 @@ class Supervisor:
         if size == self._size:
             return
         self._size, lines = size, read(self.results.path)
-        for line in lines[self._said:]:
+        for line in lines[self._said :]:
             self.say(line)
         self._said = len(lines)
 

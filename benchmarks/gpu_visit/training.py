@@ -55,56 +55,165 @@ class Setting:
     fp32_matmul: str = "tf32"
 
 
-def full_tuning(visit: Visit, *, config: str, side_px: int, micro_batches: Sequence[int], heads_dtype: str = "float32", policies: Sequence[Recomputation] = (),
-                warmup: int = WARMUP, steps: int = STEPS) -> None:
+def full_tuning(
+    visit: Visit,
+    *,
+    config: str,
+    side_px: int,
+    micro_batches: Sequence[int],
+    heads_dtype: str = "float32",
+    policies: Sequence[Recomputation] = (),
+    warmup: int = WARMUP,
+    steps: int = STEPS,
+) -> None:
     """The first micro-batch with what "auto" chooses, a profile of it, then other policies and micro-batches. policies: () for all."""
-    _measured(visit, _workload(config, side_px, heads_dtype), micro_batches, policies or FASTEST_FIRST, warmup, steps, ieee=heads_dtype == "float32")
+    _measured(
+        visit,
+        _workload(config, side_px, heads_dtype),
+        micro_batches,
+        policies or FASTEST_FIRST,
+        warmup,
+        steps,
+        ieee=heads_dtype == "float32",
+    )
 
 
-def recipe(visit: Visit, *, config: str, side_px: int, micro_batches: Sequence[int], cells: int = 8, options: Mapping[str, Any] | None = None,
-           policies: Sequence[Recomputation] = (), warmup: int = WARMUP, steps: int = STEPS) -> None:
+def recipe(
+    visit: Visit,
+    *,
+    config: str,
+    side_px: int,
+    micro_batches: Sequence[int],
+    cells: int = 8,
+    options: Mapping[str, Any] | None = None,
+    policies: Sequence[Recomputation] = (),
+    warmup: int = WARMUP,
+    steps: int = STEPS,
+) -> None:
     """Some micro-batches, each with the policy that "auto" would choose for it."""
-    _measured(visit, _workload(config, side_px, "float32", cells=cells, options=options), micro_batches, policies[:1], warmup, steps, ieee=False)
+    _measured(
+        visit,
+        _workload(config, side_px, "float32", cells=cells, options=options),
+        micro_batches,
+        policies[:1],
+        warmup,
+        steps,
+        ieee=False,
+    )
 
 
 def beside_bare_deepspeed(visit: Visit) -> None:
     """Ours and the same model in a bare DeepSpeed loop (benchmarks/train_step.py), under the ds_config that fits this card."""
     size = ["--size", "tiny"] if visit.rehearse else ["--size", "6b"]
-    config = "configs/intern_vit_tiny/upernet_intern_vit_tiny_112_ade20k.py" if visit.rehearse else _workload_of_6b().config
-    path = fitting(Workload(config=config, micro_batch=2, options={"engine.recomputation": "config"}, image_px=112 if visit.rehearse else 504), visit)
-    run_script(visit, "train_step.py", [*size, "--world", "1", "--contenders", "ours", "bare_deepspeed", "--rounds", "1", "--warmup", "3",
-                                        "--steps", "2" if visit.rehearse else "5", "--timeout", "140", "--deepspeed_config", str(path)])
+    config = (
+        "configs/intern_vit_tiny/upernet_intern_vit_tiny_112_ade20k.py"
+        if visit.rehearse
+        else _workload_of_6b().config
+    )
+    path = fitting(
+        Workload(
+            config=config,
+            micro_batch=2,
+            options={"engine.recomputation": "config"},
+            image_px=112 if visit.rehearse else 504,
+        ),
+        visit,
+    )
+    run_script(
+        visit,
+        "train_step.py",
+        [
+            *size,
+            "--world",
+            "1",
+            "--contenders",
+            "ours",
+            "bare_deepspeed",
+            "--rounds",
+            "1",
+            "--warmup",
+            "3",
+            "--steps",
+            "2" if visit.rehearse else "5",
+            "--timeout",
+            "140",
+            "--deepspeed_config",
+            str(path),
+        ],
+    )
 
 
 def _workload_of_6b() -> Workload:
     return Workload(**size_of("6b", "SyncBN"))
 
 
-def _workload(config: str, side_px: int, heads_dtype: str, *, cells: int = 8, options: Mapping[str, Any] | None = None) -> Workload:
+def _workload(
+    config: str, side_px: int, heads_dtype: str, *, cells: int = 8, options: Mapping[str, Any] | None = None
+) -> Workload:
     """The recipe with its drop-path, which costs time and memory in a real training."""
     recipe_ = read_experiment(str(ROOT / config))
     kept = {"model.backbone.drop_path_rate": recipe_.model.backbone.get("drop_path_rate", 0.0)}
-    return Workload(config=config, image_px=side_px, cells=cells, micro_batch=1,
-                    options={**kept, "engine.recomputation": "auto", "engine.heads_dtype": heads_dtype, "engine.peak_tflops": 1.0, **(options or {})})
+    return Workload(
+        config=config,
+        image_px=side_px,
+        cells=cells,
+        micro_batch=1,
+        options={
+            **kept,
+            "engine.recomputation": "auto",
+            "engine.heads_dtype": heads_dtype,
+            "engine.peak_tflops": 1.0,
+            **(options or {}),
+        },
+    )
 
 
-def _measured(visit: Visit, workload: Workload, micro_batches: Sequence[int], policies: Sequence[Recomputation], warmup: int, steps: int, *,
-              ieee: bool) -> None:
+def _measured(
+    visit: Visit,
+    workload: Workload,
+    micro_batches: Sequence[int],
+    policies: Sequence[Recomputation],
+    warmup: int,
+    steps: int,
+    *,
+    ieee: bool,
+) -> None:
     first = replace(workload, micro_batch=micro_batches[0])
     path = fitting(first, visit)
     plans = Plans(workload, path, visit)
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="on_one_gpu_") as folder, _engine(first, path, Path(folder)) as engine:
+    with (
+        tempfile.TemporaryDirectory(prefix="on_one_gpu_") as folder,
+        _engine(first, path, Path(folder)) as engine,
+    ):
         finish(engine.world.device)
-        visit.measure("start", {"config": Path(workload.config).stem, "ds_config": path.stem, "heads": workload.options["engine.heads_dtype"]},
-                      lambda: {"engine_built_s": round(time.monotonic() - began, 1), "parameters": sum(plans.of(micro_batches[0]).setting_sizes)})
+        visit.measure(
+            "start",
+            {
+                "config": Path(workload.config).stem,
+                "ds_config": path.stem,
+                "heads": workload.options["engine.heads_dtype"],
+            },
+            lambda: {
+                "engine_built_s": round(time.monotonic() - began, 1),
+                "parameters": sum(plans.of(micro_batches[0]).setting_sizes),
+            },
+        )
         auto = Planner(engine.plan.experiment, engine.plan.meta_model, crop=engine.plan.crop).recomputation
         engine.deepspeed.train()
 
         def run(setting: Setting) -> None:
-            settings = {"config": Path(workload.config).stem, "side_px": workload.image_px, "micro_batch": setting.micro_batch,
-                        "recomputation": setting.recomputation, "ds_config": path.stem,
-                        "heads": {"bfloat16": "bf16"}.get(workload.options["engine.heads_dtype"], {"tf32": "TF32", "ieee": "fp32"}[setting.fp32_matmul])}
+            settings = {
+                "config": Path(workload.config).stem,
+                "side_px": workload.image_px,
+                "micro_batch": setting.micro_batch,
+                "recomputation": setting.recomputation,
+                "ds_config": path.stem,
+                "heads": {"bfloat16": "bf16"}.get(
+                    workload.options["engine.heads_dtype"],
+                    {"tf32": "TF32", "ieee": "fp32"}[setting.fp32_matmul],
+                ),
+            }
             if visit.is_had("training step", settings):
                 return
             if refused := plans.refused(setting.micro_batch):
@@ -115,14 +224,28 @@ def _measured(visit: Visit, workload: Workload, micro_batches: Sequence[int], po
                 why = f"{planned['peak_gib']:.1f} GiB by the plan, and there are {plans.device_bytes / 2**30:.1f}"
                 visit.skip("training step", settings, why, planned=planned)
                 return
-            line = visit.measure("training step", settings, lambda: _step(engine, workload, setting, plans, warmup, steps), planned=planned)
+            line = visit.measure(
+                "training step",
+                settings,
+                lambda: _step(engine, workload, setting, plans, warmup, steps),
+                planned=planned,
+            )
             if line is not None and line["status"] != "measured":
-                raise Spoilt(f"{settings}: {line['status']}")  # DeepSpeed's buckets are in the middle of a pass
+                raise Spoilt(
+                    f"{settings}: {line['status']}"
+                )  # DeepSpeed's buckets are in the middle of a pass
 
         run(Setting(micro_batches[0], auto))
-        visit.measure("profile", {"config": Path(workload.config).stem, "micro_batch": micro_batches[0], "recomputation": auto,
-                                  "heads": workload.options["engine.heads_dtype"]},
-                      lambda: _profiled(engine, workload, Setting(micro_batches[0], auto), Path(folder)))
+        visit.measure(
+            "profile",
+            {
+                "config": Path(workload.config).stem,
+                "micro_batch": micro_batches[0],
+                "recomputation": auto,
+                "heads": workload.options["engine.heads_dtype"],
+            },
+            lambda: _profiled(engine, workload, Setting(micro_batches[0], auto), Path(folder)),
+        )
         for policy in policies:
             run(Setting(micro_batches[0], policy))
         for micro_batch in micro_batches[1:]:
@@ -151,12 +274,16 @@ def fitting(workload: Workload, visit: Visit) -> Path:
         found = least.footprint(ds, size, compute=torch.bfloat16, validate=False, exact=False)
         if found.needed <= size and found.host <= host:
             return path
-    raise ConfigError(f"none of {', '.join(DS_CONFIGS)} fits {size / 2**30:.0f} GiB and a host of {host / 2**30:.0f} by the plan")
+    raise ConfigError(
+        f"none of {', '.join(DS_CONFIGS)} fits {size / 2**30:.0f} GiB and a host of {host / 2**30:.0f} by the plan"
+    )
 
 
 @contextmanager
 def _engine(workload: Workload, path: Path, folder: Path) -> Iterator[SegmentorEngine]:
-    engine = SegmentorEngine(workload.experiment, path, work_dir=folder / "work", validate=False, heartbeat_timeout=0)
+    engine = SegmentorEngine(
+        workload.experiment, path, work_dir=folder / "work", validate=False, heartbeat_timeout=0
+    )
     try:
         yield engine
     finally:
@@ -169,7 +296,9 @@ def batches(workload: Workload, micro_batch: int, device: torch.device) -> Batch
     return Batch(on_device(made, device), position=0)
 
 
-def _step(engine: SegmentorEngine, workload: Workload, setting: Setting, plans: "Plans", warmup: int, steps: int) -> Mapping[str, Any]:
+def _step(
+    engine: SegmentorEngine, workload: Workload, setting: Setting, plans: "Plans", warmup: int, steps: int
+) -> Mapping[str, Any]:
     device = engine.world.device
     choose_recomputation(engine.deepspeed.module, setting.recomputation)
     set_fp32_matmul(setting.fp32_matmul, device)
@@ -186,10 +315,19 @@ def _step(engine: SegmentorEngine, workload: Workload, setting: Setting, plans: 
     seconds = sum(each) / steps
     flops = plans.planner(setting).passed.model_flops * setting.micro_batch
     set_fp32_matmul("tf32", device)
-    return {"step_s": round(seconds, 5), "fastest_s": round(min(each), 5), "slowest_s": round(max(each), 5),
-            "images_per_s": round(setting.micro_batch / seconds, 4),
-            "model_tflop": flops / 1e12, "model_tflops": flops / seconds / 1e12, "peak_gib": round(peak_bytes(device) / 2**30, 3),
-            "reserved_gib": round(torch.cuda.max_memory_reserved(device) / 2**30, 3) if device.type == "cuda" else None, "loss": value}
+    return {
+        "step_s": round(seconds, 5),
+        "fastest_s": round(min(each), 5),
+        "slowest_s": round(max(each), 5),
+        "images_per_s": round(setting.micro_batch / seconds, 4),
+        "model_tflop": flops / 1e12,
+        "model_tflops": flops / seconds / 1e12,
+        "peak_gib": round(peak_bytes(device) / 2**30, 3),
+        "reserved_gib": round(torch.cuda.max_memory_reserved(device) / 2**30, 3)
+        if device.type == "cuda"
+        else None,
+        "loss": value,
+    }
 
 
 def _stamp(device: torch.device) -> Any:
@@ -205,7 +343,9 @@ def _between(start: Any, end: Any) -> float:
     return end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
 
 
-def _profiled(engine: SegmentorEngine, workload: Workload, setting: Setting, folder: Path) -> Mapping[str, Any]:
+def _profiled(
+    engine: SegmentorEngine, workload: Workload, setting: Setting, folder: Path
+) -> Mapping[str, Any]:
     choose_recomputation(engine.deepspeed.module, setting.recomputation)
     batch = batches(workload, setting.micro_batch, engine.world.device)
     return profile_of(engine, batch, PROFILED, folder / "profile")
@@ -218,7 +358,9 @@ class Plans:
         self.workload, self.ds_config = workload, ds_config
         self.card = data_sheet(identity(visit.rehearse)["card"])
         gpu = visit.device.type == "cuda"
-        self.device_bytes = torch.cuda.get_device_properties(0).total_memory if gpu else psutil.virtual_memory().total
+        self.device_bytes = (
+            torch.cuda.get_device_properties(0).total_memory if gpu else psutil.virtual_memory().total
+        )
         self._planners: dict[tuple[int, str], Planner] = {}
         self._passed: dict[Recomputation, TrainingPass] = {}
         self._refused: dict[int, str] = {}
@@ -226,8 +368,14 @@ class Plans:
 
     def of(self, micro_batch: int, fp32_matmul: str = "tf32") -> Planner:
         if (micro_batch, fp32_matmul) not in self._planners:
-            workload = replace(self.workload, micro_batch=micro_batch, options={**self.workload.options, "engine.fp32_matmul": fp32_matmul})
-            self._planners[micro_batch, fp32_matmul] = Planner(read_experiment(workload.experiment), crop=(workload.image_px,) * 2)
+            workload = replace(
+                self.workload,
+                micro_batch=micro_batch,
+                options={**self.workload.options, "engine.fp32_matmul": fp32_matmul},
+            )
+            self._planners[micro_batch, fp32_matmul] = Planner(
+                read_experiment(workload.experiment), crop=(workload.image_px,) * 2
+            )
         return self._planners[micro_batch, fp32_matmul]
 
     def refused(self, micro_batch: int) -> str:
@@ -235,7 +383,9 @@ class Plans:
         if micro_batch not in self._refused:
             image = torch.empty(3, self.workload.image_px, self.workload.image_px, device="meta")
             try:
-                check_forward(build_on_meta(self.of(micro_batch).experiment.model), {"img": image}, micro_batch, 1)
+                check_forward(
+                    build_on_meta(self.of(micro_batch).experiment.model), {"img": image}, micro_batch, 1
+                )
             except ConfigError as error:
                 self._refused[micro_batch] = str(error)
             else:
@@ -254,14 +404,25 @@ class Plans:
         """Seconds and GiB by the plan; at_peak: what the parts of a step take at the rates of the data sheet, from which the assumed shares can be fitted."""
         try:
             planner = self.planner(setting)
-            found = planner.footprint(self.ds, self.device_bytes, compute=torch.bfloat16, validate=False, exact=False)
+            found = planner.footprint(
+                self.ds, self.device_bytes, compute=torch.bfloat16, validate=False, exact=False
+            )
             cluster = Cluster(self.card or UNKNOWN, 1, 1, 50.0)
-            time_, floor = (planner.row(self.ds_config, cluster, assumed).time for assumed in (Assumptions(), AT_PEAK))
+            time_, floor = (
+                planner.row(self.ds_config, cluster, assumed).time for assumed in (Assumptions(), AT_PEAK)
+            )
         except ConfigError as error:
             return {"unplanned": str(error).splitlines()[0]}
         own = {part.name: part.device for part in found.parts if found.fullest in part.phases}
         tensors = found.peak - own.get("fragmentation", 0) - own.get("process and context", 0)
-        return {"step_s": round(time_.step, 5), "images_per_s": round(setting.micro_batch / time_.step, 4), "peak_gib": round(found.peak / 2**30, 2),
-                "tensors_gib": round(tensors / 2**30, 2), "fragmentation": FRAGMENTATION, "sheet": (self.card or UNKNOWN).name if self.card else "",
-                "at_peak": {"compute_s": floor.floor, "update_s": floor.update, "host_s": floor.host}, "offloaded": bool(found.host > 8 * 2**30),
-                "cores": os.cpu_count()}
+        return {
+            "step_s": round(time_.step, 5),
+            "images_per_s": round(setting.micro_batch / time_.step, 4),
+            "peak_gib": round(found.peak / 2**30, 2),
+            "tensors_gib": round(tensors / 2**30, 2),
+            "fragmentation": FRAGMENTATION,
+            "sheet": (self.card or UNKNOWN).name if self.card else "",
+            "at_peak": {"compute_s": floor.floor, "update_s": floor.update, "host_s": floor.host},
+            "offloaded": bool(found.host > 8 * 2**30),
+            "cores": os.cpu_count(),
+        }

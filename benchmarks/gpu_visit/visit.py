@@ -50,7 +50,14 @@ class Visit:
     def add(self, status: str, **values: Any) -> Line:
         return self.results.add(self.part, self.job, status, **values)
 
-    def measure(self, name: str, settings: Mapping[str, Any], run: Callable[[], Mapping[str, Any]], *, planned: Mapping[str, Any] | None = None) -> Line | None:
+    def measure(
+        self,
+        name: str,
+        settings: Mapping[str, Any],
+        run: Callable[[], Mapping[str, Any]],
+        *,
+        planned: Mapping[str, Any] | None = None,
+    ) -> Line | None:
         """Writes what `run` found under a name and settings; None where it was had before. An error becomes a line as well, and the job goes on.
 
         Raises OutOfTime when the deadline is over, Spoilt when the GPU does not answer any more.
@@ -59,7 +66,11 @@ class Visit:
             return None
         if time.monotonic() > self.deadline:
             raise OutOfTime
-        found: dict[str, Any] = {"name": name, "settings": dict(settings), **({"planned": dict(planned)} if planned else {})}
+        found: dict[str, Any] = {
+            "name": name,
+            "settings": dict(settings),
+            **({"planned": dict(planned)} if planned else {}),
+        }
         began = time.monotonic()
         try:
             figures = dict(run())
@@ -77,9 +88,17 @@ class Visit:
             raise Spoilt(f"{name}: {_first_line(error)}") from error
         return line
 
-    def skip(self, name: str, settings: Mapping[str, Any], why: str, *, planned: Mapping[str, Any] | None = None) -> None:
+    def skip(
+        self, name: str, settings: Mapping[str, Any], why: str, *, planned: Mapping[str, Any] | None = None
+    ) -> None:
         if not self.is_had(name, settings):
-            self.add("skipped", name=name, settings=dict(settings), why=why, **({"planned": dict(planned)} if planned else {}))
+            self.add(
+                "skipped",
+                name=name,
+                settings=dict(settings),
+                why=why,
+                **({"planned": dict(planned)} if planned else {}),
+            )
 
 
 def _first_line(error: BaseException) -> str:
@@ -96,5 +115,9 @@ def free(device: torch.device) -> None:
 
 def data_sheet(card: str) -> Device | None:
     """The planner's entry of a card, by the name that its driver gives it; None for one that it does not know."""
-    names = [name for name in DEVICES if all(word.lower() in card.lower().replace(" ", "") for word in name.split("-"))]
+    names = [
+        name
+        for name in DEVICES
+        if all(word.lower() in card.lower().replace(" ", "") for word in name.split("-"))
+    ]
     return DEVICES[max(names, key=len)] if names else None

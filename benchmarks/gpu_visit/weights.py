@@ -37,7 +37,9 @@ def room(visit: Visit) -> tuple[Path, int]:
     for folder in folders:
         if folder.is_dir() and os.access(folder, os.W_OK):
             size = shutil.disk_usage(folder).free
-            free[folder] = min(size, psutil.virtual_memory().available // 2) if folder == Path("/dev/shm") else size
+            free[folder] = (
+                min(size, psutil.virtual_memory().available // 2) if folder == Path("/dev/shm") else size
+            )
     if not free:
         raise FileNotFoundError(f"{folders[0]} is no folder that can be written to")
     best = max(free, key=free.__getitem__)
@@ -45,9 +47,17 @@ def room(visit: Visit) -> tuple[Path, int]:
 
 
 def loading(visit: Visit) -> None:
-    workload = Workload(config=TINY if visit.rehearse else FULL, image_px=112 if visit.rehearse else 504, micro_batch=1)
+    workload = Workload(
+        config=TINY if visit.rehearse else FULL, image_px=112 if visit.rehearse else 504, micro_batch=1
+    )
     experiment = read_experiment(workload.experiment)
-    ds = resolve_ds_config(ROOT / "ds_configs/zero1_bf16.json", experiment="", micro_batch=1, world_size=1, optimizer=experiment.optimizer)
+    ds = resolve_ds_config(
+        ROOT / "ds_configs/zero1_bf16.json",
+        experiment="",
+        micro_batch=1,
+        world_size=1,
+        optimizer=experiment.optimizer,
+    )
     folder, free = room(visit)
     settings = {"config": Path(workload.config).stem, "folder": str(folder), "file": "safetensors, bf16"}
 
@@ -62,15 +72,26 @@ def loading(visit: Visit) -> None:
             raise OSError(f"{size / 2**30:.0f} GiB of weights and {free / 2**30:.0f} GiB of room in {folder}")
         with tempfile.TemporaryDirectory(dir=folder, prefix="on_one_gpu_") as name:
             path = Path(name, "weights.safetensors")
-            kept = {key: value for key, value in model.backbone.state_dict().items() if not key.startswith(("up1.", "up2.", "up3.", "up4."))}
+            kept = {
+                key: value
+                for key, value in model.backbone.state_dict().items()
+                if not key.startswith(("up1.", "up2.", "up3.", "up4."))
+            }
             save_file({key: value.cpu().contiguous() for key, value in kept.items()}, path)
             began = time.perf_counter()
             load(model, fit_backbone(model, open_weights(path)))
             finish(visit.device)
             seconds = time.perf_counter() - began
-            wrong = sum(not torch.equal(model.backbone.state_dict()[key], value) for key, value in kept.items())
-            return {"built_s": round(built_s, 2), "gb": path.stat().st_size / 1e9, "load_s": round(seconds, 3), "gbs": path.stat().st_size / 1e9 / seconds,
-                    "tensors_that_differ": wrong}
+            wrong = sum(
+                not torch.equal(model.backbone.state_dict()[key], value) for key, value in kept.items()
+            )
+            return {
+                "built_s": round(built_s, 2),
+                "gb": path.stat().st_size / 1e9,
+                "load_s": round(seconds, 3),
+                "gbs": path.stat().st_size / 1e9 / seconds,
+                "tensors_that_differ": wrong,
+            }
 
     visit.measure("loading", settings, measured)
 
@@ -87,30 +108,46 @@ def saving(visit: Visit) -> None:
         if size <= free:
             break
     else:
-        visit.skip("saving", {"folder": str(folder)}, f"{size / 2**30:.0f} GiB for {depth} blocks, and {free / 2**30:.0f} GiB of room in {folder}")
+        visit.skip(
+            "saving",
+            {"folder": str(folder)},
+            f"{size / 2**30:.0f} GiB for {depth} blocks, and {free / 2**30:.0f} GiB of room in {folder}",
+        )
         return
     with tempfile.TemporaryDirectory(dir=folder, prefix="on_one_gpu_") as name:
-        engine = SegmentorEngine(workload.experiment, path, work_dir=Path(name), validate=False, heartbeat_timeout=0)
+        engine = SegmentorEngine(
+            workload.experiment, path, work_dir=Path(name), validate=False, heartbeat_timeout=0
+        )
         from gpu_visit.training import batches
 
         engine.deepspeed.train()
         train_step(engine, batches(workload, 2, engine.world.device))
         for background in (False, True):
-            visit.measure("saving", {"blocks": depth, "ds_config": path.stem, "folder": str(folder), "background": background},
-                          lambda background=background: _saved(engine, background, Path(name)))
+            visit.measure(
+                "saving",
+                {"blocks": depth, "ds_config": path.stem, "folder": str(folder), "background": background},
+                lambda background=background: _saved(engine, background, Path(name)),
+            )
 
 
 def _workload(depth: int, rehearse: bool) -> Workload:
     if rehearse:
         return Workload(config=TINY, micro_batch=2, options={"engine.peak_tflops": 1.0})
     quarter = depth // 4
-    options = {"model.backbone.depth": depth, "model.backbone.out_indices": [quarter - 1, 2 * quarter - 1, 3 * quarter - 1, depth - 1],
-               "optimizer.paramwise_cfg.num_layers": depth, "engine.peak_tflops": 1.0, "engine.recomputation": "blocks"}
+    options = {
+        "model.backbone.depth": depth,
+        "model.backbone.out_indices": [quarter - 1, 2 * quarter - 1, 3 * quarter - 1, depth - 1],
+        "optimizer.paramwise_cfg.num_layers": depth,
+        "engine.peak_tflops": 1.0,
+        "engine.recomputation": "blocks",
+    }
     return Workload(config=FULL, image_px=504, micro_batch=2, options=options)
 
 
 def _saved(engine: SegmentorEngine, background: bool, folder: Path) -> Mapping[str, Any]:
-    engine.deepspeed.checkpoint_engine = NotingCheckpointEngine(engine.deepspeed._config, background=background)
+    engine.deepspeed.checkpoint_engine = NotingCheckpointEngine(
+        engine.deepspeed._config, background=background
+    )
     engine.state.step += 1
     began = time.perf_counter()
     engine.save()
@@ -120,4 +157,9 @@ def _saved(engine: SegmentorEngine, background: bool, folder: Path) -> Mapping[s
     tag = folder / "checkpoints" / str(engine.checkpoints.newest)
     size = sum(file.stat().st_size for file in tag.rglob("*") if file.is_file())
     shutil.rmtree(tag)
-    return {"paused_s": round(paused, 3), "published_s": round(published, 3), "gib": round(size / 2**30, 3), "gbs": size / 1e9 / published}
+    return {
+        "paused_s": round(paused, 3),
+        "published_s": round(published, 3),
+        "gib": round(size / 2**30, 3),
+        "gbs": size / 1e9 / published,
+    }

@@ -28,5 +28,7 @@ model = dict(
     decode_head=dict(in_channels=[32, 64, 128, 256]),
     test_cfg=dict(_delete_=True, mode="whole"),
 )
-optimizer = dict(paramwise_cfg=dict(num_layers=10, depths=[2, 2, 4, 2], layer_decay_rate=1.0, offset_lr_scale=1.0))
+optimizer = dict(
+    paramwise_cfg=dict(num_layers=10, depths=[2, 2, 4, 2], layer_decay_rate=1.0, offset_lr_scale=1.0)
+)
 runner = dict(max_iters=840)

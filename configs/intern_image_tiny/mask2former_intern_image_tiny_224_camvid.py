@@ -15,7 +15,19 @@ processes accumulate gradients up to it.
 _base_ = ["./mask2former_intern_image_tiny_112_ade20k.py"]
 
 # data
-classes = ("Sky", "Building", "Pole", "Road", "Pavement", "Tree", "SignSymbol", "Fence", "Car", "Pedestrian", "Bicyclist")
+classes = (
+    "Sky",
+    "Building",
+    "Pole",
+    "Road",
+    "Pavement",
+    "Tree",
+    "SignSymbol",
+    "Fence",
+    "Car",
+    "Pedestrian",
+    "Bicyclist",
+)
 palette = [
     [128, 128, 128], [128, 0, 0], [192, 192, 128], [128, 64, 128], [60, 40, 222], [128, 128, 0],
     [192, 128, 128], [64, 64, 128], [64, 0, 128], [64, 64, 0], [0, 128, 192],
@@ -52,10 +64,21 @@ test_pipeline = [
         ],
     ),
 ]
-camvid = dict(type="CustomDataset", data_root="data/camvid", img_suffix=".jpg", seg_map_suffix=".png", classes=classes, palette=palette)
+camvid = dict(
+    type="CustomDataset",
+    data_root="data/camvid",
+    img_suffix=".jpg",
+    seg_map_suffix=".png",
+    classes=classes,
+    palette=palette,
+)
 training = dict(**camvid, img_dir="images/training", ann_dir="annotations/training", pipeline=train_pipeline)
-validation = dict(**camvid, img_dir="images/validation", ann_dir="annotations/validation", pipeline=test_pipeline)
-data = dict(_delete_=True, samples_per_gpu=4, workers_per_gpu=1, train=training, val=validation, test=validation)
+validation = dict(
+    **camvid, img_dir="images/validation", ann_dir="annotations/validation", pipeline=test_pipeline
+)
+data = dict(
+    _delete_=True, samples_per_gpu=4, workers_per_gpu=1, train=training, val=validation, test=validation
+)
 
 # model
 model = dict(
@@ -70,7 +93,11 @@ model = dict(
         with_cp=False,
         init_cfg=dict(type="Pretrained", checkpoint=None),  # None: random weights
     ),
-    decode_head=dict(in_channels=[16, 32, 64, 128], num_classes=num_classes, loss_cls=dict(class_weight=[1.0] * num_classes + [0.1])),
+    decode_head=dict(
+        in_channels=[16, 32, 64, 128],
+        num_classes=num_classes,
+        loss_cls=dict(class_weight=[1.0] * num_classes + [0.1]),
+    ),
 )
 
 # schedule

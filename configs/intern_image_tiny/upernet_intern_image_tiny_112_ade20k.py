@@ -43,5 +43,7 @@ model = dict(
     test_cfg=dict(_delete_=True, mode="whole"),
 )
 # from scratch: twice the ViT's learning rate, in every layer
-optimizer = dict(lr=2e-3, paramwise_cfg=dict(num_layers=10, depths=[2, 2, 4, 2], layer_decay_rate=1.0, offset_lr_scale=1.0))
+optimizer = dict(
+    lr=2e-3, paramwise_cfg=dict(num_layers=10, depths=[2, 2, 4, 2], layer_decay_rate=1.0, offset_lr_scale=1.0)
+)
 optimizer_config = dict(grad_clip=dict(max_norm=1.0, norm_type=2))

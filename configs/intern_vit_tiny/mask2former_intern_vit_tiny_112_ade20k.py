@@ -12,7 +12,13 @@ _base_ = ["./upernet_intern_vit_tiny_112_ade20k.py"]
 num_classes = 150
 width = 64
 attention = dict(embed_dims=width, num_heads=4)
-ffn = dict(embed_dims=width, feedforward_channels=4 * width, num_fcs=2, ffn_drop=0.0, act_cfg=dict(type="ReLU", inplace=True))
+ffn = dict(
+    embed_dims=width,
+    feedforward_channels=4 * width,
+    num_fcs=2,
+    ffn_drop=0.0,
+    act_cfg=dict(type="ReLU", inplace=True),
+)
 position = dict(type="SinePositionalEncoding", num_feats=width // 2, normalize=True)
 model = dict(
     type="EncoderDecoderMask2Former",
@@ -36,7 +42,13 @@ model = dict(
                 num_layers=2,
                 transformerlayers=dict(
                     type="BaseTransformerLayer",
-                    attn_cfgs=dict(type="MultiScaleDeformableAttention", num_levels=3, num_points=4, dropout=0.0, **attention),
+                    attn_cfgs=dict(
+                        type="MultiScaleDeformableAttention",
+                        num_levels=3,
+                        num_points=4,
+                        dropout=0.0,
+                        **attention,
+                    ),
                     ffn_cfgs=dict(type="FFN", **ffn),
                     operation_order=("self_attn", "norm", "ffn", "norm"),
                 ),
@@ -56,9 +68,23 @@ model = dict(
                 operation_order=("cross_attn", "norm", "self_attn", "norm", "ffn", "norm"),
             ),
         ),
-        loss_cls=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=2.0, reduction="mean", class_weight=[1.0] * num_classes + [0.1]),
+        loss_cls=dict(
+            type="CrossEntropyLoss",
+            use_sigmoid=False,
+            loss_weight=2.0,
+            reduction="mean",
+            class_weight=[1.0] * num_classes + [0.1],
+        ),
         loss_mask=dict(type="CrossEntropyLoss", use_sigmoid=True, loss_weight=5.0, reduction="mean"),
-        loss_dice=dict(type="DiceLoss", use_sigmoid=True, activate=True, naive_dice=True, eps=1.0, loss_weight=5.0, reduction="mean"),
+        loss_dice=dict(
+            type="DiceLoss",
+            use_sigmoid=True,
+            activate=True,
+            naive_dice=True,
+            eps=1.0,
+            loss_weight=5.0,
+            reduction="mean",
+        ),
     ),
     auxiliary_head=None,
     train_cfg=dict(

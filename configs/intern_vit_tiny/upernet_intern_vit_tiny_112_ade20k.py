@@ -90,8 +90,12 @@ test_pipeline = [
         ],
     ),
 ]
-training = dict(type=dataset_type, data_root=data_root, img_dir="images/training", ann_dir="annotations/training")
-validation = dict(type=dataset_type, data_root=data_root, img_dir="images/validation", ann_dir="annotations/validation")
+training = dict(
+    type=dataset_type, data_root=data_root, img_dir="images/training", ann_dir="annotations/training"
+)
+validation = dict(
+    type=dataset_type, data_root=data_root, img_dir="images/validation", ann_dir="annotations/validation"
+)
 data = dict(
     samples_per_gpu=4,
     workers_per_gpu=1,
@@ -111,11 +115,15 @@ optimizer = dict(
     paramwise_cfg=dict(num_layers=4, layer_decay_rate=0.9),
 )
 optimizer_config = dict()
-lr_config = dict(policy="poly", warmup="linear", warmup_iters=50, warmup_ratio=1e-6, power=1.0, min_lr=0.0, by_epoch=False)
+lr_config = dict(
+    policy="poly", warmup="linear", warmup_iters=50, warmup_ratio=1e-6, power=1.0, min_lr=0.0, by_epoch=False
+)
 runner = dict(type="IterBasedRunner", max_iters=420)
 checkpoint_config = dict(by_epoch=False, interval=210, max_keep_ckpts=2)
 evaluation = dict(interval=210, metric="mIoU", pre_eval=True, save_best="auto")
-log_config = dict(interval=25, hooks=[dict(type="TextLoggerHook", by_epoch=False), dict(type="TensorboardLoggerHook")])
+log_config = dict(
+    interval=25, hooks=[dict(type="TextLoggerHook", by_epoch=False), dict(type="TensorboardLoggerHook")]
+)
 log_level = "INFO"
 load_from = None
 resume_from = None

@@ -17,7 +17,19 @@ _base_ = ["../_base_/default_runtime.py"]
 engine = dict(global_batch=8)  # images per optimizer step, at any number of processes
 
 # -- the data: class n is the n-th name, and is painted in the n-th colour (red, green, blue) --
-classes = ("Sky", "Building", "Pole", "Road", "Pavement", "Tree", "SignSymbol", "Fence", "Car", "Pedestrian", "Bicyclist")
+classes = (
+    "Sky",
+    "Building",
+    "Pole",
+    "Road",
+    "Pavement",
+    "Tree",
+    "SignSymbol",
+    "Fence",
+    "Car",
+    "Pedestrian",
+    "Bicyclist",
+)
 palette = [
     [128, 128, 128], [128, 0, 0], [192, 192, 128], [128, 64, 128], [60, 40, 222], [128, 128, 0],
     [192, 128, 128], [64, 64, 128], [64, 0, 128], [64, 64, 0], [0, 128, 192],
@@ -28,11 +40,15 @@ class_weight = [0.88, 0.75, 3.63, 0.64, 1.7, 1.15, 3.32, 3.39, 1.49, 4.5, 6.66]
 
 img_scale = (480, 360)  # (longer side, shorter side): photographs are fitted into it
 crop_size = (224, 224)  # (height, width): what the model sees at once, a multiple of patch_size
-img_norm_cfg = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True)  # those of ImageNet; pretrained weights expect them
+img_norm_cfg = dict(
+    mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True
+)  # those of ImageNet; pretrained weights expect them
 
 train_pipeline = [
     dict(type="LoadImageFromFile"),
-    dict(type="LoadAnnotations"),  # reduce_zero_label=True would be for data whose label 0 means "none of the classes", as in ADE20K
+    dict(
+        type="LoadAnnotations"
+    ),  # reduce_zero_label=True would be for data whose label 0 means "none of the classes", as in ADE20K
     dict(type="Resize", img_scale=img_scale, ratio_range=(0.75, 1.5)),
     dict(type="RandomCrop", crop_size=crop_size, cat_max_ratio=0.75),  # at most 75 % of a crop is one class
     dict(type="RandomFlip", prob=0.5),
@@ -49,7 +65,9 @@ test_pipeline = [
         flip=False,
         transforms=[
             dict(type="Resize", keep_ratio=True),
-            dict(type="ResizeToMultiple", size_divisor=14),  # so that an image smaller than a crop is whole patches too
+            dict(
+                type="ResizeToMultiple", size_divisor=14
+            ),  # so that an image smaller than a crop is whole patches too
             dict(type="RandomFlip"),
             dict(type="Normalize", **img_norm_cfg),
             dict(type="ImageToTensor", keys=["img"]),
@@ -66,7 +84,9 @@ camvid = dict(
     palette=palette,
 )
 training = dict(**camvid, img_dir="images/training", ann_dir="annotations/training", pipeline=train_pipeline)
-validation = dict(**camvid, img_dir="images/validation", ann_dir="annotations/validation", pipeline=test_pipeline)
+validation = dict(
+    **camvid, img_dir="images/validation", ann_dir="annotations/validation", pipeline=test_pipeline
+)
 data = dict(samples_per_gpu=4, workers_per_gpu=1, train=training, val=validation, test=validation)
 
 # -- the model: 8 blocks of 192 channels, four of them feed UPerNet; with pretrained weights, set backbone.pretrained and the sizes of those weights --
@@ -100,7 +120,9 @@ model = dict(
         num_classes=num_classes,
         norm_cfg=norm_cfg,
         align_corners=False,
-        loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=1.0, class_weight=class_weight),
+        loss_decode=dict(
+            type="CrossEntropyLoss", use_sigmoid=False, loss_weight=1.0, class_weight=class_weight
+        ),
     ),
     auxiliary_head=dict(
         type="FCNHead",
@@ -116,13 +138,17 @@ model = dict(
         loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=0.4),
     ),
     train_cfg=dict(),
-    test_cfg=dict(mode="slide", crop_size=crop_size, stride=(154, 154)),  # overlapping windows, 11 patches apart
+    test_cfg=dict(
+        mode="slide", crop_size=crop_size, stride=(154, 154)
+    ),  # overlapping windows, 11 patches apart
 )
 
 # -- the schedule, in steps: 367 photographs are 46 steps, so this is 26 times through them --
 optimizer = dict(type="AdamW", lr=1e-3, betas=(0.9, 0.999), weight_decay=0.05)
 optimizer_config = dict()
-lr_config = dict(policy="poly", warmup="linear", warmup_iters=100, warmup_ratio=1e-6, power=1.0, min_lr=0.0, by_epoch=False)
+lr_config = dict(
+    policy="poly", warmup="linear", warmup_iters=100, warmup_ratio=1e-6, power=1.0, min_lr=0.0, by_epoch=False
+)
 runner = dict(type="IterBasedRunner", max_iters=1200)
 checkpoint_config = dict(by_epoch=False, interval=600, max_keep_ckpts=2)
 evaluation = dict(interval=600, metric="mIoU", pre_eval=True, save_best="auto")

@@ -184,9 +184,11 @@ class CheckedFile:
     def _compare(self, index: int, found: _Sum) -> None:
         block = self.blocks[index]
         if found.hexdigest() != block.digest:
-            raise DamagedError(f"{self.path} is not what was written: the checksum of its bytes {block.start:,} to "
-                               f"{block.stop:,} is {found.hexdigest()}, {self.said_by} has {block.digest}; copy it again, "
-                               "or take another checkpoint")
+            raise DamagedError(
+                f"{self.path} is not what was written: the checksum of its bytes {block.start:,} to "
+                f"{block.stop:,} is {found.hexdigest()}, {self.said_by} has {block.digest}; copy it again, "
+                "or take another checkpoint"
+            )
         self._seen[index] = True
 
 
@@ -240,8 +242,10 @@ def _add(file: BinaryIO, sums: _Sum, start: int, stop: int) -> None:
 
 def of_digests(path: Path, size: int, digests: str, said_by: str, block: int = BLOCK) -> CheckedFile:
     """A file of `size` bytes of which every `block` have a digest."""
-    blocks = [_Block(start, min(start + block, size), digests[DIGEST * number : DIGEST * (number + 1)])
-              for number, start in enumerate(range(0, size, block))]
+    blocks = [
+        _Block(start, min(start + block, size), digests[DIGEST * number : DIGEST * (number + 1)])
+        for number, start in enumerate(range(0, size, block))
+    ]
     return CheckedFile(path, blocks, xxhash.xxh3_128, said_by)
 
 
@@ -272,13 +276,18 @@ def of_zip(path: Path) -> CheckedFile | None:
                 mark, name, padding = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
                 stored = entry.compress_type == zipfile.ZIP_STORED and entry.compress_size == entry.file_size
                 if mark != ZIP or not stored:
-                    raise zipfile.BadZipFile(f"its entry {entry.filename} is not where, or not what, it should be")
+                    raise zipfile.BadZipFile(
+                        f"its entry {entry.filename} is not where, or not what, it should be"
+                    )
                 start = entry.header_offset + LOCAL_HEADER.size + name + padding
                 if entry.CRC and entry.file_size:
                     blocks.append(_Block(start, start + entry.file_size, f"{entry.CRC:08x}"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: the checkpoint is incomplete; copy it again, with all its files") from None
+        raise CheckpointError(
+            f"{path} is missing: the checkpoint is incomplete; copy it again, with all its files"
+        ) from None
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
-        raise CheckpointError(f"{path} is truncated or no PyTorch file ({error}); copy it again, or take another "
-                              "checkpoint") from None
+        raise CheckpointError(
+            f"{path} is truncated or no PyTorch file ({error}); copy it again, or take another checkpoint"
+        ) from None
     return CheckedFile(path, blocks, _Crc32, "its own archive")

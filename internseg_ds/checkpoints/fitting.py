@@ -30,8 +30,15 @@ class Fit:
         return ", ".join(parts)
 
 
-def fit(weights: Weights, shapes: Mapping[str, torch.Size], *, prefix: str = "", resizable: Mapping[str, CanResize] = {}, ignore: tuple[str, ...] = (),
-        may_miss: tuple[str, ...] = ()) -> Fit:
+def fit(
+    weights: Weights,
+    shapes: Mapping[str, torch.Size],
+    *,
+    prefix: str = "",
+    resizable: Mapping[str, CanResize] = {},
+    ignore: tuple[str, ...] = (),
+    may_miss: tuple[str, ...] = (),
+) -> Fit:
     """Matches a file with a model.
 
     shapes: name -> shape of everything in the model that is to be loaded. prefix: of the names in the file ("backbone."); what does not start with it is
@@ -48,7 +55,9 @@ def fit(weights: Weights, shapes: Mapping[str, torch.Size], *, prefix: str = "",
             found.ignored.append(source)
         elif name not in shapes:
             extra.append(source)
-        elif shape == shapes[name] or (shape == () and shapes[name] == (1,)):  # parameters without dimensions are vectors here (`construction`)
+        elif shape == shapes[name] or (
+            shape == () and shapes[name] == (1,)
+        ):  # parameters without dimensions are vectors here (`construction`)
             found.sources[name] = source
         elif name in resizable and resizable[name](shape, shapes[name]):
             found.sources[name] = source
@@ -61,11 +70,15 @@ def fit(weights: Weights, shapes: Mapping[str, torch.Size], *, prefix: str = "",
     lacking = [name for name in found.missing if not name.startswith(may_miss)]
     if wrong:
         name, source = wrong[0]
-        raise CheckpointError(f"{weights.path} does not fit the model: {name} is {list(weights.shapes[source])} in the file and {list(shapes[name])} in "
-                              f"the model ({len(wrong)} tensors differ: {shortened([name for name, _ in wrong])}); use the config that these weights were made "
-                              "with, or let what differs keep its initial values with engine.weights_may_differ=[PREFIX, ...]")
+        raise CheckpointError(
+            f"{weights.path} does not fit the model: {name} is {list(weights.shapes[source])} in the file and {list(shapes[name])} in "
+            f"the model ({len(wrong)} tensors differ: {shortened([name for name, _ in wrong])}); use the config that these weights were made "
+            "with, or let what differs keep its initial values with engine.weights_may_differ=[PREFIX, ...]"
+        )
     if extra or lacking:
-        raise CheckpointError(f"{weights.path} does not fit the model: unexpected in the file: {shortened(extra) or 'nothing'}; missing from it: "
-                              f"{shortened(lacking) or 'nothing'}; use the config that these weights were made with, or allow names with "
-                              "engine.weights_may_differ=[PREFIX, ...]")
+        raise CheckpointError(
+            f"{weights.path} does not fit the model: unexpected in the file: {shortened(extra) or 'nothing'}; missing from it: "
+            f"{shortened(lacking) or 'nothing'}; use the config that these weights were made with, or allow names with "
+            "engine.weights_may_differ=[PREFIX, ...]"
+        )
     return found

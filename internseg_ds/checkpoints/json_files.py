@@ -23,11 +23,15 @@ def read_object(path: Path) -> dict[str, Any]:
 def object_in(text: bytes | str, where: str) -> dict[str, Any]:
     """The same of a text; where: what names it in the error."""
     if len(text) > LARGEST:
-        raise CheckpointError(f"{where} has more than {LARGEST / 2**20:.0f} MiB, which no model's has; take another file")
+        raise CheckpointError(
+            f"{where} has more than {LARGEST / 2**20:.0f} MiB, which no model's has; take another file"
+        )
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where} is damaged ({reason_of(error)[:120]}); copy it again") from None
     if not isinstance(found, dict):
-        raise CheckpointError(f"{where} is damaged: it holds a {type(found).__name__}, and no object of names; copy it again")
+        raise CheckpointError(
+            f"{where} is damaged: it holds a {type(found).__name__}, and no object of names; copy it again"
+        )
     return found

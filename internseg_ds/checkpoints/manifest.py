@@ -12,21 +12,50 @@ from typing import Any
 
 import xxhash
 
-from internseg_ds.checkpoints.checksums import BLOCK, DIGEST, BlockSums, CheckedFile, Written, of_digests, of_zip
+from internseg_ds.checkpoints.checksums import (
+    BLOCK,
+    DIGEST,
+    BlockSums,
+    CheckedFile,
+    Written,
+    of_digests,
+    of_zip,
+)
 from internseg_ds.errors import CheckpointError
 
 MANIFEST = "internseg_ds.json"
-KINDS = {"step": (int,), "number": (int,), "run": (str,), "saved_at": (float, int), "world_size": (int,), "files": (dict,), "meta": (dict,),
-         "metrics": (dict,), "groups": (list,)}
+KINDS = {
+    "step": (int,),
+    "number": (int,),
+    "run": (str,),
+    "saved_at": (float, int),
+    "world_size": (int,),
+    "files": (dict,),
+    "meta": (dict,),
+    "metrics": (dict,),
+    "groups": (list,),
+}
 """What a note holds, as far as it is relied on."""
 FORMAT = 2
 """Of notes with checksums. Those of format 1 have the size alone of each file."""
 SUM = "xxh128"
 
 
-def write_manifest(directory: Path, *, step: int, world_size: int, zero_stage: int, meta: Mapping[str, Any], metrics: Mapping[str, float],
-                   groups: Sequence[Mapping[str, Any]] = (), saved_at: float | None = None, node_local: bool = False, run: str = "", number: int = 0,
-                   written: Mapping[str, tuple[int, Written]] = {}) -> None:
+def write_manifest(
+    directory: Path,
+    *,
+    step: int,
+    world_size: int,
+    zero_stage: int,
+    meta: Mapping[str, Any],
+    metrics: Mapping[str, float],
+    groups: Sequence[Mapping[str, Any]] = (),
+    saved_at: float | None = None,
+    node_local: bool = False,
+    run: str = "",
+    number: int = 0,
+    written: Mapping[str, tuple[int, Written]] = {},
+) -> None:
     """Records step, layout, meta (CLASSES, PALETTE, config text), metrics, parameter groups (names, lr, weight_decay), and
     size and checksums of every other file in `directory`; atomic.
 
@@ -42,9 +71,24 @@ def write_manifest(directory: Path, *, step: int, world_size: int, zero_stage: i
         if (size := file.stat().st_size) != sums.size:
             raise OSError(f"{file} has {size:,} bytes on the disk, {sums.size:,} were written")
         files[name] = {"size": size, "rank": rank, SUM: sums.digests}
-    _write(directory, {"format": FORMAT, "block": BLOCK, "run": run, "number": number, "step": step, "saved_at": time.time() if saved_at is None else saved_at,
-                       "world_size": world_size, "zero_stage": zero_stage, "node_local": node_local, "files": files, "meta": dict(meta),
-                       "metrics": dict(metrics), "groups": list(groups)})
+    _write(
+        directory,
+        {
+            "format": FORMAT,
+            "block": BLOCK,
+            "run": run,
+            "number": number,
+            "step": step,
+            "saved_at": time.time() if saved_at is None else saved_at,
+            "world_size": world_size,
+            "zero_stage": zero_stage,
+            "node_local": node_local,
+            "files": files,
+            "meta": dict(meta),
+            "metrics": dict(metrics),
+            "groups": list(groups),
+        },
+    )
 
 
 def update_metrics(directory: Path, metrics: Mapping[str, float]) -> None:
@@ -64,14 +108,20 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError, OSError) as error:
-        raise CheckpointError(f"{directory / MANIFEST} is damaged ({error}); take another checkpoint") from None
+        raise CheckpointError(
+            f"{directory / MANIFEST} is damaged ({error}); take another checkpoint"
+        ) from None
     if isinstance(content, dict) and (SUM in content or content.get("format", 1) != 1):
         said = content.pop(SUM, None)
         if said != (found := _sum_of(content)):
-            raise CheckpointError(f"{directory / MANIFEST} is damaged: its checksum says {said}, its content has {found}; take another checkpoint")
+            raise CheckpointError(
+                f"{directory / MANIFEST} is damaged: its checksum says {said}, its content has {found}; take another checkpoint"
+            )
     for key, kind in KINDS.items():
         if not isinstance(content, dict) or not isinstance(content.get(key, kind[0]()), kind):
-            raise CheckpointError(f"{directory / MANIFEST} is damaged: it has no {key} as a save writes it; take another checkpoint")
+            raise CheckpointError(
+                f"{directory / MANIFEST} is damaged: it has no {key} as a save writes it; take another checkpoint"
+            )
     if trouble := _trouble_in(content):
         raise CheckpointError(f"{directory / MANIFEST} is damaged: {trouble}; take another checkpoint")
     return content
@@ -79,19 +129,30 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
 
 def _trouble_in(content: Mapping[str, Any]) -> str | None:
     """What of a note's content no save writes."""
+
     def is_number(value: Any) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
 
     if "step" not in content:
         return "it has no step"
     for name, entry in content.get("files", {}).items():
-        if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name or not isinstance(_size(entry), int):
+        if (
+            Path(name).is_absolute()
+            or ".." in Path(name).parts
+            or "\0" in name
+            or not isinstance(_size(entry), int)
+        ):
             return f"its files hold {name[:60]!r}: {entry!r:.60}"
     for name, value in content.get("metrics", {}).items():
         if not is_number(value):
             return f"its metrics hold {name[:60]!r}: {value!r:.60}"
     for group in content.get("groups", []):
-        if not (isinstance(group, dict) and isinstance(group.get("names"), list) and is_number(group.get("lr")) and is_number(group.get("weight_decay"))):
+        if not (
+            isinstance(group, dict)
+            and isinstance(group.get("names"), list)
+            and is_number(group.get("lr"))
+            and is_number(group.get("weight_decay"))
+        ):
             return f"its groups hold {group!r:.60}"
     return None
 
@@ -101,10 +162,14 @@ def verify_manifest(directory: Path) -> None:
     for name, entry in (read_manifest(directory) or {"files": {}}).get("files", {}).items():
         file, size = directory / name, _size(entry)
         if not file.is_file():
-            raise CheckpointError(f"{file} is missing: the checkpoint is incomplete; copy it again with all its files, or take another one")
+            raise CheckpointError(
+                f"{file} is missing: the checkpoint is incomplete; copy it again with all its files, or take another one"
+            )
         if file.stat().st_size != size:
-            raise CheckpointError(f"{file} has {file.stat().st_size:,} bytes, its save wrote {size:,}: it is truncated; "
-                                  "copy it again, or take another checkpoint")
+            raise CheckpointError(
+                f"{file} has {file.stat().st_size:,} bytes, its save wrote {size:,}: it is truncated; "
+                "copy it again, or take another checkpoint"
+            )
 
 
 def checked_files(directory: Path, manifest: Mapping[str, Any]) -> dict[str, CheckedFile]:
@@ -115,7 +180,9 @@ def checked_files(directory: Path, manifest: Mapping[str, Any]) -> dict[str, Che
         if isinstance(entry, dict) and isinstance(entry.get(SUM), str):
             block = manifest.get("block", BLOCK)
             if len(entry[SUM]) != DIGEST * -(-entry["size"] // block):
-                raise CheckpointError(f"{directory / MANIFEST} is damaged: {name} has checksums for another size; take another checkpoint")
+                raise CheckpointError(
+                    f"{directory / MANIFEST} is damaged: {name} has checksums for another size; take another checkpoint"
+                )
             found[name] = of_digests(directory / name, entry["size"], entry[SUM], MANIFEST, block)
     for file in sorted(directory.glob("*.pt")):
         if file.name not in found and (checked := of_zip(file)) is not None:

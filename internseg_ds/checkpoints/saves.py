@@ -55,9 +55,19 @@ def named_by(pointer: Path) -> str:
         with pointer.open("rb") as file:
             name = file.read(LONGEST + 1).decode().strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{pointer} cannot be read ({error}); write the name of a checkpoint into it, or remove it") from None
-    if not name or len(name) > LONGEST or name != Path(name).name or name in (".", "..") or not name.isprintable():
-        raise CheckpointError(f"{pointer} holds {name[:60]!r}, which is no name of a checkpoint beside it; write one into it, or remove it")
+        raise CheckpointError(
+            f"{pointer} cannot be read ({error}); write the name of a checkpoint into it, or remove it"
+        ) from None
+    if (
+        not name
+        or len(name) > LONGEST
+        or name != Path(name).name
+        or name in (".", "..")
+        or not name.isprintable()
+    ):
+        raise CheckpointError(
+            f"{pointer} holds {name[:60]!r}, which is no name of a checkpoint beside it; write one into it, or remove it"
+        )
     return name
 
 

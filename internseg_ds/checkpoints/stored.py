@@ -43,8 +43,12 @@ class StoredTensor:
         """The whole tensor, fresh, in the file's dtype."""
         if self.stride is None:
             return self.read_slice(0, self.numel()).view(self.shape)
-        reach = 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride)) if self.numel() else 0
-        reached = StoredTensor(self.path, self.place, self.dtype, torch.Size([reach]), checked=self.checked).read()
+        reach = (
+            1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride)) if self.numel() else 0
+        )
+        reached = StoredTensor(
+            self.path, self.place, self.dtype, torch.Size([reach]), checked=self.checked
+        ).read()
         return reached.as_strided(self.shape, self.stride).contiguous()
 
     def read_slice(self, start: int, stop: int) -> Tensor:
@@ -73,10 +77,14 @@ class StoredTensor:
                     file.seek(begin)
                 while room:
                     if not (count := file.readinto(room)):
-                        raise DamagedError(f"{self.path} ends before its tensors do: it is truncated; copy it again")
+                        raise DamagedError(
+                            f"{self.path} ends before its tensors do: it is truncated; copy it again"
+                        )
                     room = room[count:]
         except OSError as error:
-            raise DamagedError(f"{self.path} cannot be read: {error.strerror or error}; copy it again, or take another checkpoint") from None
+            raise DamagedError(
+                f"{self.path} cannot be read: {error.strerror or error}; copy it again, or take another checkpoint"
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -134,8 +142,13 @@ ALLOWED = [
     np.dtype,
     np.ndarray,
     *(type(np.dtype(kind)) for kind in "?bBhHiIlLqQefdSU"),
-    *((np.float64().__reduce__()[0], f"numpy.{module}.multiarray.scalar") for module in ("core", "_core")),  # numpy 1 and 2 name them differently
-    *((np.empty(0).__reduce__()[0], f"numpy.{module}.multiarray._reconstruct") for module in ("core", "_core")),
+    *(
+        (np.float64().__reduce__()[0], f"numpy.{module}.multiarray.scalar") for module in ("core", "_core")
+    ),  # numpy 1 and 2 name them differently
+    *(
+        (np.empty(0).__reduce__()[0], f"numpy.{module}.multiarray._reconstruct")
+        for module in ("core", "_core")
+    ),
     (codecs.encode, "_codecs.encode"),
 ]
 
@@ -149,35 +162,52 @@ def load_stored(path: Path, checked: CheckedFile | None = None) -> Any:
     try:
         with path.open("rb") as file:
             zipped = file.read(len(ZIP)) == ZIP
-        with (torch.serialization.safe_globals(ALLOWED), _noting_places() if zipped else nullcontext(),
-              nullcontext(path) if checked is None else checked.opened() as source):
+        with (
+            torch.serialization.safe_globals(ALLOWED),
+            _noting_places() if zipped else nullcontext(),
+            nullcontext(path) if checked is None else checked.opened() as source,
+        ):
             content = torch.load(source, map_location="meta" if zipped else "cpu", weights_only=True)
     except CheckpointError:
         raise
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: the checkpoint is incomplete; copy it again with all its files") from None
+        raise CheckpointError(
+            f"{path} is missing: the checkpoint is incomplete; copy it again with all its files"
+        ) from None
     except pickle.UnpicklingError as error:
-        if "unsupported" not in str(error).lower():  # torch's word for a class or function that it would have to import
-            raise CheckpointError(f"{path} is damaged or no PyTorch file; copy it again, or take another checkpoint") from None
+        if (
+            "unsupported" not in str(error).lower()
+        ):  # torch's word for a class or function that it would have to import
+            raise CheckpointError(
+                f"{path} is damaged or no PyTorch file; copy it again, or take another checkpoint"
+            ) from None
         kind = re.search(r"(?:GLOBAL|class|function) (\w[\w.]+)", str(error))
-        raise CheckpointError(f"{path} holds {kind[1] if kind else 'objects'} beside tensors, numbers and strings, and loading it would run code; save the "
-                              "model's state_dict() alone") from None
+        raise CheckpointError(
+            f"{path} holds {kind[1] if kind else 'objects'} beside tensors, numbers and strings, and loading it would run code; save the "
+            "model's state_dict() alone"
+        ) from None
     except NotImplementedError:
         raise CheckpointError(f"{path} holds quantized or other special tensors; save plain ones") from None
     except Exception as error:  # a damaged pickle can raise anything
         reason = next(iter(str(error).splitlines()), type(error).__name__).split(". ")[0][:120]
-        raise CheckpointError(f"{path} is truncated or no PyTorch file ({reason}); copy it again, or take another checkpoint") from None
+        raise CheckpointError(
+            f"{path} is truncated or no PyTorch file ({reason}); copy it again, or take another checkpoint"
+        ) from None
     try:
         return _stored(content, path, checked)
     except RecursionError:
-        raise CheckpointError(f"{path} holds lists or dicts inside each other, deeper than any checkpoint's; take another file") from None
+        raise CheckpointError(
+            f"{path} holds lists or dicts inside each other, deeper than any checkpoint's; take another file"
+        ) from None
 
 
 def _noting_places() -> AbstractContextManager:
     """Inside, torch.load(map_location="meta") notes where each storage lies (`_checkpoint_offset`) instead of reading it."""
     if torch.__version__ >= (2, 13):  # does so of itself
         return nullcontext()
-    from torch._subclasses.fake_tensor import FakeTensorMode  # loads a good part of torch: a second, and 130 MB
+    from torch._subclasses.fake_tensor import (
+        FakeTensorMode,
+    )  # loads a good part of torch: a second, and 130 MB
 
     return FakeTensorMode()
 
@@ -189,8 +219,14 @@ def _stored(value: Any, path: Path, checked: CheckedFile | None) -> Any:
         start = value.untyped_storage()._checkpoint_offset
         if start is None:
             return HeldTensor(value)
-        return StoredTensor(path, start + value.storage_offset() * value.itemsize, value.dtype, value.shape,
-                            None if value.is_contiguous() else value.stride(), checked)
+        return StoredTensor(
+            path,
+            start + value.storage_offset() * value.itemsize,
+            value.dtype,
+            value.shape,
+            None if value.is_contiguous() else value.stride(),
+            checked,
+        )
     if isinstance(value, Mapping):
         return {key: _stored(item, path, checked) for key, item in value.items()}
     if isinstance(value, list) or type(value) is tuple:  # torch.Size stays what it is
@@ -198,11 +234,23 @@ def _stored(value: Any, path: Path, checked: CheckedFile | None) -> Any:
     return value
 
 
-SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
-                      "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
-def load_stored_safetensors(path: Path, checked: CheckedFile | None = None) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+def load_stored_safetensors(
+    path: Path, checked: CheckedFile | None = None
+) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """Names and tensors of a safetensors file, and its metadata. checked: as for `load_stored`. Raises CheckpointError when it is
     damaged."""
     from safetensors import SafetensorError, safe_open
@@ -212,19 +260,33 @@ def load_stored_safetensors(path: Path, checked: CheckedFile | None = None) -> t
             length = int.from_bytes(file.read(8), "little")
             text = file.read(min(length, LARGEST + 1))
         if length > LARGEST and len(text) > LARGEST:
-            raise CheckpointError(f"the header of {path} has {length / 2**20:.0f} MiB, and no model's has more than {LARGEST / 2**20:.0f}: it would name more "
-                                  "than 100,000 tensors; take another file")
+            raise CheckpointError(
+                f"the header of {path} has {length / 2**20:.0f} MiB, and no model's has more than {LARGEST / 2**20:.0f}: it would name more "
+                "than 100,000 tensors; take another file"
+            )
         with safe_open(path, framework="pt"):  # checks the header, and the file's length against it
             pass
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is truncated or no safetensors file ({str(error)[:200]}); copy it again") from None
+        raise CheckpointError(
+            f"{path} is truncated or no safetensors file ({str(error)[:200]}); copy it again"
+        ) from None
     header = object_in(text, f"the header of {path}")
     metadata = header.pop("__metadata__", None) or {}
     tensors = {}
     for name, entry in header.items():
         if entry["dtype"] not in SAFETENSORS_DTYPES:
-            raise CheckpointError(f"{path}: {name} has dtype {entry['dtype']}, which no weight of ours has; known are {', '.join(SAFETENSORS_DTYPES)}")
-        tensors[name] = StoredTensor(path, 8 + length + entry["data_offsets"][0], SAFETENSORS_DTYPES[entry["dtype"]], torch.Size(entry["shape"]),
-                                     checked=checked)
-        assert math.prod(entry["shape"]) * tensors[name].dtype.itemsize == entry["data_offsets"][1] - entry["data_offsets"][0]
+            raise CheckpointError(
+                f"{path}: {name} has dtype {entry['dtype']}, which no weight of ours has; known are {', '.join(SAFETENSORS_DTYPES)}"
+            )
+        tensors[name] = StoredTensor(
+            path,
+            8 + length + entry["data_offsets"][0],
+            SAFETENSORS_DTYPES[entry["dtype"]],
+            torch.Size(entry["shape"]),
+            checked=checked,
+        )
+        assert (
+            math.prod(entry["shape"]) * tensors[name].dtype.itemsize
+            == entry["data_offsets"][1] - entry["data_offsets"][0]
+        )
     return tensors, metadata

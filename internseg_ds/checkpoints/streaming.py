@@ -42,7 +42,10 @@ class Entry:
     def split(self, parts: int) -> list["Entry"]:
         """The tensor in equal parts along its first dimension."""
         shape = torch.Size([self.shape[0] // parts, *self.shape[1:]]) if parts > 1 else self.shape
-        return [Entry(shape, self.dtype, partial(self._read_from, index * shape.numel())) for index in range(parts)]
+        return [
+            Entry(shape, self.dtype, partial(self._read_from, index * shape.numel()))
+            for index in range(parts)
+        ]
 
     def _read_from(self, first: int, start: int, stop: int) -> Tensor:
         return self.read_slice(first + start, first + stop)
@@ -55,17 +58,23 @@ class Entry:
             yield memoryview(piece.contiguous().view(torch.uint8).numpy())
 
 
-def write_pth(path: Path, entries: Mapping[str, Entry], meta: Mapping[str, Any] | None, advance: Advance) -> FileSums:
+def write_pth(
+    path: Path, entries: Mapping[str, Entry], meta: Mapping[str, Any] | None, advance: Advance
+) -> FileSums:
     """{"meta": meta, "state_dict": entries} as torch.save writes it, or the bare entries without a meta; returns the file's checksums.
 
     The archive's own CRC-32 fields stay empty, which torch.load does not look at (`unzip -t` would complain).
     """
-    hollow = {name: torch.empty(entry.shape, dtype=entry.dtype) for name, entry in entries.items()}  # addresses only: memory counts once it is written to
+    hollow = {
+        name: torch.empty(entry.shape, dtype=entry.dtype) for name, entry in entries.items()
+    }  # addresses only: memory counts once it is written to
     with torch.serialization.skip_data():
         torch.save(hollow if meta is None else {"meta": dict(meta), "state_dict": hollow}, path)
     del hollow
     content = load_stored(path)
-    places = {name: stored.place for name, stored in (content if meta is None else content["state_dict"]).items()}
+    places = {
+        name: stored.place for name, stored in (content if meta is None else content["state_dict"]).items()
+    }
     digest = FileSummer()
     with path.open("r+b") as file:
         for name in sorted((name for name, entry in entries.items() if entry.nbytes), key=places.__getitem__):
@@ -76,12 +85,18 @@ def write_pth(path: Path, entries: Mapping[str, Entry], meta: Mapping[str, Any] 
     return digest.sums()
 
 
-def write_safetensors(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str], advance: Advance) -> FileSums:
+def write_safetensors(
+    path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str], advance: Advance
+) -> FileSums:
     """A .safetensors file with `entries` in their order; returns its checksums. metadata: strings, "format": "pt" among them."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name, entry in entries.items():
-        header[name] = {"dtype": NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": [end, end := end + entry.nbytes]}
+        header[name] = {
+            "dtype": NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [end, end := end + entry.nbytes],
+        }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the values begin at a multiple of 8
     digest = FileSummer()

@@ -51,8 +51,9 @@ def sum_file(out: Path) -> Path:
 
 def written_sums(sums: Mapping[str, FileSums]) -> str:
     """The content of a sum file. sums: by the name of a file, or FOLDER/NAME."""
-    return ("".join(f"{each.whole}  {name}\n" for name, each in sums.items())
-            + "".join(f"# {each.size} bytes, blocks of {each.block}: {each.blocks}  {name}\n" for name, each in sums.items()))
+    return "".join(f"{each.whole}  {name}\n" for name, each in sums.items()) + "".join(
+        f"# {each.size} bytes, blocks of {each.block}: {each.blocks}  {name}\n" for name, each in sums.items()
+    )
 
 
 def read_sums(out: Path) -> dict[str, FileSums]:
@@ -61,8 +62,9 @@ def read_sums(out: Path) -> dict[str, FileSums]:
     try:
         lines = note.read_text(errors="replace").splitlines()
     except OSError as error:
-        raise CheckpointError(f"{note} cannot be read ({error.strerror or error}), so nothing says what {out} should "
-                              "hold") from None
+        raise CheckpointError(
+            f"{note} cannot be read ({error.strerror or error}), so nothing says what {out} should hold"
+        ) from None
     found: dict[str, FileSums] = {}
     odd = not lines
     for line in lines:
@@ -74,8 +76,10 @@ def read_sums(out: Path) -> dict[str, FileSums]:
         else:
             odd = True
     if odd:
-        raise CheckpointError(f"{note} is damaged or empty, so nothing says what {out} should hold; consolidate again, or, if "
-                              "the weights are right, remove it")
+        raise CheckpointError(
+            f"{note} is damaged or empty, so nothing says what {out} should hold; consolidate again, or, if "
+            "the weights are right, remove it"
+        )
     return found
 
 
@@ -98,8 +102,10 @@ def checked_beside(out: Path) -> dict[str, CheckedFile]:
             raise CheckpointError(f"{file} is missing, but {note} names it; copy it again")
         size = file.stat().st_size
         if sums.size is not None and size != sums.size:
-            raise CheckpointError(f"{file} has {size:,} bytes, {note} says {sums.size:,}; copy it again, or remove {note} if "
-                                  "it is of another file")
+            raise CheckpointError(
+                f"{file} has {size:,} bytes, {note} says {sums.size:,}; copy it again, or remove {note} if "
+                "it is of another file"
+            )
         known = (sums.whole, max(size, 1)) if sums.size is None else (sums.blocks, sums.block)
         checked[file.name] = of_digests(file, size, known[0], note, known[1])
     return checked
@@ -114,12 +120,16 @@ def verify(out: Path) -> None:
     expected = read_sums(out)
     missing = [name for name in expected if not (out.parent / name).is_file()]
     if missing:
-        raise CheckpointError(f"{out.parent / missing[0]} is missing, but {sum_file(out).name} names it; copy it again")
+        raise CheckpointError(
+            f"{out.parent / missing[0]} is missing, but {sum_file(out).name} names it; copy it again"
+        )
     for name, sums in expected.items():
         with rich.progress.open(out.parent / name, "rb", description=f"verifying {name}") as file:
             found = xxhash.xxh3_128()
             while piece := file.read(2**22):
                 found.update(piece)
             if found.hexdigest() != sums.whole:
-                raise DamagedError(f"{out.parent / name} is not what was written: its checksum is {found.hexdigest()}, "
-                                   f"{sum_file(out).name} has {sums.whole}; copy it again")
+                raise DamagedError(
+                    f"{out.parent / name} is not what was written: its checksum is {found.hexdigest()}, "
+                    f"{sum_file(out).name} has {sums.whole}; copy it again"
+                )

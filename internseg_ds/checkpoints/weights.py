@@ -55,7 +55,9 @@ def open_weights(path: Path, *, ema: bool = False, check: bool = True) -> Weight
     if is_zero_checkpoint(path):
         return weights_of(ZeroCheckpoint.open(path, check=check), "ema" if ema else "fp32")
     if ema:
-        raise CheckpointError(f"{path} is no ZeRO checkpoint, which alone keeps averaged weights beside the others")
+        raise CheckpointError(
+            f"{path} is no ZeRO checkpoint, which alone keeps averaged weights beside the others"
+        )
     checked = checked_beside(path) if check else {}
     if path.is_dir():
         return _folder(path, checked)
@@ -63,8 +65,10 @@ def open_weights(path: Path, *, ema: bool = False, check: bool = True) -> Weight
         return _safetensors(path, [path], checked)
     if path.suffix in (".pth", ".pt", ".bin", ".ckpt"):
         return _pth(path, checked)
-    raise CheckpointError(f"{path} has an unknown ending; weights are .pth, .safetensors, a folder of safetensors or of pytorch_model.bin, or a ZeRO "
-                          "checkpoint directory")
+    raise CheckpointError(
+        f"{path} has an unknown ending; weights are .pth, .safetensors, a folder of safetensors or of pytorch_model.bin, or a ZeRO "
+        "checkpoint directory"
+    )
 
 
 def weights_of(checkpoint: ZeroCheckpoint, what: What = "fp32") -> Weights:
@@ -74,16 +78,27 @@ def weights_of(checkpoint: ZeroCheckpoint, what: What = "fp32") -> Weights:
     shapes = checkpoint.shapes | {name: buffer.shape for name, buffer in buffers.items()}
 
     def read_slice(name: str, start: int, stop: int) -> Tensor:
-        return buffers[name].read_slice(start, stop) if name in buffers else checkpoint.read_slice(name, start, stop, what)
+        return (
+            buffers[name].read_slice(start, stop)
+            if name in buffers
+            else checkpoint.read_slice(name, start, stop, what)
+        )
 
-    return Weights(checkpoint.path, shapes, lambda name: read_slice(name, 0, shapes[name].numel()).view(shapes[name]), read_slice,
-                   checkpoint.manifest.get("meta", {}))
+    return Weights(
+        checkpoint.path,
+        shapes,
+        lambda name: read_slice(name, 0, shapes[name].numel()).view(shapes[name]),
+        read_slice,
+        checkpoint.manifest.get("meta", {}),
+    )
 
 
 def _of(file: Path, checked: Checked) -> CheckedFile | None:
     """What a file should hold. Raises CheckpointError where others have checksums and it has none."""
     if checked and file.name not in checked:
-        raise CheckpointError(f"{file} has no checksum where the files beside it have; copy the weights again, with their .xxh128, or remove that")
+        raise CheckpointError(
+            f"{file} has no checksum where the files beside it have; copy the weights again, with their .xxh128, or remove that"
+        )
     return checked.get(file.name)
 
 
@@ -95,29 +110,43 @@ def _object(file: Path, checked: Checked) -> dict[str, Any]:
 
 
 def _of_tensors(path: Path, tensors: Mapping[str, Stored], meta: dict[str, Any]) -> Weights:
-    return Weights(path, {name: value.shape for name, value in tensors.items()}, lambda name: tensors[name].read(),
-                   lambda name, start, stop: tensors[name].read_slice(start, stop), meta)
+    return Weights(
+        path,
+        {name: value.shape for name, value in tensors.items()},
+        lambda name: tensors[name].read(),
+        lambda name, start, stop: tensors[name].read_slice(start, stop),
+        meta,
+    )
 
 
 def _pth(path: Path, checked: Checked) -> Weights:
     with path.open("rb") as file:
         head = file.read(64)
-    if head.startswith(b"version https://git-lfs") or head.lstrip().lower().startswith((b"<!doctype", b"<html")):
+    if head.startswith(b"version https://git-lfs") or head.lstrip().lower().startswith(
+        (b"<!doctype", b"<html")
+    ):
         kind = "a git-lfs pointer" if head.startswith(b"version") else "a web page"
         raise CheckpointError(f"{path} is {kind}, not the weights themselves; download the file again")
     content = load_stored(path, _of(path, checked))
     meta = content.get("meta") if isinstance(content, dict) else None
     meta = meta if isinstance(meta, dict) else {}
-    meta = {key: value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value for key, value in meta.items()}
+    meta = {
+        key: value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
+        for key, value in meta.items()
+    }
     for wrapper in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
             break
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict of named weights")
-    tensors = {name.removeprefix("module."): value for name, value in content.items() if isinstance(value, Stored)}
+    tensors = {
+        name.removeprefix("module."): value for name, value in content.items() if isinstance(value, Stored)
+    }
     if not tensors:
-        raise CheckpointError(f"{path} holds no weights, {'only ' + ', '.join(map(str, list(content)[:5])) if content else 'it is empty'}")
+        raise CheckpointError(
+            f"{path} holds no weights, {'only ' + ', '.join(map(str, list(content)[:5])) if content else 'it is empty'}"
+        )
     return _of_tensors(path, tensors, meta)
 
 
@@ -126,6 +155,7 @@ def noting_unfit(weights: Weights, parameters: Collection[str], noted: dict[str,
 
     In a parameter these are NaN, infinite (in fp32), or no real numbers; in a buffer NaN. parameters: names in the file of what becomes a parameter.
     """
+
     def look(name: str, value: Tensor) -> Tensor:
         if name not in parameters:
             if value.isnan().any():
@@ -136,22 +166,31 @@ def noting_unfit(weights: Weights, parameters: Collection[str], noted: dict[str,
             noted[name] = "NaN or infinite"
         return value
 
-    return dataclasses.replace(weights, read=lambda name: look(name, weights.read(name)),
-                               read_slice=lambda name, start, stop: look(name, weights.read_slice(name, start, stop)))
+    return dataclasses.replace(
+        weights,
+        read=lambda name: look(name, weights.read(name)),
+        read_slice=lambda name, start, stop: look(name, weights.read_slice(name, start, stop)),
+    )
 
 
 def refuse_unfit(weights: Weights, noted: Mapping[str, str]) -> None:
     """Raises CheckpointError when `noting_unfit` has noted any."""
     if noted:
         names = [f"{name} ({values})" for name, values in sorted(noted.items())]
-        raise CheckpointError(f"{weights.path} holds values that no weights have: {shortened(names)}; take another file")
+        raise CheckpointError(
+            f"{weights.path} holds values that no weights have: {shortened(names)}; take another file"
+        )
 
 
 def renamed(weights: Weights, sources: Mapping[str, tuple[str, ...]], rest: Collection[str] = ()) -> Weights:
     """A view of `weights` with other names: new name -> old names, several of which are joined along the first dimension. rest: old names that stay."""
     sources = {**sources, **{name: (name,) for name in rest}}
-    shapes = {name: torch.Size([sum(weights.shapes[part][0] for part in parts), *weights.shapes[parts[0]][1:]]) if len(parts) > 1 else weights.shapes[parts[0]]
-              for name, parts in sources.items()}
+    shapes = {
+        name: torch.Size([sum(weights.shapes[part][0] for part in parts), *weights.shapes[parts[0]][1:]])
+        if len(parts) > 1
+        else weights.shapes[parts[0]]
+        for name, parts in sources.items()
+    }
 
     def read_slice(name: str, start: int, stop: int) -> Tensor:
         found, begin = [], 0
@@ -163,7 +202,12 @@ def renamed(weights: Weights, sources: Mapping[str, tuple[str, ...]], rest: Coll
             begin += numel
         return torch.cat(found) if found else torch.empty(0)
 
-    return dataclasses.replace(weights, shapes=shapes, read=lambda name: read_slice(name, 0, shapes[name].numel()).view(shapes[name]), read_slice=read_slice)
+    return dataclasses.replace(
+        weights,
+        shapes=shapes,
+        read=lambda name: read_slice(name, 0, shapes[name].numel()).view(shapes[name]),
+        read_slice=read_slice,
+    )
 
 
 def _folder(folder: Path, checked: Checked) -> Weights:
@@ -171,11 +215,18 @@ def _folder(folder: Path, checked: Checked) -> Weights:
     if shards := _shards(folder, INDEX, "*.safetensors", checked):
         return _safetensors(folder, shards, checked)
     if not (shards := _shards(folder, PICKLED_INDEX, "pytorch_model*.bin", checked)):
-        raise CheckpointError(f"{folder} holds no weights: no *.safetensors, no pytorch_model.bin, and no ZeRO checkpoint")
+        raise CheckpointError(
+            f"{folder} holds no weights: no *.safetensors, no pytorch_model.bin, and no ZeRO checkpoint"
+        )
     parts = [_pth(shard, checked) for shard in shards]
     where = {name: part for part in parts for name in part.shapes}
-    return Weights(folder, {name: part.shapes[name] for name, part in where.items()}, lambda name: where[name].read(name),
-                   lambda name, start, stop: where[name].read_slice(name, start, stop), config=_config(folder, checked))
+    return Weights(
+        folder,
+        {name: part.shapes[name] for name, part in where.items()},
+        lambda name: where[name].read(name),
+        lambda name, start, stop: where[name].read_slice(name, start, stop),
+        config=_config(folder, checked),
+    )
 
 
 def _shards(folder: Path, index_name: str, pattern: str, checked: Checked) -> list[Path]:
@@ -188,11 +239,20 @@ def _shards(folder: Path, index_name: str, pattern: str, checked: Checked) -> li
         raise CheckpointError(f"{index} is damaged: it has no weight_map of file names; copy it again")
     shards = []
     for name in sorted(set(names.values())):
-        if not 0 < len(name) <= LONGEST_NAME or not name.isprintable() or Path(name).is_absolute() or ".." in Path(name).parts:
-            raise CheckpointError(f"{index} names {name[:80]!r}, which is no file in its folder; files outside of it are not read; take another copy of "
-                                  "the model")
+        if (
+            not 0 < len(name) <= LONGEST_NAME
+            or not name.isprintable()
+            or Path(name).is_absolute()
+            or ".." in Path(name).parts
+        ):
+            raise CheckpointError(
+                f"{index} names {name[:80]!r}, which is no file in its folder; files outside of it are not read; take another copy of "
+                "the model"
+            )
         if not (folder / name).is_file():
-            raise CheckpointError(f"{folder / name} is missing, but {index.name} names it; copy the folder again, with all its files")
+            raise CheckpointError(
+                f"{folder / name} is missing, but {index.name} names it; copy the folder again, with all its files"
+            )
         shards.append(folder / name)
     return shards
 
@@ -204,7 +264,9 @@ def _safetensors(path: Path, shards: list[Path], checked: Checked) -> Weights:
         found, metadata = load_stored_safetensors(shard, _of(shard, checked))
         tensors |= found
         meta |= object_in(metadata.get("meta", "{}"), f"the metadata 'meta' of {shard}")
-    return dataclasses.replace(_of_tensors(path, tensors, meta), config=_config(path, checked) if path.is_dir() else None)
+    return dataclasses.replace(
+        _of_tensors(path, tensors, meta), config=_config(path, checked) if path.is_dir() else None
+    )
 
 
 def _config(folder: Path, checked: Checked) -> dict[str, Any] | None:
@@ -213,5 +275,7 @@ def _config(folder: Path, checked: Checked) -> dict[str, Any] | None:
         return None
     config = _object(file, checked)
     if not isinstance(config.get("vision_config") or {}, dict):
-        raise CheckpointError(f"{file} is damaged: its vision_config is a {type(config['vision_config']).__name__}, and no object of names; copy it again")
+        raise CheckpointError(
+            f"{file} is damaged: its vision_config is a {type(config['vision_config']).__name__}, and no object of names; copy it again"
+        )
     return config

@@ -5,4 +5,11 @@ from internseg_ds.data.datasets import build_datasets
 from internseg_ds.data.loading import Batch, evaluation_images, training_batches
 from internseg_ds.data.sampler import GlobalBatchSampler
 
-__all__ = ["ADE20KDataset", "Batch", "GlobalBatchSampler", "build_datasets", "evaluation_images", "training_batches"]
+__all__ = [
+    "ADE20KDataset",
+    "Batch",
+    "GlobalBatchSampler",
+    "build_datasets",
+    "evaluation_images",
+    "training_batches",
+]

@@ -23,7 +23,9 @@ class ADE20KDataset(mmseg.datasets.ADE20KDataset):
 
     def __init__(self, max_image_num: int | None = None, subset_seed: int = 0, **kwargs: Any) -> None:
         if max_image_num is not None and max_image_num < 1:
-            raise ConfigError(f"max_image_num={max_image_num} leaves no image to train on: give 1 or more, or None for all.")
+            raise ConfigError(
+                f"max_image_num={max_image_num} leaves no image to train on: give 1 or more, or None for all."
+            )
         super().__init__(**kwargs)
         if max_image_num is not None:
 

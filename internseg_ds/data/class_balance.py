@@ -28,9 +28,17 @@ class ClassBalancedDataset(Dataset):
     counted as a class of their own. `balance` reads all label maps once. Raises ConfigError for a threshold that is no share.
     """
 
-    def __init__(self, dataset: Any, oversample_thr: float, filter_empty_gt: bool = True, **default_args: Any) -> None:
-        if isinstance(oversample_thr, bool) or not isinstance(oversample_thr, (int, float)) or not 0 < oversample_thr <= 1:
-            raise ConfigError(f"oversample_thr={oversample_thr!r} of ClassBalancedDataset must be a share of the images, above 0 and at most 1")
+    def __init__(
+        self, dataset: Any, oversample_thr: float, filter_empty_gt: bool = True, **default_args: Any
+    ) -> None:
+        if (
+            isinstance(oversample_thr, bool)
+            or not isinstance(oversample_thr, (int, float))
+            or not 0 < oversample_thr <= 1
+        ):
+            raise ConfigError(
+                f"oversample_thr={oversample_thr!r} of ClassBalancedDataset must be a share of the images, above 0 and at most 1"
+            )
         self.dataset = build_dataset(dataset, default_args or None)
         self.oversample_thr, self.filter_empty_gt = oversample_thr, filter_empty_gt
         self.CLASSES, self.PALETTE = self.dataset.CLASSES, self.dataset.PALETTE
@@ -47,15 +55,33 @@ class ClassBalancedDataset(Dataset):
         """Reads which classes each image has. Raises ConfigError where the data set is none of mmseg's kind, or reads its label maps in a way of its own."""
         loader = loader_in(self.dataset) if isinstance(self.dataset, CustomDataset) else None
         if loader is None:
-            raise ConfigError(f"ClassBalancedDataset cannot see the classes of {type(self.dataset).__name__}; give it one data set of mmseg, "
-                              "whose pipeline has mmseg's LoadAnnotations")
+            raise ConfigError(
+                f"ClassBalancedDataset cannot see the classes of {type(self.dataset).__name__}; give it one data set of mmseg, "
+                "whose pipeline has mmseg's LoadAnnotations"
+            )
 
         def classes(index: int) -> list[int]:
             found = np.unique(loader(annotation_of(self.dataset, index))["gt_semantic_seg"]).tolist()
-            return [label for label in found if label != loader.ignore_index] or ([] if self.filter_empty_gt else [len(self.CLASSES)])
+            return [label for label in found if label != loader.ignore_index] or (
+                [] if self.filter_empty_gt else [len(self.CLASSES)]
+            )
 
         with ThreadPoolExecutor(THREADS) as pool:
-            images = list(track(pool.map(classes, range(len(self.dataset))), "counting classes", total=len(self.dataset), transient=True))
+            images = list(
+                track(
+                    pool.map(classes, range(len(self.dataset))),
+                    "counting classes",
+                    total=len(self.dataset),
+                    transient=True,
+                )
+            )
         counts = Counter(label for labels in images for label in labels)
-        rarity = {label: max(1.0, math.sqrt(self.oversample_thr * len(images) / count)) for label, count in counts.items()}
-        self.indices = [index for index, labels in enumerate(images) for _ in range(math.ceil(max((rarity[label] for label in labels), default=1)))]
+        rarity = {
+            label: max(1.0, math.sqrt(self.oversample_thr * len(images) / count))
+            for label, count in counts.items()
+        }
+        self.indices = [
+            index
+            for index, labels in enumerate(images)
+            for _ in range(math.ceil(max((rarity[label] for label in labels), default=1)))
+        ]

@@ -40,10 +40,14 @@ def build_datasets(entry: Any, what: str, leaves: list[Any], **default_args: Any
         root = Path(leaf.get("data_root") or "")
         for key in ("img_dir", "ann_dir"):
             folders = leaf.get(key) or []
-            for folder in folders if isinstance(folders, (list, tuple)) else [folders]:  # a data set for each of several folders
+            for folder in (
+                folders if isinstance(folders, (list, tuple)) else [folders]
+            ):  # a data set for each of several folders
                 if not (root / folder).is_dir():
-                    raise DataError(f"{what}: there is no folder {root / folder} ({key} = {folder!r} under data_root = {leaf.get('data_root')!r}); "
-                                    f"put the data there, or set {what}.data_root")
+                    raise DataError(
+                        f"{what}: there is no folder {root / folder} ({key} = {folder!r} under data_root = {leaf.get('data_root')!r}); "
+                        f"put the data there, or set {what}.data_root"
+                    )
     joined = joining(entry, what)
     try:
         dataset = build_dataset(joined, default_args or None)
@@ -54,18 +58,34 @@ def build_datasets(entry: Any, what: str, leaves: list[Any], **default_args: Any
         raise DataError(f"{what} cannot be built: {reason_of(error)}{hint}") from error
     for part in plain_parts(dataset):
         if lacks := [name for name in ("pipeline", "CLASSES", "img_infos") if not hasattr(part, name)]:
-            raise DataError(f"{what}: {type(part).__name__} is no data set of mmseg, it lacks {', '.join(lacks)}; derive it from mmseg.datasets.CustomDataset, "
-                            "and fill img_infos in its load_annotations")
+            raise DataError(
+                f"{what}: {type(part).__name__} is no data set of mmseg, it lacks {', '.join(lacks)}; derive it from mmseg.datasets.CustomDataset, "
+                "and fill img_infos in its load_annotations"
+            )
         left_out = -1 in (getattr(part, "label_map", None) or {}).values()
         if left_out and 0 <= part.ignore_index < len(part.CLASSES):
-            raise DataError(f"{what} leaves classes out, and ignore_index={part.ignore_index} is one of those it keeps ({part.CLASSES[part.ignore_index]}), "
-                            "so their pixels would count as that; leave ignore_index at 255, or at another number that is no class")
-        if getattr(part, "label_map", None):  # of classes that the config leaves out; mmseg's -1 is no uint8, which numpy 2 minds
-            part.label_map = {old: part.ignore_index if new == -1 else new for old, new in part.label_map.items()}
-        if isinstance(part, CustomDataset) and part.ann_dir is not None and part.split is None and (
-                type(part).load_annotations is CustomDataset.load_annotations):
+            raise DataError(
+                f"{what} leaves classes out, and ignore_index={part.ignore_index} is one of those it keeps ({part.CLASSES[part.ignore_index]}), "
+                "so their pixels would count as that; leave ignore_index at 255, or at another number that is no class"
+            )
+        if getattr(
+            part, "label_map", None
+        ):  # of classes that the config leaves out; mmseg's -1 is no uint8, which numpy 2 minds
+            part.label_map = {
+                old: part.ignore_index if new == -1 else new for old, new in part.label_map.items()
+            }
+        if (
+            isinstance(part, CustomDataset)
+            and part.ann_dir is not None
+            and part.split is None
+            and (type(part).load_annotations is CustomDataset.load_annotations)
+        ):
             _pair_by_endings(part)
-        if isinstance(part, CustomDataset) and part.split is not None and type(part).load_annotations is CustomDataset.load_annotations:
+        if (
+            isinstance(part, CustomDataset)
+            and part.split is not None
+            and type(part).load_annotations is CustomDataset.load_annotations
+        ):
             _read_split(part)
         if isinstance(part, CustomDataset) and part.CLASSES is not None:
             read_label_maps_of(part)
@@ -75,7 +95,9 @@ def build_datasets(entry: Any, what: str, leaves: list[Any], **default_args: Any
                     part.CLASSES, part.PALETTE = step.CLASSES, step.PALETTE
     for wrapper in _wrappers(dataset):
         if isinstance(wrapper, RepeatDataset) and len(wrapper) == 0:
-            raise DataError(f"{what} repeats a data set {wrapper.times} times, so none of its images is ever drawn; set times to 1 or more, or leave it out")
+            raise DataError(
+                f"{what} repeats a data set {wrapper.times} times, so none of its images is ever drawn; set times to 1 or more, or leave it out"
+            )
         first = next(plain_parts(wrapper))
         if wrapper is not first and hasattr(first, "CLASSES"):  # which wrappers took when they were built
             wrapper.CLASSES, wrapper.PALETTE = first.CLASSES, first.PALETTE
@@ -84,12 +106,19 @@ def build_datasets(entry: Any, what: str, leaves: list[Any], **default_args: Any
     for transforms in pipelines(dataset):
         check_steps(transforms, what, evaluates=bool(default_args.get("test_mode")))
     if len({tuple(getattr(part, "CLASSES", None) or ()) for part in plain_parts(dataset)}) > 1:
-        raise DataError(f"{what} joins data sets whose classes have other names or another order, but a label must mean one class; "
-                        "give all the same classes=(...)")
+        raise DataError(
+            f"{what} joins data sets whose classes have other names or another order, but a label must mean one class; "
+            "give all the same classes=(...)"
+        )
     _files_are_there(dataset, what)
     if len(dataset) == 0:
-        places = ", ".join(f"{leaf.get('data_root')}/{leaf.get('img_dir')}/*{leaf.get('img_suffix', '.jpg')}" for leaf in leaves)
-        raise DataError(f"{what} is empty: no image matches {places}{_what_is_there(next(plain_parts(dataset)))}")
+        places = ", ".join(
+            f"{leaf.get('data_root')}/{leaf.get('img_dir')}/*{leaf.get('img_suffix', '.jpg')}"
+            for leaf in leaves
+        )
+        raise DataError(
+            f"{what} is empty: no image matches {places}{_what_is_there(next(plain_parts(dataset)))}"
+        )
     for part in plain_parts(dataset):
         if len(part) == 0:
             there = _what_is_there(part) or "; put some there, or leave it out"
@@ -101,7 +130,11 @@ def build_datasets(entry: Any, what: str, leaves: list[Any], **default_args: Any
 
 def _what_is_there(part: Dataset) -> str:
     """What stands in the folder of a data set that takes none of it, as the end of a sentence."""
-    if not isinstance(part, CustomDataset) or part.split is not None or type(part).load_annotations is not CustomDataset.load_annotations:
+    if (
+        not isinstance(part, CustomDataset)
+        or part.split is not None
+        or type(part).load_annotations is not CustomDataset.load_annotations
+    ):
         return ""
     return there_are(part.img_dir, part.img_suffix, "img_suffix") if os.path.isdir(part.img_dir) else ""
 
@@ -109,7 +142,10 @@ def _what_is_there(part: Dataset) -> str:
 def _wrappers(dataset: Dataset) -> Iterator[Dataset]:
     """The data set and all those inside it."""
     yield dataset
-    for inner in (*getattr(dataset, "datasets", ()), *([dataset.dataset] if hasattr(dataset, "dataset") else [])):
+    for inner in (
+        *getattr(dataset, "datasets", ()),
+        *([dataset.dataset] if hasattr(dataset, "dataset") else []),
+    ):
         yield from _wrappers(inner)
 
 
@@ -155,7 +191,9 @@ def _pair_by_endings(part: CustomDataset) -> None:
     for info in part.img_infos:
         if info["filename"].count(part.img_suffix) > 1:
             by_ending = info["filename"].removesuffix(part.img_suffix) + part.seg_map_suffix
-            if not os.path.exists(os.path.join(part.ann_dir, info["ann"]["seg_map"])) and os.path.exists(os.path.join(part.ann_dir, by_ending)):
+            if not os.path.exists(os.path.join(part.ann_dir, info["ann"]["seg_map"])) and os.path.exists(
+                os.path.join(part.ann_dir, by_ending)
+            ):
                 info["ann"] = {"seg_map": by_ending}
 
 
@@ -163,28 +201,52 @@ def _read_split(part: CustomDataset) -> None:
     """mmseg takes each line of a split file for the name of an image, an empty one and a byte-order mark too."""
     infos = []
     for info in part.img_infos:
-        if (stem := info["filename"].removesuffix(part.img_suffix).lstrip("\ufeff").strip()):
-            infos.append({**info, "filename": stem + part.img_suffix, **({"ann": {"seg_map": stem + part.seg_map_suffix}} if "ann" in info else {})})
+        if stem := info["filename"].removesuffix(part.img_suffix).lstrip("\ufeff").strip():
+            infos.append(
+                {
+                    **info,
+                    "filename": stem + part.img_suffix,
+                    **({"ann": {"seg_map": stem + part.seg_map_suffix}} if "ann" in info else {}),
+                }
+            )
     part.img_infos = infos
 
 
 def _files_are_there(dataset: Dataset, what: str) -> None:
     """Each image of a split file and each image's label map must exist: looked for now, lest a run end at the first one that does not."""
     for part in plain_parts(dataset):
-        if not isinstance(getattr(part, "file_client", None), FileClient) or not isinstance(part.file_client.client, HardDiskBackend):
+        if not isinstance(getattr(part, "file_client", None), FileClient) or not isinstance(
+            part.file_client.client, HardDiskBackend
+        ):
             continue
         infos = part.img_infos
-        if part.split is not None and (missing := [info["filename"] for info in infos if not os.path.exists(os.path.join(part.img_dir, info["filename"]))]):
+        if part.split is not None and (
+            missing := [
+                info["filename"]
+                for info in infos
+                if not os.path.exists(os.path.join(part.img_dir, info["filename"]))
+            ]
+        ):
             file = os.path.join(part.img_dir, missing[0])
             ends_twice = missing[0].endswith(2 * part.img_suffix)
-            why = f"; its lines end in {part.img_suffix} already, which img_suffix adds once more" if ends_twice else instead_of(file)
-            raise DataError(f"{what}: {len(missing)} of {len(infos)} images of the split file {part.split} are missing, "
-                            f"the first is {file}{why}; put them there, or take their lines out")
-        names = [info["ann"]["seg_map"] for info in infos if "ann" in info] if part.ann_dir is not None else []
+            why = (
+                f"; its lines end in {part.img_suffix} already, which img_suffix adds once more"
+                if ends_twice
+                else instead_of(file)
+            )
+            raise DataError(
+                f"{what}: {len(missing)} of {len(infos)} images of the split file {part.split} are missing, "
+                f"the first is {file}{why}; put them there, or take their lines out"
+            )
+        names = (
+            [info["ann"]["seg_map"] for info in infos if "ann" in info] if part.ann_dir is not None else []
+        )
         if missing := [name for name in names if not os.path.exists(os.path.join(part.ann_dir, name))]:
             file = os.path.join(part.ann_dir, missing[0])
-            raise DataError(f"{what}: {len(missing)} of {len(names)} label maps are missing, the first is {file}{instead_of(file)}; "
-                            f"put them there, or take their images away")
+            raise DataError(
+                f"{what}: {len(missing)} of {len(names)} label maps are missing, the first is {file}{instead_of(file)}; "
+                f"put them there, or take their images away"
+            )
 
 
 def first_sample(dataset: Dataset, what: str, *, tolerated: int = 0) -> dict[str, Any]:
@@ -211,8 +273,10 @@ def sample(dataset: Dataset, index: int) -> dict[str, Any]:
                 what = "is no picture that can be read" if os.path.exists(file) else "is not there"
                 raise DataError(f"{file} {what}; copy it again, or take the image away") from error
         if _to_nothing(error) and (size := _size_of(image)) is not None:
-            raise DataError(f"image {image} of {size[0]} x {size[1]} pixels (height x width) cannot be resized: a side of it would have no pixel left; "
-                            "take it away, or cut it into pieces that are less narrow") from error
+            raise DataError(
+                f"image {image} of {size[0]} x {size[1]} pixels (height x width) cannot be resized: a side of it would have no pixel left; "
+                "take it away, or cut it into pieces that are less narrow"
+            ) from error
         mend = "is the image, or its label map, damaged?"
         if isinstance(error, KeyError):
             mend = "does a step of the pipeline make it, before the one that asks for it?"
@@ -228,7 +292,11 @@ def _is_picture(file: str) -> bool:
 
 def _to_nothing(error: Exception) -> bool:
     """Whether OpenCV was to make a picture of no width or no height."""
-    return isinstance(error, cv2.error) and getattr(error, "func", None) == "resize" and any(word in str(error) for word in ("inv_scale", "dsize"))
+    return (
+        isinstance(error, cv2.error)
+        and getattr(error, "func", None) == "resize"
+        and any(word in str(error) for word in ("inv_scale", "dsize"))
+    )
 
 
 def _size_of(file: str) -> tuple[int, int] | None:
@@ -247,5 +315,9 @@ def _files(dataset: Dataset, index: int) -> tuple[str, str | None]:
             return _files(part, index)
         index -= len(part)
     info = dataset.img_infos[index]
-    labels = os.path.join(dataset.ann_dir, info["ann"]["seg_map"]) if getattr(dataset, "ann_dir", None) and "ann" in info else None
+    labels = (
+        os.path.join(dataset.ann_dir, info["ann"]["seg_map"])
+        if getattr(dataset, "ann_dir", None) and "ann" in info
+        else None
+    )
     return os.path.join(getattr(dataset, "img_dir", None) or "", info["filename"]), labels

@@ -31,7 +31,9 @@ JPEG_QUALITY = 92
 SPLITS = (("training", "ADE_train"), ("validation", "ADE_val"))
 
 
-def write_generated_ade20k(root: Path | str, training: int = 200, validation: int = 40, seed: int = 0, size: int = 128) -> None:
+def write_generated_ade20k(
+    root: Path | str, training: int = 200, validation: int = 40, seed: int = 0, size: int = 128
+) -> None:
     """Write the data set to `root`, unless it is there already with these parameters; size: typical short side of the images in pixels.
 
     It is written to a hidden folder beside `root` and renamed at the end, so `root` is never half a data set; several processes may do
@@ -40,9 +42,17 @@ def write_generated_ade20k(root: Path | str, training: int = 200, validation: in
     """
     root = Path(root).resolve()
     if min(training, validation) < 1 or seed < 0 or size < SMALLEST_PX:
-        raise ConfigError(f"Cannot generate {training} training and {validation} validation images of {size} px from seed {seed}: "
-                          f"both numbers must be 1 or more, the size {SMALLEST_PX} or more, the seed 0 or more.")
-    parameters = {"version": VERSION, "training": training, "validation": validation, "seed": seed, "size": size}
+        raise ConfigError(
+            f"Cannot generate {training} training and {validation} validation images of {size} px from seed {seed}: "
+            f"both numbers must be 1 or more, the size {SMALLEST_PX} or more, the seed 0 or more."
+        )
+    parameters = {
+        "version": VERSION,
+        "training": training,
+        "validation": validation,
+        "seed": seed,
+        "size": size,
+    }
     if _is_written(root, parameters):
         return
     _refuse_foreign(root)
@@ -61,9 +71,13 @@ def _write_images(folder: Path, parameters: dict[str, int]) -> None:
     for kind in ("images", "annotations"):
         for split, _ in SPLITS:
             (folder / kind / split).mkdir(parents=True)
-    scenes = [(split_index, k) for split_index, (split, _) in enumerate(SPLITS) for k in range(parameters[split])]
+    scenes = [
+        (split_index, k) for split_index, (split, _) in enumerate(SPLITS) for k in range(parameters[split])
+    ]
     work = list(zip(scenes, _names(parameters), strict=True))
-    for scene, (image_name, annotation_name) in track(work, "Generating images", console=Console(stderr=True), transient=True):
+    for scene, (image_name, annotation_name) in track(
+        work, "Generating images", console=Console(stderr=True), transient=True
+    ):
         image, labels = draw_scene(np.random.default_rng((parameters["seed"], *scene)), parameters["size"])
         written = cv2.imwrite(str(folder / image_name), image, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
         if not (written and cv2.imwrite(str(folder / annotation_name), labels)):
@@ -101,7 +115,11 @@ def _expected_files(parameters: dict[str, int]) -> set[str]:
 
 def _present_files(root: Path) -> set[str]:
     """All that is below root but real folders: a link to the folder of a real data set is somebody's, too."""
-    return {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_symlink() or not path.is_dir()}
+    return {
+        path.relative_to(root).as_posix()
+        for path in root.rglob("*")
+        if path.is_symlink() or not path.is_dir()
+    }
 
 
 def _marker(root: Path) -> dict[str, int] | None:
@@ -123,25 +141,49 @@ def _refuse_foreign(root: Path) -> None:
     if root.exists() and not root.is_dir():
         raise DataError(f"{root} is a file, not a folder: give another path for the generated data set.")
     marker = _marker(root)
-    foreign = sorted(_present_files(root) - (_expected_files(marker) if marker else set())) if root.exists() else []
+    foreign = (
+        sorted(_present_files(root) - (_expected_files(marker) if marker else set())) if root.exists() else []
+    )
     if foreign:
-        raise DataError(f"{root} holds files that were not generated here ({len(foreign)}, such as {foreign[0]}); they stay as they are: "
-                        "give another path for the generated data set, or clear that folder yourself.")
+        raise DataError(
+            f"{root} holds files that were not generated here ({len(foreign)}, such as {foreign[0]}); they stay as they are: "
+            "give another path for the generated data set, or clear that folder yourself."
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns 0, or 2 when the input is wrong."""
     parser = argparse.ArgumentParser(
-        prog="python -m internseg_ds.data.generated_ade20k", formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m internseg_ds.data.generated_ade20k",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Write a small data set of drawn streets, meadows and lakes in ADE20K's directory layout:\n"
-                    "13 of its 150 classes, with its ids. A folder with the same parameters is left as it is;\n"
-                    "a folder with any other files in it, such as the real ADE20K, is refused.",
-        epilog="example:\n  python -m internseg_ds.data.generated_ade20k data/ade/ADEChallengeData2016 --training 200 --validation 40")
-    parser.add_argument("root", type=Path, metavar="ROOT", help="folder to write: the data_root of the config")
-    parser.add_argument("--training", type=int, default=200, metavar="N", help="training images (default: %(default)s)")
-    parser.add_argument("--validation", type=int, default=40, metavar="N", help="validation images (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="another seed draws other scenes (default: %(default)s)")
-    parser.add_argument("--size", type=int, default=128, metavar="PX", help="typical short side in pixels (default: %(default)s)")
+        "13 of its 150 classes, with its ids. A folder with the same parameters is left as it is;\n"
+        "a folder with any other files in it, such as the real ADE20K, is refused.",
+        epilog="example:\n  python -m internseg_ds.data.generated_ade20k data/ade/ADEChallengeData2016 --training 200 --validation 40",
+    )
+    parser.add_argument(
+        "root", type=Path, metavar="ROOT", help="folder to write: the data_root of the config"
+    )
+    parser.add_argument(
+        "--training", type=int, default=200, metavar="N", help="training images (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--validation", type=int, default=40, metavar="N", help="validation images (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="S",
+        help="another seed draws other scenes (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--size",
+        type=int,
+        default=128,
+        metavar="PX",
+        help="typical short side in pixels (default: %(default)s)",
+    )
     try:
         write_generated_ade20k(**vars(parser.parse_args(arguments)))
     except UserError as error:

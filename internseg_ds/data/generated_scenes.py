@@ -33,7 +33,9 @@ def draw_scene(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndar
     """One scene whose short side is 0.88 to 1.25 times `size` pixels and whose width is 0.75 to 1.6 times its height."""
     short, aspect = size * rng.uniform(0.88, 1.25), rng.uniform(0.75, 1.6)
     height, width = round(short * max(1, 1 / aspect)), round(short * max(1, aspect))
-    scene: Callable[[Canvas], None] = [street_across, street_along, meadow, lake][rng.choice(4, p=[0.22, 0.22, 0.3, 0.26])]
+    scene: Callable[[Canvas], None] = [street_across, street_along, meadow, lake][
+        rng.choice(4, p=[0.22, 0.22, 0.3, 0.26])
+    ]
     canvas = Canvas(rng, 2 * height, 2 * width, horizon=2 * height * rng.uniform(0.4, 0.56))
     sky(canvas)
     scene(canvas)
@@ -66,7 +68,10 @@ def street_across(c: Canvas) -> None:
         x = start + (k - 1) * 0.22 * c.w
         c.paint(box(x, c.row(lane), x + 0.12 * c.w, c.row(lane + 0.035)), (225, 225, 225), None)
     if rng.random() < 0.5:
-        c.shade([(-1, c.row(front)), (c.w, c.row(front)), (c.w, c.row(kerb + 0.15)), (-1, c.row(kerb + 0.1))], 0.62)
+        c.shade(
+            [(-1, c.row(front)), (c.w, c.row(front)), (c.w, c.row(kerb + 0.15)), (-1, c.row(kerb + 0.1))],
+            0.62,
+        )
     for _ in range(rng.integers(0, 3)):
         tree(c, rng.uniform(0, 1) * c.w, rng.uniform(front + 0.05, kerb), rng.uniform(3, 5))
     lamp_post(c, rng.uniform(0, 1) * c.w, kerb - 0.05)
@@ -92,21 +97,54 @@ def street_along(c: Canvas) -> None:
     road_m = rng.uniform(2.0, 3.0)
     walk_m = road_m + rng.uniform(1.6, 2.4)
     for side in (-1, 1):
-        pavement(c, [ground(side, road_m, 0.03), ground(side, road_m, 1.6), ground(side, walk_m, 1.6), ground(side, walk_m, 0.03)])
+        pavement(
+            c,
+            [
+                ground(side, road_m, 0.03),
+                ground(side, road_m, 1.6),
+                ground(side, walk_m, 1.6),
+                ground(side, walk_m, 0.03),
+            ],
+        )
         near, height_m = 0.08, rng.uniform(6, 10)
         while near < 1.6:  # from far to near; past 1 lies outside the picture
             ahead = near * rng.uniform(1.35, 1.9)
             if rng.random() < 0.85:
                 (xa, ya), (xb, yb) = ground(side, walk_m, near), ground(side, walk_m, ahead)
-                wall = [(xa, ya - height_m * c.metre(near)), (xb, yb - height_m * c.metre(ahead)), (xb, yb), (xa, ya)]
-                facade(c, wall, 7 * np.log(ahead / near), height_m / 2.6, lit=side != c.sun_side, far=0.35 * (1 - min(near, 1)) ** 2)
+                wall = [
+                    (xa, ya - height_m * c.metre(near)),
+                    (xb, yb - height_m * c.metre(ahead)),
+                    (xb, yb),
+                    (xa, ya),
+                ]
+                facade(
+                    c,
+                    wall,
+                    7 * np.log(ahead / near),
+                    height_m / 2.6,
+                    lit=side != c.sun_side,
+                    far=0.35 * (1 - min(near, 1)) ** 2,
+                )
             near, height_m = ahead, rng.uniform(4.5, 11)
-    asphalt(c, [ground(-1, road_m, 0.01), ground(1, road_m, 0.01), ground(1, road_m, 1.6), ground(-1, road_m, 1.6)])
+    asphalt(
+        c,
+        [ground(-1, road_m, 0.01), ground(1, road_m, 0.01), ground(1, road_m, 1.6), ground(-1, road_m, 1.6)],
+    )
     for k in range(7):  # dashes, ever shorter towards the horizon
         a, b = 1.5 * 0.62**k, 1.5 * 0.62**k * 0.8
-        c.paint([ground(1, 0.08, a), ground(-1, 0.08, a), ground(-1, 0.08, b), ground(1, 0.08, b)], (225, 225, 225), None)
+        c.paint(
+            [ground(1, 0.08, a), ground(-1, 0.08, a), ground(-1, 0.08, b), ground(1, 0.08, b)],
+            (225, 225, 225),
+            None,
+        )
     if rng.random() < 0.5:
-        c.shade([ground(c.sun_side, metres, near) for metres, near in ((walk_m, 0.03), (walk_m, 1.6), (0.4, 1.6), (0.4, 0.03))], 0.62)
+        c.shade(
+            [
+                ground(c.sun_side, metres, near)
+                for metres, near in ((walk_m, 0.03), (walk_m, 1.6), (0.4, 1.6), (0.4, 0.03))
+            ],
+            0.62,
+        )
     for near in sorted(rng.uniform(0.25, 0.8, rng.integers(0, 4))):
         tree(c, ground(rng.choice([-1, 1]), (road_m + walk_m) / 2, near)[0], near, rng.uniform(3, 6))
     lamp_post(c, ground(rng.choice([-1, 1]), road_m + 0.2, 0.45)[0], 0.45)
@@ -141,7 +179,14 @@ def meadow(c: Canvas) -> None:
         c.paint(left + right[::-1], c.vary((75, 110, 150), 12), CLASS_IDS["earth"], (6, 3, 0.14))
     if rng.random() < 0.45:
         near, x = rng.uniform(0.15, 0.3), rng.uniform(0.1, 0.8) * c.w
-        house(c, x, x + rng.uniform(7, 10) * c.metre(near), c.row(near), rng.uniform(3, 4.5) * c.metre(near), gabled=True)
+        house(
+            c,
+            x,
+            x + rng.uniform(7, 10) * c.metre(near),
+            c.row(near),
+            rng.uniform(3, 4.5) * c.metre(near),
+            gabled=True,
+        )
     for near in sorted(rng.uniform(0.12, 0.6, rng.integers(2, 6))):
         tree(c, rng.uniform(0, 1) * c.w, near, rng.uniform(4, 7.5))
     if rng.random() < 0.8:
@@ -163,7 +208,10 @@ def lake(c: Canvas) -> None:
     c.paint(box(-1, c.horizon, c.w + 1, c.h), colour, CLASS_IDS["water"], (30, 3, 0.1))
     rows = min(len(mirror), c.h - int(c.horizon))
     below = c.image[int(c.horizon) : int(c.horizon) + rows]
-    fade = np.linspace(0.45, 0.1, rows, dtype=np.float32)[:, None, None] * (1 + 0.5 * c.noise(rows, c.w, (20, 3)))[:, :, None]
+    fade = (
+        np.linspace(0.45, 0.1, rows, dtype=np.float32)[:, None, None]
+        * (1 + 0.5 * c.noise(rows, c.w, (20, 3)))[:, :, None]
+    )
     below += np.clip(fade, 0, 1) * (cv2.blur(mirror[:rows], (3, 9)) - below)
     if rng.random() < 0.4:
         boat(c, rng.uniform(0.1, 0.9) * c.w, rng.uniform(0.12, 0.25))
@@ -174,11 +222,23 @@ def lake(c: Canvas) -> None:
         c.paint(ridge(c, shore, 0.05 * c.h), c.vary((55, 150, 110), 22), CLASS_IDS["grass"], (4, 7, 0.16))
     if rng.random() < 0.45:
         corner = rng.choice([-0.1, 1.1]) * c.w
-        c.paint(blob(rng, corner, c.h, 0.6 * c.w, 0.9 * (c.h - shore), 0.06), c.vary((55, 150, 110), 22), CLASS_IDS["grass"], (4, 7, 0.16))
+        c.paint(
+            blob(rng, corner, c.h, 0.6 * c.w, 0.9 * (c.h - shore), 0.06),
+            c.vary((55, 150, 110), 22),
+            CLASS_IDS["grass"],
+            (4, 7, 0.16),
+        )
     near_shore = (shore - c.horizon) / (c.h - c.horizon) + 0.12
     if rng.random() < 0.3:
         x = rng.uniform(-0.1, 0.3) * c.w
-        fence(c, (x, near_shore), (x + rng.uniform(0.4, 0.8) * c.w, min(near_shore + rng.uniform(0, 0.2), 0.95)))
+        fence(
+            c, (x, near_shore), (x + rng.uniform(0.4, 0.8) * c.w, min(near_shore + rng.uniform(0, 0.2), 0.95))
+        )
     for _ in range(rng.integers(0, 3)):
-        tree(c, rng.choice([rng.uniform(0, 0.2), rng.uniform(0.8, 1)]) * c.w, rng.uniform(near_shore, 0.85), rng.uniform(3.5, 5.5))
+        tree(
+            c,
+            rng.choice([rng.uniform(0, 0.2), rng.uniform(0.8, 1)]) * c.w,
+            rng.uniform(near_shore, 0.85),
+            rng.uniform(3.5, 5.5),
+        )
     people(c, rng.integers(1, 4), near_shore, 0.98)

@@ -46,7 +46,10 @@ def picture(dataset: Any, index: int) -> np.ndarray:
 
     Of other than 8-bit images with 3 channels, the first three channels (or the only one), stretched from their least to their largest value.
     """
-    results: dict[str, Any] = {"img_info": dataset.img_infos[index], "ann_info": dataset.img_infos[index].get("ann")}
+    results: dict[str, Any] = {
+        "img_info": dataset.img_infos[index],
+        "ann_info": dataset.img_infos[index].get("ann"),
+    }
     dataset.pre_pipeline(results)
     for step in dataset.pipeline.transforms:
         results = step(results)
@@ -70,11 +73,18 @@ def find_images(paths: Sequence[str | os.PathLike]) -> list[Path]:
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            found += sorted((item for item in path.iterdir() if item.suffix.lower() in IMAGE_ENDINGS and item.is_file()), key=_natural)
+            found += sorted(
+                (item for item in path.iterdir() if item.suffix.lower() in IMAGE_ENDINGS and item.is_file()),
+                key=_natural,
+            )
         elif path.is_file():
             found.append(path)
         elif glob.has_magic(str(path)):
-            matches = [match for match in map(Path, glob.glob(str(path), recursive=True)) if match.suffix.lower() in IMAGE_ENDINGS and match.is_file()]
+            matches = [
+                match
+                for match in map(Path, glob.glob(str(path), recursive=True))
+                if match.suffix.lower() in IMAGE_ENDINGS and match.is_file()
+            ]
             if not matches:
                 raise DataError(f"no image ({', '.join(IMAGE_ENDINGS)}) matches {path}")
             found += sorted(matches, key=_natural)

@@ -22,7 +22,13 @@ class JoinedDatasets(ConcatDataset):
 
     def __init__(self, datasets: Sequence[Any], **default_args: Any) -> None:
         built = [build_dataset(each, default_args or None) for each in datasets]
-        super().__init__([part for each in built for part in (each.datasets if isinstance(each, JoinedDatasets) else [each])])
+        super().__init__(
+            [
+                part
+                for each in built
+                for part in (each.datasets if isinstance(each, JoinedDatasets) else [each])
+            ]
+        )
         self.CLASSES, self.PALETTE = self.datasets[0].CLASSES, self.datasets[0].PALETTE
 
 
@@ -52,20 +58,31 @@ def _names_in(file: str, what: str) -> list[str]:
     try:
         lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
-        raise DataError(f"{what}.classes={file!r} names a file of classes that cannot be read: {error}; give one name a line, or a list of names") from None
+        raise DataError(
+            f"{what}.classes={file!r} names a file of classes that cannot be read: {error}; give one name a line, or a list of names"
+        ) from None
     return [line.strip() for line in lines if line.strip()]
 
 
 def _of_each_folder(entry: Mapping[str, Any], what: str) -> list[dict[str, Any]]:
     """An entry for each of several folders or split files, as mmseg pairs them: each img_dir with its own ann_dir, or one img_dir with each split."""
-    given = {key: list(entry[key]) if isinstance(entry[key], (list, tuple)) else [entry[key]] for key in FOLDERS if entry.get(key) is not None}
+    given = {
+        key: list(entry[key]) if isinstance(entry[key], (list, tuple)) else [entry[key]]
+        for key in FOLDERS
+        if entry.get(key) is not None
+    }
     counts = {key: len(values) for key, values in given.items()}
     most = max(counts.values())
     allowed = (most,) if counts.get("img_dir", 1) > 1 else (1, most)
     if most == 0 or any(count not in allowed for count in counts.values()):
-        raise ConfigError(f"{what} has {', '.join(f'{count} {key}' for key, count in counts.items())}, which cannot be paired; give one of each per data set")
+        raise ConfigError(
+            f"{what} has {', '.join(f'{count} {key}' for key, count in counts.items())}, which cannot be paired; give one of each per data set"
+        )
     common = {key: value for key, value in entry.items() if key != "separate_eval"}
-    return [{**common, **{key: values[place if len(values) > 1 else 0] for key, values in given.items()}} for place in range(most)]
+    return [
+        {**common, **{key: values[place if len(values) > 1 else 0] for key, values in given.items()}}
+        for place in range(most)
+    ]
 
 
 def wrapper_in(entry: Any) -> str | None:

@@ -27,7 +27,15 @@ class LoadLabelMap(LoadAnnotations):
     - a pixel without a class gets the data set's `ignore_index`, and the result is as wide as classes and `ignore_index` need.
     """
 
-    def __init__(self, loader: LoadAnnotations, classes: int, ignore_index: int, *, reduce_zero_label: bool, strict: bool) -> None:
+    def __init__(
+        self,
+        loader: LoadAnnotations,
+        classes: int,
+        ignore_index: int,
+        *,
+        reduce_zero_label: bool,
+        strict: bool,
+    ) -> None:
         """loader: mmseg's, whose ways of reading files are kept. classes: how many the data set has. strict: a number that stands for no class, and not for
         "none" either, raises DataError; otherwise it becomes `self.stranger`, as the metrics count it.
 
@@ -35,8 +43,10 @@ class LoadLabelMap(LoadAnnotations):
         """
         super().__init__(reduce_zero_label, loader.file_client_args, loader.imdecode_backend)
         if classes > 255 and ignore_index == 255:
-            raise ConfigError(f"ignore_index=255 is a class of a data set with {classes} classes; set another (65535 is usual) for the data set, "
-                              "the heads (decode_head.ignore_index and its losses) and Pad.seg_pad_val")
+            raise ConfigError(
+                f"ignore_index=255 is a class of a data set with {classes} classes; set another (65535 is usual) for the data set, "
+                "the heads (decode_head.ignore_index and its losses) and Pad.seg_pad_val"
+            )
         self.classes, self.ignore_index, self.strict = classes, ignore_index, strict
         self.stranger = classes + (classes == ignore_index)
         self.dtype = np.promote_types(np.min_scalar_type(self.stranger), np.min_scalar_type(ignore_index))
@@ -48,9 +58,11 @@ class LoadLabelMap(LoadAnnotations):
         labels = self.to_classes(raw, results.get("label_map"))
         if self.strict and (strange := labels == self.stranger).any():
             last = self.in_file(results.get("label_map")) - 1
-            raise DataError(f"label map {file} has label {raw[strange][0]}, but there are classes {int(self.reduce_zero_label)} to {last} and "
-                            f"{self.ignore_index} for none{' (0 too: reduce_zero_label)' if self.reduce_zero_label else ''}; "
-                            "correct it, or set reduce_zero_label of LoadAnnotations and of the data sets as the data need it")
+            raise DataError(
+                f"label map {file} has label {raw[strange][0]}, but there are classes {int(self.reduce_zero_label)} to {last} and "
+                f"{self.ignore_index} for none{' (0 too: reduce_zero_label)' if self.reduce_zero_label else ''}; "
+                "correct it, or set reduce_zero_label of LoadAnnotations and of the data sets as the data need it"
+            )
         results["gt_semantic_seg"] = labels
         results["seg_fields"].append("gt_semantic_seg")
         return results
@@ -63,15 +75,19 @@ class LoadLabelMap(LoadAnnotations):
         if raw.ndim == 3 and raw.shape[2] == 1:
             raw = raw[..., 0]
         if raw.ndim != 2:
-            raise DataError(f"label map {file} is {' x '.join(map(str, raw.shape))}: a picture with {raw.shape[-1]} numbers for each pixel, "
-                            "where one is wanted, that of its class; turn its colours into numbers of classes")
+            raise DataError(
+                f"label map {file} is {' x '.join(map(str, raw.shape))}: a picture with {raw.shape[-1]} numbers for each pixel, "
+                "where one is wanted, that of its class; turn its colours into numbers of classes"
+            )
         if raw.dtype == bool:
             return raw.astype(np.uint8)
         if raw.dtype.kind == "f":
             whole = np.isfinite(raw) & (raw == np.round(raw))
             if not whole.all():
-                raise DataError(f"label map {file} has the value {raw[~whole][0]:g}, which is no whole number and so no class; "
-                                "was it resized, or scaled to 0..1?")
+                raise DataError(
+                    f"label map {file} has the value {raw[~whole][0]:g}, which is no whole number and so no class; "
+                    "was it resized, or scaled to 0..1?"
+                )
             return raw.astype(np.int64)
         return raw
 
@@ -81,7 +97,11 @@ class LoadLabelMap(LoadAnnotations):
 
     def to_classes(self, raw: np.ndarray, label_map: dict[int, int] | None) -> np.ndarray:
         """The classes of a file's numbers. label_map: old number -> new one, -1 for none, of a data set with `classes` of its own."""
-        table = np.arange(self.classes) if label_map is None else np.array([label_map[old] for old in range(len(label_map))])
+        table = (
+            np.arange(self.classes)
+            if label_map is None
+            else np.array([label_map[old] for old in range(len(label_map))])
+        )
         table = np.where(table < 0, self.ignore_index, table)
         if self.reduce_zero_label:
             table = np.concatenate([[self.ignore_index], table])
@@ -104,11 +124,26 @@ def read_label_maps_of(dataset: CustomDataset) -> None:
     transforms = dataset.pipeline.transforms
     for place, transform in enumerate(transforms):
         if type(transform) is LoadAnnotations:
-            transforms[place] = LoadLabelMap(transform, len(dataset.CLASSES), dataset.ignore_index, reduce_zero_label=transform.reduce_zero_label, strict=True)
+            transforms[place] = LoadLabelMap(
+                transform,
+                len(dataset.CLASSES),
+                dataset.ignore_index,
+                reduce_zero_label=transform.reduce_zero_label,
+                strict=True,
+            )
     theirs = dataset.gt_seg_map_loader
-    if type(theirs) is LoadAnnotations and type(dataset).get_gt_seg_map_by_idx is CustomDataset.get_gt_seg_map_by_idx:
+    if (
+        type(theirs) is LoadAnnotations
+        and type(dataset).get_gt_seg_map_by_idx is CustomDataset.get_gt_seg_map_by_idx
+    ):
         reduce_zero_label = dataset.reduce_zero_label or theirs.reduce_zero_label
-        dataset.gt_seg_map_loader = LoadLabelMap(theirs, len(dataset.CLASSES), dataset.ignore_index, reduce_zero_label=reduce_zero_label, strict=False)
+        dataset.gt_seg_map_loader = LoadLabelMap(
+            theirs,
+            len(dataset.CLASSES),
+            dataset.ignore_index,
+            reduce_zero_label=reduce_zero_label,
+            strict=False,
+        )
 
 
 def loader_in(dataset: CustomDataset) -> LoadLabelMap | None:
@@ -130,11 +165,17 @@ def ground_truth(dataset: CustomDataset, index: int) -> np.ndarray:
     except DataError:
         raise
     except Exception as error:  # whatever a loader of theirs or OpenCV says
-        raise DataError(f"label map {dataset.img_infos[index]['ann']['seg_map']} cannot be read: {reason_of(error)}; copy it again") from error
-    if dataset.reduce_zero_label and not isinstance(dataset.gt_seg_map_loader, LoadLabelMap):  # mmseg leaves it to its metrics
+        raise DataError(
+            f"label map {dataset.img_infos[index]['ann']['seg_map']} cannot be read: {reason_of(error)}; copy it again"
+        ) from error
+    if dataset.reduce_zero_label and not isinstance(
+        dataset.gt_seg_map_loader, LoadLabelMap
+    ):  # mmseg leaves it to its metrics
         labels = np.where(labels == 0, 255, labels - 1).astype(np.uint8)
         labels[labels == 254] = 255
-    return labels if labels.dtype == np.uint8 else labels.astype(np.int32)  # torch hardly computes in unsigned types
+    return (
+        labels if labels.dtype == np.uint8 else labels.astype(np.int32)
+    )  # torch hardly computes in unsigned types
 
 
 class CheckAnnotation:
@@ -147,10 +188,14 @@ class CheckAnnotation:
         labels, image = results["gt_semantic_seg"], results["img"]
         file = os.path.join(results.get("seg_prefix") or "", results["ann_info"]["seg_map"])
         if labels.shape != image.shape[:2]:
-            raise DataError(f"label map {file} has {' x '.join(map(str, labels.shape))} pixels and its image {' x '.join(map(str, image.shape[:2]))}; "
-                            f"it must have one class per pixel{turned_against(results.get('filename', ''), labels.shape, image.shape)}")
+            raise DataError(
+                f"label map {file} has {' x '.join(map(str, labels.shape))} pixels and its image {' x '.join(map(str, image.shape[:2]))}; "
+                f"it must have one class per pixel{turned_against(results.get('filename', ''), labels.shape, image.shape)}"
+            )
         wrong = labels[((labels < 0) | (labels >= self.classes)) & (labels != self.ignore_index)]
         if wrong.size:
-            raise DataError(f"label map {file} has label {int(wrong[0])}, but there are classes 0 to {self.classes - 1} and {self.ignore_index} for none; "
-                            "correct it, or set reduce_zero_label of LoadAnnotations as the data need it")
+            raise DataError(
+                f"label map {file} has label {int(wrong[0])}, but there are classes 0 to {self.classes - 1} and {self.ignore_index} for none; "
+                "correct it, or set reduce_zero_label of LoadAnnotations as the data need it"
+            )
         return results

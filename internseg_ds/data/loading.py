@@ -86,8 +86,14 @@ class Examined(Dataset):
             truth = truth.reshape(size)  # a loader like mmseg's drops sides of one pixel
         if truth.shape != size:
             info = self.dataset.img_infos[index]
-            return None, None, (f"image {info['filename']} has {size[0]} x {size[1]} pixels but its label map {info['ann']['seg_map']} has "
-                                f"{' x '.join(map(str, truth.shape))}; it must have one class per pixel{turned_against(meta['filename'], truth.shape, size)}")
+            return (
+                None,
+                None,
+                (
+                    f"image {info['filename']} has {size[0]} x {size[1]} pixels but its label map {info['ann']['seg_map']} has "
+                    f"{' x '.join(map(str, truth.shape))}; it must have one class per pixel{turned_against(meta['filename'], truth.shape, size)}"
+                ),
+            )
         return inputs, torch.from_numpy(truth), None
 
 
@@ -116,22 +122,42 @@ class PositionSeeded(Dataset):
             except DataError as error:
                 faults.append(str(error))
             index = derived_seed(self.seed, "replacement", position, attempt) % len(self.dataset)
-        raise FaultError(f"{REPLACEMENTS} training images in a row cannot be used, the last one because: {faults[-1]}")
+        raise FaultError(
+            f"{REPLACEMENTS} training images in a row cannot be used, the last one because: {faults[-1]}"
+        )
 
 
-def training_batches(dataset: Dataset, sampler: GlobalBatchSampler, *, workers: int, seed: int, device: torch.device) -> Iterator[Batch]:
+def training_batches(
+    dataset: Dataset, sampler: GlobalBatchSampler, *, workers: int, seed: int, device: torch.device
+) -> Iterator[Batch]:
     """Endless micro-batches of this rank, on `device`. workers: processes that decode ahead; 0 decodes in this one."""
-    loader = DataLoader(PositionSeeded(dataset, seed), batch_sampler=sampler, num_workers=workers, collate_fn=_micro_batch, worker_init_fn=_quiet_worker,
-                        pin_memory=device.type == "cuda", generator=torch.Generator().manual_seed(0))
+    loader = DataLoader(
+        PositionSeeded(dataset, seed),
+        batch_sampler=sampler,
+        num_workers=workers,
+        collate_fn=_micro_batch,
+        worker_init_fn=_quiet_worker,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator().manual_seed(0),
+    )
     for inputs, position, faults in _loaded(loader):
         yield Batch(_to_device(inputs, device), position, tuple(faults))
 
 
-def evaluation_images(dataset: Dataset, *, rank: int, world_size: int, workers: int, device: torch.device, truth: bool = True) -> Iterator[EvaluationImage]:
+def evaluation_images(
+    dataset: Dataset, *, rank: int, world_size: int, workers: int, device: torch.device, truth: bool = True
+) -> Iterator[EvaluationImage]:
     """Images rank, rank + world size, ... on `device`: ranks may get different numbers of them. truth: with the ground truth."""
     indices = range(rank, len(dataset), world_size)
-    loader = DataLoader(Subset(Examined(dataset, truth), indices), batch_size=1, num_workers=workers, collate_fn=_alone, worker_init_fn=_quiet_worker,
-                        pin_memory=device.type == "cuda", generator=torch.Generator().manual_seed(0))
+    loader = DataLoader(
+        Subset(Examined(dataset, truth), indices),
+        batch_size=1,
+        num_workers=workers,
+        collate_fn=_alone,
+        worker_init_fn=_quiet_worker,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator().manual_seed(0),
+    )
     for index, (inputs, labels, fault) in zip(indices, _loaded(loader), strict=True):
         if inputs and isinstance(inputs["img"], Tensor):  # a pipeline without MultiScaleFlipAug
             inputs = {name: [value] for name, value in inputs.items()}
@@ -140,7 +166,9 @@ def evaluation_images(dataset: Dataset, *, rank: int, world_size: int, workers: 
 
 def _loaded(loader: DataLoader) -> Iterator[Any]:
     """The batches of a loader; of an error in a worker, its own sentence without the worker's traceback."""
-    earlier = signal.pthread_sigmask(signal.SIG_BLOCK, NOT_FOR_WORKERS)  # workers take that over, and so none is hit before `_quiet_worker`
+    earlier = signal.pthread_sigmask(
+        signal.SIG_BLOCK, NOT_FOR_WORKERS
+    )  # workers take that over, and so none is hit before `_quiet_worker`
     try:
         batches = iter(loader)
     finally:
@@ -148,7 +176,12 @@ def _loaded(loader: DataLoader) -> Iterator[Any]:
     try:
         yield from batches
     except DataError as error:
-        raise type(error)(str(error).strip().splitlines()[-1].removeprefix(f"{DataError.__module__}.{type(error).__name__}: ")) from None
+        raise type(error)(
+            str(error)
+            .strip()
+            .splitlines()[-1]
+            .removeprefix(f"{DataError.__module__}.{type(error).__name__}: ")
+        ) from None
 
 
 def _collate(samples: list[dict[str, Any]]) -> Any:
@@ -163,7 +196,9 @@ def _micro_batch(samples: list[dict[str, Any]]) -> tuple[dict[str, Any], int, li
     return inputs, int(inputs.pop("position")[0]), faults
 
 
-def _alone(samples: list[tuple[dict[str, Any] | None, Tensor | None, str | None]]) -> tuple[Any, Tensor | None, str | None]:
+def _alone(
+    samples: list[tuple[dict[str, Any] | None, Tensor | None, str | None]],
+) -> tuple[Any, Tensor | None, str | None]:
     inputs, truth, fault = samples[0]
     return inputs and _collate([inputs]), truth, fault
 

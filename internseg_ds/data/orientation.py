@@ -8,8 +8,15 @@ from collections.abc import Sequence
 from PIL import Image
 
 TAG = 0x0112
-TURNS = {2: "mirrors it", 3: "turns it by 180 degrees", 4: "mirrors it upside down", 5: "mirrors and turns it by 90 degrees", 6: "turns it by 90 degrees",
-         7: "mirrors and turns it by 270 degrees", 8: "turns it by 270 degrees"}
+TURNS = {
+    2: "mirrors it",
+    3: "turns it by 180 degrees",
+    4: "mirrors it upside down",
+    5: "mirrors and turns it by 90 degrees",
+    6: "turns it by 90 degrees",
+    7: "mirrors and turns it by 270 degrees",
+    8: "turns it by 270 degrees",
+}
 """EXIF's orientations but 1, which leaves the picture as it is (CIPA DC-008, Exif 2.32, 4.6.4)."""
 MEND = "write LoadImageFromFile(color_type='color_ignore_orientation') where label maps belong to the pictures as they are stored"
 

@@ -36,7 +36,7 @@ def there_are(folder: str, suffix: str, setting: str) -> str:
     found = found or [(path, ending) for path in _files(folder) if (ending := os.path.splitext(path)[1])]
     if not found:
         return f"; there is no image in {folder}"
-    (ending, count), = Counter(ending for _, ending in found).most_common(1)
+    ((ending, count),) = Counter(ending for _, ending in found).most_common(1)
     first = min(path for path, its in found if its == ending)
     meant = f"if these are meant, set {setting}={ending!r}, or rename them"
     return f"; {count} files there end in {ending!r} ({first}): {meant}"

@@ -24,7 +24,9 @@ def check_decoder(dataset: CustomDataset, what: str) -> None:
     """
     loaders = [step for step in dataset.pipeline.transforms if isinstance(step, LoadAnnotations)]
     loaders += [loader] if (loader := getattr(dataset, "gt_seg_map_loader", None)) is not None else []
-    if dataset.ann_dir is None or not any(getattr(loader, "imdecode_backend", None) == "cv2" for loader in loaders):
+    if dataset.ann_dir is None or not any(
+        getattr(loader, "imdecode_backend", None) == "cv2" for loader in loaders
+    ):
         return
     for index in (index for index, info in enumerate(dataset.img_infos[:LOOKED_AT]) if "ann" in info):
         results = annotation_of(dataset, index)

@@ -10,7 +10,17 @@ from mmseg.datasets.pipelines import LoadAnnotations, MultiScaleFlipAug, RandomF
 
 from internseg_ds.errors import ConfigError
 
-CHANGE_LABELS = {"Resize", "SETR_Resize", "ResizeToMultiple", "RandomFlip", "RandomCrop", "RandomRotate", "RandomMosaic", "RandomCutOut", "Pad"}
+CHANGE_LABELS = {
+    "Resize",
+    "SETR_Resize",
+    "ResizeToMultiple",
+    "RandomFlip",
+    "RandomCrop",
+    "RandomRotate",
+    "RandomMosaic",
+    "RandomCutOut",
+    "Pad",
+}
 """The transforms of mmseg, and ours, after which the label map is another."""
 PACK = {"DefaultFormatBundle", "Collect"}
 """Those after which there is no plain label map any more."""
@@ -26,11 +36,15 @@ def check_steps(steps: Sequence[Any], what: str, *, evaluates: bool) -> None:
     """Raises ConfigError where steps of a pipeline cannot be meant in their order. what: of the data set, in messages; evaluates: whether it is scored."""
     names = [type(step).__name__ for step in flat(steps)]
     if sum(isinstance(step, LoadAnnotations) for step in steps) > 1:
-        raise ConfigError(f"the pipeline of {what} has LoadAnnotations twice, so later steps would change its label map twice; keep one of them")
+        raise ConfigError(
+            f"the pipeline of {what} has LoadAnnotations twice, so later steps would change its label map twice; keep one of them"
+        )
     _masks_come_last([type(step).__name__ for step in steps], what)
     normalized = names.index("Normalize") if "Normalize" in names else len(names)
     if late := next((name for name in names[normalized:] if name in TAKE_8_BITS), None):
-        raise ConfigError(f"the pipeline of {what} has {late} behind Normalize, whose values it would round to whole numbers of 0 to 255; put it before")
+        raise ConfigError(
+            f"the pipeline of {what} has {late} behind Normalize, whose values it would round to whole numbers of 0 to 255; put it before"
+        )
     if evaluates:
         _predictions_lie_on_the_image(steps, names, what)
 
@@ -38,9 +52,17 @@ def check_steps(steps: Sequence[Any], what: str, *, evaluates: bool) -> None:
 def odd_steps(steps: Sequence[Any], what: str, *, evaluates: bool) -> list[str]:
     """Sentences about what a pipeline does that can hardly be meant."""
     names = [type(step).__name__ for step in flat(steps)]
-    said = [f"the pipeline of {what} has Normalize {names.count('Normalize')} times"] if names.count("Normalize") > 1 else []
+    said = (
+        [f"the pipeline of {what} has Normalize {names.count('Normalize')} times"]
+        if names.count("Normalize") > 1
+        else []
+    )
     if evaluates:
-        said += [f"the pipeline of {what} has {name}, so that scores are of images changed at random" for name in CHANGE_IMAGES if name in names]
+        said += [
+            f"the pipeline of {what} has {name}, so that scores are of images changed at random"
+            for name in CHANGE_IMAGES
+            if name in names
+        ]
     return said
 
 
@@ -55,29 +77,43 @@ def flat(steps: Iterable[Any]) -> Iterator[Any]:
 def _predictions_lie_on_the_image(steps: Sequence[Any], names: Sequence[str], what: str) -> None:
     """An evaluation lays predictions on the original image; it undoes resizing, padding at the end and flips, as far as it is told of them."""
     if moving := next((name for name in names if name in MOVE_PIXELS), None):
-        raise ConfigError(f"the pipeline of {what} has {moving}, after which predictions do not lie on the image that they are scored against; take it out")
+        raise ConfigError(
+            f"the pipeline of {what} has {moving}, after which predictions do not lie on the image that they are scored against; take it out"
+        )
     place = next((place for place, step in enumerate(steps) if isinstance(step, MultiScaleFlipAug)), None)
     if place is None:
         return
     augment = steps[place]
     if augment.flip and not any(isinstance(step, RandomFlip) for step in augment.transforms.transforms):
-        raise ConfigError(f"the pipeline of {what} has MultiScaleFlipAug(flip=True) without RandomFlip among its transforms: images stay as they are, "
-                          "and their predictions would be flipped back; add dict(type='RandomFlip'), or set flip=False")
+        raise ConfigError(
+            f"the pipeline of {what} has MultiScaleFlipAug(flip=True) without RandomFlip among its transforms: images stay as they are, "
+            "and their predictions would be flipped back; add dict(type='RandomFlip'), or set flip=False"
+        )
     if any(isinstance(step, RandomFlip) and step.prob for step in steps[:place]):
-        raise ConfigError(f"the pipeline of {what} has RandomFlip before MultiScaleFlipAug, which does not know of it, so predictions would not be "
-                          "flipped back; put it among the transforms of MultiScaleFlipAug")
+        raise ConfigError(
+            f"the pipeline of {what} has RandomFlip before MultiScaleFlipAug, which does not know of it, so predictions would not be "
+            "flipped back; put it among the transforms of MultiScaleFlipAug"
+        )
 
 
 def _masks_come_last(steps: Sequence[str], what: str) -> None:
     """Masks are made once, from the label map as it then is: what changes that afterwards would leave them as they were. Raises ConfigError."""
-    loads = next((place for place, step in enumerate(steps) if step in ("LoadAnnotations", "LoadLabelMap")), 0)
+    loads = next(
+        (place for place, step in enumerate(steps) if step in ("LoadAnnotations", "LoadLabelMap")), 0
+    )
     if early := next((step for step in steps[:loads] if step in CHANGE_LABELS), None):
-        raise ConfigError(f"the pipeline of {what} has {early} before LoadAnnotations, so the label map would not change with the image; "
-                          "put LoadAnnotations before it")
+        raise ConfigError(
+            f"the pipeline of {what} has {early} before LoadAnnotations, so the label map would not change with the image; "
+            "put LoadAnnotations before it"
+        )
     if "ToMask" not in steps:
         return
     place = steps.index("ToMask")
     if changes := next((step for step in steps[place:] if step in CHANGE_LABELS), None):
-        raise ConfigError(f"the pipeline of {what} has {changes} after ToMask, whose masks would not change with the image; put ToMask behind it")
+        raise ConfigError(
+            f"the pipeline of {what} has {changes} after ToMask, whose masks would not change with the image; put ToMask behind it"
+        )
     if packed := next((step for step in steps[:place] if step in PACK), None):
-        raise ConfigError(f"the pipeline of {what} has {packed} before ToMask, which needs the plain label map; put ToMask before it")
+        raise ConfigError(
+            f"the pipeline of {what} has {packed} before ToMask, which needs the plain label map; put ToMask before it"
+        )

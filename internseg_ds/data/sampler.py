@@ -20,12 +20,28 @@ from internseg_ds.seeding import derived_seed
 class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
     """Endless micro-batches of one rank, as lists of (stream position, image index); a batch sampler for torch's DataLoader."""
 
-    def __init__(self, length: int, micro_batch: int, *, rank: int = 0, world_size: int = 1, seed: int = 0, start: int = 0) -> None:
+    def __init__(
+        self,
+        length: int,
+        micro_batch: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        start: int = 0,
+    ) -> None:
         """length: images in the data set. start: stream position of the first image, the number of images seen so far by all ranks together.
 
         Gradient accumulation needs no mention: the next step's micro-batches follow in the same way.
         """
-        self.length, self.micro_batch, self.rank, self.world_size, self.seed, self.start = length, micro_batch, rank, world_size, seed, start
+        self.length, self.micro_batch, self.rank, self.world_size, self.seed, self.start = (
+            length,
+            micro_batch,
+            rank,
+            world_size,
+            seed,
+            start,
+        )
         self._permutation = lru_cache(maxsize=2)(self._draw)  # an epoch's end may lie inside a batch
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:

@@ -15,16 +15,20 @@ CLASS_IDS = {
 }  # fmt: skip
 UNLABELLED = 0
 EYE_M = 2.4  # height of the camera above the ground
-BORDERED = [CLASS_IDS[name] for name in ("person", "car", "fence")]  # their outlines are left unlabelled, one pixel wide
+BORDERED = [
+    CLASS_IDS[name] for name in ("person", "car", "fence")
+]  # their outlines are left unlabelled, one pixel wide
 
 Points = Sequence[tuple[float, float]]
 Colour = Sequence[float]  # BGR, 0-255
 
 # zenith, horizon, tint of the light, its strength
-LIGHTS = [((215, 140, 70), (240, 220, 190), (1.00, 1.00, 1.00), 1.00),  # noon
-          ((200, 150, 110), (215, 205, 195), (1.05, 1.00, 0.96), 0.85),  # overcast
-          ((190, 150, 120), (150, 195, 245), (0.78, 0.95, 1.12), 0.95),  # evening
-          ((150, 95, 70), (170, 150, 190), (1.15, 0.92, 0.90), 0.62)]  # dusk
+LIGHTS = [
+    ((215, 140, 70), (240, 220, 190), (1.00, 1.00, 1.00), 1.00),  # noon
+    ((200, 150, 110), (215, 205, 195), (1.05, 1.00, 0.96), 0.85),  # overcast
+    ((190, 150, 120), (150, 195, 245), (0.78, 0.95, 1.12), 0.95),  # evening
+    ((150, 95, 70), (170, 150, 190), (1.15, 0.92, 0.90), 0.62),
+]  # dusk
 
 
 class Canvas:
@@ -34,7 +38,9 @@ class Canvas:
         self.rng, self.h, self.w, self.horizon = rng, height, width, horizon
         self.image = np.zeros((height, width, 3), np.float32)
         self.labels = np.zeros((height, width), np.uint8)
-        self.zenith, self.haze, self.tint, self.strength = LIGHTS[rng.choice(len(LIGHTS), p=[0.45, 0.25, 0.2, 0.1])]
+        self.zenith, self.haze, self.tint, self.strength = LIGHTS[
+            rng.choice(len(LIGHTS), p=[0.45, 0.25, 0.2, 0.1])
+        ]
         self.sun_side = float(rng.choice([-1, 1]))
 
     def metre(self, near: float) -> float:
@@ -51,7 +57,12 @@ class Canvas:
         return cv2.resize(grid, (width, height), interpolation=cv2.INTER_LINEAR)
 
     def paint(
-        self, points: Points, colour: Colour, label: int | None, grain: tuple[float, float, float] | None = None, far: float = 0.0
+        self,
+        points: Points,
+        colour: Colour,
+        label: int | None,
+        grain: tuple[float, float, float] | None = None,
+        far: float = 0.0,
     ) -> None:
         """Fill a polygon. grain: (spot width, spot height, strength) of its texture; far: share of haze; label None keeps that below."""
         corners = np.round(np.asarray(points)).astype(np.int32)
@@ -80,12 +91,18 @@ class Canvas:
 
     def vary(self, colour: Colour, by: float = 18.0) -> np.ndarray:
         """The colour, a little different each time."""
-        return np.clip(np.asarray(colour, np.float32) + self.rng.normal(0, by / 2, 3) + self.rng.normal(0, by), 5, 250)
+        return np.clip(
+            np.asarray(colour, np.float32) + self.rng.normal(0, by / 2, 3) + self.rng.normal(0, by), 5, 250
+        )
 
     def finished(self) -> tuple[np.ndarray, np.ndarray]:
         """Light, camera, shrinking: image (h/2, w/2, 3) uint8 BGR and labels (h/2, w/2) uint8."""
         rng, size = self.rng, (self.w // 2, self.h // 2)
-        image = cv2.resize(self.image, size, interpolation=cv2.INTER_AREA) * np.asarray(self.tint, np.float32) * self.strength
+        image = (
+            cv2.resize(self.image, size, interpolation=cv2.INTER_AREA)
+            * np.asarray(self.tint, np.float32)
+            * self.strength
+        )
         ramp = np.linspace(-1, 1, size[0], dtype=np.float32)[None, :, None] * self.sun_side
         image = image * (1 + 0.12 * ramp) * rng.normal(1, 0.04, 3).astype(np.float32)
         image = (image - 115) * rng.uniform(0.8, 1.15) + 115 + rng.normal(0, 10)

@@ -55,8 +55,14 @@ def survey(dataset: Dataset, what: str, *, training: bool, tolerated: int = 0) -
     Raises DataError for files that are left out although they have label maps, for label maps to train on that do not fit their images, and where all label
     maps of a set to train on were read and hold but one class, or none.
     """
-    parts = [part for part in plain_parts(dataset) if isinstance(part, CustomDataset) and part.CLASSES is not None]
-    said = [sentence for part in parts for sentence in (*_left_out(part, what), *_images(part, what), *_lossy(part, what))]
+    parts = [
+        part for part in plain_parts(dataset) if isinstance(part, CustomDataset) and part.CLASSES is not None
+    ]
+    said = [
+        sentence
+        for part in parts
+        for sentence in (*_left_out(part, what), *_images(part, what), *_lossy(part, what))
+    ]
     if parts:
         said += _classes(parts, what, training, tolerated)
     return said
@@ -70,17 +76,25 @@ def compare_zero_labels(train_entries: Iterable[Mapping[str, Any]], val_set: Dat
     """
     said = []
     for train, val in ((train, val) for train in train_entries for val in plain_parts(val_set)):
-        trained = [bool(step.get("reduce_zero_label")) for step in train.get("pipeline") or () if step.get("type") == "LoadAnnotations"]
+        trained = [
+            bool(step.get("reduce_zero_label"))
+            for step in train.get("pipeline") or ()
+            if step.get("type") == "LoadAnnotations"
+        ]
         scored = getattr(val, "reduce_zero_label", None)
         if isinstance(getattr(val, "gt_seg_map_loader", None), LoadLabelMap):
             scored = val.gt_seg_map_loader.reduce_zero_label
         if not trained or scored is None or trained[0] == scored:
             continue
-        sentence = (f"reduce_zero_label={trained[0]} of LoadAnnotations in data.train.pipeline, and reduce_zero_label={scored} of {what} "
-                    f"({type(val).__name__}): what is trained as class n is scored as class n {'+' if trained[0] else '-'} 1")
+        sentence = (
+            f"reduce_zero_label={trained[0]} of LoadAnnotations in data.train.pipeline, and reduce_zero_label={scored} of {what} "
+            f"({type(val).__name__}): what is trained as class n is scored as class n {'+' if trained[0] else '-'} 1"
+        )
         kind = DATASETS.get(train["type"]) if isinstance(train.get("type"), str) else train.get("type")
         if kind is type(val) and (type(val) is not CustomDataset or train.get("data_root") == val.data_root):
-            raise ConfigError(f"{sentence}; write reduce_zero_label=True in both where 0 in the label maps stands for no class, and in neither where it is one")
+            raise ConfigError(
+                f"{sentence}; write reduce_zero_label=True in both where 0 in the label maps stands for no class, and in neither where it is one"
+            )
         said.append(f"{sentence}, unless the label maps of the two sets differ in just this")
     return sorted(set(said))
 
@@ -99,7 +113,11 @@ def _classes(parts: Sequence[CustomDataset], what: str, training: bool, tolerate
     counts, began, total = Counts(), time.monotonic(), sum(map(len, parts))
     for part in parts:
         loader = loader_in(part) if training else part.gt_seg_map_loader
-        if isinstance(loader, LoadLabelMap) and part.ann_dir is not None and loader.classes == len(part.CLASSES):  # no later step gives labels another meaning
+        if (
+            isinstance(loader, LoadLabelMap)
+            and part.ann_dir is not None
+            and loader.classes == len(part.CLASSES)
+        ):  # no later step gives labels another meaning
             _count(part, loader, max(1, MAPS * len(part) // total), began + SECONDS, counts)
     classes, none = parts[0].CLASSES, parts[0].ignore_index
     present = {index for index in counts.pixels if 0 <= index < len(classes)}
@@ -109,24 +127,32 @@ def _classes(parts: Sequence[CustomDataset], what: str, training: bool, tolerate
     missing = [str(name) for index, name in enumerate(classes) if index not in present and index != none]
     hint = ""
     if counts.numbers <= {0, 255} and none == 255:
-        hint = (f". They hold no number but {' and '.join(map(str, sorted(counts.numbers)))}, and 255 stands for no class; "
-                f"if 255 is meant to be {classes[-1]}, write {len(classes) - 1} in its place")
+        hint = (
+            f". They hold no number but {' and '.join(map(str, sorted(counts.numbers)))}, and 255 stands for no class; "
+            f"if 255 is meant to be {classes[-1]}, write {len(classes) - 1} in its place"
+        )
     if training and len(classes) > 1 and len(present) < 2 and counts.maps == total:
-        raise DataError(f"{what}: there is nothing to learn: of {len(classes)} classes {everything} label maps hold "
-                        f"{classes[next(iter(present))] if present else 'none'}{' alone' if present else ''}"
-                        f"{hint or '; are reduce_zero_label, classes and ignore_index right?'}")
+        raise DataError(
+            f"{what}: there is nothing to learn: of {len(classes)} classes {everything} label maps hold "
+            f"{classes[next(iter(present))] if present else 'none'}{' alone' if present else ''}"
+            f"{hint or '; are reduce_zero_label, classes and ignore_index right?'}"
+        )
     said = []
     if missing:
-        said.append(f"{what}: {len(missing)} of {len(classes)} classes occur{'s' * (len(missing) == 1)} in none of {everything} label maps looked at: "
-                    f"{shortened(missing, 8)}{hint}")
+        said.append(
+            f"{what}: {len(missing)} of {len(classes)} classes occur{'s' * (len(missing) == 1)} in none of {everything} label maps looked at: "
+            f"{shortened(missing, 8)}{hint}"
+        )
     if counts.misfits:
-        misfit = (f"{what}: {len(counts.misfits)} of {everything} label maps looked at have other sides than their images: {shortened(counts.misfits, 2)}")
+        misfit = f"{what}: {len(counts.misfits)} of {everything} label maps looked at have other sides than their images: {shortened(counts.misfits, 2)}"
         if training and len(counts.misfits) > tolerated:
             raise DataError(f"{misfit}; there must be one class per pixel")
         said.append(f"{misfit}; those images are left out")
     if counts.strangers:
-        said.append(f"{what}: {len(counts.strangers)} of {everything} label maps looked at hold a number that is no class, and not {none} for none either; its "
-                    f"pixels {'would end the run' if training else 'count as wrong'}: {shortened(counts.strangers, 2)}")
+        said.append(
+            f"{what}: {len(counts.strangers)} of {everything} label maps looked at hold a number that is no class, and not {none} for none either; its "
+            f"pixels {'would end the run' if training else 'count as wrong'}: {shortened(counts.strangers, 2)}"
+        )
     return said
 
 
@@ -160,7 +186,11 @@ def _misfit(part: CustomDataset, index: int, file: str, raw: np.ndarray) -> str:
     either: the pipeline looks at those."""
     loaders = [step for step in _steps(part) if isinstance(step, LoadImageFromFile)]
     image = os.path.join(part.img_dir, part.img_infos[index]["filename"])
-    if [type(step) for step in loaders] != [LoadImageFromFile] or not os.path.isfile(image) or orientation(image) >= 5:
+    if (
+        [type(step) for step in loaders] != [LoadImageFromFile]
+        or not os.path.isfile(image)
+        or orientation(image) >= 5
+    ):
         return ""
     try:
         with Image.open(image) as opened:
@@ -184,19 +214,29 @@ def _counted(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _left_out(part: CustomDataset, what: str) -> Iterator[str]:
     """Files of the image folder whose names end almost as `img_suffix` says."""
-    if part.split is not None or type(part).load_annotations is not CustomDataset.load_annotations or not os.path.isdir(part.img_dir):
+    if (
+        part.split is not None
+        or type(part).load_annotations is not CustomDataset.load_annotations
+        or not os.path.isdir(part.img_dir)
+    ):
         return
     used = {info["filename"] for info in part.img_infos}
     found = list(files_alike(part.img_dir, part.img_suffix))
     if not found:
         return
-    sentence = (f"{what}: {len(found)} files of {part.img_dir} are left out, for their names end in "
-                f"{shortened(sorted({os.path.splitext(path)[1] for path, _ in found}))} and not in img_suffix={part.img_suffix!r} "
-                f"({shortened(sorted(path for path, _ in found), 2)}); {len(used)} are taken")
+    sentence = (
+        f"{what}: {len(found)} files of {part.img_dir} are left out, for their names end in "
+        f"{shortened(sorted({os.path.splitext(path)[1] for path, _ in found}))} and not in img_suffix={part.img_suffix!r} "
+        f"({shortened(sorted(path for path, _ in found), 2)}); {len(used)} are taken"
+    )
     stems = {name[: -len(part.img_suffix)] for name in used}
-    labelled = part.ann_dir is not None and all(os.path.exists(os.path.join(part.ann_dir, stem + part.seg_map_suffix)) for _, stem in found)
+    labelled = part.ann_dir is not None and all(
+        os.path.exists(os.path.join(part.ann_dir, stem + part.seg_map_suffix)) for _, stem in found
+    )
     if labelled and not any(stem in stems for _, stem in found):
-        raise DataError(f"{sentence}. All of them have label maps, so they are meant to be there: rename them")
+        raise DataError(
+            f"{sentence}. All of them have label maps, so they are meant to be there: rename them"
+        )
     yield f"{sentence}. Rename those that are meant to be there"
 
 
@@ -221,8 +261,10 @@ def _images(part: CustomDataset, what: str) -> Iterator[str]:
         if (turn := orientation(file)) in (2, 3, 4) or (turn >= 5 and is_square(file)):
             turned.append(file)
     if turned and part.ann_dir is not None:
-        yield (f"{what}: EXIF {TURNS[orientation(turned[0])]} in {turned[0]} ({len(turned)} such images of {looked} looked at), so it is read turned; "
-               f"that its label map was drawn on the turned picture cannot be seen: {MEND}")
+        yield (
+            f"{what}: EXIF {TURNS[orientation(turned[0])]} in {turned[0]} ({len(turned)} such images of {looked} looked at), so it is read turned; "
+            f"that its label map was drawn on the turned picture cannot be seen: {MEND}"
+        )
     for file in files[:DECODED]:
         try:
             image = cv2.imdecode(np.fromfile(file, np.uint8), cv2.IMREAD_UNCHANGED)
@@ -230,6 +272,8 @@ def _images(part: CustomDataset, what: str) -> Iterator[str]:
             continue
         channels = 1 if image is None or image.ndim < 3 else image.shape[2]
         if image is not None and (image.dtype != np.uint8 or channels > 3):
-            yield (f"{what}: {file} has {channels} channel{'s' * (channels > 1)} of {image.dtype}, and is read as 3 of uint8; "
-                   "LoadImageFromFile(color_type='unchanged') reads all of it, for a backbone with as many in_channels")
+            yield (
+                f"{what}: {file} has {channels} channel{'s' * (channels > 1)} of {image.dtype}, and is read as 3 of uint8; "
+                "LoadImageFromFile(color_type='unchanged') reads all of it, for a backbone with as many in_channels"
+            )
             return

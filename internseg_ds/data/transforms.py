@@ -24,9 +24,13 @@ class SETR_Resize(Resize):  # the name that published configs use
     max(min(scale), crop_size[0]), however long the other side gets; otherwise this is `Resize`, which also takes the other arguments.
     """
 
-    def __init__(self, crop_size: Sequence[int] | None = None, setr_multi_scale: bool = False, **resize: Any) -> None:
+    def __init__(
+        self, crop_size: Sequence[int] | None = None, setr_multi_scale: bool = False, **resize: Any
+    ) -> None:
         if setr_multi_scale and crop_size is None:
-            raise ConfigError("SETR_Resize has setr_multi_scale=True but no crop_size: add crop_size=(height, width), the sliding window.")
+            raise ConfigError(
+                "SETR_Resize has setr_multi_scale=True but no crop_size: add crop_size=(height, width), the sliding window."
+            )
         super().__init__(min_size=crop_size[0] if setr_multi_scale else None, **resize)
 
 

@@ -27,7 +27,9 @@ def _requiring(args: tuple[Any, ...], name: str) -> tuple[Any, ...]:
     if not torch.is_grad_enabled() or any(args[place].requires_grad for place in tensors):
         return args
     if not tensors:
-        raise ConfigError(f"zero_optimization.leaf_module of the ds_config names the class of {name}, which takes no tensor by position, "
-                          "so that DeepSpeed cannot tell when its gradients are there; leave that class out")
+        raise ConfigError(
+            f"zero_optimization.leaf_module of the ds_config names the class of {name}, which takes no tensor by position, "
+            "so that DeepSpeed cannot tell when its gradients are there; leave that class out"
+        )
     first = tensors[0]
     return *args[:first], args[first].detach().requires_grad_(), *args[first + 1 :]

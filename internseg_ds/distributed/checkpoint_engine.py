@@ -91,7 +91,11 @@ class _SavingEngine(DeepSpeedEngine):
         try:
             super()._copy_recovery_script(save_path)
         except OSError as error:
-            log.warning("DeepSpeed's scripts zero_to_fp32.py and zero_to_torch.py cannot be copied into %s: %s", save_path, error.strerror or error)
+            log.warning(
+                "DeepSpeed's scripts zero_to_fp32.py and zero_to_torch.py cannot be copied into %s: %s",
+                save_path,
+                error.strerror or error,
+            )
 
 
 def note_failed_writes(engine: DeepSpeedEngine, *, background: bool = False) -> None:

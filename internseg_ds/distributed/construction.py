@@ -43,10 +43,16 @@ def build_on_meta(model: ConfigDict) -> nn.Module:
         segmentor = _on_meta(model)
     except Exception as error:  # whatever some constructor refuses with
         if (stages := _not_to_be_frozen(model)) is not None:
-            raise ConfigError(f"model.backbone.frozen_stages={stages!r} is not for this {model.backbone.type}, which can be built without it: "
-                              f"{reason_of(error)}; it says how many stages do not train, -1 for none") from error
+            raise ConfigError(
+                f"model.backbone.frozen_stages={stages!r} is not for this {model.backbone.type}, which can be built without it: "
+                f"{reason_of(error)}; it says how many stages do not train, -1 for none"
+            ) from error
         zeros = ", ".join(_zeros(model, "model")) if isinstance(error, ZeroDivisionError) else ""
-        hint = f"; of its settings these are 0: {zeros}" if zeros else nearest_argument(error, MODELS.module_dict)
+        hint = (
+            f"; of its settings these are 0: {zeros}"
+            if zeros
+            else nearest_argument(error, MODELS.module_dict)
+        )
         raise ConfigError(f"the model section cannot be built: {reason_of(error)}{hint}") from error
     allow_any_device(segmentor)
     losses_without_waits(segmentor)
@@ -83,7 +89,9 @@ def _zeros(value: Any, path: str) -> Iterator[str]:
 class _HostSequences(TorchFunctionMode):
     """Inside: sequences of numbers are made on the CPU in fp32, for constructors read them: mmseg's transformers take drop-path rates out of a linspace."""
 
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = dict(kwargs or {})
         if func in (torch.linspace, torch.arange, torch.tensor):
             kwargs.setdefault("device", "cpu")
@@ -97,7 +105,11 @@ def _vectors_for_scalars() -> Iterator[None]:
     """Inside: a parameter without dimensions (mmcv's `Scale`), which ZeRO-3 cannot partition, is registered as a vector of one element."""
 
     def one_element(_: nn.Module, __: str, param: nn.Parameter | None) -> nn.Parameter | None:
-        return nn.Parameter(param.data.view(1), param.requires_grad) if param is not None and param.dim() == 0 else None
+        return (
+            nn.Parameter(param.data.view(1), param.requires_grad)
+            if param is not None and param.dim() == 0
+            else None
+        )
 
     hook = register_module_parameter_registration_hook(one_element)
     try:
@@ -116,8 +128,10 @@ def choose_recomputation(segmentor: nn.Module, recomputation: str | int) -> None
     try:
         set_recomputation(segmentor, recomputation)
     except ValueError as error:
-        raise ConfigError(f"engine.recomputation={recomputation!r} cannot be: {error}; \"config\" leaves it to the backbone's with_cp, "
-                          "and \"auto\" to the plan of the memory") from None
+        raise ConfigError(
+            f'engine.recomputation={recomputation!r} cannot be: {error}; "config" leaves it to the backbone\'s with_cp, '
+            'and "auto" to the plan of the memory'
+        ) from None
 
 
 def freeze_parts(segmentor: nn.Module, names: Sequence[str]) -> None:
@@ -159,7 +173,9 @@ def initialise(segmentor: nn.Module, seed: int, dtype: torch.dtype) -> None:
     brings an `init_cfg` or an `init_weights` of its own. A module with none of these keeps the values that its constructor gave it.
     """
     for name, module in segmentor.named_modules():
-        reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)  # torch's MultiheadAttention has a private one
+        reset = getattr(module, "reset_parameters", None) or getattr(
+            module, "_reset_parameters", None
+        )  # torch's MultiheadAttention has a private one
         if reset is not None:
             torch.manual_seed(derived_seed(seed, name))
             with _whole_fp32(list(module.parameters(recurse=False)), dtype):
@@ -191,10 +207,14 @@ def _parts(segmentor: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _initialises_itself(module: nn.Module) -> bool:
     parts = [part for part in module.modules() if isinstance(part, BaseModule)]
-    return any(part.init_cfg is not None or type(part).init_weights is not BaseModule.init_weights for part in parts)
+    return any(
+        part.init_cfg is not None or type(part).init_weights is not BaseModule.init_weights for part in parts
+    )
 
 
-def fill(model: nn.Module, parameter: Callable[[str, torch.Size], Tensor], buffer: Callable[[str, Tensor], Tensor]) -> None:
+def fill(
+    model: nn.Module, parameter: Callable[[str, torch.Size], Tensor], buffer: Callable[[str, Tensor], Tensor]
+) -> None:
     """Gives every parameter and buffer of a model on the meta device a value; parameters stay frozen.
 
     parameter(name, shape) and buffer(name, its meta tensor): the value of one, whole. Called in the order of the modules.

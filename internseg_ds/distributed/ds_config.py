@@ -22,13 +22,49 @@ if TYPE_CHECKING:
 Precision = Literal["bf16", "autocast", "fp32"]
 
 # DeepSpeed 0.19.8 ignores an unknown key at the top level without a word, so the ones it reads are listed here.
-TOP_LEVEL_KEYS = frozenset([
-    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "optimizer", "scheduler",
-    "zero_optimization", "bf16", "fp16", "torch_autocast", "data_types", "communication_data_type", "seq_parallel_communication_data_type",
-    "prescale_gradients", "gradient_predivide_factor", "gradient_allreduce_op", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
-    "activation_checkpointing", "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "log_level", "comms_logger",
-    "flops_profiler", "tensorboard", "wandb", "csv_monitor", "comet", "aio", "checkpoint", "compile", "timers", "disable_python_gc",
-    "disable_allgather", "managed_gradient_accumulation", "dataloader_drop_last", "datastates_ckpt"])
+TOP_LEVEL_KEYS = frozenset(
+    [
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+        "optimizer",
+        "scheduler",
+        "zero_optimization",
+        "bf16",
+        "fp16",
+        "torch_autocast",
+        "data_types",
+        "communication_data_type",
+        "seq_parallel_communication_data_type",
+        "prescale_gradients",
+        "gradient_predivide_factor",
+        "gradient_allreduce_op",
+        "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
+        "activation_checkpointing",
+        "steps_per_print",
+        "wall_clock_breakdown",
+        "memory_breakdown",
+        "dump_state",
+        "log_level",
+        "comms_logger",
+        "flops_profiler",
+        "tensorboard",
+        "wandb",
+        "csv_monitor",
+        "comet",
+        "aio",
+        "checkpoint",
+        "compile",
+        "timers",
+        "disable_python_gc",
+        "disable_allgather",
+        "managed_gradient_accumulation",
+        "dataloader_drop_last",
+        "datastates_ckpt",
+    ]
+)
 AUTOCAST_KEYS = frozenset(("enabled", "dtype", "lower_precision_safe_modules"))
 SUB_GROUP = 250_000_000
 """Elements of a process that are updated at a time where a ds_config does not say (ZeRO-3's `sub_group_size`, or a parameter group of ZeRO-1 and 2): their
@@ -96,26 +132,34 @@ def resolve_ds_config(
     raw["gradient_accumulation_steps"] = accumulation
     product = world_size * micro_batch * accumulation
     if raw.get("train_batch_size", "auto") not in ("auto", product):
-        raise ConfigError(f"train_batch_size={raw['train_batch_size']} images is not {world_size} processes x {micro_batch} images "
-                          f"x {accumulation} accumulation steps = {product}.\n"
-                          f"  from: {name}: train_batch_size; {experiment}: data.samples_per_gpu={micro_batch}\n"
-                          f"  fix:  drop train_batch_size from {name}, it is derived; to keep the recipe's batch set engine.global_batch in {experiment}")
+        raise ConfigError(
+            f"train_batch_size={raw['train_batch_size']} images is not {world_size} processes x {micro_batch} images "
+            f"x {accumulation} accumulation steps = {product}.\n"
+            f"  from: {name}: train_batch_size; {experiment}: data.samples_per_gpu={micro_batch}\n"
+            f"  fix:  drop train_batch_size from {name}, it is derived; to keep the recipe's batch set engine.global_batch in {experiment}"
+        )
     raw["train_batch_size"] = product
     _must_equal(raw, "gradient_clipping", gradient_clipping, "optimizer_config.grad_clip.max_norm", **where)
     precision = _precision(raw, name)
     _optimizer_agrees(raw, optimizer, **where)
     if "scheduler" in raw:
-        raise ConfigError(f"{name} has a scheduler section, but the learning-rate schedule comes from lr_config in {experiment}; drop it from {name}")
+        raise ConfigError(
+            f"{name} has a scheduler section, but the learning-rate schedule comes from lr_config in {experiment}; drop it from {name}"
+        )
     if "writer" in (raw.get("checkpoint") or {}):
-        raise ConfigError(f"checkpoint.writer of {name} asks for DeepSpeed's fast or decoupled writer, "
-                          "whose files are not on disk when a save returns; drop it")
+        raise ConfigError(
+            f"checkpoint.writer of {name} asks for DeepSpeed's fast or decoupled writer, "
+            "whose files are not on disk when a save returns; drop it"
+        )
     zero = raw.setdefault("zero_optimization", {"stage": 0})
     if not isinstance(zero.get("stage", 0), int):
         raise ConfigError(f"zero_optimization.stage={zero['stage']!r} of {name} must be 1, 2 or 3")
     node = zero.get("zero_hpz_partition_size", 1)
     if not isinstance(node, int) or node < 1 or world_size % node:
-        raise ConfigError(f"zero_hpz_partition_size={node!r} of {name} must be the number of GPUs of a node, "
-                          f"which divides the {world_size} process{'es' * (world_size > 1)}")
+        raise ConfigError(
+            f"zero_hpz_partition_size={node!r} of {name} must be the number of GPUs of a node, "
+            f"which divides the {world_size} process{'es' * (world_size > 1)}"
+        )
     _fill_zero3_sizes(zero, hidden_size, block)
     # DeepSpeed's clock of samples per second waits for the device at each forward and step; the records have that figure from a clock that does not
     raw.setdefault("timers", {}).setdefault("throughput", {}).setdefault("enabled", False)
@@ -126,8 +170,16 @@ def resolve_ds_config(
         raw["zero_allow_untested_optimizer"] = True
     raw.setdefault("zero_allow_untested_optimizer", True)
     offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
-    return DsConfig(raw, name, zero.get("stage", 0), precision, micro_batch, accumulation, world_size,
-                    cpu_adam=offloaded and raw.get("zero_force_ds_cpu_optimizer", True))
+    return DsConfig(
+        raw,
+        name,
+        zero.get("stage", 0),
+        precision,
+        micro_batch,
+        accumulation,
+        world_size,
+        cpu_adam=offloaded and raw.get("zero_force_ds_cpu_optimizer", True),
+    )
 
 
 def _read(source: str | os.PathLike | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -137,11 +189,15 @@ def _read(source: str | os.PathLike | Mapping[str, Any]) -> tuple[str, dict[str,
     try:
         raw = json.loads(path.read_text())
     except FileNotFoundError:
-        raise ConfigError(f"there is no ds_config {path}; ours are in ds_configs/, the usual one is ds_configs/zero3_bf16.json") from None
+        raise ConfigError(
+            f"there is no ds_config {path}; ours are in ds_configs/, the usual one is ds_configs/zero3_bf16.json"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"ds_config {path} cannot be read: {error}") from None
     except json.JSONDecodeError as error:
-        raise ConfigError(f"ds_config {path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
+        raise ConfigError(
+            f"ds_config {path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+        ) from None
     if not isinstance(raw, dict):
         raise ConfigError(f"ds_config {path} must hold one JSON object, not a {type(raw).__name__}")
     return str(path), raw
@@ -151,7 +207,15 @@ def _known_keys(raw: dict[str, Any], name: str) -> None:
     for key in raw:
         if key not in TOP_LEVEL_KEYS:
             raise unknown_key(key, TOP_LEVEL_KEYS, name)
-    for section in ("zero_optimization", "bf16", "fp16", "torch_autocast", "data_types", "optimizer", "timers"):
+    for section in (
+        "zero_optimization",
+        "bf16",
+        "fp16",
+        "torch_autocast",
+        "data_types",
+        "optimizer",
+        "timers",
+    ):
         _is_section(raw, section, name)
     _is_section(raw.get("timers", {}), "throughput", f"timers of {name}")
     for section in ("offload_optimizer", "offload_param"):
@@ -173,48 +237,76 @@ def _is_section(parent: dict[str, Any], key: str, name: str) -> None:
         raise ConfigError(f"{key} of {name} must be a section {{...}}, not {parent[key]!r}")
 
 
-def _accumulation(raw: dict[str, Any], micro_batch: int, world_size: int, global_batch: int | None, accumulation: int | None, *,
-                  ds: str, experiment: str) -> int:
+def _accumulation(
+    raw: dict[str, Any],
+    micro_batch: int,
+    world_size: int,
+    global_batch: int | None,
+    accumulation: int | None,
+    *,
+    ds: str,
+    experiment: str,
+) -> int:
     """Micro-batches per optimizer step, from the experiment, else from the ds_config, else 1."""
     if global_batch is not None:
         per_forward = world_size * micro_batch
         if global_batch % per_forward:
-            raise ConfigError(f"engine.global_batch={global_batch} images cannot be made of {world_size} processes x {micro_batch} images.\n"
-                              f"  from: {experiment}: engine.global_batch={global_batch}, data.samples_per_gpu={micro_batch}\n"
-                              f"  fix:  choose data.samples_per_gpu and the number of processes so that their product divides {global_batch}")
+            raise ConfigError(
+                f"engine.global_batch={global_batch} images cannot be made of {world_size} processes x {micro_batch} images.\n"
+                f"  from: {experiment}: engine.global_batch={global_batch}, data.samples_per_gpu={micro_batch}\n"
+                f"  fix:  choose data.samples_per_gpu and the number of processes so that their product divides {global_batch}"
+            )
         accumulation = global_batch // per_forward
     given = raw.get("gradient_accumulation_steps", "auto")
     if given == "auto":
         return accumulation or 1
     if not isinstance(given, int) or given < 1:
-        raise ConfigError(f"gradient_accumulation_steps={given!r} of {ds} must be a whole number of at least 1, or \"auto\"")
+        raise ConfigError(
+            f'gradient_accumulation_steps={given!r} of {ds} must be a whole number of at least 1, or "auto"'
+        )
     if accumulation not in (None, given):
-        derived = f"engine.global_batch={global_batch}" if global_batch is not None else "optimizer_config.cumulative_iters"
-        raise ConfigError(f"gradient_accumulation_steps={given} contradicts the {accumulation} steps that {derived} means for {world_size} processes x "
-                          f"{micro_batch} images.\n  from: {ds}: gradient_accumulation_steps; {experiment}: {derived}\n"
-                          f"  fix:  set gradient_accumulation_steps to \"auto\" in {ds}")
+        derived = (
+            f"engine.global_batch={global_batch}"
+            if global_batch is not None
+            else "optimizer_config.cumulative_iters"
+        )
+        raise ConfigError(
+            f"gradient_accumulation_steps={given} contradicts the {accumulation} steps that {derived} means for {world_size} processes x "
+            f"{micro_batch} images.\n  from: {ds}: gradient_accumulation_steps; {experiment}: {derived}\n"
+            f'  fix:  set gradient_accumulation_steps to "auto" in {ds}'
+        )
     return given
 
 
 def _must_equal(raw: dict[str, Any], key: str, value: Any, option: str, *, ds: str, experiment: str) -> None:
     given = raw.get(key, "auto")
     if given not in ("auto", value):
-        raise ConfigError(f"{key}={given!r} contradicts {option}={value!r}.\n  from: {ds}: {key}; {experiment}: {option}\n"
-                          f"  fix:  set {key} to \"auto\" in {ds}; the experiment config is its one source")
+        raise ConfigError(
+            f"{key}={given!r} contradicts {option}={value!r}.\n  from: {ds}: {key}; {experiment}: {option}\n"
+            f'  fix:  set {key} to "auto" in {ds}; the experiment config is its one source'
+        )
     raw[key] = value
 
 
 def _precision(raw: dict[str, Any], name: str) -> Precision:
     if raw.get("fp16", {}).get("enabled", False):
-        raise ConfigError(f"fp16 is enabled in {name}, but activations of large backbones leave fp16's range; use \"bf16\": {{\"enabled\": true}}")
+        raise ConfigError(
+            f'fp16 is enabled in {name}, but activations of large backbones leave fp16\'s range; use "bf16": {{"enabled": true}}'
+        )
     raw.pop("fp16", None)
     if not raw.get("bf16", {}).get("check_grad_overflow", True):
-        raise ConfigError(f"bf16.check_grad_overflow is false in {name}, but steps whose gradient is not finite are skipped here; drop it")
+        raise ConfigError(
+            f"bf16.check_grad_overflow is false in {name}, but steps whose gradient is not finite are skipped here; drop it"
+        )
     bf16, autocast = (raw.get(section, {}).get("enabled", False) for section in ("bf16", "torch_autocast"))
     if bf16 and autocast:
-        raise ConfigError(f"bf16 and torch_autocast are both enabled in {name}; bf16 stores bf16 weights, torch_autocast keeps them fp32: disable one")
+        raise ConfigError(
+            f"bf16 and torch_autocast are both enabled in {name}; bf16 stores bf16 weights, torch_autocast keeps them fp32: disable one"
+        )
     if autocast and raw["torch_autocast"].get("dtype", "bfloat16") not in ("bfloat16", "bf16"):
-        raise ConfigError(f"torch_autocast.dtype={raw['torch_autocast']['dtype']!r} in {name}; write \"bfloat16\"")
+        raise ConfigError(
+            f'torch_autocast.dtype={raw["torch_autocast"]["dtype"]!r} in {name}; write "bfloat16"'
+        )
     return "bf16" if bf16 else "autocast" if autocast else "fp32"
 
 
@@ -226,10 +318,14 @@ def _optimizer_agrees(raw: dict[str, Any], optimizer: Mapping[str, Any], *, ds: 
     pairs = {"type": section.get("type", "auto")} | (section.get("params") or {})
     for key, value in pairs.items():
         ours = optimizer.get(key)
-        same = value == "auto" or (str(value).lower() == str(ours).lower() if key == "type" else _plain(value) == _plain(ours))
+        same = value == "auto" or (
+            str(value).lower() == str(ours).lower() if key == "type" else _plain(value) == _plain(ours)
+        )
         if not same:
-            raise ConfigError(f"the optimizer is named twice with different values: {key}={value!r} and {key}={ours!r}.\n"
-                              f"  from: {ds}: optimizer; {experiment}: optimizer\n  fix:  drop the optimizer section from {ds}")
+            raise ConfigError(
+                f"the optimizer is named twice with different values: {key}={value!r} and {key}={ours!r}.\n"
+                f"  from: {ds}: optimizer; {experiment}: optimizer\n  fix:  drop the optimizer section from {ds}"
+            )
 
 
 def _plain(value: Any) -> Any:
@@ -242,13 +338,18 @@ def _fill_zero3_sizes(zero: dict[str, Any], hidden_size: int, block: "RepeatedBl
 
     leaf_module "auto": DeepSpeed's hooks sit on blocks and not on each of their layers. Without a block: sizes as transformers derives them.
     """
-    if zero.get("stage") == 3 and not any(zero.get(key, {}).get("device") == "nvme" for key in ("offload_optimizer", "offload_param")):
+    if zero.get("stage") == 3 and not any(
+        zero.get(key, {}).get("device") == "nvme" for key in ("offload_optimizer", "offload_param")
+    ):
         zero.setdefault("sub_group_size", SUB_GROUP)  # buffers for NVMe are made for the larger one
     if zero.get("stage3_param_persistence_threshold") == "auto":
         zero["stage3_param_persistence_threshold"] = 10 * hidden_size
     kept = zero.get("stage3_param_persistence_threshold", 100_000)
     if block is None:
-        sizes = {"reduce_bucket_size": hidden_size * hidden_size, "stage3_prefetch_bucket_size": hidden_size * hidden_size * 9 // 10}
+        sizes = {
+            "reduce_bucket_size": hidden_size * hidden_size,
+            "stage3_prefetch_bucket_size": hidden_size * hidden_size * 9 // 10,
+        }
     else:
         partitioned = [size for size in block.sizes if not isinstance(kept, (int, float)) or size > kept]
         sizes = {"reduce_bucket_size": sum(block.sizes), "stage3_prefetch_bucket_size": sum(partitioned)}
@@ -262,7 +363,9 @@ def _fill_zero3_sizes(zero: dict[str, Any], hidden_size: int, block: "RepeatedBl
 def _no_auto_left(section: Mapping[str, Any], where: str) -> None:
     for key, value in section.items():
         if value == "auto" and key != "keep_in_fp32_modules":  # the one "auto" that is DeepSpeed's own
-            raise ConfigError(f"{key}=\"auto\" in {where} cannot be filled from the experiment config; write a value or drop it")
+            raise ConfigError(
+                f'{key}="auto" in {where} cannot be filled from the experiment config; write a value or drop it'
+            )
         if isinstance(value, Mapping):
             _no_auto_left(value, f"{key} of {where}")
 
@@ -279,12 +382,16 @@ def _deepspeed_accepts(raw: dict[str, Any], name: str) -> None:
     for key in raw["zero_optimization"]:
         if key not in known:
             raise unknown_key(key, known, f"zero_optimization of {name}")
-    world_size = comm.get_world_size() if comm.is_initialized() else 1  # as DeepSpeedConfig sees it: the processes have not met yet
+    world_size = (
+        comm.get_world_size() if comm.is_initialized() else 1
+    )  # as DeepSpeedConfig sees it: the processes have not met yet
     batch = raw["train_micro_batch_size_per_gpu"] * raw["gradient_accumulation_steps"] * world_size
     try:
         DeepSpeedConfig(copy.deepcopy(raw) | {"train_batch_size": batch})
     except ValidationError as error:
         first = error.errors()[0]
-        raise ConfigError(f"{'.'.join(map(str, first['loc']))}={first['input']!r} of {name} ({error.title}): {first['msg']}") from None
+        raise ConfigError(
+            f"{'.'.join(map(str, first['loc']))}={first['input']!r} of {name} ({error.title}): {first['msg']}"
+        ) from None
     except Exception as error:  # DeepSpeed refuses with errors of many kinds
         raise ConfigError(f"DeepSpeed refuses {name}: {reason_of(error)}") from None

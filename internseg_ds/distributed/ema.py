@@ -53,4 +53,6 @@ class ShardedEma:
         """Takes the average up from a checkpoint of any stage and number of processes; from its weights where it has none."""
         for name, param in self.engine.module.named_parameters():
             if place := place_of(self.engine, param):
-                self.shards[place.partition][place.held] = checkpoint.read_slice(name, place.start, place.stop, "ema" if checkpoint.has_ema else "fp32")
+                self.shards[place.partition][place.held] = checkpoint.read_slice(
+                    name, place.start, place.stop, "ema" if checkpoint.has_ema else "fp32"
+                )

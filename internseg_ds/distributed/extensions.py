@@ -26,18 +26,33 @@ def build_extension(name: str) -> None:
     Whether torch compiles shows in the time it takes alone: it does so again where paths, flags or headers have changed.
     """
     from deepspeed.accelerator import get_accelerator
-    from torch.utils.cpp_extension import _get_build_directory  # no public name says where extensions are built
+    from torch.utils.cpp_extension import (
+        _get_build_directory,
+    )  # no public name says where extensions are built
 
     builder = get_accelerator().create_op_builder(name)
     folder = Path(_get_build_directory(builder.name, verbose=False))
     with (folder.parent / f"{builder.name}.flock").open("w") as file:
-        with _said_when_slow(logging.INFO, "waiting for another process of this host, which compiles DeepSpeed's %s into %s", builder.name, folder):
+        with _said_when_slow(
+            logging.INFO,
+            "waiting for another process of this host, which compiles DeepSpeed's %s into %s",
+            builder.name,
+            folder,
+        ):
             fcntl.flock(file, fcntl.LOCK_EX)
         if (folder / "lock").exists():
             log.warning("compiling %s anew: a run was killed while it compiled that", folder)
             shutil.rmtree(folder, ignore_errors=True)  # what it left may look newer than it is
-        with _said_when_slow(logging.WARNING, "compiling DeepSpeed's %s into %s, once per environment; this takes half a minute, and minutes where cores "
-                             "are busy", builder.name, folder), _own_programs_first():
+        with (
+            _said_when_slow(
+                logging.WARNING,
+                "compiling DeepSpeed's %s into %s, once per environment; this takes half a minute, and minutes where cores "
+                "are busy",
+                builder.name,
+                folder,
+            ),
+            _own_programs_first(),
+        ):
             builder.load(verbose=False)
 
 

@@ -45,7 +45,10 @@ class Forwards:
         """Runs along with the other ranks until all have finished."""
         device = next(self.segmentor.parameters()).device
         while self.in_step and (size := self._somebody_works(None)):
-            self.segmentor.encode_decode(torch.zeros(1, 3, *size, device=device), [{"img_shape": (*size, 3), "pad_shape": (*size, 3), "ori_shape": (*size, 3)}])
+            self.segmentor.encode_decode(
+                torch.zeros(1, 3, *size, device=device),
+                [{"img_shape": (*size, 3), "pad_shape": (*size, 3), "ori_shape": (*size, 3)}],
+            )
 
     def _somebody_works(self, size: torch.Size | None) -> tuple[int, int] | None:
         """The least height and width of the images that ranks are about to see, None when none is; size: (h, w) of this rank's, None for nothing."""
@@ -57,13 +60,25 @@ class Forwards:
 
 
 @contextmanager
-def forwards(module: nn.Module, model: ConfigDict, compute: torch.dtype, device: torch.device, *, heads: torch.dtype = torch.float32,
-             autocast: bool = False, weights: EvaluationWeights = "auto") -> Iterator[Forwards]:
+def forwards(
+    module: nn.Module,
+    model: ConfigDict,
+    compute: torch.dtype,
+    device: torch.device,
+    *,
+    heads: torch.dtype = torch.float32,
+    autocast: bool = False,
+    weights: EvaluationWeights = "auto",
+) -> Iterator[Forwards]:
     """The forwards of a trained segmentor, in eval mode, without gradients. Entering is collective; whether forwards are says `Forwards.in_step`.
 
     module: the trained segmentor, partitioned by ZeRO-3 or not. weights: see `EvaluationWeights`; says in the log what "auto" chose.
     """
-    if not is_partitioned(module) or weights == "whole" or (weights == "auto" and copy_fits(_whole_bytes(module), device)):
+    if (
+        not is_partitioned(module)
+        or weights == "whole"
+        or (weights == "auto" and copy_fits(_whole_bytes(module), device))
+    ):
         with whole_segmentor(module, model, compute, device, heads=heads, autocast=autocast) as whole:
             yield Forwards(whole)
     else:
@@ -72,8 +87,15 @@ def forwards(module: nn.Module, model: ConfigDict, compute: torch.dtype, device:
 
 
 @contextmanager
-def whole_segmentor(module: nn.Module, model: ConfigDict, compute: torch.dtype, device: torch.device, *, heads: torch.dtype = torch.float32,
-                    autocast: bool = False) -> Iterator[nn.Module]:
+def whole_segmentor(
+    module: nn.Module,
+    model: ConfigDict,
+    compute: torch.dtype,
+    device: torch.device,
+    *,
+    heads: torch.dtype = torch.float32,
+    autocast: bool = False,
+) -> Iterator[nn.Module]:
     """A segmentor in eval mode whose forwards are this rank's own affair. Entering is collective under ZeRO-3; inside, nothing is.
 
     module: the trained segmentor. Under ZeRO-1/2 it is whole already and is lent; under ZeRO-3 a copy of `model` (the config's section) is filled,
@@ -114,9 +136,15 @@ def _whole_bytes(module: nn.Module) -> int:
 
 def copy_fits(needed: int, device: torch.device) -> bool:
     """Whether `needed` bytes of weights fit into the free memory of every rank, and windows and logits beside them. Collective; says so in the log."""
-    spare = torch.tensor(free_memory(device, dist.get_world_size()) * ROOM - needed, dtype=torch.float64, device=device)
+    spare = torch.tensor(
+        free_memory(device, dist.get_world_size()) * ROOM - needed, dtype=torch.float64, device=device
+    )
     dist.all_reduce(spare, dist.ReduceOp.MIN)
     fits = spare.item() >= 0
-    log.info("evaluation: %s, the weights take %.2f GiB whole and the rank with the least memory may use %.2f GiB for them",
-             "each rank gathers a copy" if fits else "ranks gather weights layer by layer, in step", needed / 2**30, (spare.item() + needed) / 2**30)
+    log.info(
+        "evaluation: %s, the weights take %.2f GiB whole and the rank with the least memory may use %.2f GiB for them",
+        "each rank gathers a copy" if fits else "ranks gather weights layer by layer, in step",
+        needed / 2**30,
+        (spare.item() + needed) / 2**30,
+    )
     return fits

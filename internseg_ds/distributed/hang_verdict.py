@@ -12,7 +12,9 @@ from typing import Any, Literal
 
 from internseg_ds.exit_codes import LOST
 
-Doing = Literal["building", "data", "forward", "backward", "update", "agreeing", "evaluating", "saving", "idle"]
+Doing = Literal[
+    "building", "data", "forward", "backward", "update", "agreeing", "evaluating", "saving", "idle"
+]
 STEP_PARTS: tuple[Doing, ...] = ("data", "forward", "backward", "update", "agreeing")
 """In the order in which a step goes through them: a rank that stands at an earlier one keeps the others waiting."""
 
@@ -42,7 +44,11 @@ class Place:
     @property
     def order(self) -> tuple[int, int, int]:
         """How far it has come."""
-        return self.step, self.micro_batch, STEP_PARTS.index(self.doing) if self.doing in STEP_PARTS else len(STEP_PARTS)
+        return (
+            self.step,
+            self.micro_batch,
+            STEP_PARTS.index(self.doing) if self.doing in STEP_PARTS else len(STEP_PARTS),
+        )
 
     @property
     def fate(self) -> str:
@@ -50,12 +56,16 @@ class Place:
         return f"{self} ended with {self.failure}" if self.failure else f"{self} died"
 
     def __str__(self) -> str:
-        return f"rank {self.rank} (host {self.host}, process {self.process}) at step {self.step}, {self.doing}"
+        return (
+            f"rank {self.rank} (host {self.host}, process {self.process}) at step {self.step}, {self.doing}"
+        )
 
 
 COLLECTIVES = ("/torch/distributed/", "/deepspeed/comm/")
 """Parts of paths: who has such a file on its stack is in a collective."""
-WAITING_CALL = re.compile(r"\.(?:_cuda_)?(item|tolist|cpu|numpy|nonzero|wait|synchronize|result)\)?\(|\b(bool|float|int)\(")
+WAITING_CALL = re.compile(
+    r"\.(?:_cuda_)?(item|tolist|cpu|numpy|nonzero|wait|synchronize|result)\)?\(|\b(bool|float|int)\("
+)
 """In a line of source at whose call the host may wait for what the GPU was given before. Not all of them: indexing by a mask, or `if tensor:`, looks like work;
 and such a call may be other work, which then counts as waiting."""
 
@@ -81,7 +91,10 @@ def line_of(thread: int) -> tuple[str, bool]:
     if frame is None:
         return "", False
     if frame.f_code.co_filename.endswith(BACKWARD[0]) and frame.f_code.co_name == BACKWARD[1]:
-        hooks = next((other for ident, other in frames.items() if ident != thread and _has_file(other, OF_BACKWARD)), None)
+        hooks = next(
+            (other for ident, other in frames.items() if ident != thread and _has_file(other, OF_BACKWARD)),
+            None,
+        )
         if hooks is None:
             return f"{BACKWARD[0][1:]}:{frame.f_lineno} {BACKWARD[1]}", True
         frame = hooks
@@ -115,8 +128,13 @@ def verdict(everybody: list[Place], hang_s: float) -> tuple[str, Place]:
     if suspects:
         others = len(everybody) - len(suspects)
         names = "; ".join(f"{place} ({place.line})" for place in suspects[:4])
-        return began + (f"the other {others} wait for {names}" if others else f"all are at work, or hang, {names}"), suspects[0]
+        return began + (
+            f"the other {others} wait for {names}" if others else f"all are at work, or hang, {names}"
+        ), suspects[0]
     last = sorted(everybody, key=lambda place: place.stands_s)
     names = "; ".join(f"{place} ({place.line}), there for {place.stands_s:.0f} s" for place in last[:4])
     more = f", and {len(last) - 4} more" if len(last) > 4 else ""
-    return f"{began}all wait, for each other or for a GPU that hangs; who got there last stands first: {names}{more}", last[0]
+    return (
+        f"{began}all wait, for each other or for a GPU that hangs; who got there last stands first: {names}{more}",
+        last[0],
+    )

@@ -20,9 +20,17 @@ SUFFIX = "LrUpdaterHook"
 
 def policies() -> dict[str, type[LrUpdaterHook]]:
     """mmcv's policies whose rate follows from the step and the group's base rate alone, by the names that `lr_config.policy` has for them."""
-    hooks = {name.removesuffix(SUFFIX): kind for name, kind in HOOKS.module_dict.items() if name.endswith(SUFFIX) and name != SUFFIX}
+    hooks = {
+        name.removesuffix(SUFFIX): kind
+        for name, kind in HOOKS.module_dict.items()
+        if name.endswith(SUFFIX) and name != SUFFIX
+    }
     # the restarting one has no rate after its last period, which torch's scheduler asks for
-    return {name: kind for name, kind in hooks.items() if kind.before_run is LrUpdaterHook.before_run and name != "CosineRestart"}
+    return {
+        name: kind
+        for name, kind in hooks.items()
+        if kind.before_run is LrUpdaterHook.before_run and name != "CosineRestart"
+    }
 
 
 def policy_name(policy: str) -> str:
@@ -33,7 +41,12 @@ def policy_name(policy: str) -> str:
 def arguments(policy: str) -> set[str]:
     """What mmcv's hook of a policy takes."""
     kind = policies()[policy_name(policy)]
-    return {name for base in kind.__mro__ if issubclass(base, LrUpdaterHook) for name in inspect.signature(base.__init__).parameters} - {"self", "kwargs"}
+    return {
+        name
+        for base in kind.__mro__
+        if issubclass(base, LrUpdaterHook)
+        for name in inspect.signature(base.__init__).parameters
+    } - {"self", "kwargs"}
 
 
 @dataclass(frozen=True)
@@ -63,8 +76,12 @@ class LrSchedule:
         """The learning rate that update number `step` (from 0) of a group with rate `base` uses; after the last step it stays."""
         hook = self._hook
         try:
-            rate = hook.get_lr(SimpleNamespace(iter=min(step, self.max_steps), max_iters=self.max_steps), base)
-        except ZeroDivisionError:  # after the last step, where mmcv never asks, of FlatCosineAnnealing that has no step to anneal in
+            rate = hook.get_lr(
+                SimpleNamespace(iter=min(step, self.max_steps), max_iters=self.max_steps), base
+            )
+        except (
+            ZeroDivisionError
+        ):  # after the last step, where mmcv never asks, of FlatCosineAnnealing that has no step to anneal in
             if step < self.max_steps:
                 raise
             rate = hook.get_lr(SimpleNamespace(iter=self.max_steps - 1, max_iters=self.max_steps), base)
@@ -76,4 +93,6 @@ class LrSchedule:
     def scheduler(self, optimizer: Optimizer) -> LambdaLR:
         """The schedule as torch's scheduler over `optimizer`'s groups; each group keeps its own base rate (`initial_lr` after a resume)."""
         bases = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
-        return LambdaLR(optimizer, [lambda step, base=base: self.lr(step, base) / base if base else 0.0 for base in bases])
+        return LambdaLR(
+            optimizer, [lambda step, base=base: self.lr(step, base) / base if base else 0.0 for base in bases]
+        )

@@ -15,8 +15,16 @@ from internseg_ds.distributed.extensions import build_extension
 from internseg_ds.distributed.ranged_adam import RangedAdam
 from internseg_ds.errors import ConfigError, reason_of, unknown_key
 
-PACKAGES = {"8bit": "bitsandbytes", "lion": "lion-pytorch", "lamb": "timm", "adan": "timm", "lars": "timm", "prodigy": "prodigyopt",
-            "dadapt": "dadaptation", "schedulefree": "schedulefree"}
+PACKAGES = {
+    "8bit": "bitsandbytes",
+    "lion": "lion-pytorch",
+    "lamb": "timm",
+    "adan": "timm",
+    "lars": "timm",
+    "prodigy": "prodigyopt",
+    "dadapt": "dadaptation",
+    "schedulefree": "schedulefree",
+}
 """Where optimizers are, by a part of their names in lower case, that neither torch nor mmcv have."""
 
 
@@ -27,8 +35,10 @@ def check_optimizer(section: Mapping[str, Any], ds: DsConfig) -> str:
     if OPTIMIZERS.get(kind) is None:
         raise ConfigError(f"optimizer.type={kind!r} is not registered in mmcv; {_where_it_may_be(str(kind))}")
     if ds.cpu_adam and kind not in ("Adam", "AdamW"):
-        raise ConfigError(f"{ds.source} offloads the optimizer, which runs DeepSpeed's CPU Adam, but optimizer.type is {kind!r}; "
-                          "use AdamW, or drop offload_optimizer")
+        raise ConfigError(
+            f"{ds.source} offloads the optimizer, which runs DeepSpeed's CPU Adam, but optimizer.type is {kind!r}; "
+            "use AdamW, or drop offload_optimizer"
+        )
     parameters = inspect.signature(OPTIMIZERS.get(kind)).parameters
     if not any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
         for key in _settings(section):
@@ -39,7 +49,9 @@ def check_optimizer(section: Mapping[str, Any], ds: DsConfig) -> str:
         if ds.cpu_adam:
             from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-            inspect.signature(DeepSpeedCPUAdam).bind([], adamw_mode=True, **_settings(section))  # building one would compile it
+            inspect.signature(DeepSpeedCPUAdam).bind(
+                [], adamw_mode=True, **_settings(section)
+            )  # building one would compile it
     except Exception as error:  # whatever the optimizer's constructor refuses with
         raise ConfigError(f"optimizer {kind} does not take these settings: {reason_of(error)}") from None
     return kind
@@ -47,15 +59,21 @@ def check_optimizer(section: Mapping[str, Any], ds: DsConfig) -> str:
 
 def _where_it_may_be(kind: str) -> str:
     """How to come by an optimizer that is not registered."""
-    if (package := next((package for word, package in PACKAGES.items() if word in kind.lower()), None)) is not None:
-        return (f"it is a class of the package {package}: pip install {package}, and register it in a module that custom_imports names, "
-                f"OPTIMIZERS.register_module(module={kind}) with mmcv.runner's OPTIMIZERS")
+    if (
+        package := next((package for word, package in PACKAGES.items() if word in kind.lower()), None)
+    ) is not None:
+        return (
+            f"it is a class of the package {package}: pip install {package}, and register it in a module that custom_imports names, "
+            f"OPTIMIZERS.register_module(module={kind}) with mmcv.runner's OPTIMIZERS"
+        )
     near = difflib.get_close_matches(kind, OPTIMIZERS.module_dict, n=1)
     return f"did you mean {near[0]!r}?" if near else "AdamW is the usual one"
 
 
 def _settings(section: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in section.items() if key not in ("type", "constructor", "paramwise_cfg")}
+    return {
+        key: value for key, value in section.items() if key not in ("type", "constructor", "paramwise_cfg")
+    }
 
 
 def is_ranged(section: Mapping[str, Any], ds: DsConfig) -> bool:
@@ -63,7 +81,12 @@ def is_ranged(section: Mapping[str, Any], ds: DsConfig) -> bool:
     host's memory, not by the number of its calls."""
     kinds = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}
     kind = section.get("type", "AdamW")
-    return not ds.cpu_adam and not section.get("amsgrad") and kind in kinds and OPTIMIZERS.get(kind) is kinds[kind]
+    return (
+        not ds.cpu_adam
+        and not section.get("amsgrad")
+        and kind in kinds
+        and OPTIMIZERS.get(kind) is kinds[kind]
+    )
 
 
 def group_limit(ds: DsConfig) -> float:
@@ -71,7 +94,9 @@ def group_limit(ds: DsConfig) -> float:
     return math.inf if ds.stage == 3 else SUB_GROUP * ds.world_size
 
 
-def build_optimizer(groups: list[dict[str, Any]], section: Mapping[str, Any], ds: DsConfig) -> torch.optim.Optimizer:
+def build_optimizer(
+    groups: list[dict[str, Any]], section: Mapping[str, Any], ds: DsConfig
+) -> torch.optim.Optimizer:
     """section: the config's `optimizer` (type, lr, betas, weight_decay, ...). Adam and AdamW run torch's fused kernels, on GPUs and CPUs.
 
     Raises ConfigError where `check_optimizer` does.
@@ -88,7 +113,9 @@ def build_optimizer(groups: list[dict[str, Any]], section: Mapping[str, Any], ds
     if is_ranged(section, ds):
         return RangedAdam(groups, OPTIMIZERS.get(kind), group_limit(ds), **settings)
     optimizer = OPTIMIZERS.get(kind)(groups, **settings)
-    optimizer.step = types.MethodType(_step_of_groups_with_parameters, optimizer)  # of this one: DeepSpeed knows its optimizers by their exact class
+    optimizer.step = types.MethodType(
+        _step_of_groups_with_parameters, optimizer
+    )  # of this one: DeepSpeed knows its optimizers by their exact class
     return optimizer
 
 
@@ -97,7 +124,9 @@ def scheduled(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return optimizer.settings if isinstance(optimizer, RangedAdam) else optimizer
 
 
-def _step_of_groups_with_parameters(self: torch.optim.Optimizer, closure: Callable[[], float] | None = None) -> float | None:
+def _step_of_groups_with_parameters(
+    self: torch.optim.Optimizer, closure: Callable[[], float] | None = None
+) -> float | None:
     """An optimizer's `step` that passes over groups without parameters.
 
     ZeRO-3 updates one group at a time: it empties all others, and calls `step` once for each. torch looks into every one of them every time, which for the

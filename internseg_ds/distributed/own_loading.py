@@ -39,27 +39,41 @@ def read_by_backbone(config: Mapping[str, Any], path: Path) -> Weights | None:
             try:
                 _quietly(backbone)
             except Exception as error:  # the file, or a weight of it, is not what the method expects
-                raise ValueError(f"{type(backbone).__name__} cannot read it in its own way either: {type(error).__name__}: "
-                                 f"{(str(error).splitlines() or [''])[0]}") from error
+                raise ValueError(
+                    f"{type(backbone).__name__} cannot read it in its own way either: {type(error).__name__}: "
+                    f"{(str(error).splitlines() or [''])[0]}"
+                ) from error
             runs.append((before, _state(backbone)))
     (first_before, first), (second_before, second) = runs
-    taken = {name: value for name, value in first.items() if torch.equal(value, second[name])
-             and not (torch.equal(value, first_before[name]) and torch.equal(second[name], second_before[name]))}
+    taken = {
+        name: value
+        for name, value in first.items()
+        if torch.equal(value, second[name])
+        and not (torch.equal(value, first_before[name]) and torch.equal(second[name], second_before[name]))
+    }
     numbers = {name: param.numel() for name, param in backbone.named_parameters()}
     if 2 * sum(count for name, count in numbers.items() if name in taken) < sum(numbers.values()):
         return None
     held = {name: HeldTensor(value) for name, value in taken.items()}
-    return Weights(path, {name: value.shape for name, value in held.items()}, lambda name: held[name].read(),
-                   lambda name, start, stop: held[name].read_slice(start, stop))
+    return Weights(
+        path,
+        {name: value.shape for name, value in held.items()},
+        lambda name: held[name].read(),
+        lambda name, start, stop: held[name].read_slice(start, stop),
+    )
 
 
 def _reads_itself(backbone: BaseModule) -> bool:
     """Whether it has a way of its own at all: in `init_weights`, or while a state dict is loaded."""
-    return type(backbone).init_weights is not BaseModule.init_weights or any(module._load_state_dict_pre_hooks for module in backbone.modules())
+    return type(backbone).init_weights is not BaseModule.init_weights or any(
+        module._load_state_dict_pre_hooks for module in backbone.modules()
+    )
 
 
 def _state(backbone: BaseModule) -> dict[str, Tensor]:
-    return {name: value.detach() for name, value in backbone.state_dict().items() if value.is_floating_point()}
+    return {
+        name: value.detach() for name, value in backbone.state_dict().items() if value.is_floating_point()
+    }
 
 
 def _quietly(backbone: BaseModule) -> None:

@@ -26,7 +26,11 @@ class Place:
 
 def partitions(engine: Any) -> list[nn.Parameter]:
     """The flat fp32 tensors (masters) of this rank, one a group (ZeRO-1, 2) or sub-group (ZeRO-3): what the inner optimizer updates."""
-    for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):  # ZeRO-3; 1 and 2; 1 with fp32 gradients
+    for name in (
+        "fp32_partitioned_groups_flat",
+        "single_partition_of_fp32_groups",
+        "fp32_groups_flat_partition",
+    ):  # ZeRO-3; 1 and 2; 1 with fp32 gradients
         if hasattr(engine.optimizer, name):
             return list(getattr(engine.optimizer, name))
     raise TypeError(f"{type(engine.optimizer).__name__} is no optimizer of ZeRO-1, 2 or 3")
@@ -36,7 +40,9 @@ def place_of(engine: Any, param: nn.Parameter) -> Place | None:
     """Where this rank holds its part of `param`; None for a frozen parameter, and for one of which it holds nothing."""
     if not param.requires_grad:
         return None
-    if engine.zero_optimization_stage() == 3:  # rank r of n: elements [r * share, (r + 1) * share), padded behind the last
+    if (
+        engine.zero_optimization_stage() == 3
+    ):  # rank r of n: elements [r * share, (r + 1) * share), padded behind the last
         optimizer, numel, share = engine.optimizer, full_shape(param).numel(), param.ds_tensor.ds_numel
         partition, offset, _ = optimizer.grad_position[optimizer.get_param_id(param)]
         start = min(dist.get_rank(param.ds_process_group) * share, numel)
@@ -45,7 +51,9 @@ def place_of(engine: Any, param: nn.Parameter) -> Place | None:
     if fragment is None:
         return None
     held = fragment.lp_fragment_address
-    return Place(fragment.param_group_index, fragment.hp_fragment_address.start, held.start, held.start + held.numel)
+    return Place(
+        fragment.param_group_index, fragment.hp_fragment_address.start, held.start, held.start + held.numel
+    )
 
 
 def weights_follow(engine: Any) -> None:

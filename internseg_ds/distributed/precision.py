@@ -33,35 +33,47 @@ def computes_bf16(device: torch.device) -> bool:
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def backbone_dtype(requested: Literal["auto", "bfloat16", "float32"], device: torch.device, precision: Precision = "bf16") -> torch.dtype:
+def backbone_dtype(
+    requested: Literal["auto", "bfloat16", "float32"], device: torch.device, precision: Precision = "bf16"
+) -> torch.dtype:
     """The dtype in which the backbone computes on `device`; "auto" (the config's default) is bf16 where that is native.
 
     precision: of the ds_config. With "fp32" parameters and no autocast only fp32 can be computed: raises ConfigError where bfloat16 is asked for.
     """
     if precision == "fp32":
         if requested == "bfloat16":
-            raise ConfigError("engine.backbone_dtype='bfloat16' needs bf16 weights or autocast; enable bf16 or torch_autocast in the ds_config")
+            raise ConfigError(
+                "engine.backbone_dtype='bfloat16' needs bf16 weights or autocast; enable bf16 or torch_autocast in the ds_config"
+            )
         return torch.float32
     if requested == "auto":
         return torch.bfloat16 if computes_bf16(device) else torch.float32
     return getattr(torch, requested)
 
 
-def heads_dtype(requested: Literal["float32", "bfloat16"], segmentor: nn.Module, precision: Precision = "bf16") -> torch.dtype:
+def heads_dtype(
+    requested: Literal["float32", "bfloat16"], segmentor: nn.Module, precision: Precision = "bf16"
+) -> torch.dtype:
     """The dtype in which the heads of `segmentor` compute. Raises ConfigError where bfloat16 is asked for and cannot be."""
     if requested == "bfloat16":
         if precision == "fp32":
-            raise ConfigError("engine.heads_dtype='bfloat16' needs bf16 weights or autocast; enable bf16 or torch_autocast in the ds_config")
+            raise ConfigError(
+                "engine.heads_dtype='bfloat16' needs bf16 weights or autocast; enable bf16 or torch_autocast in the ds_config"
+            )
         for head in heads_of(segmentor):
             if not isinstance(getattr(head, "conv_seg", None), nn.Conv2d):
-                raise ConfigError(f"engine.heads_dtype='bfloat16' is not for {type(head).__name__}: it has no conv_seg, "
-                                  "from which on scores and losses are fp32; drop it")
+                raise ConfigError(
+                    f"engine.heads_dtype='bfloat16' is not for {type(head).__name__}: it has no conv_seg, "
+                    "from which on scores and losses are fp32; drop it"
+                )
             for name, layer in head.named_modules():
                 if layer in (head, head.conv_seg):  # mmseg's heads have out_channels themselves
                     continue
                 if getattr(layer, "out_channels", getattr(layer, "out_features", None)) == head.num_classes:
-                    raise ConfigError(f"engine.heads_dtype='bfloat16' is not for {type(head).__name__}: its {name} makes class scores too, "
-                                      "which would not be fp32; drop it")
+                    raise ConfigError(
+                        f"engine.heads_dtype='bfloat16' is not for {type(head).__name__}: its {name} makes class scores too, "
+                        "which would not be fp32; drop it"
+                    )
     return getattr(torch, requested)
 
 
@@ -73,10 +85,15 @@ def set_fp32_matmul(mode: Literal["tf32", "ieee"], device: torch.device) -> None
     """
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = mode == "tf32"
-        log.info("fp32 products and convolutions on the GPU in %s (engine.fp32_matmul)", {"tf32": "TF32", "ieee": "full fp32"}[mode])
+        log.info(
+            "fp32 products and convolutions on the GPU in %s (engine.fp32_matmul)",
+            {"tf32": "TF32", "ieee": "full fp32"}[mode],
+        )
 
 
-def apply_precision(segmentor: nn.Module, compute: torch.dtype, *, heads: torch.dtype = torch.float32, autocast: bool = False) -> None:
+def apply_precision(
+    segmentor: nn.Module, compute: torch.dtype, *, heads: torch.dtype = torch.float32, autocast: bool = False
+) -> None:
     """Makes `segmentor.backbone` compute in `compute`, and everything beside it in `heads`. Once per model, before deepspeed.initialize.
 
     compute, heads: torch.bfloat16 or torch.float32. autocast: parameters are fp32 and the caller runs the model under torch.autocast, which then does the
@@ -122,8 +139,12 @@ def compute_in_bf16(module: nn.Module, except_for: Sequence[nn.Module] = ()) -> 
     for owner in _owners(module):
         exact = any(owner is other for other in except_for)
         is_norm = isinstance(owner, (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm))
-        owner.__class__ = _casting_class(type(owner), torch.float32 if exact or is_norm else torch.bfloat16, torch.float32 if exact else torch.bfloat16,
-                                         leaf=_is_leaf(owner))
+        owner.__class__ = _casting_class(
+            type(owner),
+            torch.float32 if exact or is_norm else torch.bfloat16,
+            torch.float32 if exact else torch.bfloat16,
+            leaf=_is_leaf(owner),
+        )
 
 
 def _norms_with_moments_in_fp32(backbone: nn.Module) -> None:
@@ -137,7 +158,9 @@ def _compiled_in_fp32(module: nn.Module) -> None:
     """mmcv's compiled operators have no kernels for bf16: their modules compute in fp32, whole, with a bf16 result."""
     inside: set[nn.Module] = set()
     for operator in list(module.modules()):
-        if operator not in inside and any(kind.__module__.startswith("mmcv.ops.") for kind in type(operator).__mro__):
+        if operator not in inside and any(
+            kind.__module__.startswith("mmcv.ops.") for kind in type(operator).__mro__
+        ):
             inside.update(operator.modules())
             for child in operator.children():
                 compute_in_fp32(child)
@@ -153,14 +176,18 @@ def _is_leaf(module: nn.Module) -> bool:
 
 
 @functools.cache
-def _casting_class(owner_class: type[nn.Module], compute: torch.dtype, result: torch.dtype, *, leaf: bool) -> type[nn.Module]:
+def _casting_class(
+    owner_class: type[nn.Module], compute: torch.dtype, result: torch.dtype, *, leaf: bool
+) -> type[nn.Module]:
     """A subclass of `owner_class` whose parameters are read, by itself or by others, as copies in `compute`. They stay as they are in `parameters()`.
 
     leaf: its forward also sees inputs in `compute`, with autocast off, and returns `result`. Modules with children (nn.MultiheadAttention, a block with a
     scale of its own) leave both to these.
     """
 
-    def __getattr__(self: nn.Module, name: str) -> Any:  # torch's way to parameters; under ZeRO-3 they are whole while a forward reads them
+    def __getattr__(
+        self: nn.Module, name: str
+    ) -> Any:  # torch's way to parameters; under ZeRO-3 they are whole while a forward reads them
         value = owner_class.__getattr__(self, name)
         return value.to(compute) if isinstance(value, nn.Parameter) and value.is_floating_point() else value
 
@@ -170,7 +197,9 @@ def _casting_class(owner_class: type[nn.Module], compute: torch.dtype, result: t
 
     word = "Fp32" if compute == torch.float32 else "Bf16"
     body = {"__getattr__": __getattr__} | ({"forward": forward} if leaf else {})
-    return derived_class(owner_class, body, word=word, doc=f"{owner_class.__name__}, computed in {word.lower()}.")
+    return derived_class(
+        owner_class, body, word=word, doc=f"{owner_class.__name__}, computed in {word.lower()}."
+    )
 
 
 @functools.cache
@@ -181,7 +210,9 @@ def _autocasting_class(owner_class: type[nn.Module]) -> type[nn.Module]:
         with torch.autocast(_device_type(args), torch.bfloat16, cache_enabled=False):
             return owner_class.forward(self, *args, **kwargs)
 
-    return derived_class(owner_class, {"forward": forward}, word="Autocast", doc=f"{owner_class.__name__}, under autocast.")
+    return derived_class(
+        owner_class, {"forward": forward}, word="Autocast", doc=f"{owner_class.__name__}, under autocast."
+    )
 
 
 def _device_type(args: tuple[Any, ...]) -> str:

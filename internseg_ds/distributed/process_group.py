@@ -59,7 +59,9 @@ class World:
         if count == 1 and self.launcher == "srun":
             return torch.device("cuda", 0)  # srun --gpus-per-task=1 shows each process its own GPU alone
         if self.local_rank >= count:
-            raise ConfigError(f"process {self.local_rank} of this host has no GPU of its own, {count} can be seen; start at most {count} processes per host")
+            raise ConfigError(
+                f"process {self.local_rank} of this host has no GPU of its own, {count} can be seen; start at most {count} processes per host"
+            )
         return torch.device("cuda", self.local_rank)
 
 
@@ -75,10 +77,14 @@ def world_from_environment(env: Mapping[str, str] = os.environ) -> World:
             try:
                 world = World(int(env[rank]), int(env[size]), int(env.get(local_rank, 0)), launcher)
             except ValueError:
-                raise ConfigError(f"{rank}={env[rank]!r} and {size}={env[size]!r} of the environment are not whole numbers; "
-                                  f"start with deepspeed, torchrun, srun or mpirun, or unset them to run in one process") from None
+                raise ConfigError(
+                    f"{rank}={env[rank]!r} and {size}={env[size]!r} of the environment are not whole numbers; "
+                    f"start with deepspeed, torchrun, srun or mpirun, or unset them to run in one process"
+                ) from None
             if not 0 <= world.rank < world.size:
-                raise ConfigError(f"{rank}={world.rank} is not below {size}={world.size}; unset both to run in one process")
+                raise ConfigError(
+                    f"{rank}={world.rank} is not below {size}={world.size}; unset both to run in one process"
+                )
             if launcher == "srun" and world.size == 1:
                 continue  # an interactive Slurm shell sets SLURM_PROCID=0 for everything that runs in it
             return world
@@ -89,7 +95,9 @@ def first_host(node_list: str) -> str:
     """The first host of a Slurm node list: "gpu[003-007,12],login1" -> "gpu003"."""
     match = re.match(r"([^\[,]+)(?:\[(\d+))?", node_list)
     if match is None:
-        raise ConfigError(f"SLURM_JOB_NODELIST={node_list!r} names no host; set MASTER_ADDR to the host of rank 0")
+        raise ConfigError(
+            f"SLURM_JOB_NODELIST={node_list!r} names no host; set MASTER_ADDR to the host of rank 0"
+        )
     return match[1] + (match[2] or "")
 
 
@@ -105,8 +113,10 @@ def rendezvous(world: World, env: Mapping[str, str] = os.environ) -> dict[str, s
     elif world.size == 1:
         address = "127.0.0.1"
     else:
-        raise ConfigError(f"{world.launcher} started {world.size} processes but MASTER_ADDR is not set; set it to the host of rank 0 "
-                          f"(mpirun: -x MASTER_ADDR=host)")
+        raise ConfigError(
+            f"{world.launcher} started {world.size} processes but MASTER_ADDR is not set; set it to the host of rank 0 "
+            f"(mpirun: -x MASTER_ADDR=host)"
+        )
     if "MASTER_PORT" in env:
         port = env["MASTER_PORT"]
     elif world.size == 1:
@@ -117,11 +127,21 @@ def rendezvous(world: World, env: Mapping[str, str] = os.environ) -> dict[str, s
         port = str(DEFAULT_PORT + int(env.get("SLURM_JOB_ID", 0)) % 1000)
     device = world.local_rank
     with suppress(ConfigError):  # a process without a GPU of its own still has to tell the others
-        device = world.device.index if world.device.type == "cuda" else device  # DeepSpeed takes the GPU of the number LOCAL_RANK
-    return {"RANK": str(world.rank), "WORLD_SIZE": str(world.size), "LOCAL_RANK": str(device), "MASTER_ADDR": address, "MASTER_PORT": port}
+        device = (
+            world.device.index if world.device.type == "cuda" else device
+        )  # DeepSpeed takes the GPU of the number LOCAL_RANK
+    return {
+        "RANK": str(world.rank),
+        "WORLD_SIZE": str(world.size),
+        "LOCAL_RANK": str(device),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": port,
+    }
 
 
-def join(world: World, timeout: timedelta = timedelta(minutes=30), *, refusal: UserError | None = None) -> None:
+def join(
+    world: World, timeout: timedelta = timedelta(minutes=30), *, refusal: UserError | None = None
+) -> None:
     """Makes the process group and takes this process's device.
 
     refusal: what this process cannot run with. Raises it, and in its words a UserError on all other processes, before any device is taken: a host that lacks
@@ -143,9 +163,11 @@ def join(world: World, timeout: timedelta = timedelta(minutes=30), *, refusal: U
         if PEER_GONE.search(str(error)) is None:
             raise
         free = shutil.disk_usage("/dev/shm").free / 2**20
-        raise Lost(f"another process ended while all met, as rank {world.rank} on host {socket.gethostname()} sees it ({reason_of(error)[:200]}); what it said "
-                   f"is the reason, or where a signal killed it, want of memory: {free:.0f} MiB are free in /dev/shm here, and DeepSpeed's collectives on CPUs "
-                   "take 66 for each process") from error
+        raise Lost(
+            f"another process ended while all met, as rank {world.rank} on host {socket.gethostname()} sees it ({reason_of(error)[:200]}); what it said "
+            f"is the reason, or where a signal killed it, want of memory: {free:.0f} MiB are free in /dev/shm here, and DeepSpeed's collectives on CPUs "
+            "take 66 for each process"
+        ) from error
 
 
 def adopt(timeout: timedelta = timedelta(minutes=30)) -> None:
@@ -154,7 +176,9 @@ def adopt(timeout: timedelta = timedelta(minutes=30)) -> None:
     from deepspeed.accelerator import get_accelerator
 
     if device_type() == "cpu" and (chosen := get_accelerator().device_name()) != "cpu":
-        raise ConfigError(f"{VARIABLE}=cpu, but deepspeed was imported before internseg_ds and has chosen {chosen}; set DS_ACCELERATOR=cpu too")
+        raise ConfigError(
+            f"{VARIABLE}=cpu, but deepspeed was imported before internseg_ds and has chosen {chosen}; set DS_ACCELERATOR=cpu too"
+        )
     deepspeed.init_distributed(timeout=timeout, verbose=False)
 
 
@@ -163,10 +187,18 @@ def _meet(world: World, timeout: timedelta, refusal: UserError | None) -> dist.S
     if refusal is not None and world.size == 1:
         raise refusal
     try:
-        store, *_ = next(dist.rendezvous("env://", world.rank, world.size, timeout=timeout if refusal is None else REFUSAL))
-        store.set(f"refusal/{world.rank}", f"{refusal} (on host {socket.gethostname()})" if refusal is not None else "")
+        store, *_ = next(
+            dist.rendezvous("env://", world.rank, world.size, timeout=timeout if refusal is None else REFUSAL)
+        )
+        store.set(
+            f"refusal/{world.rank}",
+            f"{refusal} (on host {socket.gethostname()})" if refusal is not None else "",
+        )
         if world.is_main:
-            store.set("refusal", next(filter(None, (store.get(f"refusal/{rank}").decode() for rank in range(world.size))), ""))
+            store.set(
+                "refusal",
+                next(filter(None, (store.get(f"refusal/{rank}").decode() for rank in range(world.size))), ""),
+            )
         found = store.get("refusal").decode()
         read = store.add("read", 1)
         while found and world.is_main and read < world.size:  # the store goes with this process
@@ -174,12 +206,16 @@ def _meet(world: World, timeout: timedelta, refusal: UserError | None) -> dist.S
             read = store.add("read", 0)
     except dist.DistError as error:
         if refusal is None and world.is_main and "EADDRINUSE" in str(error):
-            raise ConfigError(f"port {os.environ['MASTER_PORT']} of this host, where the processes are to meet, is in use, by another run perhaps; start with "
-                              "another: --master_port N of deepspeed, --master-port N of torchrun, or MASTER_PORT=N in the environment") from error
+            raise ConfigError(
+                f"port {os.environ['MASTER_PORT']} of this host, where the processes are to meet, is in use, by another run perhaps; start with "
+                "another: --master_port N of deepspeed, --master-port N of torchrun, or MASTER_PORT=N in the environment"
+            ) from error
         if refusal is None:
             place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            raise Lost(f"rank {world.rank} on host {socket.gethostname()} has not met the others at {place}, or one went away "
-                       f"({reason_of(error)[:300]}); what the others said first is the reason") from error
+            raise Lost(
+                f"rank {world.rank} on host {socket.gethostname()} has not met the others at {place}, or one went away "
+                f"({reason_of(error)[:300]}); what the others said first is the reason"
+            ) from error
         raise refusal from None  # the others have not come: what is wrong here is still wrong
     if found:
         raise refusal or UserError(found)
@@ -200,9 +236,14 @@ class Vote:
     what the GPU was given before. Collective, both."""
 
     def __init__(self, facts: Sequence[bool], device: torch.device) -> None:
-        told = torch.cat([torch.full((1,), int(fact), dtype=torch.int32, device=device) for fact in facts])  # filled there: a copy would wait for the GPU
+        told = torch.cat(
+            [torch.full((1,), int(fact), dtype=torch.int32, device=device) for fact in facts]
+        )  # filled there: a copy would wait for the GPU
         dist.all_reduce(told, dist.ReduceOp.MAX)
-        self._told, self._event = told.to("cpu", non_blocking=True), torch.cuda.Event() if device.type == "cuda" else None
+        self._told, self._event = (
+            told.to("cpu", non_blocking=True),
+            torch.cuda.Event() if device.type == "cuda" else None,
+        )
         if self._event is not None:
             self._event.record()
 
@@ -221,6 +262,8 @@ def any_rank(facts: Sequence[bool], device: torch.device) -> list[bool]:
 def leave() -> None:
     """Ends the process group, if there is one. A rank that just exits can abort while another still talks to it, so every path ends here."""
     if dist.is_initialized():
-        from deepspeed import comm  # forgets the groups that it has made of this one, too, which the next engine of this process would find
+        from deepspeed import (
+            comm,
+        )  # forgets the groups that it has made of this one, too, which the next engine of this process would find
 
         comm.destroy_process_group()

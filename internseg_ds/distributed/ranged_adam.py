@@ -41,13 +41,22 @@ class RangedAdam(Optimizer):
     State lies under the flat tensors, as torch's Adam would keep it: step, exp_avg, exp_avg_sq.
     """
 
-    def __init__(self, groups: Sequence[Mapping[str, Any]], kind: type[Adam], limit: float, **arguments: Any) -> None:
+    def __init__(
+        self, groups: Sequence[Mapping[str, Any]], kind: type[Adam], limit: float, **arguments: Any
+    ) -> None:
         """groups: of parameters, one for each setting, with its lr and weight_decay. kind: torch.optim.Adam or AdamW, made with `arguments`. limit: elements
         that a group of DeepSpeed's may have, where it holds several settings."""
-        self.settings = kind([{**group, "params": [nn.Parameter(torch.empty(0))]} for group in groups], **arguments)
+        self.settings = kind(
+            [{**group, "params": [nn.Parameter(torch.empty(0))]} for group in groups], **arguments
+        )
         sizes = [sum(full_shape(param).numel() for param in group["params"]) for group in groups]
-        super().__init__([{"params": [param for number in numbers for param in groups[number]["params"]]} for numbers in bundles(sizes, limit)],
-                         dict(self.settings.defaults))
+        super().__init__(
+            [
+                {"params": [param for number in numbers for param in groups[number]["params"]]}
+                for numbers in bundles(sizes, limit)
+            ],
+            dict(self.settings.defaults),
+        )
         for group in self.settings.param_groups:
             group["params"] = []
         self._ranges: dict[Tensor, list[Range]] = {}
@@ -73,7 +82,9 @@ class RangedAdam(Optimizer):
             part.grad = flat.grad[start:stop]
             groups[setting]["params"].append(part)
         try:
-            self.settings.param_groups = [group for group in groups if group["params"]]  # torch would look into empty ones too
+            self.settings.param_groups = [
+                group for group in groups if group["params"]
+            ]  # torch would look into empty ones too
             self.settings.step()
         finally:
             self.settings.param_groups = groups
@@ -86,17 +97,27 @@ class RangedAdam(Optimizer):
         """Views of the ranges of `flat`, whose state in `settings` is views of the state of `flat`. Made anew where that, or its memory, is another one."""
         state = self.state[flat]
         if not state:
-            on_device = self.defaults.get("fused") or self.defaults.get("capturable")  # as torch's Adam has it: elsewhere it reads the count on the host
-            state |= {"step": torch.zeros((), device=flat.device if on_device else "cpu")} | {what: torch.zeros_like(flat) for what in MOMENTS}
+            on_device = self.defaults.get("fused") or self.defaults.get(
+                "capturable"
+            )  # as torch's Adam has it: elsewhere it reads the count on the host
+            state |= {"step": torch.zeros((), device=flat.device if on_device else "cpu")} | {
+                what: torch.zeros_like(flat) for what in MOMENTS
+            }
         parts = self._parts.get(flat, [])
         known = self.settings.state[parts[0]] if parts else None
-        if known is None or known["step"] is not state["step"] or known["exp_avg"].data_ptr() != state["exp_avg"].data_ptr() \
-                or parts[0].data_ptr() != flat.data_ptr():
+        if (
+            known is None
+            or known["step"] is not state["step"]
+            or known["exp_avg"].data_ptr() != state["exp_avg"].data_ptr()
+            or parts[0].data_ptr() != flat.data_ptr()
+        ):
             for part in parts:
                 del self.settings.state[part]
             self._parts[flat] = parts = [flat.data[start:stop] for start, stop, _ in self._ranges[flat]]
             for number, (part, (start, stop, _)) in enumerate(zip(parts, self._ranges[flat])):
-                self.settings.state[part] = {what: state[what][start:stop] for what in MOMENTS}  # each counts its own steps: torch adds one for each
+                self.settings.state[part] = {
+                    what: state[what][start:stop] for what in MOMENTS
+                }  # each counts its own steps: torch adds one for each
                 self.settings.state[part]["step"] = state["step"].clone() if number else state["step"]
         return parts
 
@@ -110,6 +131,10 @@ def divide_by_settings(engine: Any, optimizer: RangedAdam, groups: Sequence[Mapp
                 starts[place.partition][place.offset] = number
     ranges: dict[Tensor, list[Range]] = {}
     for flat, begins in zip(partitions(engine), starts, strict=True):
-        firsts = [next(run) for _, run in groupby(sorted(begins), key=begins.__getitem__)]  # of neighbours with one setting
-        ranges[flat] = [(start, stop, begins[start]) for start, stop in pairwise([*firsts, flat.numel()])]  # padding behind a parameter goes with it
+        firsts = [
+            next(run) for _, run in groupby(sorted(begins), key=begins.__getitem__)
+        ]  # of neighbours with one setting
+        ranges[flat] = [
+            (start, stop, begins[start]) for start, stop in pairwise([*firsts, flat.numel()])
+        ]  # padding behind a parameter goes with it
     optimizer.divide(ranges)

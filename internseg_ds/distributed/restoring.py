@@ -25,13 +25,18 @@ def restore(engine: Any, checkpoint: ZeroCheckpoint, schedule: LrSchedule) -> No
     masters, inner = partitions(engine), engine.optimizer.optimizer
     if checkpoint.updates:
         for master in masters:
-            inner.state[master] = {"step": _step(inner, checkpoint.updates, master), **{what: torch.zeros_like(master.data) for what in MOMENTS}}
+            inner.state[master] = {
+                "step": _step(inner, checkpoint.updates, master),
+                **{what: torch.zeros_like(master.data) for what in MOMENTS},
+            }
     for name, param in engine.module.named_parameters():
         place = place_of(engine, param)
         if place is None:
             continue
         master = masters[place.partition]
-        targets = {"fp32": master.data} | ({what: inner.state[master][what] for what in MOMENTS} if checkpoint.updates else {})
+        targets = {"fp32": master.data} | (
+            {what: inner.state[master][what] for what in MOMENTS} if checkpoint.updates else {}
+        )
         for what, target in targets.items():
             target[place.held] = checkpoint.read_slice(name, place.start, place.stop, what)
     engine.global_steps, engine.skipped_steps = checkpoint.steps, checkpoint.steps - checkpoint.scheduled

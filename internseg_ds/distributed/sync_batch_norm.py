@@ -20,7 +20,9 @@ class _NormaliseOverRanks(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         dtype = torch.promote_types(x.dtype, torch.float32)
         variance, mean = torch.var_mean(x.to(dtype), _positions(x), correction=0)
         own = torch.cat([mean, variance, mean.new_full((1,), x.numel() // x.size(1))])
@@ -53,9 +55,15 @@ class _NormaliseOverRanks(torch.autograd.Function):
             dist.all_reduce(sums)
         of_grad, of_product = sums / total.to(sums.dtype)
         factor = scale if weight is None else scale * weight.to(scale.dtype)
-        wanted = (grad - of_grad.view(shape) - centred * (scale.square() * of_product).view(shape)) * factor.view(shape)
-        return (wanted.to(x.dtype), None if weight is None else (own[1] * scale).to(weight.dtype),
-                None if ctx.bias_dtype is None else own[0].to(ctx.bias_dtype), None)
+        wanted = (
+            grad - of_grad.view(shape) - centred * (scale.square() * of_product).view(shape)
+        ) * factor.view(shape)
+        return (
+            wanted.to(x.dtype),
+            None if weight is None else (own[1] * scale).to(weight.dtype),
+            None if ctx.bias_dtype is None else own[0].to(ctx.bias_dtype),
+            None,
+        )
 
 
 def _positions(x: Tensor) -> list[int]:
@@ -79,19 +87,29 @@ class AnyDeviceSyncBatchNorm(nn.SyncBatchNorm):
         """
         if not self.training:
             own = self.running_mean is None  # of this batch and rank alone, as torch has it
-            return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, own, 0.0, self.eps)
+            return nn.functional.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, own, 0.0, self.eps
+            )
         if _ranks() * x.numel() <= x.size(1):
-            raise ValueError(f"batch norm needs more than one value per channel in training, got input {tuple(x.shape)} on one process; "
-                             "raise data.samples_per_gpu")
+            raise ValueError(
+                f"batch norm needs more than one value per channel in training, got input {tuple(x.shape)} on one process; "
+                "raise data.samples_per_gpu"
+            )
         if x.is_cuda and _ranks() == 1:
             return super().forward(x)
         result, mean, variance, total = _NormaliseOverRanks.apply(x, self.weight, self.bias, self.eps)
         if self.track_running_stats:
             with torch.no_grad():
                 self.num_batches_tracked.add_(1)
-                momentum = self.momentum if self.momentum is not None else 1 / self.num_batches_tracked.to(self.running_mean.dtype)
+                momentum = (
+                    self.momentum
+                    if self.momentum is not None
+                    else 1 / self.num_batches_tracked.to(self.running_mean.dtype)
+                )
                 self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
-                self.running_var.lerp_((variance * (total / (total - 1)).to(variance.dtype)).to(self.running_var.dtype), momentum)
+                self.running_var.lerp_(
+                    (variance * (total / (total - 1)).to(variance.dtype)).to(self.running_var.dtype), momentum
+                )
         return result
 
 

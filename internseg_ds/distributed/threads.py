@@ -35,6 +35,12 @@ def take_share_of_cores() -> None:
     host, own = told[rank]
     if user_has_chosen():
         return
-    threads = share_of_cores(own, [set(cores) for index, (where, cores) in enumerate(told) if where == host and index != rank])
+    threads = share_of_cores(
+        own, [set(cores) for index, (where, cores) in enumerate(told) if where == host and index != rank]
+    )
     torch.set_num_threads(threads)
-    log.info("%d thread%s per process for the optimizer on the host (OMP_NUM_THREADS changes it)", threads, "s" * (threads > 1))
+    log.info(
+        "%d thread%s per process for the optimizer on the host (OMP_NUM_THREADS changes it)",
+        threads,
+        "s" * (threads > 1),
+    )

@@ -63,7 +63,9 @@ class Watch:
         if world.size > 1 and self._connected():
             alive = weakref.ref(self)
             os.register_at_fork(after_in_child=lambda: (here := alive()) and here._disown())
-            self._thread = threading.Thread(target=self._oversee if world.is_main else self._report, daemon=True, name="watch")
+            self._thread = threading.Thread(
+                target=self._oversee if world.is_main else self._report, daemon=True, name="watch"
+            )
         elif world.size == 1 and io_s:
             self._thread = threading.Thread(target=self._oversee, daemon=True, name="watch")
         if self._thread is not None:
@@ -71,7 +73,12 @@ class Watch:
 
     def at(self, step: int, doing: Doing, micro_batch: int = 0) -> None:
         """This rank has come to this part of this step (the one after `step` - 1 updates). micro_batch: of the step, from 0."""
-        self._place, self._got_on = replace(self._place, step=step, doing=doing, micro_batch=micro_batch, marks=self._place.marks + 1), time.monotonic()
+        self._place, self._got_on = (
+            replace(
+                self._place, step=step, doing=doing, micro_batch=micro_batch, marks=self._place.marks + 1
+            ),
+            time.monotonic(),
+        )
 
     @contextmanager
     def during(self, step: int, doing: Doing) -> Iterator[None]:
@@ -106,8 +113,15 @@ class Watch:
             self._thread.join(GRACE_S)
             self._thread = None
             return
-        self._place = replace(self._place, failure=reason_of(failure)[:300],
-                              code=USER_ERROR if isinstance(failure, UserError) else LOST if isinstance(failure, Lost) else FAILED)
+        self._place = replace(
+            self._place,
+            failure=reason_of(failure)[:300],
+            code=USER_ERROR
+            if isinstance(failure, UserError)
+            else LOST
+            if isinstance(failure, Lost)
+            else FAILED,
+        )
         time.sleep(GRACE_S)  # the thread speaks, and ends the process, where it knows better
 
     def _connected(self) -> bool:
@@ -116,7 +130,9 @@ class Watch:
         if self.world.is_main:
             listener = Listener(("0.0.0.0", 0), backlog=self.world.size, authkey=key)
             threading.Thread(target=self._welcome, args=(listener,), daemon=True).start()
-        address, port, key = of_all_ranks((os.environ.get("MASTER_ADDR", self._place.host), listener and listener.address[1], key))[0]
+        address, port, key = of_all_ranks(
+            (os.environ.get("MASTER_ADDR", self._place.host), listener and listener.address[1], key)
+        )[0]
         reached = True
         if listener is None:
             reaching = threading.Thread(target=self._reach, args=(address, port, key), daemon=True)
@@ -129,12 +145,19 @@ class Watch:
             while not cannot and len(self._peers) < self.world.size - 1 and time.monotonic() < deadline:
                 time.sleep(0.01)
             if len(self._peers) < self.world.size - 1:
-                cannot = cannot or [min(set(range(1, self.world.size)) - {place.rank for place in self._peers.values()})]
+                cannot = cannot or [
+                    min(set(range(1, self.world.size)) - {place.rank for place in self._peers.values()})
+                ]
             self._unreachable.set()
             listener.close()
             if cannot:
-                log.warning("rank %d cannot reach rank 0 at %s:%d (a firewall?), so nobody watches for dead and hanging ranks "
-                            "but the collectives' own time limit", cannot[0], address, port)
+                log.warning(
+                    "rank %d cannot reach rank 0 at %s:%d (a firewall?), so nobody watches for dead and hanging ranks "
+                    "but the collectives' own time limit",
+                    cannot[0],
+                    address,
+                    port,
+                )
         return not any(of_all_ranks(bool(cannot)))
 
     def _reach(self, address: str, port: int, key: bytes) -> None:
@@ -163,11 +186,17 @@ class Watch:
             line, waits = line_of(self._main)
         except Exception:  # of frames that run on meanwhile: a line of text is no reason to watch no more
             line, waits = "", False
-        return replace(self._place, line=line, waits=waits, stands_s=time.monotonic() - self._got_on, asked_to_stop=self.asked_to_stop)
+        return replace(
+            self._place,
+            line=line,
+            waits=waits,
+            stands_s=time.monotonic() - self._got_on,
+            asked_to_stop=self.asked_to_stop,
+        )
 
     def _report(self) -> None:
         """The thread of a rank that is not 0."""
-        (to_main, main), = self._peers.items()
+        ((to_main, main),) = self._peers.items()
         heard, failed_first = time.monotonic(), False
         try:
             while True:
@@ -193,7 +222,9 @@ class Watch:
         """The thread of rank 0."""
         got_on = beat = time.monotonic()
         heard, marks = dict.fromkeys(self._peers, got_on), -1
-        failed_first: set[Connection] = set()  # before this rank: a failure of all at once speaks for itself, by its own traceback on each
+        failed_first: set[Connection] = (
+            set()
+        )  # before this rank: a failure of all at once speaks for itself, by its own traceback on each
         while True:
             for peer in wait([*self._peers, self._woken], BEAT_S):
                 if peer is self._woken:
@@ -214,12 +245,19 @@ class Watch:
                 return
             everybody = [here, *self._peers.values()]
             limit = self._limit({place.doing for place in everybody})
-            if (seen := sum(place.marks for place in everybody)) != marks or not limit or any(place.left for place in everybody):
+            if (
+                (seen := sum(place.marks for place in everybody)) != marks
+                or not limit
+                or any(place.left for place in everybody)
+            ):
                 marks, got_on = seen, now
             if self.hang_s:
                 for peer, place in self._peers.items():
                     if now - heard[peer] > self.hang_s and not place.left:
-                        self._tell(f"{place} has given no sign of life for {self.hang_s:.0f} s: its process is stopped, or its host is down", place)
+                        self._tell(
+                            f"{place} has given no sign of life for {self.hang_s:.0f} s: its process is stopped, or its host is down",
+                            place,
+                        )
             if limit and now - got_on > limit:
                 self._tell(*verdict(everybody, limit))
             if now - beat >= BEAT_S:
@@ -280,9 +318,14 @@ def joined(world: World) -> Iterator[World]:
 @contextmanager
 def time_limit(seconds: float, doing: str) -> Iterator[None]:
     """Ends this process, with its stack, where a block takes longer: for what comes before ranks can watch each other. 0: any time."""
+
     def end() -> None:
         faulthandler.dump_traceback(file=sys.__stderr__)
-        log.error("%s took more than %.0f s (engine.io_timeout): a disk that does not answer? This run ends.", doing, seconds)
+        log.error(
+            "%s took more than %.0f s (engine.io_timeout): a disk that does not answer? This run ends.",
+            doing,
+            seconds,
+        )
         os._exit(LOST)
 
     timer = threading.Timer(seconds, end)
@@ -298,7 +341,9 @@ def time_limit(seconds: float, doing: str) -> Iterator[None]:
 def check_heartbeat_timeout(seconds: float) -> None:
     """Raises ConfigError for one that healthy ranks would exceed, or that is no time."""
     if not (seconds == 0 or LEAST_HANG_S <= seconds < float("inf")):
-        raise ConfigError(f"--heartbeat-timeout {seconds:g} must be at least {LEAST_HANG_S:g} seconds, or 0 for no limit; 600 is the usual one")
+        raise ConfigError(
+            f"--heartbeat-timeout {seconds:g} must be at least {LEAST_HANG_S:g} seconds, or 0 for no limit; 600 is the usual one"
+        )
 
 
 def _drop_what_blocks(peer: Connection) -> None:

@@ -25,7 +25,18 @@ import torch.distributed as dist
 
 from internseg_ds.checkpoints.checksums import Written
 from internseg_ds.checkpoints.manifest import update_metrics, write_manifest
-from internseg_ds.checkpoints.saves import PARTIAL, all_to_disk, give_name_back, noted_saves, pointed_to, publish, remove, sweep, take_name, to_disk
+from internseg_ds.checkpoints.saves import (
+    PARTIAL,
+    all_to_disk,
+    give_name_back,
+    noted_saves,
+    pointed_to,
+    publish,
+    remove,
+    sweep,
+    take_name,
+    to_disk,
+)
 from internseg_ds.checkpoints.zero_checkpoint import EMA_FILE
 from internseg_ds.distributed.partitions import partitions
 from internseg_ds.distributed.process_group import any_rank, of_all_ranks
@@ -61,8 +72,14 @@ class Checkpoints:
         """Tag of the newest save of this run that succeeded."""
         self._started: Started | None = None
 
-    def save(self, deepspeed_engine: Any, state: TrainState, meta: dict[str, Any], groups: Sequence[Mapping[str, Any]] = (),
-             ema: "ShardedEma | None" = None) -> Path | None:
+    def save(
+        self,
+        deepspeed_engine: Any,
+        state: TrainState,
+        meta: dict[str, Any],
+        groups: Sequence[Mapping[str, Any]] = (),
+        ema: "ShardedEma | None" = None,
+    ) -> Path | None:
         """Writes weights, optimizer, schedule, `state` and the average `ema`; returns the checkpoint's directory.
 
         A save that fails on any rank (a full disk) is cleared away, with a warning, and returns None: it shall not cost the training. Where the engine's
@@ -76,16 +93,33 @@ class Checkpoints:
         needed = self._bytes_to_save(deepspeed_engine, ema)
         failure = _failure_of(lambda: self._make_room_for(partial, needed)) if self.leads else None
         if _agreed(deepspeed_engine, failure is None):
-            deepspeed_engine.save_checkpoint(str(self.folder), tag=partial.name, client_state={"internseg_ds": state.state_dict()}, save_latest=False)
+            deepspeed_engine.save_checkpoint(
+                str(self.folder),
+                tag=partial.name,
+                client_state={"internseg_ds": state.state_dict()},
+                save_latest=False,
+            )
             if ema is not None:
                 writer.save(ema.state_dict(), str(partial / EMA_FILE.format(rank=dist.get_rank())))
         else:
             writer.failure = failure or OSError("another rank failed")
-        self._started = Started(deepspeed_engine, tag, needed, {
-            "step": state.step, "world_size": dist.get_world_size(), "meta": meta, "metrics": {}, "groups": groups,
-            "zero_stage": deepspeed_engine.zero_optimization_stage(), "node_local": len(set(self.leaders)) > 1,
-            "run": state.run, "number": max(of_all_ranks(self._last_number())) + 1,
-            "saved_at": of_all_ranks(time.time())[0]})  # on every host the same: it tells two saves of one step apart
+        self._started = Started(
+            deepspeed_engine,
+            tag,
+            needed,
+            {
+                "step": state.step,
+                "world_size": dist.get_world_size(),
+                "meta": meta,
+                "metrics": {},
+                "groups": groups,
+                "zero_stage": deepspeed_engine.zero_optimization_stage(),
+                "node_local": len(set(self.leaders)) > 1,
+                "run": state.run,
+                "number": max(of_all_ranks(self._last_number())) + 1,
+                "saved_at": of_all_ranks(time.time())[0],
+            },
+        )  # on every host the same: it tells two saves of one step apart
         if not writer.background:
             self.finish()
         return self.folder / tag if self._started is not None or self.newest == tag else None
@@ -111,15 +145,23 @@ class Checkpoints:
         if not fine:
             if self.leads:
                 shutil.rmtree(partial, ignore_errors=True)
-                log.warning("%s could not be saved: it needs %s MiB and %s MiB are free in %s (%s); training goes on, the newest checkpoint is %s",
-                            started.tag, f"{started.needed / 2**20:,.0f}", _free_mib(self.folder), self.folder,
-                            failure or "another rank failed", self.newest or "none")
+                log.warning(
+                    "%s could not be saved: it needs %s MiB and %s MiB are free in %s (%s); training goes on, the newest checkpoint is %s",
+                    started.tag,
+                    f"{started.needed / 2**20:,.0f}",
+                    _free_mib(self.folder),
+                    self.folder,
+                    failure or "another rank failed",
+                    self.newest or "none",
+                )
             dist.barrier()
             return
         if self.leads:
             if os.path.lexists(replaced):
                 remove(replaced)
-            with unless_disk_full(f"{final} is saved, but `latest` does not name it"):  # --resume auto finds it all the same
+            with unless_disk_full(
+                f"{final} is saved, but `latest` does not name it"
+            ):  # --resume auto finds it all the same
                 to_disk(self.folder)
                 publish(self.folder / "latest", started.tag)
         dist.barrier()  # published on every host, before one removes an older one
@@ -133,7 +175,11 @@ class Checkpoints:
         """Notes the evaluation of the checkpoint of `state.step`, and marks it when it is the best so far by the score `best_by`; whether it is."""
         self.finish()
         tag = f"iter_{state.step}"
-        better = best_by is not None and self.newest == tag and metrics[best_by] > (-math.inf if state.best is None else state.best)  # never for NaN
+        better = (
+            best_by is not None
+            and self.newest == tag
+            and metrics[best_by] > (-math.inf if state.best is None else state.best)
+        )  # never for NaN
         if better:
             state.best, state.best_tag = metrics[best_by], tag
         if self.leads and self.newest == tag:
@@ -157,7 +203,9 @@ class Checkpoints:
         tag = pointed_to(self.folder, "best")
         if tag in notes and (manifest := notes[tag])["step"] <= state.step:
             state.best, state.best_tag = manifest["metrics"].get(best_by), tag
-        state.best, state.best_tag = of_all_ranks((state.best, state.best_tag))[0]  # hosts with folders of their own must not differ
+        state.best, state.best_tag = of_all_ranks((state.best, state.best_tag))[
+            0
+        ]  # hosts with folders of their own must not differ
 
     def _make_room_for(self, partial: Path, needed: int) -> None:
         """Takes leftovers away, that of an earlier save to `partial` too, and looks for room for so many bytes."""
@@ -170,7 +218,11 @@ class Checkpoints:
 
     def _last_number(self) -> int:
         """Of the saves in this rank's folder."""
-        return max((manifest.get("number", 0) for _, manifest in noted_saves(self.folder)), default=0) if self.leads else 0
+        return (
+            max((manifest.get("number", 0) for _, manifest in noted_saves(self.folder)), default=0)
+            if self.leads
+            else 0
+        )
 
     def _written(self, writer: Any) -> dict[str, tuple[int, Written]]:
         """What the ranks of this rank's folder have written into it, by name, and which did. Collective."""
@@ -181,9 +233,23 @@ class Checkpoints:
     def _bytes_to_save(self, deepspeed_engine: Any, ema: "ShardedEma | None") -> int:
         """What the files in this rank's folder will take together: masters and two moments in fp32, the module's own weights, the average. Collective."""
         masters = sum(master.numel() for master in partitions(deepspeed_engine))
-        module = sum(param.numel() * param.itemsize for param in deepspeed_engine.module.parameters()) if self.leads else 0  # under ZeRO-3 they are empty
+        module = (
+            sum(param.numel() * param.itemsize for param in deepspeed_engine.module.parameters())
+            if self.leads
+            else 0
+        )  # under ZeRO-3 they are empty
         written = of_all_ranks(masters * (16 if ema is not None else 12) + module)
-        return int(1.01 * sum(size for size, leader in zip(written, self.leaders) if leader == self.leaders[dist.get_rank()])) + 2**20
+        return (
+            int(
+                1.01
+                * sum(
+                    size
+                    for size, leader in zip(written, self.leaders)
+                    if leader == self.leaders[dist.get_rank()]
+                )
+            )
+            + 2**20
+        )
 
     def _retain(self, run: str) -> None:
         """The newest of `run` stay, and what `latest` and `best` name; saves of other runs are not this one's to remove."""

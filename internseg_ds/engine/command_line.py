@@ -75,8 +75,14 @@ def quieten() -> None:
 
 def parser(description: str, example: str) -> argparse.ArgumentParser:
     """An argument parser whose --help ends with a command that works, with the options that every script has."""
-    made = argparse.ArgumentParser(description=description, epilog=f"example:\n  {example}", formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it; LOCAL_RANK says the same
+    made = argparse.ArgumentParser(
+        description=description,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument(
+        "--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS
+    )  # the deepspeed launcher passes it; LOCAL_RANK says the same
     return made
 
 
@@ -90,8 +96,11 @@ def count(text: str) -> int:
 
 def add_checksum_option(made: argparse.ArgumentParser) -> None:
     """--skip-checksums, of what reads checkpoints or weights."""
-    made.add_argument("--skip-checksums", action="store_true",
-                      help="read checkpoints and weights without holding them against their checksums (engine.checksums=False)")
+    made.add_argument(
+        "--skip-checksums",
+        action="store_true",
+        help="read checkpoints and weights without holding them against their checksums (engine.checksums=False)",
+    )
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -104,13 +113,23 @@ def add_config_options(made: argparse.ArgumentParser) -> None:
     from mmcv import DictAction  # here: after `quieten`
 
     class Settings(DictAction):
-        def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: list[str], option_string: str | None = None) -> None:
+        def __call__(
+            self,
+            parser: argparse.ArgumentParser,
+            namespace: argparse.Namespace,
+            values: list[str],
+            option_string: str | None = None,
+        ) -> None:
             for value in values:
                 if "=" not in value:
                     parser.error(f"--cfg-options {value}: write KEY=VALUE")
             super().__call__(parser, namespace, values, option_string)
 
-    made.add_argument("--cfg-options", nargs="+", action=Settings, metavar="KEY=VALUE", default={},
-                      help="settings that override the config, e.g. data.samples_per_gpu=4 optimizer.lr=1e-4")
-
-
+    made.add_argument(
+        "--cfg-options",
+        nargs="+",
+        action=Settings,
+        metavar="KEY=VALUE",
+        default={},
+        help="settings that override the config, e.g. data.samples_per_gpu=4 optimizer.lr=1e-4",
+    )

@@ -11,7 +11,18 @@ from internseg_ds.distributed.lr_schedule import arguments, policies
 from internseg_ds.engine.options import EngineOptions
 from internseg_ds.errors import ConfigError
 
-SECTIONS = ("model", "data", "optimizer", "lr_config", "runner", "evaluation", "checkpoint_config", "log_config", "optimizer_config", "engine")
+SECTIONS = (
+    "model",
+    "data",
+    "optimizer",
+    "lr_config",
+    "runner",
+    "evaluation",
+    "checkpoint_config",
+    "log_config",
+    "optimizer_config",
+    "engine",
+)
 OPTIONAL = SECTIONS[5:]
 
 # keys of mmcv's runner that have no effect here, each with the line that says so
@@ -71,9 +82,13 @@ def check_option(cfg: Config, option: str, path: str) -> None:
             known = list(node.keys())
         if part in known:
             if isinstance(node, tuple) or (isinstance(node, list) and depth == len(parents)):
-                raise ConfigError(f"--cfg-options {option}: one element of a list cannot be set; write all of them, {prefix}=[..., ...]")
+                raise ConfigError(
+                    f"--cfg-options {option}: one element of a list cannot be set; write all of them, {prefix}=[..., ...]"
+                )
             if depth == 0 and part not in READ:
-                raise ConfigError(f"--cfg-options {option}: {part} is a variable of {path}, which its sections have taken already; set what they made of it")
+                raise ConfigError(
+                    f"--cfg-options {option}: {part} is a variable of {path}, which its sections have taken already; set what they made of it"
+                )
             node = node[int(part)] if isinstance(node, (list, tuple)) else node[part]
             continue
         if depth == 0 and part in RUN and not parents:
@@ -95,5 +110,9 @@ def check_option(cfg: Config, option: str, path: str) -> None:
             return
         known += KNOWN.get(prefix, ()) if prefix else READ
         near = difflib.get_close_matches(part, known, n=1)
-        guess = f"; did you mean {'.'.join(filter(None, [prefix, near[0]]))}?" if near else f"; there are {', '.join(known) or 'no keys'}"
+        guess = (
+            f"; did you mean {'.'.join(filter(None, [prefix, near[0]]))}?"
+            if near
+            else f"; there are {', '.join(known) or 'no keys'}"
+        )
         raise ConfigError(f"--cfg-options {option}: {part!r} exists nowhere in {prefix or path}{guess}")

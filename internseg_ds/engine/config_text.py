@@ -19,7 +19,11 @@ SHORT = 40
 def config_text(cfg: Mapping[str, Any]) -> str:
     """One assignment for each key. What has no text (a lambda, an object) becomes a string that tells what it was, with a comment at the top."""
     writer = _Writer()
-    lines = [f"{key} = {writer.value(value, len(f'{key} = '))}" for key, value in cfg.items() if not isinstance(value, ModuleType)]
+    lines = [
+        f"{key} = {writer.value(value, len(f'{key} = '))}"
+        for key, value in cfg.items()
+        if not isinstance(value, ModuleType)
+    ]
     if writer.lost:
         lines.insert(0, f"# has no text, and is a string below: {', '.join(writer.lost)}")
     return "\n".join([*(f"import {name}" for name in sorted(writer.imports)), *lines]) + "\n"
@@ -36,7 +40,10 @@ class _Writer:
         if isinstance(value, Mapping):
             named = all(isinstance(key, str) and key.isidentifier() and not iskeyword(key) for key in value)
             items = [f"{key}=" if named else f"{key!r}: " for key in value]
-            items = [head + self.value(item, inner + len(head), inner) for head, item in zip(items, value.values(), strict=True)]
+            items = [
+                head + self.value(item, inner + len(head), inner)
+                for head, item in zip(items, value.values(), strict=True)
+            ]
             opening, closing = ("dict(", ")") if named else ("{", "}")
         elif type(value) in (list, tuple, set) and value:
             items = [self.value(item, inner, inner) for item in value]

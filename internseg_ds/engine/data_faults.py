@@ -20,7 +20,11 @@ class DataFaults:
         """file: has a line for each; a run that goes on from a step `start` knows those. limit: how many different ones a run may have
         (`engine.max_data_faults`). Collective."""
         self.file, self.limit, self._lines = file, limit, LateLines(file)
-        noted = file.read_text(errors="replace").splitlines() if dist.get_rank() == 0 and start and file.exists() else []
+        noted = (
+            file.read_text(errors="replace").splitlines()
+            if dist.get_rank() == 0 and start and file.exists()
+            else []
+        )
         self.known: set[str] = set(of_all_ranks(noted)[0])
         """Of all ranks."""
         if dist.get_rank() == 0 and not start:
@@ -40,8 +44,15 @@ class DataFaults:
         if is_main:
             self._lines.add("".join(f"{fault}\n" for fault in new))
         if len(self.known) > self.limit:
-            raise DataError(f"{new[-1]}" + (
-                f" ({len(self.known)} damaged training images are more than engine.max_data_faults={self.limit}; {self.file} names them)"
-                if self.limit else "; with engine.max_data_faults=10 up to 10 such images would be replaced by others"))
+            raise DataError(
+                f"{new[-1]}"
+                + (
+                    f" ({len(self.known)} damaged training images are more than engine.max_data_faults={self.limit}; {self.file} names them)"
+                    if self.limit
+                    else "; with engine.max_data_faults=10 up to 10 such images would be replaced by others"
+                )
+            )
         for fault in new if is_main else ():
-            log.warning("%s; another image takes its place (%d of at most %d)", fault, len(self.known), self.limit)
+            log.warning(
+                "%s; another image takes its place (%d of at most %d)", fault, len(self.known), self.limit
+            )

@@ -19,36 +19,70 @@ def describe(plan: Plan, console: Console) -> None:
     counts = Table("part", "parameters", "of which train", title=f"{plan.experiment.name}: model")
     for name, child in [*plan.meta_model.named_children(), ("all", plan.meta_model)]:
         params = list(child.parameters())
-        counts.add_row(name, f"{sum(p.numel() for p in params):,}", f"{sum(p.numel() for p in params if p.requires_grad):,}")
+        counts.add_row(
+            name,
+            f"{sum(p.numel() for p in params):,}",
+            f"{sum(p.numel() for p in params if p.requires_grad):,}",
+        )
     console.print(counts)
     groups = Table("group", "tensors", "parameters", "lr", "weight decay", title="parameter groups")
     for group in parameter_groups(plan.meta_model, plan.experiment.optimizer):
-        groups.add_row(group["name"], str(len(group["params"])), f"{sum(p.numel() for p in group['params']):,}", f"{group['lr']:.3g}",
-                       f"{group['weight_decay']:g}")
+        groups.add_row(
+            group["name"],
+            str(len(group["params"])),
+            f"{sum(p.numel() for p in group['params']):,}",
+            f"{group['lr']:.3g}",
+            f"{group['weight_decay']:g}",
+        )
     console.print(groups)
     ds, experiment = plan.ds, plan.experiment
-    console.print(f"weights: {_weights(plan)}", markup=False, highlight=False, soft_wrap=True)  # a path is no markup, and stays in one piece
+    console.print(
+        f"weights: {_weights(plan)}", markup=False, highlight=False, soft_wrap=True
+    )  # a path is no markup, and stays in one piece
     console.print(f"images: {sizes}", soft_wrap=True)
-    console.print(f"batch: {ds.global_batch} images per step = {ds.world_size} processes x {ds.micro_batch} images x {ds.accumulation} accumulation steps")
-    console.print(f"data: {len(plan.train_set):,} training images, {len(plan.val_set) if plan.val_set is not None else 0:,} validation images; "
-                  f"{experiment.max_steps:,} steps = {experiment.max_steps * ds.global_batch / len(plan.train_set):.1f} epochs")
+    console.print(
+        f"batch: {ds.global_batch} images per step = {ds.world_size} processes x {ds.micro_batch} images x {ds.accumulation} accumulation steps"
+    )
+    console.print(
+        f"data: {len(plan.train_set):,} training images, {len(plan.val_set) if plan.val_set is not None else 0:,} validation images; "
+        f"{experiment.max_steps:,} steps = {experiment.max_steps * ds.global_batch / len(plan.train_set):.1f} epochs"
+    )
     for note in plan.notes:
         console.print(note, markup=False, highlight=False, soft_wrap=True)
     for said in plan.warnings:
         console.print(f"warning: {said}", markup=False, highlight=False, soft_wrap=True, style="yellow")
     try:
-        memory = of_this_run(Planner(experiment, plan.meta_model, crop=plan.crop), ds, plan.world, validate=plan.val_set is not None)
+        memory = of_this_run(
+            Planner(experiment, plan.meta_model, crop=plan.crop),
+            ds,
+            plan.world,
+            validate=plan.val_set is not None,
+        )
     except Exception as error:  # an odd model is no reason not to train it
-        console.print(f"the memory of this run cannot be planned: {reason_of(error)}; where that is of its forward, training will end there too",
-                      markup=False, soft_wrap=True)
+        console.print(
+            f"the memory of this run cannot be planned: {reason_of(error)}; where that is of its forward, training will end there too",
+            markup=False,
+            soft_wrap=True,
+        )
         return
-    console.print(memory_table(memory, f"{ds.source}: ZeRO-{ds.stage}, {ds.precision}, {ds.world_size} process{'es' * (ds.world_size > 1)}"))
+    console.print(
+        memory_table(
+            memory,
+            f"{ds.source}: ZeRO-{ds.stage}, {ds.precision}, {ds.world_size} process{'es' * (ds.world_size > 1)}",
+        )
+    )
     console.print(f"Recomputed in the backbone: {memory.planner.recomputation}.")
     console.print(f"{verdict(memory)} {memory.footprint.checkpoint / 2**30:.3g} GiB on disk per checkpoint.")
-    console.print("planned, not measured; nothing was taken from any accelerator. launch/plan.py compares ds_configs, GPUs and their numbers")
+    console.print(
+        "planned, not measured; nothing was taken from any accelerator. launch/plan.py compares ds_configs, GPUs and their numbers"
+    )
 
 
 def _weights(plan: Plan) -> str:
     if plan.resume_from is not None:
         return f"those of {plan.resume_from}, where training goes on"
-    return "random" if plan.weights is None else f"{plan.weights.weights.path}: {plan.weights.summary('to load')}"
+    return (
+        "random"
+        if plan.weights is None
+        else f"{plan.weights.weights.path}: {plan.weights.summary('to load')}"
+    )

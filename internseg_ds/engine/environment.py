@@ -20,12 +20,18 @@ PACKAGES = ("deepspeed", "mmcv-full", "mmsegmentation")
 
 def environment_lines(seed: int, hosts: Sequence[str]) -> list[str]:
     """hosts: the host name of each process."""
-    versions = [f"python {platform.python_version()}", f"torch {torch.__version__} (CUDA {torch.version.cuda or 'none'})",
-                *(f"{name} {_version(name)}" for name in PACKAGES), f"internseg_ds {_version('internseg-ds')}{_revision()}"]
+    versions = [
+        f"python {platform.python_version()}",
+        f"torch {torch.__version__} (CUDA {torch.version.cuda or 'none'})",
+        *(f"{name} {_version(name)}" for name in PACKAGES),
+        f"internseg_ds {_version('internseg-ds')}{_revision()}",
+    ]
     places = ", ".join(f"{count} on {host}" for host, count in Counter(hosts).items())
-    return [", ".join(versions),
-            f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}, seed {seed}, {len(hosts)} process{'es' * (len(hosts) > 1)}: {places}",
-            f"command: {shlex.join([sys.executable, *sys.argv])}"]
+    return [
+        ", ".join(versions),
+        f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}, seed {seed}, {len(hosts)} process{'es' * (len(hosts) > 1)}: {places}",
+        f"command: {shlex.join([sys.executable, *sys.argv])}",
+    ]
 
 
 def _version(name: str) -> str:
@@ -41,6 +47,12 @@ def _revision() -> str:
     if not (root / ".git").exists():
         return ""
     with suppress(OSError, subprocess.SubprocessError):
-        said = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=10, check=True)
+        said = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
         return f" (git {said.stdout.strip()})"
     return ""

@@ -57,8 +57,18 @@ class Watcher(Protocol):
         """index: in the data set. labels: (h, w) int64. score: mean IoU over the classes of this image; None where nothing of it is labelled."""
 
 
-def evaluate(forwards: Forwards, dataset: Any, *, world: World, workers: int, metrics: Sequence[str] = ("mIoU",), strict: bool = False, verbose: bool = True,
-             watchers: Sequence[Watcher] = (), stop: Callable[[], bool] = lambda: False) -> Evaluation:
+def evaluate(
+    forwards: Forwards,
+    dataset: Any,
+    *,
+    world: World,
+    workers: int,
+    metrics: Sequence[str] = ("mIoU",),
+    strict: bool = False,
+    verbose: bool = True,
+    watchers: Sequence[Watcher] = (),
+    stop: Callable[[], bool] = lambda: False,
+) -> Evaluation:
     """Scores a segmentor on `dataset` (an mmseg data set in test mode), split over the ranks. Collective at the end.
 
     strict: an image that cannot be read is an error. verbose: rank 0 logs mmseg's per-class table. stop: asked before each image.
@@ -94,17 +104,42 @@ def evaluate(forwards: Forwards, dataset: Any, *, world: World, workers: int, me
     confusion = confusion.cpu()
     scored, faults = conclude(scored, faults, world)
     if not confusion[:-1].any():
-        raise DataError(f"no pixel of the {scored} images has the label of a class; are reduce_zero_label and the classes of the data set right?")
+        raise DataError(
+            f"no pixel of the {scored} images has the label of a class; are reduce_zero_label and the classes of the data set right?"
+        )
     if world.is_main and (strangers := int(confusion[-1].sum())):
-        log.warning("%d labelled pixels are of no class (0 to %d) and not %d either; they count as wrong", strangers, classes - 1, dataset.ignore_index)
+        log.warning(
+            "%d labelled pixels are of no class (0 to %d) and not %d either; they count as wrong",
+            strangers,
+            classes - 1,
+            dataset.ignore_index,
+        )
     if world.is_main and (beyond := int(confusion[:, -1].sum())):
-        log.warning("%d pixels got an output of the model that is no class of the data set (%d and above); they count as wrong", beyond, classes)
-    return Evaluation(_scores(dataset, confusion, metrics, silent=not (verbose and world.is_main)), confusion, scored, faults)
+        log.warning(
+            "%d pixels got an output of the model that is no class of the data set (%d and above); they count as wrong",
+            beyond,
+            classes,
+        )
+    return Evaluation(
+        _scores(dataset, confusion, metrics, silent=not (verbose and world.is_main)),
+        confusion,
+        scored,
+        faults,
+    )
 
 
-def evaluate_each(forwards: Forwards, dataset: Any, *, world: World, workers: int, metrics: Sequence[str] = ("mIoU",), strict: bool = False,
-                  verbose: bool = True, watchers: Callable[[int, Any], Sequence[Watcher]] = lambda _, __: (),
-                  stop: Callable[[], bool] = lambda: False) -> Evaluation:
+def evaluate_each(
+    forwards: Forwards,
+    dataset: Any,
+    *,
+    world: World,
+    workers: int,
+    metrics: Sequence[str] = ("mIoU",),
+    strict: bool = False,
+    verbose: bool = True,
+    watchers: Callable[[int, Any], Sequence[Watcher]] = lambda _, __: (),
+    stop: Callable[[], bool] = lambda: False,
+) -> Evaluation:
     """`evaluate` for one data set, or for each of several that are joined: their scores under mmseg's names for them (0_mIoU, 1_mIoU, ...), and without a
     number those of all pixels together.
 
@@ -116,26 +151,57 @@ def evaluate_each(forwards: Forwards, dataset: Any, *, world: World, workers: in
     found = []
     for number, part in enumerate(dataset.datasets):
         if verbose and world.is_main:
-            log.info("data set %d of %d: %s", number, len(dataset.datasets), getattr(part, "img_dir", type(part).__name__))
+            log.info(
+                "data set %d of %d: %s",
+                number,
+                len(dataset.datasets),
+                getattr(part, "img_dir", type(part).__name__),
+            )
         found.append(evaluate(forwards, part, watchers=watchers(number, part), **common))
     confusion = sum(each.confusion for each in found)
     scores = _scores(dataset.datasets[0], confusion, metrics, silent=True)
-    scores |= {f"{number}_{name}": value for number, each in enumerate(found) for name, value in each.metrics.items()}
-    return Evaluation(scores, confusion, sum(each.images for each in found), [fault for each in found for fault in each.faults])
+    scores |= {
+        f"{number}_{name}": value for number, each in enumerate(found) for name, value in each.metrics.items()
+    }
+    return Evaluation(
+        scores,
+        confusion,
+        sum(each.images for each in found),
+        [fault for each in found for fault in each.faults],
+    )
 
 
 def _scores(dataset: Any, confusion: Tensor, metrics: Sequence[str], *, silent: bool) -> dict[str, float]:
     """mmseg's metrics of a confusion matrix. A class that neither the ground truth nor the prediction holds has no score (NaN, which JSON does not know)."""
-    scores = dataset.evaluate([tuple(areas(confusion))], metric=list(metrics), logger="silent" if silent else None)
-    return {name: round(float(value), 6) for name, value in scores.items() if "." not in name or not np.isnan(value)}
+    scores = dataset.evaluate(
+        [tuple(areas(confusion))], metric=list(metrics), logger="silent" if silent else None
+    )
+    return {
+        name: round(float(value), 6)
+        for name, value in scores.items()
+        if "." not in name or not np.isnan(value)
+    }
 
 
-def images_of(dataset: Any, world: World, workers: int, device: torch.device, faults: list[str], *, strict: bool = False, truth: bool = True,
-              doing: str = "evaluating") -> Iterator[EvaluationImage]:
+def images_of(
+    dataset: Any,
+    world: World,
+    workers: int,
+    device: torch.device,
+    faults: list[str],
+    *,
+    strict: bool = False,
+    truth: bool = True,
+    doing: str = "evaluating",
+) -> Iterator[EvaluationImage]:
     """This rank's images that can be read, with a progress bar; what is wrong with the others goes into `faults`, and is a FaultError under `strict`."""
-    with Progress(TextColumn(doing), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), disable=not world.is_main) as progress:
+    with Progress(
+        TextColumn(doing), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), disable=not world.is_main
+    ) as progress:
         task = progress.add_task("", total=len(range(world.rank, len(dataset), world.size)))
-        for image in evaluation_images(dataset, rank=world.rank, world_size=world.size, workers=workers, device=device, truth=truth):
+        for image in evaluation_images(
+            dataset, rank=world.rank, world_size=world.size, workers=workers, device=device, truth=truth
+        ):
             if image.fault is None:
                 yield image
             elif strict:
@@ -155,7 +221,12 @@ def conclude(done: int, faults: list[str], world: World) -> tuple[int, list[str]
     if faults and not done:
         raise DataError(f"none of the {len(faults)} images can be read; the first: {faults[0]}")
     if faults and world.is_main:
-        log.warning("%d of %d images are left out, for they cannot be read:\n  %s", len(faults), len(faults) + done, "\n  ".join(faults))
+        log.warning(
+            "%d of %d images are left out, for they cannot be read:\n  %s",
+            len(faults),
+            len(faults) + done,
+            "\n  ".join(faults),
+        )
     return done, faults
 
 

@@ -71,11 +71,17 @@ class Experiment:
 
 OF_MMENGINE = ("optim_wrapper", "param_scheduler", "train_dataloader", "default_hooks", "val_evaluator")
 """Sections that MMSegmentation has since version 1."""
-SCORES = {"mIoU": ("mIoU", "mAcc", "aAcc"), "mDice": ("mDice", "mAcc", "aAcc"), "mFscore": ("mFscore", "mPrecision", "mRecall", "aAcc")}
+SCORES = {
+    "mIoU": ("mIoU", "mAcc", "aAcc"),
+    "mDice": ("mDice", "mAcc", "aAcc"),
+    "mFscore": ("mFscore", "mPrecision", "mRecall", "aAcc"),
+}
 """mmseg's metrics, and the scores over all classes that each comes with."""
 
 
-def read_experiment(config: str | os.PathLike | Config, cfg_options: Mapping[str, Any] | None = None) -> Experiment:
+def read_experiment(
+    config: str | os.PathLike | Config, cfg_options: Mapping[str, Any] | None = None
+) -> Experiment:
     """Reads a config file (or an mmcv Config) and applies `--cfg-options`.
 
     Raises ConfigError for a missing or broken file, an option path that exists nowhere, an unknown key of `engine`, and whatever the engine
@@ -90,23 +96,40 @@ def read_experiment(config: str | os.PathLike | Config, cfg_options: Mapping[str
     for key in ("model", "data", "optimizer", "lr_config", "runner"):
         if key not in cfg:
             newer = [name for name in OF_MMENGINE if name in cfg]
-            hint = f"with {', '.join(newer)} it looks like a config of MMSegmentation 1.x, and 0.x is read here (0.30 is the last); " if newer else ""
-            near = difflib.get_close_matches(key, [name for name in cfg if name not in READ], n=1, cutoff=0.75)
+            hint = (
+                f"with {', '.join(newer)} it looks like a config of MMSegmentation 1.x, and 0.x is read here (0.30 is the last); "
+                if newer
+                else ""
+            )
+            near = difflib.get_close_matches(
+                key, [name for name in cfg if name not in READ], n=1, cutoff=0.75
+            )
             hint = f"is {near[0]!r} meant to be it? " if near else hint
             raise ConfigError(f"{path} has no {key!r} section; {hint}take one of configs/ as an example")
     for key in SECTIONS:
         if not isinstance(cfg.get(key, {}), Mapping) and (key not in OPTIONAL or cfg[key] is not None):
             raise ConfigError(f"{key}={cfg[key]!r} of {path} must be a section dict(...)")
     _check_data(cfg.data, path)
-    notes = [f"{key} = {short_repr(cfg[key])} has no effect: {why}" for key, why in REPLACED.items() if cfg.get(key) is not None]
+    notes = [
+        f"{key} = {short_repr(cfg[key])} has no effect: {why}"
+        for key, why in REPLACED.items()
+        if cfg.get(key) is not None
+    ]
     if cfg.data.get("val") is None and cfg.data.get("test") is not None:
         notes.append("data.val is not set: data.test is evaluated on")
     if cfg.get("total_iters", cfg.runner.get("max_iters")) != cfg.runner.get("max_iters"):
-        notes.append(f"total_iters = {short_repr(cfg.total_iters)} has no effect: runner.max_iters = {cfg.runner.get('max_iters')} says how long a run is")
+        notes.append(
+            f"total_iters = {short_repr(cfg.total_iters)} has no effect: runner.max_iters = {cfg.runner.get('max_iters')} says how long a run is"
+        )
     notes += section_notes(cfg, path)
-    loader = {**{k: v for k, v in cfg.data.items() if k in ("samples_per_gpu", "workers_per_gpu")}, **(cfg.data.get("train_dataloader") or {})}
+    loader = {
+        **{k: v for k, v in cfg.data.items() if k in ("samples_per_gpu", "workers_per_gpu")},
+        **(cfg.data.get("train_dataloader") or {}),
+    }
     val = cfg.data.get("val") or cfg.data.get("test")
-    evaluation, saving, logging_ = (cfg.get(key) or {} for key in ("evaluation", "checkpoint_config", "log_config"))
+    evaluation, saving, logging_ = (
+        cfg.get(key) or {} for key in ("evaluation", "checkpoint_config", "log_config")
+    )
     schedule = _schedule(cfg, path)
     if saving.get("by_epoch", False) or evaluation.get("by_epoch", False):
         notes.append("by_epoch is taken as False: intervals are in steps")
@@ -116,14 +139,26 @@ def read_experiment(config: str | os.PathLike | Config, cfg_options: Mapping[str
     if cumulative is not None:
         whole_number(cumulative, f"optimizer_config.cumulative_iters of {path}", least=1)
     if cumulative is not None and options.global_batch is not None:
-        raise ConfigError(f"{path} sets engine.global_batch={options.global_batch} and optimizer_config.cumulative_iters={cumulative}; keep one of them")
-    hooks = tuple(logging_.get("hooks") or ()) if isinstance(logging_.get("hooks", ()), (list, tuple, type(None))) else (None,)
+        raise ConfigError(
+            f"{path} sets engine.global_batch={options.global_batch} and optimizer_config.cumulative_iters={cumulative}; keep one of them"
+        )
+    hooks = (
+        tuple(logging_.get("hooks") or ())
+        if isinstance(logging_.get("hooks", ()), (list, tuple, type(None)))
+        else (None,)
+    )
     if not all(isinstance(hook, Mapping) and "type" in hook for hook in hooks):
-        raise ConfigError(f"log_config.hooks={logging_['hooks']!r} of {path} must be a list of dict(type=...)")
+        raise ConfigError(
+            f"log_config.hooks={logging_['hooks']!r} of {path} must be a list of dict(type=...)"
+        )
     metric = evaluation.get("metric", "mIoU")
     if not metric or not isinstance(metric, (str, list, tuple)):
-        raise ConfigError(f"evaluation.metric={metric!r} of {path} names no metric; the metrics are {', '.join(SCORES)}")
-    metrics = known_metrics((metric,) if isinstance(metric, str) else tuple(metric), f"evaluation.metric of {path}")
+        raise ConfigError(
+            f"evaluation.metric={metric!r} of {path} names no metric; the metrics are {', '.join(SCORES)}"
+        )
+    metrics = known_metrics(
+        (metric,) if isinstance(metric, str) else tuple(metric), f"evaluation.metric of {path}"
+    )
     log_every = whole_number(logging_.get("interval", 50), f"log_config.interval of {path}", least=1)
     return Experiment(
         path=path,
@@ -132,15 +167,23 @@ def read_experiment(config: str | os.PathLike | Config, cfg_options: Mapping[str
         train=cfg.data.train,
         val=val,
         test=cfg.data.get("test") or val,
-        micro_batch=whole_number(loader.get("samples_per_gpu", 2), f"data.samples_per_gpu of {path}", least=1),
+        micro_batch=whole_number(
+            loader.get("samples_per_gpu", 2), f"data.samples_per_gpu of {path}", least=1
+        ),
         workers=whole_number(loader.get("workers_per_gpu", 2), f"data.workers_per_gpu of {path}", least=0),
         optimizer=cfg.optimizer,
         schedule=schedule,
         accumulation=cumulative,
         gradient_clipping=_clipping(optimizer_config.get("grad_clip") or {}, path),
-        save_every=whole_number(saving.get("interval", schedule.max_steps), f"checkpoint_config.interval of {path}", least=-1),
-        max_keep_ckpts=whole_number(saving.get("max_keep_ckpts", -1), f"checkpoint_config.max_keep_ckpts of {path}", least=-1),
-        evaluate_every=whole_number(evaluation.get("interval", schedule.max_steps), f"evaluation.interval of {path}", least=-1),
+        save_every=whole_number(
+            saving.get("interval", schedule.max_steps), f"checkpoint_config.interval of {path}", least=-1
+        ),
+        max_keep_ckpts=whole_number(
+            saving.get("max_keep_ckpts", -1), f"checkpoint_config.max_keep_ckpts of {path}", least=-1
+        ),
+        evaluate_every=whole_number(
+            evaluation.get("interval", schedule.max_steps), f"evaluation.interval of {path}", least=-1
+        ),
         metrics=metrics,
         best_by=_best_by(evaluation.get("save_best"), metrics, path),
         log_every=log_every,
@@ -148,13 +191,20 @@ def read_experiment(config: str | os.PathLike | Config, cfg_options: Mapping[str
         log_level=_log_level(cfg.get("log_level", "INFO"), path),
         cudnn_benchmark=bool(cfg.get("cudnn_benchmark", False)),
         load_from=_path(cfg.get("load_from"), f"load_from of {path}"),
-        resume_from=_path(cfg.get("resume_from"), f"resume_from of {path}") or ("auto" if cfg.get("auto_resume") else None),
-        work_dir=Path(_path(cfg.get("work_dir"), f"work_dir of {path}") or Path("work_dirs") / Path(path).stem),
+        resume_from=_path(cfg.get("resume_from"), f"resume_from of {path}")
+        or ("auto" if cfg.get("auto_resume") else None),
+        work_dir=Path(
+            _path(cfg.get("work_dir"), f"work_dir of {path}") or Path("work_dirs") / Path(path).stem
+        ),
         seed=whole_number(cfg.get("seed") or 0, f"seed of {path}", least=0),
         engine=options,
         notes=(*notes, *hook_notes(hooks, log_every, path)),
-        warnings=(*near_misses(cfg, path), *unused_crop_size(cfg, path), *unused_variables(cfg, path),
-                  *_schedule_warnings(cfg.lr_config, cfg.optimizer.get("lr"), schedule.max_steps, path)),
+        warnings=(
+            *near_misses(cfg, path),
+            *unused_crop_size(cfg, path),
+            *unused_variables(cfg, path),
+            *_schedule_warnings(cfg.lr_config, cfg.optimizer.get("lr"), schedule.max_steps, path),
+        ),
     )
 
 
@@ -173,9 +223,13 @@ def _check_data(data: Mapping[str, Any], path: str) -> None:
             raise ConfigError(f"data.{split} of {path} is an empty list; name a data set, or several")
         for entry in leaf_datasets(data[split]) if data.get(split) is not None else ():
             if not isinstance(entry, Mapping):
-                raise ConfigError(f"data.{split} of {path} is {entry!r}; it must be a data set dict(type=..., pipeline=[...])")
+                raise ConfigError(
+                    f"data.{split} of {path} is {entry!r}; it must be a data set dict(type=..., pipeline=[...])"
+                )
             if not isinstance(entry.get("pipeline"), (list, tuple)) or not entry["pipeline"]:
-                raise ConfigError(f"data.{split}.pipeline={entry.get('pipeline')!r} of {path} must be a list of transforms")
+                raise ConfigError(
+                    f"data.{split}.pipeline={entry.get('pipeline')!r} of {path} must be a list of transforms"
+                )
             for key in ("data_root", "img_dir", "ann_dir"):
                 folders = entry.get(key) if isinstance(entry.get(key), (list, tuple)) else [entry.get(key)]
                 if not all(isinstance(folder, (str, type(None))) for folder in folders):
@@ -187,11 +241,15 @@ def _clipping(grad_clip: Any, path: str) -> float:
         raise ConfigError(f"optimizer_config.grad_clip={grad_clip!r} of {path} must be dict(max_norm=...)")
     for key in grad_clip:
         if key not in KNOWN["optimizer_config.grad_clip"]:
-            raise unknown_key(key, KNOWN["optimizer_config.grad_clip"], f"optimizer_config.grad_clip of {path}")
+            raise unknown_key(
+                key, KNOWN["optimizer_config.grad_clip"], f"optimizer_config.grad_clip of {path}"
+            )
     norm, kind = grad_clip.get("max_norm", 0.0), grad_clip.get("norm_type", 2)
     if isinstance(norm, bool) or not isinstance(norm, (int, float)) or norm < 0 or kind != 2:
-        raise ConfigError(f"optimizer_config.grad_clip={dict(grad_clip)} of {path}: max_norm must be a number of at least 0, "
-                          "and norm_type 2, the only one that DeepSpeed has")
+        raise ConfigError(
+            f"optimizer_config.grad_clip={dict(grad_clip)} of {path}: max_norm must be a number of at least 0, "
+            "and norm_type 2, the only one that DeepSpeed has"
+        )
     return float(norm)
 
 
@@ -211,8 +269,10 @@ def _best_by(save_best: Any, metrics: tuple[str, ...], path: str) -> str | None:
     scores = [score for metric in metrics for score in SCORES[metric]]
     number, _, of_one = str(save_best).partition("_")  # "1_mIoU" of the second of several validation sets
     if save_best not in scores and not (number.isdecimal() and of_one in scores):
-        raise ConfigError(f"evaluation.save_best={save_best!r} of {path} is no score of evaluation.metric={'/'.join(metrics)}; "
-                          f"there are {', '.join(scores)}, or 'auto'")
+        raise ConfigError(
+            f"evaluation.save_best={save_best!r} of {path} is no score of evaluation.metric={'/'.join(metrics)}; "
+            f"there are {', '.join(scores)}, or 'auto'"
+        )
     return save_best
 
 
@@ -226,9 +286,14 @@ def _load(config: str | os.PathLike | Config) -> tuple[str, Config]:
     if isinstance(config, Config):
         return config.filename or "config", Config(config._cfg_dict.to_dict(), filename=config.filename)
     if not Path(config).is_file():
-        beside = {path.name: path for path in (*Path("configs").rglob("*.py"), *Path(config).parent.glob("*.py"))}
+        beside = {
+            path.name: path for path in (*Path("configs").rglob("*.py"), *Path(config).parent.glob("*.py"))
+        }
         near = difflib.get_close_matches(Path(config).name, beside, n=1, cutoff=0.75)
-        raise ConfigError(f"there is no config file {config}" + (f"; did you mean {beside[near[0]]}?" if near else f" as seen from {Path.cwd()}"))
+        raise ConfigError(
+            f"there is no config file {config}"
+            + (f"; did you mean {beside[near[0]]}?" if near else f" as seen from {Path.cwd()}")
+        )
     import internseg_ds.data.datasets
     import internseg_ds.models  # noqa: F401 - registers ours before the config's imports register theirs: whoever has a name of ours is told so
 
@@ -243,7 +308,9 @@ def _load(config: str | os.PathLike | Config) -> tuple[str, Config]:
 def _import_modules(section: Mapping[str, Any], path: str) -> None:
     """Imports the modules of `custom_imports`, each by itself, so that the one at fault is named."""
     if not isinstance(section, Mapping) or not {*section} <= {"imports", "allow_failed_imports"}:
-        raise ConfigError(f"custom_imports={section!r} of {path} must be dict(imports=[...], allow_failed_imports=False)")
+        raise ConfigError(
+            f"custom_imports={section!r} of {path} must be dict(imports=[...], allow_failed_imports=False)"
+        )
     names = section.get("imports") or []
     for name in [names] if isinstance(names, str) else names:
         try:
@@ -252,26 +319,37 @@ def _import_modules(section: Mapping[str, Any], path: str) -> None:
             mend = "its folder must be on PYTHONPATH, or its package installed"
             if "already registered" in str(error):
                 mend = "mmcv, mmseg or internseg_ds have a class of that name; leave the import out, rename yours, or register it with force=True"
-            raise ConfigError(f"custom_imports of {path}: {name!r} cannot be imported: {reason_of(error)}; {mend}") from error
+            raise ConfigError(
+                f"custom_imports of {path}: {name!r} cannot be imported: {reason_of(error)}; {mend}"
+            ) from error
 
 
 def _schedule(cfg: Config, path: str) -> LrSchedule:
     if cfg.runner.get("type", "IterBasedRunner") != "IterBasedRunner" or "max_iters" not in cfg.runner:
-        raise ConfigError(f"runner = {dict(cfg.runner)} of {path}: steps are counted here, not epochs; "
-                          "write runner = dict(type='IterBasedRunner', max_iters=...)")
+        raise ConfigError(
+            f"runner = {dict(cfg.runner)} of {path}: steps are counted here, not epochs; "
+            "write runner = dict(type='IterBasedRunner', max_iters=...)"
+        )
     steps = whole_number(cfg.runner.max_iters, f"runner.max_iters of {path}", least=1)
     lr = {key: value for key, value in cfg.lr_config.items() if key != "policy"}
     policy, known = cfg.lr_config.get("policy", "poly"), policies()
     if not isinstance(policy, str) or policy_name(policy) not in known:
-        raise ConfigError(f"lr_config.policy={policy!r} of {path} is not known here; the policies are {', '.join(known)}")
+        raise ConfigError(
+            f"lr_config.policy={policy!r} of {path} is not known here; the policies are {', '.join(known)}"
+        )
     counted = policy_name(policy) != "Fixed"  # which has the same rate whatever is counted
     if (counted and lr.get("by_epoch", True)) or lr.get("warmup_by_epoch"):
-        raise ConfigError(f"lr_config of {path} must have by_epoch=False (mmcv's default is True): steps are counted here, not epochs")
+        raise ConfigError(
+            f"lr_config of {path} must have by_epoch=False (mmcv's default is True): steps are counted here, not epochs"
+        )
     for key, value in lr.items():
         if key not in (names := arguments(policy)):
             raise unknown_key(key, names, f"lr_config with policy {policy!r} of {path}")
-        if key in ("power", "min_lr", "min_lr_ratio", "warmup_ratio", "warmup_iters", "gamma") and value is not None and (
-                isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0):
+        if (
+            key in ("power", "min_lr", "min_lr_ratio", "warmup_ratio", "warmup_iters", "gamma")
+            and value is not None
+            and (isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0)
+        ):
             raise ConfigError(f"lr_config.{key}={value!r} of {path} must be a number of at least 0")
     if not lr.get("warmup_iters", 0):  # mmcv wants at least one step of a warmup
         lr.pop("warmup", None)
@@ -279,7 +357,9 @@ def _schedule(cfg: Config, path: str) -> LrSchedule:
     try:
         schedule.check()
     except Exception as error:  # whatever mmcv's hook refuses with
-        raise ConfigError(f"lr_config = {dict(cfg.lr_config)} of {path} cannot work: {reason_of(error)}") from error
+        raise ConfigError(
+            f"lr_config = {dict(cfg.lr_config)} of {path} cannot work: {reason_of(error)}"
+        ) from error
     return schedule
 
 

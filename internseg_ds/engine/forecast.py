@@ -63,7 +63,14 @@ class Forecast:
         return self.fits_device and self.fits_host
 
 
-def forecast(planner: Planner, ds_config: str | os.PathLike, cluster: Cluster, assumed: Assumptions, device_bytes: float, host_bytes: float | None) -> Forecast:
+def forecast(
+    planner: Planner,
+    ds_config: str | os.PathLike,
+    cluster: Cluster,
+    assumed: Assumptions,
+    device_bytes: float,
+    host_bytes: float | None,
+) -> Forecast:
     """Raises ConfigError where `resolve_ds_config` does for this number of processes."""
     ds, _ = planner.resolve(ds_config, cluster.world_size)
     planner = as_it_will_train(planner, ds, device_bytes)
@@ -71,11 +78,26 @@ def forecast(planner: Planner, ds_config: str | os.PathLike, cluster: Cluster, a
         row, untimed = planner.row(ds_config, cluster, assumed), ""
     except ConfigError as error:
         row, untimed = None, str(error)
-    return Forecast(planner, ds, planner.footprint(ds, device_bytes), cluster.per_node, device_bytes, host_bytes, row, untimed)
+    return Forecast(
+        planner,
+        ds,
+        planner.footprint(ds, device_bytes),
+        cluster.per_node,
+        device_bytes,
+        host_bytes,
+        row,
+        untimed,
+    )
 
 
-def compare(planner: Planner, ds_configs: Sequence[Path], cluster: Cluster, assumed: Assumptions, device_bytes: float,
-            host_bytes: float | None) -> dict[Path, Forecast | str]:
+def compare(
+    planner: Planner,
+    ds_configs: Sequence[Path],
+    cluster: Cluster,
+    assumed: Assumptions,
+    device_bytes: float,
+    host_bytes: float | None,
+) -> dict[Path, Forecast | str]:
     """A forecast for each ds_config, or the sentence by which it is refused."""
     found: dict[Path, Forecast | str] = {}
     for path in ds_configs:
@@ -110,9 +132,11 @@ def memory_table(plan: Forecast, title: str) -> Table:
     for name in dict.fromkeys(part.name for part in footprint.parts if part.device or part.host or part.nvme):
         same = [part for part in footprint.parts if part.name == name]
         nvme = sum(part.nvme for part in same)
-        table.add_row(name + (f" ({nvme / GIB:.2f} on NVMe)" if nvme else ""),
-                      *(amount(sum(part.device for part in same if phase in part.phases)) for phase in PHASES),
-                      amount(sum(part.host for part in same) * plan.per_node))
+        table.add_row(
+            name + (f" ({nvme / GIB:.2f} on NVMe)" if nvme else ""),
+            *(amount(sum(part.device for part in same if phase in part.phases)) for phase in PHASES),
+            amount(sum(part.host for part in same) * plan.per_node),
+        )
     table.add_section()
     table.add_row("together", *(amount(footprint.device(phase)) for phase in PHASES), amount(plan.host))
     if footprint.margin:
@@ -128,8 +152,10 @@ def left_free(footprint: Footprint) -> str:
 def verdict(plan: Forecast) -> str:
     """A sentence: the peak, and whether it fits."""
     footprint = plan.footprint
-    said = (f"Peak: {footprint.peak / GIB:.1f} GiB per {plan.unit} ({PHASES[footprint.fullest]}) of {plan.device_bytes / GIB:.1f}{left_free(footprint)}: "
-            f"{'fits' if plan.fits_device else 'does not fit'}.")
+    said = (
+        f"Peak: {footprint.peak / GIB:.1f} GiB per {plan.unit} ({PHASES[footprint.fullest]}) of {plan.device_bytes / GIB:.1f}{left_free(footprint)}: "
+        f"{'fits' if plan.fits_device else 'does not fit'}."
+    )
     if plan.host_bytes is not None:
         said += f" {plan.host / GIB:.0f} GiB per host of {plan.host_bytes / GIB:.0f}: {'fits' if plan.fits_host else 'does not fit'}."
     return said
@@ -139,27 +165,46 @@ def describe_forecast(plan: Forecast, cluster: Cluster, console: Console) -> Non
     """Prints what one ds_config takes on the cluster: memory, work, time, disk."""
     planner, ds, row, footprint = plan.planner, plan.ds, plan.row, plan.footprint
     gpus = f"{cluster.world_size} x {cluster.device.name}"
-    console.print(memory_table(plan, f"{planner.experiment.name}\n{ds.source}: ZeRO-{ds.stage}, {ds.precision}, {gpus}, {ds.micro_batch} images per GPU"))
+    console.print(
+        memory_table(
+            plan,
+            f"{planner.experiment.name}\n{ds.source}: ZeRO-{ds.stage}, {ds.precision}, {gpus}, {ds.micro_batch} images per GPU",
+        )
+    )
     console.print(verdict(plan))
-    console.print(f"Recomputed in the backbone: {planner.recomputation}"
-                  + (", chosen by memory." if planner.experiment.engine.recomputation == "auto" else "."))
+    console.print(
+        f"Recomputed in the backbone: {planner.recomputation}"
+        + (", chosen by memory." if planner.experiment.engine.recomputation == "auto" else ".")
+    )
     console.print(flops(planner.passed, planner.crop))
-    console.print(f"Disk: {brief(footprint.checkpoint / GIB)} GiB per checkpoint, {brief(footprint.consolidated / GIB)} GiB for its consolidated fp32 file.")
+    console.print(
+        f"Disk: {brief(footprint.checkpoint / GIB)} GiB per checkpoint, {brief(footprint.consolidated / GIB)} GiB for its consolidated fp32 file."
+    )
     if row is None:
         console.print(f"Time: not planned. {plan.untimed}")
     else:
-        console.print(f"Step: {row.global_batch} images = {cluster.world_size} GPUs x {ds.micro_batch} x {row.accumulation} accumulation steps "
-                      f"in {brief(row.time.step)} s ({brief(row.images_per_s)} images/s); floor {brief(row.time.floor)} s, "
-                      f"computation {brief(row.time.compute)} s, communication {brief(row.time.communication)} s, "
-                      f"copies to and from the host {brief(row.time.host)} s, update {brief(row.time.update)} s. "
-                      f"Sent per GPU and step: {brief(row.within_node / 1e9)} GB within a node, "
-                      f"{brief(row.between_nodes / 1e9)} GB between nodes. {brief(row.hours)} hours for the schedule.")
+        console.print(
+            f"Step: {row.global_batch} images = {cluster.world_size} GPUs x {ds.micro_batch} x {row.accumulation} accumulation steps "
+            f"in {brief(row.time.step)} s ({brief(row.images_per_s)} images/s); floor {brief(row.time.floor)} s, "
+            f"computation {brief(row.time.compute)} s, communication {brief(row.time.communication)} s, "
+            f"copies to and from the host {brief(row.time.host)} s, update {brief(row.time.update)} s. "
+            f"Sent per GPU and step: {brief(row.within_node / 1e9)} GB within a node, "
+            f"{brief(row.between_nodes / 1e9)} GB between nodes. {brief(row.hours)} hours for the schedule."
+        )
         if not row.keeps_batch:
-            console.print(f"The recipe's {planner.experiment.engine.global_batch} images per step cannot be kept; hours are for as many images as its "
-                          f"{planner.experiment.max_steps:,} steps see.")
+            console.print(
+                f"The recipe's {planner.experiment.engine.global_batch} images per step cannot be kept; hours are for as many images as its "
+                f"{planner.experiment.max_steps:,} steps see."
+            )
 
 
-def describe_comparison(planner: Planner, found: dict[Path, Forecast | str], cluster: Cluster, assumed: Assumptions, console: Console) -> None:
+def describe_comparison(
+    planner: Planner,
+    found: dict[Path, Forecast | str],
+    cluster: Cluster,
+    assumed: Assumptions,
+    console: Console,
+) -> None:
     """Prints a line for each ds_config, and which fit and is fastest."""
     table = Table(title=f"ds_configs on {cluster.world_size} x {cluster.device.name}")
     table.add_column("ds_config", no_wrap=True)
@@ -172,9 +217,19 @@ def describe_comparison(planner: Planner, found: dict[Path, Forecast | str], clu
         if isinstance(plan, str):
             table.add_row(path.stem, "", "", "no")
             continue
-        timed = ("", "", "") if plan.row is None else (brief(plan.row.time.step), brief(plan.row.images_per_s), brief(plan.row.hours))
-        table.add_row(path.stem, f"{plan.footprint.peak / GIB:.1f}", f"{plan.host / GIB:.0f}", "yes" if plan.fits else "no", *timed,
-                      *[str(plan.planner.recomputation)] * chosen)
+        timed = (
+            ("", "", "")
+            if plan.row is None
+            else (brief(plan.row.time.step), brief(plan.row.images_per_s), brief(plan.row.hours))
+        )
+        table.add_row(
+            path.stem,
+            f"{plan.footprint.peak / GIB:.1f}",
+            f"{plan.host / GIB:.0f}",
+            "yes" if plan.fits else "no",
+            *timed,
+            *[str(plan.planner.recomputation)] * chosen,
+        )
     console.print(table)
     for path, plan in found.items():
         if isinstance(plan, str):
@@ -186,9 +241,21 @@ def describe_comparison(planner: Planner, found: dict[Path, Forecast | str], clu
 def fastest(found: Mapping[Path, Forecast | str]) -> Path | None:
     """The ds_config that fits and takes least time, None where none is timed. Of those that take as long, to two digits: first without offloading, then in
     bf16, then the one that leaves more memory."""
-    timed = {path: plan for path, plan in found.items() if isinstance(plan, Forecast) and plan.fits and plan.row is not None}
-    return min(timed, default=None, key=lambda path: (
-        float(f"{timed[path].row.time.step:.2g}"), timed[path].row.host_state > 0, timed[path].ds.precision != "bf16", timed[path].footprint.peak))
+    timed = {
+        path: plan
+        for path, plan in found.items()
+        if isinstance(plan, Forecast) and plan.fits and plan.row is not None
+    }
+    return min(
+        timed,
+        default=None,
+        key=lambda path: (
+            float(f"{timed[path].row.time.step:.2g}"),
+            timed[path].row.host_state > 0,
+            timed[path].ds.precision != "bf16",
+            timed[path].footprint.peak,
+        ),
+    )
 
 
 def conclusion(found: dict[Path, Forecast | str]) -> str:
@@ -223,13 +290,24 @@ class Device:
         """Of the activation checkpointing that a run will have here."""
         return as_it_will_train(planner, ds, self.size, compute=self.compute, on_gpu=self.on_gpu)
 
-    def footprint(self, planner: Planner, ds: DsConfig, *, validate: bool = False, exact: bool = False) -> Footprint:
+    def footprint(
+        self, planner: Planner, ds: DsConfig, *, validate: bool = False, exact: bool = False
+    ) -> Footprint:
         """By default without evaluation, and by the upper bound of gathered weights: quickly."""
-        return planner.footprint(ds, self.size, compute=self.compute, validate=validate, exact=exact, on_gpu=self.on_gpu)
+        return planner.footprint(
+            ds, self.size, compute=self.compute, validate=validate, exact=exact, on_gpu=self.on_gpu
+        )
 
 
 def of_this_run(planner: Planner, ds: DsConfig, world: World, *, validate: bool) -> Forecast:
     """The memory of a run on the device of this process."""
     device = Device.of_this_run(planner, ds, world)
     planner = device.planner(planner, ds)
-    return Forecast(planner, ds, device.footprint(planner, ds, validate=validate, exact=True), processes_here(world), device.size, unit=device.unit)
+    return Forecast(
+        planner,
+        ds,
+        device.footprint(planner, ds, validate=validate, exact=True),
+        processes_here(world),
+        device.size,
+        unit=device.unit,
+    )

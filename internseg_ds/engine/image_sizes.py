@@ -9,12 +9,22 @@ def size_lines(experiment: Experiment, crop: Sequence[int]) -> tuple[str, list[s
     """What the log says of sizes, and warnings. crop: height and width of a training image as it comes out of its pipeline."""
     test_cfg, img_size = experiment.model.test_cfg, experiment.model.backbone.get("img_size")
     slides = test_cfg["mode"] == "slide"
-    window = f"windows of {_pixels(test_cfg['crop_size'])}, stride {_pixels(test_cfg['stride'])}" if slides else "whole images"
-    backbone = f", img_size of the backbone {_pixels((img_size, img_size) if isinstance(img_size, int) else img_size)}" if img_size is not None else ""
+    window = (
+        f"windows of {_pixels(test_cfg['crop_size'])}, stride {_pixels(test_cfg['stride'])}"
+        if slides
+        else "whole images"
+    )
+    backbone = (
+        f", img_size of the backbone {_pixels((img_size, img_size) if isinstance(img_size, int) else img_size)}"
+        if img_size is not None
+        else ""
+    )
     warnings = []
     if slides and tuple(crop) != tuple(test_cfg["crop_size"]):
-        warnings.append(f"training images have {_pixels(crop)} pixels and test windows {_pixels(test_cfg['crop_size'])}; a crop_size that is changed over a "
-                        "_base_ changes neither its pipelines nor model.test_cfg.crop_size, which have to be set themselves")
+        warnings.append(
+            f"training images have {_pixels(crop)} pixels and test windows {_pixels(test_cfg['crop_size'])}; a crop_size that is changed over a "
+            "_base_ changes neither its pipelines nor model.test_cfg.crop_size, which have to be set themselves"
+        )
     return f"training images of {_pixels(crop)}, tested on {window}{backbone}", warnings
 
 

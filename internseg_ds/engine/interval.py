@@ -78,9 +78,13 @@ class Interval:
         stacked = torch.stack([self._finite, *(self.sums[name] for name in names), *self.losses])
         dist.all_reduce(stacked)
         finite, *sums = stacked[: len(names) + 1].tolist()
-        means = {name: value / finite if finite else math.nan for name, value in zip(names, sums, strict=True)}
+        means = {
+            name: value / finite if finite else math.nan for name, value in zip(names, sums, strict=True)
+        }
         norms = [float(norm) for norm in self.grad_norms]
-        means["grad_norm"], means["grad_norm_max"] = (statistics.fmean(norms), max(norms)) if norms else (math.nan, math.nan)
+        means["grad_norm"], means["grad_norm_max"] = (
+            (statistics.fmean(norms), max(norms)) if norms else (math.nan, math.nan)
+        )
         return means, (stacked[len(names) + 1 :] / dist.get_world_size()).tolist()
 
 
@@ -104,6 +108,12 @@ class Spikes:
                 spread = statistics.median(abs(value - median) for value in self.before)
                 if loss > max(median + SPIKE * spread, 1.5 * median):
                     found += 1
-                    log.info("step %d: the loss of %.4g is a spike; the median of the %d steps before is %.4g", step, loss, len(self.before), median)
+                    log.info(
+                        "step %d: the loss of %.4g is a spike; the median of the %d steps before is %.4g",
+                        step,
+                        loss,
+                        len(self.before),
+                        median,
+                    )
             self.before.append(loss)
         return {"loss_spikes": found} if found else {}

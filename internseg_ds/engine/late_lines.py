@@ -21,13 +21,18 @@ class LateLines:
         there is."""
         self._waiting += text.encode()
         try:
-            with self.path.open("ab", buffering=0) as file:  # opened each time: it may have been moved, or have been away
+            with self.path.open(
+                "ab", buffering=0
+            ) as file:  # opened each time: it may have been moved, or have been away
                 while self._waiting:
-                    self._waiting = self._waiting[file.write(self._waiting):]
+                    self._waiting = self._waiting[file.write(self._waiting) :]
         except OSError as error:
             if not self._late:
                 self._late = True  # before the warning, which may come back here
-                log.warning("%s cannot be written: %s; its lines wait in memory until it can",
-                            self.path, error.strerror or error)
+                log.warning(
+                    "%s cannot be written: %s; its lines wait in memory until it can",
+                    self.path,
+                    error.strerror or error,
+                )
         else:
             self._late = False

@@ -11,15 +11,32 @@ from pathlib import Path
 
 import psutil
 
-NAMES = {"deepspeed", "deepspeed.launcher.runner", "deepspeed.launcher.launch",
-         "torchrun", "torch.distributed.run", "torch.distributed.launch",
-         "mpirun", "mpiexec", "mpiexec.hydra", "hydra_pmi_proxy", "orterun", "orted", "prterun", "prted",
-         "slurmstepd", "slurmstepd:"}
+NAMES = {
+    "deepspeed",
+    "deepspeed.launcher.runner",
+    "deepspeed.launcher.launch",
+    "torchrun",
+    "torch.distributed.run",
+    "torch.distributed.launch",
+    "mpirun",
+    "mpiexec",
+    "mpiexec.hydra",
+    "hydra_pmi_proxy",
+    "orterun",
+    "orted",
+    "prterun",
+    "prted",
+    "slurmstepd",
+    "slurmstepd:",
+}
 """Of programs and of Python's modules."""
+
 
 def is_launcher(command: Sequence[str]) -> bool:
     """Whether a command line is that of a launcher."""
-    words = [Path(word.split(" ")[0]).name for word in command]  # slurmstepd's is one word: "slurmstepd: [JOB.STEP]"
+    words = [
+        Path(word.split(" ")[0]).name for word in command
+    ]  # slurmstepd's is one word: "slurmstepd: [JOB.STEP]"
     if words and words[0].startswith("python"):
         words = [word for word in words[1:] if not word.startswith("-")]
     return bool(words) and words[0] in NAMES

@@ -22,7 +22,9 @@ IMAGES = 2
 """That are tried, at most: of a single one, much can be broadcast that of several cannot."""
 
 
-def try_losses(outputs: Sequence[tuple[nn.Module, Any]], classes: int, ignored: Sequence[int], micro_batch: int = IMAGES) -> list[str]:
+def try_losses(
+    outputs: Sequence[tuple[nn.Module, Any]], classes: int, ignored: Sequence[int], micro_batch: int = IMAGES
+) -> list[str]:
     """Computes each head's losses for labels of all classes and of those that are `ignored`, and for a crop without any label; says where the latter is not
     finite, or nothing is learnt.
 
@@ -45,13 +47,19 @@ def _is_mmsegs(head: nn.Module) -> bool:
     return not any(True for loss in losses_of(head) for _ in (*loss.parameters(), *loss.buffers()))
 
 
-def _try_head(head: BaseDecodeHead, output: Any, classes: int, ignored: Sequence[int], images: int) -> list[str]:
+def _try_head(
+    head: BaseDecodeHead, output: Any, classes: int, ignored: Sequence[int], images: int
+) -> list[str]:
     generator = torch.Generator().manual_seed(0)
 
     def scores(like: Any) -> Any:
         if not isinstance(like, Tensor):
             return like
-        size = (images, *like.shape[1:2], *(min(side, SIDE) if like.dim() == 4 else side for side in like.shape[2:]))
+        size = (
+            images,
+            *like.shape[1:2],
+            *(min(side, SIDE) if like.dim() == 4 else side for side in like.shape[2:]),
+        )
         return torch.randn(size, generator=generator).requires_grad_()
 
     labels = torch.randint(0, classes, (images, 1, SIDE, SIDE), generator=generator)
@@ -61,17 +69,23 @@ def _try_head(head: BaseDecodeHead, output: Any, classes: int, ignored: Sequence
     try:
         losses = head.losses(given, labels)
     except Exception as error:  # whatever a loss refuses with
-        raise ConfigError(f"the losses of {name} cannot be computed for labels 0 to {classes - 1} and {', '.join(map(str, ignored))} for none, in {images} "
-                          f"image{'s' * (images > 1)}: {reason_of(error)}; do its class_weight, num_classes and ignore_index (its own, its losses', the data "
-                          f"set's) fit each other{_sampler_hint(head)}?") from error
+        raise ConfigError(
+            f"the losses of {name} cannot be computed for labels 0 to {classes - 1} and {', '.join(map(str, ignored))} for none, in {images} "
+            f"image{'s' * (images > 1)}: {reason_of(error)}; do its class_weight, num_classes and ignore_index (its own, its losses', the data "
+            f"set's) fit each other{_sampler_hint(head)}?"
+        ) from error
     terms = {key: value for key, value in losses.items() if "loss" in key}  # what mmseg adds up
     for key, value in terms.items():
         if not torch.isfinite(value).all():
-            raise ConfigError(f"the loss {key!r} of {name} is {value.mean().item()} for ordinary scores; are its settings right?")
+            raise ConfigError(
+                f"the loss {key!r} of {name} is {value.mean().item()} for ordinary scores; are its settings right?"
+            )
     total = sum((value.mean() for value in terms.values()), torch.zeros(()))
     if total.requires_grad:
         total.backward()
-    if not any(leaf.grad is not None and leaf.grad.any() for leaf in tree_leaves(given) if isinstance(leaf, Tensor)):
+    if not any(
+        leaf.grad is not None and leaf.grad.any() for leaf in tree_leaves(given) if isinstance(leaf, Tensor)
+    ):
         return [f"{name} learns nothing: its losses do not depend on its scores; is their loss_weight 0?"]
     return _unlabelled(head, given, torch.full_like(labels, head.ignore_index))
 
@@ -81,7 +95,10 @@ def _sampler_hint(head: BaseDecodeHead) -> str:
     sampler = head.sampler
     if sampler is None or getattr(sampler, "thresh", None) is not None:
         return ""
-    kinds = ", ".join(type(loss).__name__ if type(loss) in LOSSES.module_dict.values() else type(loss).__base__.__name__ for loss in losses_of(head))
+    kinds = ", ".join(
+        type(loss).__name__ if type(loss) in LOSSES.module_dict.values() else type(loss).__base__.__name__
+        for loss in losses_of(head)
+    )
     return f", and does each of its losses ({kinds}) have a value for each pixel, as {type(sampler).__name__} without thresh takes it (thresh=0.7 takes none)"
 
 
@@ -92,6 +109,14 @@ def _unlabelled(head: BaseDecodeHead, given: Any, labels: Tensor) -> list[str]:
         with torch.no_grad():
             losses = head.losses(given, labels)
     except Exception as error:
-        return [f"the losses of {name} fail for a crop without a labelled pixel ({reason_of(error)}), which would end the run at the first one"]
+        return [
+            f"the losses of {name} fail for a crop without a labelled pixel ({reason_of(error)}), which would end the run at the first one"
+        ]
     bad = [key for key, value in losses.items() if not torch.isfinite(value).all()]
-    return [f"{', '.join(bad)} of {name} is not finite for a crop without a labelled pixel, whose step is then skipped"] if bad else []
+    return (
+        [
+            f"{', '.join(bad)} of {name} is not finite for a crop without a labelled pixel, whose step is then skipped"
+        ]
+        if bad
+        else []
+    )

@@ -56,21 +56,30 @@ class EngineOptions:
     on GPUs; on CPUs there are no mfu and hfu then."""
 
     def __post_init__(self) -> None:
-        for name, what in (("weights_may_differ", "prefixes of names"), ("freeze", "names of modules and parameters, such as ['backbone']")):
+        for name, what in (
+            ("weights_may_differ", "prefixes of names"),
+            ("freeze", "names of modules and parameters, such as ['backbone']"),
+        ):
             names = getattr(self, name)
             if not isinstance(names, (list, tuple)) or not all(isinstance(part, str) for part in names):
                 raise ConfigError(f"engine.{name}={names!r} must be a list of {what}")
             object.__setattr__(self, name, tuple(names))
         if self.ema is not None and not (isinstance(self.ema, float) and 0 < self.ema < 1):
-            raise ConfigError(f"engine.ema={self.ema!r} must be a number between 0 and 1, such as 0.999, or None")
+            raise ConfigError(
+                f"engine.ema={self.ema!r} must be a number between 0 and 1, such as 0.999, or None"
+            )
         if self.backbone_dtype not in ("auto", "bfloat16", "float32"):
-            raise ConfigError(f"engine.backbone_dtype={self.backbone_dtype!r} is none of 'auto', 'bfloat16', 'float32'")
+            raise ConfigError(
+                f"engine.backbone_dtype={self.backbone_dtype!r} is none of 'auto', 'bfloat16', 'float32'"
+            )
         if self.heads_dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"engine.heads_dtype={self.heads_dtype!r} is none of 'float32', 'bfloat16'")
         if self.fp32_matmul not in ("tf32", "ieee"):
             raise ConfigError(f"engine.fp32_matmul={self.fp32_matmul!r} is none of 'tf32', 'ieee'")
         if self.evaluation_weights not in ("auto", "whole", "partitioned"):
-            raise ConfigError(f"engine.evaluation_weights={self.evaluation_weights!r} is none of 'auto', 'whole', 'partitioned'")
+            raise ConfigError(
+                f"engine.evaluation_weights={self.evaluation_weights!r} is none of 'auto', 'whole', 'partitioned'"
+            )
         if self.global_batch is not None:
             whole_number(self.global_batch, "engine.global_batch", least=1)
         for name in ("evaluate_before", "background_save", "checksums"):
@@ -79,12 +88,22 @@ class EngineOptions:
         whole_number(self.max_data_faults, "engine.max_data_faults", least=0)
         whole_number(self.max_skipped_steps, "engine.max_skipped_steps", least=1)
         limit = self.io_timeout
-        if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not (limit == 0 or LEAST_IO_TIMEOUT <= limit < math.inf):
-            raise ConfigError(f"engine.io_timeout={limit!r} must be at least {LEAST_IO_TIMEOUT:g} seconds, or 0 for no limit; 3600 is the usual one")
+        if (
+            isinstance(limit, bool)
+            or not isinstance(limit, (int, float))
+            or not (limit == 0 or LEAST_IO_TIMEOUT <= limit < math.inf)
+        ):
+            raise ConfigError(
+                f"engine.io_timeout={limit!r} must be at least {LEAST_IO_TIMEOUT:g} seconds, or 0 for no limit; 3600 is the usual one"
+            )
         peak = self.peak_tflops
-        if peak is not None and (isinstance(peak, bool) or not isinstance(peak, (int, float)) or not 0 < peak < math.inf):
-            raise ConfigError(f"engine.peak_tflops={peak!r} must be a number of TFLOP/s per device above 0, "
-                              "such as 989 for an H100 in bf16, or None to measure it")
+        if peak is not None and (
+            isinstance(peak, bool) or not isinstance(peak, (int, float)) or not 0 < peak < math.inf
+        ):
+            raise ConfigError(
+                f"engine.peak_tflops={peak!r} must be a number of TFLOP/s per device above 0, "
+                "such as 989 for an H100 in bf16, or None to measure it"
+            )
 
 
 def read_options(section: Mapping[str, Any], path: str) -> EngineOptions:

@@ -26,7 +26,9 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}; make room there, or choose another folder") from error
+        raise OutputError(
+            f"{path} cannot be written: {error.strerror or error}; make room there, or choose another folder"
+        ) from error
 
 
 @contextmanager
@@ -43,7 +45,9 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"the folder {folder} cannot be made: {error.strerror or error}; choose another one") from error
+        raise OutputError(
+            f"the folder {folder} cannot be made: {error.strerror or error}; choose another one"
+        ) from error
 
 
 def write_picture(path: Path, picture: np.ndarray) -> None:
@@ -56,7 +60,9 @@ def check_writable(folder: Path, option: str) -> None:
     """A folder must be one, or one that can be made; makes nothing. Raises ConfigError naming the option that gave it."""
     place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
-        raise ConfigError(f"{option} {folder} cannot be written: {place} is no folder that this user may write to")
+        raise ConfigError(
+            f"{option} {folder} cannot be written: {place} is no folder that this user may write to"
+        )
 
 
 def output_folder(path: str | os.PathLike, option: str) -> Path:

@@ -33,8 +33,17 @@ from internseg_ds.errors import ConfigError, DataError, shortened
 log = logging.getLogger(__name__)
 
 
-def predict_files(config: str | os.PathLike, checkpoint: str | os.PathLike, images: Sequence[str | os.PathLike], out: str | os.PathLike, *,
-                  logits: bool = False, strict: bool = False, ema: bool = False, cfg_options: Mapping[str, Any] | None = None) -> None:
+def predict_files(
+    config: str | os.PathLike,
+    checkpoint: str | os.PathLike,
+    images: Sequence[str | os.PathLike],
+    out: str | os.PathLike,
+    *,
+    logits: bool = False,
+    strict: bool = False,
+    ema: bool = False,
+    cfg_options: Mapping[str, Any] | None = None,
+) -> None:
     """Writes NAME_overlay.png and NAME_labels.png (class indices as the training labels count them) into `out` for every image.
 
     images: files, folders and globs. logits: NAME_logits.npy too, (classes, h, w) float32. strict: an image that cannot be read is an error; else it is
@@ -48,22 +57,45 @@ def predict_files(config: str | os.PathLike, checkpoint: str | os.PathLike, imag
     check_windows(experiment)
     files = find_images(images)
     names = _names(files)
-    written = {(folder / f"{name}_{kind}.png").resolve(): path for path, name in names.items() for kind in ("labels", "overlay")}
+    written = {
+        (folder / f"{name}_{kind}.png").resolve(): path
+        for path, name in names.items()
+        for kind in ("labels", "overlay")
+    }
     if taken := [path for path in files if path.resolve() in written]:
-        raise DataError(f"the prediction of {written[taken[0].resolve()]} would overwrite the image {taken[0]}; choose another --out")
+        raise DataError(
+            f"the prediction of {written[taken[0].resolve()]} would overwrite the image {taken[0]}; choose another --out"
+        )
     dataset = ImageFiles(files, experiment.test["pipeline"])
-    classes, palette = _classes(experiment, check_weights_fit(build_on_meta(experiment.model), checkpoint, ema=ema, check=experiment.engine.checksums))
+    classes, palette = _classes(
+        experiment,
+        check_weights_fit(
+            build_on_meta(experiment.model), checkpoint, ema=ema, check=experiment.engine.checksums
+        ),
+    )
     with joined(world):
         forwards = ready(experiment, checkpoint, world, ema=ema)
         faults: list[str] = []
         done = 0
-        images = images_of(dataset, world, min(experiment.workers, len(files)), world.device, faults, strict=strict, truth=False, doing="segmenting")
+        images = images_of(
+            dataset,
+            world,
+            min(experiment.workers, len(files)),
+            world.device,
+            faults,
+            strict=strict,
+            truth=False,
+            doing="segmenting",
+        )
         dtype = np.uint8 if max(len(classes), forwards.segmentor.out_channels) <= 256 else np.uint16
         shrunk = Shrunk(files)
         for segmented in Segmenter(forwards, logits=logits).segment(shrunk.noting(images)):
             path, labels = files[segmented.key], segmented.labels.cpu().numpy()
             write_picture(folder / f"{names[path]}_labels.png", labels.astype(dtype))
-            write_picture(folder / f"{names[path]}_overlay.png", side_by_side(picture(dataset, segmented.key), [("prediction", labels)], classes, palette))
+            write_picture(
+                folder / f"{names[path]}_overlay.png",
+                side_by_side(picture(dataset, segmented.key), [("prediction", labels)], classes, palette),
+            )
             if segmented.logits is not None:
                 with whole_file(folder / f"{names[path]}_logits.npy") as file:
                     np.save(file, segmented.logits.numpy())
@@ -86,7 +118,9 @@ class Shrunk:
             size = image.inputs["img_metas"][0][0]["ori_shape"][:2]
             self.images += 1
             if max(sizes)[0] < size[0] or max(sizes)[1] < size[1]:
-                self.found.append(f"{self.files[image.index]} of {size[0]} x {size[1]} pixels as {max(sizes)[0]} x {max(sizes)[1]}")
+                self.found.append(
+                    f"{self.files[image.index]} of {size[0]} x {size[1]} pixels as {max(sizes)[0]} x {max(sizes)[1]}"
+                )
             yield image.index, image.inputs
 
     def tell(self) -> None:
@@ -94,19 +128,32 @@ class Shrunk:
         told = of_all_ranks((self.images, self.found))
         found = [name for _, names in told for name in names]
         if found:
-            log.info("%d of %d images are segmented at a smaller size than theirs, as the resizing of data.test.pipeline says (img_scale): %s; "
-                     "labels are brought back to the size of the image", len(found), sum(count for count, _ in told), shortened(found, 1))
+            log.info(
+                "%d of %d images are segmented at a smaller size than theirs, as the resizing of data.test.pipeline says (img_scale): %s; "
+                "labels are brought back to the size of the image",
+                len(found),
+                sum(count for count, _ in told),
+                shortened(found, 1),
+            )
 
 
-def _classes(experiment: Experiment, meta: Mapping[str, Any]) -> tuple[Sequence[str], Sequence[Sequence[int]]]:
+def _classes(
+    experiment: Experiment, meta: Mapping[str, Any]
+) -> tuple[Sequence[str], Sequence[Sequence[int]]]:
     """Names and colours: of the checkpoint's meta, else of the config's test set, or of its class in mmseg; needs no data."""
     (entry, *_) = leaf_datasets(experiment.test) if experiment.test is not None else (ConfigDict(),)
     kind = DATASETS.get(entry.get("type", ""))
     classes = meta.get("CLASSES") or entry.get("classes") or getattr(kind, "CLASSES", None)
     palette = meta.get("PALETTE") or entry.get("palette") or getattr(kind, "PALETTE", None)
-    if not isinstance(classes, (list, tuple)) or not isinstance(palette, (list, tuple)) or len(classes) != len(palette):
-        raise ConfigError(f"neither the checkpoint nor data.test of {experiment.path} names the classes and their colours; "
-                          "add classes=(...) and palette=[...] to data.test")
+    if (
+        not isinstance(classes, (list, tuple))
+        or not isinstance(palette, (list, tuple))
+        or len(classes) != len(palette)
+    ):
+        raise ConfigError(
+            f"neither the checkpoint nor data.test of {experiment.path} names the classes and their colours; "
+            "add classes=(...) and palette=[...] to data.test"
+        )
     return classes, palette
 
 
@@ -118,5 +165,7 @@ def _names(files: Sequence[Path]) -> dict[Path, str]:
         names = {path: "_".join(path.absolute().relative_to(common).with_suffix("").parts) for path in files}
     name, times = Counter(names.values()).most_common(1)[0]
     if times > 1:
-        raise DataError(f"{times} images are called {name!r}, their predictions would overwrite each other; give them to separate calls")
+        raise DataError(
+            f"{times} images are called {name!r}, their predictions would overwrite each other; give them to separate calls"
+        )
     return names

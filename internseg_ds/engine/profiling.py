@@ -36,14 +36,26 @@ UNPROFILED = 4
 def check_profiled_steps(steps: int) -> int:
     """Raises ConfigError for a number of steps that cannot be profiled; 0 profiles none."""
     if isinstance(steps, bool) or not isinstance(steps, int) or not 0 <= steps <= MOST_STEPS:
-        raise ConfigError(f"--profile {steps} must be a whole number of steps from 1 to {MOST_STEPS}; {DEFAULT_STEPS} is the usual one")
+        raise ConfigError(
+            f"--profile {steps} must be a whole number of steps from 1 to {MOST_STEPS}; {DEFAULT_STEPS} is the usual one"
+        )
     return steps
 
 
 class StepProfile:
     """One rank's profile of one training; a `with` block around the loop writes what there is when the loop ends early, by Ctrl-C too."""
 
-    def __init__(self, folder: Path, steps: int, module: nn.Module, world: World, watch: Watch, *, start: int, last: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        steps: int,
+        module: nn.Module,
+        world: World,
+        watch: Watch,
+        *,
+        start: int,
+        last: int,
+    ) -> None:
         """steps: how many are recorded; 0: none. start: the step that the run goes on from. last: the last one of the schedule."""
         self.folder, self.module, self.world, self.watch = folder, module, world, watch
         self.asked = steps
@@ -60,15 +72,24 @@ class StepProfile:
     def __enter__(self) -> "StepProfile":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._close_ranges(0)
-        if self._profiler is not None and self._recorded and (kind is None or issubclass(kind, KeyboardInterrupt)):
+        if (
+            self._profiler is not None
+            and self._recorded
+            and (kind is None or issubclass(kind, KeyboardInterrupt))
+        ):
             self._finish()
         elif self._profiler is not None:
             with suppress(RuntimeError):  # there may be another error on its way
                 self._profiler.stop()
         if self.asked and not self._recorded and kind is None:
-            log.info("there is no profile: %s", f"the run stopped before step {self.steps[0]}" if self.steps else "no step was left to train")
+            log.info(
+                "there is no profile: %s",
+                f"the run stopped before step {self.steps[0]}" if self.steps else "no step was left to train",
+            )
         self._unhook()
 
     def at(self, step: int, doing: Doing, micro_batch: int = 0) -> None:
@@ -104,13 +125,17 @@ class StepProfile:
         self._open(f"step {step}")
 
     def _start(self) -> None:
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would tell stderr that it starts and stops, and of GPUs that a CPU machine has not
+        os.environ.setdefault(
+            "KINETO_LOG_LEVEL", "99"
+        )  # it would tell stderr that it starts and stops, and of GPUs that a CPU machine has not
         self._profiler = profile(activities=self.activities)
         self._profiler.start()
         for kind, parts in (("backbone", [self.module.backbone]), ("heads", heads(self.module))):
             for part in parts:
-                self._hooks += [part.register_forward_pre_hook(lambda *_, kind=kind: self._open(kind)),
-                                part.register_forward_hook(lambda *_: self._close_ranges(2))]
+                self._hooks += [
+                    part.register_forward_pre_hook(lambda *_, kind=kind: self._open(kind)),
+                    part.register_forward_hook(lambda *_: self._close_ranges(2)),
+                ]
 
     def _unhook(self) -> None:
         while self._hooks:
@@ -143,14 +168,24 @@ class StepProfile:
                 packed.write(text)
             if self.world.is_main:
                 fewer = f" ({self.asked} were asked for)" if len(self._recorded) < self.asked else ""
-                log.info("profile of steps %d to %d%s: %s (and one of each other rank) opens in https://ui.perfetto.dev\n%s",
-                         self._recorded[0], self._recorded[-1], fewer, path, self._summarised(profiler, text))
+                log.info(
+                    "profile of steps %d to %d%s: %s (and one of each other rank) opens in https://ui.perfetto.dev\n%s",
+                    self._recorded[0],
+                    self._recorded[-1],
+                    fewer,
+                    path,
+                    self._summarised(profiler, text),
+                )
 
     def _summarised(self, profiler: profile, trace: bytes) -> str:
         """The table of the summary, which is written."""
         try:
             table = summarise(json.loads(trace))
-        except (ValueError, KeyError, TypeError) as error:  # some other torch may write it otherwise: no reason to end a training
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+        ) as error:  # some other torch may write it otherwise: no reason to end a training
             return f"but it cannot be summarised: {reason_of(error)}"
         by = "self_device_time_total" if self.world.device.type == "cuda" else "self_cpu_time_total"
         top = profiler.key_averages().table(sort_by=by, row_limit=15)

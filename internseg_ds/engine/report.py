@@ -32,9 +32,20 @@ def write_report(evaluation: Evaluation, classes: Sequence[str], folder: Path) -
         if name:
             per_class[name][score] = value
     with whole_file(folder / "results.json") as file:
-        file.write(json.dumps({**totals, "images": evaluation.images, "pixels_of_no_class": int(evaluation.confusion[-1].sum()),
-                               "predictions_of_no_class": int(evaluation.confusion[:, -1].sum()),
-                               "not_read": evaluation.faults, "classes": per_class}, indent=1).encode() + b"\n")
+        file.write(
+            json.dumps(
+                {
+                    **totals,
+                    "images": evaluation.images,
+                    "pixels_of_no_class": int(evaluation.confusion[-1].sum()),
+                    "predictions_of_no_class": int(evaluation.confusion[:, -1].sum()),
+                    "not_read": evaluation.faults,
+                    "classes": per_class,
+                },
+                indent=1,
+            ).encode()
+            + b"\n"
+        )
     scores = list(dict.fromkeys(key.partition(".")[0] for key in evaluation.metrics if "." in key))
     _, _, predicted, labelled = evaluation.areas.long().tolist()
     table = io.StringIO(newline="")
@@ -42,7 +53,14 @@ def write_report(evaluation: Evaluation, classes: Sequence[str], folder: Path) -
     writer.writerow(["class", *scores, "labelled_pixels", "predicted_pixels"])
     for index, name in enumerate(classes):
         values = (per_class[name].get(score) for score in scores)
-        writer.writerow([name, *("" if value is None else f"{value:.4f}" for value in values), labelled[index], predicted[index]])
+        writer.writerow(
+            [
+                name,
+                *("" if value is None else f"{value:.4f}" for value in values),
+                labelled[index],
+                predicted[index],
+            ]
+        )
     with whole_file(folder / "per_class.csv") as file:
         file.write(table.getvalue().encode())
     draw_confusion(evaluation.confusion[:-1, :-1].double().numpy(), classes, folder / "confusion.png")
@@ -61,13 +79,22 @@ def draw_confusion(confusion: np.ndarray, classes: Sequence[str], picture: Path)
     figure = Figure(figsize=(side + 1, side), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(xlabel="predicted", ylabel="labelled", title="share of each class's pixels")
-    image = axes.imshow(shares, norm=PowerNorm(0.5, vmin=0, vmax=1), cmap="Blues")  # a share of 5 % is to be seen
+    image = axes.imshow(
+        shares, norm=PowerNorm(0.5, vmin=0, vmax=1), cmap="Blues"
+    )  # a share of 5 % is to be seen
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
     axes.set_yticks(range(len(names)), names, fontsize=8)
     if len(names) <= 30:
         for row, column in zip(*np.nonzero(shares >= 0.005), strict=True):
-            axes.text(column, row, f"{100 * shares[row, column]:.0f}", ha="center", va="center", fontsize=6,
-                      color="white" if shares[row, column] > 0.4 else "black")
+            axes.text(
+                column,
+                row,
+                f"{100 * shares[row, column]:.0f}",
+                ha="center",
+                va="center",
+                fontsize=6,
+                color="white" if shares[row, column] > 0.4 else "black",
+            )
     figure.colorbar(image, shrink=0.6)
     with whole_file(picture) as file:
         figure.savefig(file, format="png")
@@ -118,9 +145,17 @@ class Extremes:
             for place, (rank, index) in enumerate(chosen, 1):
                 if -index in labels_of:
                     stem = Path(self.dataset.img_infos[-index]["filename"]).stem
-                    write_picture(folder / name / f"{place:02d}_{100 * abs(rank):.1f}_{stem}.png", picture_of(self.dataset, -index, labels_of[-index]))
+                    write_picture(
+                        folder / name / f"{place:02d}_{100 * abs(rank):.1f}_{stem}.png",
+                        picture_of(self.dataset, -index, labels_of[-index]),
+                    )
 
 
 def picture_of(dataset: Any, index: int, labels: np.ndarray) -> np.ndarray:
     """image | ground truth | prediction of an image of an mmseg data set."""
-    return side_by_side(picture(dataset, index), [("ground truth", ground_truth(dataset, index)), ("prediction", labels)], dataset.CLASSES, dataset.PALETTE)
+    return side_by_side(
+        picture(dataset, index),
+        [("ground truth", ground_truth(dataset, index)), ("prediction", labels)],
+        dataset.CLASSES,
+        dataset.PALETTE,
+    )

@@ -51,8 +51,10 @@ def work_dir_of(command: Sequence[str]) -> Path:
             return Path(word.partition("=")[2])
     scripts = [word for word in command if word.endswith(".py")]
     if len(scripts) < 2:
-        raise ConfigError(f"no --work-dir and no config can be found in: {shlex.join(command)}; "
-                          "name the script and the config, or give the script a --work-dir")
+        raise ConfigError(
+            f"no --work-dir and no config can be found in: {shlex.join(command)}; "
+            "name the script and the config, or give the script a --work-dir"
+        )
     return Path("work_dirs") / Path(scripts[1]).stem
 
 
@@ -90,7 +92,9 @@ class KeptRunning:
 
     def run(self) -> int:
         """Runs it until it is done, cannot be mended, or was asked to end; returns its last exit code, 128 + n for signal n. For the main thread."""
-        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)  # what a killed launcher leaves behind becomes our child, and can be found
+        ctypes.CDLL(None).prctl(
+            PR_SET_CHILD_SUBREAPER, 1
+        )  # what a killed launcher leaves behind becomes our child, and can be found
         for number in SIGNALS:
             signal.signal(number, self._request)
         restarts, first = 0, self._newest()
@@ -102,11 +106,21 @@ class KeptRunning:
             if self._newest() != before:
                 restarts = 0
             if restarts >= self.max_restarts:
-                log.error("it ended with code %d; no restart is left, %d in a row brought no new checkpoint", code, restarts)
+                log.error(
+                    "it ended with code %d; no restart is left, %d in a row brought no new checkpoint",
+                    code,
+                    restarts,
+                )
                 break
             delay_s = min(self.delay_s * 2 ** min(restarts, 30), LONGEST_DELAY_S)
             restarts += 1
-            log.warning("it ended with code %d; restart %d of %d in %.0f s", code, restarts, self.max_restarts, delay_s)
+            log.warning(
+                "it ended with code %d; restart %d of %d in %.0f s",
+                code,
+                restarts,
+                self.max_restarts,
+                delay_s,
+            )
             until = time.monotonic() + delay_s
             while not self._asked and time.monotonic() < until:
                 time.sleep(0.1)
@@ -117,16 +131,22 @@ class KeptRunning:
     def _once(self, command: list[str]) -> int:
         log.info("starting %s", shlex.join(command))
         try:
-            child = subprocess.Popen(command, start_new_session=True)  # a terminal's Ctrl-C shall come to us alone
+            child = subprocess.Popen(
+                command, start_new_session=True
+            )  # a terminal's Ctrl-C shall come to us alone
         except OSError as error:
-            raise ConfigError(f"{command[0]} cannot be started: {error.strerror}; is it installed, and in PATH?") from error
+            raise ConfigError(
+                f"{command[0]} cannot be started: {error.strerror}; is it installed, and in PATH?"
+            ) from error
         if self._asked:
             self._pass_on()
         code = child.wait()
         log.info("ended with code %d", code)
         left = _descendants()
         if code == 0 and any(map(_saves_on_request, left)):
-            log.warning("its training goes on without it, so it did not end well")  # deepspeed 0.19 says 0 when its own launch.py is killed
+            log.warning(
+                "its training goes on without it, so it did not end well"
+            )  # deepspeed 0.19 says 0 when its own launch.py is killed
             code = FAILED
         _, left = psutil.wait_procs(left, timeout=PATIENCE_S)
         for process in left:
@@ -157,7 +177,9 @@ class KeptRunning:
         everybody = _descendants()
         training = set(filter(_saves_on_request, everybody))
         for process in everybody if self._again else training or everybody:
-            number = self._signal if process not in training else signal.SIGINT if self._again else signal.SIGUSR1
+            number = (
+                self._signal if process not in training else signal.SIGINT if self._again else signal.SIGUSR1
+            )
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
 

@@ -28,10 +28,17 @@ def changed_settings(before: Any, now: str) -> list[str]:
     try:
         settings = [dict(_settings(text)) for text in (before, now)]
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
-        return ["the config in the checkpoint's note cannot be read, so nothing tells what this run's says otherwise"]
+        return [
+            "the config in the checkpoint's note cannot be read, so nothing tells what this run's says otherwise"
+        ]
     then, here = settings
-    changed = [key for key in {**then, **here} if _plain(then.get(key, NOT_SET)) != _plain(here.get(key, NOT_SET))]
-    lines = [f"the checkpoint's run had another setting: {key} {_short(then.get(key, NOT_SET))} -> {_short(here.get(key, NOT_SET))}" for key in changed[:LINES]]
+    changed = [
+        key for key in {**then, **here} if _plain(then.get(key, NOT_SET)) != _plain(here.get(key, NOT_SET))
+    ]
+    lines = [
+        f"the checkpoint's run had another setting: {key} {_short(then.get(key, NOT_SET))} -> {_short(here.get(key, NOT_SET))}"
+        for key in changed[:LINES]
+    ]
     return lines + ([f"and {len(changed) - LINES} more settings differ"] if len(changed) > LINES else [])
 
 
@@ -41,14 +48,25 @@ def check_same_classes(path: Path, before: Any, now: Sequence[str]) -> list[str]
         return []
     mend = "resume with the classes that it was saved with, in their order, or start anew from its weights with --load-from"
     if len(before) != len(now):
-        raise CheckpointError(f"{path} was trained on {len(before)} classes, data.train of this run has {len(now)}; {mend}")
+        raise CheckpointError(
+            f"{path} was trained on {len(before)} classes, data.train of this run has {len(now)}; {mend}"
+        )
     number_of = {name: number for number, name in enumerate(now)}
-    if moved := [(number, name) for number, name in enumerate(before) if isinstance(name, str) and number_of.get(name, number) != number]:
+    if moved := [
+        (number, name)
+        for number, name in enumerate(before)
+        if isinstance(name, str) and number_of.get(name, number) != number
+    ]:
         number, name = moved[0]
-        raise CheckpointError(f"{path} was trained on the same classes in another order: class {number} was {name!r} and is {now[number]!r} in data.train of "
-                              f"this run ({len(moved)} classes moved); its weights would mean other classes; {mend}")
-    return [f"the checkpoint's run had another name for class {number}: {then!r} -> {here!r}"
-            for number, (then, here) in enumerate(zip(before, now, strict=True)) if then != here][:LINES]
+        raise CheckpointError(
+            f"{path} was trained on the same classes in another order: class {number} was {name!r} and is {now[number]!r} in data.train of "
+            f"this run ({len(moved)} classes moved); its weights would mean other classes; {mend}"
+        )
+    return [
+        f"the checkpoint's run had another name for class {number}: {then!r} -> {here!r}"
+        for number, (then, here) in enumerate(zip(before, now, strict=True))
+        if then != here
+    ][:LINES]
 
 
 def _settings(text: str) -> Iterator[tuple[str, Any]]:
@@ -56,14 +74,24 @@ def _settings(text: str) -> Iterator[tuple[str, Any]]:
     if not isinstance(text, str) or len(text) > LONGEST_TEXT:
         raise ValueError("no text of a config")
     for line in ast.parse(text).body:
-        if isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name) and line.targets[0].id in SECTIONS:
+        if (
+            isinstance(line, ast.Assign)
+            and isinstance(line.targets[0], ast.Name)
+            and line.targets[0].id in SECTIONS
+        ):
             yield from _flat(line.targets[0].id, _value(line.value))
 
 
 def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     if name in PASSED_OVER:
         return
-    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) and any(isinstance(x, dict) for x in value) else None
+    items = (
+        value.items()
+        if isinstance(value, Mapping)
+        else enumerate(value)
+        if isinstance(value, list) and any(isinstance(x, dict) for x in value)
+        else None
+    )
     if items is None:
         yield name, value
     for key, item in items or ():
@@ -72,10 +100,20 @@ def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 def _value(node: ast.expr) -> Any:
     """What an expression of `config_text` says; of an expression that would have to be run, its text."""
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict" and not node.args and all(kw.arg for kw in node.keywords):
+    if (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == "dict"
+        and not node.args
+        and all(kw.arg for kw in node.keywords)
+    ):
         return {keyword.arg: _value(keyword.value) for keyword in node.keywords}
     if isinstance(node, ast.Dict) and all(isinstance(key, ast.Constant) for key in node.keys):
-        return {key.value: _value(value) for key, value in zip(node.keys, node.values, strict=True) if isinstance(key, ast.Constant)}
+        return {
+            key.value: _value(value)
+            for key, value in zip(node.keys, node.values, strict=True)
+            if isinstance(key, ast.Constant)
+        }
     if isinstance(node, (ast.List, ast.Tuple)):
         items = [_value(item) for item in node.elts]
         return items if isinstance(node, ast.List) else tuple(items)

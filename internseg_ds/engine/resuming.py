@@ -32,7 +32,9 @@ def find_checkpoint(path: str | os.PathLike) -> Path:
     return path
 
 
-def checkpoint_to_resume(resume: str | os.PathLike | None, work_dir: Path, *, check: bool = True) -> Path | None:
+def checkpoint_to_resume(
+    resume: str | os.PathLike | None, work_dir: Path, *, check: bool = True
+) -> Path | None:
     """The checkpoint directory that --resume means: None, "auto" (the newest of `work_dir` that is whole as far as it is read
     here, if there is any), or a path. check: what is read of it is held against its checksums.
 
@@ -64,23 +66,38 @@ def agree_to_resume(found: Path | None, stage: int, *, check: bool = True) -> Ze
     stage: of ZeRO, of this run. check: what is read of it, now and later, is held against its checksums. Raises CheckpointError,
     on every rank, when hosts have none in common, or when one lacks what its processes need of it.
     """
+
     def identity(path: Path) -> tuple[str, tuple[int, float]]:  # a step may have been saved twice
         return path.name, place_of(read_manifest(path) or {})
 
     here = {}
     if found is not None:
-        newest = identity(found)[1] if read_manifest(found) is not None else None  # what is newer was found damaged here
-        here = {identity(path): path for path in complete_saves(found.parent) if newest is None or identity(path)[1] <= newest}
+        newest = (
+            identity(found)[1] if read_manifest(found) is not None else None
+        )  # what is newer was found damaged here
+        here = {
+            identity(path): path
+            for path in complete_saves(found.parent)
+            if newest is None or identity(path)[1] <= newest
+        }
         here[identity(found)] = found
     hosts = of_all_ranks((socket.gethostname(), identity(found) if found is not None else None, list(here)))
     if len({chosen for _, chosen, _ in hosts}) > 1:
         common = set(here).intersection(*(saves for _, _, saves in hosts))
-        they = ", ".join(dict.fromkeys(f"{host} {chosen[0] if chosen else 'none'}" for host, chosen, _ in hosts))
+        they = ", ".join(
+            dict.fromkeys(f"{host} {chosen[0] if chosen else 'none'}" for host, chosen, _ in hosts)
+        )
         if not common:
-            raise CheckpointError(f"hosts have different checkpoints to go on from ({they}) and none that all have; "
-                                  "give the missing folders back to their hosts, or start anew in another work directory")
+            raise CheckpointError(
+                f"hosts have different checkpoints to go on from ({they}) and none that all have; "
+                "give the missing folders back to their hosts, or start anew in another work directory"
+            )
         found = here[max(common, key=lambda save: save[1])]
-        log.warning("the newest checkpoints of the hosts differ (%s); going on from %s, the newest that all have", they, found.name)
+        log.warning(
+            "the newest checkpoints of the hosts differ (%s); going on from %s, the newest that all have",
+            they,
+            found.name,
+        )
     if found is None:
         return None
     return _opened_by_all(found, stage, check)
@@ -89,9 +106,15 @@ def agree_to_resume(found: Path | None, stage: int, *, check: bool = True) -> Ze
 def one_before(checkpoint: ZeroCheckpoint, stage: int, *, check: bool = True) -> ZeroCheckpoint | None:
     """The newest save before `checkpoint` that all hosts have and that is whole, as far as opening it tells; None where there is
     none. stage, check: as for `agree_to_resume`. Collective."""
-    here = {(path.name, place_of(note)): path for path, note in noted_saves(checkpoint.path.parent)
-            if path != checkpoint.path and (not checkpoint.manifest or place_of(note) < place_of(checkpoint.manifest))}
-    for save in sorted(set(here).intersection(*of_all_ranks(list(here))), key=lambda save: save[1], reverse=True):
+    here = {
+        (path.name, place_of(note)): path
+        for path, note in noted_saves(checkpoint.path.parent)
+        if path != checkpoint.path
+        and (not checkpoint.manifest or place_of(note) < place_of(checkpoint.manifest))
+    }
+    for save in sorted(
+        set(here).intersection(*of_all_ranks(list(here))), key=lambda save: save[1], reverse=True
+    ):
         try:
             return _opened_by_all(here[save], stage, check)
         except CheckpointError as error:
@@ -104,10 +127,14 @@ def _opened_by_all(path: Path, stage: int, check: bool) -> ZeroCheckpoint:
     size, trouble, checkpoint = dist.get_world_size(), None, None
     try:
         checkpoint = ZeroCheckpoint(path, partial=True, check=check)
-        if len(checkpoint.ranks) < checkpoint.world_size and ((size, stage) != (checkpoint.world_size, checkpoint.stage)
-                                                              or dist.get_rank() not in checkpoint.ranks):
-            trouble = (f"{path} of {socket.gethostname()} lacks files that {size} processes under ZeRO-{stage} need, {checkpoint.world_size} saved it under "
-                       f"ZeRO-{checkpoint.stage}; {advice(checkpoint.manifest)}")
+        if len(checkpoint.ranks) < checkpoint.world_size and (
+            (size, stage) != (checkpoint.world_size, checkpoint.stage)
+            or dist.get_rank() not in checkpoint.ranks
+        ):
+            trouble = (
+                f"{path} of {socket.gethostname()} lacks files that {size} processes under ZeRO-{stage} need, {checkpoint.world_size} saved it under "
+                f"ZeRO-{checkpoint.stage}; {advice(checkpoint.manifest)}"
+            )
     except CheckpointError as error:
         trouble = f"on {socket.gethostname()}: {error}"
     if troubles := [each for each in of_all_ranks(trouble) if each is not None]:
@@ -115,7 +142,9 @@ def _opened_by_all(path: Path, stage: int, check: bool) -> ZeroCheckpoint:
     return checkpoint
 
 
-def check_resumable(path: Path, model: nn.Module, groups: Sequence[Mapping[str, Any]], *, check: bool = True) -> Mapping[str, Any]:
+def check_resumable(
+    path: Path, model: nn.Module, groups: Sequence[Mapping[str, Any]], *, check: bool = True
+) -> Mapping[str, Any]:
     """What the checkpoint's note says of its run (CLASSES, config text). Raises CheckpointError when it is of another model than `model`, or trained other
     parameters, or in other groups.
 
@@ -127,16 +156,22 @@ def check_resumable(path: Path, model: nn.Module, groups: Sequence[Mapping[str, 
     trains = {name for name, param in model.named_parameters() if param.requires_grad}
     if differ := sorted(trains ^ checkpoint.trained):
         name = differ[0]
-        raise CheckpointError(f"{path} {'froze' if name in trains else 'trained'} {name} and this run {'trains' if name in trains else 'freezes'} it "
-                              f"({len(differ)} parameters differ); resume with the config that it was saved with, "
-                              f"or start anew from its weights with --load-from")
-    then, now = ({name: (group["lr"], group["weight_decay"]) for group in them for name in group["names"]}
-                 for them in (checkpoint.manifest.get("groups") or groups, groups))
+        raise CheckpointError(
+            f"{path} {'froze' if name in trains else 'trained'} {name} and this run {'trains' if name in trains else 'freezes'} it "
+            f"({len(differ)} parameters differ); resume with the config that it was saved with, "
+            f"or start anew from its weights with --load-from"
+        )
+    then, now = (
+        {name: (group["lr"], group["weight_decay"]) for group in them for name in group["names"]}
+        for them in (checkpoint.manifest.get("groups") or groups, groups)
+    )
     if differ := [name for name in now if then.get(name) != now[name]]:
         name = differ[0]
-        raise CheckpointError(f"{path} trained {name} with lr and weight decay {then.get(name)}, this run's config says {now[name]} "
-                              f"({len(differ)} parameters differ); resume with the optimizer section that it was saved with, "
-                              f"or start anew from its weights with --load-from")
+        raise CheckpointError(
+            f"{path} trained {name} with lr and weight decay {then.get(name)}, this run's config says {now[name]} "
+            f"({len(differ)} parameters differ); resume with the optimizer section that it was saved with, "
+            f"or start anew from its weights with --load-from"
+        )
     return checkpoint.manifest.get("meta") or {}
 
 

@@ -34,9 +34,13 @@ def shortfall(planner: Planner, ds: DsConfig, world: World) -> str | None:
         found = device.footprint(device.planner(planner, ds), ds)
         if found.needed <= device.size:
             return None
-        largest: Part = max((part for part in found.parts if found.fullest in part.phases), key=lambda part: part.device)
-        said = (f"this run will not fit by the plan: it needs {found.peak / GIB:.1f} GiB per {device.unit} ({PHASES[found.fullest]}) and there are "
-                f"{device.size / GIB:.1f}{left_free(found)}; the largest part is {largest.name}, {largest.device / GIB:.1f} GiB")
+        largest: Part = max(
+            (part for part in found.parts if found.fullest in part.phases), key=lambda part: part.device
+        )
+        said = (
+            f"this run will not fit by the plan: it needs {found.peak / GIB:.1f} GiB per {device.unit} ({PHASES[found.fullest]}) and there are "
+            f"{device.size / GIB:.1f}{left_free(found)}; the largest part is {largest.name}, {largest.device / GIB:.1f} GiB"
+        )
         return f"{said}; {_mend(planner, ds, world, device)}"
     except Exception as error:  # an odd model is no reason not to train it
         log.info("whether this run fits into memory could not be planned: %s", reason_of(error))
@@ -49,31 +53,49 @@ def no_room_to_save(planner: Planner, ds: DsConfig, work_dir: Path) -> str | Non
     if (ds.raw.get("checkpoint") or {}).get("use_node_local_storage"):
         return None
     ema = planner.experiment.engine.ema is not None
-    needed = checkpoint_bytes(planner.model, ds.raw["zero_optimization"].get("stage", 0), ds.param_dtype.itemsize, ema=ema)
+    needed = checkpoint_bytes(
+        planner.model, ds.raw["zero_optimization"].get("stage", 0), ds.param_dtype.itemsize, ema=ema
+    )
     try:
-        free = shutil.disk_usage(next(folder for folder in (work_dir, *work_dir.absolute().parents) if folder.is_dir())).free
+        free = shutil.disk_usage(
+            next(folder for folder in (work_dir, *work_dir.absolute().parents) if folder.is_dir())
+        ).free
     except OSError:
         return None
     if needed <= free:
         return None
-    return (f"there is no room for a checkpoint: each takes {needed / GIB:.1f} GiB and {free / GIB:.1f} are free in {work_dir}; make room, choose another "
-            "--work-dir, or train with --no-save to measure only")
+    return (
+        f"there is no room for a checkpoint: each takes {needed / GIB:.1f} GiB and {free / GIB:.1f} are free in {work_dir}; make room, choose another "
+        "--work-dir, or train with --no-save to measure only"
+    )
 
 
-def after_out_of_memory(planner: Planner, ds: DsConfig, world: World, recomputation: Recomputation | Literal["config"]) -> str:
+def after_out_of_memory(
+    planner: Planner, ds: DsConfig, world: World, recomputation: Recomputation | Literal["config"]
+) -> str:
     """What the plan had said of a run that has run out of memory, and what would take less. recomputation: what it trains with. Never raises."""
     try:
         device = Device.of_this_run(planner, ds, world)
         had = planner if recomputation == "config" else planner.under(recomputation)
         found = device.footprint(had, ds)
-        said = (f"Out of memory. The plan had said {found.peak / GIB:.1f} GiB of {device.size / GIB:.1f} per {device.unit} "
-                f"({PHASES[found.fullest]}), with {had.recomputation!r} recomputed")
+        said = (
+            f"Out of memory. The plan had said {found.peak / GIB:.1f} GiB of {device.size / GIB:.1f} per {device.unit} "
+            f"({PHASES[found.fullest]}), with {had.recomputation!r} recomputed"
+        )
         policies = FASTEST_FIRST if recomputing_backbones(planner.model) else ()
         all_of_them = ((policy, device.footprint(planner.under(policy), ds)) for policy in policies)
-        less = sorted((pair for pair in all_of_them if pair[1].peak < found.peak), key=lambda pair: max(0, pair[1].needed - device.size))
-        mends = [f"engine.recomputation={policy!r} ({other.peak / GIB:.1f} GiB by the plan)" for policy, other in less[:1]]
+        less = sorted(
+            (pair for pair in all_of_them if pair[1].peak < found.peak),
+            key=lambda pair: max(0, pair[1].needed - device.size),
+        )
+        mends = [
+            f"engine.recomputation={policy!r} ({other.peak / GIB:.1f} GiB by the plan)"
+            for policy, other in less[:1]
+        ]
         if planner.experiment.micro_batch > 1:
-            mends.append("a smaller data.samples_per_gpu, with engine.global_batch to keep the recipe's batch")
+            mends.append(
+                "a smaller data.samples_per_gpu, with engine.global_batch to keep the recipe's batch"
+            )
         mends.append("a ds_config that keeps less on the device (launch/plan.py compares them)")
         return f"{said}. To need less: {'; '.join(mends)}."
     except Exception as error:  # the error that ends the run is another one
@@ -93,7 +115,12 @@ def _mend(planner: Planner, ds: DsConfig, world: World, device: Device) -> str:
             fitting.append((found.host, found.peak, path))
     if fitting:
         host, peak, path = min(fitting)
-        return f"{path} would need {peak / GIB:.1f} GiB" + (f" and {host / GIB:.0f} GiB of the host's memory per process" if host > 5 * GIB else "")
-    return ("none of the ds_configs beside it would fit: " * bool(beside)
-            + "use more GPUs, offload, or take fewer images per GPU (data.samples_per_gpu), smaller crops, "
-              "or activation checkpointing (engine.recomputation=\"blocks\") if it is off")
+        return f"{path} would need {peak / GIB:.1f} GiB" + (
+            f" and {host / GIB:.0f} GiB of the host's memory per process" if host > 5 * GIB else ""
+        )
+    return (
+        "none of the ds_configs beside it would fit: "
+        * bool(beside)
+        + "use more GPUs, offload, or take fewer images per GPU (data.samples_per_gpu), smaller crops, "
+        'or activation checkpointing (engine.recomputation="blocks") if it is off'
+    )

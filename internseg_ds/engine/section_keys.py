@@ -18,14 +18,40 @@ from torch.utils.data import DataLoader
 from internseg_ds.engine.config_keys import ELSEWHERE, KNOWN, READ
 from internseg_ds.errors import ConfigError
 
-LOG_HOOKS = {"TextLoggerHook": (), "TensorboardLoggerHook": ("log_dir",), "WandbLoggerHook": ("init_kwargs",), "MMSegWandbHook": ("init_kwargs",)}
+LOG_HOOKS = {
+    "TextLoggerHook": (),
+    "TensorboardLoggerHook": ("log_dir",),
+    "WandbLoggerHook": ("init_kwargs",),
+    "MMSegWandbHook": ("init_kwargs",),
+}
 """The hooks of `log_config.hooks` that are interpreted, and their arguments that are."""
 LOADER = ("samples_per_gpu", "workers_per_gpu")
-OWN_OF_LOADER = ("dataset", "batch_size", "num_workers", "sampler", "batch_sampler", "collate_fn", "worker_init_fn", "num_gpus", "dist", "kwargs")
+OWN_OF_LOADER = (
+    "dataset",
+    "batch_size",
+    "num_workers",
+    "sampler",
+    "batch_sampler",
+    "collate_fn",
+    "worker_init_fn",
+    "num_gpus",
+    "dist",
+    "kwargs",
+)
 """What mmseg gives its DataLoader itself, so that no config can."""
 OTHER_NAMES = {"batch_size": "samples_per_gpu", "num_workers": "workers_per_gpu"}
 """What MMEngine and torch call the same."""
-GIVEN_BY_MMCV = ("self", "runner", "args", "kwargs", "eval_kwargs", "dataloader", "model", "results", "logger")
+GIVEN_BY_MMCV = (
+    "self",
+    "runner",
+    "args",
+    "kwargs",
+    "eval_kwargs",
+    "dataloader",
+    "model",
+    "results",
+    "logger",
+)
 WHY = {
     "data.shuffle": "training images are always shuffled, by the seed",
     "data.drop_last": "batches are cut from an endless stream of images, so none is short",
@@ -54,13 +80,19 @@ def section_notes(cfg: Mapping[str, Any], path: str) -> list[str]:
     kind, notes = (cfg.get("optimizer_config") or {}).get("type", "OptimizerHook"), []
     optimizer_hook = HOOKS.get(kind) if isinstance(kind, str) else kind
     for section, known in _known_elsewhere(optimizer_hook).items():
-        lenient = section in ("evaluation", "log_config") or (section == "optimizer_config" and optimizer_hook is None)
+        lenient = section in ("evaluation", "log_config") or (
+            section == "optimizer_config" and optimizer_hook is None
+        )
         notes += _look(_section(cfg, section, path), section, KNOWN[section], known, path, lenient=lenient)
     for key in _section(cfg, "model.test_cfg", path):  # heads may read keys of their own there
-        if key not in KNOWN["model.test_cfg"] and (near := difflib.get_close_matches(key, KNOWN["model.test_cfg"], n=1, cutoff=0.75)):
+        if key not in KNOWN["model.test_cfg"] and (
+            near := difflib.get_close_matches(key, KNOWN["model.test_cfg"], n=1, cutoff=0.75)
+        ):
             raise ConfigError(f"unknown key {key!r} in model.test_cfg of {path}; did you mean {near[0]!r}?")
     if kind != "OptimizerHook":
-        notes.append(f"optimizer_config.type = {kind!r} has no effect here: the engine clips and steps itself, in the precision that the ds_config says")
+        notes.append(
+            f"optimizer_config.type = {kind!r} has no effect here: the engine clips and steps itself, in the precision that the ds_config says"
+        )
     return notes
 
 
@@ -70,9 +102,15 @@ def hook_notes(hooks: Iterable[Mapping[str, Any]], interval: int, path: str) -> 
     for hook in hooks:
         kind = hook["type"]
         if kind not in LOG_HOOKS:
-            near = difflib.get_close_matches(str(kind), LOG_HOOKS, n=1, cutoff=0.8) if not isinstance(kind, type) and HOOKS.get(kind) is None else []
+            near = (
+                difflib.get_close_matches(str(kind), LOG_HOOKS, n=1, cutoff=0.8)
+                if not isinstance(kind, type) and HOOKS.get(kind) is None
+                else []
+            )
             if near:
-                raise ConfigError(f"log_config.hooks of {path} has type={kind!r}, which nobody knows; did you mean {near[0]!r}?")
+                raise ConfigError(
+                    f"log_config.hooks of {path} has type={kind!r}, which nobody knows; did you mean {near[0]!r}?"
+                )
             notes.append(f"log_config.hooks: {kind} is not known here and is left out")
             continue
         as_it_is = {"type": kind, "by_epoch": False, "interval": interval}
@@ -85,7 +123,11 @@ def near_misses(cfg: Mapping[str, Any], path: str) -> list[str]:
     """A warning for each key at the top of the config that nobody reads and that is nearly one that is read. It may be a variable of the file's own."""
     warnings = []
     for key in cfg:
-        if key not in READ and key not in ELSEWHERE and (near := difflib.get_close_matches(key, READ, n=1, cutoff=0.85)):
+        if (
+            key not in READ
+            and key not in ELSEWHERE
+            and (near := difflib.get_close_matches(key, READ, n=1, cutoff=0.85))
+        ):
             warnings.append(f"{key} of {path} is read by nobody; did you mean {near[0]}?")
     return warnings
 
@@ -99,14 +141,30 @@ def _section(cfg: Mapping[str, Any], name: str, path: str) -> Mapping[str, Any]:
     return node
 
 
-def _look(keys: Iterable[str], section: str, read: Iterable[str], elsewhere: set[str], path: str, *, lenient: bool = False) -> Iterator[str]:
+def _look(
+    keys: Iterable[str],
+    section: str,
+    read: Iterable[str],
+    elsewhere: set[str],
+    path: str,
+    *,
+    lenient: bool = False,
+) -> Iterator[str]:
     """The lines of one section. elsewhere: what mmcv and mmseg know of it. lenient: they take any other key too, so that only a near miss is an error."""
-    why = {key.rpartition(".")[2]: reason for key, reason in WHY.items() if key.startswith(f"{section.partition('.')[0]}.")}
+    why = {
+        key.rpartition(".")[2]: reason
+        for key, reason in WHY.items()
+        if key.startswith(f"{section.partition('.')[0]}.")
+    }
     for key in keys:
         if key in read:
             continue
         known = {*read, *elsewhere}
-        near = [OTHER_NAMES[key]] if OTHER_NAMES.get(key) in known else difflib.get_close_matches(key, known, n=1, cutoff=0.75 if lenient else 0.6)
+        near = (
+            [OTHER_NAMES[key]]
+            if OTHER_NAMES.get(key) in known
+            else difflib.get_close_matches(key, known, n=1, cutoff=0.75 if lenient else 0.6)
+        )
         if key not in known and (near or not lenient):
             guess = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known))}"
             raise ConfigError(f"unknown key {key!r} in {section} of {path}; {guess}")
@@ -119,17 +177,34 @@ def _known_elsewhere(optimizer_hook: type | None) -> dict[str, set[str]]:
     return {
         "data": {*loader, "val_dataloader", "test_dataloader"},
         "data.train_dataloader": loader,
-        "evaluation": {*_parameters(EvalHook), *_parameters(DistEvalHook),
-                       *(name for dataset in DATASETS.module_dict.values() for name in _parameters(getattr(dataset, "evaluate", None)))},
+        "evaluation": {
+            *_parameters(EvalHook),
+            *_parameters(DistEvalHook),
+            *(
+                name
+                for dataset in DATASETS.module_dict.values()
+                for name in _parameters(getattr(dataset, "evaluate", None))
+            ),
+        },
         "runner": _parameters(IterBasedRunner),
         "optimizer_config": _parameters(optimizer_hook),
-        "checkpoint_config": {"type", "deepspeed", *_parameters(CheckpointHook), *_parameters(IterBasedRunner.save_checkpoint)},
+        "checkpoint_config": {
+            "type",
+            "deepspeed",
+            *_parameters(CheckpointHook),
+            *_parameters(IterBasedRunner.save_checkpoint),
+        },
         "log_config": set(),
     }
 
 
 def _parameters(made: Callable | type | None) -> set[str]:
     """The names that a function, or the constructors of a class and its bases, take of a config."""
-    makers = [base.__init__ for base in made.__mro__ if "__init__" in vars(base) and base is not object] if isinstance(made, type) else [made]
-    return {name for maker in makers if maker is not None for name in inspect.signature(maker).parameters} - {*GIVEN_BY_MMCV}
-
+    makers = (
+        [base.__init__ for base in made.__mro__ if "__init__" in vars(base) and base is not object]
+        if isinstance(made, type)
+        else [made]
+    )
+    return {name for maker in makers if maker is not None for name in inspect.signature(maker).parameters} - {
+        *GIVEN_BY_MMCV
+    }

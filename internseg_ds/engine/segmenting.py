@@ -40,8 +40,13 @@ def windows(height: int, width: int, crop: tuple[int, int], stride: tuple[int, i
 
     The same places, in the same order, as mmseg's `EncoderDecoder.slide_inference`.
     """
-    rows, columns = ([(max(min(at * step + size, side) - size, 0), min(at * step + size, side)) for at in range(max(side - size + step - 1, 0) // step + 1)]
-                     for side, size, step in zip((height, width), crop, stride, strict=True))
+    rows, columns = (
+        [
+            (max(min(at * step + size, side) - size, 0), min(at * step + size, side))
+            for at in range(max(side - size + step - 1, 0) // step + 1)
+        ]
+        for side, size, step in zip((height, width), crop, stride, strict=True)
+    )
     return [Window(*row, *column) for row in rows for column in columns]
 
 
@@ -69,7 +74,10 @@ class View:
             return
         if self.logits is None:
             size = self.pixels.shape[1:]
-            self.logits, self.counts = logits.new_zeros(len(logits), *size, dtype=torch.float32), logits.new_zeros(size, dtype=torch.float32)
+            self.logits, self.counts = (
+                logits.new_zeros(len(logits), *size, dtype=torch.float32),
+                logits.new_zeros(size, dtype=torch.float32),
+            )
         rows, columns = slice(window.top, window.bottom), slice(window.left, window.right)
         self.logits[:, rows, columns] += logits
         self.counts[rows, columns] += 1
@@ -86,7 +94,12 @@ class View:
         inner = self.logits[None, :, : self.meta["img_shape"][0], : self.meta["img_shape"][1]]
         some = max(1, CHUNK_BYTES // (4 * height * width))
         for first in range(0, inner.size(1), some):
-            chunk = F.interpolate(inner[:, first : first + some], size=(height, width), mode="bilinear", align_corners=align_corners)[0]
+            chunk = F.interpolate(
+                inner[:, first : first + some],
+                size=(height, width),
+                mode="bilinear",
+                align_corners=align_corners,
+            )[0]
             if self.meta.get("flip"):
                 chunk = chunk.flip(FLIPPED[self.meta["flip_direction"]])
             yield first, chunk
@@ -124,8 +137,14 @@ class Segmenter:
         self.forwards, self.with_logits = forwards, logits
         segmentor = forwards.segmentor
         head = segmentor.decode_head
-        self.test_cfg, self.align_corners, self.binary = segmentor.test_cfg, segmentor.align_corners, segmentor.out_channels == 1
-        self.threshold = getattr(head[-1] if isinstance(head, nn.ModuleList) else head, "threshold", None)  # of a binary head, which all have
+        self.test_cfg, self.align_corners, self.binary = (
+            segmentor.test_cfg,
+            segmentor.align_corners,
+            segmentor.out_channels == 1,
+        )
+        self.threshold = getattr(
+            head[-1] if isinstance(head, nn.ModuleList) else head, "threshold", None
+        )  # of a binary head, which all have
         self.patch = patch_size(segmentor.backbone)
         self.batch_size = self.test_cfg.get("batch_size", 1 if forwards.in_step else BATCH_SIZE)
 
@@ -156,8 +175,15 @@ class Segmenter:
 
     def _run(self, batch: list[tuple[Pending, View, Window]]) -> Iterator[Segmented]:
         """A forward for all windows of a batch, and the images that it completes."""
-        logits = self._forward(torch.stack([view.pixels[:, window.top : window.bottom, window.left : window.right] for _, view, window in batch]),
-                               [view.meta for _, view, _ in batch])
+        logits = self._forward(
+            torch.stack(
+                [
+                    view.pixels[:, window.top : window.bottom, window.left : window.right]
+                    for _, view, window in batch
+                ]
+            ),
+            [view.meta for _, view, _ in batch],
+        )
         for (pending, view, window), part in zip(batch, logits, strict=True):
             view.add(window, part)
             if view.complete:
@@ -170,15 +196,26 @@ class Segmenter:
         """(b, 3, h, w) -> logits (b, classes, h, w). Where the device's memory does not suffice, in smaller batches from here on."""
         height, width = pixels.shape[2:]
         try:
-            return self.forwards(F.pad(pixels, (0, -width % self.patch, 0, -height % self.patch)), metas)[:, :, :height, :width]
+            return self.forwards(F.pad(pixels, (0, -width % self.patch, 0, -height % self.patch)), metas)[
+                :, :, :height, :width
+            ]
         except torch.OutOfMemoryError:
             if len(pixels) == 1 or self.forwards.in_step:
                 raise
             self.batch_size = min(self.batch_size, len(pixels) // 2)
-            log.warning("%d windows at once do not fit into the device's memory; going on with %d (model.test_cfg.batch_size)", len(pixels), self.batch_size)
+            log.warning(
+                "%d windows at once do not fit into the device's memory; going on with %d (model.test_cfg.batch_size)",
+                len(pixels),
+                self.batch_size,
+            )
         torch.cuda.empty_cache()
         size = self.batch_size
-        return torch.cat([self._forward(pixels[first : first + size], metas[first : first + size]) for first in range(0, len(pixels), size)])
+        return torch.cat(
+            [
+                self._forward(pixels[first : first + size], metas[first : first + size])
+                for first in range(0, len(pixels), size)
+            ]
+        )
 
     def _fold(self, pending: Pending, view: View) -> Segmented | None:
         """Takes what a complete view says of its image. Views come in their order; the last one completes the image."""

@@ -39,7 +39,14 @@ from internseg_ds.distributed.gathering import forwards
 from internseg_ds.distributed.loading import fit_segmentor, load
 from internseg_ds.distributed.parameter_groups import named_groups, parameter_groups
 from internseg_ds.distributed.precision import backbone_dtype, heads_dtype, set_fp32_matmul
-from internseg_ds.distributed.process_group import World, adopt, join, leave, of_all_ranks, world_from_environment
+from internseg_ds.distributed.process_group import (
+    World,
+    adopt,
+    join,
+    leave,
+    of_all_ranks,
+    world_from_environment,
+)
 from internseg_ds.distributed.restoring import restore
 from internseg_ds.distributed.watch import Watch, check_heartbeat_timeout, time_limit
 from internseg_ds.engine.auto_recomputation import agreed_recomputation
@@ -55,7 +62,13 @@ from internseg_ds.engine.outputs import check_writable, whole_file
 from internseg_ds.engine.planner import Planner
 from internseg_ds.engine.preflight import Plan, check
 from internseg_ds.engine.profiling import check_profiled_steps
-from internseg_ds.engine.resuming import agree_to_resume, check_resumable, checkpoint_to_resume, one_before, state_of
+from internseg_ds.engine.resuming import (
+    agree_to_resume,
+    check_resumable,
+    checkpoint_to_resume,
+    one_before,
+    state_of,
+)
 from internseg_ds.engine.run_warnings import after_out_of_memory, no_room_to_save, shortfall
 from internseg_ds.engine.state import TrainState
 from internseg_ds.engine.stopping import StopRequests, check_no_stop_file, stop_file
@@ -123,12 +136,21 @@ class SegmentorEngine:
                 resume = resume or experiment.resume_from
                 resume_from = checkpoint_to_resume(resume, self.work_dir, check=experiment.engine.checksums)
                 check_unused(self.work_dir, resume_from, overwrite=overwrite, resumes=resume == "auto")
-                self.plan: Plan = check(experiment, ds_config, world, validate=validate, load_from=load_from, resume_from=resume_from)
+                self.plan: Plan = check(
+                    experiment,
+                    ds_config,
+                    world,
+                    validate=validate,
+                    load_from=load_from,
+                    resume_from=resume_from,
+                )
         except UserError as error:
             refusal = error
         self._owns_group = not dist.is_initialized()
         if self._owns_group:
-            join(world, timedelta(seconds=max(1800.0, 2 * heartbeat_timeout, io_s + 600)), refusal=refusal)  # the watch is to speak before that time is over
+            join(
+                world, timedelta(seconds=max(1800.0, 2 * heartbeat_timeout, io_s + 600)), refusal=refusal
+            )  # the watch is to speak before that time is over
         elif refusal is not None:
             raise refusal
         else:
@@ -142,7 +164,12 @@ class SegmentorEngine:
         self.checkpoints.tidy()
         self.state, self.stopped = TrainState(seed=seed, run=of_all_ranks(uuid.uuid4().hex)[0]), False
         hosts = of_all_ranks(socket.gethostname())
-        start_logging(self.work_dir, level=experiment.log_level, is_main=world.is_main, header=environment_lines(seed, hosts))
+        start_logging(
+            self.work_dir,
+            level=experiment.log_level,
+            is_main=world.is_main,
+            header=environment_lines(seed, hosts),
+        )
         sizes, warnings = size_lines(experiment, self.plan.crop)
         for warning in (*experiment.warnings, *warnings) if world.is_main else ():
             log.warning("config: %s", warning)
@@ -156,16 +183,28 @@ class SegmentorEngine:
         self._recomputation: Recomputation | Literal["config"] = "config"
         self._planner = Planner(experiment, self.plan.meta_model, crop=self.plan.crop)
         if world.is_main:
-            room = None if saves else "this run saves no checkpoint, not when it is asked to stop either (--no-save)"
-            for said in (shortfall(self._planner, self.plan.ds, world), room or no_room_to_save(self._planner, self.plan.ds, self.work_dir)):
+            room = (
+                None
+                if saves
+                else "this run saves no checkpoint, not when it is asked to stop either (--no-save)"
+            )
+            for said in (
+                shortfall(self._planner, self.plan.ds, world),
+                room or no_room_to_save(self._planner, self.plan.ds, self.work_dir),
+            ):
                 if said:
                     log.warning(said)
         checkpoint = agree_to_resume(resume_from, self.plan.ds.stage, check=experiment.engine.checksums)
         self._may_go_back = resume == "auto"
         if checkpoint is None and resume is not None:
-            log.info("--resume auto: there is no checkpoint in %s yet, so this run starts at step 0", self.checkpoints.folder)
+            log.info(
+                "--resume auto: there is no checkpoint in %s yet, so this run starts at step 0",
+                self.checkpoints.folder,
+            )
         self.watch = Watch(world, hang_s=heartbeat_timeout, io_s=io_s)
-        self.stop_requests = StopRequests(stop_file(self.work_dir) if world.is_main else None, self.watch, Launcher())
+        self.stop_requests = StopRequests(
+            stop_file(self.work_dir) if world.is_main else None, self.watch, Launcher()
+        )
         self.stop_requests.listen(training=False)
         try:
             with told_in_a_sentence():
@@ -179,46 +218,102 @@ class SegmentorEngine:
         experiment, ds, device = self.plan.experiment, self.plan.ds, self.world.device
         self.compute_dtype = backbone_dtype(experiment.engine.backbone_dtype, device, ds.precision)
         self.heads_dtype = heads_dtype(experiment.engine.heads_dtype, self.plan.meta_model, ds.precision)
-        log.info("%d process%s on %s, ZeRO-%d, %s parameters, backbone computes in %s, heads in %s", self.world.size, "es" * (self.world.size > 1),
-                 device.type, ds.stage, *(str(dtype).removeprefix("torch.") for dtype in (ds.param_dtype, self.compute_dtype, self.heads_dtype)))
-        log.info("%d images per step = %d processes x %d images x %d accumulation steps", ds.global_batch, ds.world_size, ds.micro_batch, ds.accumulation)
+        log.info(
+            "%d process%s on %s, ZeRO-%d, %s parameters, backbone computes in %s, heads in %s",
+            self.world.size,
+            "es" * (self.world.size > 1),
+            device.type,
+            ds.stage,
+            *(
+                str(dtype).removeprefix("torch.")
+                for dtype in (ds.param_dtype, self.compute_dtype, self.heads_dtype)
+            ),
+        )
+        log.info(
+            "%d images per step = %d processes x %d images x %d accumulation steps",
+            ds.global_batch,
+            ds.world_size,
+            ds.micro_batch,
+            ds.accumulation,
+        )
         set_fp32_matmul(experiment.engine.fp32_matmul, device)
-        self._recomputation = recomputation = agreed_recomputation(self._planner, ds, self.world, self.compute_dtype)
+        self._recomputation = recomputation = agreed_recomputation(
+            self._planner, ds, self.world, self.compute_dtype
+        )
         choose_recomputation(self.plan.meta_model, recomputation)
-        self.meter = make_meter(experiment.engine.peak_tflops, self.plan.meta_model, self.plan.crop, self.world, self.compute_dtype)
-        torch.backends.cudnn.benchmark = experiment.cudnn_benchmark and not torch.are_deterministic_algorithms_enabled()
+        self.meter = make_meter(
+            experiment.engine.peak_tflops,
+            self.plan.meta_model,
+            self.plan.crop,
+            self.world,
+            self.compute_dtype,
+        )
+        torch.backends.cudnn.benchmark = (
+            experiment.cudnn_benchmark and not torch.are_deterministic_algorithms_enabled()
+        )
 
         def load_weights(model: torch.nn.Module) -> None:
             nonlocal checkpoint
             self.watch.mark()
             if checkpoint is not None:
-                checkpoint = self._from_one_that_is_whole(checkpoint, lambda each: load(model, fit_segmentor(model, weights_of(each))))
+                checkpoint = self._from_one_that_is_whole(
+                    checkpoint, lambda each: load(model, fit_segmentor(model, weights_of(each)))
+                )
             elif self.plan.weights is not None:
                 load(model, self.plan.weights)
                 self.plan = replace(self.plan, weights=None)  # an old file's tensors are in memory
             self.watch.mark()
 
         self.deepspeed = build_deepspeed_engine(
-            experiment, ds, self.plan.meta_model, device, seed=seed, compute=self.compute_dtype, heads=self.heads_dtype, recomputation=recomputation,
-            load_weights=load_weights)
+            experiment,
+            ds,
+            self.plan.meta_model,
+            device,
+            seed=seed,
+            compute=self.compute_dtype,
+            heads=self.heads_dtype,
+            recomputation=recomputation,
+            load_weights=load_weights,
+        )
         self.watch.mark()
         note_failed_writes(self.deepspeed, background=experiment.engine.background_save)
-        self.ema = ShardedEma(self.deepspeed, experiment.engine.ema) if experiment.engine.ema is not None else None
+        self.ema = (
+            ShardedEma(self.deepspeed, experiment.engine.ema) if experiment.engine.ema is not None else None
+        )
         if checkpoint is not None:
             checkpoint = self._from_one_that_is_whole(checkpoint, partial(self._restore, loaded=checkpoint))
             self.state = state_of(checkpoint, seed)
             if self.state.images != self.state.step * ds.global_batch:
-                log.info("the checkpoint's run had another number of images per step: %g -> %d", self.state.images / max(self.state.step, 1), ds.global_batch)
+                log.info(
+                    "the checkpoint's run had another number of images per step: %g -> %d",
+                    self.state.images / max(self.state.step, 1),
+                    ds.global_batch,
+                )
             if self.state.seed != seed:
-                log.warning("the data order and the noise go on by seed %d of the checkpoint, not by %d", self.state.seed, seed)
+                log.warning(
+                    "the data order and the noise go on by seed %d of the checkpoint, not by %d",
+                    self.state.seed,
+                    seed,
+                )
             if checkpoint.path.parent.resolve() == self.checkpoints.folder.resolve():
                 self.checkpoints.newest = checkpoint.path.name
             self.checkpoints.recall_best(self.state, experiment.best_by)
-            log.info("resumed from %s (%d processes, ZeRO-%d): step %d, %d images seen",
-                     checkpoint.path, checkpoint.world_size, checkpoint.stage, self.state.step, self.state.images)
-        self.resumed_unscored = any(of_all_ranks(checkpoint is not None and not checkpoint.manifest.get("metrics")))  # hosts may differ
+            log.info(
+                "resumed from %s (%d processes, ZeRO-%d): step %d, %d images seen",
+                checkpoint.path,
+                checkpoint.world_size,
+                checkpoint.stage,
+                self.state.step,
+                self.state.images,
+            )
+        self.resumed_unscored = any(
+            of_all_ranks(checkpoint is not None and not checkpoint.manifest.get("metrics"))
+        )  # hosts may differ
         if self.world.is_main:
-            for name, text in (("config.py", self._config_text), ("ds_config.json", json.dumps(ds.raw, indent=4) + "\n")):
+            for name, text in (
+                ("config.py", self._config_text),
+                ("ds_config.json", json.dumps(ds.raw, indent=4) + "\n"),
+            ):
                 with whole_file(self.work_dir / name) as file:
                     file.write(text.encode())
 
@@ -234,11 +329,15 @@ class SegmentorEngine:
                 self.ema.restore(checkpoint)
         except CheckpointError as error:
             trouble = error
-        if troubles := [each for each in of_all_ranks(trouble and (type(trouble), str(trouble))) if each is not None]:
+        if troubles := [
+            each for each in of_all_ranks(trouble and (type(trouble), str(trouble))) if each is not None
+        ]:
             kind, said = troubles[0]
             raise kind(said)
 
-    def _from_one_that_is_whole(self, checkpoint: ZeroCheckpoint, take_up: Callable[[ZeroCheckpoint], None]) -> ZeroCheckpoint:
+    def _from_one_that_is_whole(
+        self, checkpoint: ZeroCheckpoint, take_up: Callable[[ZeroCheckpoint], None]
+    ) -> ZeroCheckpoint:
         """Calls `take_up` with the checkpoint, or, where that turns out to be damaged and the run may choose, with the newest one
         before it that is not; returns the one that it was. Collective."""
         check = self.plan.experiment.engine.checksums
@@ -251,7 +350,9 @@ class SegmentorEngine:
                     raise
                 damaged, checkpoint = checkpoint, one_before(checkpoint, self.plan.ds.stage, check=check)
                 if checkpoint is None:
-                    raise DamagedError(f"{error}; no checkpoint before it in {damaged.path.parent} is whole") from None
+                    raise DamagedError(
+                        f"{error}; no checkpoint before it in {damaged.path.parent} is whole"
+                    ) from None
                 if self.world.is_main:
                     log.warning("%s; going on from %s, the one before it", error, checkpoint.path)
                 check_resumable(checkpoint.path, self.plan.meta_model, self._named_groups, check=check)
@@ -262,7 +363,9 @@ class SegmentorEngine:
 
     @property
     def _named_groups(self) -> list[dict[str, Any]]:
-        return named_groups(self.plan.meta_model, parameter_groups(self.plan.meta_model, self.plan.experiment.optimizer))
+        return named_groups(
+            self.plan.meta_model, parameter_groups(self.plan.meta_model, self.plan.experiment.optimizer)
+        )
 
     @cached_property
     def _config_text(self) -> str:
@@ -280,7 +383,9 @@ class SegmentorEngine:
 
     def train(self) -> TrainState:
         """Trains to the last step of the schedule, logging, saving and evaluating as the config says."""
-        self.stop_requests.listen(training=True)  # until the end: what comes too late to be answered is no reason to end before the other ranks
+        self.stop_requests.listen(
+            training=True
+        )  # until the end: what comes too late to be answered is no reason to end before the other ranks
         with told_in_a_sentence():
             state = train(self)
         self.watch.at(state.step, "idle")
@@ -293,14 +398,30 @@ class SegmentorEngine:
         stop: asked before each image; when it says so on some rank, all raise Abandoned.
         """
         if self.plan.val_set is None:
-            raise ConfigError("this engine was built with validate=False and has no validation set; build it with validate=True to evaluate")
+            raise ConfigError(
+                "this engine was built with validate=False and has no validation set; build it with validate=True to evaluate"
+            )
         experiment = self.plan.experiment
-        ready = forwards(self.deepspeed.module, experiment.model, self.compute_dtype, self.world.device, heads=self.heads_dtype,
-                         autocast=self.plan.ds.precision == "autocast", weights=experiment.engine.evaluation_weights)
+        ready = forwards(
+            self.deepspeed.module,
+            experiment.model,
+            self.compute_dtype,
+            self.world.device,
+            heads=self.heads_dtype,
+            autocast=self.plan.ds.precision == "autocast",
+            weights=experiment.engine.evaluation_weights,
+        )
         averaged = self.ema.in_place_of_weights() if self.ema is not None else nullcontext()
         with self.watch.during(self.state.step, "evaluating"), averaged, ready as segmentor:
-            return evaluate_each(segmentor, self.plan.val_set, world=self.world, workers=experiment.workers, metrics=experiment.metrics, verbose=verbose,
-                            stop=lambda: self.watch.mark() or stop())
+            return evaluate_each(
+                segmentor,
+                self.plan.val_set,
+                world=self.world,
+                workers=experiment.workers,
+                metrics=experiment.metrics,
+                verbose=verbose,
+                stop=lambda: self.watch.mark() or stop(),
+            )
 
     def save(self) -> Path | None:
         """Writes a ZeRO checkpoint of this step into WORK_DIR/checkpoints; returns its directory, or None when it could not be written (a warning says why).
@@ -308,7 +429,11 @@ class SegmentorEngine:
         With `engine.background_save` it returns sooner, and the checkpoint is published at a later log step, evaluation, save, or `close`.
         """
         dataset = self.plan.train_set
-        meta = {"CLASSES": list(dataset.CLASSES), "PALETTE": [list(map(int, colour)) for colour in dataset.PALETTE], "config": self._config_text}
+        meta = {
+            "CLASSES": list(dataset.CLASSES),
+            "PALETTE": [list(map(int, colour)) for colour in dataset.PALETTE],
+            "config": self._config_text,
+        }
         with self.watch.during(self.state.step, "saving"):
             return self.checkpoints.save(self.deepspeed, self.state, meta, self._named_groups, self.ema)
 
@@ -327,7 +452,9 @@ class SegmentorEngine:
     def __enter__(self) -> "SegmentorEngine":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if error is None:
             self.close()
         else:

@@ -57,18 +57,26 @@ class SkippedSteps:
         self._seen, self.in_a_row = self.deepspeed.skipped_steps, self.in_a_row + 1
         self._copy(self._kept, self._buffers)
         told = of_all_ranks([(float(loss), files) for loss, files in micro_batches])
-        at_fault = [(rank, files) for rank, some in enumerate(told) for loss, files in some if not math.isfinite(loss)]
+        at_fault = [
+            (rank, files) for rank, some in enumerate(told) for loss, files in some if not math.isfinite(loss)
+        ]
         names = "; ".join(f"rank {rank}: {', '.join(files)}" for rank, files in at_fault)
         if len(at_fault) == sum(map(len, told)):
             names += " (all of the step: the weights may be at fault, not the images)"
-        reason = f"the loss is not finite for these images: {names}" if names else "the losses are finite, the gradient is not"
+        reason = (
+            f"the loss is not finite for these images: {names}"
+            if names
+            else "the losses are finite, the gradient is not"
+        )
         is_main = dist.get_rank() == 0
         if is_main:
             ranks = [[{"loss": str(loss), "images": files} for loss, files in some] for some in told]
             self._lines.add(json.dumps({"step": step, "ranks": ranks}) + "\n")
         if self.in_a_row >= self.limit:
-            raise Diverged(f"{self.in_a_row} steps in a row, up to step {step}, were skipped; at the last {reason}. {self.file} names the images of all of "
-                           "them. Lower the learning rate, or clip the gradients with optimizer_config=dict(grad_clip=dict(max_norm=...))")
+            raise Diverged(
+                f"{self.in_a_row} steps in a row, up to step {step}, were skipped; at the last {reason}. {self.file} names the images of all of "
+                "them. Lower the learning rate, or clip the gradients with optimizer_config=dict(grad_clip=dict(max_norm=...))"
+            )
         if is_main:
             log.warning("step %d is skipped (%d in a row): %s", step, self.in_a_row, reason)
         return True
@@ -76,10 +84,11 @@ class SkippedSteps:
     def at_end(self, steps: int) -> None:
         """Raises Diverged, on every rank, when each of the training's `steps` was skipped, fewer than the limit though they are."""
         if self.in_a_row and self.in_a_row == steps:
-            raise Diverged(f"all {steps} steps of this training were skipped, so it changed no weight; {self.file} names their images; look at "
-                           "these, start from other weights, or lower the learning rate")
+            raise Diverged(
+                f"all {steps} steps of this training were skipped, so it changed no weight; {self.file} names their images; look at "
+                "these, start from other weights, or lower the learning rate"
+            )
 
     def _copy(self, source: list[Tensor], target: list[Tensor]) -> None:
         if source:  # not every model has batch norms
             torch._foreach_copy_(target, source)
-

@@ -22,7 +22,9 @@ from internseg_ds.models.heads import heads
 log = logging.getLogger(__name__)
 
 
-def starting_weights(experiment: Experiment, model: nn.Module, load_from: str | os.PathLike | None) -> Fit | None:
+def starting_weights(
+    experiment: Experiment, model: nn.Module, load_from: str | os.PathLike | None
+) -> Fit | None:
     """What a fresh run loads, in order of precedence: `load_from` of the command line, the config's, the backbone's `pretrained`. None: random weights.
 
     model: on the meta device is enough. Raises CheckpointError for a file that is not there or does not fit, and for an address on the web: nothing is
@@ -33,24 +35,43 @@ def starting_weights(experiment: Experiment, model: nn.Module, load_from: str | 
     elif experiment.load_from is not None:
         setting, source, fit = "load_from", experiment.load_from, fit_segmentor
     else:
-        setting, source, fit = _pretrained_setting(experiment, model), pretrained_file(model.backbone), fit_backbone
+        setting, source, fit = (
+            _pretrained_setting(experiment, model),
+            pretrained_file(model.backbone),
+            fit_backbone,
+        )
         elsewhere = pretrained_elsewhere(model)
-        if source is None and len(elsewhere) == 1 and elsewhere[0].startswith("backbone."):  # a backbone around another one
-            setting, source = f"model.{elsewhere[0]}.init_cfg.checkpoint", checkpoint_of(model.get_submodule(elsewhere[0]).init_cfg)
+        if (
+            source is None and len(elsewhere) == 1 and elsewhere[0].startswith("backbone.")
+        ):  # a backbone around another one
+            setting, source = (
+                f"model.{elsewhere[0]}.init_cfg.checkpoint",
+                checkpoint_of(model.get_submodule(elsewhere[0]).init_cfg),
+            )
             fit = partial(_fit_inside, elsewhere[0])
         elif elsewhere:
-            raise ConfigError(f"{'.'.join(filter(None, ['model', elsewhere[0]]))}.init_cfg asks for pretrained weights, which are read for the backbone, or "
-                              "for one module inside it; drop it, and start from weights of a whole segmentor with load_from=PATH")
+            raise ConfigError(
+                f"{'.'.join(filter(None, ['model', elsewhere[0]]))}.init_cfg asks for pretrained weights, which are read for the backbone, or "
+                "for one module inside it; drop it, and start from weights of a whole segmentor with load_from=PATH"
+            )
     if source is None:
         return None
-    with_file, without = (f"--cfg-options {setting}=PATH", f"--cfg-options {setting}=None") if load_from is None else ("--load-from PATH", "no --load-from")
+    with_file, without = (
+        (f"--cfg-options {setting}=PATH", f"--cfg-options {setting}=None")
+        if load_from is None
+        else ("--load-from PATH", "no --load-from")
+    )
     if not isinstance(source, (str, os.PathLike)) or not str(source):
         raise ConfigError(f"{setting}={source!r} must be a path; random weights are had with {without}")
     if "://" in str(source):
-        raise CheckpointError(f"{setting}={str(source)!r} is an address, and nothing is downloaded here; download the file and write {with_file}, "
-                              f"or start from random weights with {without}")
+        raise CheckpointError(
+            f"{setting}={str(source)!r} is an address, and nothing is downloaded here; download the file and write {with_file}, "
+            f"or start from random weights with {without}"
+        )
     if not Path(source).exists():
-        raise CheckpointError(f"{setting}={str(source)!r}: there is no such file; put the weights there, or start from random weights with {without}")
+        raise CheckpointError(
+            f"{setting}={str(source)!r}: there is no such file; put the weights there, or start from random weights with {without}"
+        )
     weights = open_weights(Path(source), check=experiment.engine.checksums)
     try:
         return fit(model, weights, experiment.engine.weights_may_differ)
@@ -61,10 +82,19 @@ def starting_weights(experiment: Experiment, model: nn.Module, load_from: str | 
             raise CheckpointError(f"{error} ({reason})") from None
         if own is None:
             raise
-        kept = tuple(name for name, _ in (*model.backbone.named_parameters(), *model.backbone.named_buffers()) if name not in own.shapes)
+        kept = tuple(
+            name
+            for name, _ in (*model.backbone.named_parameters(), *model.backbone.named_buffers())
+            if name not in own.shapes
+        )
         found = fit_backbone(model, own, kept)
-        log.warning("%s does not fit by its names alone, and %s reads it in its own way; %d tensors keep their initial values: %s", source,
-                    type(model.backbone).__name__, len(found.missing), shortened(found.missing) or "none")
+        log.warning(
+            "%s does not fit by its names alone, and %s reads it in its own way; %d tensors keep their initial values: %s",
+            source,
+            type(model.backbone).__name__,
+            len(found.missing),
+            shortened(found.missing) or "none",
+        )
         return found
 
 
@@ -80,7 +110,9 @@ def _pretrained_setting(experiment: Experiment, model: nn.Module) -> str:
     return "model.pretrained" if experiment.model.get("pretrained") else "model.backbone.pretrained"
 
 
-def check_starting_classes(model: nn.Module, fit: Fit, classes: Sequence[str], may_differ: tuple[str, ...]) -> list[str]:
+def check_starting_classes(
+    model: nn.Module, fit: Fit, classes: Sequence[str], may_differ: tuple[str, ...]
+) -> list[str]:
     """Class scores that a run starts from must be those of the same classes: lines where their names differ.
 
     fit: of the file that they come from. classes: of the data set. Raises ConfigError for the same names in another order, unless `may_differ` (of
@@ -95,7 +127,9 @@ def check_starting_classes(model: nn.Module, fit: Fit, classes: Sequence[str], m
         return check_same_classes(known, classes, what, "data.train")
     except ConfigError as error:
         if all(any(name.startswith(may_differ) for name in scores) for scores in taken.values()):
-            return [f"{what} and data.train have the same classes in another order, so class scores start as those of other classes"]
+            return [
+                f"{what} and data.train have the same classes in another order, so class scores start as those of other classes"
+            ]
         raise ConfigError(f"{error}; or allow it with engine.weights_may_differ={list(taken)}") from None
 
 
@@ -106,7 +140,9 @@ def _scores(model: nn.Module, head: nn.Module, fit: Fit) -> tuple[str, list[str]
     return part, [name for name in fit.sources if name.startswith(f"{part}.")]
 
 
-def check_weights_fit(model: nn.Module, checkpoint: str | os.PathLike, *, ema: bool = False, check: bool = True) -> dict[str, Any]:
+def check_weights_fit(
+    model: nn.Module, checkpoint: str | os.PathLike, *, ema: bool = False, check: bool = True
+) -> dict[str, Any]:
     """A finished checkpoint must be there and fit the model (on the meta device); returns its meta (CLASSES, PALETTE, ...). check: as for `open_weights`.
     Raises CheckpointError."""
     weights = open_weights(Path(checkpoint), ema=ema, check=check)

@@ -24,7 +24,9 @@ from internseg_ds.errors import ConfigError
 from internseg_ds.exit_codes import INTERRUPTED, STOPPED
 
 if TYPE_CHECKING:
-    from internseg_ds.distributed.watch import Watch  # which loads torch, and the first signal may come before that
+    from internseg_ds.distributed.watch import (
+        Watch,
+    )  # which loads torch, and the first signal may come before that
     from internseg_ds.engine.launcher import Launcher
 
 log = logging.getLogger(__name__)
@@ -81,7 +83,9 @@ def _listen(hear: Callable[[int], None], numbers: Collection[int] = SIGNALS) -> 
     def take(arriving: socket.socket, _: socket.socket) -> None:  # which closes when nobody holds it
         with arriving:
             while arrived := arriving.recv(64):
-                for number in [each for each in arrived if each in handlers_before]:  # a byte for each: two may have come at once
+                for number in [
+                    each for each in arrived if each in handlers_before
+                ]:  # a byte for each: two may have come at once
                     hear(number)
 
     def end() -> None:
@@ -152,4 +156,8 @@ class StopRequests:
         self.watch.ask_to_stop()
         if not self._first:
             self._first = now
-            log.info("got %s: this run saves at the end of its step and stops; Ctrl-C after %.0f s ends it at once", _name(number), SAME_REQUEST_S)
+            log.info(
+                "got %s: this run saves at the end of its step and stops; Ctrl-C after %.0f s ends it at once",
+                _name(number),
+                SAME_REQUEST_S,
+            )

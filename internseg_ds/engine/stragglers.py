@@ -32,8 +32,13 @@ class LayerClock:
     """A `with` block that adds up the time that layers with parameters take in their forwards, recomputation included: on a GPU by its own events."""
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
-        self.layers = [layer for layer in module.modules() if next(layer.children(), None) is None and next(layer.parameters(), None) is not None
-                       and not isinstance(layer, nn.modules.batchnorm._BatchNorm)]  # which may wait for other ranks' moments
+        self.layers = [
+            layer
+            for layer in module.modules()
+            if next(layer.children(), None) is None
+            and next(layer.parameters(), None) is not None
+            and not isinstance(layer, nn.modules.batchnorm._BatchNorm)
+        ]  # which may wait for other ranks' moments
         self.on_gpu = device.type == "cuda"
         self._began: dict[nn.Module, Any] = {}
         self._spans: list[tuple[Any, Any]] = []
@@ -42,10 +47,19 @@ class LayerClock:
     def __enter__(self) -> "LayerClock":
         self._spans = []
         # after ZeRO-3's own hooks, which gather a layer's weights before its forward
-        self._hooks = [hook for layer in self.layers for hook in (layer.register_forward_pre_hook(self._start), layer.register_forward_hook(self._stop))]
+        self._hooks = [
+            hook
+            for layer in self.layers
+            for hook in (
+                layer.register_forward_pre_hook(self._start),
+                layer.register_forward_hook(self._stop),
+            )
+        ]
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for hook in self._hooks:
             hook.remove()
 
@@ -90,7 +104,11 @@ class Stragglers:
             return {}
         found, before = slowest(data_s, layers, step_s, hosts), self._last
         self._last = found
-        if before and (before.rank, before.cause) == (found.rank, found.cause) and min(before.share, found.share) > NOTABLE:
+        if (
+            before
+            and (before.rank, before.cause) == (found.rank, found.cause)
+            and min(before.share, found.share) > NOTABLE
+        ):
             log.info("straggler: %s", found.text)
         return {"waits_for_slowest": found.share}
 
@@ -100,8 +118,12 @@ class Stragglers:
         self._starved = starved
         if starved and before and not self._told:
             self._told = True
-            log.info("the training waits for data %.0f%% of the time: raise data.workers_per_gpu, which is %d, if the host has cores to spare, "
-                     "or speed up the pipeline or the disk", 100 * share, self.workers)
+            log.info(
+                "the training waits for data %.0f%% of the time: raise data.workers_per_gpu, which is %d, if the host has cores to spare, "
+                "or speed up the pipeline or the disk",
+                100 * share,
+                self.workers,
+            )
 
 
 @dataclass(frozen=True)
@@ -114,7 +136,9 @@ class Straggler:
     text: str
 
 
-def slowest(data_s: Sequence[float], layers_s: Sequence[float], step_s: float, hosts: Sequence[str]) -> Straggler:
+def slowest(
+    data_s: Sequence[float], layers_s: Sequence[float], step_s: float, hosts: Sequence[str]
+) -> Straggler:
     """Of each rank: the seconds a step that it waited for data, and the seconds that its layers took in the measured step. step_s: seconds a step.
 
     The rank that is worst against the median of all: by data, the difference over the step; by its layers, 1 - median / own, which is how long the others
@@ -125,8 +149,18 @@ def slowest(data_s: Sequence[float], layers_s: Sequence[float], step_s: float, h
     by_data = (data_s[late] - usual_wait) / step_s
     by_layers = 1 - usual_layers / layers_s[slow] if layers_s[slow] > 0 else 0.0
     if by_data >= by_layers:
-        return Straggler(late, "data", by_data, f"rank {late} (host {hosts[late]}) waits {data_s[late]:.2f} s a step for data "
-                                                f"where the median rank waits {usual_wait:.2f} s; "
-                                                f"the others wait for it {by_data:.0%} of the time")
-    return Straggler(slow, "layers", by_layers, f"rank {slow} (host {hosts[slow]}) computes {layers_s[slow] / usual_layers:.2f} times as long "
-                                                f"as the median rank; the others wait for it up to {by_layers:.0%} of the time")
+        return Straggler(
+            late,
+            "data",
+            by_data,
+            f"rank {late} (host {hosts[late]}) waits {data_s[late]:.2f} s a step for data "
+            f"where the median rank waits {usual_wait:.2f} s; "
+            f"the others wait for it {by_data:.0%} of the time",
+        )
+    return Straggler(
+        slow,
+        "layers",
+        by_layers,
+        f"rank {slow} (host {hosts[slow]}) computes {layers_s[slow] / usual_layers:.2f} times as long "
+        f"as the median rank; the others wait for it up to {by_layers:.0%} of the time",
+    )

@@ -33,9 +33,19 @@ from internseg_ds.errors import ConfigError, OutputError
 log = logging.getLogger(__name__)
 
 
-def test(config: str | os.PathLike, checkpoint: str | os.PathLike, *, metrics: Sequence[str] | None = None, out: str | os.PathLike | None = None,
-         extremes: int = 5, show_dir: str | os.PathLike | None = None, show_count: int = 20, strict: bool = False, ema: bool = False,
-         cfg_options: Mapping[str, Any] | None = None) -> Evaluation:
+def test(
+    config: str | os.PathLike,
+    checkpoint: str | os.PathLike,
+    *,
+    metrics: Sequence[str] | None = None,
+    out: str | os.PathLike | None = None,
+    extremes: int = 5,
+    show_dir: str | os.PathLike | None = None,
+    show_count: int = 20,
+    strict: bool = False,
+    ema: bool = False,
+    cfg_options: Mapping[str, Any] | None = None,
+) -> Evaluation:
     """Evaluates `checkpoint` on the config's test set; collective.
 
     out: folder for results.json, per_class.csv, confusion.png and overlays of the `extremes` best and worst images. show_dir: folder for the first
@@ -54,8 +64,12 @@ def test(config: str | os.PathLike, checkpoint: str | os.PathLike, *, metrics: S
     check_classes(meta_model, dataset, "data.test")
     meta = check_weights_fit(meta_model, checkpoint, ema=ema, check=experiment.engine.checksums)
     odd = check_same_classes(meta.get("CLASSES"), dataset.CLASSES, f"checkpoint {checkpoint}", "data.test")
-    odd += compare_zero_labels(list(leaf_datasets(experiment.train)), dataset, "data.test") + odd_about(dataset, "data.test")
-    odd += survey(dataset, "data.test", training=False)  # on every rank, for what it refuses they all have to know
+    odd += compare_zero_labels(list(leaf_datasets(experiment.train)), dataset, "data.test") + odd_about(
+        dataset, "data.test"
+    )
+    odd += survey(
+        dataset, "data.test", training=False
+    )  # on every rank, for what it refuses they all have to know
     with joined(world):
         for said in odd if world.is_main else ():
             log.warning(said)
@@ -73,9 +87,23 @@ def test(config: str | os.PathLike, checkpoint: str | os.PathLike, *, metrics: S
                 found.append(Shower(part, shown / str(number) if joined_sets else shown, show_count))
             return found
 
-        result = evaluate_each(forwards, dataset, world=world, workers=experiment.workers, metrics=metrics, strict=strict, watchers=watchers)
+        result = evaluate_each(
+            forwards,
+            dataset,
+            world=world,
+            workers=experiment.workers,
+            metrics=metrics,
+            strict=strict,
+            watchers=watchers,
+        )
         if world.is_main:
-            log.info("%s: %s", checkpoint, ", ".join(f"{name} {100 * value:.2f}" for name, value in result.metrics.items() if "." not in name))
+            log.info(
+                "%s: %s",
+                checkpoint,
+                ", ".join(
+                    f"{name} {100 * value:.2f}" for name, value in result.metrics.items() if "." not in name
+                ),
+            )
             if folder is not None:
                 write_report(result, dataset.CLASSES, folder)
         for place, extreme in drawn.items():
@@ -83,8 +111,15 @@ def test(config: str | os.PathLike, checkpoint: str | os.PathLike, *, metrics: S
     return result
 
 
-def write_submission(config: str | os.PathLike, checkpoint: str | os.PathLike, out: str | os.PathLike, *, strict: bool = False, ema: bool = False,
-                     cfg_options: Mapping[str, Any] | None = None) -> None:
+def write_submission(
+    config: str | os.PathLike,
+    checkpoint: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    strict: bool = False,
+    ema: bool = False,
+    cfg_options: Mapping[str, Any] | None = None,
+) -> None:
     """Writes the files that the benchmark of the config's test set takes (mmseg's `format_results`) into the folder `out`; needs no ground truth. Collective.
 
     Raises UserError as `test` does, and for a data set without such a format.
@@ -103,14 +138,27 @@ def write_submission(config: str | os.PathLike, checkpoint: str | os.PathLike, o
         forwards = ready(experiment, checkpoint, world, ema=ema)
         faults: list[str] = []
         published = published_classes(dataset, forwards.segmentor.out_channels)
-        images = images_of(dataset, world, experiment.workers, world.device, faults, strict=strict, truth=False, doing="segmenting")
+        images = images_of(
+            dataset,
+            world,
+            experiment.workers,
+            world.device,
+            faults,
+            strict=strict,
+            truth=False,
+            doing="segmenting",
+        )
         written = 0
         for segmented in Segmenter(forwards).segment((image.index, image.inputs) for image in images):
             try:
-                dataset.format_results([published[segmented.labels.cpu().numpy()]], str(folder), indices=[segmented.key])
+                dataset.format_results(
+                    [published[segmented.labels.cpu().numpy()]], str(folder), indices=[segmented.key]
+                )
             except OSError as error:
-                raise OutputError(f"the submission files in {folder} cannot be written: {error.strerror or error}; "
-                                  "make room there, or choose another folder") from error
+                raise OutputError(
+                    f"the submission files in {folder} cannot be written: {error.strerror or error}; "
+                    "make room there, or choose another folder"
+                ) from error
             written += 1
         total, _ = conclude(written, faults, world)
         log.info("%d images: submission files of %s are in %s", total, type(dataset).__name__, folder)
@@ -122,23 +170,35 @@ def published_classes(dataset: Any, outputs: int) -> np.ndarray:
 
     outputs: of the model, which may have more than the data set has classes; those keep their numbers.
     """
-    chosen = {new: old for old, new in (getattr(dataset, "label_map", None) or {}).items() if new != dataset.ignore_index}
+    chosen = {
+        new: old
+        for old, new in (getattr(dataset, "label_map", None) or {}).items()
+        if new != dataset.ignore_index
+    }
     return np.array([chosen.get(index, index) for index in range(max(len(dataset.CLASSES), outputs))])
 
 
 def _check_format(dataset: Any) -> None:
     """A submission file must be possible: tried with one of a single pixel, before anything is loaded; and each image must have its own. Raises ConfigError."""
     if isinstance(dataset, ConcatDataset):
-        raise ConfigError(f"data.test joins {len(dataset.datasets)} data sets, and submission files are of one; keep one of them")
+        raise ConfigError(
+            f"data.test joins {len(dataset.datasets)} data sets, and submission files are of one; keep one of them"
+        )
     name, times = Counter(Path(info["filename"]).stem for info in dataset.img_infos).most_common(1)[0]
     if times > 1:
-        raise ConfigError(f"{times} images of data.test are called {name}, their submission files would overwrite each other; "
-                          "give data.test one folder at a time")
+        raise ConfigError(
+            f"{times} images of data.test are called {name}, their submission files would overwrite each other; "
+            "give data.test one folder at a time"
+        )
     with tempfile.TemporaryDirectory() as place:
         try:
             dataset.format_results([np.zeros((1, 1), np.int64)], place, indices=[0])
         except NotImplementedError:
-            raise ConfigError(f"{type(dataset).__name__} has no format for submissions; "
-                              "leave --format-only out, or use launch/predict.py for label maps") from None
+            raise ConfigError(
+                f"{type(dataset).__name__} has no format for submissions; "
+                "leave --format-only out, or use launch/predict.py for label maps"
+            ) from None
         except ModuleNotFoundError as error:
-            raise ConfigError(f"the submission files of {type(dataset).__name__} need the package {error.name}; pip install {error.name}") from None
+            raise ConfigError(
+                f"the submission files of {type(dataset).__name__} need the package {error.name}; pip install {error.name}"
+            ) from None

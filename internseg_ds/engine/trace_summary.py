@@ -20,12 +20,25 @@ from rich.table import Table
 MATMUL, ATTENTION, ELEMENTWISE = "matrix products, convolutions", "attention", "norms, elementwise, copies"
 COMMUNICATION, UPDATE, DATA, REST = "communication", "optimizer update", "waiting for data", "the rest"
 KINDS = (MATMUL, ATTENTION, ELEMENTWISE, COMMUNICATION, UPDATE, DATA, REST)
-PARTS = ("data", "backbone forward", "heads forward", "losses forward", "losses backward", "heads backward", "backbone recomputed", "backbone backward",
-         "other backward", "update", "agreeing")
+PARTS = (
+    "data",
+    "backbone forward",
+    "heads forward",
+    "losses forward",
+    "losses backward",
+    "heads backward",
+    "backbone recomputed",
+    "backbone backward",
+    "other backward",
+    "update",
+    "agreeing",
+)
 
 _COLLECTIVE = re.compile(r"c10d::|gloo:|nccl|record_param_comms", re.IGNORECASE)
 _ATTENTION = re.compile(r"scaled_dot_product|flash|fmha|sdpa|_efficient_attention", re.IGNORECASE)
-_MATMUL = re.compile(r"aten::(_?(add)?(mm|bmm)|baddbmm|matmul|linear|einsum|_scaled_mm|\w*conv\w*|mkldnn_linear\w*)$")
+_MATMUL = re.compile(
+    r"aten::(_?(add)?(mm|bmm)|baddbmm|matmul|linear|einsum|_scaled_mm|\w*conv\w*|mkldnn_linear\w*)$"
+)
 _GEMM_KERNEL = re.compile(r"gemm|cutlass|nvjet|wgrad|dgrad|conv\w*_kernel|implicit_con", re.IGNORECASE)
 _OPERATION = re.compile(r"aten::|triton_|cpp_fused|CompiledFunction|Torch-Compiled")
 _RANGES = ("data", "forward", "backward", "update", "agreeing")
@@ -84,8 +97,14 @@ class Breakdown:
 def break_down(trace: Mapping[str, Any]) -> Breakdown:
     """The steps of a trace, split up. Raises ValueError when it has none."""
     events = [event for event in trace["traceEvents"] if event.get("ph") == "X"]
-    steps = sorted((event for event in events if event.get("cat") == "user_annotation" and re.fullmatch(r"step \d+", event["name"])),
-                   key=lambda event: event["ts"])
+    steps = sorted(
+        (
+            event
+            for event in events
+            if event.get("cat") == "user_annotation" and re.fullmatch(r"step \d+", event["name"])
+        ),
+        key=lambda event: event["ts"],
+    )
     if not steps:
         raise ValueError("the trace holds no range 'step N'")
     main = steps[0]["tid"]
@@ -94,28 +113,54 @@ def break_down(trace: Mapping[str, Any]) -> Breakdown:
         if event.get("cat") in ("cpu_op", "user_annotation"):
             by_thread[event["tid"]].append(event)
     forward_parts = _forward_parts(by_thread[main])
-    threads = {thread: list(_slices(found, forward_parts, Context() if thread == main else OF_AUTOGRAD)) for thread, found in by_thread.items()}
+    threads = {
+        thread: list(_slices(found, forward_parts, Context() if thread == main else OF_AUTOGRAD))
+        for thread, found in by_thread.items()
+    }
     kernels = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-    collectives = [event for event in (kernels or events)
-                   if _COLLECTIVE.match(event["name"]) and (kernels or (event["tid"] != main and event.get("cat") == "user_annotation"))]
+    collectives = [
+        event
+        for event in (kernels or events)
+        if _COLLECTIVE.match(event["name"])
+        and (kernels or (event["tid"] != main and event.get("cat") == "user_annotation"))
+    ]
     if kernels:
-        launches = {event["args"]["correlation"]: event for event in events
-                    if event.get("cat") in ("cuda_runtime", "cuda_driver") and "correlation" in event.get("args", {})}
+        launches = {
+            event["args"]["correlation"]: event
+            for event in events
+            if event.get("cat") in ("cuda_runtime", "cuda_driver") and "correlation" in event.get("args", {})
+        }
         spans = [_kernel_span(kernel, launches, threads) for kernel in kernels]
-        spans += [Span(start, end, 2, DATA if context.kind == DATA else REST, context.part) for start, end, context in threads[main]]
+        spans += [
+            Span(start, end, 2, DATA if context.kind == DATA else REST, context.part)
+            for start, end, context in threads[main]
+        ]
     else:
-        spans = [Span(start, end, 0 if context.busy or context.kind == DATA else 2, context.kind, context.part) for start, end, context in threads[main]]
-        spans += [Span(event["ts"], event["ts"] + event["dur"], 1, COMMUNICATION, "") for event in collectives]
+        spans = [
+            Span(start, end, 0 if context.busy or context.kind == DATA else 2, context.kind, context.part)
+            for start, end, context in threads[main]
+        ]
+        spans += [
+            Span(event["ts"], event["ts"] + event["dur"], 1, COMMUNICATION, "") for event in collectives
+        ]
     windows = [(step["ts"], step["ts"] + step["dur"]) for step in steps]
     spent: dict[tuple[str, str], float] = defaultdict(float)
     for start, end, span, part in _owners(spans, threads[main]):
         spent[span.kind, _column(span.part or part)] += _inside(start, end, windows)
     total = sum(end - start for start, end in windows)
-    spent[REST, "agreeing"] += max(0.0, total - sum(spent.values()))  # of a step's range before its first part
-    communicating = [Span(event["ts"], event["ts"] + event["dur"], 0, COMMUNICATION, "") for event in collectives]
+    spent[REST, "agreeing"] += max(
+        0.0, total - sum(spent.values())
+    )  # of a step's range before its first part
+    communicating = [
+        Span(event["ts"], event["ts"] + event["dur"], 0, COMMUNICATION, "") for event in collectives
+    ]
     under_way = sum(_inside(start, end, windows) for start, end, _, _ in _owners(communicating, ()))
-    return Breakdown({key: value / total for key, value in spent.items() if value}, {step["name"]: step["dur"] / 1e6 for step in steps},
-                     under_way / total, bool(kernels))
+    return Breakdown(
+        {key: value / total for key, value in spent.items() if value},
+        {step["name"]: step["dur"] / 1e6 for step in steps},
+        under_way / total,
+        bool(kernels),
+    )
 
 
 def summarise(trace: Mapping[str, Any]) -> str:
@@ -129,13 +174,24 @@ def summarise(trace: Mapping[str, Any]) -> str:
     rest = "GPU idle" if found.on_gpu else "between operations"
     for kind in KINDS:
         cells = [found.shares.get((kind, part), 0.0) for part in parts]
-        table.add_row(rest if kind == REST else kind, *(f"{100 * share:.1f}" if share else "" for share in cells), f"{100 * sum(cells):.1f}")
-    table.add_row("all", *(f"{100 * found.of_part(part):.1f}" for part in parts), f"{100 * sum(found.shares.values()):.1f}")
+        table.add_row(
+            rest if kind == REST else kind,
+            *(f"{100 * share:.1f}" if share else "" for share in cells),
+            f"{100 * sum(cells):.1f}",
+        )
+    table.add_row(
+        "all",
+        *(f"{100 * found.of_part(part):.1f}" for part in parts),
+        f"{100 * sum(found.shares.values()):.1f}",
+    )
     text = io.StringIO()
     Console(file=text, width=160).print(table)
     seconds = ", ".join(f"{name} {value:.3f} s" for name, value in found.steps_s.items())
-    where = ("Time is the GPU's, by its kernels." if found.on_gpu else
-             "Time is the main thread's; between operations: Python, autograd, DeepSpeed, waiting for the processor.")
+    where = (
+        "Time is the GPU's, by its kernels."
+        if found.on_gpu
+        else "Time is the main thread's; between operations: Python, autograd, DeepSpeed, waiting for the processor."
+    )
     lines = [line.rstrip() for line in text.getvalue().rstrip().splitlines()]
     if found.on_gpu:
         where += f" Collectives ran for {found.collectives:.1%} of it; {found.of_kind(COMMUNICATION):.1%} was not hidden behind other kernels."
@@ -153,11 +209,15 @@ def _forward_parts(events: Iterable[Mapping[str, Any]]) -> dict[int, str]:
             ranges.append((event["ts"] + event["dur"], event["name"]))
         names = [name for _, name in ranges]
         if names[:1] == ["forward"] and "Sequence number" in event.get("args", {}):
-            parts[event["args"]["Sequence number"]] = names[1] if len(names) > 1 else "losses"  # the last operation with a number makes the node
+            parts[event["args"]["Sequence number"]] = (
+                names[1] if len(names) > 1 else "losses"
+            )  # the last operation with a number makes the node
     return parts
 
 
-def _slices(events: Iterable[Mapping[str, Any]], forward_parts: Mapping[int, str], outside: Context) -> Iterator[Slice]:
+def _slices(
+    events: Iterable[Mapping[str, Any]], forward_parts: Mapping[int, str], outside: Context
+) -> Iterator[Slice]:
     """A thread's time by the innermost event, in order of time."""
     stack: list[tuple[float, Context]] = []
     cursor = 0.0
@@ -174,7 +234,12 @@ def _slices(events: Iterable[Mapping[str, Any]], forward_parts: Mapping[int, str
             yield Slice(cursor, start, stack[-1][1])
         cursor = max(cursor, start)
         end = start + event["dur"]
-        stack.append((min(end, stack[-1][0]) if stack else end, _entered(stack[-1][1] if stack else outside, event, forward_parts)))
+        stack.append(
+            (
+                min(end, stack[-1][0]) if stack else end,
+                _entered(stack[-1][1] if stack else outside, event, forward_parts),
+            )
+        )
 
 
 def _entered(around: Context, event: Mapping[str, Any], forward_parts: Mapping[int, str]) -> Context:
@@ -183,12 +248,22 @@ def _entered(around: Context, event: Mapping[str, Any], forward_parts: Mapping[i
     if event["cat"] == "user_annotation" and not _COLLECTIVE.match(name):
         if name in _RANGES:
             return Context(name, _FIXED_KINDS.get(name, REST), name in _FIXED_KINDS)
-        return replace(around, part=f"{name} forward") if name in ("backbone", "heads") and around.part == "forward" else around
+        return (
+            replace(around, part=f"{name} forward")
+            if name in ("backbone", "heads") and around.part == "forward"
+            else around
+        )
     part = around.part
     if "backward" in part and "Sequence number" in args:
         if name.startswith("autograd::engine::evaluate_function"):
-            part = f"{forward_parts[args['Sequence number']]} backward" if args["Sequence number"] in forward_parts else "backward"
-        elif not args.get("Fwd thread id") and part == "backbone backward":  # a forward's number, in a backward: checkpointed work is done again
+            part = (
+                f"{forward_parts[args['Sequence number']]} backward"
+                if args["Sequence number"] in forward_parts
+                else "backward"
+            )
+        elif (
+            not args.get("Fwd thread id") and part == "backbone backward"
+        ):  # a forward's number, in a backward: checkpointed work is done again
             part = "backbone recomputed"
     if _COLLECTIVE.match(name):
         return Context(part, COMMUNICATION, fixed=True, busy=True)
@@ -202,7 +277,9 @@ def _entered(around: Context, event: Mapping[str, Any], forward_parts: Mapping[i
     return Context(part, ELEMENTWISE if operation else REST, busy=operation)
 
 
-def _kernel_span(kernel: Mapping[str, Any], launches: Mapping[int, Mapping[str, Any]], threads: Mapping[Any, list[Slice]]) -> Span:
+def _kernel_span(
+    kernel: Mapping[str, Any], launches: Mapping[int, Mapping[str, Any]], threads: Mapping[Any, list[Slice]]
+) -> Span:
     """kernel: an event of the GPU. Its kind and part are those of the operation that launched it."""
     start, end, name = kernel["ts"], kernel["ts"] + kernel["dur"], kernel["name"]
     launch = launches.get(kernel.get("args", {}).get("correlation"))

@@ -46,9 +46,19 @@ class ConsoleTracker:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         done = step - self.start
         left = (self.max_steps - step) * (time.monotonic() - self.began) / done if done else 0.0
-        numbers = "  ".join(f"{name} {f'{value:.1%}' if name in SHARES else _readable(value)}"
-                            for name, value in values.items() if not name.startswith(("IoU.", "Acc.")))
-        log.info("step %*d/%d  %s  eta %s", len(str(self.max_steps)), step, self.max_steps, numbers, timedelta(seconds=round(left)))
+        numbers = "  ".join(
+            f"{name} {f'{value:.1%}' if name in SHARES else _readable(value)}"
+            for name, value in values.items()
+            if not name.startswith(("IoU.", "Acc."))
+        )
+        log.info(
+            "step %*d/%d  %s  eta %s",
+            len(str(self.max_steps)),
+            step,
+            self.max_steps,
+            numbers,
+            timedelta(seconds=round(left)),
+        )
 
     def close(self) -> None:
         pass
@@ -68,7 +78,9 @@ class JsonlTracker:
         self.lines.add("")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON knows neither NaN nor infinity
+        finite = {
+            name: value if math.isfinite(value) else None for name, value in values.items()
+        }  # JSON knows neither NaN nor infinity
         self.lines.add(json.dumps({"step": step, "time": time.time(), **finite}) + "\n")
 
     def close(self) -> None:
@@ -82,7 +94,12 @@ def rewind(path: Path, start: int, *, scores_again: bool = False) -> None:
     """
     if path.exists():
         lines = path.read_text(errors="replace").splitlines()
-        kept = [line for line in lines if 0 < start >= _step_of(line) and not (scores_again and _step_of(line) == start and "loss" not in json.loads(line))]
+        kept = [
+            line
+            for line in lines
+            if 0 < start >= _step_of(line)
+            and not (scores_again and _step_of(line) == start and "loss" not in json.loads(line))
+        ]
         with whole_file(path) as file:
             file.write("".join(f"{line}\n" for line in kept).encode())
 
@@ -119,7 +136,9 @@ class TensorBoardTracker:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if shutil.disk_usage(self.folder).free < ROOM_FOR_EVENTS:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # the writer's thread would print a traceback
+                raise OSError(
+                    errno.ENOSPC, os.strerror(errno.ENOSPC)
+                )  # the writer's thread would print a traceback
             self._writer = self._writer or self._open()
             for step, moment, values in self._waiting:
                 for name, value in values.items():
@@ -154,21 +173,36 @@ def check_trackers(hooks: Sequence[Mapping[str, Any]]) -> None:
         try:
             import wandb
         except ImportError:
-            raise ConfigError("log_config.hooks names a wandb hook, but wandb is not installed; pip install wandb, or drop the hook") from None
+            raise ConfigError(
+                "log_config.hooks names a wandb hook, but wandb is not installed; pip install wandb, or drop the hook"
+            ) from None
         mode = (hook.get("init_kwargs") or {}).get("mode") or os.environ.get("WANDB_MODE", "online")
         if mode == "online" and not wandb.api.api_key:
-            raise ConfigError("log_config.hooks names a wandb hook, but wandb knows no account here; run `wandb login`, or set WANDB_MODE=offline")
+            raise ConfigError(
+                "log_config.hooks names a wandb hook, but wandb knows no account here; run `wandb login`, or set WANDB_MODE=offline"
+            )
 
 
 @contextmanager
-def open_trackers(work_dir: Path, hooks: Sequence[Mapping[str, Any]], *, max_steps: int, start: int, config: Mapping[str, Any],
-                  is_main: bool, scores_again: bool = False) -> Iterator[list[Tracker]]:
+def open_trackers(
+    work_dir: Path,
+    hooks: Sequence[Mapping[str, Any]],
+    *,
+    max_steps: int,
+    start: int,
+    config: Mapping[str, Any],
+    is_main: bool,
+    scores_again: bool = False,
+) -> Iterator[list[Tracker]]:
     """The trackers of one run, closed at the end of the block however it ends. start: the step that it resumes from; scores_again: whether it scores that
     step once more. config: what wandb shows as the run's configuration."""
     if not is_main:
         yield []
         return
-    trackers: list[Tracker] = [ConsoleTracker(max_steps, start), JsonlTracker(work_dir / "metrics.jsonl", start, scores_again=scores_again)]
+    trackers: list[Tracker] = [
+        ConsoleTracker(max_steps, start),
+        JsonlTracker(work_dir / "metrics.jsonl", start, scores_again=scores_again),
+    ]
     for hook in hooks:
         if hook["type"] == "TensorboardLoggerHook":
             trackers.append(TensorBoardTracker(Path(hook.get("log_dir") or work_dir / "tensorboard")))
@@ -201,15 +235,26 @@ def start_logging(work_dir: Path | None, *, level: str, is_main: bool, header: S
     package = logging.getLogger("internseg_ds")
     package.setLevel(level if is_main else logging.WARNING)
     package.propagate = False
-    early = [record for handler in package.handlers if isinstance(handler, MemoryHandler) for record in handler.buffer]
+    early = [
+        record
+        for handler in package.handlers
+        if isinstance(handler, MemoryHandler)
+        for record in handler.buffer
+    ]
     for handler in list(package.handlers):
         package.removeHandler(handler)
         handler.close()
     if not is_main:
-        logging.getLogger("internseg_ds.models").setLevel(logging.ERROR)  # all ranks build the same model: one says what it found
+        logging.getLogger("internseg_ds.models").setLevel(
+            logging.ERROR
+        )  # all ranks build the same model: one says what it found
     handlers: list[logging.Handler] = [logging.StreamHandler()]
     if is_main:
-        handlers.append(LogFile(work_dir / "train.log") if work_dir is not None else MemoryHandler(EARLY_LINES, flushLevel=logging.CRITICAL + 1))
+        handlers.append(
+            LogFile(work_dir / "train.log")
+            if work_dir is not None
+            else MemoryHandler(EARLY_LINES, flushLevel=logging.CRITICAL + 1)
+        )
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         package.addHandler(handler)

@@ -41,7 +41,14 @@ LIMIT_S = 900
 """Seconds after which a trial is given up."""
 LOCAL_ZERO_KEYS = ("offload_", "zero_hpz", "zero_quantized", "mics_")
 """Beginnings of keys of `zero_optimization` that say where states lie or how GPUs of a node talk, which one process on a CPU does not."""
-KEPT = ("bf16", "torch_autocast", "data_types", "gradient_clipping", "zero_allow_untested_optimizer", "timers")
+KEPT = (
+    "bf16",
+    "torch_autocast",
+    "data_types",
+    "gradient_clipping",
+    "zero_allow_untested_optimizer",
+    "timers",
+)
 NOT_ON_CPUS = "not implemented for"
 """In torch's words where a CPU lacks a kernel for a dtype that GPUs have one for."""
 
@@ -63,18 +70,29 @@ def try_step(plan: Plan, options: Mapping[str, Any]) -> str:
 
     Raises ConfigError when the step fails.
     """
-    params, available = sum(param.numel() for param in plan.meta_model.parameters()), psutil.virtual_memory().available
+    params, available = (
+        sum(param.numel() for param in plan.meta_model.parameters()),
+        psutil.virtual_memory().available,
+    )
     if params > LARGEST or BYTES * params > available / 2:
-        return (f"no step was tried on the CPU: {params:,} parameters would take up to {BYTES * params / 2**30:,.0f} GiB and minutes "
-                f"({available / 2**30:,.0f} GiB of memory are free)")
+        return (
+            f"no step was tried on the CPU: {params:,} parameters would take up to {BYTES * params / 2**30:,.0f} GiB and minutes "
+            f"({available / 2**30:,.0f} GiB of memory are free)"
+        )
     began, side = time.monotonic(), _corner_side(plan)
     validates = plan.val_set is not None
     counts = sorted({IMAGES, min(IMAGES, plan.ds.micro_batch)}, reverse=True)
-    whole = [Trial(plan.experiment.path, options, _alone(plan.ds, images), None, validates) for images in counts]
-    for trial in ([replace(whole[0], side=side)] if side is not None else []) + whole:  # the first that works will do
+    whole = [
+        Trial(plan.experiment.path, options, _alone(plan.ds, images), None, validates) for images in counts
+    ]
+    for trial in (
+        [replace(whole[0], side=side)] if side is not None else []
+    ) + whole:  # the first that works will do
         if (failure := _run(trial)) is None:
             break
-    size = f"{trial.side} x {trial.side} pixels" if trial.side else " x ".join(map(str, plan.crop)) + " pixels"
+    size = (
+        f"{trial.side} x {trial.side} pixels" if trial.side else " x ".join(map(str, plan.crop)) + " pixels"
+    )
     count = f"{trial.ds.micro_batch} image{'s' * (trial.ds.micro_batch > 1)}"
     tried = f"one step of {count} of {size}, in one process on the CPU with random weights, under ZeRO-{plan.ds.stage}"
     if failure is None:
@@ -101,9 +119,18 @@ def _corner_side(plan: Plan) -> int | None:
 
 def _alone(ds: DsConfig, images: int) -> DsConfig:
     """The ds_config for one process on a CPU and so many images: the same stage, precision and hooks, with all states in memory."""
-    zero = {key: value for key, value in ds.raw["zero_optimization"].items() if not key.startswith(LOCAL_ZERO_KEYS)}
+    zero = {
+        key: value
+        for key, value in ds.raw["zero_optimization"].items()
+        if not key.startswith(LOCAL_ZERO_KEYS)
+    }
     raw = {key: ds.raw[key] for key in KEPT if key in ds.raw}
-    raw |= {"zero_optimization": zero, "train_batch_size": images, "train_micro_batch_size_per_gpu": images, "gradient_accumulation_steps": 1}
+    raw |= {
+        "zero_optimization": zero,
+        "train_batch_size": images,
+        "train_micro_batch_size_per_gpu": images,
+        "gradient_accumulation_steps": 1,
+    }
     return replace(ds, raw=raw, micro_batch=images, accumulation=1, world_size=1, cpu_adam=False)
 
 
@@ -116,7 +143,13 @@ def _run(trial: Trial) -> Failure | None:
         told, result = Path(folder, "trial"), Path(folder, "result")
         told.write_bytes(pickle.dumps(trial))
         try:
-            done = subprocess.run([sys.executable, "-m", __name__, told, result], env=env, capture_output=True, text=True, timeout=LIMIT_S)
+            done = subprocess.run(
+                [sys.executable, "-m", __name__, told, result],
+                env=env,
+                capture_output=True,
+                text=True,
+                timeout=LIMIT_S,
+            )
         except subprocess.TimeoutExpired:
             return Failure(f"it took more than {LIMIT_S} s", certain=False)
         if result.is_file():
@@ -151,25 +184,50 @@ def _step(trial: Trial) -> None:
 
     experiment, ds, world = read_experiment(trial.config, trial.options), trial.ds, world_from_environment()
     asked = experiment.engine.backbone_dtype
-    compute = torch.float32 if asked == "float32" or ds.precision == "fp32" else torch.bfloat16  # "auto": as GPUs will
+    compute = (
+        torch.float32 if asked == "float32" or ds.precision == "fp32" else torch.bfloat16
+    )  # "auto": as GPUs will
     meta_model = build_on_meta(experiment.model)
     freeze_parts(meta_model, experiment.engine.freeze)
     heads = heads_dtype(experiment.engine.heads_dtype, meta_model, ds.precision)
     dataset = build_datasets(experiment.train, "data.train", list(leaf_datasets(experiment.train)))
-    batch = next(training_batches(dataset, GlobalBatchSampler(len(dataset), ds.micro_batch, seed=0), workers=0, seed=0, device=world.device))
+    batch = next(
+        training_batches(
+            dataset,
+            GlobalBatchSampler(len(dataset), ds.micro_batch, seed=0),
+            workers=0,
+            seed=0,
+            device=world.device,
+        )
+    )
     inputs = batch.inputs
     if trial.side is not None:
         inputs = _corner(inputs, tuple(inputs["img"].shape[-2:]), trial.side)
     join(world)
-    engine = build_deepspeed_engine(experiment, ds, meta_model, world.device, seed=0, compute=compute, heads=heads,
-                                    recomputation=experiment.engine.recomputation)
+    engine = build_deepspeed_engine(
+        experiment,
+        ds,
+        meta_model,
+        world.device,
+        seed=0,
+        compute=compute,
+        heads=heads,
+        recomputation=experiment.engine.recomputation,
+    )
     engine.train()
     engine.backward(loss_terms(engine, inputs)["loss"])
     engine.step()
     if trial.validates:
         for weights in ("whole", "partitioned") if ds.stage == 3 else ("whole",):
-            with forwards(engine.module, experiment.model, compute, world.device, heads=heads, autocast=ds.precision == "autocast",
-                          weights=weights) as ready:
+            with forwards(
+                engine.module,
+                experiment.model,
+                compute,
+                world.device,
+                heads=heads,
+                autocast=ds.precision == "autocast",
+                weights=weights,
+            ) as ready:
                 ready(inputs["img"][:1], inputs["img_metas"][:1])
                 ready.finish()
     engine.destroy()
@@ -179,7 +237,11 @@ def _step(trial: Trial) -> None:
 def _corner(value: Any, size: tuple[int, int], side: int) -> Any:
     """`value` with all its maps of `size` (img, labels, masks) cut to the corner."""
     if isinstance(value, Tensor):
-        return value[..., :side, :side].contiguous() if value.dim() > 1 and tuple(value.shape[-2:]) == size else value
+        return (
+            value[..., :side, :side].contiguous()
+            if value.dim() > 1 and tuple(value.shape[-2:]) == size
+            else value
+        )
     if isinstance(value, dict):
         return {key: _corner(item, size, side) for key, item in value.items()}
     if isinstance(value, list):

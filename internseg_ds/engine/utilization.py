@@ -41,15 +41,23 @@ class Meter:
         values = {"images_per_s": images / seconds}
         hfu = self.hardware_flops * images / seconds / self.peak if self.peak else 0.0
         if hfu > 1:
-            log.info("records go without mfu and hfu from here: %.0f %% of the peak were reached, so it is wrong; was it measured while other work ran? "
-                     "engine.peak_tflops names another", 100 * hfu)
+            log.info(
+                "records go without mfu and hfu from here: %.0f %% of the peak were reached, so it is wrong; was it measured while other work ran? "
+                "engine.peak_tflops names another",
+                100 * hfu,
+            )
             self.peak = None
         elif self.peak:
             values |= {"mfu": self.model_flops * images / seconds / self.peak, "hfu": hfu}
-        return values | {"data_wait": interval.waited_s / seconds, "peak_gib": peak_bytes(self.device) / 2**30}
+        return values | {
+            "data_wait": interval.waited_s / seconds,
+            "peak_gib": peak_bytes(self.device) / 2**30,
+        }
 
 
-def make_meter(peak_tflops: float | None, meta_model: nn.Module, crop: tuple[int, int], world: World, dtype: torch.dtype) -> Meter:
+def make_meter(
+    peak_tflops: float | None, meta_model: nn.Module, crop: tuple[int, int], world: World, dtype: torch.dtype
+) -> Meter:
     """Before the model takes memory: what is measured here leaves neither memory nor a peak behind. Collective.
 
     peak_tflops: of one device, None to measure that of a GPU; a CPU's is shared with whatever else runs, so none is measured. crop: height and width of a
@@ -60,8 +68,16 @@ def make_meter(peak_tflops: float | None, meta_model: nn.Module, crop: tuple[int
     passed = flops_of(meta_model, crop) if world.is_main else None
     if not any(of_all_ranks(passed is not None)):
         return Meter(world.device)
-    peak = world.size * 1e12 * peak_tflops if peak_tflops is not None else sum(of_all_ranks(matmul_peak(dtype, world)))
-    return Meter(world.device, passed.model_flops, passed.model_flops + passed.backbone_recomputed, peak) if passed else Meter(world.device)
+    peak = (
+        world.size * 1e12 * peak_tflops
+        if peak_tflops is not None
+        else sum(of_all_ranks(matmul_peak(dtype, world)))
+    )
+    return (
+        Meter(world.device, passed.model_flops, passed.model_flops + passed.backbone_recomputed, peak)
+        if passed
+        else Meter(world.device)
+    )
 
 
 def flops_of(meta_model: nn.Module, crop: tuple[int, int]) -> TrainingPass | None:
@@ -84,15 +100,25 @@ def matmul_peak(dtype: torch.dtype, world: World) -> float:
     if dist.is_initialized():
         dist.barrier()
     a, b = (torch.randn(SIDE, SIDE, dtype=dtype, device=device, generator=generator) for _ in range(2))
-    timer = Timer("torch.mm(a, b, out=product)", globals={"torch": torch, "a": a, "b": b, "product": torch.mm(a, b)}, num_threads=torch.get_num_threads())
+    timer = Timer(
+        "torch.mm(a, b, out=product)",
+        globals={"torch": torch, "a": a, "b": b, "product": torch.mm(a, b)},
+        num_threads=torch.get_num_threads(),
+    )
     peak = 2 * SIDE**3 / min(timer.blocked_autorange(min_run_time=MEASURED_S).times)
     del a, b, timer
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     of_all = of_all_ranks(peak)
-    log.info("mfu and hfu are relative to %.4g TFLOP/s per process: products of %d x %d matrices in %s, measured%s; engine.peak_tflops names another peak",
-             sum(of_all) / len(of_all) / 1e12, SIDE, SIDE, str(dtype).removeprefix("torch."), f" on {len(of_all)} processes at once" * (len(of_all) > 1))
+    log.info(
+        "mfu and hfu are relative to %.4g TFLOP/s per process: products of %d x %d matrices in %s, measured%s; engine.peak_tflops names another peak",
+        sum(of_all) / len(of_all) / 1e12,
+        SIDE,
+        SIDE,
+        str(dtype).removeprefix("torch."),
+        f" on {len(of_all)} processes at once" * (len(of_all) > 1),
+    )
     return peak
 
 

@@ -39,15 +39,19 @@ def leaders(folder: Path, world: World, *, node_local: bool, ds_config: str) -> 
             trouble = _cannot_be_written(folder, error)
     marks = of_all_ranks(mark)
     _raise_on_every_rank(trouble)
-    seen = [rank for rank, name in enumerate(marks) if name is not None and (folder / name).exists()]  # by name: a listing over a network can be a minute old
+    seen = [
+        rank for rank, name in enumerate(marks) if name is not None and (folder / name).exists()
+    ]  # by name: a listing over a network can be a minute old
     found = of_all_ranks((min(seen, default=None), socket.gethostname()))
     if mark is not None:
         (folder / mark).unlink()
     apart = next((host for leader, host in found if leader != 0), None)
     if apart is not None and not node_local:
-        raise ConfigError(f"the work directory {folder} of {apart} is not the one of {found[0][1]}: every host must see the same folder; "
-                          f'put it on a shared file system (--work-dir), or write "checkpoint": {{"use_node_local_storage": true}} into {ds_config}, '
-                          "and each host keeps the files of its own processes")
+        raise ConfigError(
+            f"the work directory {folder} of {apart} is not the one of {found[0][1]}: every host must see the same folder; "
+            f'put it on a shared file system (--work-dir), or write "checkpoint": {{"use_node_local_storage": true}} into {ds_config}, '
+            "and each host keeps the files of its own processes"
+        )
     return [leader for leader, _ in found]
 
 
@@ -65,17 +69,23 @@ def claim(folder: Path, world: World, leaders: Sequence[int]) -> TextIO:
     if leaders[world.rank] == world.rank:
         with suppress(OSError):
             try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process: data workers, which may outlive it for a moment, do not hold it
+                fcntl.lockf(
+                    file, fcntl.LOCK_EX | fcntl.LOCK_NB
+                )  # of the process: data workers, which may outlive it for a moment, do not hold it
             except (BlockingIOError, PermissionError):
                 taken = True
     if any(of_all_ranks(taken)):
-        raise ConfigError(f"another run is at work in {folder}; wait for its end, stop it (touch {folder / 'STOP'}), or choose another --work-dir")
+        raise ConfigError(
+            f"another run is at work in {folder}; wait for its end, stop it (touch {folder / 'STOP'}), or choose another --work-dir"
+        )
     return file
 
 
 def _cannot_be_written(folder: Path, error: OSError) -> str:
-    return (f"the work directory {folder} cannot be written on {socket.gethostname()}: {error.strerror or error}; "
-            "make room there, or choose another --work-dir")
+    return (
+        f"the work directory {folder} cannot be written on {socket.gethostname()}: {error.strerror or error}; "
+        "make room there, or choose another --work-dir"
+    )
 
 
 def _raise_on_every_rank(trouble: str | None) -> None:
@@ -94,8 +104,10 @@ def check_unused(folder: Path, resume_from: Path | None, *, overwrite: bool, res
         raise ConfigError("--overwrite starts anew and --resume goes on; keep one of them")
     here = resume_from is not None and (folder / "checkpoints").resolve() in resume_from.resolve().parents
     if not (overwrite or resumes or here) and (what := _of_a_run(folder)):
-        raise ConfigError(f"the work directory {folder} holds a run ({what}), which would be lost; go on with it (--resume auto), choose another directory "
-                          "(--work-dir), or set it aside and start anew (--overwrite)")
+        raise ConfigError(
+            f"the work directory {folder} holds a run ({what}), which would be lost; go on with it (--resume auto), choose another directory "
+            "(--work-dir), or set it aside and start anew (--overwrite)"
+        )
 
 
 def _of_a_run(folder: Path) -> str:

@@ -7,4 +7,12 @@ from internseg_ds.models.intern_vit_6b import InternViT6B
 from internseg_ds.models.mask2former import EncoderDecoderMask2Former
 from internseg_ds.models.vit_adapter import InternViTAdapter
 
-__all__ = ["MAE", "BEiT", "EncoderDecoderMask2Former", "FCNHead", "InternImage", "InternViT6B", "InternViTAdapter"]
+__all__ = [
+    "MAE",
+    "BEiT",
+    "EncoderDecoderMask2Former",
+    "FCNHead",
+    "InternImage",
+    "InternViT6B",
+    "InternViTAdapter",
+]

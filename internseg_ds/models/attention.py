@@ -25,8 +25,11 @@ def flash_attention() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
         try:
             from flash_attn import flash_attn_func  # flash-attn 2
         except ImportError as error:
-            log.warning("use_flash_attn=True, but flash-attn cannot be imported (%s); using torch's scaled_dot_product_attention, which gives the same "
-                        "result. Install it with: pip install --no-build-isolation 'flash-attn>=2.8'", error)
+            log.warning(
+                "use_flash_attn=True, but flash-attn cannot be imported (%s); using torch's scaled_dot_product_attention, which gives the same "
+                "result. Install it with: pip install --no-build-isolation 'flash-attn>=2.8'",
+                error,
+            )
             return None
     return flash_attn_func
 
@@ -38,11 +41,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, use_flash_attn: bool = False) 
     """
     if use_flash_attn and (flash := flash_attention()) is not None and fits_flash(q):
         out = flash(q, k, v)
-        return out[0] if isinstance(out, tuple) else out  # early versions of flash-attn 3 return (out, logsumexp)
+        return (
+            out[0] if isinstance(out, tuple) else out
+        )  # early versions of flash-attn 3 return (out, logsumexp)
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     return out.transpose(1, 2)
 
 
 def fits_flash(q: Tensor) -> bool:
     """Whether flash-attn has a kernel for q (b, n, heads, head_dim): fp16 or bf16, heads up to 256 wide, an Ampere or newer GPU."""
-    return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= 256 and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    return (
+        q.is_cuda
+        and q.dtype in (torch.float16, torch.bfloat16)
+        and q.shape[-1] <= 256
+        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    )

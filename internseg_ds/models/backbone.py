@@ -38,7 +38,9 @@ class Backbone(Protocol):
     """Prefixes of names that weight files hold beside the backbone, other than those of the usual classifiers (fc., head., classifier., ...)."""
     not_pretrained: tuple[str, ...]
     """Prefixes of names that weight files lack; they keep their initial values. Without: a missing name is an error."""
-    resizable: Mapping[str, tuple[Callable[[torch.Size, torch.Size], bool], Callable[[Tensor, torch.Size], Tensor]]]
+    resizable: Mapping[
+        str, tuple[Callable[[torch.Size, torch.Size], bool], Callable[[Tensor, torch.Size], Tensor]]
+    ]
     """Parameters whose shape in a file may differ: whether (the file's, the model's) shapes can be brought together, and how.
     Without: a difference is an error."""
     arguments: Mapping[str, Any]
@@ -95,10 +97,20 @@ def forget_pretrained(segmentor: nn.Module) -> None:
 
 def pretrained_elsewhere(segmentor: nn.Module) -> list[str]:
     """Names of the modules whose init_cfg asks for weights of their own, other than the backbone; "" is the segmentor."""
-    return [name for name, module in segmentor.named_modules() if name != "backbone" and checkpoint_of(getattr(module, "init_cfg", None)) is not None]
+    return [
+        name
+        for name, module in segmentor.named_modules()
+        if name != "backbone" and checkpoint_of(getattr(module, "init_cfg", None)) is not None
+    ]
 
 
 def checkpoint_of(init_cfg: Any) -> Any:
     """The checkpoint of mmcv's Pretrained in an init_cfg, which may be a list; None where there is none."""
-    return next((entry.get("checkpoint") for entry in (init_cfg if isinstance(init_cfg, list) else [init_cfg])
-                 if isinstance(entry, Mapping) and entry.get("type") == "Pretrained"), None)
+    return next(
+        (
+            entry.get("checkpoint")
+            for entry in (init_cfg if isinstance(init_cfg, list) else [init_cfg])
+            if isinstance(entry, Mapping) and entry.get("type") == "Pretrained"
+        ),
+        None,
+    )

@@ -40,7 +40,9 @@ def spread(steps: int, reach: int) -> np.ndarray:
 
 
 class _Resizing:
-    def _geometric_sequence_interpolation(self, src_size: int, dst_size: int, sequence: Tensor, num: int) -> Tensor:
+    def _geometric_sequence_interpolation(
+        self, src_size: int, dst_size: int, sequence: Tensor, num: int
+    ) -> Tensor:
         """mmseg's method of this name: sequence (src_size ** 2, num) -> (dst_size ** 2, num)."""
         return resize_bias_table(sequence, dst_size)
 

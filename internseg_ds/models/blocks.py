@@ -55,7 +55,9 @@ def odd_blocks(model: nn.Module, class_names: Collection[str]) -> Iterator[set[s
         if calls[module] > 1 or not _hold_tensor(args) or not _hold_tensor(results):
             odd.add(_class_name(module))
 
-    hooks = [module.register_forward_hook(look) for module in model.modules() if _class_name(module) in class_names]
+    hooks = [
+        module.register_forward_hook(look) for module in model.modules() if _class_name(module) in class_names
+    ]
     try:
         yield odd
     finally:

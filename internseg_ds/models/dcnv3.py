@@ -68,19 +68,41 @@ class DCNv3(nn.Module):
             raise ValueError(f"channels={channels} is not a multiple of group={group}")
         check_center((kernel_size, kernel_size), remove_center)
         if dw_kernel_size % 2 == 0:
-            raise ValueError(f"dw_kernel_size={dw_kernel_size} is even: offsets would lie between the positions they belong to; use an odd one")
+            raise ValueError(
+                f"dw_kernel_size={dw_kernel_size} is even: offsets would lie between the positions they belong to; use an odd one"
+            )
         if 2 * pad != dilation * (kernel_size - 1):
-            raise ValueError(f"pad={pad} does not keep the size with kernel_size={kernel_size} and dilation={dilation}, as the depth-wise convolution does; "
-                             "pad must be dilation * (kernel_size - 1) / 2")
+            raise ValueError(
+                f"pad={pad} does not keep the size with kernel_size={kernel_size} and dilation={dilation}, as the depth-wise convolution does; "
+                "pad must be dilation * (kernel_size - 1) / 2"
+            )
         if center_feature_scale and stride != 1:
-            raise ValueError(f"center_feature_scale=True needs stride=1, not {stride}: it mixes input and result position by position")
+            raise ValueError(
+                f"center_feature_scale=True needs stride=1, not {stride}: it mixes input and result position by position"
+            )
         self.group, self.center_feature_scale = group, center_feature_scale
-        self.arguments = ((kernel_size,) * 2, (stride,) * 2, (pad,) * 2, (dilation,) * 2, group, float(offset_scale), remove_center)
+        self.arguments = (
+            (kernel_size,) * 2,
+            (stride,) * 2,
+            (pad,) * 2,
+            (dilation,) * 2,
+            group,
+            float(offset_scale),
+            remove_center,
+        )
         points = group * (kernel_size * kernel_size - remove_center)
         self.dw_conv = nn.Sequential(
-            nn.Conv2d(channels, channels, dw_kernel_size, stride=stride, padding=dw_kernel_size // 2, groups=channels),
+            nn.Conv2d(
+                channels,
+                channels,
+                dw_kernel_size,
+                stride=stride,
+                padding=dw_kernel_size // 2,
+                groups=channels,
+            ),
             build_norm(channels, norm_layer, "channels_first", "channels_last"),
-            build_activation(act_layer))
+            build_activation(act_layer),
+        )
         self.offset = Fp32Linear(channels, 2 * points)
         self.mask = Fp32Linear(channels, points)
         self.input_proj = XavierLinear(channels, channels)
@@ -99,15 +121,24 @@ class DCNv3(nn.Module):
         """x (n, h, w, c) -> (n, h / stride, w / stride, c), rounded up."""
         projected = self.input_proj(x)
         features = self.dw_conv(x.permute(0, 3, 1, 2))  # (n, h', w', c)
-        features = features.to(torch.promote_types(features.dtype, torch.float32))  # once: both linears keep it for the backward pass
+        features = features.to(
+            torch.promote_types(features.dtype, torch.float32)
+        )  # once: both linears keep it for the backward pass
         mask = self.mask(features).unflatten(-1, (self.group, -1)).softmax(-1).flatten(-2)
         y = dcnv3(projected, self.offset(features), mask, *self.arguments)
         if self.center_feature_scale:
-            y = torch.lerp(y.unflatten(-1, (self.group, -1)), projected.unflatten(-1, (self.group, -1)), self._scale(features, y.dtype)).flatten(-2)
+            y = torch.lerp(
+                y.unflatten(-1, (self.group, -1)),
+                projected.unflatten(-1, (self.group, -1)),
+                self._scale(features, y.dtype),
+            ).flatten(-2)
         return self.output_proj(y)
 
     def _scale(self, features: Tensor, dtype: torch.dtype) -> Tensor:
         """features (n, h, w, c) -> the share of the projected input in each group's result (n, h, w, g, 1), computed in the dtype of the features."""
         with without_autocast(features):
-            weight, bias = (param.to(features.dtype) for param in (self.center_feature_scale_proj_weight, self.center_feature_scale_proj_bias))
+            weight, bias = (
+                param.to(features.dtype)
+                for param in (self.center_feature_scale_proj_weight, self.center_feature_scale_proj_bias)
+            )
             return F.linear(features, weight, bias).sigmoid().to(dtype).unsqueeze(-1)

@@ -51,27 +51,52 @@ class Geometry(NamedTuple):
 
     def out_size(self, height: int, width: int) -> tuple[int, int]:
         """Size of the result for an input of this size, as of a convolution."""
-        return tuple((side + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
-                     for side, pad, dilation, kernel, stride in zip((height, width), self.pad, self.dilation, self.kernel, self.stride))
+        return tuple(
+            (side + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
+            for side, pad, dilation, kernel, stride in zip(
+                (height, width), self.pad, self.dilation, self.kernel, self.stride
+            )
+        )
 
 
 def check_center(kernel: Sequence[int], remove_center: bool) -> None:
     """Raises ValueError where there is no middle point to leave out, or no other point."""
     if remove_center and not all(side % 2 for side in kernel):
-        raise ValueError(f"remove_center=True needs a kernel with a middle point, of odd sides, not {tuple(kernel)}")
+        raise ValueError(
+            f"remove_center=True needs a kernel with a middle point, of odd sides, not {tuple(kernel)}"
+        )
     if remove_center and tuple(kernel) == (1, 1):
         raise ValueError("remove_center=True leaves a kernel of 1 x 1 no point")
 
 
-def geometry(x: Tensor, offset: Tensor, mask: Tensor, kernel: Sequence[int], stride: Sequence[int], pad: Sequence[int], dilation: Sequence[int], group: int,
-             offset_scale: float, remove_center: bool) -> Geometry:
+def geometry(
+    x: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    pad: Sequence[int],
+    dilation: Sequence[int],
+    group: int,
+    offset_scale: float,
+    remove_center: bool,
+) -> Geometry:
     """The geometry of a call of the operator. Raises ValueError where the tensors' shapes do not fit it or each other."""
-    made = Geometry(tuple(kernel), tuple(stride), tuple(pad), tuple(dilation), group, offset_scale, remove_center)
+    made = Geometry(
+        tuple(kernel), tuple(stride), tuple(pad), tuple(dilation), group, offset_scale, remove_center
+    )
     check_center(made.kernel, remove_center)
     if x.dim() != 4 or x.size(3) % group:
-        raise ValueError(f"the input of DCNv3 has the shape {tuple(x.shape)}; it must be (n, h, w, c) with c divisible by group={group}")
+        raise ValueError(
+            f"the input of DCNv3 has the shape {tuple(x.shape)}; it must be (n, h, w, c) with c divisible by group={group}"
+        )
     out = (x.size(0), *made.out_size(x.size(1), x.size(2)))
-    for name, tensor, last in (("offset", offset, 2 * group * made.points), ("mask", mask, group * made.points)):
+    for name, tensor, last in (
+        ("offset", offset, 2 * group * made.points),
+        ("mask", mask, group * made.points),
+    ):
         if tuple(tensor.shape) != (*out, last):
-            raise ValueError(f"the {name} of DCNv3 has the shape {tuple(tensor.shape)}; for this input and {made} it must be {(*out, last)}")
+            raise ValueError(
+                f"the {name} of DCNv3 has the shape {tuple(tensor.shape)}; for this input and {made} it must be {(*out, last)}"
+            )
     return made

@@ -28,8 +28,18 @@ def implementation(x: Tensor, offset: Tensor, mask: Tensor) -> ModuleType:
 
 
 @torch.library.custom_op("internseg_ds::dcnv3", mutates_args=())
-def dcnv3(x: Tensor, offset: Tensor, mask: Tensor, kernel: Sequence[int], stride: Sequence[int], pad: Sequence[int], dilation: Sequence[int], group: int,
-          offset_scale: float, remove_center: bool) -> Tensor:
+def dcnv3(
+    x: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    pad: Sequence[int],
+    dilation: Sequence[int],
+    group: int,
+    offset_scale: float,
+    remove_center: bool,
+) -> Tensor:
     """x (n, h, w, c), offset (n, h', w', group * k * 2), mask (n, h', w', group * k) -> (n, h', w', c) in the dtype of x.
 
     kernel, stride, pad, dilation: (vertical, horizontal). k: points of the kernel, columns from left to right and each from top to bottom, without the middle
@@ -41,8 +51,19 @@ def dcnv3(x: Tensor, offset: Tensor, mask: Tensor, kernel: Sequence[int], stride
 
 
 @torch.library.custom_op("internseg_ds::dcnv3_backward", mutates_args=())
-def dcnv3_backward(grad: Tensor, x: Tensor, offset: Tensor, mask: Tensor, kernel: Sequence[int], stride: Sequence[int], pad: Sequence[int],
-                   dilation: Sequence[int], group: int, offset_scale: float, remove_center: bool) -> tuple[Tensor, Tensor, Tensor]:
+def dcnv3_backward(
+    grad: Tensor,
+    x: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    pad: Sequence[int],
+    dilation: Sequence[int],
+    group: int,
+    offset_scale: float,
+    remove_center: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """grad (n, h', w', c), of the result of `dcnv3` -> the gradients of x, offset and mask."""
     made = geometry(x, offset, mask, kernel, stride, pad, dilation, group, offset_scale, remove_center)
     return implementation(x, offset, mask).backward(grad, x, offset, mask, made)
@@ -55,8 +76,12 @@ def _(x: Tensor, offset: Tensor, mask: Tensor, *arguments: object) -> Tensor:
 
 
 @dcnv3_backward.register_fake
-def _(grad: Tensor, x: Tensor, offset: Tensor, mask: Tensor, *arguments: object) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (x, offset, mask))
+def _(
+    grad: Tensor, x: Tensor, offset: Tensor, mask: Tensor, *arguments: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(
+        torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (x, offset, mask)
+    )
 
 
 def _keep_inputs(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
@@ -65,20 +90,38 @@ def _keep_inputs(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output
 
 
 def _gradients(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (*dcnv3_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.arguments), *[None] * len(ctx.arguments))
+    return (
+        *dcnv3_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.arguments),
+        *[None] * len(ctx.arguments),
+    )
 
 
 dcnv3.register_autograd(_gradients, setup_context=_keep_inputs)
 
 
 @register_flop_formula(torch.ops.internseg_ds.dcnv3)
-def forward_flops(x: torch.Size, offset: torch.Size, mask: torch.Size, *arguments: object, out_shape: torch.Size | None = None, **_: object) -> int:
+def forward_flops(
+    x: torch.Size,
+    offset: torch.Size,
+    mask: torch.Size,
+    *arguments: object,
+    out_shape: torch.Size | None = None,
+    **_: object,
+) -> int:
     """A multiplication and an addition for each channel of the four corners of each point; what is done once per point is not counted."""
     group = arguments[4]
     return 8 * math.prod(mask) * x[3] // group
 
 
 @register_flop_formula(torch.ops.internseg_ds.dcnv3_backward)
-def backward_flops(grad: torch.Size, x: torch.Size, offset: torch.Size, mask: torch.Size, *arguments: object, out_shape: object = None, **_: object) -> int:
+def backward_flops(
+    grad: torch.Size,
+    x: torch.Size,
+    offset: torch.Size,
+    mask: torch.Size,
+    *arguments: object,
+    out_shape: object = None,
+    **_: object,
+) -> int:
     """As many for the gradient of the input, and for the four products from which those of mask and offset are made."""
     return 2 * forward_flops(x, offset, mask, *arguments)

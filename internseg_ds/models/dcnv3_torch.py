@@ -36,10 +36,16 @@ class _Points(NamedTuple):
     right: Tensor
 
 
-def forward(x: Tensor, offset: Tensor, mask: Tensor, geometry: Geometry, chunk: int = POINTS_PER_CHUNK) -> Tensor:
+def forward(
+    x: Tensor, offset: Tensor, mask: Tensor, geometry: Geometry, chunk: int = POINTS_PER_CHUNK
+) -> Tensor:
     """x (n, h, w, c), offset (n, h', w', g k 2), mask (n, h', w', g k) -> (n, h', w', c), in the dtype of x. chunk: points at once."""
     compute, group, k = compute_dtype(x, offset, mask), geometry.group, geometry.points
-    table, offset, mask = _table(x, group, compute), offset.reshape(-1, group, k, 2), mask.reshape(-1, group, k)
+    table, offset, mask = (
+        _table(x, group, compute),
+        offset.reshape(-1, group, k, 2),
+        mask.reshape(-1, group, k),
+    )
     out = x.new_empty(len(mask), x.size(3))
     for part in _chunks(len(mask), group * k, chunk):
         points = _points(x, offset[part], part.start, geometry, compute)
@@ -51,22 +57,38 @@ def forward(x: Tensor, offset: Tensor, mask: Tensor, geometry: Geometry, chunk: 
     return out.view(x.size(0), *geometry.out_size(x.size(1), x.size(2)), x.size(3))
 
 
-def backward(grad: Tensor, x: Tensor, offset: Tensor, mask: Tensor, geometry: Geometry, chunk: int = POINTS_PER_CHUNK) -> tuple[Tensor, Tensor, Tensor]:
+def backward(
+    grad: Tensor, x: Tensor, offset: Tensor, mask: Tensor, geometry: Geometry, chunk: int = POINTS_PER_CHUNK
+) -> tuple[Tensor, Tensor, Tensor]:
     """grad (n, h', w', c), of the result -> the gradients of x, offset and mask, each in its shape and dtype."""
     compute, group, k = compute_dtype(x, offset, mask), geometry.group, geometry.points
     n, height, width, channels = x.shape
     table = _table(x, group, compute)
     grad_table = torch.zeros_like(table)
-    grad_offset, grad_mask = offset.new_empty(len(grad.flatten(0, 2)), group, k, 2), mask.new_empty(len(grad.flatten(0, 2)), group, k)
-    offsets, masks, grads = offset.reshape(grad_offset.shape), mask.reshape(grad_mask.shape), grad.reshape(-1, group, channels // group)
+    grad_offset, grad_mask = (
+        offset.new_empty(len(grad.flatten(0, 2)), group, k, 2),
+        mask.new_empty(len(grad.flatten(0, 2)), group, k),
+    )
+    offsets, masks, grads = (
+        offset.reshape(grad_offset.shape),
+        mask.reshape(grad_mask.shape),
+        grad.reshape(-1, group, channels // group),
+    )
     for part in _chunks(len(masks), group * k, chunk):
         points, m = _points(x, offsets[part], part.start, geometry, compute), masks[part].to(compute)
         of_bags = grads[part].to(compute).reshape(-1, channels // group)  # (p g, c / g)
-        above_left, above_right, below_left, below_right = (_products(of_bags, rows, points.index) for rows in _corners(table, x, group))
-        above, below = torch.lerp(above_left, above_right, points.right), torch.lerp(below_left, below_right, points.right)
+        above_left, above_right, below_left, below_right = (
+            _products(of_bags, rows, points.index) for rows in _corners(table, x, group)
+        )
+        above, below = (
+            torch.lerp(above_left, above_right, points.right),
+            torch.lerp(below_left, below_right, points.right),
+        )
         grad_mask[part] = torch.lerp(above, below, points.down)
         m_scaled = m * geometry.offset_scale
-        grad_offset[part][..., 0] = torch.lerp(above_right.sub_(above_left), below_right.sub_(below_left), points.down).mul_(m_scaled)
+        grad_offset[part][..., 0] = torch.lerp(
+            above_right.sub_(above_left), below_right.sub_(below_left), points.down
+        ).mul_(m_scaled)
         grad_offset[part][..., 1] = below.sub_(above).mul_(m_scaled)
 
         index, order = points.index.view(-1).sort()
@@ -75,9 +97,17 @@ def backward(grad: Tensor, x: Tensor, offset: Tensor, mask: Tensor, geometry: Ge
         begins = F.pad(ends[:-1], (1, 0)).to(index.dtype)
         bag = (order // k).to(index.dtype)
         for rows, weight in zip(_corners(grad_table, x, group), _weights(points, m)):
-            rows[first:last + 1] += F.embedding_bag(bag, of_bags, begins, mode="sum", per_sample_weights=weight.view(-1).index_select(0, order))
-    grad_x = grad_table.view(n, height + 2 * BORDER, width + 2 * BORDER, channels)[:, BORDER:-BORDER, BORDER:-BORDER]
-    return torch.empty_like(x, memory_format=torch.contiguous_format).copy_(grad_x), grad_offset.view_as(offset), grad_mask.view_as(mask)
+            rows[first : last + 1] += F.embedding_bag(
+                bag, of_bags, begins, mode="sum", per_sample_weights=weight.view(-1).index_select(0, order)
+            )
+    grad_x = grad_table.view(n, height + 2 * BORDER, width + 2 * BORDER, channels)[
+        :, BORDER:-BORDER, BORDER:-BORDER
+    ]
+    return (
+        torch.empty_like(x, memory_format=torch.contiguous_format).copy_(grad_x),
+        grad_offset.view_as(offset),
+        grad_mask.view_as(mask),
+    )
 
 
 def _chunks(positions: int, points: int, chunk: int) -> Iterator[slice]:
@@ -105,19 +135,36 @@ def _points(x: Tensor, offset: Tensor, begin: int, geometry: Geometry, compute: 
     position = torch.arange(begin, begin + len(offset), device=x.device)
     p_k = torch.tensor(geometry.p_k, dtype=compute, device=x.device) * geometry.offset_scale
     corners, distances = [], []
-    for axis, side, along in ((0, height, position // out_width % out_height), (1, width, position % out_width)):
-        p0 = (BORDER + geometry.first[axis] + along * geometry.stride[axis]).to(compute)  # counted from the border's begin: no location inside is negative
-        where = torch.add((p0[:, None] + p_k[:, axis]).unsqueeze(1), offset[..., 1 - axis].to(compute), alpha=geometry.offset_scale)
+    for axis, side, along in (
+        (0, height, position // out_width % out_height),
+        (1, width, position % out_width),
+    ):
+        p0 = (BORDER + geometry.first[axis] + along * geometry.stride[axis]).to(
+            compute
+        )  # counted from the border's begin: no location inside is negative
+        where = torch.add(
+            (p0[:, None] + p_k[:, axis]).unsqueeze(1),
+            offset[..., 1 - axis].to(compute),
+            alpha=geometry.offset_scale,
+        )
         distances.append(where.frac())  # NaN for what is not finite
-        corners.append(F.threshold_(where, BORDER - 1, 0).clamp_(max=side + BORDER).floor_())  # what lies a pixel or more outside goes among the zeros there
-    exact = compute if padded_height * padded_width < 2**24 else torch.float64  # fp32 holds no larger whole numbers
+        corners.append(
+            F.threshold_(where, BORDER - 1, 0).clamp_(max=side + BORDER).floor_()
+        )  # what lies a pixel or more outside goes among the zeros there
+    exact = (
+        compute if padded_height * padded_width < 2**24 else torch.float64
+    )  # fp32 holds no larger whole numbers
     place = torch.add(corners[1].to(exact), corners[0].to(exact), alpha=padded_width)
     rows = n * padded_height * padded_width * geometry.group
     whole = torch.int32 if rows < 2**31 else torch.int64
     image = position // (out_width * out_height)
-    base = (image * padded_height * padded_width * geometry.group)[:, None] + torch.arange(geometry.group, device=x.device)
+    base = (image * padded_height * padded_width * geometry.group)[:, None] + torch.arange(
+        geometry.group, device=x.device
+    )
     index = torch.add(base.to(whole).unsqueeze(2), place.to(whole), alpha=geometry.group)
-    return _Points(index.clamp_(0, rows - 1 - (padded_width + 1) * geometry.group), *distances)  # NaN becomes any number, which is to be an index
+    return _Points(
+        index.clamp_(0, rows - 1 - (padded_width + 1) * geometry.group), *distances
+    )  # NaN becomes any number, which is to be an index
 
 
 def _weights(points: _Points, mask: Tensor) -> Iterator[Tensor]:
@@ -136,7 +183,13 @@ def _products(grad: Tensor, rows: Tensor, index: Tensor) -> Tensor:
     """
     _warn_of_sparse()
     begins = torch.arange(0, index.numel() + 1, index.size(-1), dtype=index.dtype, device=index.device)
-    wanted = torch.sparse_csr_tensor(begins, index.view(-1), grad.new_zeros(index.numel()), size=(len(grad), len(rows)), check_invariants=False)
+    wanted = torch.sparse_csr_tensor(
+        begins,
+        index.view(-1),
+        grad.new_zeros(index.numel()),
+        size=(len(grad), len(rows)),
+        check_invariants=False,
+    )
     return torch.sparse.sampled_addmm(wanted, grad, rows.mT, beta=0).values().view_as(index)
 
 

@@ -25,14 +25,38 @@ def _start(rows, GROUP: tl.constexpr, BLOCK_R: tl.constexpr, out_height, out_wid
     """The rows of this program: their numbers, which of them exist, and the group, output column, output row and image of each."""
     row, exists = rows_of_program(rows, BLOCK_R)
     position = row // GROUP
-    return row, exists, row % GROUP, position % out_width, position // out_width % out_height, position // out_width // out_height
+    return (
+        row,
+        exists,
+        row % GROUP,
+        position % out_width,
+        position // out_width % out_height,
+        position // out_width // out_height,
+    )
 
 
 @triton.jit
-def _locate(offset, at, exists, center_y, center_x, k, scale, height, width, KERNEL_H: tl.constexpr, REACH_Y: tl.constexpr, REACH_X: tl.constexpr,
-            DILATION_Y: tl.constexpr, DILATION_X: tl.constexpr, CENTER: tl.constexpr):
+def _locate(
+    offset,
+    at,
+    exists,
+    center_y,
+    center_x,
+    k,
+    scale,
+    height,
+    width,
+    KERNEL_H: tl.constexpr,
+    REACH_Y: tl.constexpr,
+    REACH_X: tl.constexpr,
+    DILATION_Y: tl.constexpr,
+    DILATION_X: tl.constexpr,
+    CENTER: tl.constexpr,
+):
     """Point k of each row: the corner above and to the left (y, x), the distances from it, and whether any of the four corners counts."""
-    place = k + k // CENTER  # CENTER: the place left out, the middle one of 2 CENTER + 1, or the number of places
+    place = (
+        k + k // CENTER
+    )  # CENTER: the place left out, the middle one of 2 CENTER + 1, or the number of places
     off_x = tl.load(offset + 2 * at, mask=exists, other=0.0).to(tl.float32)
     off_y = tl.load(offset + 2 * at + 1, mask=exists, other=0.0).to(tl.float32)
     y = center_y + (place % KERNEL_H * DILATION_Y - REACH_Y + off_y) * scale
@@ -41,45 +65,142 @@ def _locate(offset, at, exists, center_y, center_x, k, scale, height, width, KER
 
 
 @triton.jit(do_not_specialize=SIZES)
-def forward_kernel(x, offset, mask, out, rows, height, width, out_height, out_width, first_y, first_x, stride_y, stride_x, scale,
-                   GROUP: tl.constexpr, CHANNELS: tl.constexpr, K: tl.constexpr, KERNEL_H: tl.constexpr, REACH_Y: tl.constexpr, REACH_X: tl.constexpr,
-                   DILATION_Y: tl.constexpr, DILATION_X: tl.constexpr, CENTER: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+def forward_kernel(
+    x,
+    offset,
+    mask,
+    out,
+    rows,
+    height,
+    width,
+    out_height,
+    out_width,
+    first_y,
+    first_x,
+    stride_y,
+    stride_x,
+    scale,
+    GROUP: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    K: tl.constexpr,
+    KERNEL_H: tl.constexpr,
+    REACH_Y: tl.constexpr,
+    REACH_X: tl.constexpr,
+    DILATION_Y: tl.constexpr,
+    DILATION_X: tl.constexpr,
+    CENTER: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """CHANNELS: of a group. Pointers to contiguous tensors as the operator takes them."""
     row, exists, group, column, line, image = _start(rows, GROUP, BLOCK_R, out_height, out_width)
     channel = tl.arange(0, BLOCK_C)[None, :]
     real = channel < CHANNELS
     columns = ((image * height * width * GROUP + group) * CHANNELS)[:, None] + channel
-    center_y, center_x = (first_y + line * stride_y).to(tl.float32), (first_x + column * stride_x).to(tl.float32)
+    center_y, center_x = (
+        (first_y + line * stride_y).to(tl.float32),
+        (first_x + column * stride_x).to(tl.float32),
+    )
     total = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
     for k in range(K):
         at = row * K + k
-        top, left, down, right, near = _locate(offset, at, exists, center_y, center_x, k, scale, height, width, KERNEL_H, REACH_Y, REACH_X, DILATION_Y,
-                                               DILATION_X, CENTER)
+        top, left, down, right, near = _locate(
+            offset,
+            at,
+            exists,
+            center_y,
+            center_x,
+            k,
+            scale,
+            height,
+            width,
+            KERNEL_H,
+            REACH_Y,
+            REACH_X,
+            DILATION_Y,
+            DILATION_X,
+            CENTER,
+        )
         m = tl.load(mask + at, mask=exists, other=0.0).to(tl.float32)
-        total = add_sample(total, x, m, top, left, down, right, near, height, width, GROUP * CHANNELS, columns, real)
-    tl.store(out + row[:, None] * CHANNELS + channel, total.to(out.dtype.element_ty), mask=exists[:, None] & real)
+        total = add_sample(
+            total, x, m, top, left, down, right, near, height, width, GROUP * CHANNELS, columns, real
+        )
+    tl.store(
+        out + row[:, None] * CHANNELS + channel, total.to(out.dtype.element_ty), mask=exists[:, None] & real
+    )
 
 
 @triton.jit(do_not_specialize=SIZES)
-def backward_kernel(grad, x, offset, mask, grad_x, grad_offset, grad_mask, rows, height, width, out_height, out_width, first_y, first_x, stride_y, stride_x,
-                    scale, GROUP: tl.constexpr, CHANNELS: tl.constexpr, K: tl.constexpr, KERNEL_H: tl.constexpr, REACH_Y: tl.constexpr, REACH_X: tl.constexpr,
-                    DILATION_Y: tl.constexpr, DILATION_X: tl.constexpr, CENTER: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+def backward_kernel(
+    grad,
+    x,
+    offset,
+    mask,
+    grad_x,
+    grad_offset,
+    grad_mask,
+    rows,
+    height,
+    width,
+    out_height,
+    out_width,
+    first_y,
+    first_x,
+    stride_y,
+    stride_x,
+    scale,
+    GROUP: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    K: tl.constexpr,
+    KERNEL_H: tl.constexpr,
+    REACH_Y: tl.constexpr,
+    REACH_X: tl.constexpr,
+    DILATION_Y: tl.constexpr,
+    DILATION_X: tl.constexpr,
+    CENTER: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """As `forward_kernel`; grad_x is fp32 and zero before."""
     row, exists, group, column, line, image = _start(rows, GROUP, BLOCK_R, out_height, out_width)
     channel = tl.arange(0, BLOCK_C)[None, :]
     real = channel < CHANNELS
     columns = ((image * height * width * GROUP + group) * CHANNELS)[:, None] + channel
-    center_y, center_x = (first_y + line * stride_y).to(tl.float32), (first_x + column * stride_x).to(tl.float32)
-    g = tl.load(grad + row[:, None] * CHANNELS + channel, mask=exists[:, None] & real, other=0.0).to(tl.float32)
+    center_y, center_x = (
+        (first_y + line * stride_y).to(tl.float32),
+        (first_x + column * stride_x).to(tl.float32),
+    )
+    g = tl.load(grad + row[:, None] * CHANNELS + channel, mask=exists[:, None] & real, other=0.0).to(
+        tl.float32
+    )
     for k in range(K):
         at = row * K + k
-        top, left, down, right, near = _locate(offset, at, exists, center_y, center_x, k, scale, height, width, KERNEL_H, REACH_Y, REACH_X, DILATION_Y,
-                                               DILATION_X, CENTER)
+        top, left, down, right, near = _locate(
+            offset,
+            at,
+            exists,
+            center_y,
+            center_x,
+            k,
+            scale,
+            height,
+            width,
+            KERNEL_H,
+            REACH_Y,
+            REACH_X,
+            DILATION_Y,
+            DILATION_X,
+            CENTER,
+        )
         m = tl.load(mask + at, mask=exists, other=0.0).to(tl.float32)
-        of_m, along_row, along_column = spread_gradient(grad_x, x, g, m, top, left, down, right, near, height, width, GROUP * CHANNELS, columns, real)
+        of_m, along_row, along_column = spread_gradient(
+            grad_x, x, g, m, top, left, down, right, near, height, width, GROUP * CHANNELS, columns, real
+        )
         tl.store(grad_mask + at, of_m.to(grad_mask.dtype.element_ty), mask=exists)
         tl.store(grad_offset + 2 * at, (m * scale * along_row).to(grad_offset.dtype.element_ty), mask=exists)
-        tl.store(grad_offset + 2 * at + 1, (m * scale * along_column).to(grad_offset.dtype.element_ty), mask=exists)
+        tl.store(
+            grad_offset + 2 * at + 1, (m * scale * along_column).to(grad_offset.dtype.element_ty), mask=exists
+        )
 
 
 def forward(x: Tensor, offset: Tensor, mask: Tensor, geometry: Geometry) -> Tensor:
@@ -90,28 +211,70 @@ def forward(x: Tensor, offset: Tensor, mask: Tensor, geometry: Geometry) -> Tens
     return out
 
 
-def backward(grad: Tensor, x: Tensor, offset: Tensor, mask: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor, Tensor]:
+def backward(
+    grad: Tensor, x: Tensor, offset: Tensor, mask: Tensor, geometry: Geometry
+) -> tuple[Tensor, Tensor, Tensor]:
     """grad (n, h', w', c), of the result -> the gradients of x, offset and mask, each in its shape and dtype."""
     grad, x, offset, mask = grad.contiguous(), x.contiguous(), offset.contiguous(), mask.contiguous()
-    grad_x, grad_offset, grad_mask = torch.zeros_like(x, dtype=torch.float32), torch.empty_like(offset), torch.empty_like(mask)
-    _launch(backward_kernel, (grad, x, offset, mask, grad_x, grad_offset, grad_mask), x, grad, geometry, ELEMENTS["backward"])
+    grad_x, grad_offset, grad_mask = (
+        torch.zeros_like(x, dtype=torch.float32),
+        torch.empty_like(offset),
+        torch.empty_like(mask),
+    )
+    _launch(
+        backward_kernel,
+        (grad, x, offset, mask, grad_x, grad_offset, grad_mask),
+        x,
+        grad,
+        geometry,
+        ELEMENTS["backward"],
+    )
     return grad_x.to(x.dtype), grad_offset, grad_mask
 
 
-def _launch(kernel: triton.JITFunction, tensors: tuple[Tensor, ...], x: Tensor, out: Tensor, geometry: Geometry, elements: int) -> None:
+def _launch(
+    kernel: triton.JITFunction,
+    tensors: tuple[Tensor, ...],
+    x: Tensor,
+    out: Tensor,
+    geometry: Geometry,
+    elements: int,
+) -> None:
     rows, channels = out.size(0) * out.size(1) * out.size(2) * geometry.group, x.size(3) // geometry.group
     if rows == 0:
         return
     block_c = triton.next_power_of_2(channels)
     block_r = max(1, elements // block_c)
     with torch.cuda.device_of(x):
-        kernel[(triton.cdiv(rows, block_r),)](*tensors, rows, x.size(1), x.size(2), out.size(1), out.size(2), *geometry.first, *geometry.stride,
-                                              geometry.offset_scale, **constants(geometry, channels), BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4)
+        kernel[(triton.cdiv(rows, block_r),)](
+            *tensors,
+            rows,
+            x.size(1),
+            x.size(2),
+            out.size(1),
+            out.size(2),
+            *geometry.first,
+            *geometry.stride,
+            geometry.offset_scale,
+            **constants(geometry, channels),
+            BLOCK_R=block_r,
+            BLOCK_C=block_c,
+            num_warps=4,
+        )
 
 
 def constants(geometry: Geometry, channels: int) -> dict[str, int]:
     """What the kernels are compiled for. channels: of a group."""
     kernel_h, kernel_w = geometry.kernel
     center = kernel_w // 2 * kernel_h + kernel_h // 2 if geometry.remove_center else kernel_h * kernel_w
-    return {"GROUP": geometry.group, "CHANNELS": channels, "K": geometry.points, "KERNEL_H": kernel_h, "REACH_Y": geometry.reach[0],
-            "REACH_X": geometry.reach[1], "DILATION_Y": geometry.dilation[0], "DILATION_X": geometry.dilation[1], "CENTER": center}
+    return {
+        "GROUP": geometry.group,
+        "CHANNELS": channels,
+        "K": geometry.points,
+        "KERNEL_H": kernel_h,
+        "REACH_Y": geometry.reach[0],
+        "REACH_X": geometry.reach[1],
+        "DILATION_Y": geometry.dilation[0],
+        "DILATION_X": geometry.dilation[1],
+        "CENTER": center,
+    }

@@ -22,8 +22,18 @@ class DeformableAttention(MultiScaleDeformableAttention):
         if self.value_proj.weight.dim() == 2:
             super().init_weights()
 
-    def forward(self, query: Tensor, key: Tensor | None = None, value: Tensor | None = None, identity: Tensor | None = None, query_pos: Tensor | None = None,
-                *, reference_points: Tensor, spatial_shapes: Sequence[tuple[int, int]], **_: Any) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        identity: Tensor | None = None,
+        query_pos: Tensor | None = None,
+        *,
+        reference_points: Tensor,
+        spatial_shapes: Sequence[tuple[int, int]],
+        **_: Any,
+    ) -> Tensor:
         """The tokens of all maps, one map after the other, look at a few places of each.
 
         query: (n, b, c); value: the same number of tokens, default query. query_pos is added to the query, identity (default query) to the result.
@@ -34,10 +44,17 @@ class DeformableAttention(MultiScaleDeformableAttention):
         if not self.batch_first:
             query, value = query.transpose(0, 1), value.transpose(0, 1)  # (n, b, c) -> (b, n, c)
         places = (*query.shape[:2], self.num_heads, self.num_levels, self.num_points)
-        value = self.value_proj(value).unflatten(2, (self.num_heads, -1))  # (b, n, c) -> (b, n, heads, c / heads)
+        value = self.value_proj(value).unflatten(
+            2, (self.num_heads, -1)
+        )  # (b, n, c) -> (b, n, heads, c / heads)
         weights = self.attention_weights(query).unflatten(2, (self.num_heads, -1)).softmax(-1).view(places)
-        sizes = made_on_device([side for height, width in spatial_shapes for side in (width, height)], query).view(-1, 2)
-        locations = reference_points[:, :, None, :, None] + self.sampling_offsets(query).view(*places, 2) / sizes[:, None]
+        sizes = made_on_device(
+            [side for height, width in spatial_shapes for side in (width, height)], query
+        ).view(-1, 2)
+        locations = (
+            reference_points[:, :, None, :, None]
+            + self.sampling_offsets(query).view(*places, 2) / sizes[:, None]
+        )
         attended = self.output_proj(attend(value, spatial_shapes, locations, weights))
         return self.dropout(attended if self.batch_first else attended.transpose(0, 1)) + identity
 

@@ -22,7 +22,9 @@ from internseg_ds.models.sampling_operators import implementation_for
 def implementation(value: Tensor, locations: Tensor, weights: Tensor) -> ModuleType:
     """What computes these tensors: `deformable_attention_triton` on GPUs where Triton can be imported, or `deformable_attention_torch`, also for fp64 and
     under `torch.use_deterministic_algorithms` (launch/train.py --deterministic), where torch warns that its gradient of the value is not."""
-    return implementation_for((value, locations, weights), "deformable_attention_triton", deformable_attention_torch)
+    return implementation_for(
+        (value, locations, weights), "deformable_attention_triton", deformable_attention_torch
+    )
 
 
 @torch.library.custom_op("internseg_ds::deformable_attention", mutates_args=())
@@ -37,7 +39,9 @@ def deformable_attention(value: Tensor, locations: Tensor, weights: Tensor, side
 
 
 @torch.library.custom_op("internseg_ds::deformable_attention_backward", mutates_args=())
-def deformable_attention_backward(grad: Tensor, value: Tensor, locations: Tensor, weights: Tensor, sides: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+def deformable_attention_backward(
+    grad: Tensor, value: Tensor, locations: Tensor, weights: Tensor, sides: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
     """grad (b, n, heads * c), of the result of `deformable_attention` -> the gradients of value, locations and weights."""
     shapes = _shapes(value, locations, weights, sides)
     return implementation(value, locations, weights).backward(grad, value, locations, weights, shapes)
@@ -50,8 +54,13 @@ def _(value: Tensor, locations: Tensor, weights: Tensor, sides: Sequence[int]) -
 
 
 @deformable_attention_backward.register_fake
-def _(grad: Tensor, value: Tensor, locations: Tensor, weights: Tensor, sides: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (value, locations, weights))
+def _(
+    grad: Tensor, value: Tensor, locations: Tensor, weights: Tensor, sides: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(
+        torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        for tensor in (value, locations, weights)
+    )
 
 
 def _keep_inputs(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
@@ -67,14 +76,28 @@ deformable_attention.register_autograd(_gradients, setup_context=_keep_inputs)
 
 
 @register_flop_formula(torch.ops.internseg_ds.deformable_attention)
-def forward_flops(value: torch.Size, locations: torch.Size, weights: torch.Size, sides: Sequence[int], out_shape: object = None, **_: object) -> int:
+def forward_flops(
+    value: torch.Size,
+    locations: torch.Size,
+    weights: torch.Size,
+    sides: Sequence[int],
+    out_shape: object = None,
+    **_: object,
+) -> int:
     """A multiplication and an addition for each channel of the four corners of each point; what is done once per point is not counted."""
     return 8 * math.prod(weights) * value[3]
 
 
 @register_flop_formula(torch.ops.internseg_ds.deformable_attention_backward)
-def backward_flops(grad: torch.Size, value: torch.Size, locations: torch.Size, weights: torch.Size, sides: Sequence[int], out_shape: object = None,
-                   **_: object) -> int:
+def backward_flops(
+    grad: torch.Size,
+    value: torch.Size,
+    locations: torch.Size,
+    weights: torch.Size,
+    sides: Sequence[int],
+    out_shape: object = None,
+    **_: object,
+) -> int:
     """As many for the gradient of the value, and for the four products from which those of weights and locations are made."""
     return 2 * forward_flops(value, locations, weights, sides)
 
@@ -84,11 +107,17 @@ def _shapes(value: Tensor, locations: Tensor, weights: Tensor, sides: Sequence[i
     shapes = list(zip(sides[::2], sides[1::2], strict=True))
     pixels = sum(height * width for height, width in shapes)
     if value.dim() != 4 or value.size(1) != pixels:
-        raise ValueError(f"the value of deformable attention has the shape {tuple(value.shape)}; for maps of {shapes} it must be (b, {pixels}, heads, c)")
+        raise ValueError(
+            f"the value of deformable attention has the shape {tuple(value.shape)}; for maps of {shapes} it must be (b, {pixels}, heads, c)"
+        )
     wanted = (value.size(0), value.size(2), len(shapes))
     if weights.dim() != 5 or (weights.size(0), *weights.shape[2:4]) != wanted:
-        raise ValueError(f"the weights of deformable attention have the shape {tuple(weights.shape)}; for a value of {tuple(value.shape)} and "
-                         f"{len(shapes)} maps it must be ({wanted[0]}, queries, {wanted[1]}, {wanted[2]}, points)")
+        raise ValueError(
+            f"the weights of deformable attention have the shape {tuple(weights.shape)}; for a value of {tuple(value.shape)} and "
+            f"{len(shapes)} maps it must be ({wanted[0]}, queries, {wanted[1]}, {wanted[2]}, points)"
+        )
     if tuple(locations.shape) != (*weights.shape, 2):
-        raise ValueError(f"the locations of deformable attention have the shape {tuple(locations.shape)}; for these weights it must be {(*weights.shape, 2)}")
+        raise ValueError(
+            f"the locations of deformable attention have the shape {tuple(locations.shape)}; for these weights it must be {(*weights.shape, 2)}"
+        )
     return shapes

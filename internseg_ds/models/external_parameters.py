@@ -10,5 +10,8 @@ def external_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     if isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward:
         return {f"out_proj.{name}": param for name, param in module.out_proj.named_parameters()}
     if isinstance(module, IterativeDecodeHead):
-        return {f"kernel_generate_head.conv_seg.{name}": param for name, param in module.kernel_generate_head.conv_seg.named_parameters()}
+        return {
+            f"kernel_generate_head.conv_seg.{name}": param
+            for name, param in module.kernel_generate_head.conv_seg.named_parameters()
+        }
     return {}

@@ -23,20 +23,46 @@ class FCNHead(BaseDecodeHead):
     and for a dilation below 1.
     """
 
-    def __init__(self, num_convs: int = 2, kernel_size: int = 3, concat_input: bool = True, dilation: int = 1, with_norm: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        num_convs: int = 2,
+        kernel_size: int = 3,
+        concat_input: bool = True,
+        dilation: int = 1,
+        with_norm: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         if num_convs < 0 or (num_convs == 0 and self.in_channels != self.channels):
-            raise ValueError(f"num_convs={num_convs} cannot turn in_channels={self.in_channels} into channels={self.channels}; "
-                             "make them equal or add a convolution")
+            raise ValueError(
+                f"num_convs={num_convs} cannot turn in_channels={self.in_channels} into channels={self.channels}; "
+                "make them equal or add a convolution"
+            )
         if dilation < 1:
             raise ValueError(f"dilation={dilation} must be 1 or more")
         self.num_convs, self.concat_input = num_convs, concat_input
         style = {"conv_cfg": self.conv_cfg, "norm_cfg": self.norm_cfg, "act_cfg": self.act_cfg}
         widths = [self.in_channels] + [self.channels] * num_convs
-        convs = [ConvModule(width, self.channels, kernel_size, padding=kernel_size // 2 * dilation, dilation=dilation, **style) for width in widths[:-1]]
+        convs = [
+            ConvModule(
+                width,
+                self.channels,
+                kernel_size,
+                padding=kernel_size // 2 * dilation,
+                dilation=dilation,
+                **style,
+            )
+            for width in widths[:-1]
+        ]
         self.convs = nn.Sequential(*convs) if convs else nn.Identity()
         if concat_input:
-            self.conv_cat = ConvModule(self.in_channels + self.channels, self.channels, kernel_size, padding=kernel_size // 2, **style)
+            self.conv_cat = ConvModule(
+                self.in_channels + self.channels,
+                self.channels,
+                kernel_size,
+                padding=kernel_size // 2,
+                **style,
+            )
         self.norm = nn.SyncBatchNorm(self.channels) if with_norm else nn.Identity()
 
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:

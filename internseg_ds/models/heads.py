@@ -14,7 +14,11 @@ from internseg_ds.models.derived_class import derived_class
 
 def heads(segmentor: nn.Module) -> list[nn.Module]:
     """All heads that run in training."""
-    found = [head for name in ("decode_head", "auxiliary_head") if (head := getattr(segmentor, name, None)) is not None]
+    found = [
+        head
+        for name in ("decode_head", "auxiliary_head")
+        if (head := getattr(segmentor, name, None)) is not None
+    ]
     return [part for head in found for part in (head if isinstance(head, nn.ModuleList) else [head])]
 
 
@@ -23,7 +27,9 @@ def losses_of(head: BaseDecodeHead) -> list[nn.Module]:
     return list(head.loss_decode) if isinstance(head.loss_decode, nn.ModuleList) else [head.loss_decode]
 
 
-def head_outputs(segmentor: nn.Module, features: Sequence[Tensor], but: Collection[nn.Module] = ()) -> Iterator[tuple[nn.Module, Any]]:
+def head_outputs(
+    segmentor: nn.Module, features: Sequence[Tensor], but: Collection[nn.Module] = ()
+) -> Iterator[tuple[nn.Module, Any]]:
     """Each head, but for some, with what it puts out. In a cascade, a head takes the output of the one before, as mmseg's evaluation has it.
 
     features: the maps of the backbone, or of the neck where there is one.
@@ -69,5 +75,8 @@ def stand_in_loss(segmentor: nn.Module, features: Sequence[Tensor], labels: Tens
     total = sum(head.stand_in_loss(features, labels) for head in own)
     for _, output in head_outputs(segmentor, features, but=own):
         maps = (leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.dim() == 4)
-        total = total + sum(F.cross_entropy(F.interpolate(logits, size=labels.shape[1:], mode="bilinear"), labels) for logits in maps)
+        total = total + sum(
+            F.cross_entropy(F.interpolate(logits, size=labels.shape[1:], mode="bilinear"), labels)
+            for logits in maps
+        )
     return total

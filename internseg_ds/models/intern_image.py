@@ -34,7 +34,14 @@ class InternImage(BaseModule):
 
     follows_dtype = True
     """It computes in the dtype of its input, whatever that is."""
-    pretrained_extras = ("conv_head.", "head.", "dcnv3_head_x3.", "dcnv3_head_x4.", "clip_projector.", "fc_norm.")
+    pretrained_extras = (
+        "conv_head.",
+        "head.",
+        "dcnv3_head_x3.",
+        "dcnv3_head_x4.",
+        "clip_projector.",
+        "fc_norm.",
+    )
     """Prefixes of what published classification checkpoints hold beside the backbone."""
     layouts = ("internimage",)
     """Layouts that it can be exported in: the one .pth, whose names are ours."""
@@ -69,8 +76,20 @@ class InternImage(BaseModule):
     ) -> None:
         super().__init__()
         post_norm_ids = list(level2_post_norm_block_ids or ()) if level2_post_norm else []
-        _check(core_op, channels, depths, groups, drop_path_type, layer_scale, post_norm, res_post_norm, level2_post_norm, post_norm_ids, out_indices,
-               frozen_stages)
+        _check(
+            core_op,
+            channels,
+            depths,
+            groups,
+            drop_path_type,
+            layer_scale,
+            post_norm,
+            res_post_norm,
+            level2_post_norm,
+            post_norm_ids,
+            out_indices,
+            frozen_stages,
+        )
         self.depths, self.depth = tuple(depths), sum(depths)
         self.out_indices, self.frozen_stages, self.with_cp = tuple(out_indices), frozen_stages, with_cp
         self.recomputation: Recomputation = "blocks"
@@ -78,19 +97,50 @@ class InternImage(BaseModule):
 
         self.patch_embed = Stem(channels, act_layer, norm_layer)
         self.pos_drop = nn.Dropout(drop_rate)
-        rates = [drop_path_rate if drop_path_type == "uniform" else drop_path_rate * index / max(self.depth - 1, 1) for index in range(self.depth)]
+        rates = [
+            drop_path_rate if drop_path_type == "uniform" else drop_path_rate * index / max(self.depth - 1, 1)
+            for index in range(self.depth)
+        ]
         self.levels = nn.ModuleList()
         for level, depth in enumerate(depths):
             width, first = channels * 2**level, sum(depths[:level])
-            blocks = [Block(width, groups[level], mlp_ratio, drop_rate, rate, act_layer, norm_layer, post_norm, layer_scale, offset_scale, dw_kernel_size,
-                            res_post_norm, center_feature_scale) for rate in rates[first : first + depth]]
-            self.levels.append(Level(blocks, width, norm_layer, normed=not post_norm or center_feature_scale, post_norm_ids=post_norm_ids if level == 2 else (),
-                                     downsample=level < len(depths) - 1))
+            blocks = [
+                Block(
+                    width,
+                    groups[level],
+                    mlp_ratio,
+                    drop_rate,
+                    rate,
+                    act_layer,
+                    norm_layer,
+                    post_norm,
+                    layer_scale,
+                    offset_scale,
+                    dw_kernel_size,
+                    res_post_norm,
+                    center_feature_scale,
+                )
+                for rate in rates[first : first + depth]
+            ]
+            self.levels.append(
+                Level(
+                    blocks,
+                    width,
+                    norm_layer,
+                    normed=not post_norm or center_feature_scale,
+                    post_norm_ids=post_norm_ids if level == 2 else (),
+                    downsample=level < len(depths) - 1,
+                )
+            )
         for part in self._frozen():
             part.requires_grad_(False)
 
     def _frozen(self) -> list[nn.Module]:
-        return [] if self.frozen_stages < 0 else [self.patch_embed, self.pos_drop, *self.levels[: self.frozen_stages]]
+        return (
+            []
+            if self.frozen_stages < 0
+            else [self.patch_embed, self.pos_drop, *self.levels[: self.frozen_stages]]
+        )
 
     def exported(self, layout: str) -> tuple[dict[str, tuple[str, ...]], None]:
         """Names of its parameters and statistics in a published layout; there is no config.json."""
@@ -119,7 +169,9 @@ class InternImage(BaseModule):
         x = self.pos_drop(self.patch_embed(image))
         recomputation = self.recomputation if self.with_cp and self.training else "none"
         maps: list[Tensor] = []
-        for index, level in zip(range(self.out_indices[-1] + 1), self.levels):  # no output depends on the levels after these
+        for index, level in zip(
+            range(self.out_indices[-1] + 1), self.levels
+        ):  # no output depends on the levels after these
             x = level(x, first=sum(self.depths[:index]), recomputation=recomputation)
             if index in self.out_indices:
                 maps.append(x.permute(0, 3, 1, 2).contiguous())  # (b, h, w, c) -> (b, c, h, w)
@@ -135,23 +187,45 @@ class InternImage(BaseModule):
         return self
 
 
-def _weight_file(init_cfg: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None, pretrained: str | None) -> str | None:
+def _weight_file(
+    init_cfg: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None, pretrained: str | None
+) -> str | None:
     """The checkpoint of init_cfg, or `pretrained` where that names a file."""
     if pretrained is not None and str(pretrained).startswith("open-mmlab://"):
         pretrained = None
     if init_cfg is None:
         return pretrained
     entries = [init_cfg] if isinstance(init_cfg, Mapping) else list(init_cfg)
-    if len(entries) != 1 or entries[0].get("type") != "Pretrained" or set(entries[0]) != {"type", "checkpoint"}:
-        raise ValueError(f"init_cfg={init_cfg} is not dict(type='Pretrained', checkpoint=PATH), and nothing else initialises an InternImage")
+    if (
+        len(entries) != 1
+        or entries[0].get("type") != "Pretrained"
+        or set(entries[0]) != {"type", "checkpoint"}
+    ):
+        raise ValueError(
+            f"init_cfg={init_cfg} is not dict(type='Pretrained', checkpoint=PATH), and nothing else initialises an InternImage"
+        )
     checkpoint = checkpoint_of(entries)
     if pretrained is not None and checkpoint is not None:
-        raise ValueError(f"init_cfg.checkpoint={checkpoint!r} and pretrained={pretrained!r} both name a weight file; drop one")
+        raise ValueError(
+            f"init_cfg.checkpoint={checkpoint!r} and pretrained={pretrained!r} both name a weight file; drop one"
+        )
     return pretrained if checkpoint is None else checkpoint
 
 
-def _check(core_op: str, channels: int, depths: Sequence[int], groups: Sequence[int], drop_path_type: str, layer_scale: float | None, post_norm: bool,
-           res_post_norm: bool, level2_post_norm: bool, post_norm_ids: Sequence[int], out_indices: Sequence[int], frozen_stages: int) -> None:
+def _check(
+    core_op: str,
+    channels: int,
+    depths: Sequence[int],
+    groups: Sequence[int],
+    drop_path_type: str,
+    layer_scale: float | None,
+    post_norm: bool,
+    res_post_norm: bool,
+    level2_post_norm: bool,
+    post_norm_ids: Sequence[int],
+    out_indices: Sequence[int],
+    frozen_stages: int,
+) -> None:
     """Raises ValueError for arguments that do not fit each other."""
     levels = len(depths)
     if core_op not in ("DCNv3", "DCNv3_pytorch"):
@@ -161,17 +235,33 @@ def _check(core_op: str, channels: int, depths: Sequence[int], groups: Sequence[
     if channels < 2 or channels % 2:
         raise ValueError(f"channels={channels} must be even: the stem's first convolution has half of them")
     if not levels or len(groups) != levels or min(depths) < 1:
-        raise ValueError(f"depths={list(depths)} and groups={list(groups)} must have one number of at least 1 for each level")
+        raise ValueError(
+            f"depths={list(depths)} and groups={list(groups)} must have one number of at least 1 for each level"
+        )
     for level, count in enumerate(groups):
         if count < 1 or channels * 2**level % count:
-            raise ValueError(f"groups[{level}]={count} does not divide the {channels * 2**level} channels of level {level} (channels={channels})")
+            raise ValueError(
+                f"groups[{level}]={count} does not divide the {channels * 2**level} channels of level {level} (channels={channels})"
+            )
     if res_post_norm and (post_norm or layer_scale is not None):
-        raise ValueError(f"res_post_norm=True goes with neither post_norm={post_norm} nor layer_scale={layer_scale}: its norms would not be used")
+        raise ValueError(
+            f"res_post_norm=True goes with neither post_norm={post_norm} nor layer_scale={layer_scale}: its norms would not be used"
+        )
     ascending = bool(post_norm_ids) and sorted(set(post_norm_ids)) == post_norm_ids
-    if level2_post_norm and (levels < 3 or not ascending or not 0 <= post_norm_ids[0] <= post_norm_ids[-1] < depths[2]):
-        raise ValueError(f"level2_post_norm=True needs level2_post_norm_block_ids that name blocks of the third level of depths={list(depths)}, ascending, "
-                         f"not {post_norm_ids}")
-    if not out_indices or not all(0 <= index < levels for index in out_indices) or list(out_indices) != sorted(set(out_indices)):
+    if level2_post_norm and (
+        levels < 3 or not ascending or not 0 <= post_norm_ids[0] <= post_norm_ids[-1] < depths[2]
+    ):
+        raise ValueError(
+            f"level2_post_norm=True needs level2_post_norm_block_ids that name blocks of the third level of depths={list(depths)}, ascending, "
+            f"not {post_norm_ids}"
+        )
+    if (
+        not out_indices
+        or not all(0 <= index < levels for index in out_indices)
+        or list(out_indices) != sorted(set(out_indices))
+    ):
         raise ValueError(f"out_indices={list(out_indices)} must name levels 0 to {levels - 1}, ascending")
     if not -1 <= frozen_stages <= levels:
-        raise ValueError(f"frozen_stages={frozen_stages} must be -1 (nothing) to {levels} (the stem and all {levels} levels)")
+        raise ValueError(
+            f"frozen_stages={frozen_stages} must be -1 (nothing) to {levels} (the stem and all {levels} levels)"
+        )

@@ -61,20 +61,49 @@ class Block(nn.Module):
     g(x) is f(norm x) by default, norm(f x) with post_norm, res_post_norm(f(norm x)) with res_post_norm.
     """
 
-    def __init__(self, channels: int, groups: int, mlp_ratio: float, drop: float, drop_path: float, act_layer: str, norm_layer: str, post_norm: bool,
-                 layer_scale: float | None, offset_scale: float, dw_kernel_size: int | None, res_post_norm: bool, center_feature_scale: bool) -> None:
+    def __init__(
+        self,
+        channels: int,
+        groups: int,
+        mlp_ratio: float,
+        drop: float,
+        drop_path: float,
+        act_layer: str,
+        norm_layer: str,
+        post_norm: bool,
+        layer_scale: float | None,
+        offset_scale: float,
+        dw_kernel_size: int | None,
+        res_post_norm: bool,
+        center_feature_scale: bool,
+    ) -> None:
         super().__init__()
         self.post_norm, self.layer_scale = post_norm, layer_scale
         self.norm1 = build_norm(channels, "LN")
-        self.dcn = DCNv3(channels, kernel_size=3, dw_kernel_size=dw_kernel_size, stride=1, pad=1, dilation=1, group=groups, offset_scale=offset_scale,
-                         act_layer=act_layer, norm_layer=norm_layer, center_feature_scale=center_feature_scale)
+        self.dcn = DCNv3(
+            channels,
+            kernel_size=3,
+            dw_kernel_size=dw_kernel_size,
+            stride=1,
+            pad=1,
+            dilation=1,
+            group=groups,
+            offset_scale=offset_scale,
+            act_layer=act_layer,
+            norm_layer=norm_layer,
+            center_feature_scale=center_feature_scale,
+        )
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = build_norm(channels, "LN")
         self.mlp = Mlp(channels, int(channels * mlp_ratio), act_layer, drop)
         self.res_post_norm1 = build_norm(channels, "LN") if res_post_norm else nn.Identity()
         self.res_post_norm2 = build_norm(channels, "LN") if res_post_norm else nn.Identity()
-        self.register_parameter("gamma1", None if layer_scale is None else nn.Parameter(torch.empty(channels)))
-        self.register_parameter("gamma2", None if layer_scale is None else nn.Parameter(torch.empty(channels)))
+        self.register_parameter(
+            "gamma1", None if layer_scale is None else nn.Parameter(torch.empty(channels))
+        )
+        self.register_parameter(
+            "gamma2", None if layer_scale is None else nn.Parameter(torch.empty(channels))
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -93,7 +122,9 @@ class Block(nn.Module):
 
 
 def _scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
-    return x if gamma is None else x * gamma.to(x.dtype)  # without the cast, fp32 parameters under autocast would make the residuals fp32
+    return (
+        x if gamma is None else x * gamma.to(x.dtype)
+    )  # without the cast, fp32 parameters under autocast would make the residuals fp32
 
 
 class Level(nn.Module):
@@ -102,7 +133,15 @@ class Level(nn.Module):
     normed: whether a norm follows the blocks. post_norm_ids: blocks after which a norm stands, ascending. downsample: False for the last level.
     """
 
-    def __init__(self, blocks: Sequence[Block], channels: int, norm_layer: str, normed: bool, post_norm_ids: Sequence[int], downsample: bool) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        channels: int,
+        norm_layer: str,
+        normed: bool,
+        post_norm_ids: Sequence[int],
+        downsample: bool,
+    ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.post_norm_ids = tuple(post_norm_ids)

@@ -16,7 +16,13 @@ from mmseg.models.builder import BACKBONES
 from torch import Tensor, nn
 
 from internseg_ds.models.attention import attention
-from internseg_ds.models.intern_vit_keys import LAYOUTS, arguments_of, exported_config, exported_names, published_sources
+from internseg_ds.models.intern_vit_keys import (
+    LAYOUTS,
+    arguments_of,
+    exported_config,
+    exported_names,
+    published_sources,
+)
 from internseg_ds.models.layers import DropPath, TruncNormalLinear
 from internseg_ds.models.norms import NORMS, ChannelsFirstLayerNorm, RMSNorm
 from internseg_ds.models.recomputation import Recomputation, run_block
@@ -63,14 +69,24 @@ class LayerScale(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., width) -> the same shape and dtype."""
-        compute = torch.float32 if self.force_fp32 else x.dtype  # without the cast, fp32 parameters under autocast would make the residuals fp32
+        compute = (
+            torch.float32 if self.force_fp32 else x.dtype
+        )  # without the cast, fp32 parameters under autocast would make the residuals fp32
         return (x.to(compute) * self.gamma.to(compute)).to(x.dtype)
 
 
 class Attention(nn.Module):
     """Multi-head self-attention; queries and keys are normalised over the whole width, all heads together, before the split into heads."""
 
-    def __init__(self, width: int, num_heads: int, qkv_bias: bool, qk_normalization: bool, use_flash_attn: bool, eps: float) -> None:
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        qkv_bias: bool,
+        qk_normalization: bool,
+        use_flash_attn: bool,
+        eps: float,
+    ) -> None:
         super().__init__()
         self.num_heads, self.use_flash_attn = num_heads, use_flash_attn
         self.qkv = TruncNormalLinear(width, 3 * width, bias=qkv_bias)
@@ -80,7 +96,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).chunk(3, dim=-1)  # (b, n, c) each
-        q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in (self.q_norm(q), self.k_norm(k), v))  # (b, n, heads, c / heads)
+        q, k, v = (
+            part.unflatten(-1, (self.num_heads, -1)) for part in (self.q_norm(q), self.k_norm(k), v)
+        )  # (b, n, heads, c / heads)
         return self.proj(attention(q, k, v, use_flash_attn=self.use_flash_attn).flatten(2))
 
 
@@ -97,8 +115,20 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """x + drop_path(ls1(attn(norm1 x))), then the same with the MLP. init_values 0: no layer scale."""
 
-    def __init__(self, width: int, num_heads: int, mlp_ratio: float, qkv_bias: bool, qk_normalization: bool, drop_path: float, init_values: float,
-                 force_fp32: bool, use_flash_attn: bool, norm_type: str, eps: float) -> None:
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        mlp_ratio: float,
+        qkv_bias: bool,
+        qk_normalization: bool,
+        drop_path: float,
+        init_values: float,
+        force_fp32: bool,
+        use_flash_attn: bool,
+        norm_type: str,
+        eps: float,
+    ) -> None:
         super().__init__()
         self.norm1 = NORMS[norm_type](width, eps)
         self.attn = Attention(width, num_heads, qkv_bias, qk_normalization, use_flash_attn, eps)
@@ -140,7 +170,10 @@ class InternViT6B(BaseModule):
 
     follows_dtype = True
     """It computes in the dtype of its input, whatever that is."""
-    resizable = {"pos_embed": (is_square_embedding, resize_to_shape), "patch_embed.proj.weight": (is_patch_kernel, resize_patch_kernel)}
+    resizable = {
+        "pos_embed": (is_square_embedding, resize_to_shape),
+        "patch_embed.proj.weight": (is_patch_kernel, resize_patch_kernel),
+    }
     """Parameters whose shape in a weight file may differ: which (file's, model's) shapes can be brought together, and how."""
     pretrained_extras = ("clip_projector.", "layernorm.")
     """Prefixes of what published weight files hold beside the backbone."""
@@ -180,25 +213,53 @@ class InternViT6B(BaseModule):
         super().__init__(init_cfg)
         if norm_type not in NORMS:
             raise ValueError(f"norm_type={norm_type!r} is none of {', '.join(NORMS)}")
-        sizes = dict(in_chans=in_chans, patch_size=patch_size, img_size=img_size, embed_dim=embed_dim, num_heads=num_heads, depth=depth)
+        sizes = dict(
+            in_chans=in_chans,
+            patch_size=patch_size,
+            img_size=img_size,
+            embed_dim=embed_dim,
+            num_heads=num_heads,
+            depth=depth,
+        )
         for name, size in sizes.items():
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ValueError(f"{name}={size!r} must be a whole number of at least 1")
         if img_size % patch_size:
             below = img_size // patch_size * patch_size
-            raise ValueError(f"img_size={img_size} is not a multiple of patch_size={patch_size}; use {below} or {below + patch_size}")
+            raise ValueError(
+                f"img_size={img_size} is not a multiple of patch_size={patch_size}; use {below} or {below + patch_size}"
+            )
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim={embed_dim} is not a multiple of num_heads={num_heads}")
-        if not out_indices or not all(0 <= index < depth for index in out_indices) or list(out_indices) != sorted(set(out_indices)):
-            raise ValueError(f"out_indices={list(out_indices)} must name blocks 0 to {depth - 1} of depth={depth}, ascending")
+        if (
+            not out_indices
+            or not all(0 <= index < depth for index in out_indices)
+            or list(out_indices) != sorted(set(out_indices))
+        ):
+            raise ValueError(
+                f"out_indices={list(out_indices)} must name blocks 0 to {depth - 1} of depth={depth}, ascending"
+            )
         if with_fpn and len(out_indices) != 4:
             raise ValueError(f"with_fpn=True needs 4 out_indices, not {list(out_indices)}")
         self.patch_size, self.embed_dim, self.depth = patch_size, embed_dim, depth
         self.pretrain_size, self.pretrained = pretrain_size, pretrained
         self.img_size, self.init_values = img_size, init_values
-        self.arguments = {"embed_dim": embed_dim, "num_heads": num_heads, "depth": depth, "mlp_ratio": mlp_ratio, "qkv_bias": qkv_bias,
-                          "qk_normalization": qk_normalization, "norm_type": norm_type, "layer_norm_eps": layer_norm_eps}
-        self.out_indices, self.with_cp, self.freeze_vit, self.with_fpn = tuple(out_indices), with_cp, freeze_vit, with_fpn
+        self.arguments = {
+            "embed_dim": embed_dim,
+            "num_heads": num_heads,
+            "depth": depth,
+            "mlp_ratio": mlp_ratio,
+            "qkv_bias": qkv_bias,
+            "qk_normalization": qk_normalization,
+            "norm_type": norm_type,
+            "layer_norm_eps": layer_norm_eps,
+        }
+        self.out_indices, self.with_cp, self.freeze_vit, self.with_fpn = (
+            tuple(out_indices),
+            with_cp,
+            freeze_vit,
+            with_fpn,
+        )
         self.recomputation: Recomputation = "blocks"
 
         self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size)
@@ -206,14 +267,28 @@ class InternViT6B(BaseModule):
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + (img_size // patch_size) ** 2, embed_dim))
         self.reset_parameters()
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, mlp_ratio, qkv_bias, qk_normalization, drop_path_rate * index / max(depth - 1, 1), init_values,
-                  layerscale_force_fp32, use_flash_attn, norm_type, layer_norm_eps)
-            for index in range(depth))
+            Block(
+                embed_dim,
+                num_heads,
+                mlp_ratio,
+                qkv_bias,
+                qk_normalization,
+                drop_path_rate * index / max(depth - 1, 1),
+                init_values,
+                layerscale_force_fp32,
+                use_flash_attn,
+                norm_type,
+                layer_norm_eps,
+            )
+            for index in range(depth)
+        )
         if freeze_vit:
             self.requires_grad_(False)  # before the FPN layers, which train
         if with_fpn:
             last = (lambda: [ChannelsFirstLayerNorm(embed_dim)]) if with_final_norm else list
-            self.up1 = nn.Sequential(UpConv(embed_dim), ChannelsFirstLayerNorm(embed_dim), nn.GELU(), UpConv(embed_dim), *last())
+            self.up1 = nn.Sequential(
+                UpConv(embed_dim), ChannelsFirstLayerNorm(embed_dim), nn.GELU(), UpConv(embed_dim), *last()
+            )
             self.up2 = nn.Sequential(UpConv(embed_dim), *last())
             self.up3 = nn.Sequential(nn.Identity(), *last())
             self.up4 = nn.Sequential(HalvingPool(kernel_size=2, stride=2), *last())
@@ -225,7 +300,9 @@ class InternViT6B(BaseModule):
 
     def exported(self, layout: str) -> tuple[dict[str, tuple[str, ...]], dict[str, object] | None]:
         """Names of the ViT's parameters in one of `layouts`, and its config.json where it has one."""
-        return exported_names(layout, self.depth), exported_config(layout, self.arguments, self.img_size, self.patch_size, self.init_values)
+        return exported_names(layout, self.depth), exported_config(
+            layout, self.arguments, self.img_size, self.patch_size, self.init_values
+        )
 
     def layer_id(self, name: str) -> int:
         """The layer of a parameter, for layer-wise learning-rate decay; name is relative to the backbone.
@@ -244,7 +321,9 @@ class InternViT6B(BaseModule):
         Raises ValueError when h or w is not a multiple of the patch size.
         """
         if image.size(2) % self.patch_size or image.size(3) % self.patch_size:
-            raise ValueError(f"image of {image.size(2)} x {image.size(3)} pixels is not a multiple of the patch size {self.patch_size}")
+            raise ValueError(
+                f"image of {image.size(2)} x {image.size(3)} pixels is not a multiple of the patch size {self.patch_size}"
+            )
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_vit):
             maps = self._maps(image)
         if self.with_fpn:
@@ -254,11 +333,20 @@ class InternViT6B(BaseModule):
     def _maps(self, image: Tensor) -> list[Tensor]:
         patches = self.patch_embed(image)  # (b, c, h / patch, w / patch)
         grid = (patches.size(2), patches.size(3))
-        tokens = torch.cat([self.cls_token.to(patches.dtype).expand(len(patches), -1, -1), patches.flatten(2).mT], dim=1)  # (b, 1 + n, c)
+        tokens = torch.cat(
+            [self.cls_token.to(patches.dtype).expand(len(patches), -1, -1), patches.flatten(2).mT], dim=1
+        )  # (b, 1 + n, c)
         x = tokens + resize_position_embedding(self.pos_embed, grid).to(tokens.dtype)
         maps = []
-        for index, block in zip(range(self.out_indices[-1] + 1), self.blocks):  # no output depends on the blocks after these
-            x = run_block(block, x, index=index, recomputation=self.recomputation if self.with_cp and self.training else "none")
+        for index, block in zip(
+            range(self.out_indices[-1] + 1), self.blocks
+        ):  # no output depends on the blocks after these
+            x = run_block(
+                block,
+                x,
+                index=index,
+                recomputation=self.recomputation if self.with_cp and self.training else "none",
+            )
             if index in self.out_indices:
                 maps.append(x[:, 1:].mT.unflatten(2, grid))  # (b, 1 + n, c) -> (b, c, h / patch, w / patch)
         return maps

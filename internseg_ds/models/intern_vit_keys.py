@@ -20,7 +20,11 @@ class Layout:
 
     def names(self, depth: int) -> dict[str, tuple[str, ...]]:
         """Every name that a backbone of `depth` blocks may have, whichever norms and biases it has."""
-        blocks = {f"blocks.{n}.{ours}": tuple(name.format(n=n) for name in theirs) for n in range(depth) for ours, theirs in self.block.items()}
+        blocks = {
+            f"blocks.{n}.{ours}": tuple(name.format(n=n) for name in theirs)
+            for n in range(depth)
+            for ours, theirs in self.block.items()
+        }
         return self.embeddings | blocks
 
 
@@ -32,8 +36,20 @@ OPENGVLAB = Layout(
         **{f"patch_embed.proj.{leaf}": (f"embeddings.patch_embedding.{leaf}",) for leaf in LINEAR},
     },
     block={
-        **{f"{module}.{leaf}": (f"encoder.layers.{{n}}.{module}.{leaf}",) for leaf in LINEAR
-           for module in ("norm1", "attn.qkv", "attn.q_norm", "attn.k_norm", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")},
+        **{
+            f"{module}.{leaf}": (f"encoder.layers.{{n}}.{module}.{leaf}",)
+            for leaf in LINEAR
+            for module in (
+                "norm1",
+                "attn.qkv",
+                "attn.q_norm",
+                "attn.k_norm",
+                "attn.proj",
+                "norm2",
+                "mlp.fc1",
+                "mlp.fc2",
+            )
+        },
         **{f"{scale}.gamma": (f"encoder.layers.{{n}}.{scale}",) for scale in ("ls1", "ls2")},
     },
 )
@@ -42,13 +58,28 @@ TRANSFORMERS = Layout(
     embeddings={
         "cls_token": ("embeddings.cls_token",),
         "pos_embed": ("embeddings.position_embeddings",),
-        **{f"patch_embed.proj.{leaf}": (f"embeddings.patch_embeddings.projection.{leaf}",) for leaf in LINEAR},
+        **{
+            f"patch_embed.proj.{leaf}": (f"embeddings.patch_embeddings.projection.{leaf}",) for leaf in LINEAR
+        },
     },
     block={
-        **{f"{ours}.{leaf}": (f"encoder.layer.{{n}}.{theirs}.{leaf}",) for leaf in LINEAR
-           for ours, theirs in {"norm1": "layernorm_before", "attn.q_norm": "attention.q_norm", "attn.k_norm": "attention.k_norm",
-                                "attn.proj": "attention.projection_layer", "norm2": "layernorm_after", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}.items()},
-        **{f"attn.qkv.{leaf}": tuple(f"encoder.layer.{{n}}.attention.{part}_proj.{leaf}" for part in "qkv") for leaf in LINEAR},
+        **{
+            f"{ours}.{leaf}": (f"encoder.layer.{{n}}.{theirs}.{leaf}",)
+            for leaf in LINEAR
+            for ours, theirs in {
+                "norm1": "layernorm_before",
+                "attn.q_norm": "attention.q_norm",
+                "attn.k_norm": "attention.k_norm",
+                "attn.proj": "attention.projection_layer",
+                "norm2": "layernorm_after",
+                "mlp.fc1": "mlp.fc1",
+                "mlp.fc2": "mlp.fc2",
+            }.items()
+        },
+        **{
+            f"attn.qkv.{leaf}": tuple(f"encoder.layer.{{n}}.attention.{part}_proj.{leaf}" for part in "qkv")
+            for leaf in LINEAR
+        },
         **{f"ls{number}.gamma": (f"encoder.layer.{{n}}.lambda_{number}",) for number in (1, 2)},
     },
 )
@@ -61,9 +92,17 @@ def published_sources(names: Collection[str]) -> tuple[str, dict[str, tuple[str,
         for marked in names:
             if marked == layout.mark or marked.endswith("." + layout.mark):
                 prefix = marked.removesuffix(layout.mark)
-                blocks = [int(parts[2]) for name in names if name.startswith(prefix + "encoder.") and len(parts := name.removeprefix(prefix).split(".")) > 2
-                          and parts[2].isdigit()]
-                known = {ours: tuple(prefix + name for name in theirs) for ours, theirs in layout.names(max(blocks, default=-1) + 1).items()}
+                blocks = [
+                    int(parts[2])
+                    for name in names
+                    if name.startswith(prefix + "encoder.")
+                    and len(parts := name.removeprefix(prefix).split(".")) > 2
+                    and parts[2].isdigit()
+                ]
+                known = {
+                    ours: tuple(prefix + name for name in theirs)
+                    for ours, theirs in layout.names(max(blocks, default=-1) + 1).items()
+                }
                 present = set(names)
                 return prefix, {ours: theirs for ours, theirs in known.items() if present.issuperset(theirs)}
     return None
@@ -76,7 +115,9 @@ def arguments_of(config: dict) -> dict[str, object]:
         "embed_dim": config.get("hidden_size"),
         "num_heads": config.get("num_attention_heads"),
         "depth": config.get("num_hidden_layers"),
-        "mlp_ratio": config["intermediate_size"] / config["hidden_size"] if {"intermediate_size", "hidden_size"} <= config.keys() else None,
+        "mlp_ratio": config["intermediate_size"] / config["hidden_size"]
+        if {"intermediate_size", "hidden_size"} <= config.keys()
+        else None,
         "qkv_bias": config.get("qkv_bias", config.get("attention_bias")),
         "qk_normalization": config.get("qk_normalization", config.get("use_qk_norm")),
         "norm_type": config.get("norm_type"),
@@ -92,18 +133,47 @@ def exported_names(layout: str, depth: int) -> dict[str, tuple[str, ...]]:
     return LAYOUTS[layout].names(depth)
 
 
-def exported_config(layout: str, arguments: dict[str, object], img_size: int, patch_size: int, init_values: float) -> dict[str, object] | None:
+def exported_config(
+    layout: str, arguments: dict[str, object], img_size: int, patch_size: int, init_values: float
+) -> dict[str, object] | None:
     """The config.json of a folder in a layout; None for "internvl", which has none. OpenGVLab's needs its two .py files beside it (remote code)."""
     width = arguments["embed_dim"]
-    common = {"hidden_size": width, "num_attention_heads": arguments["num_heads"], "num_hidden_layers": arguments["depth"],
-              "intermediate_size": int(width * arguments["mlp_ratio"]), "norm_type": arguments["norm_type"], "layer_norm_eps": arguments["layer_norm_eps"],
-              "hidden_act": "gelu", "num_channels": 3, "torch_dtype": "float32"}
+    common = {
+        "hidden_size": width,
+        "num_attention_heads": arguments["num_heads"],
+        "num_hidden_layers": arguments["depth"],
+        "intermediate_size": int(width * arguments["mlp_ratio"]),
+        "norm_type": arguments["norm_type"],
+        "layer_norm_eps": arguments["layer_norm_eps"],
+        "hidden_act": "gelu",
+        "num_channels": 3,
+        "torch_dtype": "float32",
+    }
     if layout == "opengvlab":
-        return common | {"architectures": ["InternVisionModel"], "model_type": "intern_vit_6b", "qkv_bias": arguments["qkv_bias"],
-                         "qk_normalization": arguments["qk_normalization"], "image_size": img_size, "patch_size": patch_size, "initializer_factor": init_values,
-                         "auto_map": {"AutoConfig": "configuration_intern_vit.InternVisionConfig", "AutoModel": "modeling_intern_vit.InternVisionModel"}}
+        return common | {
+            "architectures": ["InternVisionModel"],
+            "model_type": "intern_vit_6b",
+            "qkv_bias": arguments["qkv_bias"],
+            "qk_normalization": arguments["qk_normalization"],
+            "image_size": img_size,
+            "patch_size": patch_size,
+            "initializer_factor": init_values,
+            "auto_map": {
+                "AutoConfig": "configuration_intern_vit.InternVisionConfig",
+                "AutoModel": "modeling_intern_vit.InternVisionModel",
+            },
+        }
     if layout == "transformers":
-        return common | {"architectures": ["InternVLVisionModel"], "model_type": "internvl_vision", "attention_bias": arguments["qkv_bias"],
-                         "use_qk_norm": arguments["qk_normalization"], "image_size": [img_size, img_size], "patch_size": [patch_size, patch_size],
-                         "layer_scale_init_value": init_values, "use_absolute_position_embeddings": True, "use_mask_token": False, "use_mean_pooling": True}
+        return common | {
+            "architectures": ["InternVLVisionModel"],
+            "model_type": "internvl_vision",
+            "attention_bias": arguments["qkv_bias"],
+            "use_qk_norm": arguments["qk_normalization"],
+            "image_size": [img_size, img_size],
+            "patch_size": [patch_size, patch_size],
+            "layer_scale_init_value": init_values,
+            "use_absolute_position_embeddings": True,
+            "use_mask_token": False,
+            "use_mean_pooling": True,
+        }
     return None

@@ -36,7 +36,13 @@ class ToChannelsLast(nn.Module):
         return x.permute(0, 2, 3, 1)
 
 
-def build_norm(channels: int, norm_layer: str, in_format: Format = "channels_last", out_format: Format = "channels_last", eps: float = 1e-6) -> nn.Sequential:
+def build_norm(
+    channels: int,
+    norm_layer: str,
+    in_format: Format = "channels_last",
+    out_format: Format = "channels_last",
+    eps: float = 1e-6,
+) -> nn.Sequential:
     """LayerNorm over the channels of each position ("LN", with this eps) or batch norm ("BN"), between features of these formats.
 
     Raises ValueError for another name.
@@ -54,7 +60,7 @@ def build_norm(channels: int, norm_layer: str, in_format: Format = "channels_las
 
 
 def build_activation(act_layer: str) -> nn.Module:
-    """"GELU", "ReLU" or "SiLU". Raises ValueError for another name."""
+    """ "GELU", "ReLU" or "SiLU". Raises ValueError for another name."""
     activations = {"GELU": nn.GELU, "ReLU": nn.ReLU, "SiLU": nn.SiLU}
     if act_layer not in activations:
         raise ValueError(f"act_layer={act_layer!r} is none of {', '.join(activations)}")
@@ -81,7 +87,9 @@ class DropPath(nn.Module):
     def __init__(self, drop_prob: float) -> None:
         super().__init__()
         if not 0 <= drop_prob < 1:
-            raise ValueError(f"a drop-path rate of {drop_prob:g} is not at least 0 and below 1, where no image would be left (drop_path_rate)")
+            raise ValueError(
+                f"a drop-path rate of {drop_prob:g} is not at least 0 and below 1, where no image would be left (drop_path_rate)"
+            )
         self.drop_prob = drop_prob
 
     def forward(self, x: Tensor) -> Tensor:
@@ -89,7 +97,9 @@ class DropPath(nn.Module):
         if not self.training:
             return x
         keep = 1 - self.drop_prob
-        kept = torch.empty(len(x), *[1] * (x.dim() - 1), dtype=torch.float32, device=x.device).bernoulli_(keep)
+        kept = torch.empty(len(x), *[1] * (x.dim() - 1), dtype=torch.float32, device=x.device).bernoulli_(
+            keep
+        )
         return x * (kept / keep).to(x.dtype)
 
 

@@ -22,16 +22,43 @@ class EncoderDecoderMask2Former(EncoderDecoder):
     Arguments are EncoderDecoder's. Losses come out as `decode.loss_cls`, `decode.d0.loss_mask`, ...
     """
 
-    def __init__(self, backbone: Mapping[str, Any], decode_head: Mapping[str, Any], train_cfg: Mapping[str, Any] | None = None,
-                 test_cfg: Mapping[str, Any] | None = None, **segmentor: Any) -> None:
-        super().__init__(backbone, ConfigDict(decode_head, train_cfg=train_cfg, test_cfg=test_cfg), train_cfg=train_cfg, test_cfg=test_cfg, **segmentor)
+    def __init__(
+        self,
+        backbone: Mapping[str, Any],
+        decode_head: Mapping[str, Any],
+        train_cfg: Mapping[str, Any] | None = None,
+        test_cfg: Mapping[str, Any] | None = None,
+        **segmentor: Any,
+    ) -> None:
+        super().__init__(
+            backbone,
+            ConfigDict(decode_head, train_cfg=train_cfg, test_cfg=test_cfg),
+            train_cfg=train_cfg,
+            test_cfg=test_cfg,
+            **segmentor,
+        )
 
-    def forward_train(self, img: Tensor, img_metas: Sequence[Mapping[str, Any]], gt_semantic_seg: Tensor, gt_masks: Sequence[Tensor],
-                      gt_labels: Sequence[Tensor]) -> dict[str, Tensor]:
+    def forward_train(
+        self,
+        img: Tensor,
+        img_metas: Sequence[Mapping[str, Any]],
+        gt_semantic_seg: Tensor,
+        gt_masks: Sequence[Tensor],
+        gt_labels: Sequence[Tensor],
+    ) -> dict[str, Tensor]:
         """img (b, 3, h, w), gt_semantic_seg (b, 1, h, w) for auxiliary heads; of each image gt_masks (n, h, w) of 0 and 1 and their classes gt_labels (n)."""
         features = self.extract_feat(img)
-        losses = add_prefix(self.decode_head.forward_train(features, img_metas, gt_semantic_seg, gt_labels=gt_labels, gt_masks=gt_masks), "decode")
-        return losses | (self._auxiliary_head_forward_train(features, img_metas, gt_semantic_seg) if self.with_auxiliary_head else {})
+        losses = add_prefix(
+            self.decode_head.forward_train(
+                features, img_metas, gt_semantic_seg, gt_labels=gt_labels, gt_masks=gt_masks
+            ),
+            "decode",
+        )
+        return losses | (
+            self._auxiliary_head_forward_train(features, img_metas, gt_semantic_seg)
+            if self.with_auxiliary_head
+            else {}
+        )
 
 
 @HEADS.register_module(force=True)
@@ -40,7 +67,9 @@ def Mask2FormerHead(**arguments: Any) -> nn.Module:  # the name that published c
     try:
         import mmdet  # noqa: F401
     except ImportError as error:
-        raise ImportError(f"Mask2FormerHead is built on mmdet, which is not there ({error}); pip install mmdet==2.28.2") from error
+        raise ImportError(
+            f"Mask2FormerHead is built on mmdet, which is not there ({error}); pip install mmdet==2.28.2"
+        ) from error
     from internseg_ds.models.mask2former_head import Mask2FormerHead as Head
 
     return Head(**arguments)

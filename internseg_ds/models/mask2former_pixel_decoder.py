@@ -31,7 +31,11 @@ class RecomputedFFN(FFN):
     def forward(self, x: Tensor, identity: Tensor | None = None) -> Tensor:
         """x (n, b, c) -> (n, b, c); identity (default x) is added."""
         run = super().forward
-        return checkpoint(run, x, identity, use_reentrant=False) if self.with_cp and torch.is_grad_enabled() else run(x, identity)
+        return (
+            checkpoint(run, x, identity, use_reentrant=False)
+            if self.with_cp and torch.is_grad_enabled()
+            else run(x, identity)
+        )
 
 
 def with_own_layers(sequence: Mapping[str, Any], replaced: Mapping[str, type]) -> Any:
@@ -58,7 +62,10 @@ class MSDeformAttnPixelDecoder(MmdetPixelDecoder):  # the name that published co
     """mmdet's class: its arguments, modules and results."""
 
     def __init__(self, *, encoder: Mapping[str, Any], **decoder: Any) -> None:
-        super().__init__(encoder=with_own_layers(encoder, {"MultiScaleDeformableAttention": DeformableAttention}), **decoder)
+        super().__init__(
+            encoder=with_own_layers(encoder, {"MultiScaleDeformableAttention": DeformableAttention}),
+            **decoder,
+        )
 
     def forward(self, feats: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """feats: maps (b, c_i, h_i, w_i), finest first. Returns mask features (b, out_channels, h_0, w_0) and `num_outs` maps (b, feat_channels, h, w),
@@ -70,17 +77,31 @@ class MSDeformAttnPixelDecoder(MmdetPixelDecoder):  # the name that published co
         tokens, codes = [], []
         for level in levels:
             projected = self.input_convs[level](coarse[level])
-            position = self.postional_encoding(projected.new_zeros(len(projected), *shapes[level], dtype=torch.bool))
+            position = self.postional_encoding(
+                projected.new_zeros(len(projected), *shapes[level], dtype=torch.bool)
+            )
             tokens.append(tokens_of(projected))
             codes.append(tokens_of(position + level_codes[level][:, None, None]))
-        reference_points = pixel_centres(shapes, tokens[0])[None, :, None].expand(len(coarse[0]), -1, len(shapes), -1)
-        memory = self.encoder(query=torch.cat(tokens), key=None, value=None, query_pos=torch.cat(codes), spatial_shapes=shapes,
-                              reference_points=reference_points)
+        reference_points = pixel_centres(shapes, tokens[0])[None, :, None].expand(
+            len(coarse[0]), -1, len(shapes), -1
+        )
+        memory = self.encoder(
+            query=torch.cat(tokens),
+            key=None,
+            value=None,
+            query_pos=torch.cat(codes),
+            spatial_shapes=shapes,
+            reference_points=reference_points,
+        )
         parts = memory.split([height * width for height, width in shapes])
         maps = [part.permute(1, 2, 0).unflatten(2, shape) for part, shape in zip(parts, shapes, strict=True)]
         for level in range(self.num_input_levels - self.num_encoder_levels - 1, -1, -1):
-            lateral = self.lateral_convs[self.num_input_levels - self.num_encoder_levels - 1 - level](feats[level])
-            finer = lateral + F.interpolate(maps[-1], size=lateral.shape[-2:], mode="bilinear", align_corners=False)
+            lateral = self.lateral_convs[self.num_input_levels - self.num_encoder_levels - 1 - level](
+                feats[level]
+            )
+            finer = lateral + F.interpolate(
+                maps[-1], size=lateral.shape[-2:], mode="bilinear", align_corners=False
+            )
             maps.append(self.output_convs[self.num_input_levels - self.num_encoder_levels - 1 - level](finer))
         return self.mask_feature(maps[-1]), maps[: self.num_outs]
 

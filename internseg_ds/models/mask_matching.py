@@ -28,8 +28,16 @@ class Matches(NamedTuple):
 
 
 @torch.no_grad()
-def match(costs: Any, points: int, all_scores: Sequence[Tensor], all_masks: Sequence[Tensor], gt_labels: Sequence[Tensor], gt_masks: Sequence[Tensor], *,
-          assign: bool = True) -> list[Matches]:
+def match(
+    costs: Any,
+    points: int,
+    all_scores: Sequence[Tensor],
+    all_masks: Sequence[Tensor],
+    gt_labels: Sequence[Tensor],
+    gt_masks: Sequence[Tensor],
+    *,
+    assign: bool = True,
+) -> list[Matches]:
     """The matches of each layer: as many pairs as the image has masks, or queries where these are fewer.
 
     costs: an assigner of mmdet, with cls_cost, mask_cost and dice_cost. points: at which masks are compared, others for each layer and image. all_scores:
@@ -40,10 +48,24 @@ def match(costs: Any, points: int, all_scores: Sequence[Tensor], all_masks: Sequ
     for scores, masks in zip(all_scores, all_masks, strict=True):
         for image, (labels, targets) in enumerate(zip(gt_labels, gt_masks, strict=True)):
             places = torch.rand(1, points, 2, device=masks.device)
-            logits = sampled(masks[image], places.expand(masks.size(1), -1, -1)).nan_to_num(0.0).clamp(-LIMIT, LIMIT)
-            wanted = sampled_targets(targets, torch.arange(len(targets), device=targets.device), places.expand(len(targets), -1, -1))
+            logits = (
+                sampled(masks[image], places.expand(masks.size(1), -1, -1))
+                .nan_to_num(0.0)
+                .clamp(-LIMIT, LIMIT)
+            )
+            wanted = sampled_targets(
+                targets,
+                torch.arange(len(targets), device=targets.device),
+                places.expand(len(targets), -1, -1),
+            )
             chosen = scores[image].nan_to_num(0.0).clamp(-LIMIT, LIMIT)
-            found.append((costs.cls_cost(chosen, labels) + costs.mask_cost(logits, wanted) + costs.dice_cost(logits, wanted)).flatten())
+            found.append(
+                (
+                    costs.cls_cost(chosen, labels)
+                    + costs.mask_cost(logits, wanted)
+                    + costs.dice_cost(logits, wanted)
+                ).flatten()
+            )
     if not assign:
         return []
     queries, sizes = all_scores[0].size(1), [len(labels) for labels in gt_labels]
@@ -53,8 +75,15 @@ def match(costs: Any, points: int, all_scores: Sequence[Tensor], all_masks: Sequ
     for layer in pairs:
         for image, size in enumerate(sizes):
             rows, columns = linear_sum_assignment(next(costs_of).view(queries, size).numpy())
-            layer.extend((image, int(row), first[image] + int(column)) for row, column in zip(rows, columns, strict=True))
-    indices = torch.tensor(pairs, dtype=torch.int64).view(len(pairs), -1, 3).to(all_scores[0].device, non_blocking=True)
+            layer.extend(
+                (image, int(row), first[image] + int(column))
+                for row, column in zip(rows, columns, strict=True)
+            )
+    indices = (
+        torch.tensor(pairs, dtype=torch.int64)
+        .view(len(pairs), -1, 3)
+        .to(all_scores[0].device, non_blocking=True)
+    )
     return [Matches(*layer.unbind(1)) for layer in indices]
 
 

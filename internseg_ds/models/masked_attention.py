@@ -18,10 +18,17 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """query (q, b, c), key and value (k, b, c), attn_mask (b, 1 or heads, q, k) bool, true where nothing is to be looked at -> (q, b, c)."""
         width = self.embed_dim
-        parts = zip((query, key, value), self.in_proj_weight.split(width), self.in_proj_bias.split(width), strict=True)
-        q, k, v = (F.linear(x, weight, bias).unflatten(2, (self.num_heads, -1)).permute(1, 2, 0, 3) for x, weight, bias in parts)  # -> (b, heads, n, c / heads)
+        parts = zip(
+            (query, key, value), self.in_proj_weight.split(width), self.in_proj_bias.split(width), strict=True
+        )
+        q, k, v = (
+            F.linear(x, weight, bias).unflatten(2, (self.num_heads, -1)).permute(1, 2, 0, 3)
+            for x, weight, bias in parts
+        )  # -> (b, heads, n, c / heads)
         mask = None if attn_mask is None else ~attn_mask
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0)
+        attended = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0
+        )
         return self.out_proj(attended.permute(2, 0, 1, 3).flatten(2))
 
 
@@ -31,18 +38,37 @@ class MaskedAttention(BaseModule):
     Raises ValueError for batch_first=True.
     """
 
-    def __init__(self, embed_dims: int, num_heads: int, attn_drop: float = 0.0, proj_drop: float = 0.0, dropout_layer: dict[str, Any] | None = None,
-                 init_cfg: dict[str, Any] | None = None, batch_first: bool = False) -> None:
+    def __init__(
+        self,
+        embed_dims: int,
+        num_heads: int,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        dropout_layer: dict[str, Any] | None = None,
+        init_cfg: dict[str, Any] | None = None,
+        batch_first: bool = False,
+    ) -> None:
         super().__init__(init_cfg)
         if batch_first:
-            raise ValueError("MultiheadAttention of Mask2FormerHead takes tokens first; drop batch_first=True")
+            raise ValueError(
+                "MultiheadAttention of Mask2FormerHead takes tokens first; drop batch_first=True"
+            )
         self.embed_dims, self.num_heads, self.batch_first = embed_dims, num_heads, False
         self.attn = FusedMultiheadAttention(embed_dims, num_heads, attn_drop)
         self.proj_drop = nn.Dropout(proj_drop)
         self.dropout_layer = build_dropout(dropout_layer) if dropout_layer else nn.Identity()
 
-    def forward(self, query: Tensor, key: Tensor | None = None, value: Tensor | None = None, identity: Tensor | None = None, query_pos: Tensor | None = None,
-                key_pos: Tensor | None = None, attn_mask: Tensor | None = None, **_: Any) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        identity: Tensor | None = None,
+        query_pos: Tensor | None = None,
+        key_pos: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor:
         """query (q, b, c) and its position, key and value (k, b, c), default query, and the position of the keys, default that of the queries in
         self-attention; identity (default query) is added to the result, (q, b, c)."""
         identity = query if identity is None else identity

@@ -38,7 +38,9 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., width) -> the same shape and dtype."""
         kernel = rms_norm_kernel(self.width, x.dtype, x.device)
-        return kernel(x, self.weight.to(x.dtype), self.eps).to(x.dtype)  # the last cast: under autocast norms return fp32
+        return kernel(x, self.weight.to(x.dtype), self.eps).to(
+            x.dtype
+        )  # the last cast: under autocast norms return fp32
 
 
 def torch_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -49,7 +51,9 @@ def torch_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def apex_rms_norm() -> Kernel | None:
     """NVIDIA apex's fused kernel, or None where apex or its compiled extension is missing (`apex` of the package index is something else)."""
     try:
-        importlib.import_module("fused_layer_norm_cuda")  # apex imports without it and fails at the first call
+        importlib.import_module(
+            "fused_layer_norm_cuda"
+        )  # apex imports without it and fails at the first call
         from apex.normalization.fused_layer_norm import fused_rms_norm_affine
     except ImportError:
         return None
@@ -60,26 +64,47 @@ def apex_rms_norm() -> Kernel | None:
 def rms_norm_kernel(width: int, dtype: torch.dtype, device: torch.device) -> Kernel:
     """torch's kernel, or apex's where it is installed and faster at this width: chosen once per process, and logged."""
     kernels: dict[str, Kernel] = {"torch": torch_rms_norm}
-    apex = apex_rms_norm() if device.type == "cuda" and dtype in (torch.float32, torch.float16, torch.bfloat16) else None
+    apex = (
+        apex_rms_norm()
+        if device.type == "cuda" and dtype in (torch.float32, torch.float16, torch.bfloat16)
+        else None
+    )
     if apex is not None:
         kernels["apex"] = apex
     name, why = fastest(kernels, width, dtype, device) if len(kernels) > 1 else ("torch", "no other here")
     if device.type != "meta":  # where nothing is computed
-        log.info("RMSNorm of width %d in %s on %s: %s (%s)", width, str(dtype).removeprefix("torch."), device, name, why)
+        log.info(
+            "RMSNorm of width %d in %s on %s: %s (%s)",
+            width,
+            str(dtype).removeprefix("torch."),
+            device,
+            name,
+            why,
+        )
     return kernels[name]
 
 
-def fastest(kernels: Mapping[str, Kernel], width: int, dtype: torch.dtype, device: torch.device, tokens: int = 2592) -> tuple[str, str]:
+def fastest(
+    kernels: Mapping[str, Kernel], width: int, dtype: torch.dtype, device: torch.device, tokens: int = 2592
+) -> tuple[str, str]:
     """The name of the kernel that normalises (tokens, width) values soonest, and the times; the first one, unless another saves a tenth.
 
     2,592 tokens are two images of 504 x 504. Forward only, without gradients: this runs at the first forward, which may be inside activation
     checkpointing, where a backward pass of its own is a CheckpointError.
     """
-    x, weight = torch.ones(tokens, width, dtype=dtype, device=device), torch.ones(width, dtype=dtype, device=device)
+    x, weight = (
+        torch.ones(tokens, width, dtype=dtype, device=device),
+        torch.ones(width, dtype=dtype, device=device),
+    )
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        times_ms = {name: _milliseconds(functools.partial(kernel, x, weight, 1e-6), device) for name, kernel in kernels.items()}
+        times_ms = {
+            name: _milliseconds(functools.partial(kernel, x, weight, 1e-6), device)
+            for name, kernel in kernels.items()
+        }
     first, best = next(iter(times_ms)), min(times_ms, key=times_ms.__getitem__)
-    return best if times_ms[best] < 0.9 * times_ms[first] else first, ", ".join(f"{name} {ms:.3f} ms" for name, ms in times_ms.items())
+    return best if times_ms[best] < 0.9 * times_ms[first] else first, ", ".join(
+        f"{name} {ms:.3f} ms" for name, ms in times_ms.items()
+    )
 
 
 def _milliseconds(run: Callable[[], Tensor], device: torch.device, rounds: int = 5, calls: int = 10) -> float:
@@ -106,7 +131,9 @@ class TokenLayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., width) -> the same shape and dtype."""
-        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps).to(x.dtype)
+        return F.layer_norm(
+            x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps
+        ).to(x.dtype)
 
 
 NORMS: dict[str, type[nn.Module]] = {"rms_norm": RMSNorm, "layer_norm": TokenLayerNorm}
@@ -122,5 +149,7 @@ class ChannelsFirstLayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         """x (b, c, h, w) -> the same shape and dtype."""
         pixels = x.permute(0, 2, 3, 1)  # (b, c, h, w) -> (b, h, w, c)
-        pixels = F.layer_norm(pixels, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps).to(x.dtype)
+        pixels = F.layer_norm(
+            pixels, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps
+        ).to(x.dtype)
         return pixels.permute(0, 3, 1, 2)  # (b, h, w, c) -> (b, c, h, w)

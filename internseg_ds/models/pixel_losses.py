@@ -45,19 +45,27 @@ def losses_without_waits(segmentor: nn.Module) -> None:
 class LovaszOfAnyImages(LovaszLoss):
     """0 for an image whose pixels are all ignored. It waits for the GPU, as mmseg's does for each class."""
 
-    def forward(self, cls_score: Tensor, label: Tensor, *args: Any, ignore_index: int | None = 255, **kwargs: Any) -> Tensor:
+    def forward(
+        self, cls_score: Tensor, label: Tensor, *args: Any, ignore_index: int | None = 255, **kwargs: Any
+    ) -> Tensor:
         counted = (label != ignore_index).flatten(1).any(1)
         if not counted.any():
             return 0 * cls_score.sum()
-        found = super().forward(cls_score[counted], label[counted], *args, ignore_index=ignore_index, **kwargs)
-        share = counted.float().mean() if self.per_image and self.reduction == "mean" else 1  # mmseg's mean is over all images
+        found = super().forward(
+            cls_score[counted], label[counted], *args, ignore_index=ignore_index, **kwargs
+        )
+        share = (
+            counted.float().mean() if self.per_image and self.reduction == "mean" else 1
+        )  # mmseg's mean is over all images
         return found * share
 
 
 class BinaryCrossEntropyOfAnyImages(CrossEntropyLoss):
     """0 where there is one channel and all pixels are ignored: mmseg looks for the highest label among none. Of other channels it is mmseg's."""
 
-    def forward(self, cls_score: Tensor, label: Tensor, *args: Any, ignore_index: int = -100, **kwargs: Any) -> Tensor:
+    def forward(
+        self, cls_score: Tensor, label: Tensor, *args: Any, ignore_index: int = -100, **kwargs: Any
+    ) -> Tensor:
         if cls_score.size(1) == 1 and not (label != ignore_index).any():
             return 0 * cls_score.sum()
         return super().forward(cls_score, label, *args, ignore_index=ignore_index, **kwargs)
@@ -72,7 +80,9 @@ def has_mmsegs_losses(head: BaseDecodeHead) -> bool:
 def _counting_class(head_class: type[BaseDecodeHead]) -> type[BaseDecodeHead]:
     def losses(self: BaseDecodeHead, seg_logit: Tensor, seg_label: Tensor) -> dict[str, Tensor]:
         """seg_logit (b, classes, h, w); seg_label (b, 1, H, W) int64. Each loss of the head at the labels' size under its name, and acc_seg."""
-        scores = resize(seg_logit, size=seg_label.shape[2:], mode="bilinear", align_corners=self.align_corners)
+        scores = resize(
+            seg_logit, size=seg_label.shape[2:], mode="bilinear", align_corners=self.align_corners
+        )
         weight = self.sampler.sample(scores, seg_label) if self.sampler is not None else None
         labels, found = seg_label.squeeze(1), {}
         for loss in losses_of(self):

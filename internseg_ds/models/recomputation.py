@@ -23,13 +23,21 @@ NAMES = ("none", "blocks", "all_but_matmuls")
 
 def check_recomputation(value: Any) -> None:
     """Raises ValueError unless `value` is a `Recomputation`."""
-    if isinstance(value, bool) or not (value in NAMES if isinstance(value, str) else isinstance(value, int) and value >= 1):
-        raise ValueError(f"it is neither {', '.join(map(repr, NAMES))} nor a whole number k of at least 1, for every k-th block")
+    if isinstance(value, bool) or not (
+        value in NAMES if isinstance(value, str) else isinstance(value, int) and value >= 1
+    ):
+        raise ValueError(
+            f"it is neither {', '.join(map(repr, NAMES))} nor a whole number k of at least 1, for every k-th block"
+        )
 
 
 def recomputing_backbones(model: nn.Module) -> list[nn.Module]:
     """The modules of `model` that can recompute their blocks by a policy of `Recomputation`."""
-    return [module for module in model.modules() if hasattr(module, "with_cp") and hasattr(module, "recomputation")]
+    return [
+        module
+        for module in model.modules()
+        if hasattr(module, "with_cp") and hasattr(module, "recomputation")
+    ]
 
 
 def set_recomputation(model: nn.Module, recomputation: Recomputation) -> None:
@@ -52,17 +60,35 @@ def run_block(block: nn.Module, *inputs: Tensor, index: int, recomputation: Reco
 
     Nothing is recomputed where no gradients are recorded.
     """
-    if recomputation == "none" or not torch.is_grad_enabled() or (isinstance(recomputation, int) and index % recomputation):
+    if (
+        recomputation == "none"
+        or not torch.is_grad_enabled()
+        or (isinstance(recomputation, int) and index % recomputation)
+    ):
         return block(*inputs)
     if recomputation == "all_but_matmuls":
         return checkpoint(block, *inputs, use_reentrant=False, context_fn=_keeping_matmuls)
     return checkpoint(block, *inputs, use_reentrant=False)
 
 
-KEPT = frozenset({"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution", "aten::_scaled_dot_product_flash_attention",
-                  "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_scaled_dot_product_efficient_attention",
-                  "aten::_scaled_dot_product_cudnn_attention", "aten::_scaled_dot_product_fused_attention_overrideable",
-                  "flash_attn::_flash_attn_forward", "flash_attn_3::fwd", "flash_attn_3::_flash_attn_forward", "internseg_ds::dcnv3"})
+KEPT = frozenset(
+    {
+        "aten::mm",
+        "aten::addmm",
+        "aten::bmm",
+        "aten::baddbmm",
+        "aten::convolution",
+        "aten::_scaled_dot_product_flash_attention",
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "aten::_scaled_dot_product_efficient_attention",
+        "aten::_scaled_dot_product_cudnn_attention",
+        "aten::_scaled_dot_product_fused_attention_overrideable",
+        "flash_attn::_flash_attn_forward",
+        "flash_attn_3::fwd",
+        "flash_attn_3::_flash_attn_forward",
+        "internseg_ds::dcnv3",
+    }
+)
 """Operations whose results `all_but_matmuls` keeps: their FLOPs per byte of result are hundreds, those of all others a few. Deformable sampling lies between
 them (36 in bf16 with 3 x 3 points), at addresses that no cache foresees. A backbone with an operation of its own adds it."""
 
@@ -84,13 +110,19 @@ class _Keep(TorchDispatchMode):
         self.kept = kept
         self.storages, self.read = set(), set()
 
-    def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         written = _storages(_written(func, args))
         if written & self.read:
-            raise RuntimeError(f"engine.recomputation='all_but_matmuls' cannot be with this backbone: {func} changes the result of a matrix product "
-                               "that was read before; use 'blocks'")
+            raise RuntimeError(
+                f"engine.recomputation='all_but_matmuls' cannot be with this backbone: {func} changes the result of a matrix product "
+                "that was read before; use 'blocks'"
+            )
         out = func(*args, **(kwargs or {}))
-        self.read |= _storages(tree_leaves((args, kwargs))) & self.storages - _storages(tree_leaves(out))  # a view, or a change in place, is no reading
+        self.read |= _storages(tree_leaves((args, kwargs))) & self.storages - _storages(
+            tree_leaves(out)
+        )  # a view, or a change in place, is no reading
         if func._schema.name in KEPT:
             self.kept.append(_detached(out))
             self.storages |= _storages(tree_leaves(out))
@@ -108,7 +140,9 @@ class _Return(TorchDispatchMode):
         self.next, self.storages = iter(self.kept), set()
         return super().__enter__()
 
-    def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         if func._schema.name in KEPT:
             out = _detached(next(self.next))
             self.storages |= _storages(tree_leaves(out))
@@ -127,8 +161,11 @@ def _detached(out: Any) -> Any:
 
 def _written(func: Callable, args: tuple) -> list[Tensor]:
     """The tensors among its positional arguments that an operation changes in place."""
-    return [arg for arg, argument in zip(args, func._schema.arguments)
-            if isinstance(arg, Tensor) and argument.alias_info is not None and argument.alias_info.is_write]
+    return [
+        arg
+        for arg, argument in zip(args, func._schema.arguments)
+        if isinstance(arg, Tensor) and argument.alias_info is not None and argument.alias_info.is_write
+    ]
 
 
 def _storages(values: list[Any]) -> set[int]:

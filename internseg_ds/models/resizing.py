@@ -36,7 +36,13 @@ def resize_to_shape(pos_embed: Tensor, shape: torch.Size) -> Tensor:
 
 def is_square_embedding(stored: torch.Size, wanted: torch.Size) -> bool:
     """Whether `stored` is (1, 1 + s * s, c) with the c of `wanted`: a class token and a square grid."""
-    return len(stored) == 3 and stored[0] == 1 and stored[1] > 1 and math.isqrt(stored[1] - 1) ** 2 == stored[1] - 1 and stored[2] == wanted[2]
+    return (
+        len(stored) == 3
+        and stored[0] == 1
+        and stored[1] > 1
+        and math.isqrt(stored[1] - 1) ** 2 == stored[1] - 1
+        and stored[2] == wanted[2]
+    )
 
 
 def is_patch_kernel(stored: torch.Size, wanted: torch.Size) -> bool:

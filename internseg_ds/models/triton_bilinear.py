@@ -18,7 +18,9 @@ def rows_of_program(rows, BLOCK_R: tl.constexpr):
 def corner_before(y, x, exists, height, width):
     """The corner above and to the left of each place (y, x), the distances from it, and whether any of the four corners counts."""
     top, left = tl.floor(y), tl.floor(x)
-    near = exists & (y > -1) & (x > -1) & (y < height) & (x < width)  # not for NaN, which the distances hand on
+    near = (
+        exists & (y > -1) & (x > -1) & (y < height) & (x < width)
+    )  # not for NaN, which the distances hand on
     return tl.where(near, top, 0).to(tl.int32), tl.where(near, left, 0).to(tl.int32), y - top, x - left, near
 
 
@@ -30,13 +32,17 @@ def corner(y, x, near, height, width, PIXEL_STRIDE: tl.constexpr, columns, real)
 
 
 @triton.jit
-def add_sample(total, source, m, top, left, down, right, near, height, width, PIXEL_STRIDE: tl.constexpr, columns, real):
+def add_sample(
+    total, source, m, top, left, down, right, near, height, width, PIXEL_STRIDE: tl.constexpr, columns, real
+):
     """`total` and m times what lies at each place: the four corners around it, each by its share."""
     p00, i00 = corner(top, left, near, height, width, PIXEL_STRIDE, columns, real)
     p01, i01 = corner(top, left + 1, near, height, width, PIXEL_STRIDE, columns, real)
     p10, i10 = corner(top + 1, left, near, height, width, PIXEL_STRIDE, columns, real)
     p11, i11 = corner(top + 1, left + 1, near, height, width, PIXEL_STRIDE, columns, real)
-    total += (m * (1 - down) * (1 - right))[:, None] * tl.load(source + p00, mask=i00, other=0.0).to(tl.float32)
+    total += (m * (1 - down) * (1 - right))[:, None] * tl.load(source + p00, mask=i00, other=0.0).to(
+        tl.float32
+    )
     total += (m * (1 - down) * right)[:, None] * tl.load(source + p01, mask=i01, other=0.0).to(tl.float32)
     total += (m * down * (1 - right))[:, None] * tl.load(source + p10, mask=i10, other=0.0).to(tl.float32)
     total += (m * down * right)[:, None] * tl.load(source + p11, mask=i11, other=0.0).to(tl.float32)
@@ -44,7 +50,22 @@ def add_sample(total, source, m, top, left, down, right, near, height, width, PI
 
 
 @triton.jit
-def spread_gradient(grad_source, source, g, m, top, left, down, right, near, height, width, PIXEL_STRIDE: tl.constexpr, columns, real):
+def spread_gradient(
+    grad_source,
+    source,
+    g,
+    m,
+    top,
+    left,
+    down,
+    right,
+    near,
+    height,
+    width,
+    PIXEL_STRIDE: tl.constexpr,
+    columns,
+    real,
+):
     """Adds m times the gradient g of each sample to its four corners in grad_source, by atomic additions. Returns, summed over the channels, the gradient of m,
     and those of the place along its row and its column, without m."""
     p00, i00 = corner(top, left, near, height, width, PIXEL_STRIDE, columns, real)

@@ -39,21 +39,53 @@ class InternViTAdapter(InternViT6B):
     not_pretrained = ("level_embed", "spm.", "interactions.", "up.", "norm1.", "norm2.", "norm3.", "norm4.")
     layouts = ()
 
-    def __init__(self, patch_size: int = 16, conv_inplane: int = 64, n_points: int = 4, deform_num_heads: int | None = None, init_values: float = 0.0,
-                 interaction_indexes: Sequence[Sequence[int]] = (), with_cffn: bool = True, cffn_ratio: float = 0.25, deform_ratio: float = 1.0,
-                 add_vit_feature: bool = True, use_extra_extractor: bool = True, out_indices: Sequence[int] = (0, 1, 2, 3), use_final_norm: bool = True,
-                 with_fpn: bool = False, drop_path_rate: float = 0.0, depth: int = 48, **vit: Any) -> None:
+    def __init__(
+        self,
+        patch_size: int = 16,
+        conv_inplane: int = 64,
+        n_points: int = 4,
+        deform_num_heads: int | None = None,
+        init_values: float = 0.0,
+        interaction_indexes: Sequence[Sequence[int]] = (),
+        with_cffn: bool = True,
+        cffn_ratio: float = 0.25,
+        deform_ratio: float = 1.0,
+        add_vit_feature: bool = True,
+        use_extra_extractor: bool = True,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        use_final_norm: bool = True,
+        with_fpn: bool = False,
+        drop_path_rate: float = 0.0,
+        depth: int = 48,
+        **vit: Any,
+    ) -> None:
         if tuple(out_indices) not in ((0, 1, 2, 3), (1, 2, 3)) or with_fpn:
-            raise ValueError(f"out_indices={list(out_indices)}, with_fpn={with_fpn}: a ViT-Adapter puts out maps [0, 1, 2, 3] or [1, 2, 3], without an FPN")
+            raise ValueError(
+                f"out_indices={list(out_indices)}, with_fpn={with_fpn}: a ViT-Adapter puts out maps [0, 1, 2, 3] or [1, 2, 3], without an FPN"
+            )
         flat = [index for first_last in interaction_indexes for index in (first_last[0], first_last[-1])]
-        if not flat or flat[0] != 0 or flat[-1] != depth - 1 or flat != sorted(flat) or any(b != a + 1 for a, b in zip(flat[1::2], flat[2::2], strict=False)):
-            raise ValueError(f"interaction_indexes={[list(part) for part in interaction_indexes]} must divide blocks 0 to {depth - 1} of depth={depth} into "
-                             f"parts, as [[0, {depth // 2 - 1}], [{depth // 2}, {depth - 1}]]")
+        if (
+            not flat
+            or flat[0] != 0
+            or flat[-1] != depth - 1
+            or flat != sorted(flat)
+            or any(b != a + 1 for a, b in zip(flat[1::2], flat[2::2], strict=False))
+        ):
+            raise ValueError(
+                f"interaction_indexes={[list(part) for part in interaction_indexes]} must divide blocks 0 to {depth - 1} of depth={depth} into "
+                f"parts, as [[0, {depth // 2 - 1}], [{depth // 2}, {depth - 1}]]"
+            )
         freeze_vit = vit.pop("freeze_vit", False)
-        super().__init__(patch_size=patch_size, drop_path_rate=drop_path_rate, depth=depth, out_indices=[depth - 1], **vit)
+        super().__init__(
+            patch_size=patch_size, drop_path_rate=drop_path_rate, depth=depth, out_indices=[depth - 1], **vit
+        )
         self.cls_token = None
         self.vit_patch, self.patch_size = patch_size, 2 * patch_size  # the coarsest map halves the ViT's grid
-        self.freeze_vit, self.out_indices, self.parts = freeze_vit, tuple(out_indices), tuple((part[0], part[-1] + 1) for part in interaction_indexes)
+        self.freeze_vit, self.out_indices, self.parts = (
+            freeze_vit,
+            tuple(out_indices),
+            tuple((part[0], part[-1] + 1) for part in interaction_indexes),
+        )
         if freeze_vit:
             self.requires_grad_(False)
         width, self.add_vit_feature = self.embed_dim, add_vit_feature
@@ -62,8 +94,18 @@ class InternViTAdapter(InternViT6B):
         self.level_embed = nn.Parameter(torch.empty(3, width))
         self.spm = SpatialPrior(conv_inplane, width, finest=len(out_indices) == 4)
         self.interactions = nn.ModuleList(
-            Interaction(width, heads, n_points, deform_ratio, hidden, drop_path_rate, init_values, use_extra_extractor and index == len(self.parts) - 1)
-            for index in range(len(self.parts)))
+            Interaction(
+                width,
+                heads,
+                n_points,
+                deform_ratio,
+                hidden,
+                drop_path_rate,
+                init_values,
+                use_extra_extractor and index == len(self.parts) - 1,
+            )
+            for index in range(len(self.parts))
+        )
         self.up = UpConv(width) if len(out_indices) == 4 else None
         for index in out_indices if use_final_norm else ():
             setattr(self, f"norm{index + 1}", ChannelsFirstLayerNorm(width))
@@ -81,10 +123,18 @@ class InternViTAdapter(InternViT6B):
         Raises ValueError when h or w is not a multiple of twice the patch size.
         """
         if image.size(2) % self.patch_size or image.size(3) % self.patch_size:
-            raise ValueError(f"image of {image.size(2)} x {image.size(3)} pixels is not a multiple of {self.patch_size}, twice the patch size")
+            raise ValueError(
+                f"image of {image.size(2)} x {image.size(3)} pixels is not a multiple of {self.patch_size}, twice the patch size"
+            )
         finest, *maps = self.spm(image)
         shapes = [tuple(features.shape[2:]) for features in maps]
-        pyramid = torch.cat([features.flatten(2).mT + level.to(features.dtype) for features, level in zip(maps, self.level_embed, strict=True)], 1)
+        pyramid = torch.cat(
+            [
+                features.flatten(2).mT + level.to(features.dtype)
+                for features, level in zip(maps, self.level_embed, strict=True)
+            ],
+            1,
+        )
         x = self.patch_embed(image)
         grid = tuple(x.shape[2:])
         x = x.flatten(2).mT + resize_position_embedding(self.pos_embed, grid)[:, 1:].to(x.dtype)
@@ -92,17 +142,35 @@ class InternViTAdapter(InternViT6B):
         for (first, end), interaction in zip(self.parts, self.interactions, strict=True):
             x = self._run(interaction.injector, x, around_tokens, pyramid, shapes)
             for index in range(first, end):
-                x = run_block(self.blocks[index], x, index=index, recomputation=self.recomputation if self.with_cp and self.training else "none")
+                x = run_block(
+                    self.blocks[index],
+                    x,
+                    index=index,
+                    recomputation=self.recomputation if self.with_cp and self.training else "none",
+                )
             for extractor in interaction.extractors:
                 pyramid = self._run(extractor, pyramid, around_pixels, x, grid, shapes)
-        maps = [part.mT.unflatten(2, shape) for part, shape in zip(pyramid.split([h * w for h, w in shapes], 1), shapes, strict=True)]
+        maps = [
+            part.mT.unflatten(2, shape)
+            for part, shape in zip(pyramid.split([h * w for h, w in shapes], 1), shapes, strict=True)
+        ]
         if finest is not None:
             maps.insert(0, self.up(maps[0]) + finest)
         if self.add_vit_feature:
             seen = x.mT.unflatten(2, grid)
-            maps = [features + (seen if features.shape == seen.shape else F.interpolate(seen, features.shape[2:], mode="bilinear", align_corners=False))
-                    for features in maps]
-        return tuple(getattr(self, f"norm{index + 1}", nn.Identity())(features).contiguous() for index, features in zip(self.out_indices, maps, strict=True))
+            maps = [
+                features
+                + (
+                    seen
+                    if features.shape == seen.shape
+                    else F.interpolate(seen, features.shape[2:], mode="bilinear", align_corners=False)
+                )
+                for features in maps
+            ]
+        return tuple(
+            getattr(self, f"norm{index + 1}", nn.Identity())(features).contiguous()
+            for index, features in zip(self.out_indices, maps, strict=True)
+        )
 
     def _run(self, part: Callable[..., Tensor], *inputs: Any) -> Tensor:
         """An injector or extractor, computed again in the backward pass where blocks are."""

@@ -70,8 +70,10 @@ class CrossAttention(nn.Module):
         super().__init__()
         inner = int(width * ratio)
         if inner % heads:
-            raise ValueError(f"deform_num_heads={heads} does not divide the {inner} channels of the adapter's attention (embed_dim={width} * "
-                             f"deform_ratio={ratio:g}); take a divisor, or leave it out")
+            raise ValueError(
+                f"deform_num_heads={heads} does not divide the {inner} channels of the adapter's attention (embed_dim={width} * "
+                f"deform_ratio={ratio:g}); take a divisor, or leave it out"
+            )
         self.heads, self.levels, self.points = heads, levels, points
         self.sampling_offsets = OffsetsLinear(width, heads, levels, points)
         self.attention_weights = ZeroLinear(width, heads * levels * points)
@@ -83,7 +85,9 @@ class CrossAttention(nn.Module):
         places = (*query.shape[:2], self.heads, self.levels, self.points)
         value = self.value_proj(features).unflatten(2, (self.heads, -1))
         weights = self.attention_weights(query).unflatten(2, (self.heads, -1)).softmax(-1).view(places)
-        sizes = made_on_device([side for height, width in shapes for side in (width, height)], centres).view(-1, 1, 2)
+        sizes = made_on_device([side for height, width in shapes for side in (width, height)], centres).view(
+            -1, 1, 2
+        )
         locations = centres[:, None, None, None] + self.sampling_offsets(query).view(*places, 2) / sizes
         return self.output_proj(attend(value, shapes, locations, weights))
 
@@ -97,7 +101,12 @@ class DepthwiseConv(nn.Module):
 
     def forward(self, x: Tensor, shapes: Shapes) -> Tensor:
         """x (b, sum of h w, c) -> the same shape."""
-        maps = (part.mT.unflatten(2, shape) for part, shape in zip(x.split([height * width for height, width in shapes], 1), shapes, strict=True))
+        maps = (
+            part.mT.unflatten(2, shape)
+            for part, shape in zip(
+                x.split([height * width for height, width in shapes], 1), shapes, strict=True
+            )
+        )
         return torch.cat([self.dwconv(features).flatten(2).mT for features in maps], 1)
 
 
@@ -129,13 +138,17 @@ class Injector(nn.Module):
 
     def forward(self, x: Tensor, centres: Tensor, pyramid: Tensor, shapes: Shapes) -> Tensor:
         """centres: of the ViT's tokens. shapes: of the pyramid's maps."""
-        return x + self.gamma.to(x.dtype) * self.attn(self.query_norm(x), centres, self.feat_norm(pyramid), shapes)
+        return x + self.gamma.to(x.dtype) * self.attn(
+            self.query_norm(x), centres, self.feat_norm(pyramid), shapes
+        )
 
 
 class Extractor(nn.Module):
     """The pyramid's tokens plus their attention over the ViT's, then plus an MLP with a depthwise convolution."""
 
-    def __init__(self, width: int, heads: int, points: int, ratio: float, hidden: int | None, drop_path: float) -> None:
+    def __init__(
+        self, width: int, heads: int, points: int, ratio: float, hidden: int | None, drop_path: float
+    ) -> None:
         super().__init__()
         self.query_norm, self.feat_norm = TokenLayerNorm(width), TokenLayerNorm(width)
         self.attn = CrossAttention(width, heads, 1, points, ratio)
@@ -143,20 +156,38 @@ class Extractor(nn.Module):
             self.ffn, self.ffn_norm = ConvMlp(width, hidden), TokenLayerNorm(width)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def forward(self, pyramid: Tensor, centres: Tensor, x: Tensor, grid: tuple[int, int], shapes: Shapes) -> Tensor:
+    def forward(
+        self, pyramid: Tensor, centres: Tensor, x: Tensor, grid: tuple[int, int], shapes: Shapes
+    ) -> Tensor:
         """centres: of the pyramid's tokens. grid: (h, w) of the ViT's. shapes: of the pyramid's maps."""
         pyramid = pyramid + self.attn(self.query_norm(pyramid), centres, self.feat_norm(x), [grid])
-        return pyramid + self.drop_path(self.ffn(self.ffn_norm(pyramid), shapes)) if hasattr(self, "ffn") else pyramid
+        return (
+            pyramid + self.drop_path(self.ffn(self.ffn_norm(pyramid), shapes))
+            if hasattr(self, "ffn")
+            else pyramid
+        )
 
 
 class Interaction(nn.Module):
     """What stands before and behind some blocks of the ViT: an injector, and one extractor or three."""
 
-    def __init__(self, width: int, heads: int, points: int, ratio: float, hidden: int | None, drop_path: float, init_values: float, extra: bool) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        points: int,
+        ratio: float,
+        hidden: int | None,
+        drop_path: float,
+        init_values: float,
+        extra: bool,
+    ) -> None:
         super().__init__()
         self.injector = Injector(width, heads, points, ratio, init_values)
         self.extractor = Extractor(width, heads, points, ratio, hidden, drop_path)
-        self.extra_extractors = nn.ModuleList(Extractor(width, heads, points, ratio, hidden, drop_path) for _ in range(2 * extra))
+        self.extra_extractors = nn.ModuleList(
+            Extractor(width, heads, points, ratio, hidden, drop_path) for _ in range(2 * extra)
+        )
 
     @property
     def extractors(self) -> list[Extractor]:
@@ -170,17 +201,35 @@ class SpatialPrior(nn.Module):
         super().__init__()
 
         def conv(channels: int, out: int, stride: int) -> list[nn.Module]:
-            return [FanOutConv(channels, out, 3, stride, 1, bias=False), ChannelsFirstLayerNorm(out), nn.ReLU()]
+            return [
+                FanOutConv(channels, out, 3, stride, 1, bias=False),
+                ChannelsFirstLayerNorm(out),
+                nn.ReLU(),
+            ]
 
-        self.stem = nn.Sequential(*conv(3, inner, 2), *conv(inner, inner, 1), *conv(inner, inner, 1), nn.MaxPool2d(3, 2, 1))
-        self.conv2, self.conv3 = nn.Sequential(*conv(inner, 2 * inner, 2)), nn.Sequential(*conv(2 * inner, 4 * inner, 2))
+        self.stem = nn.Sequential(
+            *conv(3, inner, 2), *conv(inner, inner, 1), *conv(inner, inner, 1), nn.MaxPool2d(3, 2, 1)
+        )
+        self.conv2, self.conv3 = (
+            nn.Sequential(*conv(inner, 2 * inner, 2)),
+            nn.Sequential(*conv(2 * inner, 4 * inner, 2)),
+        )
         self.conv4 = nn.Sequential(*conv(4 * inner, 4 * inner, 2))
         self.fc1 = FanOutConv(inner, width, 1) if finest else None
-        self.fc2, self.fc3, self.fc4 = FanOutConv(2 * inner, width, 1), FanOutConv(4 * inner, width, 1), FanOutConv(4 * inner, width, 1)
+        self.fc2, self.fc3, self.fc4 = (
+            FanOutConv(2 * inner, width, 1),
+            FanOutConv(4 * inner, width, 1),
+            FanOutConv(4 * inner, width, 1),
+        )
 
     def forward(self, image: Tensor) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
         """(b, 3, h, w) -> maps (b, c, h / 4, w / 4) or None, and at 1/8, 1/16 and 1/32."""
         first = self.stem(image)
         second = self.conv2(first)
         third = self.conv3(second)
-        return self.fc1(first) if self.fc1 is not None else None, self.fc2(second), self.fc3(third), self.fc4(self.conv4(third))
+        return (
+            self.fc1(first) if self.fc1 is not None else None,
+            self.fc2(second),
+            self.fc3(third),
+            self.fc4(self.conv4(third)),
+        )

@@ -44,7 +44,9 @@ class Activations:
         return max(self.heads, self.blocks)
 
 
-def training_activations(model: nn.Module, height: int, width: int, micro_batch: int, *, autocast: bool = False) -> Activations:
+def training_activations(
+    model: nn.Module, height: int, width: int, micro_batch: int, *, autocast: bool = False
+) -> Activations:
     """model: a segmentor with `extract_feat` and heads as mmseg has them, in the dtypes that it trains in; it is left as it was.
 
     height, width: of a training image, in pixels. autocast: the model runs under torch.autocast in bf16. Losses, whose values there are none to compute
@@ -63,16 +65,29 @@ def training_activations(model: nn.Module, height: int, width: int, micro_batch:
         saved = lived.now if loss.requires_grad else 0
         peaks: list[int] = []
         # loss.backward() is a function that GpuKernels sees, and would run without it; blocks that run again are to run as before
-        torch.autograd.Variable._execution_engine.run_backward((loss,), (torch.ones_like(loss),), False, False, (),
-                                                               allow_unreachable=True, accumulate_grad=True)
+        torch.autograd.Variable._execution_engine.run_backward(
+            (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
+        )
         last = lived.peak_since()
-    return Activations(batch, kept, saved, heads=max(peaks or [last]), blocks=max(forward, last if peaks else 0))
+    return Activations(
+        batch, kept, saved, heads=max(peaks or [last]), blocks=max(forward, last if peaks else 0)
+    )
 
 
-def evaluation_bytes(model: nn.Module, height: int, width: int, windows: int, *, autocast: bool = False) -> int:
+def evaluation_bytes(
+    model: nn.Module, height: int, width: int, windows: int, *, autocast: bool = False
+) -> int:
     """The most that lives while a segmentor in eval mode makes logits of some windows (height, width) at once."""
-    with _without_storage(model.eval) as (model, lived), torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        meta = {"img_shape": (height, width, 3), "pad_shape": (height, width, 3), "ori_shape": (height, width, 3)}
+    with (
+        _without_storage(model.eval) as (model, lived),
+        torch.no_grad(),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    ):
+        meta = {
+            "img_shape": (height, width, 3),
+            "pad_shape": (height, width, 3),
+            "ori_shape": (height, width, 3),
+        }
         model.encode_decode(torch.empty(windows, 3, height, width), [meta] * windows)
         return lived.peak_since()
 
@@ -85,10 +100,16 @@ def most_bytes(model: nn.Module, height: int, width: int, micro_batch: int) -> i
     total = 0
 
     class Sum(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        def __torch_dispatch__(
+            self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
             nonlocal total
             out = func(*args, **(kwargs or {}))
-            total += sum(max(4, tensor.itemsize) * tensor.numel() for tensor in tree_leaves(out) if isinstance(tensor, Tensor))
+            total += sum(
+                max(4, tensor.itemsize) * tensor.numel()
+                for tensor in tree_leaves(out)
+                if isinstance(tensor, Tensor)
+            )
             return out
 
     modes = [(module, module.training) for module in model.modules()]
@@ -150,14 +171,18 @@ class Live(TorchDispatchMode):
         super().__init__()
         self.now = self.peak = 0
         self._seen = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
-        self._known = [tensor.untyped_storage() for tensor in known]  # kept alive, so that no other takes the place of one
+        self._known = [
+            tensor.untyped_storage() for tensor in known
+        ]  # kept alive, so that no other takes the place of one
 
     def peak_since(self) -> int:
         """The most that lived since the last call, in bytes."""
         peak, self.peak = self.peak, self.now
         return peak
 
-    def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         out = func(*args, **(kwargs or {}))
         if func is torch.ops.prim.device.default:  # half of all calls; makes nothing
             return out
@@ -178,7 +203,9 @@ class Live(TorchDispatchMode):
 class GpuKernels(TorchFunctionMode):
     """Runs as one operation what torch has one GPU kernel for and several CPU operations, which save more."""
 
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         return STAND_INS.get(func, func)(*args, **kwargs)
 
@@ -187,7 +214,9 @@ class _RmsNorm(torch.autograd.Function):
     """Makes and saves what torch's `_fused_rms_norm` does, which CPUs have in pieces only: the result; the input, the weight and 4 bytes per position."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, weight: Tensor | None, positions: int) -> Tensor:
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, x: Tensor, weight: Tensor | None, positions: int
+    ) -> Tensor:
         ctx.save_for_backward(x, weight, torch.empty(*x.shape[:positions], dtype=torch.float32))
         return torch.empty_like(x)
 
@@ -197,7 +226,9 @@ class _RmsNorm(torch.autograd.Function):
         return torch.empty_like(x), None if weight is None else torch.empty_like(weight), None
 
 
-def _rms_norm(x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+def _rms_norm(
+    x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
     return _RmsNorm.apply(x, weight, x.dim() - len(normalized_shape))
 
 

@@ -18,8 +18,15 @@ from internseg_ds.planning.gathers import GatherSettings, gathers, leaves, persi
 from internseg_ds.planning.training_pass import Use
 
 Kind = Literal["all_gather", "reduce_scatter", "all_reduce"]
-UNKNOWN = {"zero_quantized_weights": False, "zero_quantized_gradients": False, "zero_quantized_nontrainable_weights": False, "mics_shard_size": -1,
-           "reduce_scatter": True, "use_multi_rank_bucket_allreduce": True, "stage3_use_all_reduce_for_fetch_params": False}
+UNKNOWN = {
+    "zero_quantized_weights": False,
+    "zero_quantized_gradients": False,
+    "zero_quantized_nontrainable_weights": False,
+    "mics_shard_size": -1,
+    "reduce_scatter": True,
+    "use_multi_rank_bucket_allreduce": True,
+    "stage3_use_all_reduce_for_fetch_params": False,
+}
 """Settings of `zero_optimization` that change what is sent, and the values for which the formulas hold."""
 
 
@@ -64,15 +71,27 @@ def check_known(zero: Mapping[str, Any]) -> None:
     """Raises ConfigError for a setting whose traffic is not modelled."""
     for key, known in UNKNOWN.items():
         if zero.get(key, known) != known:
-            raise ConfigError(f"zero_optimization.{key}={zero[key]!r} changes what is sent in a way that the plan does not know; plan without it")
+            raise ConfigError(
+                f"zero_optimization.{key}={zero[key]!r} changes what is sent in a way that the plan does not know; plan without it"
+            )
     for key, value in zero.get("leaf_module", {}).items():
         if key != "classes" and value:
-            raise ConfigError(f"zero_optimization.leaf_module.{key}={value!r} changes what is gathered in a way that the plan does not know; "
-                              "name classes alone, or plan without it")
+            raise ConfigError(
+                f"zero_optimization.leaf_module.{key}={value!r} changes what is gathered in a way that the plan does not know; "
+                "name classes alone, or plan without it"
+            )
 
 
-def step_traffic(model: nn.Module, uses: Sequence[Use], group_sizes: Sequence[int], zero: Mapping[str, Any], *, width: int, world_size: int,
-                 accumulation: int) -> Traffic:
+def step_traffic(
+    model: nn.Module,
+    uses: Sequence[Use],
+    group_sizes: Sequence[int],
+    zero: Mapping[str, Any],
+    *,
+    width: int,
+    world_size: int,
+    accumulation: int,
+) -> Traffic:
     """model: on the meta device. uses: of a micro-batch, by `training_pass`. group_sizes: elements of each parameter group of the optimizer.
 
     zero: the `zero_optimization` section without "auto" values. width: bytes per weight and per gradient on the wire, 2 for bf16.
@@ -85,14 +104,24 @@ def step_traffic(model: nn.Module, uses: Sequence[Use], group_sizes: Sequence[in
     if stage < 3:
         limit = int(float(zero.get("reduce_bucket_size", 500_000_000)))
         gradients = Collective("all_reduce", "gradients", width * sum(trained), buckets(trained, limit), n)
-        often = stage == 2  # ZeRO-0 and ZeRO-1 add up whole gradients, and reduce them with those of the last micro-batch
+        often = (
+            stage == 2
+        )  # ZeRO-0 and ZeRO-1 add up whole gradients, and reduce them with those of the last micro-batch
         padded = sum(_padded(size, 2 * n) for size in group_sizes)
         weights = Collective("all_gather", "weights", width * padded, len(group_sizes), n)
-        return Traffic(tuple((*norms, *((gradients,) if often or last else ())) for last in _lasts(accumulation)), (weights,) if stage else ())
+        return Traffic(
+            tuple((*norms, *((gradients,) if often or last else ())) for last in _lasts(accumulation)),
+            (weights,) if stage else (),
+        )
     settings = GatherSettings.of(zero)
     limit = int(float(zero.get("reduce_bucket_size", 500_000_000)))
-    scattered = Collective("reduce_scatter", "gradients", width * sum(_padded(size, n) for size in trained),
-                           buckets(reduced_together(model, settings), limit), n)
+    scattered = Collective(
+        "reduce_scatter",
+        "gradients",
+        width * sum(_padded(size, n) for size in trained),
+        buckets(reduced_together(model, settings), limit),
+        n,
+    )
     sizes = {name: _padded(param.numel(), n) for name, param in model.named_parameters()}
     made = gathers(model, uses, settings)
     node = int(zero.get("zero_hpz_partition_size", 1))
@@ -100,15 +129,24 @@ def step_traffic(model: nn.Module, uses: Sequence[Use], group_sizes: Sequence[in
     others = _gathered(made, sizes, width, n, node, secondary=set(sizes)) if node > 1 else first
     kept = persistent(model, settings)
     after = Collective("all_gather", "weights", width * sum(sizes[name] for name in kept), len(kept), n)
-    return Traffic(tuple((*norms, *(first if index == 0 else others), scattered) for index in range(accumulation)), (after,))
+    return Traffic(
+        tuple((*norms, *(first if index == 0 else others), scattered) for index in range(accumulation)),
+        (after,),
+    )
 
 
 def _lasts(accumulation: int) -> list[bool]:
     return [index == accumulation - 1 for index in range(accumulation)]
 
 
-def _gathered(made: Sequence[tuple[str, ...]], sizes: Mapping[str, int], width: int, world_size: int, node: int,
-              secondary: set[str] = frozenset()) -> list[Collective]:
+def _gathered(
+    made: Sequence[tuple[str, ...]],
+    sizes: Mapping[str, int],
+    width: int,
+    world_size: int,
+    node: int,
+    secondary: set[str] = frozenset(),
+) -> list[Collective]:
     """The gathers of a micro-batch by how far they reach. secondary: parameters that hpZ has a second partition of, within each group of `node` processes.
 
     It makes one when it first gives a parameter up, and drops all of them at each step.
@@ -121,8 +159,11 @@ def _gathered(made: Sequence[tuple[str, ...]], sizes: Mapping[str, int], width: 
             calls[reach] += bool(names)
         if node > 1:
             secondary.update(params)
-    return [Collective("all_gather", "weights", width * elements[reach], calls[reach], ranks)
-            for reach, ranks in (("all", world_size), ("node", node)) if calls[reach]]
+    return [
+        Collective("all_gather", "weights", width * elements[reach], calls[reach], ranks)
+        for reach, ranks in (("all", world_size), ("node", node))
+        if calls[reach]
+    ]
 
 
 def batch_norm_collectives(model: nn.Module, world_size: int) -> list[Collective]:
@@ -131,16 +172,28 @@ def batch_norm_collectives(model: nn.Module, world_size: int) -> list[Collective
     if not channels:
         return []
     forward = sum(2 * c + 1 for c in channels)
-    return [Collective("all_gather", "batch norm", 4 * forward * world_size, len(channels), world_size),
-            Collective("all_reduce", "batch norm", 4 * sum(2 * c for c in channels), len(channels), world_size)]
+    return [
+        Collective("all_gather", "batch norm", 4 * forward * world_size, len(channels), world_size),
+        Collective("all_reduce", "batch norm", 4 * sum(2 * c for c in channels), len(channels), world_size),
+    ]
 
 
 def reduced_together(model: nn.Module, settings: GatherSettings) -> list[int]:
     """Sizes of the gradients, the first to be reduced last. A leaf module's come together, those of parameter groups without decay (vectors) first."""
-    inside = {id(param): leaf for leaf in leaves(model, settings.leaf_classes) for param in model.get_submodule(leaf).parameters()}
+    inside = {
+        id(param): leaf
+        for leaf in leaves(model, settings.leaf_classes)
+        for param in model.get_submodule(leaf).parameters()
+    }
     trained = [param for param in model.parameters() if param.requires_grad]
-    together = [list(params) for _, params in groupby(trained, key=lambda param: inside.get(id(param), id(param)))]
-    return [param.numel() for params in together for param in sorted(reversed(params), key=lambda param: param.dim() == 1)]
+    together = [
+        list(params) for _, params in groupby(trained, key=lambda param: inside.get(id(param), id(param)))
+    ]
+    return [
+        param.numel()
+        for params in together
+        for param in sorted(reversed(params), key=lambda param: param.dim() == 1)
+    ]
 
 
 def buckets(sizes: Sequence[int], limit: int) -> int:
@@ -153,7 +206,9 @@ def buckets(sizes: Sequence[int], limit: int) -> int:
     return made + bool(held)
 
 
-def host_bytes(model: nn.Module, traffic: Traffic, zero: Mapping[str, Any], *, width: int, world_size: int) -> int:
+def host_bytes(
+    model: nn.Module, traffic: Traffic, zero: Mapping[str, Any], *, width: int, world_size: int
+) -> int:
     """Bytes that one process moves between its GPU and the host in a step, both ways together, for what is offloaded to "cpu".
 
     Optimizer under ZeRO-3: in each micro-batch its share of the gradients goes down and up again (to be added to, and for the norm), with the last one a copy

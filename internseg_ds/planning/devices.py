@@ -19,15 +19,32 @@ class Device:
     host_gbs: float
 
 
-DEVICES = {device.name: device for device in (
-    Device("A100", 312, 156, 19.5, 79.1, 2039, 300, 32),      # NVIDIA A100 data sheet, SXM 80 GB: NVLink 600 GB/s both ways, PCIe 4
-    Device("A100-40GB", 312, 156, 19.5, 39.4, 1555, 300, 32),  # the same, SXM 40 GB
-    Device("H100", 989, 494, 67, 79.1, 3350, 450, 64),      # NVIDIA H100 data sheet, SXM, half of "with sparsity"; NVLink 900 GB/s both ways, PCIe 5
-    Device("H200", 989, 494, 67, 139.8, 4800, 450, 64),     # NVIDIA H200 data sheet, SXM
-    Device("B200", 2250, 1100, 75, 178.0, 8000, 900, 64),   # NVIDIA HGX B200 and DGX B200 data sheets, an eighth of 8 GPUs; NVLink 1.8 TB/s both ways
-    Device("MI300X", 1307, 654, 163.4, 191.5, 5300, 448, 64),  # AMD Instinct MI300X data sheet: 7 links of 128 GB/s both ways, PCIe 5
-    Device("L40S", 362, 183, 91.6, 44.5, 864, 32, 32),        # NVIDIA L40S data sheet: no NVLink, PCIe 4
-    Device("A6000", 155, 77, 38.7, 47.5, 768, 32, 32),        # NVIDIA RTX A6000 data sheet, half of "with sparsity"; its NVLink joins pairs only, so PCIe 4
-    Device("RTX6000Ada", 364, 182, 91.1, 47.4, 960, 32, 32),  # NVIDIA RTX 6000 Ada data sheet, half of "with sparsity": no NVLink, PCIe 4
-    Device("RTX4090", 165, 83, 82.6, 23.6, 1008, 32, 32),     # NVIDIA Ada architecture white paper, bf16 summed up in fp32: no NVLink, PCIe 4
-)}
+DEVICES = {
+    device.name: device
+    for device in (
+        Device(
+            "A100", 312, 156, 19.5, 79.1, 2039, 300, 32
+        ),  # NVIDIA A100 data sheet, SXM 80 GB: NVLink 600 GB/s both ways, PCIe 4
+        Device("A100-40GB", 312, 156, 19.5, 39.4, 1555, 300, 32),  # the same, SXM 40 GB
+        Device(
+            "H100", 989, 494, 67, 79.1, 3350, 450, 64
+        ),  # NVIDIA H100 data sheet, SXM, half of "with sparsity"; NVLink 900 GB/s both ways, PCIe 5
+        Device("H200", 989, 494, 67, 139.8, 4800, 450, 64),  # NVIDIA H200 data sheet, SXM
+        Device(
+            "B200", 2250, 1100, 75, 178.0, 8000, 900, 64
+        ),  # NVIDIA HGX B200 and DGX B200 data sheets, an eighth of 8 GPUs; NVLink 1.8 TB/s both ways
+        Device(
+            "MI300X", 1307, 654, 163.4, 191.5, 5300, 448, 64
+        ),  # AMD Instinct MI300X data sheet: 7 links of 128 GB/s both ways, PCIe 5
+        Device("L40S", 362, 183, 91.6, 44.5, 864, 32, 32),  # NVIDIA L40S data sheet: no NVLink, PCIe 4
+        Device(
+            "A6000", 155, 77, 38.7, 47.5, 768, 32, 32
+        ),  # NVIDIA RTX A6000 data sheet, half of "with sparsity"; its NVLink joins pairs only, so PCIe 4
+        Device(
+            "RTX6000Ada", 364, 182, 91.1, 47.4, 960, 32, 32
+        ),  # NVIDIA RTX 6000 Ada data sheet, half of "with sparsity": no NVLink, PCIe 4
+        Device(
+            "RTX4090", 165, 83, 82.6, 23.6, 1008, 32, 32
+        ),  # NVIDIA Ada architecture white paper, bf16 summed up in fp32: no NVLink, PCIe 4
+    )
+}

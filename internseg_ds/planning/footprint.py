@@ -83,9 +83,22 @@ class Footprint:
         return sum(part.nvme for part in self.parts)
 
 
-def footprint(model: nn.Module, ds_raw: Mapping[str, Any], precision: Literal["bf16", "autocast", "fp32"], *, world_size: int, accumulation: int,
-              group_sizes: Sequence[int], uses: Sequence[Use] | None, activations: Activations, evaluation: Evaluation | None, ema: bool, background_save: bool,
-              device_bytes: float, on_gpu: bool = True) -> Footprint:
+def footprint(
+    model: nn.Module,
+    ds_raw: Mapping[str, Any],
+    precision: Literal["bf16", "autocast", "fp32"],
+    *,
+    world_size: int,
+    accumulation: int,
+    group_sizes: Sequence[int],
+    uses: Sequence[Use] | None,
+    activations: Activations,
+    evaluation: Evaluation | None,
+    ema: bool,
+    background_save: bool,
+    device_bytes: float,
+    on_gpu: bool = True,
+) -> Footprint:
     """model: on the meta device, for shapes. ds_raw: without "auto" values. group_sizes: elements of each parameter group. uses: see `memory.passing`.
 
     evaluation: None where the run does not evaluate. ema, background_save: whether the run has them. device_bytes: memory of the device, which decides
@@ -103,18 +116,40 @@ def footprint(model: nn.Module, ds_raw: Mapping[str, Any], precision: Literal["b
     if ema:
         parts.append(Part.at("moving average", 4 * shard, "cpu" if optimizer_at == "nvme" else optimizer_at))
     parts += passing(model, ds_raw, precision, n, uses, group_sizes)
-    if pinned := pinned_rounding(zero, width, n, group_sizes, max((param.numel() for param in model.parameters() if param.requires_grad), default=0)):
+    if pinned := pinned_rounding(
+        zero,
+        width,
+        n,
+        group_sizes,
+        max((param.numel() for param in model.parameters() if param.requires_grad), default=0),
+    ):
         parts.append(Part("page-locked buffers rounded up", host=pinned))
     train: tuple[Phase, ...] = ("train",)
-    parts += [Part("kept for the backward pass", activations.batch + activations.kept, phases=train),
-              Part("one block, or heads and losses", max(0, activations.peak - activations.batch - activations.kept), phases=train)]
+    parts += [
+        Part("kept for the backward pass", activations.batch + activations.kept, phases=train),
+        Part(
+            "one block, or heads and losses",
+            max(0, activations.peak - activations.batch - activations.kept),
+            phases=train,
+        ),
+    ]
     files = checkpoint_bytes(model, stage, width, ema=ema)
     if background_save:
-        parts.append(Part("save in the background", host=(16 if ema else 12) * shard + (width * total if stage < 3 else 0)))
+        parts.append(
+            Part(
+                "save in the background",
+                host=(16 if ema else 12) * shard + (width * total if stage < 3 else 0),
+            )
+        )
     if evaluation is not None:
         parts += _evaluation(parts, evaluation, stage, width * total, device_bytes - margin)
-    comes = {phase: sum(part.device for part in parts if phase in part.phases and part.phases != ALWAYS) for phase in ALWAYS}
-    parts += [Part("fragmentation", int(FRAGMENTATION * size), phases=(phase,)) for phase, size in comes.items()]
+    comes = {
+        phase: sum(part.device for part in parts if phase in part.phases and part.phases != ALWAYS)
+        for phase in ALWAYS
+    }
+    parts += [
+        Part("fragmentation", int(FRAGMENTATION * size), phases=(phase,)) for phase, size in comes.items()
+    ]
     parts.append(Part("process and context", CONTEXT, HOST_PROCESS))
     return Footprint(tuple(parts), files, 4 * total + buffers, margin)
 
@@ -126,15 +161,23 @@ def checkpoint_bytes(model: nn.Module, stage: int, width: int, *, ema: bool) -> 
     return (16 if ema else 12) * trained + weights + sum(4 * buffer.numel() for buffer in model.buffers())
 
 
-def _evaluation(parts: Sequence[Part], evaluation: Evaluation, stage: int, whole: int, device_bytes: float) -> list[Part]:
+def _evaluation(
+    parts: Sequence[Part], evaluation: Evaluation, stage: int, whole: int, device_bytes: float
+) -> list[Part]:
     """whole: bytes of all weights, which ZeRO-3 gathers into a copy where they fit, or layer by layer (`distributed.gathering`).
 
     Windows that do not fit are run in halves of a batch (`engine.segmenting`), but where ranks run in step.
     """
     phase: tuple[Phase, ...] = ("evaluate",)
-    used, windows, weights = CONTEXT + sum(part.device for part in parts if "evaluate" in part.phases), evaluation.batch, []
+    used, windows, weights = (
+        CONTEXT + sum(part.device for part in parts if "evaluate" in part.phases),
+        evaluation.batch,
+        [],
+    )
     if stage == 3:
-        if evaluation.weights == "whole" or (evaluation.weights == "auto" and whole <= evaluation.room * (device_bytes - used)):
+        if evaluation.weights == "whole" or (
+            evaluation.weights == "auto" and whole <= evaluation.room * (device_bytes - used)
+        ):
             weights = [Part("evaluation: a whole copy of the weights", whole, phases=phase)]
         else:
             windows = evaluation.in_step
@@ -142,8 +185,16 @@ def _evaluation(parts: Sequence[Part], evaluation: Evaluation, stage: int, whole
             weights = [Part("evaluation: gathered weights", gathered, phases=phase)]
     beside = sum(part.device for part in weights) + evaluation.logits
     comes = sum(part.device for part in parts if "evaluate" in part.phases and part.phases != ALWAYS)
-    while windows > evaluation.in_step and (used + beside + evaluation.forward(windows)
-                                            + FRAGMENTATION * (comes + beside + evaluation.forward(windows)) > device_bytes):
+    while windows > evaluation.in_step and (
+        used
+        + beside
+        + evaluation.forward(windows)
+        + FRAGMENTATION * (comes + beside + evaluation.forward(windows))
+        > device_bytes
+    ):
         windows //= 2
-    return [*weights, Part(f"evaluation: {windows} window{'s' * (windows > 1)}", evaluation.forward(windows), phases=phase),
-            Part("evaluation: logits of an image", evaluation.logits, phases=phase)]
+    return [
+        *weights,
+        Part(f"evaluation: {windows} window{'s' * (windows > 1)}", evaluation.forward(windows), phases=phase),
+        Part("evaluation: logits of an image", evaluation.logits, phases=phase),
+    ]

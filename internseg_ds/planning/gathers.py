@@ -37,18 +37,27 @@ class GatherSettings:
     @classmethod
     def of(cls, zero: Mapping[str, Any]) -> "GatherSettings":
         """zero: the `zero_optimization` section of a ds_config without "auto" values."""
-        names = {"prefetch_bucket_size": "stage3_prefetch_bucket_size", "max_live_parameters": "stage3_max_live_parameters",
-                 "max_reuse_distance": "stage3_max_reuse_distance", "param_persistence_threshold": "stage3_param_persistence_threshold",
-                 "model_persistence_threshold": "stage3_model_persistence_threshold"}
-        return cls(**{ours: int(float(zero[key])) for ours, key in names.items() if key in zero},
-                   leaf_classes=tuple(zero.get("leaf_module", {}).get("classes", ())))
+        names = {
+            "prefetch_bucket_size": "stage3_prefetch_bucket_size",
+            "max_live_parameters": "stage3_max_live_parameters",
+            "max_reuse_distance": "stage3_max_reuse_distance",
+            "param_persistence_threshold": "stage3_param_persistence_threshold",
+            "model_persistence_threshold": "stage3_model_persistence_threshold",
+        }
+        return cls(
+            **{ours: int(float(zero[key])) for ours, key in names.items() if key in zero},
+            leaf_classes=tuple(zero.get("leaf_module", {}).get("classes", ())),
+        )
 
 
 def persistent(model: nn.Module, settings: GatherSettings) -> frozenset[str]:
     """Names of the parameters that stay whole on every rank."""
     kept, held = set(), 0
     for name, param in model.named_parameters():
-        if param.numel() <= settings.param_persistence_threshold and held + param.numel() <= settings.model_persistence_threshold:
+        if (
+            param.numel() <= settings.param_persistence_threshold
+            and held + param.numel() <= settings.model_persistence_threshold
+        ):
             kept.add(name)
             held += param.numel()
     return frozenset(kept)
@@ -67,7 +76,9 @@ def leaves(model: nn.Module, classes: Sequence[str]) -> list[str]:
     found: list[str] = []
     for name, module in model.named_modules():
         kind = type(module)
-        if {f"{kind.__module__}.{kind.__qualname__}", kind.__name__} & set(classes) and not name.startswith(tuple(f"{leaf}." for leaf in found)):
+        if {f"{kind.__module__}.{kind.__qualname__}", kind.__name__} & set(classes) and not name.startswith(
+            tuple(f"{leaf}." for leaf in found)
+        ):
             found.append(name)
     return found
 
@@ -84,12 +95,23 @@ def gathered(model: nn.Module, uses: Sequence[Use], settings: GatherSettings) ->
     """`gathers`, and what they pile up to."""
     sizes = {name: param.numel() for name, param in model.named_parameters()}
     leaf_names = leaves(model, settings.leaf_classes)
-    uses = [use for use in uses if not use.module.startswith(tuple(f"{leaf}." for leaf in leaf_names))] if leaf_names else uses
+    uses = (
+        [use for use in uses if not use.module.startswith(tuple(f"{leaf}." for leaf in leaf_names))]
+        if leaf_names
+        else uses
+    )
 
     def params_of(recurse: bool) -> dict[str, list[str]]:
-        return {name: [f"{name}.{own}" if name else own
-                       for own in (*dict(module.named_parameters(recurse=recurse)), *(() if recurse else external_parameters(module)))]
-                for name, module in model.named_modules()}
+        return {
+            name: [
+                f"{name}.{own}" if name else own
+                for own in (
+                    *dict(module.named_parameters(recurse=recurse)),
+                    *(() if recurse else external_parameters(module)),
+                )
+            ]
+            for name, module in model.named_modules()
+        }
 
     held = params_of(recurse=True) if leaf_names else {}
     owned = params_of(recurse=False) | {leaf: held[leaf] for leaf in leaf_names}
@@ -98,7 +120,9 @@ def gathered(model: nn.Module, uses: Sequence[Use], settings: GatherSettings) ->
     whole, live, most = set(keep), 0, 0
     in_use: dict[str, set[str]] = {name: set() for name in sizes}
     ahead = deque((param, step) for step, module in enumerate(order) for param in owned[module])
-    last_seen: Counter[str] = Counter({name: -1 for name in sizes})  # the step up to which a parameter's needs have been looked at
+    last_seen: Counter[str] = Counter(
+        {name: -1 for name in sizes}
+    )  # the step up to which a parameter's needs have been looked at
     step, made = 0, []
 
     def gather(params: list[str]) -> int:
@@ -138,10 +162,18 @@ def gathered(model: nn.Module, uses: Sequence[Use], settings: GatherSettings) ->
             most = max(most, live)
             step += 1
         else:
-            soon = needed_soon(step, held if use.module in leaf_names else owned)  # for a leaf DeepSpeed looks into all that follows, containers too
+            soon = needed_soon(
+                step, held if use.module in leaf_names else owned
+            )  # for a leaf DeepSpeed looks into all that follows, containers too
             for param in mine:
                 in_use[param].discard(use.module)
-                if param in whole and param not in keep and param not in soon and last_seen[param] <= step and not in_use[param]:
+                if (
+                    param in whole
+                    and param not in keep
+                    and param not in soon
+                    and last_seen[param] <= step
+                    and not in_use[param]
+                ):
                     whole.remove(param)
                     live -= sizes[param]
     return Gathered(made, most)

@@ -37,7 +37,9 @@ class Part:
         return cls(name, **{{"none": "device", "cpu": "host", "nvme": "nvme"}[place]: size}, phases=phases)
 
 
-def state(model: nn.Module, ds_raw: Mapping[str, Any], precision: str, world_size: int, accumulation: int = 1) -> list[Part]:
+def state(
+    model: nn.Module, ds_raw: Mapping[str, Any], precision: str, world_size: int, accumulation: int = 1
+) -> list[Part]:
     """Weights, gradients and optimizer of a model with Adam, and hpZ's copy of the weights. ds_raw: a ds_config without "auto" values.
 
     precision: "bf16" (fp32 masters and two moments: 12 bytes) or fp32 parameters ("autocast", "fp32"): they are their own masters under ZeRO-0, and have a
@@ -49,12 +51,24 @@ def state(model: nn.Module, ds_raw: Mapping[str, Any], precision: str, world_siz
     total = sum(param.numel() for param in model.parameters())
     trained = sum(param.numel() for param in model.parameters() if param.requires_grad)
     width = 2 if precision == "bf16" else 4
-    weights_at, optimizer_at = (zero.get(f"offload_{part}", {}).get("device", "none") for part in ("param", "optimizer"))
-    parts = [Part.at("weights", width * total // (n if stage == 3 else 1), weights_at),
-             *_gradients(width * trained, zero, n, accumulation),
-             Part.at("optimizer", (8 if width == 4 and not stage else 12) * trained // (n if stage else 1), optimizer_at)]
-    if optimizer_at != "none" and stage:  # stage3.py, `initialize_optimizer_states`; stage_1_and_2.py, where a bf16 copy of new weights is kept too
-        parts.append(Part.at("gradients in fp32", (4 if stage == 3 else 4 + width) * trained // n, optimizer_at))
+    weights_at, optimizer_at = (
+        zero.get(f"offload_{part}", {}).get("device", "none") for part in ("param", "optimizer")
+    )
+    parts = [
+        Part.at("weights", width * total // (n if stage == 3 else 1), weights_at),
+        *_gradients(width * trained, zero, n, accumulation),
+        Part.at(
+            "optimizer",
+            (8 if width == 4 and not stage else 12) * trained // (n if stage else 1),
+            optimizer_at,
+        ),
+    ]
+    if (
+        optimizer_at != "none" and stage
+    ):  # stage3.py, `initialize_optimizer_states`; stage_1_and_2.py, where a bf16 copy of new weights is kept too
+        parts.append(
+            Part.at("gradients in fp32", (4 if stage == 3 else 4 + width) * trained // n, optimizer_at)
+        )
     if stage == 3 and (node := zero.get("zero_hpz_partition_size", 1)) > 1:
         parts.append(Part.at("second copy (hpZ)", width * total // node, weights_at))
     return parts
@@ -66,7 +80,11 @@ def _gradients(whole: int, zero: Mapping[str, Any], n: int, accumulation: int) -
     ZeRO-3 keeps one buffer. ZeRO-1 and ZeRO-2 keep a share until the step (stage_1_and_2.py, `grads_in_partition`), ZeRO-2 from the second micro-batch on a
     new one beside it. ZeRO-1 piles whole gradients up before, unless there is one micro-batch and overlap_comm reduces them as they are made.
     """
-    stage, offloaded, share = zero.get("stage", 0), zero.get("offload_optimizer", {}).get("device", "none"), whole // n
+    stage, offloaded, share = (
+        zero.get("stage", 0),
+        zero.get("offload_optimizer", {}).get("device", "none"),
+        whole // n,
+    )
     if stage == 3:
         return [Part.at("gradients", share, offloaded)]
     if stage and offloaded != "none":
@@ -79,7 +97,14 @@ def _gradients(whole: int, zero: Mapping[str, Any], n: int, accumulation: int) -
     return kept
 
 
-def passing(model: nn.Module, ds_raw: Mapping[str, Any], precision: str, world_size: int, uses: Sequence[Use] | None, group_sizes: Sequence[int]) -> list[Part]:
+def passing(
+    model: nn.Module,
+    ds_raw: Mapping[str, Any],
+    precision: str,
+    world_size: int,
+    uses: Sequence[Use] | None,
+    group_sizes: Sequence[int],
+) -> list[Part]:
     """What is there for a while: communication buckets, gathered weights, gradients under way, and the update's copies.
 
     uses: the order of the modules (`training_pass`), from which ZeRO-3's gathered weights follow; None: their upper bound. group_sizes: elements of each
@@ -95,22 +120,35 @@ def passing(model: nn.Module, ds_raw: Mapping[str, Any], precision: str, world_s
     if stage == 3:
         if contiguous:  # kept from start to end (stage3.py, `bucket.buffer`)
             parts.append(Part("communication buckets", bucket * width))
-        parts.append(Part("gradients being sent", 2 * width * max(largest, min(bucket, sum(trained))), phases=("train",)))
+        parts.append(
+            Part(
+                "gradients being sent", 2 * width * max(largest, min(bucket, sum(trained))), phases=("train",)
+            )
+        )
         parts += _gathered(model, zero, width, n, uses)
-    elif stage and contiguous:  # stage_1_and_2.py, `setup_buckets`: taken at the first gradient, given back after the last
+    elif (
+        stage and contiguous
+    ):  # stage_1_and_2.py, `setup_buckets`: taken at the first gradient, given back after the last
         count = 2 if zero.get("overlap_comm", False) else 1
         parts.append(Part("communication buckets", bucket * width * count, phases=("train",)))
     if not offloaded:
         # one (sub-)group at a time is flattened and made fp32 (`_prepare_fp32_grad_for_sub_group`; ZeRO-1, 2: `step`); norms are taken in fp64
         share = max((_flattened(size, zero, n) for size in group_sizes), default=0)
-        parts.append(Part("fp32 gradients of a group", max((width + (4 if width == 2 else 0)) * share, 8 * largest // (n if stage == 3 else 1)),
-                          phases=("update",)))
+        parts.append(
+            Part(
+                "fp32 gradients of a group",
+                max((width + (4 if width == 2 else 0)) * share, 8 * largest // (n if stage == 3 else 1)),
+                phases=("update",),
+            )
+        )
     elif stage and stage < 3:
         parts.append(Part("gradient on its way to the host", width * largest, host=width * largest))
     return [part for part in parts if part.device or part.host]
 
 
-def pinned_rounding(zero: Mapping[str, Any], width: int, n: int, group_sizes: Sequence[int], largest: int) -> int:
+def pinned_rounding(
+    zero: Mapping[str, Any], width: int, n: int, group_sizes: Sequence[int], largest: int
+) -> int:
     """Bytes of host memory that torch takes beyond what DeepSpeed asks for, where page-locked buffers of an offloaded optimizer are rounded up
     (`allocator.pinned_bytes`).
 
@@ -131,10 +169,14 @@ def pinned_rounding(zero: Mapping[str, Any], width: int, n: int, group_sizes: Se
 def _flattened(size: int, zero: Mapping[str, Any], n: int) -> int:
     """Elements of a parameter group that one process updates at once."""
     share = size // (n if zero.get("stage", 0) else 1)
-    return min(share, int(float(zero.get("sub_group_size", 1e9)))) if zero.get("stage") == 3 else share  # and up to a parameter more
+    return (
+        min(share, int(float(zero.get("sub_group_size", 1e9)))) if zero.get("stage") == 3 else share
+    )  # and up to a parameter more
 
 
-def _gathered(model: nn.Module, zero: Mapping[str, Any], width: int, n: int, uses: Sequence[Use] | None) -> list[Part]:
+def _gathered(
+    model: nn.Module, zero: Mapping[str, Any], width: int, n: int, uses: Sequence[Use] | None
+) -> list[Part]:
     """One process has nothing to gather: it computes with its partition (partition_parameters.py, `NoGatherHandle`), or with a copy of what is offloaded.
 
     Weights that are gathered together are copied out of one buffer (`AllGatherCoalescedHandle.wait`), so the largest such gather counts twice.
@@ -145,8 +187,17 @@ def _gathered(model: nn.Module, zero: Mapping[str, Any], width: int, n: int, use
     if n == 1 and zero.get("offload_param", {}).get("device", "none") == "none":
         return []
     if uses is None:
-        live, twice = min(sum(sizes.values()), settings.max_live_parameters + max(sizes.values())), settings.prefetch_bucket_size
+        live, twice = (
+            min(sum(sizes.values()), settings.max_live_parameters + max(sizes.values())),
+            settings.prefetch_bucket_size,
+        )
     else:
         found = gathered(model, uses, settings)
-        live, twice = found.live, max((sum(sizes[name] for name in params) for params in found.made if len(params) > 1), default=0)
-    return [Part("small weights, whole", width * small), Part("gathered weights", width * (live + (twice if n > 1 else 0)), phases=("train",))]
+        live, twice = (
+            found.live,
+            max((sum(sizes[name] for name in params) for params in found.made if len(params) > 1), default=0),
+        )
+    return [
+        Part("small weights, whole", width * small),
+        Part("gathered weights", width * (live + (twice if n > 1 else 0)), phases=("train",)),
+    ]

@@ -72,25 +72,43 @@ def seconds(collectives: Iterable[Collective], cluster: Cluster, assumed: Assump
             continue
         within, between = part.sent_by_link(cluster.per_node)
         nodes = max(1, part.ranks // cluster.per_node)
-        hops_s = (part.ranks - nodes) * assumed.hop_within_s + (nodes * assumed.hop_between_s if nodes > 1 else 0)
+        hops_s = (part.ranks - nodes) * assumed.hop_within_s + (
+            nodes * assumed.hop_between_s if nodes > 1 else 0
+        )
         rounds = 2 if part.kind == "all_reduce" else 1
-        total += max(within / cluster.device.nvlink_gbs, between / cluster.between_gbs) / 1e9 / assumed.link + part.calls * rounds * hops_s
+        total += (
+            max(within / cluster.device.nvlink_gbs, between / cluster.between_gbs) / 1e9 / assumed.link
+            + part.calls * rounds * hops_s
+        )
     return total
 
 
-def step_time(passed: TrainingPass, micro_batch: int, traffic: Traffic, trained: int, host_bytes: int, zero: Mapping[str, Any], cluster: Cluster,
-              assumed: Assumptions, *, heads: Literal["bf16", "tf32", "fp32"] = "tf32") -> StepTime:
+def step_time(
+    passed: TrainingPass,
+    micro_batch: int,
+    traffic: Traffic,
+    trained: int,
+    host_bytes: int,
+    zero: Mapping[str, Any],
+    cluster: Cluster,
+    assumed: Assumptions,
+    *,
+    heads: Literal["bf16", "tf32", "fp32"] = "tf32",
+) -> StepTime:
     """passed: of one image; micro_batch: images; trained: parameters that train; host_bytes: by `communication.host_bytes`.
 
     heads: what they are computed in; the backbone is in bf16.
     """
     heads_rate = getattr(cluster.device, heads)
-    floor = micro_batch * (passed.backbone_flops / cluster.device.bf16 + passed.heads_flops / heads_rate) / 1e12
+    floor = (
+        micro_batch * (passed.backbone_flops / cluster.device.bf16 + passed.heads_flops / heads_rate) / 1e12
+    )
     compute = floor / assumed.compute
     stage = zero.get("stage", 0)
     overlap = zero.get("overlap_comm", stage == 3)
-    backward_share = ((passed.backbone_backward / cluster.device.bf16 + passed.heads_backward / heads_rate)
-                      / (passed.backbone_flops / cluster.device.bf16 + passed.heads_flops / heads_rate))
+    backward_share = (passed.backbone_backward / cluster.device.bf16 + passed.heads_backward / heads_rate) / (
+        passed.backbone_flops / cluster.device.bf16 + passed.heads_flops / heads_rate
+    )
     during = communicated = 0.0
     for collectives in traffic.micro_batches:
         behind = seconds((part for part in collectives if part.what != "batch norm"), cluster, assumed)
@@ -108,7 +126,9 @@ def step_time(passed: TrainingPass, micro_batch: int, traffic: Traffic, trained:
     count = len(traffic.micro_batches)
     moved = host_bytes / 1e9 / cluster.device.host_gbs / assumed.link
     update = update_seconds(trained, zero, cluster, assumed)
-    return StepTime(count * floor, count * compute, communicated + after, moved, update, during + after + moved + update)
+    return StepTime(
+        count * floor, count * compute, communicated + after, moved, update, during + after + moved + update
+    )
 
 
 def update_seconds(trained: int, zero: Mapping[str, Any], cluster: Cluster, assumed: Assumptions) -> float:

@@ -61,7 +61,14 @@ def training_pass(model: nn.Module, height: int, width: int) -> TrainingPass:
         uses: list[Use] = []
         with _observed(model, uses):
             backbone_forward, heads_forward, heads_backward, backbone_backward = _run(model, height, width)
-    return TrainingPass(tuple(uses), backbone_forward, backbone_backward, backbone_backward - plain, heads_forward, heads_backward)
+    return TrainingPass(
+        tuple(uses),
+        backbone_forward,
+        backbone_backward,
+        backbone_backward - plain,
+        heads_forward,
+        heads_backward,
+    )
 
 
 def _run(model: nn.Module, height: int, width: int) -> tuple[int, int, int, int]:
@@ -74,7 +81,9 @@ def _run(model: nn.Module, height: int, width: int) -> tuple[int, int, int, int]
 
     @contextmanager
     def counted() -> Iterator[None]:
-        with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward_flops}) as counter:
+        with FlopCounterMode(
+            display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward_flops}
+        ) as counter:
             yield
         counts.append(counter.get_total_flops())
 
@@ -86,7 +95,11 @@ def _run(model: nn.Module, height: int, width: int) -> tuple[int, int, int, int]
     with counted():
         total.backward()
     with counted():
-        reached = [(feature, entry.grad) for feature, entry in zip(features, entries) if feature.requires_grad and entry.grad is not None]
+        reached = [
+            (feature, entry.grad)
+            for feature, entry in zip(features, entries)
+            if feature.requires_grad and entry.grad is not None
+        ]
         if reached:
             torch.autograd.backward(*map(list, zip(*reached)))
     for param in model.parameters():
@@ -94,8 +107,20 @@ def _run(model: nn.Module, height: int, width: int) -> tuple[int, int, int, int]
     return tuple(counts)
 
 
-def _convolution_backward_flops(grad: Sequence[int], x: Sequence[int], weight: Sequence[int], _bias: Any, _stride: Any, _padding: Any,
-                                _dilation: Any, transposed: bool, _output_padding: Any, _groups: int, wanted: Sequence[bool], **_: Any) -> int:
+def _convolution_backward_flops(
+    grad: Sequence[int],
+    x: Sequence[int],
+    weight: Sequence[int],
+    _bias: Any,
+    _stride: Any,
+    _padding: Any,
+    _dilation: Any,
+    transposed: bool,
+    _output_padding: Any,
+    _groups: int,
+    wanted: Sequence[bool],
+    **_: Any,
+) -> int:
     """The gradients of input and weight, as far as they are wanted, cost a forward pass each.
     torch 2.13 counts that of the weight as if there were no groups."""
     return conv_flop_count(x, weight, grad, transposed) * sum(wanted[:2])
@@ -180,7 +205,9 @@ def _observed(model: nn.Module, uses: list[Use]) -> Iterator[None]:
 
         def leaving(_: nn.Module, __: tuple, output: Any) -> Any:
             uses.append(Use(name, False))
-            return _tensors(output, lambda tensor: _Tell.apply(tensor, begin) if tensor.requires_grad else tensor)
+            return _tensors(
+                output, lambda tensor: _Tell.apply(tensor, begin) if tensor.requires_grad else tensor
+            )
 
         handles.extend((module.register_forward_pre_hook(entering), module.register_forward_hook(leaving)))
 

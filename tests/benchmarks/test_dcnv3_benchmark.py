@@ -13,7 +13,12 @@ ROOT = Path(__file__).parent.parent.parent
 
 @pytest.mark.benchmark
 def test_dcnv3_ends_with_a_ratio_between_versions_that_agree():
-    done = subprocess.run([sys.executable, ROOT / "benchmarks/dcnv3.py", "--side", "64", "--rounds", "1"], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks/dcnv3.py", "--side", "64", "--rounds", "1"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     line = json.loads(done.stdout.splitlines()[-1])
     assert line["ratio"] > 0

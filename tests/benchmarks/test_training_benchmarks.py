@@ -16,7 +16,9 @@ ROOT = Path(__file__).parent.parent.parent
 
 @pytest.fixture
 def workload(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))  # where `python benchmarks/train_step.py` finds them
+    monkeypatch.syspath_prepend(
+        str(ROOT / "benchmarks")
+    )  # where `python benchmarks/train_step.py` finds them
     import workload
 
     return workload
@@ -33,8 +35,17 @@ def test_the_other_contenders_train_on_the_images_that_our_engine_hands_to_the_s
     for rank in (0, 1):
         sampler = GlobalBatchSampler(len(dataset), made.micro_batch, rank=rank, world_size=2)
         theirs = workload.micro_batches(made, rank, 2, cpu)
-        for batch, other in zip((next(ours) for ours in [training_batches(dataset, sampler, workers=0, seed=0, device=cpu)] for _ in range(4)), theirs):
-            assert torch.equal(batch.inputs["img"], other["img"]) and torch.equal(batch.inputs["gt_semantic_seg"], other["gt_semantic_seg"])
+        for batch, other in zip(
+            (
+                next(ours)
+                for ours in [training_batches(dataset, sampler, workers=0, seed=0, device=cpu)]
+                for _ in range(4)
+            ),
+            theirs,
+        ):
+            assert torch.equal(batch.inputs["img"], other["img"]) and torch.equal(
+                batch.inputs["gt_semantic_seg"], other["gt_semantic_seg"]
+            )
 
 
 @pytest.mark.parametrize("groups", [1, 10, 50, 98])
@@ -59,20 +70,37 @@ def test_the_6b_size_is_refused_in_a_sentence_where_it_has_no_room(workload):
     if torch.cuda.is_available() or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") > 119 * 2**30:
         pytest.skip("this machine may have room")
     done = run("train_step.py", "--size", "6b", "--world", "1")
-    assert done.returncode == 1 and "needs 119 GiB of host memory" in done.stderr.splitlines()[-1]  # 20 bytes of fp32 state for each of 6.4 B parameters
+    assert (
+        done.returncode == 1 and "needs 119 GiB of host memory" in done.stderr.splitlines()[-1]
+    )  # 20 bytes of fp32 state for each of 6.4 B parameters
 
 
 @pytest.mark.benchmark
 def test_train_step_ends_with_a_ratio_between_contenders_whose_losses_agree():
-    done = run("train_step.py", "--contenders", "ours", "bare_deepspeed", "--world", "1", "--rounds", "1", "--steps", "2")
+    done = run(
+        "train_step.py",
+        "--contenders",
+        "ours",
+        "bare_deepspeed",
+        "--world",
+        "1",
+        "--rounds",
+        "1",
+        "--steps",
+        "2",
+    )
     line = json.loads(done.stdout.splitlines()[-1])
-    assert line["ratio"] == pytest.approx(line["seconds"]["ours"] / line["seconds"]["bare_deepspeed"], rel=1e-2)
+    assert line["ratio"] == pytest.approx(
+        line["seconds"]["ours"] / line["seconds"]["bare_deepspeed"], rel=1e-2
+    )
     assert line["loss_difference"]["bare_deepspeed"] < 1e-5
 
 
 @pytest.mark.benchmark
 def test_growth_ends_with_an_exponent_for_each_series():
-    line = json.loads(run("growth.py", "classes", "--points", "2", "--rounds", "1", "--steps", "2").stdout.splitlines()[-1])
+    line = json.loads(
+        run("growth.py", "classes", "--points", "2", "--rounds", "1", "--steps", "2").stdout.splitlines()[-1]
+    )
     assert line["curve"] == "classes" and len(line["points"]) == 2
     assert all(math.isfinite(value) for value in line["exponents"]["ZeRO-3, 1 process"].values())
 
@@ -80,8 +108,12 @@ def test_growth_ends_with_an_exponent_for_each_series():
 @pytest.mark.benchmark
 def test_checksums_ends_with_a_ratio_for_saves_and_for_resumes():
     line = json.loads(run("checksums.py", "--million", "2", "--rounds", "2").stdout.splitlines()[-1])
-    assert {"save", "resume_from_the_disk", "resume_from_the_cache"} < line.keys() and all(value > 0 for value in line.values())
+    assert {"save", "resume_from_the_disk", "resume_from_the_cache"} < line.keys() and all(
+        value > 0 for value in line.values()
+    )
 
 
 def run(script: str, *args: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, f"benchmarks/{script}", *args], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, f"benchmarks/{script}", *args], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )

@@ -65,16 +65,37 @@ def copied(saves: Path, name: str, tmp_path: Path) -> Path:
 def values_of(path: Path, *, check: bool = True) -> dict:
     """All that a run or an evaluation takes from a save."""
     checkpoint = ZeroCheckpoint(path, check=check)
-    found = {(what, name): checkpoint.read_slice(name, 0, shape.numel(), what) for name, shape in checkpoint.shapes.items()
-             for what in EVERYTHING if name in checkpoint.trained or what in ("fp32", "ema")}
-    return found | {("buffer", name): value for name, value in checkpoint.buffers.items()} | {
-        "state": (checkpoint.steps, checkpoint.samples, checkpoint.scheduled, checkpoint.updates, checkpoint.client_state),
-        "note": {key: value for key, value in checkpoint.manifest.items() if key in ("step", "run", "number", "world_size", "meta", "metrics", "groups")}}
+    found = {
+        (what, name): checkpoint.read_slice(name, 0, shape.numel(), what)
+        for name, shape in checkpoint.shapes.items()
+        for what in EVERYTHING
+        if name in checkpoint.trained or what in ("fp32", "ema")
+    }
+    return (
+        found
+        | {("buffer", name): value for name, value in checkpoint.buffers.items()}
+        | {
+            "state": (
+                checkpoint.steps,
+                checkpoint.samples,
+                checkpoint.scheduled,
+                checkpoint.updates,
+                checkpoint.client_state,
+            ),
+            "note": {
+                key: value
+                for key, value in checkpoint.manifest.items()
+                if key in ("step", "run", "number", "world_size", "meta", "metrics", "groups")
+            },
+        }
+    )
 
 
 def same(one: dict, other: dict) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(value, other[key]) if isinstance(value, torch.Tensor) else value == other[key]
-                                              for key, value in one.items())
+    return one.keys() == other.keys() and all(
+        torch.equal(value, other[key]) if isinstance(value, torch.Tensor) else value == other[key]
+        for key, value in one.items()
+    )
 
 
 def flip(file: Path, bit: int) -> None:
@@ -103,25 +124,40 @@ def refused_or_harmless(file: Path, bits: int, read, chance: random.Random) -> t
     return refused, harmless
 
 
-@pytest.mark.parametrize(("name", "tries"), [("zero3", 200), ("zero1", 100), pytest.param("zero3", 4000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("name", "tries"), [("zero3", 200), ("zero1", 100), pytest.param("zero3", 4000, marks=pytest.mark.slow)]
+)
 def test_every_bit_of_every_file_of_a_save_is_refused_or_harmless(name, tries, saves, tmp_path):
     path, chance, refused = copied(saves, name, tmp_path), random.Random(1), {}
     files = sorted(path.iterdir())
-    assert {file.name for file in files} == read_manifest(path)["files"].keys() | {MANIFEST} and len(files) > 5
+    assert {file.name for file in files} == read_manifest(path)["files"].keys() | {MANIFEST} and len(
+        files
+    ) > 5
     for file in files:
-        refused[file.name] = refused_or_harmless(file, tries // len(files) + 1, lambda: values_of(path), chance)
+        refused[file.name] = refused_or_harmless(
+            file, tries // len(files) + 1, lambda: values_of(path), chance
+        )
     for file, (found, harmless) in refused.items():
         assert found > harmless or not file.endswith((".pt", ".json")), file
 
 
 @pytest.mark.parametrize("name", ["zero3_bf16", "zero2_fp32"])
-def test_a_checkpoint_of_plain_deepspeed_is_held_against_the_checksums_of_its_archives(name, toy_checkpoints, tmp_path):
-    path, chance = Path(shutil.copytree(toy_checkpoints / name / "global_step2", tmp_path / "step")), random.Random(2)
+def test_a_checkpoint_of_plain_deepspeed_is_held_against_the_checksums_of_its_archives(
+    name, toy_checkpoints, tmp_path
+):
+    path, chance = (
+        Path(shutil.copytree(toy_checkpoints / name / "global_step2", tmp_path / "step")),
+        random.Random(2),
+    )
 
     def read():
         checkpoint = ZeroCheckpoint(path)
-        return {(what, each): checkpoint.read_slice(each, 0, shape.numel(), what) for each, shape in checkpoint.shapes.items()
-                for what in ("fp32", "exp_avg") if what == "fp32" or each in checkpoint.trained}
+        return {
+            (what, each): checkpoint.read_slice(each, 0, shape.numel(), what)
+            for each, shape in checkpoint.shapes.items()
+            for what in ("fp32", "exp_avg")
+            if what == "fp32" or each in checkpoint.trained
+        }
 
     for file in path.glob("*.pt"):
         refused, _ = refused_or_harmless(file, 15, read, chance)
@@ -159,10 +195,16 @@ def test_what_is_skipped_is_read_as_it_is(saves, tmp_path):
     before, shard = values_of(path), next(path.glob("*rank_1*optim*"))
     stored = ZeroCheckpoint(path)._flat["fp32"][1][0]
     flip(shard, 8 * stored.place + 3)
-    with pytest.raises(CheckpointError, match=r"the checksum of its bytes 0 to .* is \w{32}, internseg_ds\.json has \w{32}; copy it again"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"the checksum of its bytes 0 to .* is \w{32}, internseg_ds\.json has \w{32}; copy it again",
+    ):
         values_of(path)
     assert not same(values_of(path, check=False), before)
-    for read in (lambda check: consolidate(path, tmp_path / "w.pth", check=check), lambda check: open_weights(path, check=check)):
+    for read in (
+        lambda check: consolidate(path, tmp_path / "w.pth", check=check),
+        lambda check: open_weights(path, check=check),
+    ):
         with pytest.raises(CheckpointError, match="is not what was written"):
             read(True)
         read(False)
@@ -174,7 +216,9 @@ def test_scores_added_later_leave_the_note_whole(saves, tmp_path):
     assert read_manifest(path)["metrics"]["mIoU"] == 0.5
     text = (path / MANIFEST).read_text()
     assert read_manifest(path)["run"] == "zero3" and read_manifest(path)["world_size"] == 2
-    assert {entry["rank"] for name, entry in read_manifest(path)["files"].items() if name.endswith(".pt")} == {0, 1}
+    assert {
+        entry["rank"] for name, entry in read_manifest(path)["files"].items() if name.endswith(".pt")
+    } == {0, 1}
     (path / MANIFEST).write_text(text.replace('"mIoU": 0.5', '"mIoU": 0.7'))
     with pytest.raises(CheckpointError, match="its checksum says"):
         read_manifest(path)
@@ -223,7 +267,9 @@ def test_a_read_of_any_length_checks_the_blocks_that_it_lies_in_once(tmp_path, m
         file.write(data[start : start + 130])
     written = file.close()
     assert (tmp_path / "f").read_bytes() == data and written.size == 1000
-    assert written.digests == "".join(xxhash.xxh3_128_hexdigest(data[at : at + 64]) for at in range(0, 1000, 64))
+    assert written.digests == "".join(
+        xxhash.xxh3_128_hexdigest(data[at : at + 64]) for at in range(0, 1000, 64)
+    )
     for _ in range(300):
         checked = of_digests(tmp_path / "f", 1000, written.digests, "the test", 64)
         with checked.opened() as opened:
@@ -251,7 +297,9 @@ def test_bytes_that_come_by_in_any_pieces_have_the_same_sums(monkeypatch):
             step = chance.randrange(0, 200)
             pieces.update(data[at : at + step])
             at += step
-        assert (pieces.size, pieces.hexdigests()) == (whole.size, whole.hexdigests()) and len(whole.hexdigests()) == 320
+        assert (pieces.size, pieces.hexdigests()) == (whole.size, whole.hexdigests()) and len(
+            whole.hexdigests()
+        ) == 320
 
 
 def test_a_file_of_torch_before_1_6_has_no_archive_to_be_held_against(tmp_path):

@@ -26,7 +26,11 @@ def test_no_weight_is_lost_and_each_is_exact(setting, out, toy_checkpoints, tmp_
 
 def test_bf16_is_for_the_backbone_alone_and_statistics_stay_fp32(toy_checkpoints, tmp_path):
     file = consolidate(toy_checkpoints / "zero3_bf16", tmp_path / "w.pth", dtype="bfloat16")
-    found = {name: value.dtype for name, value in torch.load(file, weights_only=True)["state_dict"].items() if value.is_floating_point()}
+    found = {
+        name: value.dtype
+        for name, value in torch.load(file, weights_only=True)["state_dict"].items()
+        if value.is_floating_point()
+    }
     assert {dtype for name, dtype in found.items() if name.startswith("backbone.")} == {torch.bfloat16}
     assert {dtype for name, dtype in found.items() if not name.startswith("backbone.")} == {torch.float32}
     assert "norm.running_mean" in found
@@ -35,9 +39,23 @@ def test_bf16_is_for_the_backbone_alone_and_statistics_stay_fp32(toy_checkpoints
 def test_a_pth_carries_mmsegs_meta(toy_checkpoints, tmp_path):
     save = tmp_path / "iter_2"
     shutil.copytree(toy_checkpoints / "zero3_bf16/global_step2", save)
-    write_manifest(save, step=2, world_size=2, zero_stage=3, meta={"CLASSES": ["sky"], "PALETTE": [[1, 2, 3]], "config": "a = 1"}, metrics={"mIoU": 0.5})
+    write_manifest(
+        save,
+        step=2,
+        world_size=2,
+        zero_stage=3,
+        meta={"CLASSES": ["sky"], "PALETTE": [[1, 2, 3]], "config": "a = 1"},
+        metrics={"mIoU": 0.5},
+    )
     meta = torch.load(consolidate(save, tmp_path / "w.pth"), weights_only=True)["meta"]
-    assert meta == {"CLASSES": ["sky"], "PALETTE": [[1, 2, 3]], "config": "a = 1", "iter": 2, "metrics": {"mIoU": 0.5}, "mIoU": 0.5}
+    assert meta == {
+        "CLASSES": ["sky"],
+        "PALETTE": [[1, 2, 3]],
+        "config": "a = 1",
+        "iter": 2,
+        "metrics": {"mIoU": 0.5},
+        "mIoU": 0.5,
+    }
 
 
 def test_an_existing_file_or_folder_of_weights_is_replaced_only_when_told(toy_checkpoints, tmp_path):
@@ -65,10 +83,14 @@ def test_strangers_in_the_way_are_left_alone(toy_checkpoints, tmp_path):
     (tmp_path / "keep.partial" / "thesis.txt").write_text("precious")
     with pytest.raises(CheckpointError, match="in the way"):
         consolidate(toy_checkpoints / "zero3_bf16", tmp_path / "keep")
-    assert (tmp_path / "latest").read_text() == "iter_3" and (tmp_path / "keep.partial" / "thesis.txt").read_text() == "precious"
+    assert (tmp_path / "latest").read_text() == "iter_3" and (
+        tmp_path / "keep.partial" / "thesis.txt"
+    ).read_text() == "precious"
 
 
-def test_a_full_disk_and_an_unknown_ending_are_noticed_before_the_first_byte(toy_checkpoints, tmp_path, monkeypatch):
+def test_a_full_disk_and_an_unknown_ending_are_noticed_before_the_first_byte(
+    toy_checkpoints, tmp_path, monkeypatch
+):
     with pytest.raises(CheckpointError, match="unknown ending"):
         consolidate(toy_checkpoints / "zero3_bf16", tmp_path / "w.h5")
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))

@@ -11,7 +11,13 @@ import torch
 from safetensors.torch import save_file
 
 from internseg_ds.checkpoints.fitting import fit
-from internseg_ds.checkpoints.manifest import MANIFEST, read_manifest, update_metrics, verify_manifest, write_manifest
+from internseg_ds.checkpoints.manifest import (
+    MANIFEST,
+    read_manifest,
+    update_metrics,
+    verify_manifest,
+    write_manifest,
+)
 from internseg_ds.checkpoints.weights import INDEX, PICKLED_INDEX, open_weights
 from internseg_ds.errors import CheckpointError
 
@@ -27,8 +33,16 @@ def same(found, expected=STATE):
     assert set(found) == set(expected) and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s, "meta": {"iter": 3}}, lambda s: {"module": s}, lambda s: {"model": s},
-                                  lambda s: {f"module.{name}": value for name, value in s.items()}])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda s: s,
+        lambda s: {"state_dict": s, "meta": {"iter": 3}},
+        lambda s: {"module": s},
+        lambda s: {"model": s},
+        lambda s: {f"module.{name}": value for name, value in s.items()},
+    ],
+)
 def test_a_pth_is_read_bare_and_under_each_wrapper(wrap, tmp_path):
     torch.save(wrap(STATE), tmp_path / "w.pth")
     same(read(tmp_path / "w.pth")[0])
@@ -51,7 +65,9 @@ def test_one_safetensors_file_and_a_folder_with_an_index_are_read(tmp_path):
     folder.mkdir()
     for number, (name, value) in enumerate(STATE.items()):
         save_file({name: value}, folder / f"{number}.safetensors")
-    (folder / INDEX).write_text(json.dumps({"weight_map": {name: f"{number}.safetensors" for number, name in enumerate(STATE)}}))
+    (folder / INDEX).write_text(
+        json.dumps({"weight_map": {name: f"{number}.safetensors" for number, name in enumerate(STATE)}})
+    )
     same(read(folder)[0])
     (folder / "1.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"1\.safetensors is missing"):
@@ -61,26 +77,35 @@ def test_one_safetensors_file_and_a_folder_with_an_index_are_read(tmp_path):
         read(folder)
 
 
-@pytest.mark.parametrize(("name", "content", "words"), [
-    ("w.pth", b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "git-lfs pointer"),
-    ("w.pth", b"<!DOCTYPE html><html>404</html>", "a web page"),
-    ("w.pth", b"PK\x03\x04 not whole", "truncated or no PyTorch file"),
-    ("w.pth", b"these are not weights at all", "no PyTorch file"),
-    ("w.pth", b"", "truncated or no PyTorch file"),
-    ("w.safetensors", b"\x00" * 20, "truncated or no safetensors file"),
-    ("w.h5", b"", "unknown ending"),
-])
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("w.pth", b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "git-lfs pointer"),
+        ("w.pth", b"<!DOCTYPE html><html>404</html>", "a web page"),
+        ("w.pth", b"PK\x03\x04 not whole", "truncated or no PyTorch file"),
+        ("w.pth", b"these are not weights at all", "no PyTorch file"),
+        ("w.pth", b"", "truncated or no PyTorch file"),
+        ("w.safetensors", b"\x00" * 20, "truncated or no safetensors file"),
+        ("w.h5", b"", "unknown ending"),
+    ],
+)
 def test_a_file_that_is_no_weights_is_one_sentence(name, content, words, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=words):
         read(tmp_path / name)
 
 
-@pytest.mark.parametrize(("content", "words"), [
-    (torch.nn.Linear(2, 2), r"holds torch\.nn\.modules\.linear\.Linear beside tensors"),
-    ({"a": torch.eye(3).to_sparse()}, "sparse tensors"),
-    ({"a": torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)}, "quantized or other special tensors"),
-])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (torch.nn.Linear(2, 2), r"holds torch\.nn\.modules\.linear\.Linear beside tensors"),
+        ({"a": torch.eye(3).to_sparse()}, "sparse tensors"),
+        (
+            {"a": torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)},
+            "quantized or other special tensors",
+        ),
+    ],
+)
 def test_what_is_no_plain_tensor_is_one_sentence(content, words, tmp_path):
     torch.save(content, tmp_path / "w.pth")
     with pytest.raises(CheckpointError, match=words) as error:
@@ -89,11 +114,19 @@ def test_what_is_no_plain_tensor_is_one_sentence(content, words, tmp_path):
 
 
 def test_numpy_values_in_the_meta_of_mmcvs_files_are_read(tmp_path):
-    meta = {"PALETTE": np.zeros((2, 3), np.uint8), "hook_msgs": {"best_score": np.float64(0.5)}, "iter": np.int64(3)}
+    meta = {
+        "PALETTE": np.zeros((2, 3), np.uint8),
+        "hook_msgs": {"best_score": np.float64(0.5)},
+        "iter": np.int64(3),
+    }
     torch.save({"meta": meta, "state_dict": STATE}, tmp_path / "w.pth")
     found, read_meta = read(tmp_path / "w.pth")
     same(found)
-    assert read_meta["hook_msgs"] == {"best_score": 0.5} and read_meta["iter"] == 3 and read_meta["PALETTE"] == [[0, 0, 0], [0, 0, 0]]
+    assert (
+        read_meta["hook_msgs"] == {"best_score": 0.5}
+        and read_meta["iter"] == 3
+        and read_meta["PALETTE"] == [[0, 0, 0], [0, 0, 0]]
+    )
 
 
 class Attack:
@@ -118,7 +151,9 @@ def test_a_missing_file_and_a_file_without_weights_are_named(tmp_path):
 
 def fitted(shapes, path, **settings):
     torch.save(STATE, path / "w.pth")
-    return fit(open_weights(path / "w.pth"), {name: torch.Size(shape) for name, shape in shapes.items()}, **settings)
+    return fit(
+        open_weights(path / "w.pth"), {name: torch.Size(shape) for name, shape in shapes.items()}, **settings
+    )
 
 
 def test_a_prefix_picks_one_part_and_the_rest_is_ignored(tmp_path):
@@ -127,15 +162,25 @@ def test_a_prefix_picks_one_part_and_the_rest_is_ignored(tmp_path):
 
 
 def test_what_may_miss_and_what_may_be_resized_is_reported(tmp_path):
-    found = fitted({"backbone.a": (2, 5), "decode_head.b": (4,), "up1.w": (1,)}, tmp_path,
-                   resizable={"backbone.a": lambda stored, wanted: stored[0] == wanted[0]}, may_miss=("up1.",))
+    found = fitted(
+        {"backbone.a": (2, 5), "decode_head.b": (4,), "up1.w": (1,)},
+        tmp_path,
+        resizable={"backbone.a": lambda stored, wanted: stored[0] == wanted[0]},
+        may_miss=("up1.",),
+    )
     assert found.resized == ["backbone.a"] and found.missing == ["up1.w"]
     assert "1 resized (backbone.a)" in found.summary()
 
 
 def test_what_cannot_be_resized_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match=r"backbone\.a is \[2, 3\] in the file and \[3, 5\] in the model"):
-        fitted({"backbone.a": (3, 5), "decode_head.b": (4,)}, tmp_path, resizable={"backbone.a": lambda stored, wanted: stored[0] == wanted[0]})
+    with pytest.raises(
+        CheckpointError, match=r"backbone\.a is \[2, 3\] in the file and \[3, 5\] in the model"
+    ):
+        fitted(
+            {"backbone.a": (3, 5), "decode_head.b": (4,)},
+            tmp_path,
+            resizable={"backbone.a": lambda stored, wanted: stored[0] == wanted[0]},
+        )
 
 
 def test_expected_extras_are_known_behind_a_prefix_too(tmp_path):
@@ -143,11 +188,20 @@ def test_expected_extras_are_known_behind_a_prefix_too(tmp_path):
     assert found.ignored == ["backbone.a", "decode_head.b"]
 
 
-@pytest.mark.parametrize(("shapes", "words"), [
-    ({"backbone.a": (2, 4), "decode_head.b": (4,)}, r"backbone\.a is \[2, 3\] in the file and \[2, 4\] in the model"),
-    ({"backbone.a": (2, 3)}, r"unexpected in the file: decode_head\.b"),
-    ({"backbone.a": (2, 3), "decode_head.b": (4,), "decode_head.c": (1,)}, r"missing from it: decode_head\.c"),
-])
+@pytest.mark.parametrize(
+    ("shapes", "words"),
+    [
+        (
+            {"backbone.a": (2, 4), "decode_head.b": (4,)},
+            r"backbone\.a is \[2, 3\] in the file and \[2, 4\] in the model",
+        ),
+        ({"backbone.a": (2, 3)}, r"unexpected in the file: decode_head\.b"),
+        (
+            {"backbone.a": (2, 3), "decode_head.b": (4,), "decode_head.c": (1,)},
+            r"missing from it: decode_head\.c",
+        ),
+    ],
+)
 def test_weights_of_another_model_are_refused_by_name(shapes, words, tmp_path):
     with pytest.raises(CheckpointError, match=words):
         fitted(shapes, tmp_path)
@@ -177,19 +231,25 @@ def test_position_embeddings_and_patch_kernels_are_resized_as_torch_resizes_pict
     grid = embedding[:, 1:].reshape(1, 4, 4, 5).permute(0, 3, 1, 2)
     expected = torch.nn.functional.interpolate(grid, (6, 3), mode="bicubic", align_corners=False)
     found = resize_position_embedding(embedding, (6, 3))
-    np.testing.assert_allclose(found[:, 1:].reshape(1, 6, 3, 5).permute(0, 3, 1, 2).numpy(), expected.numpy(), rtol=1e-6)
+    np.testing.assert_allclose(
+        found[:, 1:].reshape(1, 6, 3, 5).permute(0, 3, 1, 2).numpy(), expected.numpy(), rtol=1e-6
+    )
     assert torch.equal(found[:, 0], embedding[:, 0])
     assert resize_patch_kernel(torch.randn(5, 3, 14, 14), torch.Size((5, 3, 16, 16))).shape == (5, 3, 16, 16)
 
 
 @pytest.mark.parametrize(("index", "kind"), [(INDEX, "safetensors"), (PICKLED_INDEX, "bin")])
-@pytest.mark.parametrize("name", ["../w.{kind}", "{folder}/w.{kind}", "x/../../w.{kind}", "", "a\0b", "x" * 5000])
+@pytest.mark.parametrize(
+    "name", ["../w.{kind}", "{folder}/w.{kind}", "x/../../w.{kind}", "", "a\0b", "x" * 5000]
+)
 def test_an_index_that_names_files_outside_of_its_folder_is_refused(name, index, kind, tmp_path):
     save_file(STATE, tmp_path / "w.safetensors")
     torch.save(STATE, tmp_path / "w.bin")
     folder = tmp_path / "model"
     (folder / "x").mkdir(parents=True)
-    (folder / index).write_text(json.dumps({"weight_map": {"backbone.a": name.format(kind=kind, folder=tmp_path)}}))
+    (folder / index).write_text(
+        json.dumps({"weight_map": {"backbone.a": name.format(kind=kind, folder=tmp_path)}})
+    )
     with pytest.raises(CheckpointError, match=r"index\.json names .* no file in its folder"):
         read(folder)
 
@@ -207,7 +267,18 @@ def test_shards_that_are_links_are_read(tmp_path):
 DEEP = "[" * 100_000 + "]" * 100_000
 
 
-@pytest.mark.parametrize("text", [DEEP, "[]", "5", "{", '{"weight_map": {"a": 5}}', '{"weight_map": {"a": ["x"]}}', '{"weight_map": null}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        DEEP,
+        "[]",
+        "5",
+        "{",
+        '{"weight_map": {"a": 5}}',
+        '{"weight_map": {"a": ["x"]}}',
+        '{"weight_map": null}',
+    ],
+)
 def test_a_damaged_index_is_one_sentence(text, tmp_path):
     (tmp_path / INDEX).write_text(text)
     with pytest.raises(CheckpointError, match=r"index\.json is damaged"):
@@ -234,9 +305,19 @@ def test_a_damaged_header_is_one_sentence(header, tmp_path):
 
 def test_millions_of_names_are_refused_before_they_are_read(tmp_path):
     """17 seconds and 2.3 GB, once."""
-    header = "{" + ",".join(f'"{number}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for number in range(400_000)) + "}"
+    header = (
+        "{"
+        + ",".join(
+            f'"{number}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for number in range(400_000)
+        )
+        + "}"
+    )
     (tmp_path / "w.safetensors").write_bytes(len(header).to_bytes(8, "little") + header.encode())
-    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {f"backbone.blocks.{number}.weight": "w.safetensors" for number in range(400_000)}}))
+    (tmp_path / INDEX).write_text(
+        json.dumps(
+            {"weight_map": {f"backbone.blocks.{number}.weight": "w.safetensors" for number in range(400_000)}}
+        )
+    )
     began = time.monotonic()
     with pytest.raises(CheckpointError, match=r"the header of .* would name more than 100,000 tensors"):
         read(tmp_path / "w.safetensors")
@@ -265,9 +346,14 @@ def test_pytorch_model_bin_of_transformers_is_read_in_one_piece_and_in_shards(tm
     assert open_weights(whole).config == {"hidden_size": 3}
     for number, (name, value) in enumerate(STATE.items()):
         torch.save({name: value}, sharded / f"pytorch_model-{number}.bin")
-    (sharded / PICKLED_INDEX).write_text(json.dumps({"weight_map": {name: f"pytorch_model-{number}.bin" for number, name in enumerate(STATE)}}))
+    (sharded / PICKLED_INDEX).write_text(
+        json.dumps({"weight_map": {name: f"pytorch_model-{number}.bin" for number, name in enumerate(STATE)}})
+    )
     same(read(sharded)[0])
     assert open_weights(sharded).read_slice("backbone.a", 2, 5).tolist() == [2.0, 3.0, 4.0]
     (sharded / "pytorch_model-1.bin").unlink()
-    with pytest.raises(CheckpointError, match=r"pytorch_model-1\.bin is missing, but pytorch_model\.bin\.index\.json names it"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"pytorch_model-1\.bin is missing, but pytorch_model\.bin\.index\.json names it",
+    ):
         read(sharded)

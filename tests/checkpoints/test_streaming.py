@@ -17,22 +17,41 @@ from internseg_ds.checkpoints.sum_files import verify
 from internseg_ds.errors import CheckpointError
 from tests.conftest import ROOT
 
-VALUES = {"a": torch.randn(7, 5), "scalar": torch.tensor(3), "empty": torch.empty(0, 4), "half": torch.randn(3, 3).bfloat16(), "long": torch.randn(1000)}
+VALUES = {
+    "a": torch.randn(7, 5),
+    "scalar": torch.tensor(3),
+    "empty": torch.empty(0, 4),
+    "half": torch.randn(3, 3).bfloat16(),
+    "long": torch.randn(1000),
+}
 
 
 def entries():
-    return {name: Entry(value.shape, value.dtype, HeldTensor(value).read_slice) for name, value in VALUES.items()}
+    return {
+        name: Entry(value.shape, value.dtype, HeldTensor(value).read_slice) for name, value in VALUES.items()
+    }
 
 
 def test_both_forms_are_read_by_their_libraries(tmp_path, monkeypatch):
     monkeypatch.setattr(streaming, "PIECE", 64)
     written = []
-    sums = {"w.pth": write_pth(tmp_path / "w.pth", entries(), {"iter": 3}, written.append),
-            "w.safetensors": write_safetensors(tmp_path / "w.safetensors", entries(), {"format": "pt"}, written.append)}
+    sums = {
+        "w.pth": write_pth(tmp_path / "w.pth", entries(), {"iter": 3}, written.append),
+        "w.safetensors": write_safetensors(
+            tmp_path / "w.safetensors", entries(), {"format": "pt"}, written.append
+        ),
+    }
     content = torch.load(tmp_path / "w.pth", weights_only=True)
     assert content["meta"] == {"iter": 3}
-    for found in (content["state_dict"], torch.load(tmp_path / "w.pth", weights_only=True, mmap=True)["state_dict"], load_file(tmp_path / "w.safetensors")):
-        assert set(found) == set(VALUES) and all(torch.equal(found[name], value) and found[name].dtype == value.dtype for name, value in VALUES.items())
+    for found in (
+        content["state_dict"],
+        torch.load(tmp_path / "w.pth", weights_only=True, mmap=True)["state_dict"],
+        load_file(tmp_path / "w.safetensors"),
+    ):
+        assert set(found) == set(VALUES) and all(
+            torch.equal(found[name], value) and found[name].dtype == value.dtype
+            for name, value in VALUES.items()
+        )
     assert sum(written) == 2 * sum(value.nbytes for value in VALUES.values())
     for name, digest in sums.items():
         assert xxhash.xxh3_128_hexdigest((tmp_path / name).read_bytes()) == digest.whole
@@ -63,7 +82,16 @@ def floor() -> int:
 
 @pytest.mark.parametrize("name", ["w.pth", "w.safetensors", "folder"])
 def test_memory_depends_neither_on_the_model_nor_on_its_largest_tensor(name, big, floor, tmp_path):
-    _, peak = measure([sys.executable, str(ROOT / "launch/consolidate.py"), str(big), str(tmp_path / name), "--dtype", "bfloat16"])
+    _, peak = measure(
+        [
+            sys.executable,
+            str(ROOT / "launch/consolidate.py"),
+            str(big),
+            str(tmp_path / name),
+            "--dtype",
+            "bfloat16",
+        ]
+    )
     assert peak - floor < 300 * 2**20  # of which the libraries take most
 
 

@@ -31,7 +31,9 @@ def test_every_weight_and_buffer_is_what_the_run_held(name, toy_checkpoints):
             assert found.dtype == torch.float32 and torch.equal(found, value.float()), parameter
         assert set(checkpoint.buffers) == set(expected["buffers"])
         for buffer, value in expected["buffers"].items():
-            assert torch.equal(checkpoint.buffers[buffer], value.float() if value.is_floating_point() else value), buffer
+            assert torch.equal(
+                checkpoint.buffers[buffer], value.float() if value.is_floating_point() else value
+            ), buffer
             assert checkpoint.buffers[buffer].dtype in (torch.float32, torch.int64)
 
 
@@ -44,8 +46,18 @@ def test_any_slice_of_a_weight_and_of_its_moments_is_read(name, toy_checkpoints)
         for parameter, value in expected[what].items():
             flat = value.float().flatten()
             numel = flat.numel()
-            for start, stop in ((0, numel), (numel // 3, numel - numel // 4), (numel - 1, numel), (0, 0)):  # across and within the shares of two ranks
-                assert torch.equal(checkpoint.read_slice(parameter, start, stop, what), flat[start:stop]), (what, parameter, start, stop)
+            for start, stop in (
+                (0, numel),
+                (numel // 3, numel - numel // 4),
+                (numel - 1, numel),
+                (0, 0),
+            ):  # across and within the shares of two ranks
+                assert torch.equal(checkpoint.read_slice(parameter, start, stop, what), flat[start:stop]), (
+                    what,
+                    parameter,
+                    start,
+                    stop,
+                )
 
 
 @EVERY
@@ -66,7 +78,9 @@ def test_a_frozen_weight_has_no_moments(toy_checkpoints):
 
 
 @pytest.mark.parametrize("where", ["", "checkpoints", "checkpoints/global_step2", "checkpoints/latest"])
-def test_a_work_directory_its_checkpoints_its_pointer_and_one_save_name_the_same(where, toy_checkpoints, tmp_path):
+def test_a_work_directory_its_checkpoints_its_pointer_and_one_save_name_the_same(
+    where, toy_checkpoints, tmp_path
+):
     (tmp_path / "checkpoints").symlink_to(toy_checkpoints / "zero3_bf16")
     assert ZeroCheckpoint.open(tmp_path / where).path.name == "global_step2"
     assert is_zero_checkpoint(tmp_path / where)
@@ -94,29 +108,80 @@ def from_other_save(path, pattern, source):
     shutil.copy(only(source, pattern), path)
 
 
-@pytest.mark.parametrize(("setting", "damage", "words"), [
-    ("zero3_bf16", lambda path, _: only(path, "*zero_pp_rank_0*optim*").unlink(), "optim_states file of rank 0 is missing"),
-    ("zero3_bf16", lambda path, _: only(path, "*rank_1*optim*").unlink(), "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt is missing"),
-    ("zero2_fp32", lambda path, _: only(path, "*rank_1*optim*").unlink(), "zero_pp_rank_1_mp_rank_00_optim_states.pt is missing"),
-    ("zero3_bf16", lambda path, _: only(path, "*rank_1*model*").unlink(), "zero_pp_rank_1_mp_rank_00_model_states.pt is missing"),
-    ("zero2_bf16", lambda path, _: only(path, "*model*").unlink(), r"holds no \*_model_states.pt"),
-    ("zero3_bf16", lambda path, _: cut(only(path, "*rank_1*optim*")), "rank_1_mp_rank_00_optim_states.pt is truncated"),
-    ("zero2_bf16", lambda path, _: cut(only(path, "*model*")), "mp_rank_00_model_states.pt is truncated"),
-    ("zero3_bf16", lambda path, toy: from_other_save(path, "*rank_1*optim*", toy / "zero3_bf16/global_step1"),
-     "rank_1_mp_rank_00_optim_states.pt is of optimizer step 1"),
-    ("zero2_bf16", lambda path, toy: from_other_save(path, "*rank_1*optim*", toy / "zero2_bf16/global_step1"),
-     "rank_1_mp_rank_00_optim_states.pt is of optimizer step 1"),
-    ("zero3_bf16", lambda path, toy: from_other_save(path, "*rank_1*model*", toy / "zero3_bf16/global_step1"),
-     "rank_1_mp_rank_00_model_states.pt is of step 1"),
-    ("zero3_bf16", lambda path, toy: from_other_save(path, "*rank_1*optim*", toy / "zero2_bf16/global_step2"),
-     "mixes runs: .*rank_1.* saved by 2 processes under ZeRO-2"),
-    ("zero3_bf16", lambda path, toy: from_other_save(path, "*rank_1*optim*", toy / "zero3_fp32/global_step2"), "are both of rank 1"),
-    ("zero3_bf16", lambda path, _: shutil.copy(only(path, "*rank_1*optim*"), path / "bf16_zero_pp_rank_2_mp_rank_00_optim_states.pt"),
-     "there are 3 such files"),
-    ("zero3_bf16", lambda path, _: torch.save({"module": {}}, only(path, "*zero_pp_rank_0*optim*")),
-     "rank_0_mp_rank_00_optim_states.pt holds no optimizer state"),
-    ("zero3_bf16", lambda path, _: torch.save({"module": {}}, only(path, "*rank_1*model*")), "rank_1_mp_rank_00_model_states.pt holds no model state"),
-])
+@pytest.mark.parametrize(
+    ("setting", "damage", "words"),
+    [
+        (
+            "zero3_bf16",
+            lambda path, _: only(path, "*zero_pp_rank_0*optim*").unlink(),
+            "optim_states file of rank 0 is missing",
+        ),
+        (
+            "zero3_bf16",
+            lambda path, _: only(path, "*rank_1*optim*").unlink(),
+            "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt is missing",
+        ),
+        (
+            "zero2_fp32",
+            lambda path, _: only(path, "*rank_1*optim*").unlink(),
+            "zero_pp_rank_1_mp_rank_00_optim_states.pt is missing",
+        ),
+        (
+            "zero3_bf16",
+            lambda path, _: only(path, "*rank_1*model*").unlink(),
+            "zero_pp_rank_1_mp_rank_00_model_states.pt is missing",
+        ),
+        ("zero2_bf16", lambda path, _: only(path, "*model*").unlink(), r"holds no \*_model_states.pt"),
+        (
+            "zero3_bf16",
+            lambda path, _: cut(only(path, "*rank_1*optim*")),
+            "rank_1_mp_rank_00_optim_states.pt is truncated",
+        ),
+        ("zero2_bf16", lambda path, _: cut(only(path, "*model*")), "mp_rank_00_model_states.pt is truncated"),
+        (
+            "zero3_bf16",
+            lambda path, toy: from_other_save(path, "*rank_1*optim*", toy / "zero3_bf16/global_step1"),
+            "rank_1_mp_rank_00_optim_states.pt is of optimizer step 1",
+        ),
+        (
+            "zero2_bf16",
+            lambda path, toy: from_other_save(path, "*rank_1*optim*", toy / "zero2_bf16/global_step1"),
+            "rank_1_mp_rank_00_optim_states.pt is of optimizer step 1",
+        ),
+        (
+            "zero3_bf16",
+            lambda path, toy: from_other_save(path, "*rank_1*model*", toy / "zero3_bf16/global_step1"),
+            "rank_1_mp_rank_00_model_states.pt is of step 1",
+        ),
+        (
+            "zero3_bf16",
+            lambda path, toy: from_other_save(path, "*rank_1*optim*", toy / "zero2_bf16/global_step2"),
+            "mixes runs: .*rank_1.* saved by 2 processes under ZeRO-2",
+        ),
+        (
+            "zero3_bf16",
+            lambda path, toy: from_other_save(path, "*rank_1*optim*", toy / "zero3_fp32/global_step2"),
+            "are both of rank 1",
+        ),
+        (
+            "zero3_bf16",
+            lambda path, _: shutil.copy(
+                only(path, "*rank_1*optim*"), path / "bf16_zero_pp_rank_2_mp_rank_00_optim_states.pt"
+            ),
+            "there are 3 such files",
+        ),
+        (
+            "zero3_bf16",
+            lambda path, _: torch.save({"module": {}}, only(path, "*zero_pp_rank_0*optim*")),
+            "rank_0_mp_rank_00_optim_states.pt holds no optimizer state",
+        ),
+        (
+            "zero3_bf16",
+            lambda path, _: torch.save({"module": {}}, only(path, "*rank_1*model*")),
+            "rank_1_mp_rank_00_model_states.pt holds no model state",
+        ),
+    ],
+)
 def test_a_damaged_or_mixed_checkpoint_is_refused_by_file(setting, damage, words, toy_checkpoints, tmp_path):
     path = tmp_path / "global_step2"
     shutil.copytree(toy_checkpoints / setting / "global_step2", path)
@@ -150,7 +215,9 @@ def test_a_host_with_its_own_files_alone_reads_what_its_process_saved(name, rank
         ZeroCheckpoint(path)
     here = ZeroCheckpoint(path, partial=True)
     assert here.ranks == (rank,) and here.trained == whole.trained
-    assert whole.shapes.keys() - here.shapes.keys() <= {"tied_head.weight"}  # a second name, which only rank 0's file of ZeRO-3 knows
+    assert whole.shapes.keys() - here.shapes.keys() <= {
+        "tied_head.weight"
+    }  # a second name, which only rank 0's file of ZeRO-3 knows
     mine = elsewhere = 0
     for parameter, shape in here.shapes.items():
         for index in range(shape.numel()):
@@ -162,7 +229,9 @@ def test_a_host_with_its_own_files_alone_reads_what_its_process_saved(name, rank
                     elsewhere += 1
                 else:  # under ZeRO-1 and 2 the weights of the other rank are what this one computed with
                     expected = whole.read_slice(parameter, index, index + 1, what)
-                    assert torch.equal(value, expected) or (what == "fp32" and whole.stage < 3 and torch.equal(value, expected.bfloat16().float()))
+                    assert torch.equal(value, expected) or (
+                        what == "fp32" and whole.stage < 3 and torch.equal(value, expected.bfloat16().float())
+                    )
                     mine += 1
     assert mine and elsewhere
 

@@ -18,7 +18,13 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from torch import Tensor, nn
 
 BF16 = {"bf16": {"enabled": True}}
-AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": ["torch.nn.Linear"]}}
+AUTOCAST = {
+    "torch_autocast": {
+        "enabled": True,
+        "dtype": "bfloat16",
+        "lower_precision_safe_modules": ["torch.nn.Linear"],
+    }
+}
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # name -> zero_optimization, the rest
     "zero1_bf16": ({"stage": 1}, BF16),
@@ -40,7 +46,9 @@ class WideBatchNorm(nn.BatchNorm1d):
 
     def forward(self, x: Tensor) -> Tensor:
         mean, variance = self.running_mean.float().clone(), self.running_var.float().clone()
-        out = nn.functional.batch_norm(x.float(), mean, variance, self.weight.float(), self.bias.float(), True)
+        out = nn.functional.batch_norm(
+            x.float(), mean, variance, self.weight.float(), self.bias.float(), True
+        )
         self.running_mean.copy_(mean)
         self.running_var.copy_(variance)
         self.num_batches_tracked += 1
@@ -65,8 +73,14 @@ class Toy(nn.Module):
 
 
 def build(zero: dict[str, Any], rest: dict[str, Any]) -> Any:
-    config = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": zero, "zero_allow_untested_optimizer": True, "gradient_clipping": 0.0,
-              "zero_force_ds_cpu_optimizer": False, **rest}
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,
+        "zero_force_ds_cpu_optimizer": False,
+        **rest,
+    }
     torch.manual_seed(1)
     with deepspeed.zero.Init(config_dict_or_path=config, enabled=zero["stage"] == 3):
         model = Toy()
@@ -81,7 +95,9 @@ def build(zero: dict[str, Any], rest: dict[str, Any]) -> Any:
 
 def truth(engine: Any) -> dict[str, dict[str, Tensor]]:
     """What the run holds, gathered by DeepSpeed; collective."""
-    if engine.zero_optimization_stage() < 3:  # DeepSpeed links the moments after the first group's first step, so those of the other groups are not found
+    if (
+        engine.zero_optimization_stage() < 3
+    ):  # DeepSpeed links the moments after the first group's first step, so those of the other groups are not found
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
     found: dict[str, dict[str, Tensor]] = {"fp32": {}, "exp_avg": {}, "exp_avg_sq": {}}
@@ -94,7 +110,11 @@ def truth(engine: Any) -> dict[str, dict[str, Tensor]]:
             with deepspeed.zero.GatheredParameters([param], enabled=hasattr(param, "ds_id")):
                 found["fp32"][name] = param.detach().cpu().clone()
     for values in found.values():
-        values |= {name.replace("decode_head", "tied_head"): value for name, value in values.items() if name == "decode_head.weight"}
+        values |= {
+            name.replace("decode_head", "tied_head"): value
+            for name, value in values.items()
+            if name == "decode_head.weight"
+        }
     found["buffers"] = {name: buffer.cpu().clone() for name, buffer in engine.module.named_buffers()}
     return found
 

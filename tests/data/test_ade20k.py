@@ -23,7 +23,9 @@ def images(tmp_path: Path) -> Path:
 
 
 def names(images: Path, **arguments: object) -> list[str]:
-    return [info["filename"] for info in ADE20KDataset(pipeline=[], img_dir=str(images), **arguments).img_infos]
+    return [
+        info["filename"] for info in ADE20KDataset(pipeline=[], img_dir=str(images), **arguments).img_infos
+    ]
 
 
 def test_without_max_image_num_all_images_come_in_the_order_of_their_names(images):
@@ -60,7 +62,9 @@ def test_a_subset_is_never_more_than_there_is(images):
 def test_the_subset_does_not_depend_on_the_order_of_the_file_list(tmp_path, images):
     stems = [name.removesuffix(".jpg") for name in names(images)]
     (tmp_path / "backwards.txt").write_text("\n".join(reversed(stems)))
-    assert names(images, max_image_num=8, split=str(tmp_path / "backwards.txt")) == names(images, max_image_num=8)
+    assert names(images, max_image_num=8, split=str(tmp_path / "backwards.txt")) == names(
+        images, max_image_num=8
+    )
 
 
 def test_every_image_is_drawn_about_equally_often_over_many_seeds(images):
@@ -70,7 +74,9 @@ def test_every_image_is_drawn_about_equally_often_over_many_seeds(images):
 
 
 def test_a_published_config_that_names_ade20kdataset_builds_this_one(images):
-    dataset = build_dataset(dict(type="ADE20KDataset", img_dir=str(images), max_image_num=20210 // 2, pipeline=[]))
+    dataset = build_dataset(
+        dict(type="ADE20KDataset", img_dir=str(images), max_image_num=20210 // 2, pipeline=[])
+    )
     assert type(dataset) is ADE20KDataset
     assert dataset.reduce_zero_label and len(dataset.CLASSES) == 150
 

@@ -24,7 +24,9 @@ FORK = multiprocessing.get_context("fork")  # a fresh interpreter would import m
 
 
 def contents(root: Path) -> dict[str, bytes]:
-    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()
+    }
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
@@ -50,7 +52,10 @@ def test_image_and_labels_of_a_scene_agree_in_size_and_are_bytes(scenes):
 
 
 def test_labels_are_only_the_stated_ids(scenes):
-    assert {int(value) for _, labels in scenes for value in np.unique(labels)} == {UNLABELLED, *CLASS_IDS.values()}
+    assert {int(value) for _, labels in scenes for value in np.unique(labels)} == {
+        UNLABELLED,
+        *CLASS_IDS.values(),
+    }
 
 
 def test_every_class_is_in_at_least_a_tenth_of_the_images_and_covers_a_hundredth_of_all_pixels(scenes):
@@ -72,7 +77,10 @@ def test_short_sides_and_aspects_vary_within_the_stated_range(scenes):
 
 
 def test_colour_alone_tells_sky_from_road_on_average(scenes):
-    sky, road = (np.concatenate([image[labels == CLASS_IDS[name]] for image, labels in scenes]).mean() for name in ("sky", "road"))
+    sky, road = (
+        np.concatenate([image[labels == CLASS_IDS[name]] for image, labels in scenes]).mean()
+        for name in ("sky", "road")
+    )
     assert sky > road + 40  # pictures and labels belong to each other
 
 
@@ -104,17 +112,26 @@ def test_the_folder_holds_the_layout_of_ade20k_and_mmseg_reads_it(tmp_path):
         dict(type="DefaultFormatBundle"),
         dict(type="Collect", keys=["img", "gt_semantic_seg"]),
     ]
-    dataset = ADE20KDataset(pipeline=pipeline, data_root=str(tmp_path / "ade"), img_dir="images/training", ann_dir="annotations/training")
+    dataset = ADE20KDataset(
+        pipeline=pipeline,
+        data_root=str(tmp_path / "ade"),
+        img_dir="images/training",
+        ann_dir="annotations/training",
+    )
     assert len(dataset) == 3
     for sample in dataset:
         assert sample["img"].data.shape == (3, *crop_size)
-        assert set(sample["gt_semantic_seg"].data.unique().tolist()) <= {class_id - 1 for class_id in CLASS_IDS.values()} | {255}
+        assert set(sample["gt_semantic_seg"].data.unique().tolist()) <= {
+            class_id - 1 for class_id in CLASS_IDS.values()
+        } | {255}
 
 
 def test_annotations_are_one_channel_pngs_of_the_images_size(tmp_path):
     write_generated_ade20k(tmp_path / "ade", **SMALL)
     image = cv2.imread(str(tmp_path / "ade/images/validation/ADE_val_00000002.jpg"))
-    labels = cv2.imread(str(tmp_path / "ade/annotations/validation/ADE_val_00000002.png"), cv2.IMREAD_UNCHANGED)
+    labels = cv2.imread(
+        str(tmp_path / "ade/annotations/validation/ADE_val_00000002.png"), cv2.IMREAD_UNCHANGED
+    )
     assert labels.shape == image.shape[:2]
     assert set(np.unique(labels)) <= {UNLABELLED, *CLASS_IDS.values()}
 
@@ -164,7 +181,9 @@ def test_a_folder_with_a_foreign_file_is_refused_and_untouched(tmp_path, generat
     foreign.parent.mkdir(parents=True, exist_ok=True)
     foreign.write_bytes(b"a real photograph")
     before = contents(root)
-    with pytest.raises(DataError, match=r"not generated here \(1, such as images/training/ADE_train_00020210\.jpg\)"):
+    with pytest.raises(
+        DataError, match=r"not generated here \(1, such as images/training/ADE_train_00020210\.jpg\)"
+    ):
         write_generated_ade20k(root, training=2, validation=2, size=48)
     assert contents(root) == before
 
@@ -234,7 +253,10 @@ def test_the_command_line_writes_the_data_set_and_says_in_a_sentence_what_it_ref
 
 
 def test_processes_that_write_at_once_leave_one_whole_data_set(tmp_path):
-    writers = [FORK.Process(target=write_generated_ade20k, args=(tmp_path / "ade", 4, 1, 0, 48), daemon=True) for _ in range(3)]
+    writers = [
+        FORK.Process(target=write_generated_ade20k, args=(tmp_path / "ade", 4, 1, 0, 48), daemon=True)
+        for _ in range(3)
+    ]
     for writer in writers:
         writer.start()
     for writer in writers:

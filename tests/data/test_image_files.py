@@ -41,10 +41,23 @@ def test_a_picture_is_turned_as_the_pipeline_turns_it(tmp_path):
     exif[0x0112] = 6
     image.save(tmp_path / "a.jpg", exif=exif)
     for color_type, size in (("color", (6, 4)), ("color_ignore_orientation", (4, 6))):
-        assert picture(ImageFiles([tmp_path / "a.jpg"], [dict(type="LoadImageFromFile", color_type=color_type)]), 0).shape[:2] == size
+        assert (
+            picture(
+                ImageFiles([tmp_path / "a.jpg"], [dict(type="LoadImageFromFile", color_type=color_type)]), 0
+            ).shape[:2]
+            == size
+        )
 
 
 def test_a_picture_of_a_data_set_with_absolute_names_is_found(tmp_path):
     Image.new("RGB", (6, 4), (9, 9, 9)).save(tmp_path / "a.png")
     dataset = ImageFiles([tmp_path / "a.png"], [dict(type="LoadImageFromFile")])
-    assert (picture(SimpleNamespace(img_infos=dataset.img_infos, pipeline=dataset.pipeline, pre_pipeline=dataset.pre_pipeline), 0) == 9).all()
+    assert (
+        picture(
+            SimpleNamespace(
+                img_infos=dataset.img_infos, pipeline=dataset.pipeline, pre_pipeline=dataset.pre_pipeline
+            ),
+            0,
+        )
+        == 9
+    ).all()

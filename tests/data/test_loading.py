@@ -41,14 +41,27 @@ def training(data):
 
 
 def batches(dataset, count, *, workers=0, seed=0, **sampler):
-    return list(islice(training_batches(dataset, GlobalBatchSampler(len(dataset), sampler.pop("micro_batch", 2), **sampler),
-                                        workers=workers, seed=seed, device=CPU), count))
+    return list(
+        islice(
+            training_batches(
+                dataset,
+                GlobalBatchSampler(len(dataset), sampler.pop("micro_batch", 2), **sampler),
+                workers=workers,
+                seed=seed,
+                device=CPU,
+            ),
+            count,
+        )
+    )
 
 
 def test_a_batch_is_what_mmsegs_segmentors_take(training):
     batch = batches(training, 1)[0]
     assert batch.inputs["img"].shape == (2, 3, 112, 112) and batch.inputs["img"].dtype == torch.float32
-    assert batch.inputs["gt_semantic_seg"].shape == (2, 1, 112, 112) and batch.inputs["gt_semantic_seg"].dtype == torch.int64
+    assert (
+        batch.inputs["gt_semantic_seg"].shape == (2, 1, 112, 112)
+        and batch.inputs["gt_semantic_seg"].dtype == torch.int64
+    )
     assert len(batch.files) == 2 and batch.position == 0
 
 
@@ -81,7 +94,10 @@ def test_the_same_image_is_augmented_anew_in_the_next_epoch(training):
 
 def test_ranks_share_the_validation_images_between_them(data):
     dataset = build_datasets(data.val, "data.val", [data.val], test_mode=True)
-    dealt = [[image.index for image in evaluation_images(dataset, rank=rank, world_size=3, workers=0, device=CPU)] for rank in range(3)]
+    dealt = [
+        [image.index for image in evaluation_images(dataset, rank=rank, world_size=3, workers=0, device=CPU)]
+        for rank in range(3)
+    ]
     assert dealt == [[0, 3, 6], [1, 4], [2, 5]]
 
 
@@ -90,10 +106,18 @@ def test_more_ranks_than_images_leaves_some_without_any(data):
     assert list(evaluation_images(dataset, rank=8, world_size=9, workers=1, device=CPU)) == []
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    ({"img_dir": "nowhere"}, "there is no folder .*nowhere"), ({"data_root": "/nowhere"}, "data_root = '/nowhere'"),
-    ({"img_dir": ["images/training", "elsewhere"]}, "there is no folder .*elsewhere"), ({"split": "few.txt"}, r"few\.txt"),
-    ({"pipeline": [{"type": "RandomFlip", "prob": 1.5}]}, "AssertionError"), ({"type": "NoDataset"}, "NoDataset"), ({"typo": 1}, "typo")])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"img_dir": "nowhere"}, "there is no folder .*nowhere"),
+        ({"data_root": "/nowhere"}, "data_root = '/nowhere'"),
+        ({"img_dir": ["images/training", "elsewhere"]}, "there is no folder .*elsewhere"),
+        ({"split": "few.txt"}, r"few\.txt"),
+        ({"pipeline": [{"type": "RandomFlip", "prob": 1.5}]}, "AssertionError"),
+        ({"type": "NoDataset"}, "NoDataset"),
+        ({"typo": 1}, "typo"),
+    ],
+)
 def test_data_that_is_not_there_is_one_sentence(data, change, words):
     entry = Config({**data.train, **change})._cfg_dict
     with pytest.raises(DataError, match=words):
@@ -101,19 +125,30 @@ def test_data_that_is_not_there_is_one_sentence(data, change, words):
 
 
 def test_folders_in_a_list_are_joined_as_mmseg_joins_them(data):
-    entry = Config({**data.train, "img_dir": ["images/training", "images/validation"], "ann_dir": ["annotations/training", "annotations/validation"]})._cfg_dict
+    entry = Config(
+        {
+            **data.train,
+            "img_dir": ["images/training", "images/validation"],
+            "ann_dir": ["annotations/training", "annotations/validation"],
+        }
+    )._cfg_dict
     assert len(build_datasets(entry, "data.train", [entry])) == 23 + 7
 
 
 def test_an_image_that_a_resize_would_leave_no_pixel_of_is_told_so(data, ade20k, tmp_path):
     shutil.copytree(ade20k, tmp_path / "ade")
-    image, labels = (sorted((tmp_path / "ade" / kind / "training").iterdir())[0] for kind in ("images", "annotations"))
+    image, labels = (
+        sorted((tmp_path / "ade" / kind / "training").iterdir())[0] for kind in ("images", "annotations")
+    )
     for path in (image, labels):
         cv2.imwrite(str(path), np.zeros((1, 200), np.uint8))
     steps = [*data.train.pipeline[:2], {"type": "Resize", "img_scale": (96, 72)}, *data.train.pipeline[3:]]
     entry = Config({**data.train, "data_root": str(tmp_path / "ade"), "pipeline": steps})._cfg_dict
     dataset = build_datasets(entry, "data.train", [entry])
-    with pytest.raises(DataError, match=rf"image .*{image.name} of 1 x 200 pixels \(height x width\) cannot be resized: a side of it would have no pixel"):
+    with pytest.raises(
+        DataError,
+        match=rf"image .*{image.name} of 1 x 200 pixels \(height x width\) cannot be resized: a side of it would have no pixel",
+    ):
         first_sample(dataset, "data.train")
 
 
@@ -129,9 +164,13 @@ class ReadsLinesThatAreTooShort(CustomDataset):
         return [dict(filename=["a", "b"][5])]
 
 
-@pytest.mark.parametrize(("kind", "words"), [
-    ("NeedsAPackage", "ModuleNotFoundError: NeedsAPackage: No module named 'no_such_package_of_anybody'"),
-    ("ReadsLinesThatAreTooShort", "IndexError: ReadsLinesThatAreTooShort: list index out of range")])
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("NeedsAPackage", "ModuleNotFoundError: NeedsAPackage: No module named 'no_such_package_of_anybody'"),
+        ("ReadsLinesThatAreTooShort", "IndexError: ReadsLinesThatAreTooShort: list index out of range"),
+    ],
+)
 def test_a_data_set_of_ones_own_that_cannot_be_built_is_one_sentence(data, kind, words):
     entry = Config({**data.train, "type": kind})._cfg_dict
     with pytest.raises(DataError, match=f"data.train cannot be built: {words}"):
@@ -141,14 +180,18 @@ def test_a_data_set_of_ones_own_that_cannot_be_built_is_one_sentence(data, kind,
 def test_a_pipeline_that_fails_on_an_image_is_one_sentence(data):
     entry = Config({**data.train, "pipeline": data.train.pipeline[:3]})._cfg_dict
     entry.pipeline.append({"type": "Collect", "keys": ["gt_depth"], "meta_keys": []})
-    with pytest.raises(DataError, match=r"data\.train: the pipeline fails on image .*\.jpg: KeyError: 'gt_depth'"):
+    with pytest.raises(
+        DataError, match=r"data\.train: the pipeline fails on image .*\.jpg: KeyError: 'gt_depth'"
+    ):
         first_sample(build_datasets(entry, "data.train", [entry]), "data.train")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_what_cannot_be_read_is_named_and_the_rest_goes_on(workers, data, ade20k, tmp_path):
     shutil.copytree(ade20k, tmp_path / "ade")
-    images, labels = (sorted((tmp_path / "ade" / kind / "validation").iterdir()) for kind in ("images", "annotations"))
+    images, labels = (
+        sorted((tmp_path / "ade" / kind / "validation").iterdir()) for kind in ("images", "annotations")
+    )
     images[3].write_bytes(b"")
     labels[4].write_bytes(b"no image")
     cv2.imwrite(str(labels[5]), cv2.imread(str(labels[5]), cv2.IMREAD_UNCHANGED)[:, 1:])
@@ -168,9 +211,12 @@ def test_what_cannot_be_read_is_named_and_the_rest_goes_on(workers, data, ade20k
 def test_the_ground_truth_is_what_mmsegs_metrics_read(data):
     dataset = build_datasets(data.val, "data.val", [data.val], test_mode=True)
     for image in evaluation_images(dataset, rank=0, world_size=1, workers=0, device=CPU):
-        raw = torch.from_numpy(cv2.imread(f"{dataset.ann_dir}/{dataset.img_infos[image.index]['ann']['seg_map']}", cv2.IMREAD_UNCHANGED)).int()
+        raw = torch.from_numpy(
+            cv2.imread(
+                f"{dataset.ann_dir}/{dataset.img_infos[image.index]['ann']['seg_map']}", cv2.IMREAD_UNCHANGED
+            )
+        ).int()
         assert torch.equal(image.truth.int(), torch.where(raw == 0, 255, raw - 1)) and (raw == 0).any()
-
 
 
 def test_missing_label_maps_are_counted_before_the_run(data, ade20k, tmp_path):
@@ -210,8 +256,14 @@ def test_damaged_training_images_are_named_with_the_mend_and_replaced(damaged):
     seen = batches(dataset, 12)  # all 23 images
     faults = sorted({fault for batch in seen for fault in batch.faults})
     assert len(faults) == 3
-    for name, words in zip(names, ("is no picture that can be read; copy it again", "pixels and its image .*one class per pixel",
-                                   "has label 151, but there are classes 1 to 150")):
+    for name, words in zip(
+        names,
+        (
+            "is no picture that can be read; copy it again",
+            "pixels and its image .*one class per pixel",
+            "has label 151, but there are classes 1 to 150",
+        ),
+    ):
         assert any(re.search(f"{name}.*{words}", fault) for fault in faults), faults
     stems = tuple(name.split(".")[0] for name in names)
     assert not any(file.split("/")[-1].startswith(stems) for batch in seen for file in batch.files)
@@ -225,7 +277,9 @@ def test_what_replaces_a_damaged_image_depends_on_neither_workers_nor_ranks(dama
         assert one.faults == other.faults and torch.equal(one.inputs["img"], other.inputs["img"])
     ranks = [batches(dataset, 6, rank=rank, world_size=2) for rank in range(2)]
     for step, one in enumerate(alone):
-        assert torch.equal(one.inputs["img"], torch.cat([ranks[rank][step].inputs["img"] for rank in range(2)]))
+        assert torch.equal(
+            one.inputs["img"], torch.cat([ranks[rank][step].inputs["img"] for rank in range(2)])
+        )
 
 
 def test_a_data_set_of_damaged_images_only_ends_the_run(data, ade20k, tmp_path):
@@ -256,6 +310,7 @@ def test_a_data_worker_ends_by_sigterm_of_its_own_process_only(training):
 
 def stops_in_its_first_image(data: Config, note: Path) -> None:
     """A process whose one data worker runs nothing any more, as where an image hangs."""
+
     @PIPELINES.register_module(force=True)
     class Stop:
         def __call__(self, results):
@@ -293,8 +348,14 @@ def test_whatever_generator_a_transform_draws_from_a_resumed_stream_repeats_it(d
             return results
 
     entry = Config({**data.train})._cfg_dict
-    entry.pipeline.insert([step.type for step in entry.pipeline].index("DefaultFormatBundle"), dict(type="Noise"))
+    entry.pipeline.insert(
+        [step.type for step in entry.pipeline].index("DefaultFormatBundle"), dict(type="Noise")
+    )
     dataset = build_datasets(entry, "data.train", [entry])
-    unbroken, resumed, helped = batches(dataset, 5), batches(dataset, 2, start=6), batches(dataset, 5, workers=2)
+    unbroken, resumed, helped = (
+        batches(dataset, 5),
+        batches(dataset, 2, start=6),
+        batches(dataset, 5, workers=2),
+    )
     assert all(torch.equal(a.inputs["img"], b.inputs["img"]) for a, b in zip(unbroken[3:], resumed))
     assert all(torch.equal(a.inputs["img"], b.inputs["img"]) for a, b in zip(unbroken, helped))

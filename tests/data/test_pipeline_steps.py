@@ -7,13 +7,28 @@ from internseg_ds.data.pipeline_steps import check_steps, odd_steps
 from internseg_ds.errors import ConfigError
 
 NORMALIZE = dict(type="Normalize", mean=[0.0] * 3, std=[1.0] * 3)
-LOAD, LABELS, FLIP = dict(type="LoadImageFromFile"), dict(type="LoadAnnotations"), dict(type="RandomFlip", prob=0.5)
+LOAD, LABELS, FLIP = (
+    dict(type="LoadImageFromFile"),
+    dict(type="LoadAnnotations"),
+    dict(type="RandomFlip", prob=0.5),
+)
 CROP, PHOTO = dict(type="RandomCrop", crop_size=(4, 4)), dict(type="PhotoMetricDistortion")
-TRAIN = [LOAD, LABELS, dict(type="Resize", img_scale=(8, 8)), CROP, FLIP, PHOTO, NORMALIZE, dict(type="Pad", size=(4, 4))]
+TRAIN = [
+    LOAD,
+    LABELS,
+    dict(type="Resize", img_scale=(8, 8)),
+    CROP,
+    FLIP,
+    PHOTO,
+    NORMALIZE,
+    dict(type="Pad", size=(4, 4)),
+]
 
 
 def augmented(*steps, flip=True):
-    return dict(type="MultiScaleFlipAug", img_scale=(8, 8), img_ratios=[1.0], flip=flip, transforms=list(steps))
+    return dict(
+        type="MultiScaleFlipAug", img_scale=(8, 8), img_ratios=[1.0], flip=flip, transforms=list(steps)
+    )
 
 
 TEST = [LOAD, augmented(dict(type="Resize", keep_ratio=True), FLIP, NORMALIZE)]
@@ -24,27 +39,44 @@ def built(steps):
 
 
 def test_what_published_configs_have_passes_in_silence():
-    for steps, evaluates in ((TRAIN, False), (TEST, True), ([LOAD, augmented(NORMALIZE, flip=False)], True), ([LOAD, FLIP, NORMALIZE], True)):
+    for steps, evaluates in (
+        (TRAIN, False),
+        (TEST, True),
+        ([LOAD, augmented(NORMALIZE, flip=False)], True),
+        ([LOAD, FLIP, NORMALIZE], True),
+    ):
         check_steps(built(steps), "data.val", evaluates=evaluates)
         assert odd_steps(built(steps), "data.val", evaluates=evaluates) == []
 
 
-@pytest.mark.parametrize(("steps", "evaluates", "words"), [
-    ([LOAD, LABELS, LABELS, FLIP], False, "LoadAnnotations twice"),
-    ([LOAD, LABELS, NORMALIZE, PHOTO], False, "PhotoMetricDistortion behind Normalize"),
-    ([LOAD, augmented(NORMALIZE)], True, r"MultiScaleFlipAug\(flip=True\) without RandomFlip"),
-    ([LOAD, augmented(CROP, FLIP)], True, "has RandomCrop, after which predictions do not lie on the image"),
-    ([LOAD, CROP, augmented(FLIP)], True, "has RandomCrop"),
-    ([LOAD, augmented(dict(type="RandomRotate", prob=1.0, degree=10), FLIP)], True, "has RandomRotate"),
-    ([LOAD, FLIP, augmented(FLIP)], True, "RandomFlip before MultiScaleFlipAug")])
+@pytest.mark.parametrize(
+    ("steps", "evaluates", "words"),
+    [
+        ([LOAD, LABELS, LABELS, FLIP], False, "LoadAnnotations twice"),
+        ([LOAD, LABELS, NORMALIZE, PHOTO], False, "PhotoMetricDistortion behind Normalize"),
+        ([LOAD, augmented(NORMALIZE)], True, r"MultiScaleFlipAug\(flip=True\) without RandomFlip"),
+        (
+            [LOAD, augmented(CROP, FLIP)],
+            True,
+            "has RandomCrop, after which predictions do not lie on the image",
+        ),
+        ([LOAD, CROP, augmented(FLIP)], True, "has RandomCrop"),
+        ([LOAD, augmented(dict(type="RandomRotate", prob=1.0, degree=10), FLIP)], True, "has RandomRotate"),
+        ([LOAD, FLIP, augmented(FLIP)], True, "RandomFlip before MultiScaleFlipAug"),
+    ],
+)
 def test_steps_that_cannot_be_meant_are_an_error(steps, evaluates, words):
     with pytest.raises(ConfigError, match=words):
         check_steps(built(steps), "data.val", evaluates=evaluates)
 
 
-@pytest.mark.parametrize(("steps", "evaluates", "words"), [
-    ([LOAD, LABELS, NORMALIZE, NORMALIZE], False, "has Normalize 2 times"),
-    ([LOAD, augmented(PHOTO, NORMALIZE, flip=False)], True, "has PhotoMetricDistortion, so that scores")])
+@pytest.mark.parametrize(
+    ("steps", "evaluates", "words"),
+    [
+        ([LOAD, LABELS, NORMALIZE, NORMALIZE], False, "has Normalize 2 times"),
+        ([LOAD, augmented(PHOTO, NORMALIZE, flip=False)], True, "has PhotoMetricDistortion, so that scores"),
+    ],
+)
 def test_steps_that_are_odd_are_said(steps, evaluates, words):
     (said,) = odd_steps(built(steps), "data.val", evaluates=evaluates)
     assert words in said

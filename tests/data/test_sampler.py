@@ -7,21 +7,32 @@ from internseg_ds.data.sampler import GlobalBatchSampler
 LENGTH, GLOBAL_BATCH = 10, 12
 
 
-def global_batches(world_size: int, micro_batch: int, steps: int, seed: int = 3, start: int = 0) -> list[list[int]]:
+def global_batches(
+    world_size: int, micro_batch: int, steps: int, seed: int = 3, start: int = 0
+) -> list[list[int]]:
     """The images of each step, in stream order, as all ranks together see them."""
     accumulation = GLOBAL_BATCH // (world_size * micro_batch)
     seen = []
     for rank in range(world_size):
-        sampler = GlobalBatchSampler(LENGTH, micro_batch, rank=rank, world_size=world_size, seed=seed, start=start)
+        sampler = GlobalBatchSampler(
+            LENGTH, micro_batch, rank=rank, world_size=world_size, seed=seed, start=start
+        )
         seen.append(list(islice(sampler, steps * accumulation)))
     batches = []
     for step in range(steps):
-        keys = [key for rank in seen for micro in rank[step * accumulation : (step + 1) * accumulation] for key in micro]
+        keys = [
+            key
+            for rank in seen
+            for micro in rank[step * accumulation : (step + 1) * accumulation]
+            for key in micro
+        ]
         batches.append([image for _, image in sorted(keys)])
     return batches
 
 
-@pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 4), (2, 6), (2, 3), (3, 2), (4, 3), (6, 1), (12, 1)])
+@pytest.mark.parametrize(
+    ("world_size", "micro_batch"), [(1, 4), (2, 6), (2, 3), (3, 2), (4, 3), (6, 1), (12, 1)]
+)
 def test_the_kth_global_batch_holds_the_same_images_however_it_is_split(world_size, micro_batch):
     assert global_batches(world_size, micro_batch, steps=5) == global_batches(1, 12, steps=5)
 

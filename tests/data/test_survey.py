@@ -17,7 +17,15 @@ from tests.data.test_label_maps import REDUCED, TEST, TRAIN, colours
 
 
 def entry_of(root, **arguments):
-    common = dict(type="CustomDataset", data_root=str(root), img_dir="images", ann_dir="labels", pipeline=TRAIN, classes=["road", "car"], palette=colours(2))
+    common = dict(
+        type="CustomDataset",
+        data_root=str(root),
+        img_dir="images",
+        ann_dir="labels",
+        pipeline=TRAIN,
+        classes=["road", "car"],
+        palette=colours(2),
+    )
     return {**common, **arguments}
 
 
@@ -29,6 +37,7 @@ def built(root, *, test_mode=False, **arguments):
 @pytest.fixture
 def data(tmp_path):
     """Writes images and label maps of these numbers (a pixel row each), and gives the folder."""
+
     def write(*rows, ending=".jpg"):
         for folder in ("images", "labels"):
             (tmp_path / folder).mkdir(exist_ok=True)
@@ -37,23 +46,34 @@ def data(tmp_path):
             Image.new("RGB", labels.shape[::-1]).save(tmp_path / f"images/{index}{ending}", format="JPEG")
             Image.fromarray(labels).save(tmp_path / f"labels/{index}.png")
         return tmp_path
+
     return write
 
 
 def test_sound_data_are_passed_in_silence(data):
     root = data([0, 1, 255], [1, 1, 0], [0, 0, 1])
-    assert survey(built(root), "data.train", training=True) == survey(built(root, pipeline=TEST, test_mode=True), "data.val", training=False) == []
+    assert (
+        survey(built(root), "data.train", training=True)
+        == survey(built(root, pipeline=TEST, test_mode=True), "data.val", training=False)
+        == []
+    )
 
 
 def test_masks_of_0_and_255_for_two_classes_have_nothing_to_learn(data):
-    with pytest.raises(DataError, match=r"nothing to learn: of 2 classes all 2 label maps hold road alone\. They hold no number but 0 and 255, and 255 "
-                                        r"stands for no class; if 255 is meant to be car, write 1 in its place"):
+    with pytest.raises(
+        DataError,
+        match=r"nothing to learn: of 2 classes all 2 label maps hold road alone\. They hold no number but 0 and 255, and 255 "
+        r"stands for no class; if 255 is meant to be car, write 1 in its place",
+    ):
         survey(built(data([0, 255], [255, 0])), "data.train", training=True)
 
 
 def test_a_folder_whose_images_end_otherwise_is_not_called_empty_alone(data):
     root = data([0, 1], [1, 0], ending=".JPG")
-    with pytest.raises(DataError, match=r"data\.train is empty: .*; 2 files there end in '\.JPG' \(0\.JPG\): if these are meant, set img_suffix='\.JPG'"):
+    with pytest.raises(
+        DataError,
+        match=r"data\.train is empty: .*; 2 files there end in '\.JPG' \(0\.JPG\): if these are meant, set img_suffix='\.JPG'",
+    ):
         built(root)
     with pytest.raises(DataError, match=r"; 2 files there end in '\.JPG'"):
         built(root, img_suffix=".tif")
@@ -62,14 +82,19 @@ def test_a_folder_whose_images_end_otherwise_is_not_called_empty_alone(data):
         built(root, img_suffix="_left.jpg")
     (root / "images/0_left.JPG").rename(root / "images/0.JPG")
     first, second = entry_of(root, img_suffix=".JPG"), entry_of(root)
-    with pytest.raises(DataError, match=r"joins several data sets, and that of .*images has no image; 2 files there end in '\.JPG'"):
+    with pytest.raises(
+        DataError,
+        match=r"joins several data sets, and that of .*images has no image; 2 files there end in '\.JPG'",
+    ):
         build_datasets([first, second], "data.train", [first, second])
     assert len(built(root, img_suffix=".JPG")) == 2
 
 
 def test_label_maps_that_end_otherwise_are_named(data):
     root = data([0, 1], [1, 0])
-    with pytest.raises(DataError, match=r"2 of 2 label maps are missing, the first is .*0\.PNG \(there is 0\.png\)"):
+    with pytest.raises(
+        DataError, match=r"2 of 2 label maps are missing, the first is .*0\.PNG \(there is 0\.png\)"
+    ):
         built(root, seg_map_suffix=".PNG")
     (root / "split.txt").write_text("0\n1\n")
     with pytest.raises(DataError, match=r"images of the split file .*0\.jpeg \(there is 0\.jpg\)"):
@@ -83,9 +108,15 @@ def test_a_palette_that_opencv_would_read_as_colours_is_told_how_to_be_read(data
         labels = Image.open(path)
         labels.putpalette([0, 0, 0, 200, 10, 10])
         labels.save(path)
-    by_opencv = dict(pipeline=TEST, gt_seg_map_loader_cfg=dict(imdecode_backend="cv2"), test_mode=True) if validates else dict(
-        pipeline=[TRAIN[0], dict(type="LoadAnnotations", imdecode_backend="cv2"), *TRAIN[2:]])
-    with pytest.raises(ConfigError, match=r"0\.png has a palette, of which imdecode_backend='cv2' .* leave imdecode_backend out"):
+    by_opencv = (
+        dict(pipeline=TEST, gt_seg_map_loader_cfg=dict(imdecode_backend="cv2"), test_mode=True)
+        if validates
+        else dict(pipeline=[TRAIN[0], dict(type="LoadAnnotations", imdecode_backend="cv2"), *TRAIN[2:]])
+    )
+    with pytest.raises(
+        ConfigError,
+        match=r"0\.png has a palette, of which imdecode_backend='cv2' .* leave imdecode_backend out",
+    ):
         built(root, **by_opencv)
     assert survey(built(root), "data.train", training=True) == []
     built(data([0, 1], [1, 0]), **by_opencv)  # without a palette
@@ -93,7 +124,9 @@ def test_a_palette_that_opencv_would_read_as_colours_is_told_how_to_be_read(data
 
 def test_classes_that_never_occur_are_named(data):
     dataset = built(data([0, 1], [1, 0]), classes=list("abcd"), palette=colours(4))
-    assert survey(dataset, "data.train", training=True) == ["data.train: 2 of 4 classes occur in none of all 2 label maps looked at: c, d"]
+    assert survey(dataset, "data.train", training=True) == [
+        "data.train: 2 of 4 classes occur in none of all 2 label maps looked at: c, d"
+    ]
 
 
 def test_a_large_data_set_is_looked_at_in_part_and_quickly(data):
@@ -102,12 +135,21 @@ def test_a_large_data_set_is_looked_at_in_part_and_quickly(data):
     dataset.img_infos = dataset.img_infos * 10_000
     began = time.monotonic()
     (said,) = survey(dataset, "data.train", training=True)
-    assert "1 of 3 classes occurs in none of the 200 (of 30,000) label maps looked at: c" in said and time.monotonic() - began < 5
+    assert (
+        "1 of 3 classes occurs in none of the 200 (of 30,000) label maps looked at: c" in said
+        and time.monotonic() - began < 5
+    )
 
 
 def test_numbers_of_no_class_in_a_validation_set_are_said_before_they_count_as_wrong(data):
-    (said,) = survey(built(data([0, 1, 7], [0, 1, 1]), pipeline=TEST, test_mode=True), "data.val", training=False)
-    assert "1 of all 2 label maps looked at hold a number that is no class" in said and "7 in " in said and "labels/0.png" in said
+    (said,) = survey(
+        built(data([0, 1, 7], [0, 1, 1]), pipeline=TEST, test_mode=True), "data.val", training=False
+    )
+    assert (
+        "1 of all 2 label maps looked at hold a number that is no class" in said
+        and "7 in " in said
+        and "labels/0.png" in said
+    )
 
 
 def test_images_left_out_for_their_suffix_although_labelled_are_an_error(data):
@@ -139,13 +181,23 @@ def test_an_image_turned_by_180_degrees_is_said(data):
     picture.save(root / "images/1.jpg", exif=exif)
     (said,) = survey(built(root), "data.train", training=True)
     assert "EXIF turns it by 180 degrees" in said and "images/1.jpg (1 such images of 2 looked at)" in said
-    assert survey(built(root, pipeline=[dict(TRAIN[0], color_type="color_ignore_orientation"), *TRAIN[1:]]), "data.train", training=True) == []
+    assert (
+        survey(
+            built(root, pipeline=[dict(TRAIN[0], color_type="color_ignore_orientation"), *TRAIN[1:]]),
+            "data.train",
+            training=True,
+        )
+        == []
+    )
 
 
 def test_label_maps_of_other_sides_than_their_images_are_an_error_or_said(data):
     root = data([0, 1, 0], [1, 0, 1])
     Image.fromarray(np.zeros((2, 3), np.uint8)).save(root / "labels/1.png")
-    with pytest.raises(DataError, match=r"1 of all 2 label maps looked at have other sides than their images: .*1.png has 2 x 3 pixels and its image 4 x 3"):
+    with pytest.raises(
+        DataError,
+        match=r"1 of all 2 label maps looked at have other sides than their images: .*1.png has 2 x 3 pixels and its image 4 x 3",
+    ):
         survey(built(root), "data.train", training=True)
     (said,) = survey(built(root), "data.train", training=True, tolerated=1)
     assert "1.png has 2 x 3 pixels and its image 4 x 3; those images are left out" in said
@@ -165,7 +217,10 @@ def test_sixteen_bits_and_four_channels_are_said(data):
 def test_zero_reduced_on_one_side_only_is_an_error(data, pipeline, scored):
     root = data([0, 1, 2], [1, 2, 0])
     val = built(root, pipeline=TEST, test_mode=True, reduce_zero_label=scored)
-    with pytest.raises(ConfigError, match=f"reduce_zero_label={not scored} of LoadAnnotations .* reduce_zero_label={scored} of data.val"):
+    with pytest.raises(
+        ConfigError,
+        match=f"reduce_zero_label={not scored} of LoadAnnotations .* reduce_zero_label={scored} of data.val",
+    ):
         compare_zero_labels([entry_of(root, pipeline=pipeline)], val, "data.val")
 
 
@@ -173,7 +228,10 @@ def test_zero_reduced_on_one_side_only_is_an_error(data, pipeline, scored):
 def test_zero_reduced_on_both_sides_or_none_is_right(data, pipeline, scored):
     root = data([0, 1, 2], [1, 2, 0])
     val = built(root, pipeline=TEST, test_mode=True, reduce_zero_label=scored)
-    trained = [entry_of(root, pipeline=pipeline), entry_of(root, pipeline=pipeline, reduce_zero_label=not scored)]  # that of a training set has no effect
+    trained = [
+        entry_of(root, pipeline=pipeline),
+        entry_of(root, pipeline=pipeline, reduce_zero_label=not scored),
+    ]  # that of a training set has no effect
     assert compare_zero_labels(trained, val, "data.val") == []
 
 
@@ -183,7 +241,11 @@ def test_two_kinds_of_data_set_may_differ_in_it(data):
         pass
 
     root = data([0, 1, 2], [1, 2, 0])
-    (said,) = compare_zero_labels([entry_of(root, pipeline=REDUCED)], built(root, type="OtherKind", pipeline=TEST, test_mode=True), "data.val")
+    (said,) = compare_zero_labels(
+        [entry_of(root, pipeline=REDUCED)],
+        built(root, type="OtherKind", pipeline=TEST, test_mode=True),
+        "data.val",
+    )
     assert "OtherKind" in said
 
 
@@ -194,8 +256,16 @@ def test_empty_lines_and_a_byte_order_mark_of_a_split_file_are_no_images(data, t
     assert [info["filename"] for info in built(root, split="some.txt").img_infos] == ["0.jpg", "1.jpg"]
 
 
-@pytest.mark.parametrize(("text", "words"), [("0\n7\n", r"1 of 2 images of the split file .*some\.txt are missing, the first is .*images/7\.jpg; put"),
-                                             ("0.jpg\n1.jpg", r"2 of 2 images .*the first is .*0\.jpg\.jpg; its lines end in \.jpg already")])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "0\n7\n",
+            r"1 of 2 images of the split file .*some\.txt are missing, the first is .*images/7\.jpg; put",
+        ),
+        ("0.jpg\n1.jpg", r"2 of 2 images .*the first is .*0\.jpg\.jpg; its lines end in \.jpg already"),
+    ],
+)
 def test_a_split_file_that_names_missing_images_is_found_up_front(data, text, words):
     root = data([0, 1], [1, 0])
     (root / "some.txt").write_text(text)
@@ -207,7 +277,10 @@ def test_lossy_label_maps_are_said(data):
     root = data([0, 1], [1, 0])
     for index in range(2):
         Image.open(root / f"labels/{index}.png").save(root / f"labels/{index}.jpg", quality=100)
-    assert any("label maps end in .jpg" in said for said in survey(built(root, seg_map_suffix=".jpg"), "data.train", training=True))
+    assert any(
+        "label maps end in .jpg" in said
+        for said in survey(built(root, seg_map_suffix=".jpg"), "data.train", training=True)
+    )
 
 
 def test_a_square_image_turned_by_90_degrees_is_said(data):
@@ -238,14 +311,29 @@ def test_an_evaluation_normalises_as_the_training_does(data):
     root = data([0, 1])
 
     def normalized(to_rgb):
-        step = dict(type="Normalize", mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=to_rgb)
+        step = dict(
+            type="Normalize", mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=to_rgb
+        )
         load, augment = TEST
-        return (built(root, pipeline=[*TRAIN[:2], step, *TRAIN[2:]]),
-                built(root, pipeline=[load, {**augment, "transforms": [step, *augment["transforms"]]}], test_mode=True))
+        return (
+            built(root, pipeline=[*TRAIN[:2], step, *TRAIN[2:]]),
+            built(
+                root,
+                pipeline=[load, {**augment, "transforms": [step, *augment["transforms"]]}],
+                test_mode=True,
+            ),
+        )
 
     train, val = normalized(to_rgb=True)
-    assert compare_normalization(train, val) == compare_normalization(built(root), built(root, pipeline=TEST, test_mode=True)) == []
+    assert (
+        compare_normalization(train, val)
+        == compare_normalization(built(root), built(root, pipeline=TEST, test_mode=True))
+        == []
+    )
     (said,) = compare_normalization(train, normalized(to_rgb=False)[1])
-    assert "data.val are normalised with mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=False, those of data.train with" in said
+    assert (
+        "data.val are normalised with mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=False, those of data.train with"
+        in said
+    )
     (said,) = compare_normalization(train, built(root, pipeline=TEST, test_mode=True))
     assert "data.val are normalised by no Normalize" in said

@@ -38,13 +38,17 @@ def test_setr_resize_makes_the_short_side_the_scales_but_at_least_the_crop(heigh
 
 def test_setr_resize_brings_labels_to_the_images_size_without_new_values():
     labels = np.random.default_rng(0).choice(np.uint8([0, 7, 255]), (300, 400))
-    results = PIPELINES.build(SETR)(picture(300, 400, scale=(2016, 504), gt_semantic_seg=labels, seg_fields=["gt_semantic_seg"]))
+    results = PIPELINES.build(SETR)(
+        picture(300, 400, scale=(2016, 504), gt_semantic_seg=labels, seg_fields=["gt_semantic_seg"])
+    )
     assert results["gt_semantic_seg"].shape == (504, 672)
     assert set(np.unique(results["gt_semantic_seg"])) == {0, 7, 255}
 
 
 def test_without_setr_multi_scale_it_is_mmsegs_resize():
-    results = PIPELINES.build(dict(type="SETR_Resize", crop_size=(504, 504)))(picture(100, 900, scale=(2016, 504)))
+    results = PIPELINES.build(dict(type="SETR_Resize", crop_size=(504, 504)))(
+        picture(100, 900, scale=(2016, 504))
+    )
     assert results["img"].shape == (224, 2016, 3)
 
 
@@ -58,7 +62,9 @@ def test_setr_resize_without_a_crop_size_is_a_config_error():
         PIPELINES.build(dict(type="SETR_Resize", setr_multi_scale=True))
 
 
-@pytest.mark.parametrize("height, width, expected", [(300, 400, (504, 672)), (336, 500, (504, 756)), (683, 1000, (504, 742))])
+@pytest.mark.parametrize(
+    "height, width, expected", [(300, 400, (504, 672)), (336, 500, (504, 756)), (683, 1000, (504, 742))]
+)
 def test_the_published_test_pipeline_gives_sizes_that_14_divides(height, width, expected):
     # 504 x 750 -> 756 (54 x 14); 504 x 738 -> 742 (53 x 14): ResizeToMultiple goes up
     pipeline = Compose([dict(
@@ -81,7 +87,11 @@ def test_to_mask_gives_one_mask_for_each_class_but_the_ignored():
     labels = np.uint8([[3, 3, 255], [0, 149, 3]])
     results = PIPELINES.build(dict(type="ToMask"))({"gt_semantic_seg": labels})
     assert results["gt_labels"].data.tolist() == [0, 3, 149]
-    assert results["gt_masks"].data.tolist() == [[[0, 0, 0], [1, 0, 0]], [[1, 1, 0], [0, 0, 1]], [[0, 0, 0], [0, 1, 0]]]
+    assert results["gt_masks"].data.tolist() == [
+        [[0, 0, 0], [1, 0, 0]],
+        [[1, 1, 0], [0, 0, 1]],
+        [[0, 0, 0], [0, 1, 0]],
+    ]
 
 
 def test_to_mask_of_an_unlabelled_image_is_empty_but_keeps_its_size():

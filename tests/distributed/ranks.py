@@ -20,13 +20,21 @@ TIMEOUT_S = 240
 
 def spawn(function: Callable[..., None], world_size: int, *args: object) -> None:
     ready()
-    ranks = mp.start_processes(_rank, (function, world_size, free_port(), args), nprocs=world_size, join=False, start_method="forkserver")
+    ranks = mp.start_processes(
+        _rank,
+        (function, world_size, free_port(), args),
+        nprocs=world_size,
+        join=False,
+        start_method="forkserver",
+    )
     deadline = time.monotonic() + TIMEOUT_S
     while not ranks.join(timeout=1):
         if time.monotonic() > deadline:
             for process in ranks.processes:
                 process.kill()
-            raise AssertionError(f"{function.__name__} with {world_size} ranks has not ended after {TIMEOUT_S} s")
+            raise AssertionError(
+                f"{function.__name__} with {world_size} ranks has not ended after {TIMEOUT_S} s"
+            )
 
 
 def _rank(rank: int, function: Callable[..., None], world_size: int, port: int, args: tuple) -> None:

@@ -24,8 +24,13 @@ def small() -> Config:
 
 
 def ds_config(stage: int, world_size: int = 1, bf16: bool = True):
-    return resolve_ds_config({"bf16": {"enabled": bf16}, "zero_optimization": {"stage": stage}}, experiment="", micro_batch=1, world_size=world_size,
-                             optimizer={"type": "AdamW", "lr": 1e-3})
+    return resolve_ds_config(
+        {"bf16": {"enabled": bf16}, "zero_optimization": {"stage": stage}},
+        experiment="",
+        micro_batch=1,
+        world_size=world_size,
+        optimizer={"type": "AdamW", "lr": 1e-3},
+    )
 
 
 def plain(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -41,7 +46,9 @@ def partitioned_values_are_the_plain_ones(seed: int, bf16: bool) -> None:
         with gathered([param]):
             assert torch.equal(param.data, expected[name].to(torch.bfloat16 if bf16 else torch.float32)), name
     for name, buffer in model.named_buffers():
-        assert torch.equal(buffer, expected[name]), name  # statistics are fp32 before anybody reads values into them
+        assert torch.equal(buffer, expected[name]), (
+            name
+        )  # statistics are fp32 before anybody reads values into them
 
 
 @pytest.mark.parametrize("bf16", [True, False])
@@ -52,23 +59,30 @@ def test_zero3_on_2_ranks_starts_from_the_same_values_as_a_plain_model(bf16):
 def test_the_seed_decides_the_values():
     first, again, other = plain(0), plain(0), plain(1)
     assert all(torch.equal(first[name], again[name]) for name in first)
-    assert not torch.equal(first["backbone.blocks.0.attn.qkv.weight"], other["backbone.blocks.0.attn.qkv.weight"])
+    assert not torch.equal(
+        first["backbone.blocks.0.attn.qkv.weight"], other["backbone.blocks.0.attn.qkv.weight"]
+    )
 
 
-@pytest.mark.parametrize(("name", "std"), [
-    ("backbone.blocks.1.mlp.fc1.weight", 0.02),
-    ("backbone.pos_embed", 0.02),
-    ("backbone.up1.0.weight", (2 / (4 * 32)) ** 0.5),
-    ("decode_head.conv_seg.weight", 0.01),
-    ("decode_head.fpn_bottleneck.conv.weight", (2 / (9 * 15)) ** 0.5),  # kaiming, fan out
-])
+@pytest.mark.parametrize(
+    ("name", "std"),
+    [
+        ("backbone.blocks.1.mlp.fc1.weight", 0.02),
+        ("backbone.pos_embed", 0.02),
+        ("backbone.up1.0.weight", (2 / (4 * 32)) ** 0.5),
+        ("decode_head.conv_seg.weight", 0.01),
+        ("decode_head.fpn_bottleneck.conv.weight", (2 / (9 * 15)) ** 0.5),  # kaiming, fan out
+    ],
+)
 def test_values_are_drawn_as_the_modules_say(name, std):
     assert float(plain()[name].std()) == pytest.approx(std, rel=0.15)
 
 
 def test_no_two_blocks_start_alike():
     values = plain()
-    assert not torch.equal(values["backbone.blocks.0.attn.qkv.weight"], values["backbone.blocks.1.attn.qkv.weight"])
+    assert not torch.equal(
+        values["backbone.blocks.0.attn.qkv.weight"], values["backbone.blocks.1.attn.qkv.weight"]
+    )
 
 
 def test_a_model_on_meta_takes_no_memory():
@@ -78,8 +92,16 @@ def test_a_model_on_meta_takes_no_memory():
 def scaled() -> ConfigDict:
     """A head with parameters that have no dimensions."""
     model = small()
-    model.decode_head = dict(type="DAHead", in_channels=32, in_index=0, channels=16, pam_channels=8, num_classes=5, align_corners=False,
-                             loss_decode=dict(type="CrossEntropyLoss"))
+    model.decode_head = dict(
+        type="DAHead",
+        in_channels=32,
+        in_index=0,
+        channels=16,
+        pam_channels=8,
+        num_classes=5,
+        align_corners=False,
+        loss_decode=dict(type="CrossEntropyLoss"),
+    )
     return model
 
 
@@ -97,8 +119,13 @@ def test_parameters_without_dimensions_are_vectors_under_zero3():
 
 
 def test_mmsegs_files_and_ours_hold_parameters_without_dimensions_alike(tmp_path):
-    theirs, ours = build_segmentor(scaled()), build_for_training(scaled(), ds_config(1, bf16=False), torch.device("cpu"), 0)
-    assert theirs.state_dict()[SCALE].shape == () and ours.state_dict()[SCALE].shape == build_on_meta(scaled()).state_dict()[SCALE].shape == (1,)
+    theirs, ours = (
+        build_segmentor(scaled()),
+        build_for_training(scaled(), ds_config(1, bf16=False), torch.device("cpu"), 0),
+    )
+    assert theirs.state_dict()[SCALE].shape == () and ours.state_dict()[SCALE].shape == build_on_meta(
+        scaled()
+    ).state_dict()[SCALE].shape == (1,)
     theirs.state_dict()[SCALE].fill_(3.0)
     torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
     load(ours, fit_segmentor(ours, open_weights(tmp_path / "theirs.pth")))
@@ -119,9 +146,23 @@ def test_several_auxiliary_heads_are_initialised_as_one_is():
 
 @pytest.mark.parametrize("setting", ["model.pretrained", "init_cfg"])
 def test_a_config_that_names_weights_in_either_of_mmsegs_ways_can_be_built_again_and_again(setting):
-    vit = dict(type="InternViT6B", img_size=28, patch_size=14, embed_dim=12, depth=1, num_heads=3, out_indices=[0], use_flash_attn=False)
-    model = ConfigDict(type="EncoderDecoder", train_cfg={}, test_cfg=dict(mode="whole"), backbone=vit,
-                       decode_head=dict(type="FCNHead", in_channels=12, channels=4, num_classes=3))
+    vit = dict(
+        type="InternViT6B",
+        img_size=28,
+        patch_size=14,
+        embed_dim=12,
+        depth=1,
+        num_heads=3,
+        out_indices=[0],
+        use_flash_attn=False,
+    )
+    model = ConfigDict(
+        type="EncoderDecoder",
+        train_cfg={},
+        test_cfg=dict(mode="whole"),
+        backbone=vit,
+        decode_head=dict(type="FCNHead", in_channels=12, channels=4, num_classes=3),
+    )
     if setting == "init_cfg":
         model.backbone.init_cfg = dict(type="Pretrained", checkpoint="vit.pth")
     else:

@@ -38,7 +38,11 @@ def root(tmp_path_factory) -> Path:
         (root / kind).mkdir()
         for number, (height, width) in enumerate(SIZES):
             shape = (height // 8 + 2, width // 8 + 2, 3)[: 3 if kind == "images" else 2]
-            picture = cv2.resize(random.integers(0, 151, shape, dtype=np.uint8), (width, height), interpolation=cv2.INTER_NEAREST)
+            picture = cv2.resize(
+                random.integers(0, 151, shape, dtype=np.uint8),
+                (width, height),
+                interpolation=cv2.INTER_NEAREST,
+            )
             cv2.imwrite(str(root / kind / f"{number}.{ending}"), picture)
     return root
 
@@ -47,7 +51,15 @@ def dataset_of(root: Path, count: int):
     pipeline = [step for step in Config.fromfile(ROOT / TINY).test_pipeline]
     pipeline[1].update(img_scale=None, img_ratios=[1.0])  # the images as they are
     pipeline[1].transforms = [step for step in pipeline[1].transforms if step.type != "ResizeToMultiple"]
-    entry = Config(dict(type="ADE20KDataset", data_root=str(root), img_dir="images", ann_dir="annotations", pipeline=pipeline))._cfg_dict
+    entry = Config(
+        dict(
+            type="ADE20KDataset",
+            data_root=str(root),
+            img_dir="images",
+            ann_dir="annotations",
+            pipeline=pipeline,
+        )
+    )._cfg_dict
     dataset = build_datasets(entry, "data.val", [entry], test_mode=True)
     dataset.img_infos = dataset.img_infos[:count]
     return dataset
@@ -55,22 +67,37 @@ def dataset_of(root: Path, count: int):
 
 def engine_of(world_size: int, stage: int, autocast: bool):
     precision = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}} if autocast else {}
-    ds = resolve_ds_config({**precision, "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}, experiment="", micro_batch=1,
-                           world_size=world_size, optimizer=OPTIMIZER)
+    ds = resolve_ds_config(
+        {**precision, "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}},
+        experiment="",
+        micro_batch=1,
+        world_size=world_size,
+        optimizer=OPTIMIZER,
+    )
     config = small()
     model = build_for_training(config, ds, DEVICE, seed=0)
     for number, param in enumerate(model.parameters()):
         with gathered([param], modifier_rank=0):
             if param.dim() > 1:  # of some size, so that predictions are not one class
-                torch.nn.init.normal_(param.data, 0.0, 2 / param.data[0].numel() ** 0.5, generator=torch.Generator().manual_seed(number))
+                torch.nn.init.normal_(
+                    param.data,
+                    0.0,
+                    2 / param.data[0].numel() ** 0.5,
+                    generator=torch.Generator().manual_seed(number),
+                )
     apply_precision(model, torch.bfloat16 if autocast else torch.float32, autocast=autocast)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(parameter_groups(model, OPTIMIZER)), config=ds.raw)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=torch.optim.AdamW(parameter_groups(model, OPTIMIZER)), config=ds.raw
+    )
     return config, engine
 
 
 def step(engine, number: int) -> float:
     generator = torch.Generator().manual_seed(number)
-    image, truth = torch.randn(1, 3, 112, 112, generator=generator), torch.randint(0, 150, (1, 1, 112, 112), generator=generator)
+    image, truth = (
+        torch.randn(1, 3, 112, 112, generator=generator),
+        torch.randint(0, 150, (1, 1, 112, 112), generator=generator),
+    )
     losses = engine(image, [{}], return_loss=True, gt_semantic_seg=truth)
     loss = sum(value for name, value in losses.items() if "loss" in name)
     engine.backward(loss)
@@ -80,8 +107,17 @@ def step(engine, number: int) -> float:
 
 def evaluated(engine, config, dataset, way: str, autocast: bool = False):
     world = World(dist.get_rank(), dist.get_world_size(), dist.get_rank())
-    with forwards(engine.module, config, torch.bfloat16 if autocast else torch.float32, DEVICE, autocast=autocast, weights=way.split()[0]) as ready:
-        assert not ready.segmentor.training and ready.in_step == (way in ("partitioned", "auto without room") and engine.zero_optimization_partition_weights())
+    with forwards(
+        engine.module,
+        config,
+        torch.bfloat16 if autocast else torch.float32,
+        DEVICE,
+        autocast=autocast,
+        weights=way.split()[0],
+    ) as ready:
+        assert not ready.segmentor.training and ready.in_step == (
+            way in ("partitioned", "auto without room") and engine.zero_optimization_partition_weights()
+        )
         return evaluate(ready, dataset, world=world, workers=0, verbose=False)
 
 
@@ -107,7 +143,9 @@ def alone(root, tmp_path_factory):
     out = tmp_path_factory.mktemp("alone") / "found.json"
     spawn(confusions, 1, root, out)
     found = json.loads(out.read_text())
-    assert sum(any(row[column] for row in found[f"whole {len(SIZES)}"]) for column in range(150)) > 5  # several classes are predicted
+    assert (
+        sum(any(row[column] for row in found[f"whole {len(SIZES)}"]) for column in range(150)) > 5
+    )  # several classes are predicted
     assert found["partitioned 1"] == found["whole 1"] != found[f"whole {len(SIZES)}"]
     return found
 

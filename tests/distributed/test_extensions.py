@@ -33,7 +33,11 @@ def test_whoever_loads_it_slowly_and_whoever_waits_for_that_say_so(heard):
         waiting = threading.Thread(target=build_extension, args=("ShareMemCommBuilder",))
         waiting.start()
         until = time.monotonic() + 60
-        while "waiting for another process of this host, which compiles DeepSpeed's deepspeed_shm_comm" not in heard.text and time.monotonic() < until:
+        while (
+            "waiting for another process of this host, which compiles DeepSpeed's deepspeed_shm_comm"
+            not in heard.text
+            and time.monotonic() < until
+        ):
             time.sleep(0.01)
         assert f"compiling DeepSpeed's {NAME} into" not in heard.text
     waiting.join()

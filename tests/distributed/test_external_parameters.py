@@ -11,10 +11,31 @@ from internseg_ds.planning.training_pass import training_pass
 from tests.distributed.ranks import spawn
 from tests.distributed.test_construction import ds_config
 
-MODEL = ConfigDict(type="EncoderDecoder", test_cfg=dict(mode="whole"), train_cfg=dict(),
-                   backbone=dict(type="VisionTransformer", img_size=(32, 32), patch_size=8, embed_dims=32, num_layers=2, num_heads=2, out_indices=(1,)),
-                   decode_head=dict(type="FCNHead", in_channels=32, channels=32, num_convs=0, concat_input=False, num_classes=3, in_index=0,
-                                    align_corners=False, loss_decode=dict(type="CrossEntropyLoss")))
+MODEL = ConfigDict(
+    type="EncoderDecoder",
+    test_cfg=dict(mode="whole"),
+    train_cfg=dict(),
+    backbone=dict(
+        type="VisionTransformer",
+        img_size=(32, 32),
+        patch_size=8,
+        embed_dims=32,
+        num_layers=2,
+        num_heads=2,
+        out_indices=(1,),
+    ),
+    decode_head=dict(
+        type="FCNHead",
+        in_channels=32,
+        channels=32,
+        num_convs=0,
+        concat_input=False,
+        num_classes=3,
+        in_index=0,
+        align_corners=False,
+        loss_decode=dict(type="CrossEntropyLoss"),
+    ),
+)
 
 
 def partitioned_weights_segment_as_whole_ones() -> None:
@@ -22,10 +43,15 @@ def partitioned_weights_segment_as_whole_ones() -> None:
     plain = build_for_training(MODEL, ds_config(1, bf16=False), torch.device("cpu"), seed=0).eval()
     raw = {**ds_config(3, world_size=2, bf16=False).raw}
     raw["zero_optimization"] = {**raw["zero_optimization"], "stage3_param_persistence_threshold": 0}
-    engine, *_ = deepspeed.initialize(model=build_for_training(MODEL, ds_config(3, world_size=2, bf16=False), torch.device("cpu"), seed=0), config=raw)
+    engine, *_ = deepspeed.initialize(
+        model=build_for_training(MODEL, ds_config(3, world_size=2, bf16=False), torch.device("cpu"), seed=0),
+        config=raw,
+    )
     image = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        torch.testing.assert_close(engine.module.eval().encode_decode(image, [{}]), plain.encode_decode(image, [{}]))
+        torch.testing.assert_close(
+            engine.module.eval().encode_decode(image, [{}]), plain.encode_decode(image, [{}])
+        )
 
 
 def test_weights_that_another_module_reads_are_gathered_in_an_evaluation_that_no_training_came_before():
@@ -34,7 +60,11 @@ def test_weights_that_another_module_reads_are_gathered_in_an_evaluation_that_no
 
 def test_they_are_among_the_planned_gathers():
     model = build_segmentor(MODEL).to("meta")
-    made = gathers(model, training_pass(model, 32, 32).uses, GatherSettings(param_persistence_threshold=0, prefetch_bucket_size=0, max_reuse_distance=0))
+    made = gathers(
+        model,
+        training_pass(model, 32, 32).uses,
+        GatherSettings(param_persistence_threshold=0, prefetch_bucket_size=0, max_reuse_distance=0),
+    )
     gathered = [name for names in made for name in names]
     assert set(gathered) == {name for name, _ in model.named_parameters()}
     name = "backbone.layers.0.attn.attn.out_proj.weight"

@@ -17,7 +17,10 @@ SETTINGS = {
     "zero1_bf16": {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}},
     "zero2_bf16": {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}},
     "zero3_bf16": {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}},
-    "zero3_autocast": {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}, "zero_optimization": {"stage": 3}},
+    "zero3_autocast": {
+        "torch_autocast": {"enabled": True, "dtype": "bfloat16"},
+        "zero_optimization": {"stage": 3},
+    },
 }
 
 
@@ -36,21 +39,36 @@ def forwards_of(name: str) -> None:
     engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(groups), config=ds.raw)
     engine.train()
     image = torch.randn(1, 3, 112, 112, generator=torch.Generator().manual_seed(0))
-    meta = [{"ori_shape": (112, 112, 3), "img_shape": (112, 112, 3), "pad_shape": (112, 112, 3), "flip": False}]
-    with whole_segmentor(engine.module, config, torch.bfloat16 if autocast else torch.float32, device, autocast=autocast) as whole:
+    meta = [
+        {"ori_shape": (112, 112, 3), "img_shape": (112, 112, 3), "pad_shape": (112, 112, 3), "flip": False}
+    ]
+    with whole_segmentor(
+        engine.module, config, torch.bfloat16 if autocast else torch.float32, device, autocast=autocast
+    ) as whole:
         assert not whole.training
         for _ in range(1 + 2 * dist.get_rank()):  # nobody waits for anybody here
             logits = whole.encode_decode(image, meta)
     assert engine.module.training
 
-    expected = build_for_training(config, resolve_ds_config({}, experiment="", micro_batch=1, world_size=1, optimizer=OPTIMIZER), device, seed=0)
-    expected.load_state_dict({key: value.bfloat16().to(value.dtype) if value.is_floating_point() and not autocast else value
-                              for key, value in plain(0).items()})
+    expected = build_for_training(
+        config,
+        resolve_ds_config({}, experiment="", micro_batch=1, world_size=1, optimizer=OPTIMIZER),
+        device,
+        seed=0,
+    )
+    expected.load_state_dict(
+        {
+            key: value.bfloat16().to(value.dtype) if value.is_floating_point() and not autocast else value
+            for key, value in plain(0).items()
+        }
+    )
     with torch.no_grad():
         reference = expected.eval().encode_decode(image, meta)
     assert logits.dtype == torch.float32
     # bf16 rounds the weights of the reference too; autocast also rounds what the blocks compute
-    torch.testing.assert_close(logits, reference, rtol=0, atol=(3e-2 if autocast else 2e-5) * float(reference.abs().max()))
+    torch.testing.assert_close(
+        logits, reference, rtol=0, atol=(3e-2 if autocast else 2e-5) * float(reference.abs().max())
+    )
 
 
 def test_ranks_may_run_different_numbers_of_forwards_on_the_trained_weights():

@@ -15,7 +15,19 @@ from internseg_ds.distributed.watch import Watch
 from internseg_ds.exit_codes import LOST
 from tests.distributed.test_watch import ranks
 
-HERE = [Place(rank, f"host{rank}", 100 + rank, step=7, doing="update", line="file.py:1 f", waits=True, stands_s=30 - rank) for rank in range(4)]
+HERE = [
+    Place(
+        rank,
+        f"host{rank}",
+        100 + rank,
+        step=7,
+        doing="update",
+        line="file.py:1 f",
+        waits=True,
+        stands_s=30 - rank,
+    )
+    for rank in range(4)
+]
 
 
 def test_who_waits_in_no_call_is_at_fault_wherever_it_stands():
@@ -31,7 +43,12 @@ def test_who_stands_behind_but_waits_is_not_blamed_for_one_ahead_that_does_not()
 
 
 def test_of_several_that_wait_in_no_call_those_furthest_behind_are_named():
-    everybody = [replace(HERE[0], waits=False), replace(HERE[1], waits=False, doing="data"), replace(HERE[2], waits=False, doing="data"), HERE[3]]
+    everybody = [
+        replace(HERE[0], waits=False),
+        replace(HERE[1], waits=False, doing="data"),
+        replace(HERE[2], waits=False, doing="data"),
+        HERE[3],
+    ]
     word, about = verdict(everybody, 20)
     assert about.rank == 1 and "rank 1 (" in word and "rank 2 (" in word and "rank 0 (" not in word
 
@@ -39,7 +56,9 @@ def test_of_several_that_wait_in_no_call_those_furthest_behind_are_named():
 def test_where_all_wait_nobody_is_blamed_and_the_last_to_come_stands_first():
     word, about = verdict(HERE, 20)
     assert about.rank == 3 and "all wait, for each other or for a GPU that hangs" in word
-    assert word.index("rank 3 (") < word.index("rank 2 (") < word.index("rank 0 (") and "there for 27 s" in word
+    assert (
+        word.index("rank 3 (") < word.index("rank 2 (") < word.index("rank 0 (") and "there for 27 s" in word
+    )
 
 
 class FromDevice:
@@ -74,7 +93,11 @@ def reads_a_value_that_rank_1_keeps_back(rank: int) -> None:
 def test_a_rank_that_hangs_at_the_part_where_the_others_read_from_their_gpus_is_named(tmp_path):
     codes, log = ranks(reads_a_value_that_rank_1_keeps_back, 3, tmp_path)
     assert codes == [LOST] * 3
-    assert "the other 2 wait for rank 1 (host " in log and "at step 5, update (" in log and "reads_a_value_that_rank_1_keeps_back" in log
+    assert (
+        "the other 2 wait for rank 1 (host " in log
+        and "at step 5, update (" in log
+        and "reads_a_value_that_rank_1_keeps_back" in log
+    )
 
 
 def gathers_weights_that_rank_1_keeps_back(rank: int) -> None:
@@ -95,7 +118,9 @@ def test_a_rank_that_hangs_before_the_first_weights_of_zero3_are_gathered_is_nam
     """The others wait in a handle of DeepSpeed's, through a wrapper that has no frame of a collective."""
     codes, log = ranks(gathers_weights_that_rank_1_keeps_back, 3, tmp_path)
     assert codes == [LOST] * 3
-    assert "the other 2 wait for rank 1 (host " in log and "gathers_weights_that_rank_1_keeps_back" in log, log
+    assert "the other 2 wait for rank 1 (host " in log and "gathers_weights_that_rank_1_keeps_back" in log, (
+        log
+    )
 
 
 def test_a_thread_at_work_is_in_no_waiting_call():
@@ -129,12 +154,16 @@ def test_in_a_backward_pass_on_a_gpu_the_thread_with_its_hooks_is_looked_at():
     """Autograd has a thread for each GPU, and the main thread stands in its engine."""
     ends = threading.Lock()
     ends.acquire()
-    main = standing_in("/site-packages/torch/autograd/graph.py", "_engine_run_backward", "run()", run=ends.acquire)
+    main = standing_in(
+        "/site-packages/torch/autograd/graph.py", "_engine_run_backward", "run()", run=ends.acquire
+    )
     place, waits = line_of(main.ident)
     assert waits and "_engine_run_backward" in place  # no hook runs: torch's own code
     event = type("Event", (), {"synchronize": lambda self: None})()
     event.synchronize = ends.acquire  # a C function, as CUDA's is
-    reading = standing_in("/site-packages/deepspeed/runtime/zero/stage3.py", "reduce", "event.synchronize()", event=event)
+    reading = standing_in(
+        "/site-packages/deepspeed/runtime/zero/stage3.py", "reduce", "event.synchronize()", event=event
+    )
     place, waits = line_of(main.ident)
     assert waits and place == "runtime/zero/stage3.py:2 reduce"
     for _ in range(2):
@@ -146,8 +175,12 @@ def test_in_a_backward_pass_on_a_gpu_the_thread_with_its_hooks_is_looked_at():
 def test_a_hook_that_hangs_in_a_backward_pass_is_no_waiting():
     ends = threading.Lock()
     ends.acquire()
-    main = standing_in("/site-packages/torch/autograd/graph.py", "_engine_run_backward", "run()", run=ends.acquire)
-    hook = standing_in("/site-packages/deepspeed/runtime/zero/hook.py", "hook", "lock(True, 60)", lock=ends.acquire)
+    main = standing_in(
+        "/site-packages/torch/autograd/graph.py", "_engine_run_backward", "run()", run=ends.acquire
+    )
+    hook = standing_in(
+        "/site-packages/deepspeed/runtime/zero/hook.py", "hook", "lock(True, 60)", lock=ends.acquire
+    )
     place, waits = line_of(main.ident)
     assert not waits and place.endswith("hook.py:2 hook")
     for _ in range(2):
@@ -157,4 +190,8 @@ def test_a_hook_that_hangs_in_a_backward_pass_is_no_waiting():
 
 
 def test_the_line_at_which_torch_waits_for_a_whole_gpu_is_a_waiting_call():
-    assert any(WAITING_CALL.search(line) for line in inspect.getsource(torch.cuda.synchronize).splitlines() if "return" in line)
+    assert any(
+        WAITING_CALL.search(line)
+        for line in inspect.getsource(torch.cuda.synchronize).splitlines()
+        if "return" in line
+    )

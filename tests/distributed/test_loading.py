@@ -21,8 +21,14 @@ from tests.distributed.test_construction import ds_config, small
 
 SIZES = dict(embed_dim=32, num_heads=2, depth=4, patch_size=14, img_size=56)
 VARIANTS = {
-    "6B": (dict(qk_normalization=True, qkv_bias=False, norm_type="rms_norm"), dict(use_qk_norm=True, attention_bias=False, norm_type="rms_norm")),
-    "300M": (dict(qk_normalization=False, qkv_bias=True, norm_type="layer_norm"), dict(use_qk_norm=False, attention_bias=True, norm_type="layer_norm")),
+    "6B": (
+        dict(qk_normalization=True, qkv_bias=False, norm_type="rms_norm"),
+        dict(use_qk_norm=True, attention_bias=False, norm_type="rms_norm"),
+    ),
+    "300M": (
+        dict(qk_normalization=False, qkv_bias=True, norm_type="layer_norm"),
+        dict(use_qk_norm=False, attention_bias=True, norm_type="layer_norm"),
+    ),
 }
 
 
@@ -36,8 +42,17 @@ def transformers_model(**variant):
     from transformers import InternVLVisionConfig, InternVLVisionModel
 
     torch.manual_seed(0)
-    config = InternVLVisionConfig(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=128, image_size=[56, 56], patch_size=[14, 14],
-                                  hidden_act="gelu", attn_implementation="sdpa", **variant)
+    config = InternVLVisionConfig(
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=128,
+        image_size=[56, 56],
+        patch_size=[14, 14],
+        hidden_act="gelu",
+        attn_implementation="sdpa",
+        **variant,
+    )
     model = InternVLVisionModel(config).eval()
     for param in model.parameters():  # nothing stays at its starting one or zero
         torch.nn.init.normal_(param, mean=0.5 if param.dim() == 1 else 0.0, std=0.1)
@@ -46,7 +61,13 @@ def transformers_model(**variant):
 
 def loaded(model: ConfigDict, path) -> torch.nn.Module:
     built = build_for_training(
-        model, resolve_ds_config({}, experiment="", micro_batch=1, world_size=1, optimizer={"type": "AdamW", "lr": 1}), torch.device("cpu"), seed=1)
+        model,
+        resolve_ds_config(
+            {}, experiment="", micro_batch=1, world_size=1, optimizer={"type": "AdamW", "lr": 1}
+        ),
+        torch.device("cpu"),
+        seed=1,
+    )
     load(built, fit_backbone(built, open_weights(path)))
     return built.eval()
 
@@ -70,15 +91,29 @@ def opengvlab(state: dict[str, torch.Tensor], prefix: str = "") -> dict[str, tor
     return {prefix + theirs[0]: state[ours] for ours, theirs in OPENGVLAB.names(4).items() if ours in state}
 
 
-CONFIG_6B = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 4, "intermediate_size": 128, "qkv_bias": False, "qk_normalization": True,
-             "norm_type": "rms_norm", "layer_norm_eps": 1e-6, "image_size": 56, "patch_size": 14}
+CONFIG_6B = {
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 4,
+    "intermediate_size": 128,
+    "qkv_bias": False,
+    "qk_normalization": True,
+    "norm_type": "rms_norm",
+    "layer_norm_eps": 1e-6,
+    "image_size": 56,
+    "patch_size": 14,
+}
 
 
 @pytest.fixture(scope="module")
 def state() -> dict[str, torch.Tensor]:
     """A backbone's weights under our names, without its FPN."""
     model = build_for_training(segmentor(), ds_config(1, bf16=False), torch.device("cpu"), seed=7)
-    return {name: value.clone() for name, value in model.backbone.state_dict().items() if not name.startswith("up")}
+    return {
+        name: value.clone()
+        for name, value in model.backbone.state_dict().items()
+        if not name.startswith("up")
+    }
 
 
 @pytest.mark.parametrize("form", ["bare", "module", "clip_projector", "segmentor", "opengvlab", "chat"])
@@ -89,22 +124,42 @@ def test_every_published_form_of_the_same_weights_loads(form, state, tmp_path):
         prefix = "vision_model." if form == "chat" else ""
         weights = opengvlab(state, prefix)
         if form == "chat":
-            weights |= {"language_model.model.embed_tokens.weight": torch.ones(3, 2), "mlp1.0.weight": torch.ones(2)}
+            weights |= {
+                "language_model.model.embed_tokens.weight": torch.ones(3, 2),
+                "mlp1.0.weight": torch.ones(2),
+            }
         save_file(weights, tmp_path / "model.safetensors")
-        (tmp_path / "config.json").write_text(json.dumps({"vision_config": CONFIG_6B} if form == "chat" else CONFIG_6B))
+        (tmp_path / "config.json").write_text(
+            json.dumps({"vision_config": CONFIG_6B} if form == "chat" else CONFIG_6B)
+        )
     else:
-        torch.save({"bare": state, "module": {"module": state}, "clip_projector": state | {"clip_projector.norm1_q.weight": torch.ones(2)},
-                    "segmentor": {"state_dict": {f"backbone.{name}": value for name, value in state.items()}
-                                                | {"decode_head.conv_seg.bias": torch.ones(3)}, "meta": {}}}[form], path)
+        torch.save(
+            {
+                "bare": state,
+                "module": {"module": state},
+                "clip_projector": state | {"clip_projector.norm1_q.weight": torch.ones(2)},
+                "segmentor": {
+                    "state_dict": {f"backbone.{name}": value for name, value in state.items()}
+                    | {"decode_head.conv_seg.bias": torch.ones(3)},
+                    "meta": {},
+                },
+            }[form],
+            path,
+        )
     found = loaded(segmentor(), path).backbone.state_dict()
     assert all(torch.equal(found[name], value) for name, value in state.items())
 
 
 def test_a_folder_of_another_variant_is_refused_with_the_settings_that_fit(state, tmp_path):
     save_file(opengvlab(state), tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG_6B | {"num_attention_heads": 4, "layer_norm_eps": 1e-5}))
-    with pytest.raises(CheckpointError, match=r"num_heads=2, layer_norm_eps=1e-06; "
-                                              r"write --cfg-options model.backbone.num_heads=4 model.backbone.layer_norm_eps=1e-05"):
+    (tmp_path / "config.json").write_text(
+        json.dumps(CONFIG_6B | {"num_attention_heads": 4, "layer_norm_eps": 1e-5})
+    )
+    with pytest.raises(
+        CheckpointError,
+        match=r"num_heads=2, layer_norm_eps=1e-06; "
+        r"write --cfg-options model.backbone.num_heads=4 model.backbone.layer_norm_eps=1e-05",
+    ):
         fit_backbone(build_on_meta(segmentor()), open_weights(tmp_path))
 
 
@@ -113,21 +168,36 @@ def test_unexpected_and_missing_names_are_errors_unless_they_are_allowed(state, 
     del extra["blocks.3.norm2.weight"]
     torch.save(extra, tmp_path / "w.pth")
     weights, model = open_weights(tmp_path / "w.pth"), build_on_meta(segmentor())
-    with pytest.raises(CheckpointError, match=r"unexpected in the file: tail\.weight; missing from it: blocks\.3\.norm2\.weight"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"unexpected in the file: tail\.weight; missing from it: blocks\.3\.norm2\.weight",
+    ):
         fit_backbone(model, weights)
     found = fit_backbone(model, weights, ("tail.", "blocks.3.norm2"))
-    assert found.ignored == ["tail.weight"] and "blocks.3.norm2.weight" in found.missing and "backbone.blocks.3.norm1.weight" in found.sources
+    assert (
+        found.ignored == ["tail.weight"]
+        and "blocks.3.norm2.weight" in found.missing
+        and "backbone.blocks.3.norm1.weight" in found.sources
+    )
 
 
 def test_a_classifier_beside_any_backbone_is_passed_over(state, tmp_path):
     torch.save(state | {"head.weight": torch.ones(2), "fc.bias": torch.ones(2)}, tmp_path / "w.pth")
-    assert sorted(fit_backbone(build_on_meta(segmentor()), open_weights(tmp_path / "w.pth")).ignored) == ["fc.bias", "head.weight"]
+    assert sorted(fit_backbone(build_on_meta(segmentor()), open_weights(tmp_path / "w.pth")).ignored) == [
+        "fc.bias",
+        "head.weight",
+    ]
 
 
 def shares_are_read_and_no_more(path) -> None:
     deepspeed.init_distributed(verbose=False)
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    model = build_for_training(segmentor(img_size=112, qk_normalization=True), ds_config(3, world_size=world, bf16=False), torch.device("cpu"), seed=rank)
+    model = build_for_training(
+        segmentor(img_size=112, qk_normalization=True),
+        ds_config(3, world_size=world, bf16=False),
+        torch.device("cpu"),
+        seed=rank,
+    )
     weights, read = open_weights(path), []
 
     def counted(name: str, start: int, stop: int) -> torch.Tensor:
@@ -137,7 +207,9 @@ def shares_are_read_and_no_more(path) -> None:
     found = fit_backbone(model, dataclasses.replace(weights, read_slice=counted))
     load(model, found)
     total = sum(shape.numel() for name, shape in weights.shapes.items() if name != "pos_embed")
-    assert sum(read) <= total / world + len(weights.shapes)  # the position embedding is resized, so it is read whole
+    assert sum(read) <= total / world + len(
+        weights.shapes
+    )  # the position embedding is resized, so it is read whole
     expected = torch.load(path)
     for name, param in model.backbone.named_parameters():
         if name in expected and name != "pos_embed":
@@ -148,14 +220,30 @@ def shares_are_read_and_no_more(path) -> None:
 def one_bad_element_is_refused_by_all(path, values: str) -> None:
     deepspeed.init_distributed(verbose=False)
     for stage in (3, 1):  # a share of each tensor, all of it
-        model = build_for_training(segmentor(), ds_config(stage, world_size=torch.distributed.get_world_size(), bf16=False), torch.device("cpu"), seed=0)
-        with pytest.raises(CheckpointError, match=rf"w\.pth holds values that no weights have: blocks\.1\.mlp\.fc1\.weight \({values}\); take"):
+        model = build_for_training(
+            segmentor(),
+            ds_config(stage, world_size=torch.distributed.get_world_size(), bf16=False),
+            torch.device("cpu"),
+            seed=0,
+        )
+        with pytest.raises(
+            CheckpointError,
+            match=rf"w\.pth holds values that no weights have: blocks\.1\.mlp\.fc1\.weight \({values}\); take",
+        ):
             load(model, fit_backbone(model, open_weights(path)))
 
 
-@pytest.mark.parametrize(("value", "dtype", "values"), [(torch.nan, torch.float32, "NaN or infinite"), (-1e300, torch.float64, "NaN or infinite"),
-                                                        (1, torch.int64, "int64")])
-def test_values_that_no_weights_have_are_refused_on_every_rank_whichever_read_them(value, dtype, values, state, tmp_path):
+@pytest.mark.parametrize(
+    ("value", "dtype", "values"),
+    [
+        (torch.nan, torch.float32, "NaN or infinite"),
+        (-1e300, torch.float64, "NaN or infinite"),
+        (1, torch.int64, "int64"),
+    ],
+)
+def test_values_that_no_weights_have_are_refused_on_every_rank_whichever_read_them(
+    value, dtype, values, state, tmp_path
+):
     bad = {**state, "blocks.1.mlp.fc1.weight": state["blocks.1.mlp.fc1.weight"].to(dtype, copy=True)}
     bad["blocks.1.mlp.fc1.weight"][-1, -1] = value  # the last rank's share
     torch.save(bad, tmp_path / "w.pth")

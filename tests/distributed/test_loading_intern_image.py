@@ -20,22 +20,34 @@ from tests.distributed.ranks import spawn
 from tests.distributed.test_construction import ds_config
 from tests.distributed.test_loading import loaded
 
-HEADS = {"conv_head.0.weight": (6, 64, 1, 1), "conv_head.1.0.running_mean": (6,), "head.weight": (3, 6), "dcnv3_head_x4.0.weight": (8, 64, 1, 1),
-         "dcnv3_head_x3.bias": (2,), "clip_projector.cross_dcn.q_bias": (2,), "fc_norm.0.weight": (2,)}
+HEADS = {
+    "conv_head.0.weight": (6, 64, 1, 1),
+    "conv_head.1.0.running_mean": (6,),
+    "head.weight": (3, 6),
+    "dcnv3_head_x4.0.weight": (8, 64, 1, 1),
+    "dcnv3_head_x3.bias": (2,),
+    "clip_projector.cross_dcn.q_bias": (2,),
+    "fc_norm.0.weight": (2,),
+}
 """What stands beside the backbone: of T to XL the first three, of H and G the others too."""
 WRAPPED = {
     "bare": lambda state: state,
     "model": lambda state: {"model": state, "epoch": 3},
     "state_dict": lambda state: {"state_dict": state, "meta": {}},
     "module.": lambda state: {"model": {f"module.{name}": value for name, value in state.items()}},
-    "backbone.": lambda state: {"state_dict": {f"backbone.{name}": value for name, value in state.items()} | {"decode_head.conv_seg.bias": torch.ones(3)}},
+    "backbone.": lambda state: {
+        "state_dict": {f"backbone.{name}": value for name, value in state.items()}
+        | {"decode_head.conv_seg.bias": torch.ones(3)}
+    },
     "module.backbone.": lambda state: {f"module.backbone.{name}": value for name, value in state.items()},
 }
 
 
 def segmentor() -> ConfigDict:
     model = Config.fromfile(ROOT / IMAGE).model
-    model.backbone.update(channels=8, depths=[1, 1, 2, 1], groups=[1, 2, 4, 4], level2_post_norm_block_ids=[0])
+    model.backbone.update(
+        channels=8, depths=[1, 1, 2, 1], groups=[1, 2, 4, 4], level2_post_norm_block_ids=[0]
+    )
     model.decode_head.update(in_channels=[8, 16, 32, 64], channels=15)
     model.auxiliary_head.update(in_channels=32, channels=15)
     return model
@@ -53,7 +65,9 @@ def test_every_wrapping_loads_and_classifiers_are_left_aside_by_name(wrapping, s
     heads = {name: torch.ones(shape) for name, shape in HEADS.items()}
     torch.save(WRAPPED[wrapping](state | heads), tmp_path / "w.pth")
     found = loaded(segmentor(), tmp_path / "w.pth").backbone.state_dict()
-    assert found.keys() == state.keys() and all(torch.equal(found[name], value) for name, value in state.items())
+    assert found.keys() == state.keys() and all(
+        torch.equal(found[name], value) for name, value in state.items()
+    )
 
 
 def test_other_names_and_shapes_are_refused(state, tmp_path):
@@ -62,14 +76,18 @@ def test_other_names_and_shapes_are_refused(state, tmp_path):
     with pytest.raises(CheckpointError, match=r"unexpected in the file: levels\.4\.norm\.0\.weight"):
         fit_backbone(model, open_weights(tmp_path / "more.pth"))
     torch.save(state | {"levels.0.blocks.0.dcn.mask.bias": torch.ones(18)}, tmp_path / "wider.pth")
-    with pytest.raises(CheckpointError, match=r"dcn\.mask\.bias is \[18\] in the file and \[9\] in the model"):
+    with pytest.raises(
+        CheckpointError, match=r"dcn\.mask\.bias is \[18\] in the file and \[9\] in the model"
+    ):
         fit_backbone(model, open_weights(tmp_path / "wider.pth"))
 
 
 def shares_are_read_and_no_more(path: Path) -> None:
     deepspeed.init_distributed(verbose=False)
     world = torch.distributed.get_world_size()
-    model = build_for_training(segmentor(), ds_config(3, world_size=world, bf16=False), torch.device("cpu"), seed=0)
+    model = build_for_training(
+        segmentor(), ds_config(3, world_size=world, bf16=False), torch.device("cpu"), seed=0
+    )
     weights, read = open_weights(path), []
 
     def counted(name: str, start: int, stop: int) -> Tensor:
@@ -96,13 +114,18 @@ INIT_CFG = "model.backbone.init_cfg.checkpoint"
 @pytest.mark.parametrize("setting", [INIT_CFG, "model.pretrained", "model.backbone.pretrained", "load_from"])
 def test_an_address_is_answered_with_what_to_do(setting):
     experiment = read_experiment(ROOT / IMAGE, {setting: "https://somewhere.org/w.pth"})
-    with pytest.raises(CheckpointError, match=f"^{setting}='https://somewhere.org/w.pth' is an address, .* --cfg-options {setting}=PATH, .* {setting}=None$"):
+    with pytest.raises(
+        CheckpointError,
+        match=f"^{setting}='https://somewhere.org/w.pth' is an address, .* --cfg-options {setting}=PATH, .* {setting}=None$",
+    ):
         starting_weights(experiment, build_on_meta(experiment.model), None)
 
 
 def test_the_file_of_init_cfg_is_what_a_run_starts_from_and_not_the_resnet_of_a_base_config():
     experiment = read_experiment(ROOT / IMAGE, {"model.pretrained": "open-mmlab://resnet50_v1c"})
     assert starting_weights(experiment, build_on_meta(experiment.model), None) is None
-    experiment = read_experiment(ROOT / IMAGE, {"model.pretrained": "open-mmlab://resnet50_v1c", INIT_CFG: "nowhere.pth"})
+    experiment = read_experiment(
+        ROOT / IMAGE, {"model.pretrained": "open-mmlab://resnet50_v1c", INIT_CFG: "nowhere.pth"}
+    )
     with pytest.raises(CheckpointError, match=f"^{INIT_CFG}='nowhere.pth': there is no such file"):
         starting_weights(experiment, build_on_meta(experiment.model), None)

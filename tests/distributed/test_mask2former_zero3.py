@@ -20,8 +20,13 @@ def batch(step: int, rank: int) -> dict:
     classes = [[0, 3], [2]] if rank == 0 else [[1], []] if step == 0 else [[], []]
     labels, masks = targets(*classes, size=56)
     torch.manual_seed(10 * step + rank)
-    return {"img": torch.randn(2, 3, 56, 56), "img_metas": [{}] * 2, "gt_semantic_seg": torch.zeros(2, 1, 56, 56, dtype=torch.int64),
-            "gt_labels": labels, "gt_masks": masks}
+    return {
+        "img": torch.randn(2, 3, 56, 56),
+        "img_metas": [{}] * 2,
+        "gt_semantic_seg": torch.zeros(2, 1, 56, 56, dtype=torch.int64),
+        "gt_labels": labels,
+        "gt_masks": masks,
+    }
 
 
 def losses_of(model, step: int) -> dict[str, torch.Tensor]:
@@ -40,11 +45,20 @@ def zero3_trains_as_plain_pytorch() -> None:
     ds = ds_config(3, world_size=2, bf16=False)
     sharded = build_for_training(model, ds, device, seed=0)
     apply_precision(sharded, torch.float32)
-    engine, *_ = deepspeed.initialize(model=sharded, optimizer=torch.optim.AdamW(sharded.parameters(), **ADAMW), config={**ds.raw, "gradient_clipping": 0.0})
+    engine, *_ = deepspeed.initialize(
+        model=sharded,
+        optimizer=torch.optim.AdamW(sharded.parameters(), **ADAMW),
+        config={**ds.raw, "gradient_clipping": 0.0},
+    )
     image = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():  # before any training forward: nothing has been learnt of who reads what
         engine.module.eval()
-        torch.testing.assert_close(engine.module.encode_decode(image, [{}]), plain.eval().encode_decode(image, [{}]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            engine.module.encode_decode(image, [{}]),
+            plain.eval().encode_decode(image, [{}]),
+            rtol=1e-4,
+            atol=1e-5,
+        )
     engine.module.train(), plain.train()
     for step in range(STEPS):
         expected = losses_of(plain, step)
@@ -56,13 +70,25 @@ def zero3_trains_as_plain_pytorch() -> None:
         plain_optimizer.step()
         found = losses_of(engine, step)
         for name, loss in expected.items():
-            torch.testing.assert_close(found[name], loss, rtol=1e-3, atol=1e-4, msg=lambda said, name=name, step=step: f"{name} of step {step}: {said}")
+            torch.testing.assert_close(
+                found[name],
+                loss,
+                rtol=1e-3,
+                atol=1e-4,
+                msg=lambda said, name=name, step=step: f"{name} of step {step}: {said}",
+            )
         engine.backward(sum(found.values()))
         engine.step()
     changed = dict(plain.named_parameters())
     for name, param in engine.module.named_parameters():
         with gathered([param]):
-            torch.testing.assert_close(param.data, changed[name].data, rtol=1e-3, atol=1e-4, msg=lambda said, name=name: f"{name}: {said}")
+            torch.testing.assert_close(
+                param.data,
+                changed[name].data,
+                rtol=1e-3,
+                atol=1e-4,
+                msg=lambda said, name=name: f"{name}: {said}",
+            )
 
 
 def test_zero3_on_2_ranks_trains_and_segments_as_plain_pytorch_in_fp32():

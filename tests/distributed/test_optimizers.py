@@ -12,7 +12,10 @@ def groups(seed: int) -> list[dict]:
     params = [torch.randn(5, requires_grad=True) for _ in range(4)]
     for param in params:
         param.grad = torch.randn(5)
-    return [{"params": [param], "lr": 1e-2 * (index + 1), "weight_decay": 0.1 * index} for index, param in enumerate(params)]
+    return [
+        {"params": [param], "lr": 1e-2 * (index + 1), "weight_decay": 0.1 * index}
+        for index, param in enumerate(params)
+    ]
 
 
 OTHERS = [{**ADAMW, "amsgrad": True}, {"type": "SGD", "lr": 1e-2, "momentum": 0.9, "weight_decay": 0.05}]

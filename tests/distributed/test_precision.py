@@ -5,7 +5,13 @@ from mmcv import Config
 from torch import nn
 
 from internseg_ds.distributed.construction import build_on_meta
-from internseg_ds.distributed.precision import apply_precision, backbone_dtype, compute_in_fp32, heads_dtype, set_fp32_matmul
+from internseg_ds.distributed.precision import (
+    apply_precision,
+    backbone_dtype,
+    compute_in_fp32,
+    heads_dtype,
+    set_fp32_matmul,
+)
 from internseg_ds.distributed.sync_batch_norm import AnyDeviceSyncBatchNorm
 from internseg_ds.errors import ConfigError
 from internseg_ds.models.blocks import repeated_block
@@ -75,7 +81,9 @@ def test_batch_norms_of_a_bf16_backbone_compute_in_fp32_as_their_moments_are(nor
     features.square().sum().backward()
     assert features.dtype == torch.float32 and torch.allclose(features, wanted, atol=0.1)
     found, moments = model.backbone[-1], reference.backbone[-1]
-    assert found.running_var.dtype == torch.float32 and torch.allclose(found.running_var, moments.running_var, rtol=0.02)
+    assert found.running_var.dtype == torch.float32 and torch.allclose(
+        found.running_var, moments.running_var, rtol=0.02
+    )
     assert all(param.grad.dtype == torch.bfloat16 for param in model.backbone.parameters())
     model.eval()
     assert model(image).isfinite().all()
@@ -110,7 +118,9 @@ def test_parameters_that_others_read_or_that_belong_to_a_module_with_children_co
             super().__init__()
             self.scale = nn.Parameter(torch.full((8,), 0.3))
             self.queries = nn.Embedding(5, 8)
-            self.attention = nn.MultiheadAttention(8, 2)  # owns a projection, and reads the weights of the other, its child
+            self.attention = nn.MultiheadAttention(
+                8, 2
+            )  # owns a projection, and reads the weights of the other, its child
 
         def forward(self, x):
             queries = self.queries.weight[:, None] * self.scale
@@ -134,7 +144,9 @@ def test_the_config_can_ask_for_either_dtype():
     assert backbone_dtype("bfloat16", cpu) is torch.bfloat16
     assert backbone_dtype("float32", cpu) is torch.float32
     assert backbone_dtype("auto", cpu) in (torch.bfloat16, torch.float32)
-    assert backbone_dtype("auto", cpu, "fp32") is torch.float32  # fp32 weights and no autocast: on hardware with bf16 too
+    assert (
+        backbone_dtype("auto", cpu, "fp32") is torch.float32
+    )  # fp32 weights and no autocast: on hardware with bf16 too
     with pytest.raises(ConfigError, match="needs bf16 weights or autocast"):
         backbone_dtype("bfloat16", cpu, "fp32")
 
@@ -142,7 +154,11 @@ def test_the_config_can_ask_for_either_dtype():
 class Head(nn.Module):
     def __init__(self):
         super().__init__()
-        self.conv, self.norm, self.conv_seg = nn.Conv2d(4, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 5, 1)
+        self.conv, self.norm, self.conv_seg = (
+            nn.Conv2d(4, 8, 3, padding=1),
+            nn.BatchNorm2d(8),
+            nn.Conv2d(8, 5, 1),
+        )
         self.probes = nn.ModuleList(Probe() for _ in range(4))
 
     def forward(self, x):
@@ -235,7 +251,9 @@ def test_a_backbone_that_mixes_fp32_into_bf16_runs_under_autocast_and_one_that_f
     model.backbone, model.decode_head = Masking().bfloat16(), Probe()
     apply_precision(model, torch.bfloat16)
     model(torch.rand(1, 3, 4, 4)).sum().backward()
-    assert model.decode_head.seen == torch.float32 and model.backbone.values.weight.grad.dtype == torch.bfloat16
+    assert (
+        model.decode_head.seen == torch.float32 and model.backbone.values.weight.grad.dtype == torch.bfloat16
+    )
     strict = Segmentor().bfloat16()
     strict.backbone, strict.decode_head = Masking().bfloat16(), Probe()
     strict.backbone.follows_dtype = True

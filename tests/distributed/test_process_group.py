@@ -7,35 +7,76 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from internseg_ds.distributed.process_group import Vote, World, first_host, join, rendezvous, world_from_environment
+from internseg_ds.distributed.process_group import (
+    Vote,
+    World,
+    first_host,
+    join,
+    rendezvous,
+    world_from_environment,
+)
 from internseg_ds.errors import ConfigError, Lost
 from tests.conftest import free_port
 from tests.distributed.ranks import spawn
 from tests.forks import start_ranks
 
 
-@pytest.mark.parametrize(("env", "expected"), [
-    ({}, World(0, 1, 0, "python")),
-    ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, World(3, 4, 1, "deepspeed, torchrun")),
-    ({"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"}, World(5, 8, 1, "srun")),
-    ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, World(0, 1, 0, "python")),
-    ({"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "2"}, World(2, 3, 2, "mpirun")),
-    ({"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "3", "SLURM_PROCID": "0", "SLURM_NTASKS": "3"}, World(2, 3, 0, "mpirun")),  # mpirun in a Slurm job
-    ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "ENVIRONMENT": "BATCH"}, World(0, 1, 0, "python")),  # python in a script of sbatch
-    ({"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_STEP_ID": "0", "ENVIRONMENT": "BATCH"}, World(3, 8, 0, "srun")),  # srun in it
-    ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "SLURM_PROCID": "7", "SLURM_NTASKS": "8"}, World(0, 2, 0, "deepspeed, torchrun")),
-])
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        ({}, World(0, 1, 0, "python")),
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, World(3, 4, 1, "deepspeed, torchrun")),
+        ({"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"}, World(5, 8, 1, "srun")),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, World(0, 1, 0, "python")),
+        (
+            {"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "2"},
+            World(2, 3, 2, "mpirun"),
+        ),
+        (
+            {
+                "OMPI_COMM_WORLD_RANK": "2",
+                "OMPI_COMM_WORLD_SIZE": "3",
+                "SLURM_PROCID": "0",
+                "SLURM_NTASKS": "3",
+            },
+            World(2, 3, 0, "mpirun"),
+        ),  # mpirun in a Slurm job
+        (
+            {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "ENVIRONMENT": "BATCH"},
+            World(0, 1, 0, "python"),
+        ),  # python in a script of sbatch
+        (
+            {"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_STEP_ID": "0", "ENVIRONMENT": "BATCH"},
+            World(3, 8, 0, "srun"),
+        ),  # srun in it
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "SLURM_PROCID": "7", "SLURM_NTASKS": "8"},
+            World(0, 2, 0, "deepspeed, torchrun"),
+        ),
+    ],
+)
 def test_each_launchers_variables_are_read(env, expected):
     assert world_from_environment(env) == expected
 
 
-@pytest.mark.parametrize("env", [{"RANK": "two", "WORLD_SIZE": "4"}, {"RANK": "4", "WORLD_SIZE": "4"}, {"RANK": "-1", "WORLD_SIZE": "4"}])
+@pytest.mark.parametrize(
+    "env",
+    [{"RANK": "two", "WORLD_SIZE": "4"}, {"RANK": "4", "WORLD_SIZE": "4"}, {"RANK": "-1", "WORLD_SIZE": "4"}],
+)
 def test_variables_that_make_no_sense_are_one_clear_error(env):
     with pytest.raises(ConfigError, match=r"RANK.*unset"):
         world_from_environment(env)
 
 
-@pytest.mark.parametrize(("nodes", "host"), [("gpu[003-007,12],login1", "gpu003"), ("node7", "node7"), ("a-1,a-2", "a-1"), ("rack2-n[9-10]", "rack2-n9")])
+@pytest.mark.parametrize(
+    ("nodes", "host"),
+    [
+        ("gpu[003-007,12],login1", "gpu003"),
+        ("node7", "node7"),
+        ("a-1,a-2", "a-1"),
+        ("rack2-n[9-10]", "rack2-n9"),
+    ],
+)
 def test_the_first_host_of_a_slurm_node_list(nodes, host):
     assert first_host(nodes) == host
 
@@ -43,7 +84,13 @@ def test_the_first_host_of_a_slurm_node_list(nodes, host):
 def test_srun_processes_meet_at_the_jobs_first_host_on_the_jobs_port():
     env = {"SLURM_JOB_NODELIST": "gpu[003-004]", "SLURM_JOB_ID": "1234567"}
     found = rendezvous(World(1, 8, 1, "srun"), env)
-    assert found == {"RANK": "1", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "gpu003", "MASTER_PORT": str(29500 + 567)}
+    assert found == {
+        "RANK": "1",
+        "WORLD_SIZE": "8",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "gpu003",
+        "MASTER_PORT": str(29500 + 567),
+    }
 
 
 def test_mpirun_without_an_address_says_which_variable_to_set():
@@ -57,7 +104,9 @@ def test_single_processes_on_one_machine_take_different_ports():
 
 def votes_of_two_ranks() -> None:
     mine = dist.get_rank() == 1
-    votes = [Vote(facts, torch.device("cpu")) for facts in ([mine, not mine, False, True], [False, mine])]  # the second is told before the first is read
+    votes = [
+        Vote(facts, torch.device("cpu")) for facts in ([mine, not mine, False, True], [False, mine])
+    ]  # the second is told before the first is read
     assert [vote.result() for vote in votes] == [[True, True, False, True], [False, True]]
 
 
@@ -72,7 +121,9 @@ def test_a_port_in_use_is_named_with_the_option_that_chooses_another(monkeypatch
         port = other.getsockname()[1]
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         monkeypatch.setenv("MASTER_PORT", str(port))
-        with pytest.raises(ConfigError, match=rf"port {port} of this host.* is in use.* --master_port N of deepspeed"):
+        with pytest.raises(
+            ConfigError, match=rf"port {port} of this host.* is in use.* --master_port N of deepspeed"
+        ):
             join(World(0, 2, 0, "deepspeed, torchrun"))
 
 
@@ -92,12 +143,16 @@ def test_a_rank_that_ends_before_all_have_met_is_one_sentence(tmp_path):
         process.join(60)
         process.kill()
     said = (tmp_path / "said").read_text()
-    assert "rank 1 on host " in said and "has not met the others at 127.0.0.1:" in said and "\n" not in said, said
+    assert (
+        "rank 1 on host " in said and "has not met the others at 127.0.0.1:" in said and "\n" not in said
+    ), said
 
 
 def joins_a_rank_that_is_killed(folder: Path) -> None:
     if os.environ["RANK"] == "1":
-        dist.barrier = lambda: os.kill(os.getpid(), signal.SIGKILL)  # after all have met, before the first collective
+        dist.barrier = lambda: os.kill(
+            os.getpid(), signal.SIGKILL
+        )  # after all have met, before the first collective
     try:
         join(World(int(os.environ["RANK"]), 2))
     except Lost as error:
@@ -109,4 +164,7 @@ def test_a_rank_that_is_killed_while_all_join_is_one_sentence(tmp_path):
         process.join(60)
         process.kill()
     said = (tmp_path / "said").read_text()
-    assert "another process ended while all met, as rank 0 on host " in said and "MiB are free in /dev/shm" in said, said
+    assert (
+        "another process ended while all met, as rank 0 on host " in said
+        and "MiB are free in /dev/shm" in said
+    ), said

@@ -19,7 +19,12 @@ from tests.conftest import ROOT, TINY, data_options
 from tests.distributed.ranks import spawn
 from tests.end_to_end.conftest import SMALL
 
-TIGHT = {"stage3_param_persistence_threshold": 320, "stage3_max_reuse_distance": 20_000, "stage3_prefetch_bucket_size": 5_000, "reduce_bucket_size": 30_000}
+TIGHT = {
+    "stage3_param_persistence_threshold": 320,
+    "stage3_max_reuse_distance": 20_000,
+    "stage3_prefetch_bucket_size": 5_000,
+    "reduce_bucket_size": 30_000,
+}
 """Most weights are gathered twice at this model's size, and gradients reduced in several buckets."""
 LEAF = {"leaf_module": "auto"}
 """DeepSpeed's hooks sit on whole blocks, which are gathered as one."""
@@ -30,7 +35,11 @@ def options(root: Path, **more: object) -> dict[str, object]:
 
     given = dict(option.split("=", 1) for option in (*SMALL, *data_options(root)))
     return {key: value if "data_root" in key else ast.literal_eval(value) for key, value in given.items()} | {
-        "data.workers_per_gpu": 0, "optimizer.lr": 0.0, "model.backbone.drop_path_rate": 0.5, **more}
+        "data.workers_per_gpu": 0,
+        "optimizer.lr": 0.0,
+        "model.backbone.drop_path_rate": 0.5,
+        **more,
+    }
 
 
 def every_policy_is_equal(settings: list[tuple[dict, dict]], root: Path, work_dir: Path) -> None:
@@ -41,9 +50,25 @@ def every_policy_is_equal(settings: list[tuple[dict, dict]], root: Path, work_di
     by_layer = {}
     for zero, more in settings:
         experiment = read_experiment(ROOT / TINY, options(root, **more))
-        with SegmentorEngine(experiment, {"bf16": {"enabled": True}, "zero_optimization": zero}, work_dir=work_dir, validate=False) as engine:
-            sampler = GlobalBatchSampler(len(engine.plan.train_set), 2, rank=dist.get_rank(), world_size=dist.get_world_size(), seed=0, start=0)
-            batch = next(training_batches(engine.plan.train_set, sampler, workers=0, seed=0, device=torch.device("cpu")))
+        with SegmentorEngine(
+            experiment,
+            {"bf16": {"enabled": True}, "zero_optimization": zero},
+            work_dir=work_dir,
+            validate=False,
+        ) as engine:
+            sampler = GlobalBatchSampler(
+                len(engine.plan.train_set),
+                2,
+                rank=dist.get_rank(),
+                world_size=dist.get_world_size(),
+                seed=0,
+                start=0,
+            )
+            batch = next(
+                training_batches(
+                    engine.plan.train_set, sampler, workers=0, seed=0, device=torch.device("cpu")
+                )
+            )
             engine.deepspeed.train()
 
             def step(engine=engine, batch=batch) -> tuple[float, float]:
@@ -53,13 +78,17 @@ def every_policy_is_equal(settings: list[tuple[dict, dict]], root: Path, work_di
                 return loss.item(), float(engine.deepspeed.get_global_grad_norm())
 
             for name, param in engine.deepspeed.module.named_parameters():
-                if name.endswith(".bias") and param.requires_grad:  # they start from 0, which hides that one was added twice
+                if (
+                    name.endswith(".bias") and param.requires_grad
+                ):  # they start from 0, which hides that one was added twice
                     safe_set_full_fp32_param(param, torch.full(getattr(param, "ds_shape", param.shape), 0.1))
             step()
             found = {}
             for policy in ("none", "blocks", 2, "all_but_matmuls"):
                 set_recomputation(engine.deepspeed.module, policy)
-                for _ in range(3):  # ZeRO-3 looks on in the first, records the second, and gathers ahead in the third
+                for _ in range(
+                    3
+                ):  # ZeRO-3 looks on in the first, records the second, and gathers ahead in the third
                     found.setdefault(policy, []).append(step())
             assert len({pair for pairs in found.values() for pair in pairs}) == 1, f"{zero}, {more}: {found}"
             assert found["none"][0][1] > 0
@@ -68,9 +97,18 @@ def every_policy_is_equal(settings: list[tuple[dict, dict]], root: Path, work_di
                 assert found == by_layer, f"{zero}: {found}, {by_layer}"
 
 
-@pytest.mark.parametrize("settings", [[({"stage": 3, **TIGHT}, {}), ({"stage": 3, **TIGHT, **LEAF}, {})],
-                                      pytest.param([({"stage": 3, **TIGHT, **LEAF}, {"model.backbone.freeze_vit": True})], marks=pytest.mark.slow)])
-def test_every_policy_gives_the_same_losses_and_gradient_norms_with_hooks_on_layers_and_on_blocks(settings, ade20k, tmp_path):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [({"stage": 3, **TIGHT}, {}), ({"stage": 3, **TIGHT, **LEAF}, {})],
+        pytest.param(
+            [({"stage": 3, **TIGHT, **LEAF}, {"model.backbone.freeze_vit": True})], marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_every_policy_gives_the_same_losses_and_gradient_norms_with_hooks_on_layers_and_on_blocks(
+    settings, ade20k, tmp_path
+):
     spawn(every_policy_is_equal, 2, settings, ade20k, tmp_path / "run")
 
 

@@ -15,13 +15,24 @@ from internseg_ds.distributed.restoring import restore
 from tests.checkpoints.write_toy_checkpoints import SETTINGS, build, truth
 from tests.distributed.ranks import spawn
 
-TARGETS = ["zero1_bf16", "zero1_bf16_fp32_gradients", "zero2_bf16", "zero2_offload", "zero3_bf16", "zero3_small_sub_groups", "zero3_offload",
-           "zero3_autocast", "zero3_fp32"]
+TARGETS = [
+    "zero1_bf16",
+    "zero1_bf16_fp32_gradients",
+    "zero2_bf16",
+    "zero2_offload",
+    "zero3_bf16",
+    "zero3_small_sub_groups",
+    "zero3_offload",
+    "zero3_autocast",
+    "zero3_fp32",
+]
 
 
 def engine_of(name: str, schedule: LrSchedule):
     engine = build(*SETTINGS[name])
-    engine.lr_scheduler = schedule.scheduler(engine.optimizer.optimizer if hasattr(engine.optimizer, "optimizer") else engine.optimizer)
+    engine.lr_scheduler = schedule.scheduler(
+        engine.optimizer.optimizer if hasattr(engine.optimizer, "optimizer") else engine.optimizer
+    )
     return engine
 
 
@@ -37,7 +48,12 @@ def every_checkpoint_into_every_engine(folder: Path) -> None:
             for what in ("fp32", "exp_avg", "exp_avg_sq"):
                 for name, param in engine.module.named_parameters():
                     if param.requires_grad:
-                        assert torch.equal(found[what][name].float(), expected[what][name].float()), (source, target, what, name)
+                        assert torch.equal(found[what][name].float(), expected[what][name].float()), (
+                            source,
+                            target,
+                            what,
+                            name,
+                        )
             rates = [group["lr"] for group in engine.optimizer.optimizer.param_groups]
             assert rates == pytest.approx([schedule.lr(2, base) for base in (0.1, 0.01, 0.003)])
             steps = {float(state["step"]) for state in engine.optimizer.optimizer.state.values()}
@@ -45,7 +61,9 @@ def every_checkpoint_into_every_engine(folder: Path) -> None:
         engine.destroy()
 
 
-@pytest.mark.parametrize("world_size", [3, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])  # saved by 2
+@pytest.mark.parametrize(
+    "world_size", [3, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
+)  # saved by 2
 def test_every_checkpoint_is_restored_into_every_engine(world_size, toy_checkpoints):
     spawn(every_checkpoint_into_every_engine, world_size, toy_checkpoints)
 
@@ -69,8 +87,16 @@ def the_average_is_kept_swapped_saved_and_restored(folder: Path) -> None:
         for step in range(3):
             train_step(engine, step)
             ema.update()
-            expected = {key: value + 0.1 * (now.double() - value) for (key, value), now in zip(expected.items(), truth_fp32(engine).values(), strict=True)}
-        weights, x = truth_fp32(engine), torch.randn(4, 7, generator=torch.Generator().manual_seed(9)).to(engine.device, next(engine.module.parameters()).dtype)
+            expected = {
+                key: value + 0.1 * (now.double() - value)
+                for (key, value), now in zip(expected.items(), truth_fp32(engine).values(), strict=True)
+            }
+        weights, x = (
+            truth_fp32(engine),
+            torch.randn(4, 7, generator=torch.Generator().manual_seed(9)).to(
+                engine.device, next(engine.module.parameters()).dtype
+            ),
+        )
         engine.eval()
         before = engine(x).detach().clone()
         with ema.in_place_of_weights():
@@ -81,11 +107,19 @@ def the_average_is_kept_swapped_saved_and_restored(folder: Path) -> None:
         assert torch.equal(engine(x), before)  # the copies that modules compute with came back too
 
         engine.save_checkpoint(str(folder / name), tag="global_step3")
-        torch.save(ema.state_dict(), folder / name / "global_step3" / EMA_FILE.format(rank=torch.distributed.get_rank()))
+        torch.save(
+            ema.state_dict(),
+            folder / name / "global_step3" / EMA_FILE.format(rank=torch.distributed.get_rank()),
+        )
         torch.distributed.barrier()
         checkpoint = ZeroCheckpoint.open(folder / name)
         for key, value in expected.items():
-            torch.testing.assert_close(checkpoint.read_slice(key, 0, value.numel(), "ema").double(), value.flatten(), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(
+                checkpoint.read_slice(key, 0, value.numel(), "ema").double(),
+                value.flatten(),
+                rtol=1e-5,
+                atol=1e-6,
+            )
         other = ShardedEma(engine, 0.9)
         other.restore(checkpoint)
         for param in engine.module.parameters():
@@ -98,7 +132,11 @@ def the_average_is_kept_swapped_saved_and_restored(folder: Path) -> None:
 def truth_fp32(engine) -> dict[str, torch.Tensor]:
     from deepspeed.utils import safe_get_full_fp32_param
 
-    return {name: safe_get_full_fp32_param(param).cpu().clone() for name, param in engine.module.named_parameters() if param.requires_grad}
+    return {
+        name: safe_get_full_fp32_param(param).cpu().clone()
+        for name, param in engine.module.named_parameters()
+        if param.requires_grad
+    }
 
 
 def test_the_average_is_kept_swapped_saved_and_restored(tmp_path):

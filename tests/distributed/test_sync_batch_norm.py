@@ -15,7 +15,11 @@ def images() -> torch.Tensor:
 
 def matches_batch_norm_over_all_images() -> None:
     """2 ranks with 2 and 3 images: outputs, gradients and running statistics are those of one batch norm over the 5."""
-    rank, torch_norm, ours = dist.get_rank(), nn.BatchNorm2d(CHANNELS).double(), AnyDeviceSyncBatchNorm(CHANNELS)
+    rank, torch_norm, ours = (
+        dist.get_rank(),
+        nn.BatchNorm2d(CHANNELS).double(),
+        AnyDeviceSyncBatchNorm(CHANNELS),
+    )
     nn.init.uniform_(ours.weight, 0.5, 1.5, torch.Generator().manual_seed(1))
     nn.init.uniform_(ours.bias, -1, 1, torch.Generator().manual_seed(2))
     torch_norm.load_state_dict(ours.state_dict())
@@ -30,7 +34,9 @@ def matches_batch_norm_over_all_images() -> None:
     torch.testing.assert_close(found.double(), expected[mine], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(part.grad.double(), whole.grad[mine], rtol=1e-4, atol=1e-5)
     for name in ("running_mean", "running_var"):
-        torch.testing.assert_close(getattr(ours, name).double(), getattr(torch_norm, name), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            getattr(ours, name).double(), getattr(torch_norm, name), rtol=1e-5, atol=1e-6
+        )
     for name in ("weight", "bias"):
         grad = getattr(ours, name).grad
         dist.all_reduce(grad)
@@ -41,12 +47,23 @@ def test_two_ranks_normalise_like_one_batch_norm_over_all_their_images():
     spawn(matches_batch_norm_over_all_images, 2)
 
 
-@pytest.mark.parametrize(("dtype", "weights", "affine"), [(torch.bfloat16, torch.float32, True), (torch.bfloat16, torch.bfloat16, True),
-                                                          (torch.float32, torch.float32, False)])
-def test_moments_are_fp32_whatever_the_dtypes_and_gradients_have_those_of_their_tensors(dtype, weights, affine):
+@pytest.mark.parametrize(
+    ("dtype", "weights", "affine"),
+    [
+        (torch.bfloat16, torch.float32, True),
+        (torch.bfloat16, torch.bfloat16, True),
+        (torch.float32, torch.float32, False),
+    ],
+)
+def test_moments_are_fp32_whatever_the_dtypes_and_gradients_have_those_of_their_tensors(
+    dtype, weights, affine
+):
     """bf16 under autocast, where the parameters are fp32; a count of 3 x 131 x 137 values is no number of bf16."""
     x = torch.randn(3, CHANNELS, 131, 137, generator=torch.Generator().manual_seed(0)).to(dtype)
-    ours, reference = AnyDeviceSyncBatchNorm(CHANNELS, affine=affine), nn.BatchNorm2d(CHANNELS, affine=affine).double()
+    ours, reference = (
+        AnyDeviceSyncBatchNorm(CHANNELS, affine=affine),
+        nn.BatchNorm2d(CHANNELS, affine=affine).double(),
+    )
     if affine:
         nn.init.uniform_(ours.weight, 0.5, 1.5, torch.Generator().manual_seed(1))
     reference.load_state_dict(ours.state_dict())
@@ -55,15 +72,29 @@ def test_moments_are_fp32_whatever_the_dtypes_and_gradients_have_those_of_their_
     leaf, exact = x.clone().requires_grad_(), x.double().requires_grad_()
     found, expected = ours(leaf), reference(exact)
     (found.float() ** 3).sum().backward(), (expected**3).sum().backward()
-    assert found.dtype == dtype and leaf.grad.dtype == dtype and all(param.grad.dtype == weights for param in ours.parameters())
+    assert (
+        found.dtype == dtype
+        and leaf.grad.dtype == dtype
+        and all(param.grad.dtype == weights for param in ours.parameters())
+    )
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=5 * tolerance, atol=5 * tolerance * exact.grad.abs().mean().item())
-    torch.testing.assert_close(ours.running_var.double(), reference.running_var, rtol=1e-5, atol=1e-5)  # not rounded to bf16
+    torch.testing.assert_close(
+        leaf.grad.double(),
+        exact.grad,
+        rtol=5 * tolerance,
+        atol=5 * tolerance * exact.grad.abs().mean().item(),
+    )
+    torch.testing.assert_close(
+        ours.running_var.double(), reference.running_var, rtol=1e-5, atol=1e-5
+    )  # not rounded to bf16
 
 
 def test_without_running_statistics_an_evaluation_uses_those_of_its_batch():
-    norm, reference = AnyDeviceSyncBatchNorm(CHANNELS, track_running_stats=False).eval(), nn.BatchNorm2d(CHANNELS, track_running_stats=False).eval()
+    norm, reference = (
+        AnyDeviceSyncBatchNorm(CHANNELS, track_running_stats=False).eval(),
+        nn.BatchNorm2d(CHANNELS, track_running_stats=False).eval(),
+    )
     assert torch.equal(norm(images()), reference(images()))
 
 

@@ -25,7 +25,9 @@ def ranks(function: Callable[[int], None], count: int, folder: Path) -> tuple[li
     for process in processes:
         process.join(60)
         process.kill()
-    return [process.exitcode for process in processes], "".join((folder / f"{rank}.log").read_text() for rank in range(count))
+    return [process.exitcode for process in processes], "".join(
+        (folder / f"{rank}.log").read_text() for rank in range(count)
+    )
 
 
 def _rank(function: Callable[[int], None], folder: Path) -> None:
@@ -45,7 +47,11 @@ def waits_while_rank_2_is_killed(rank: int) -> None:
 def test_all_ranks_end_when_one_is_killed(tmp_path):
     began = time.monotonic()
     codes, log = ranks(waits_while_rank_2_is_killed, 3, tmp_path)
-    assert codes == [LOST, LOST, -signal.SIGKILL] and log.count("rank 2 (host ") == 1 and " died. This run ends" in log
+    assert (
+        codes == [LOST, LOST, -signal.SIGKILL]
+        and log.count("rank 2 (host ") == 1
+        and " died. This run ends" in log
+    )
     assert time.monotonic() - began < 50
 
 
@@ -122,7 +128,11 @@ def stands_still_on_rank_1(rank: int) -> None:
 def test_a_rank_that_stands_still_is_told_from_those_that_wait_for_it(tmp_path):
     codes, log = ranks(stands_still_on_rank_1, 3, tmp_path)
     assert codes == [LOST, LOST, LOST]
-    assert "no rank has got on for 3 s: the other 2 wait for rank 1 (host " in log and "at step 10, data (" in log and "stands_still_on_rank_1" in log
+    assert (
+        "no rank has got on for 3 s: the other 2 wait for rank 1 (host " in log
+        and "at step 10, data (" in log
+        and "stands_still_on_rank_1" in log
+    )
 
 
 def saves_longer_than_the_limit(rank: int) -> None:
@@ -155,7 +165,11 @@ def test_a_save_that_hangs_ends_all_ranks_after_a_limit_of_its_own(tmp_path):
     began = time.monotonic()
     codes, log = ranks(hangs_in_a_save_on_rank_1, 2, tmp_path)
     assert codes == [LOST, LOST] and time.monotonic() - began < 50
-    assert "no rank has got on for 6 s: the other 1 wait for rank 1 (host " in log and "at step 2, saving (" in log and "hangs_in_a_save_on_rank_1" in log
+    assert (
+        "no rank has got on for 6 s: the other 1 wait for rank 1 (host " in log
+        and "at step 2, saving (" in log
+        and "hangs_in_a_save_on_rank_1" in log
+    )
 
 
 def hangs_alone(rank: int) -> None:
@@ -202,6 +216,8 @@ def test_what_comes_before_the_watch_is_timed_too(tmp_path):
 
 @pytest.mark.parametrize("limit", [-1, 5, True, "1h", float("inf"), float("nan")])
 def test_a_limit_that_healthy_disks_would_exceed_or_that_is_no_time_is_refused(limit):
-    with pytest.raises(ConfigError, match=r"engine.io_timeout=.* must be at least 10 seconds, or 0 for no limit"):
+    with pytest.raises(
+        ConfigError, match=r"engine.io_timeout=.* must be at least 10 seconds, or 0 for no limit"
+    ):
         EngineOptions(io_timeout=limit)
     assert EngineOptions(io_timeout=0).io_timeout == 0

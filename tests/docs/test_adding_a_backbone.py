@@ -21,7 +21,9 @@ from internseg_ds.distributed.parameter_groups import parameter_groups
 from tests.conftest import ROOT, free_port
 
 PAGE = (ROOT / "docs/adding_a_backbone.md").read_text()
-FILES = dict(re.findall(r"^`(mine/\w+\.py)`(?:(?!```).)*```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL))
+FILES = dict(
+    re.findall(r"^`(mine/\w+\.py)`(?:(?!```).)*```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+)
 EXPORT, *COMMANDS = re.search(r"^```\n(export .*?)^```", PAGE, re.MULTILINE | re.DOTALL)[1].splitlines()
 NAME = "upernet_small_vit_112_ade20k"
 
@@ -45,11 +47,23 @@ def folder(tmp_path_factory, ade20k) -> Path:
 def trained(folder) -> Path:
     """The folder after the two commands that train."""
     assert EXPORT == "export PYTHONPATH=mine"
-    env = {**os.environ, "PYTHONPATH": f"mine:{ROOT}", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-           "OMP_NUM_THREADS": "1", "DS_SKIP_CUDA_CHECK": "1"}
+    env = {
+        **os.environ,
+        "PYTHONPATH": f"mine:{ROOT}",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "DS_SKIP_CUDA_CHECK": "1",
+    }
     for command in COMMANDS[:2]:
-        done = subprocess.run(command.replace("deepspeed ", f"deepspeed --master_port {free_port()} "), shell=True, cwd=folder, env=env,
-                              capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            command.replace("deepspeed ", f"deepspeed --master_port {free_port()} "),
+            shell=True,
+            cwd=folder,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
         assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return folder
 
@@ -81,21 +95,27 @@ def config(monkeypatch, folder) -> Config:
 
 
 def records(folder: Path, name: str) -> dict[int, dict]:
-    lines = [json.loads(line) for line in (folder / "work_dirs" / name / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (folder / "work_dirs" / name / "metrics.jsonl").read_text().splitlines()
+    ]
     return {line["step"]: line for line in lines if "loss" in line}
 
 
 def test_the_small_backbone_trains_under_zero_3_and_goes_on_with_another_number_of_processes(trained):
     first, again = records(trained, NAME), records(trained, "again")
     assert (list(first), list(again)) == (list(range(1, 11)), [7, 8, 9, 10])
-    assert [again[step]["loss"] for step in again] == pytest.approx([first[step]["loss"] for step in again], rel=0.01)  # the same images and noise; bf16
+    assert [again[step]["loss"] for step in again] == pytest.approx(
+        [first[step]["loss"] for step in again], rel=0.01
+    )  # the same images and noise; bf16
 
 
 def test_one_file_comes_out_of_it_and_holds_the_backbones_own_names(trained, run, config):
     run(COMMANDS[2])
     state = torch.load(trained / "small_vit.pth", weights_only=False)["state_dict"]
     wanted = build_on_meta(config.model).state_dict()
-    assert {name: value.shape for name, value in state.items()} == {name: value.shape for name, value in wanted.items()}
+    assert {name: value.shape for name, value in state.items()} == {
+        name: value.shape for name, value in wanted.items()
+    }
 
 
 def test_a_run_of_it_can_be_planned(run):
@@ -104,14 +124,23 @@ def test_a_run_of_it_can_be_planned(run):
 
 
 def test_each_layer_of_it_has_its_learning_rate(config):
-    rates = {group["name"].split(",")[0]: group["lr"] for group in parameter_groups(build_on_meta(config.model), config.optimizer)}
-    assert rates == pytest.approx({f"layer {layer}": 1e-3 * 0.9 ** (5 - layer) for layer in (0, 1, 2, 3, 4, 5)})
+    rates = {
+        group["name"].split(",")[0]: group["lr"]
+        for group in parameter_groups(build_on_meta(config.model), config.optimizer)
+    }
+    assert rates == pytest.approx(
+        {f"layer {layer}": 1e-3 * 0.9 ** (5 - layer) for layer in (0, 1, 2, 3, 4, 5)}
+    )
 
 
 def test_it_computes_what_transformers_computes_with_the_same_folder(config, tmp_path):
     from transformers import ViTConfig, ViTModel
 
-    theirs = ViTModel(ViTConfig(hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=256, image_size=112)).eval()
+    theirs = ViTModel(
+        ViTConfig(
+            hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=256, image_size=112
+        )
+    ).eval()
     theirs.save_pretrained(tmp_path)
     segmentor = build_segmentor(config.model).eval()
     found = fit_backbone(segmentor, open_weights(tmp_path))

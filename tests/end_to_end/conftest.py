@@ -10,20 +10,44 @@ import pytest
 
 from tests.conftest import IMAGE, MASK2FORMER, ROOT, TINY, Launch, data_options
 
-SMALL = ["model.backbone.embed_dim=32", "model.backbone.num_heads=2",
-         "model.decode_head.in_channels=[32,32,32,32]", "model.decode_head.channels=16",
-         "model.auxiliary_head.in_channels=32", "model.auxiliary_head.channels=16",
-         "data.samples_per_gpu=2", "engine.global_batch=4", "log_config.interval=1", "lr_config.warmup_iters=5", "engine.peak_tflops=0.4"]
+SMALL = [
+    "model.backbone.embed_dim=32",
+    "model.backbone.num_heads=2",
+    "model.decode_head.in_channels=[32,32,32,32]",
+    "model.decode_head.channels=16",
+    "model.auxiliary_head.in_channels=32",
+    "model.auxiliary_head.channels=16",
+    "data.samples_per_gpu=2",
+    "engine.global_batch=4",
+    "log_config.interval=1",
+    "lr_config.warmup_iters=5",
+    "engine.peak_tflops=0.4",
+]
 """What makes the demo's config quick: blocks of width 32, 4 images a step, no measurement of the peak that mfu is relative to."""
-SMALL_IMAGE = ["model.backbone.channels=8", "model.backbone.depths=[1,1,2,1]", "model.backbone.groups=[1,2,4,4]",
-               "model.backbone.level2_post_norm_block_ids=[0]", "model.decode_head.in_channels=[8,16,32,64]",
-               "model.auxiliary_head.in_channels=32", "optimizer.paramwise_cfg.depths=[1,1,2,1]",
-               "optimizer.paramwise_cfg.num_layers=5", *[option for option in SMALL if "backbone" not in option and "in_channels" not in option]]
+SMALL_IMAGE = [
+    "model.backbone.channels=8",
+    "model.backbone.depths=[1,1,2,1]",
+    "model.backbone.groups=[1,2,4,4]",
+    "model.backbone.level2_post_norm_block_ids=[0]",
+    "model.decode_head.in_channels=[8,16,32,64]",
+    "model.auxiliary_head.in_channels=32",
+    "optimizer.paramwise_cfg.depths=[1,1,2,1]",
+    "optimizer.paramwise_cfg.num_layers=5",
+    *[option for option in SMALL if "backbone" not in option and "in_channels" not in option],
+]
 """The same for the demo on InternImage."""
-SMALL_MASK2FORMER = [option for option in SMALL if not option.startswith(("model.auxiliary_head.", "model.decode_head.channels"))]
+SMALL_MASK2FORMER = [
+    option
+    for option in SMALL
+    if not option.startswith(("model.auxiliary_head.", "model.decode_head.channels"))
+]
 SMALLER = {TINY: SMALL, IMAGE: SMALL_IMAGE, MASK2FORMER: SMALL_MASK2FORMER}
 
-NO_NOISE = ["model.backbone.drop_path_rate=0", "model.decode_head.dropout_ratio=0", "model.auxiliary_head.dropout_ratio=0"]
+NO_NOISE = [
+    "model.backbone.drop_path_rate=0",
+    "model.decode_head.dropout_ratio=0",
+    "model.auxiliary_head.dropout_ratio=0",
+]
 
 
 STEPS = 20
@@ -56,12 +80,27 @@ def train(launch: Launch, ade20k: Path, tmp_path_factory: pytest.TempPathFactory
     prepare: called with the work directory before the run.
     """
 
-    def run(*arguments: object, options: list[str] = [], config: str = TINY,  # noqa: B006 - read only
-            prepare: Callable[[Path], None] = lambda _: None, **settings) -> Run:
+    def run(
+        *arguments: object,
+        options: list[str] = [],
+        config: str = TINY,  # noqa: B006 - read only
+        prepare: Callable[[Path], None] = lambda _: None,
+        **settings,
+    ) -> Run:
         work_dir = tmp_path_factory.mktemp("run")
         prepare(work_dir)
-        done = launch("launch/train.py", config, "--work-dir", work_dir, *arguments, "--cfg-options", *SMALLER[config], *data_options(ade20k),
-                      *options, **settings)
+        done = launch(
+            "launch/train.py",
+            config,
+            "--work-dir",
+            work_dir,
+            *arguments,
+            "--cfg-options",
+            *SMALLER[config],
+            *data_options(ade20k),
+            *options,
+            **settings,
+        )
         return Run(work_dir, done.stdout + done.stderr, done.returncode)
 
     return run
@@ -70,13 +109,21 @@ def train(launch: Launch, ade20k: Path, tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture(scope="session")
 def long_run(train):
     """long_run(name) -> Run: STEPS steps under ds_configs/NAME.json without noise, saved at the end; each made once."""
-    return functools.cache(lambda name: train("--deepspeed_config", f"ds_configs/{name}.json", "--no-validate", options=LONG))
+    return functools.cache(
+        lambda name: train("--deepspeed_config", f"ds_configs/{name}.json", "--no-validate", options=LONG)
+    )
 
 
 @pytest.fixture(scope="session")
 def trained(train) -> Run:
     """12 steps under ZeRO-3, saved and evaluated at step 6 and 12, with all the noise that training has; started and measured as users do."""
-    options = ["runner.max_iters=12", "checkpoint_config.interval=6", "evaluation.interval=6", "engine.evaluate_before=True", "engine.peak_tflops=None"]
+    options = [
+        "runner.max_iters=12",
+        "checkpoint_config.interval=6",
+        "evaluation.interval=6",
+        "engine.evaluate_before=True",
+        "engine.peak_tflops=None",
+    ]
     return train(options=options, launcher="deepspeed")
 
 

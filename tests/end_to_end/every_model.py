@@ -26,9 +26,13 @@ BN = dict(type="BN", requires_grad=True)
 CROSS_ENTROPY = dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=1.0)
 
 
-def head(kind: str, in_channels: Any = 64, in_index: Any = 3, channels: int = 16, **arguments: Any) -> dict[str, Any]:
+def head(
+    kind: str, in_channels: Any = 64, in_index: Any = 3, channels: int = 16, **arguments: Any
+) -> dict[str, Any]:
     settings = dict(norm_cfg=BN, num_classes=CLASSES, align_corners=False, loss_decode=CROSS_ENTROPY)
-    return dict(type=kind, in_channels=in_channels, in_index=in_index, channels=channels, **{**settings, **arguments})
+    return dict(
+        type=kind, in_channels=in_channels, in_index=in_index, channels=channels, **{**settings, **arguments}
+    )
 
 
 def fcn(in_channels: int = 64, in_index: int = 3, **arguments: Any) -> dict[str, Any]:
@@ -42,21 +46,40 @@ def levels(kind: str, in_channels: tuple[int, ...] = (8, 16, 32, 64), **argument
 
 def resnet(kind: str = "ResNet", depth: int = 18, base_channels: int = 8, **arguments: Any) -> dict[str, Any]:
     """Maps of 8, 16, 32 and 64 channels."""
-    settings = dict(stem_channels=8, num_stages=4, out_indices=(0, 1, 2, 3), norm_cfg=BN, norm_eval=False, style="pytorch")
+    settings = dict(
+        stem_channels=8, num_stages=4, out_indices=(0, 1, 2, 3), norm_cfg=BN, norm_eval=False, style="pytorch"
+    )
     return dict(type=kind, depth=depth, base_channels=base_channels, **settings | arguments)
 
 
 def vit(kind: str = "VisionTransformer", **arguments: Any) -> dict[str, Any]:
     """Four maps of 32 channels, a sixteenth of the image's size."""
-    settings = dict(img_size=(CROP, CROP), patch_size=16, embed_dims=32, num_layers=4, num_heads=2, out_indices=(0, 1, 2, 3))
+    settings = dict(
+        img_size=(CROP, CROP),
+        patch_size=16,
+        embed_dims=32,
+        num_layers=4,
+        num_heads=2,
+        out_indices=(0, 1, 2, 3),
+    )
     return dict(type=kind, **settings | arguments)
 
 
-def segmentor(backbone: dict[str, Any], decode_head: Any = None, auxiliary_head: Any = None, **arguments: Any) -> dict[str, Any]:
+def segmentor(
+    backbone: dict[str, Any], decode_head: Any = None, auxiliary_head: Any = None, **arguments: Any
+) -> dict[str, Any]:
     settings = dict(
-        type="EncoderDecoder", pretrained=None, train_cfg=dict(), test_cfg=dict(mode="slide", crop_size=(CROP, CROP), stride=(48, 48))
+        type="EncoderDecoder",
+        pretrained=None,
+        train_cfg=dict(),
+        test_cfg=dict(mode="slide", crop_size=(CROP, CROP), stride=(48, 48)),
     )
-    return dict(backbone=backbone, decode_head=decode_head or fcn(), auxiliary_head=auxiliary_head, **settings | arguments)
+    return dict(
+        backbone=backbone,
+        decode_head=decode_head or fcn(),
+        auxiliary_head=auxiliary_head,
+        **settings | arguments,
+    )
 
 
 def on_resnet(decode_head: Any, auxiliary_head: Any = None, **arguments: Any) -> dict[str, Any]:
@@ -65,7 +88,11 @@ def on_resnet(decode_head: Any, auxiliary_head: Any = None, **arguments: Any) ->
 
 def small_swin(kind: str = "SwinTransformer", **arguments: Any) -> dict[str, Any]:
     return dict(
-        type=kind, **dict(pretrain_img_size=CROP, embed_dims=8, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8), window_size=4) | arguments
+        type=kind,
+        **dict(
+            pretrain_img_size=CROP, embed_dims=8, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8), window_size=4
+        )
+        | arguments,
     )
 
 
@@ -133,7 +160,9 @@ HR = dict(
     stage1=dict(num_modules=1, num_branches=1, block="BOTTLENECK", num_blocks=(1,), num_channels=(8,)),
     stage2=dict(num_modules=1, num_branches=2, block="BASIC", num_blocks=(1, 1), num_channels=(8, 16)),
     stage3=dict(num_modules=2, num_branches=3, block="BASIC", num_blocks=(1, 1, 1), num_channels=(8, 16, 32)),
-    stage4=dict(num_modules=1, num_branches=4, block="BASIC", num_blocks=(1, 1, 1, 1), num_channels=(8, 16, 32, 64)),
+    stage4=dict(
+        num_modules=1, num_branches=4, block="BASIC", num_blocks=(1, 1, 1, 1), num_channels=(8, 16, 32, 64)
+    ),
 )
 MMCLS = dict(imports=["mmcls.models"], allow_failed_imports=False)
 
@@ -144,7 +173,8 @@ BACKBONES: dict[str, dict[str, Any]] = {
     "ResNeXt": segmentor(resnet("ResNeXt", 50, groups=2, base_width=4), fcn(256)),
     "ResNeSt": segmentor(resnet("ResNeSt", 50, radix=2, reduction_factor=4), fcn(256)),
     "HRNet": segmentor(
-        dict(type="HRNet", norm_cfg=BN, norm_eval=False, extra=HR), levels("FCNHead", num_convs=1, input_transform="resize_concat")
+        dict(type="HRNet", norm_cfg=BN, norm_eval=False, extra=HR),
+        levels("FCNHead", num_convs=1, input_transform="resize_concat"),
     ),
     "UNet": segmentor(
         dict(
@@ -162,10 +192,22 @@ BACKBONES: dict[str, dict[str, Any]] = {
         fcn(8, 3),
         fcn(16, 2),
     ),
-    "MobileNetV2": segmentor(dict(type="MobileNetV2", widen_factor=0.25, out_indices=(1, 2, 4, 6), norm_cfg=BN), fcn(80)),
-    "MobileNetV3": segmentor(dict(type="MobileNetV3", arch="small", out_indices=(0, 1, 12), norm_cfg=BN), fcn(576, 2)),
+    "MobileNetV2": segmentor(
+        dict(type="MobileNetV2", widen_factor=0.25, out_indices=(1, 2, 4, 6), norm_cfg=BN), fcn(80)
+    ),
+    "MobileNetV3": segmentor(
+        dict(type="MobileNetV3", arch="small", out_indices=(0, 1, 12), norm_cfg=BN), fcn(576, 2)
+    ),
     "CGNet": segmentor(
-        dict(type="CGNet", num_channels=(8, 16, 32), num_blocks=(2, 3), dilations=(2, 4), reductions=(4, 4), norm_cfg=BN), fcn(64, 2)
+        dict(
+            type="CGNet",
+            num_channels=(8, 16, 32),
+            num_blocks=(2, 3),
+            dilations=(2, 4),
+            reductions=(4, 4),
+            norm_cfg=BN,
+        ),
+        fcn(64, 2),
     ),
     "FastSCNN": segmentor(
         dict(
@@ -262,7 +304,8 @@ BACKBONES: dict[str, dict[str, Any]] = {
     ),
     "SwinTransformer": segmentor(small_swin(), levels("UPerHead"), fcn(32, 2)),
     "MixVisionTransformer": segmentor(
-        dict(type="MixVisionTransformer", embed_dims=8, num_layers=[2, 1, 1, 1], num_heads=[1, 2, 4, 8]), levels("SegformerHead")
+        dict(type="MixVisionTransformer", embed_dims=8, num_layers=[2, 1, 1, 1], num_heads=[1, 2, 4, 8]),
+        levels("SegformerHead"),
     ),
     "PCPVT": segmentor(
         pyramid("PCPVT"),
@@ -301,7 +344,8 @@ BACKBONES: dict[str, dict[str, Any]] = {
         levels("UPerHead", (32,) * 4),
     ),
     "InternImage": segmentor(
-        dict(type="InternImage", core_op="DCNv3", channels=8, depths=[1, 1, 2, 1], groups=[1, 2, 4, 4]), levels("UPerHead")
+        dict(type="InternImage", core_op="DCNv3", channels=8, depths=[1, 1, 2, 1], groups=[1, 2, 4, 4]),
+        levels("UPerHead"),
     ),
     "mmcls.ConvNeXt": segmentor(
         dict(
@@ -325,7 +369,12 @@ BACKBONES: dict[str, dict[str, Any]] = {
     "mmcls.PoolFormer": segmentor(
         dict(
             type="mmcls.PoolFormer",
-            arch=dict(layers=[1, 1, 1, 1], embed_dims=[8, 16, 32, 64], mlp_ratios=[2] * 4, layer_scale_init_value=1e-5),
+            arch=dict(
+                layers=[1, 1, 1, 1],
+                embed_dims=[8, 16, 32, 64],
+                mlp_ratios=[2] * 4,
+                layer_scale_init_value=1e-5,
+            ),
             in_patch_size=7,
             in_stride=4,
             in_pad=2,
@@ -342,7 +391,15 @@ NECKS: dict[str, dict[str, Any]] = {
     "JPU": segmentor(
         resnet(out_indices=(1, 2, 3)),
         fcn(32, 2),
-        neck=dict(type="JPU", in_channels=(16, 32, 64), mid_channels=8, start_level=0, end_level=-1, dilations=(1, 2, 4, 8), norm_cfg=BN),
+        neck=dict(
+            type="JPU",
+            in_channels=(16, 32, 64),
+            mid_channels=8,
+            start_level=0,
+            end_level=-1,
+            dilations=(1, 2, 4, 8),
+            norm_cfg=BN,
+        ),
     ),
     "MLANeck": segmentor(
         vit(),
@@ -351,7 +408,9 @@ NECKS: dict[str, dict[str, Any]] = {
         neck=dict(type="MLANeck", in_channels=[32] * 4, out_channels=16, norm_cfg=BN),
     ),
     "MultiLevelNeck": segmentor(
-        vit(), levels("UPerHead", (16,) * 4), neck=dict(type="MultiLevelNeck", in_channels=[32] * 4, out_channels=16)
+        vit(),
+        levels("UPerHead", (16,) * 4),
+        neck=dict(type="MultiLevelNeck", in_channels=[32] * 4, out_channels=16),
     ),
 }
 HEADS: dict[str, dict[str, Any]] = {
@@ -364,12 +423,23 @@ HEADS: dict[str, dict[str, Any]] = {
     "DNLHead": on_resnet(head("DNLHead", reduction=2, use_scale=True, mode="embedded_gaussian")),
     "DPTHead": segmentor(
         vit(output_cls_token=True),
-        head("DPTHead", [32] * 4, [0, 1, 2, 3], input_transform="multiple_select", embed_dims=32, post_process_channels=[8, 16, 32, 32]),
+        head(
+            "DPTHead",
+            [32] * 4,
+            [0, 1, 2, 3],
+            input_transform="multiple_select",
+            embed_dims=32,
+            post_process_channels=[8, 16, 32, 32],
+        ),
     ),
-    "DepthwiseSeparableASPPHead": on_resnet(head("DepthwiseSeparableASPPHead", dilations=(1, 2, 3), c1_in_channels=8, c1_channels=4)),
+    "DepthwiseSeparableASPPHead": on_resnet(
+        head("DepthwiseSeparableASPPHead", dilations=(1, 2, 3), c1_in_channels=8, c1_channels=4)
+    ),
     "DepthwiseSeparableFCNHead": on_resnet(head("DepthwiseSeparableFCNHead", concat_input=False)),
     "EMAHead": on_resnet(head("EMAHead", ema_channels=16, num_bases=8, num_stages=2)),
-    "EncHead": on_resnet(head("EncHead", [16, 32, 64], [1, 2, 3], num_codes=4, use_se_loss=True, add_lateral=False)),
+    "EncHead": on_resnet(
+        head("EncHead", [16, 32, 64], [1, 2, 3], num_codes=4, use_se_loss=True, add_lateral=False)
+    ),
     "FCNHead": on_resnet(fcn(num_convs=2, concat_input=True)),
     "FPNHead": on_resnet(
         levels("FPNHead", (16,) * 4, feature_strides=[4, 8, 16, 32]),
@@ -380,7 +450,9 @@ HEADS: dict[str, dict[str, Any]] = {
     "IterativeDecodeHead": on_resnet(knet(), fcn(32, 2)),
     "LRASPPHead": segmentor(
         resnet(strides=(1, 1, 1, 1)),
-        head("LRASPPHead", (8, 16, 64), (0, 1, 3), input_transform="multiple_select", branch_channels=(8, 16)),
+        head(
+            "LRASPPHead", (8, 16, 64), (0, 1, 3), input_transform="multiple_select", branch_channels=(8, 16)
+        ),
         test_cfg=dict(mode="whole"),
     ),
     "NLHead": on_resnet(head("NLHead", reduction=2, use_scale=True, mode="embedded_gaussian")),
@@ -441,17 +513,28 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ResNet, frozen_stages": segmentor(resnet(frozen_stages=2)),
     "ResNet, norm_eval": segmentor(resnet(norm_eval=True)),
     "ResNet, DCNv2": segmentor(
-        resnet(depth=50, dcn=dict(type="DCNv2", deform_groups=1, fallback_on_stride=False), stage_with_dcn=(False, False, True, True)),
+        resnet(
+            depth=50,
+            dcn=dict(type="DCNv2", deform_groups=1, fallback_on_stride=False),
+            stage_with_dcn=(False, False, True, True),
+        ),
         fcn(256),
     ),
     "ResNet, with_cp": segmentor(resnet(with_cp=True)),
     "SwinTransformer, frozen_stages": segmentor(small_swin(frozen_stages=2), levels("UPerHead")),
     "SwinTransformer, ape": segmentor(small_swin(use_abs_pos_embed=True, with_cp=True), levels("UPerHead")),
-    "mmcls.ConvNeXt, frozen_stages": segmentor(dict(BACKBONES["mmcls.ConvNeXt"]["backbone"], frozen_stages=1), levels("UPerHead")),
+    "mmcls.ConvNeXt, frozen_stages": segmentor(
+        dict(BACKBONES["mmcls.ConvNeXt"]["backbone"], frozen_stages=1), levels("UPerHead")
+    ),
     "PointHead, slide": dict(
         HEADS["PointHead"],
         test_cfg=dict(
-            mode="slide", crop_size=(CROP, CROP), stride=(48, 48), subdivision_steps=1, subdivision_num_points=64, scale_factor=2
+            mode="slide",
+            crop_size=(CROP, CROP),
+            stride=(48, 48),
+            subdivision_steps=1,
+            subdivision_num_points=64,
+            scale_factor=2,
         ),
     ),
 }
@@ -469,7 +552,11 @@ WORTH_KNOWING = {
     "backbone SwinTransformer": "bf16 under torch.autocast, as all backbones that do not say `follows_dtype`",
     "head LRASPPHead": "needs a map of 49 x 49 or more",
 }
-NOT_RUN = {"TIMMBackbone": "needs timm", "KernelUpdateHead": "a part of IterativeDecodeHead", "KernelUpdator": "a part of that"}
+NOT_RUN = {
+    "TIMMBackbone": "needs timm",
+    "KernelUpdateHead": "a part of IterativeDecodeHead",
+    "KernelUpdator": "a part of that",
+}
 """Of mmseg's registry."""
 CROPS = {"head LRASPPHead": 224, "backbone ICNet": 128}
 """The first pools 49 x 49 pixels of a map that is a quarter of the image's size. The second halves its image: a last stage of one pixel would meet
@@ -516,7 +603,10 @@ def run(name: str, data: Path, work_dir: Path) -> str:
 
     crop = CROPS.get(name, CROP)
     with SegmentorEngine(
-        experiment(CASES[name], data, crop), ROOT / "ds_configs/zero3_bf16.json", work_dir=work_dir, saves=False
+        experiment(CASES[name], data, crop),
+        ROOT / "ds_configs/zero3_bf16.json",
+        work_dir=work_dir,
+        saves=False,
     ) as engine:
         engine.train()
         image, logits = torch.randn(1, 3, crop, crop, generator=torch.Generator().manual_seed(0)), []
@@ -590,7 +680,10 @@ def sweep(names: Sequence[str], data: Path, folder: Path) -> dict[str, str]:
 
 def table(found: Mapping[str, str]) -> str:
     """The rows of docs/supported_models.md."""
-    rows = ["| part | name | two steps and an evaluation under `zero3_bf16` | worth knowing |", "|---|---|---|---|"]
+    rows = [
+        "| part | name | two steps and an evaluation under `zero3_bf16` | worth knowing |",
+        "|---|---|---|---|",
+    ]
     for case in CASES:
         part, name = case.split(" ", 1)
         verdict = "yes" if not found[case] else f"no: {found[case].splitlines()[0][:200]}"

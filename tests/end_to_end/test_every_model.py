@@ -7,7 +7,13 @@ import pytest
 from tests.conftest import ROOT
 from tests.end_to_end.every_model import BACKBONES, CASES, HEADS, NOT_RUN, sweep, table
 
-TELLING = ["setting ResNet, frozen_stages", "backbone SwinTransformer", "head DAHead", "head PointHead", "head IterativeDecodeHead"]
+TELLING = [
+    "setting ResNet, frozen_stages",
+    "backbone SwinTransformer",
+    "head DAHead",
+    "head PointHead",
+    "head IterativeDecodeHead",
+]
 """First blocks that do not train, fp32 among bf16, a parameter without dimensions, a cascade, and a head without a threshold."""
 SUPPORTED = ROOT / "docs/supported_models.md"
 
@@ -35,14 +41,18 @@ def test_every_model_trains_and_is_evaluated_under_zero3(everything, case):
 
 @pytest.mark.slow
 def test_the_table_of_supported_models_is_what_came_out(everything):
-    assert SUPPORTED.read_text().endswith(table(everything)), "python docs/tabulate_supported_models.py writes it anew"
+    assert SUPPORTED.read_text().endswith(table(everything)), (
+        "python docs/tabulate_supported_models.py writes it anew"
+    )
 
 
 def test_all_of_mmsegs_backbones_and_heads_are_tried_and_in_the_table():
     import mmseg.models.backbones
     import mmseg.models.decode_heads
 
-    known = {name for module in (mmseg.models.backbones, mmseg.models.decode_heads) for name in module.__all__} - NOT_RUN.keys()
+    known = {
+        name for module in (mmseg.models.backbones, mmseg.models.decode_heads) for name in module.__all__
+    } - NOT_RUN.keys()
     assert known <= BACKBONES.keys() | HEADS.keys()
     text = SUPPORTED.read_text()
     assert all(f"| {part} | `{name}` |" in text for part, name in (case.split(" ", 1) for case in CASES))

@@ -30,18 +30,32 @@ def test_transformers_computes_the_same_features(trained, segmentor, tmp_path):
     with torch.no_grad():
         hidden = model.eval()(image, output_hidden_states=True).hidden_states
         for index, features in zip(segmentor.backbone.out_indices, segmentor.backbone(image)):
-            torch.testing.assert_close(features, hidden[index + 1][:, 1:].mT.reshape(1, 32, 8, 8), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                features, hidden[index + 1][:, 1:].mT.reshape(1, 32, 8, 8), rtol=1e-4, atol=1e-4
+            )
 
 
-@pytest.mark.parametrize(("layout", "name"), [("internvl", "vit.pth"), ("opengvlab", "folder"), ("transformers", "folder")])
+@pytest.mark.parametrize(
+    ("layout", "name"), [("internvl", "vit.pth"), ("opengvlab", "folder"), ("transformers", "folder")]
+)
 def test_an_exported_backbone_starts_another_run(layout, name, trained, train, segmentor, tmp_path):
     out = export_backbone(trained.work_dir, tmp_path / name, layout, dtype="bfloat16")
-    run = train("--no-validate", options=["runner.max_iters=1", "checkpoint_config.interval=1", f"model.backbone.pretrained={out}",
-                                          "lr_config.warmup_ratio=1e-9"], processes=1)
+    run = train(
+        "--no-validate",
+        options=[
+            "runner.max_iters=1",
+            "checkpoint_config.interval=1",
+            f"model.backbone.pretrained={out}",
+            "lr_config.warmup_ratio=1e-9",
+        ],
+        processes=1,
+    )
     weights = open_weights(run.work_dir)
     for key, value in segmentor.backbone.state_dict().items():
         if not key.startswith("up"):
-            torch.testing.assert_close(weights.read(f"backbone.{key}"), value.bfloat16().float(), rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(
+                weights.read(f"backbone.{key}"), value.bfloat16().float(), rtol=1e-3, atol=1e-5
+            )
 
 
 def test_a_layout_and_a_name_that_do_not_go_together_are_refused(trained, tmp_path):

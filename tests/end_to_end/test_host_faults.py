@@ -19,8 +19,18 @@ CLONE_NEWNS = 0x20000
 
 
 def options_of(ade20k: Path, work_dir: Path) -> list[str]:
-    return [TINY, "--work-dir", str(work_dir), "--no-validate", "--cfg-options", *SMALL, *data_options(ade20k), "runner.max_iters=1000",
-            "checkpoint_config.interval=0", "data.workers_per_gpu=1"]
+    return [
+        TINY,
+        "--work-dir",
+        str(work_dir),
+        "--no-validate",
+        "--cfg-options",
+        *SMALL,
+        *data_options(ade20k),
+        "runner.max_iters=1000",
+        "checkpoint_config.interval=0",
+        "data.workers_per_gpu=1",
+    ]
 
 
 def test_a_data_worker_that_is_killed_is_one_sentence(ade20k, tmp_path):
@@ -38,7 +48,11 @@ def test_a_data_worker_that_is_killed_is_one_sentence(ade20k, tmp_path):
         rank.join()
     said = log.read_text()
     assert [rank.exitcode for rank in ranks] == [LOST, LOST], said[-3000:]
-    assert "Traceback" not in said and f"error: data worker {worker.pid} of host " in said and "was killed by a signal (Killed)" in said, said[-3000:]
+    assert (
+        "Traceback" not in said
+        and f"error: data worker {worker.pid} of host " in said
+        and "was killed by a signal (Killed)" in said
+    ), said[-3000:]
 
 
 def with_few_files(args: list[str], log: Path) -> None:
@@ -53,13 +67,27 @@ def with_little_shared_memory(args: list[str], log: Path) -> None:
     script("launch/train.py", args, log, log)
 
 
-@pytest.mark.parametrize(("host", "words"), [
-    (with_few_files, "allows a process no more open files; raise `ulimit -n`"), (with_little_shared_memory, "/dev/shm of host")])
+@pytest.mark.parametrize(
+    ("host", "words"),
+    [
+        (with_few_files, "allows a process no more open files; raise `ulimit -n`"),
+        (with_little_shared_memory, "/dev/shm of host"),
+    ],
+)
 def test_what_a_host_does_not_give_is_one_sentence(host, words, ade20k, tmp_path):
-    if host is with_little_shared_memory and subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
+    if (
+        host is with_little_shared_memory
+        and subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode
+    ):
         pytest.skip("this machine allows no mounts of its own")
     log = tmp_path / "log"
-    (rank,) = start_ranks(host, 1, free_port(), [*options_of(ade20k, tmp_path / "run"), "engine.global_batch=None", "data.workers_per_gpu=4"], log)
+    (rank,) = start_ranks(
+        host,
+        1,
+        free_port(),
+        [*options_of(ade20k, tmp_path / "run"), "engine.global_batch=None", "data.workers_per_gpu=4"],
+        log,
+    )
     rank.join(100)
     rank.kill()
     rank.join()

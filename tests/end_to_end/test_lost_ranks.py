@@ -34,12 +34,41 @@ def processes_of(work_dir: Path) -> list[psutil.Process]:
 
 
 @contextmanager
-def running(work_dir: Path, ade20k: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen, dict[int, psutil.Process]]]:
+def running(
+    work_dir: Path, ade20k: Path, *arguments: str
+) -> Iterator[tuple[subprocess.Popen, dict[int, psutil.Process]]]:
     """(the launcher of 2 ranks that train for ever, the ranks); they have begun."""
-    command = ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), "launch/train.py", TINY, "--work-dir", work_dir, "--no-validate", *arguments,
-               "--cfg-options", *SMALL, *data_options(ade20k), *ENDLESS]
-    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    launcher = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    command = [
+        "deepspeed",
+        "--num_gpus",
+        "2",
+        "--master_port",
+        str(free_port()),
+        "launch/train.py",
+        TINY,
+        "--work-dir",
+        work_dir,
+        "--no-validate",
+        *arguments,
+        "--cfg-options",
+        *SMALL,
+        *data_options(ade20k),
+        *ENDLESS,
+    ]
+    env = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+    }
+    launcher = subprocess.Popen(
+        list(map(str, command)),
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
     try:
         deadline = time.monotonic() + 120
         while not (work_dir / "metrics.jsonl").exists() or not (work_dir / "metrics.jsonl").read_text():
@@ -47,7 +76,10 @@ def running(work_dir: Path, ade20k: Path, *arguments: str) -> Iterator[tuple[sub
             time.sleep(0.1)
         ranks = {}
         for process in processes_of(work_dir):
-            if process.parent().cmdline()[-1:] == process.cmdline()[-1:] and "deepspeed.launcher.launch" in process.parent().cmdline():
+            if (
+                process.parent().cmdline()[-1:] == process.cmdline()[-1:]
+                and "deepspeed.launcher.launch" in process.parent().cmdline()
+            ):
                 ranks[int(process.environ()["RANK"])] = process
         assert sorted(ranks) == [0, 1]
         yield launcher, ranks
@@ -74,8 +106,11 @@ def test_a_rank_that_is_killed_ends_the_others_within_seconds(victim, ade20k, tm
         output, _ = launcher.communicate(timeout=20)
         assert launcher.returncode != 0
         assert nothing_stays(tmp_path, within_s=10)
-    assert re.search(rf"rank {victim} \(host \S+, process {pid}\) at step \d+, \w+ died\. "
-                     r"This run ends; start it again with --resume auto", output), output[-3000:]
+    assert re.search(
+        rf"rank {victim} \(host \S+, process {pid}\) at step \d+, \w+ died\. "
+        r"This run ends; start it again with --resume auto",
+        output,
+    ), output[-3000:]
 
 
 def test_a_rank_that_is_frozen_ends_the_others_after_the_heartbeat_timeout(ade20k, tmp_path):
@@ -100,12 +135,25 @@ def test_a_training_whose_launcher_was_terminated_saves_and_ends(ade20k, tmp_pat
     assert "the launcher of this training has ended" in said and f"--resume auto goes on from {tag}" in said
 
 
-@pytest.mark.parametrize(("command", "expected"), [
-    ("python3.11 /venv/bin/deepspeed --num_gpus 2 launch/train.py", True), ("/usr/bin/python3.11 -u -m deepspeed.launcher.launch --world_info=e30=", True),
-    ("python /venv/bin/torchrun --standalone", True), ("python -m torch.distributed.run --nproc_per_node 2", True), ("mpirun -np 2 python", True),
-    ("bash -c deepspeed", False), ("-bash", False), ("python launch/keep_running.py -- deepspeed", False), ("sh ./deepspeed_job.sh", False)])
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("python3.11 /venv/bin/deepspeed --num_gpus 2 launch/train.py", True),
+        ("/usr/bin/python3.11 -u -m deepspeed.launcher.launch --world_info=e30=", True),
+        ("python /venv/bin/torchrun --standalone", True),
+        ("python -m torch.distributed.run --nproc_per_node 2", True),
+        ("mpirun -np 2 python", True),
+        ("bash -c deepspeed", False),
+        ("-bash", False),
+        ("python launch/keep_running.py -- deepspeed", False),
+        ("sh ./deepspeed_job.sh", False),
+    ],
+)
 def test_launchers_are_known_by_their_command_lines(command, expected):
-    assert is_launcher(command.split(" ", 2) if command.startswith("bash -c") else command.split(" ")) is expected
+    assert (
+        is_launcher(command.split(" ", 2) if command.startswith("bash -c") else command.split(" "))
+        is expected
+    )
     assert is_launcher(["slurmstepd: [4711.0]"])
 
 
@@ -129,10 +177,27 @@ def test_a_rank_that_hangs_is_named_with_its_line(launch, ade20k, tmp_path):
     labels = sorted((root / "annotations" / "training").iterdir())[9]
     labels.unlink()
     os.mkfifo(labels)
-    done = launch("launch/train.py", TINY, "--work-dir", work_dir, "--no-validate", "--heartbeat-timeout", "4", "--cfg-options", *SMALL,
-                  *data_options(root), *ENDLESS, "data.workers_per_gpu=0", launcher="deepspeed", check=False)
+    done = launch(
+        "launch/train.py",
+        TINY,
+        "--work-dir",
+        work_dir,
+        "--no-validate",
+        "--heartbeat-timeout",
+        "4",
+        "--cfg-options",
+        *SMALL,
+        *data_options(root),
+        *ENDLESS,
+        "data.workers_per_gpu=0",
+        launcher="deepspeed",
+        check=False,
+    )
     assert done.returncode == LOST and nothing_stays(work_dir, within_s=10)
-    found = re.search(r"no rank has got on for 4 s: the other 1 wait for rank (\d) .* at step (\d+), data \((\S+)", done.stderr)
+    found = re.search(
+        r"no rank has got on for 4 s: the other 1 wait for rank (\d) .* at step (\d+), data \((\S+)",
+        done.stderr,
+    )
     assert found and "file_client" in found[3], done.stderr[-3000:]
     assert "most recent call first" in done.stderr  # the stack of the one that hangs
 
@@ -143,8 +208,25 @@ def test_a_save_that_hangs_ends_after_its_limit(processes, launch, ade20k, tmp_p
     """The pointer to it is written through a pipe that nobody reads: a disk that does not answer."""
     (tmp_path / "checkpoints").mkdir()
     os.mkfifo(tmp_path / "checkpoints/latest.new")
-    done = launch("launch/train.py", TINY, "--work-dir", tmp_path, "--no-validate", "--heartbeat-timeout", "4", "--cfg-options", *SMALL, *data_options(ade20k),
-                  "runner.max_iters=1", "checkpoint_config.interval=1", "engine.io_timeout=20", processes=processes, check=False)
+    done = launch(
+        "launch/train.py",
+        TINY,
+        "--work-dir",
+        tmp_path,
+        "--no-validate",
+        "--heartbeat-timeout",
+        "4",
+        "--cfg-options",
+        *SMALL,
+        *data_options(ade20k),
+        "runner.max_iters=1",
+        "checkpoint_config.interval=1",
+        "engine.io_timeout=20",
+        processes=processes,
+        check=False,
+    )
     assert done.returncode == LOST and nothing_stays(tmp_path, within_s=10)
-    assert re.search(r"no rank has got on for 20 s: .* rank 0 \(host .*\) at step 1, saving \(\S+", done.stderr), done.stderr[-3000:]
+    assert re.search(
+        r"no rank has got on for 20 s: .* rank 0 \(host .*\) at step 1, saving \(\S+", done.stderr
+    ), done.stderr[-3000:]
     assert "in publish" in done.stderr  # of the stack

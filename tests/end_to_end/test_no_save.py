@@ -10,7 +10,15 @@ from tests.engine.small import small_experiment
 
 
 def test_a_run_that_saves_nothing_trains_and_scores_and_says_so(train):
-    run = train("--no-save", options=["runner.max_iters=4", "checkpoint_config.interval=2", "evaluation.interval=4", "evaluation.save_best=mIoU"])
+    run = train(
+        "--no-save",
+        options=[
+            "runner.max_iters=4",
+            "checkpoint_config.interval=2",
+            "evaluation.interval=4",
+            "evaluation.save_best=mIoU",
+        ],
+    )
     assert sorted(run.losses) == [1, 2, 3, 4] and sorted(run.scores) == [4]
     assert not list((run.work_dir / "checkpoints").glob("*"))
     assert "this run saves no checkpoint, not when it is asked to stop either (--no-save)" in run.output
@@ -20,8 +28,13 @@ def test_a_run_that_saves_nothing_trains_and_scores_and_says_so(train):
 def stops_without_a_save(root, work_dir) -> None:
     from internseg_ds import SegmentorEngine
 
-    with SegmentorEngine(small_experiment(root, "runner.max_iters=9"), ROOT / "ds_configs/zero3_bf16.json", work_dir=work_dir, validate=False,
-                         saves=False) as engine:
+    with SegmentorEngine(
+        small_experiment(root, "runner.max_iters=9"),
+        ROOT / "ds_configs/zero3_bf16.json",
+        work_dir=work_dir,
+        validate=False,
+        saves=False,
+    ) as engine:
         engine.watch.ask_to_stop()
         engine.train()
         assert engine.stopped and engine.state.step < 9 and not list((work_dir / "checkpoints").glob("*"))

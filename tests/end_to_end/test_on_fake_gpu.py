@@ -25,9 +25,14 @@ from tests.waits import Waits, fake_gpu
 VIT, IMAGE = "configs/intern_vit_6b", "configs/intern_image/ade20k"
 FULL = f"{VIT}/full_tuning/upernet_intern_vit_6b_504_80k_ade20k_bs16_lr4e-5.py"
 MASK2FORMER_H = f"{IMAGE}/mask2former_internimage_h_896_80k_cocostuff2ade20k_ss.py"
-FAMILIES = [FULL, f"{VIT}/few_shot/linear_intern_vit_6b_504_5k_ade20k_bs16_lr4e-5_1of16.py",
-            f"{VIT}/linear_probing/linear_intern_vit_6b_504_80k_ade20k_bs16_lr4e-5_frozen.py",
-            f"{IMAGE}/upernet_internimage_t_512_160k_ade20k.py", f"{IMAGE}/upernet_internimage_h_896_160k_ade20k.py", MASK2FORMER_H]
+FAMILIES = [
+    FULL,
+    f"{VIT}/few_shot/linear_intern_vit_6b_504_5k_ade20k_bs16_lr4e-5_1of16.py",
+    f"{VIT}/linear_probing/linear_intern_vit_6b_504_80k_ade20k_bs16_lr4e-5_frozen.py",
+    f"{IMAGE}/upernet_internimage_t_512_160k_ade20k.py",
+    f"{IMAGE}/upernet_internimage_h_896_160k_ade20k.py",
+    MASK2FORMER_H,
+]
 MASKS = 11
 EXPECTED = {MASK2FORMER_H: {("to host", "mask_matching.py:match"): 1}}
 """Costs of all layers and images at once, for scipy to assign queries to masks."""
@@ -50,11 +55,20 @@ def segmentor_on(device: str, config: str, heads: torch.dtype = torch.float32):
     choose_recomputation(model, "blocks")
     model._apply(lambda tensor: torch.empty_like(tensor, device=device))
     apply_precision(model, torch.bfloat16, heads=heads)
-    meta = {name: (height, width, 3) for name in ("img_shape", "pad_shape", "ori_shape")} | {"filename": "", "scale_factor": 1.0, "flip": False}
-    inputs = {"img": torch.empty(2, 3, height, width, device=device), "img_metas": [meta] * 2,
-              "gt_semantic_seg": torch.empty(2, 1, height, width, dtype=torch.int64, device=device)}
+    meta = {name: (height, width, 3) for name in ("img_shape", "pad_shape", "ori_shape")} | {
+        "filename": "",
+        "scale_factor": 1.0,
+        "flip": False,
+    }
+    inputs = {
+        "img": torch.empty(2, 3, height, width, device=device),
+        "img_metas": [meta] * 2,
+        "gt_semantic_seg": torch.empty(2, 1, height, width, dtype=torch.int64, device=device),
+    }
     if config == MASK2FORMER_H:
-        inputs["gt_masks"] = [torch.empty(MASKS, height, width, dtype=torch.uint8, device=device) for _ in range(2)]
+        inputs["gt_masks"] = [
+            torch.empty(MASKS, height, width, dtype=torch.uint8, device=device) for _ in range(2)
+        ]
         inputs["gt_labels"] = [torch.empty(MASKS, dtype=torch.int64, device=device) for _ in range(2)]
     return model.train(), inputs
 
@@ -68,14 +82,18 @@ def test_a_forward_pass_stays_on_the_gpu_in_its_dtypes_and_waits_for_nothing(con
     with FakeTensorMode(allow_non_fake_inputs=True):
         model, inputs = segmentor_on("cuda", config)
         seen = {}
-        model.backbone.register_forward_hook(lambda _, args, features: seen.update(image=args[0], features=features))
+        model.backbone.register_forward_hook(
+            lambda _, args, features: seen.update(image=args[0], features=features)
+        )
         with Waits() as waits:
             terms = model(return_loss=True, **inputs)
             loss = poisoned(total(terms))
             interval = Interval()
             interval.add({**{name: value.mean() for name, value in terms.items()}, "loss": loss})
             interval.end_step(loss.detach())
-    assert seen["image"].dtype == torch.bfloat16 and {feature.dtype for feature in seen["features"]} == {torch.float32}
+    assert seen["image"].dtype == torch.bfloat16 and {feature.dtype for feature in seen["features"]} == {
+        torch.float32
+    }
     assert {(value.device.type, value.dtype) for value in terms.values()} == {("cuda", torch.float32)}
     assert loss.requires_grad and dict(waits.found) == EXPECTED.get(config, {})
     assert {kind for _, kind in waits.collectives} <= {"cuda"}
@@ -105,7 +123,9 @@ def test_a_backward_pass_has_gradients_in_the_weights_dtype_and_reads_no_value(c
         without = [name for name, param in trained.items() if param.grad is None]
         assert {param.grad.dtype for param in trained.values() if param.grad is not None} == {torch.bfloat16}
         assert all(param.grad.shape == param.shape for param in trained.values() if param.grad is not None)
-        assert len(without) < len(trained) / 2 and not [name for name in without if ".blocks." in name], without
+        assert len(without) < len(trained) / 2 and not [name for name in without if ".blocks." in name], (
+            without
+        )
 
 
 def test_what_our_own_collectives_send_lies_on_the_gpu(monkeypatch):
@@ -121,7 +141,9 @@ def test_what_our_own_collectives_send_lies_on_the_gpu(monkeypatch):
         interval.end_step(one)
         norm(torch.ones(2, 3, 4, 4, device=device))
         assert not waits.found
-        assert sorted(name for name, _ in waits.collectives) == ["c10d::_allgather_base_"] * 2 + ["c10d::allreduce_"]
+        assert sorted(name for name, _ in waits.collectives) == ["c10d::_allgather_base_"] * 2 + [
+            "c10d::allreduce_"
+        ]
         interval.of_all_ranks()  # at a record, which may wait
         assert copy_fits(1, device) is not None  # evaluations may, too
         Forwards(torch.nn.Linear(1, 1, device=device), in_step=True)._somebody_works(torch.Size((64, 48)))
@@ -130,6 +152,17 @@ def test_what_our_own_collectives_send_lies_on_the_gpu(monkeypatch):
 
 def test_there_is_no_other_collective_of_tensors_in_the_package():
     """One that comes anew belongs into the tests above. An evaluation counts where its labels are; heads count masks in a forward."""
-    called = re.compile(r"\b(?:dist\.(?!all_gather_object|gather_object|broadcast_object_list)(?:all_|broadcast|reduce|gather|scatter)\w*|reduce_mean)\(")
-    found = Counter(file.name for file in (ROOT / "internseg_ds").rglob("*.py") for _ in called.finditer(file.read_text()))
-    assert found == {"evaluator.py": 1, "interval.py": 1, "mask2former_head.py": 1, "sync_batch_norm.py": 2, "gathering.py": 2, "process_group.py": 1}
+    called = re.compile(
+        r"\b(?:dist\.(?!all_gather_object|gather_object|broadcast_object_list)(?:all_|broadcast|reduce|gather|scatter)\w*|reduce_mean)\("
+    )
+    found = Counter(
+        file.name for file in (ROOT / "internseg_ds").rglob("*.py") for _ in called.finditer(file.read_text())
+    )
+    assert found == {
+        "evaluator.py": 1,
+        "interval.py": 1,
+        "mask2former_head.py": 1,
+        "sync_batch_norm.py": 2,
+        "gathering.py": 2,
+        "process_group.py": 1,
+    }

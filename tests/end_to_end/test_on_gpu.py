@@ -42,11 +42,21 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def written(config: str) -> Path:
         from mmcv import DictAction
 
-        options = {key: DictAction._parse_iterable(value) for key, value in (option.split("=", 1) for option in SMALLER[config])}
+        options = {
+            key: DictAction._parse_iterable(value)
+            for key, value in (option.split("=", 1) for option in SMALLER[config])
+        }
         experiment = read_experiment(ROOT / config, options)
         ds = resolve_ds_config({}, experiment="", micro_batch=4, world_size=1, optimizer=experiment.optimizer)
         path = tmp_path_factory.mktemp("weights") / "initial.pth"
-        torch.save({"state_dict": build_for_training(experiment.model, ds, torch.device("cpu"), seed=0).state_dict()}, path)
+        torch.save(
+            {
+                "state_dict": build_for_training(
+                    experiment.model, ds, torch.device("cpu"), seed=0
+                ).state_dict()
+            },
+            path,
+        )
         return path
 
     return written
@@ -61,8 +71,21 @@ def run(train, weights, fp32) -> Callable[..., Run]:
         ds_config = "ds_configs/zero3_bf16.json" if dtype == "bfloat16" else fp32
         own = [option for option in ONE if config != MASK2FORMER or "dropout_ratio" not in option]
         settings = {"launcher": "deepspeed", "env": GPU} if device == "cuda" else {}
-        return train("--deepspeed_config", ds_config, "--load-from", weights(config), config=config, processes=1,
-                     options=[*own, f"engine.backbone_dtype={dtype}", f"checkpoint_config.interval={STEPS // 2}", *options], **settings)
+        return train(
+            "--deepspeed_config",
+            ds_config,
+            "--load-from",
+            weights(config),
+            config=config,
+            processes=1,
+            options=[
+                *own,
+                f"engine.backbone_dtype={dtype}",
+                f"checkpoint_config.interval={STEPS // 2}",
+                *options,
+            ],
+            **settings,
+        )
 
     return made
 
@@ -70,18 +93,33 @@ def run(train, weights, fp32) -> Callable[..., Run]:
 def tolerance(run: Callable[..., Run], config: str) -> float:
     """How far a loss may lie from that of fp32: SPREAD times the furthest of the CPU in bf16, and a rounding of bf16 at least."""
     exact, rounded = run(config, "cpu", "float32").losses, run(config, "cpu").losses
-    return SPREAD * max(max(abs(rounded[step] - exact[step]) for step in exact), torch.finfo(torch.bfloat16).eps * max(exact.values()))
+    return SPREAD * max(
+        max(abs(rounded[step] - exact[step]) for step in exact),
+        torch.finfo(torch.bfloat16).eps * max(exact.values()),
+    )
 
 
-@pytest.mark.parametrize(("config", "device"), [
-    pytest.param(config, device, marks=[needs_gpu] if device == "cuda" else [pytest.mark.slow]) for config, device in FAMILIES])
+@pytest.mark.parametrize(
+    ("config", "device"),
+    [
+        pytest.param(config, device, marks=[needs_gpu] if device == "cuda" else [pytest.mark.slow])
+        for config, device in FAMILIES
+    ],
+)
 def test_training_in_bf16_follows_fp32_on_the_cpu(config, device, run):
     # on the CPU another ZeRO stage and hooks on layers stand for another device: the same steps by another way
     other = () if device == "cuda" else ("engine.recomputation=blocks",)
     found, exact = run(config, device, "bfloat16", *other), run(config, "cpu", "float32")
-    assert "backbone computes in bfloat16" in found.output and (device == "cpu" or "on the GPU in TF32" in found.output)
-    assert found.losses == pytest.approx(exact.losses, abs=tolerance(run, config)) and len(set(found.losses.values())) == STEPS
-    assert min(exact.losses.values()) < exact.losses[1] - tolerance(run, config)  # the tolerance is small beside what is learnt
+    assert "backbone computes in bfloat16" in found.output and (
+        device == "cpu" or "on the GPU in TF32" in found.output
+    )
+    assert (
+        found.losses == pytest.approx(exact.losses, abs=tolerance(run, config))
+        and len(set(found.losses.values())) == STEPS
+    )
+    assert min(exact.losses.values()) < exact.losses[1] - tolerance(
+        run, config
+    )  # the tolerance is small beside what is learnt
     assert all(record["peak_gib"] > 0 for record in found.records if "loss" in record)
 
 
@@ -89,25 +127,57 @@ def test_training_in_bf16_follows_fp32_on_the_cpu(config, device, run):
 def test_a_run_goes_on_from_what_the_cpu_saved(device, run, train):
     before, step = run(TINY, "cpu"), STEPS // 2
     settings = {"launcher": "deepspeed", "env": GPU} if device == "cuda" else {}
-    resumed = train("--deepspeed_config", "ds_configs/zero3_bf16.json", "--resume", before.work_dir / "checkpoints" / f"iter_{step}", "--no-save", processes=1,
-                    options=[*ONE, "engine.backbone_dtype=bfloat16"], **settings)
+    resumed = train(
+        "--deepspeed_config",
+        "ds_configs/zero3_bf16.json",
+        "--resume",
+        before.work_dir / "checkpoints" / f"iter_{step}",
+        "--no-save",
+        processes=1,
+        options=[*ONE, "engine.backbone_dtype=bfloat16"],
+        **settings,
+    )
     assert sorted(resumed.losses) == list(range(step + 1, STEPS + 1))
-    assert resumed.losses == pytest.approx({at: loss for at, loss in before.losses.items() if at > step}, abs=tolerance(run, TINY))
+    assert resumed.losses == pytest.approx(
+        {at: loss for at, loss in before.losses.items() if at > step}, abs=tolerance(run, TINY)
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_checkpoint_scores_the_same_on_both(device, run, launch, ade20k, tmp_path):
     trained = run(TINY, device)
     out = tmp_path / "out"
-    launch("launch/test.py", TINY, trained.work_dir / "checkpoints", "--out", out, "--cfg-options", *SMALL, *ONE, *data_options(ade20k), processes=1)
+    launch(
+        "launch/test.py",
+        TINY,
+        trained.work_dir / "checkpoints",
+        "--out",
+        out,
+        "--cfg-options",
+        *SMALL,
+        *ONE,
+        *data_options(ade20k),
+        processes=1,
+    )
     score = json.loads((out / "results.json").read_text())["mIoU"]  # on the CPU
     assert score == pytest.approx(trained.scores[STEPS], abs=5e-3)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() != 1, reason="needs a machine with one GPU")
 def test_two_processes_on_one_gpu_are_refused(train):
-    done = train("--deepspeed_config", "ds_configs/zero3_bf16.json", processes=2, launcher="torchrun", env=GPU, check=False)
-    assert "process 1 of this host has no GPU of its own, 1 can be seen; start at most 1 processes per host" in done.output and done.returncode
+    done = train(
+        "--deepspeed_config",
+        "ds_configs/zero3_bf16.json",
+        processes=2,
+        launcher="torchrun",
+        env=GPU,
+        check=False,
+    )
+    assert (
+        "process 1 of this host has no GPU of its own, 1 can be seen; start at most 1 processes per host"
+        in done.output
+        and done.returncode
+    )
 
 
 @needs_gpu
@@ -117,7 +187,9 @@ def test_kernels_agree_with_the_formulas_in_fp64(dtype):
     tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-3
     x, norm = torch.randn(3, 17, 3200), RMSNorm(3200)
     expected = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
-    torch.testing.assert_close(norm.cuda().to(dtype)(x.cuda().to(dtype)).cpu().double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        norm.cuda().to(dtype)(x.cuda().to(dtype)).cpu().double(), expected, rtol=tolerance, atol=tolerance
+    )
     q, k, v = torch.randn(3, 2, 257, 5, 128)
     weights = (q.double().transpose(1, 2) @ k.double().permute(0, 2, 3, 1) / 128**0.5).softmax(-1)
     expected = (weights @ v.double().transpose(1, 2)).transpose(1, 2)
@@ -134,9 +206,15 @@ def test_batch_norm_is_the_same_on_gpu_and_cpu():
     other = AnyDeviceSyncBatchNorm(6).cuda()
     torch.testing.assert_close(other(x.cuda()).cpu(), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(other.running_var.cpu(), norm.running_var, rtol=1e-4, atol=1e-4)
-    on_gpu, on_cpu = ([tensor.to(device).requires_grad_() for tensor in (x, torch.rand(6), torch.rand(6))] for device in ("cuda", "cpu"))
+    on_gpu, on_cpu = (
+        [tensor.to(device).requires_grad_() for tensor in (x, torch.rand(6), torch.rand(6))]
+        for device in ("cuda", "cpu")
+    )
     on_cpu[1:] = [value.detach().cpu().requires_grad_() for value in on_gpu[1:]]
-    found, wanted = (gradients(lambda *leaves: _NormaliseOverRanks.apply(*leaves, 1e-5)[0], leaves) for leaves in (on_gpu, on_cpu))
+    found, wanted = (
+        gradients(lambda *leaves: _NormaliseOverRanks.apply(*leaves, 1e-5)[0], leaves)
+        for leaves in (on_gpu, on_cpu)
+    )
     for value, exact in zip(found, wanted, strict=True):
         torch.testing.assert_close(value, exact, rtol=1e-4, atol=1e-4)
 
@@ -152,12 +230,18 @@ def gradients(run, leaves: list[torch.Tensor]) -> list[torch.Tensor]:
 @pytest.mark.parametrize(("size", "channels", "group"), [(56, 64, 4), (28, 640, 20)], ids=["T", "H"])
 def test_dcnv3_of_triton_agrees_with_pytorch_at_the_sizes_of_stages(size, channels, group):
     torch.manual_seed(0)
-    offset = torch.randint(-256, 256, (2, size, size, 18 * group)) / 64 + 1 / 128  # exact in fp32, never at a pixel's middle, where gradients jump
+    offset = (
+        torch.randint(-256, 256, (2, size, size, 18 * group)) / 64 + 1 / 128
+    )  # exact in fp32, never at a pixel's middle, where gradients jump
     tensors = torch.randn(2, size, size, channels), offset, torch.rand(2, size, size, 9 * group)
     arguments = (3, 3), (1, 1), (1, 1), (1, 1), group, 1.0, False
-    on_gpu, on_cpu = ([tensor.to(device).requires_grad_() for tensor in tensors] for device in ("cuda", "cpu"))
+    on_gpu, on_cpu = (
+        [tensor.to(device).requires_grad_() for tensor in tensors] for device in ("cuda", "cpu")
+    )
     assert implementation(*on_gpu).__name__.endswith("dcnv3_triton")
-    found, wanted = (gradients(lambda *leaves: dcnv3(*leaves, *arguments), leaves) for leaves in (on_gpu, on_cpu))
+    found, wanted = (
+        gradients(lambda *leaves: dcnv3(*leaves, *arguments), leaves) for leaves in (on_gpu, on_cpu)
+    )
     for value, expected in zip(found, wanted, strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-4)
 
@@ -169,11 +253,21 @@ def test_deformable_attention_of_triton_agrees_with_pytorch_at_the_size_of_mask2
     tokens = sum(height * width for height, width in shapes)
     places = 1, tokens, 32, len(shapes), 4
     tensors = torch.randn(1, tokens, 32, 32), torch.rand(*places, 2) * 1.2 - 0.1, torch.rand(places)
-    on_gpu, on_cpu = ([tensor.to(device).requires_grad_() for tensor in tensors] for device in ("cuda", "cpu"))
-    assert deformable_attention_operator.implementation(*on_gpu).__name__.endswith("deformable_attention_triton")
-    found, wanted = (gradients(lambda value, *where: attend(value, shapes, *where), leaves) for leaves in (on_gpu, on_cpu))
-    near = (tensors[1] * torch.tensor([[width, height] for height, width in shapes])[:, None] - 0.5).frac().abs()
-    smooth = (torch.minimum(near, 1 - near) > 1e-3).all(-1, keepdim=True)  # at a pixel's middle the gradient of a location jumps
+    on_gpu, on_cpu = (
+        [tensor.to(device).requires_grad_() for tensor in tensors] for device in ("cuda", "cpu")
+    )
+    assert deformable_attention_operator.implementation(*on_gpu).__name__.endswith(
+        "deformable_attention_triton"
+    )
+    found, wanted = (
+        gradients(lambda value, *where: attend(value, shapes, *where), leaves) for leaves in (on_gpu, on_cpu)
+    )
+    near = (
+        (tensors[1] * torch.tensor([[width, height] for height, width in shapes])[:, None] - 0.5).frac().abs()
+    )
+    smooth = (torch.minimum(near, 1 - near) > 1e-3).all(
+        -1, keepdim=True
+    )  # at a pixel's middle the gradient of a location jumps
     for value, expected in zip(found, wanted, strict=True):
         kept = smooth if value.shape == tensors[1].shape else torch.ones(())
         torch.testing.assert_close(value * kept, expected * kept, rtol=1e-3, atol=1e-3)

@@ -33,14 +33,22 @@ def plan(monkeypatch, capsys):
 
 def columns(output: str) -> list[dict[str, str]]:
     """Of each number of nodes: what the table says, by line."""
-    lines = [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in output.splitlines() if line.startswith(("│", "┃"))]
+    lines = [
+        [cell.strip() for cell in re.split("[│┃]", line)[1:-1]]
+        for line in output.splitlines()
+        if line.startswith(("│", "┃"))
+    ]
     labels, *columns = zip(*lines)
     return [dict(zip(labels, column)) for column in columns]
 
 
 def cells(output: str) -> dict[str, list[str]]:
     """Of each line of the tables, by its first cell: the other cells."""
-    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in output.splitlines() if line.startswith("│")]
+    lines = [
+        [cell.strip() for cell in line.split("│")[1:-1]]
+        for line in output.splitlines()
+        if line.startswith("│")
+    ]
     return {first: others for first, *others in lines}
 
 
@@ -50,9 +58,14 @@ def test_the_command_that_help_shows_plans_the_six_billion_recipe(launch, plan):
     command = shown[shown.index("python launch/plan.py") :].replace("\\\n", " ").split()
     done = launch(*command[1:], "--host-memory", "1TiB", processes=1, launcher="python", env=WIDE)
     table, state = cells(done.stdout), 6_385_968_940 / 8 / 2**30  # parameters per GPU, over 2^30
-    assert [float(table[part][0]) for part in ("weights", "gradients", "optimizer")] == pytest.approx([2 * state, 2 * state, 12 * state], abs=0.01)
+    assert [float(table[part][0]) for part in ("weights", "gradients", "optimizer")] == pytest.approx(
+        [2 * state, 2 * state, 12 * state], abs=0.01
+    )
     peaks = [float(cell) for cell in table["together"][:3]]
-    assert f"Peak: {max(peaks):.1f} GiB per GPU" in done.stdout and "of 79.1, of which 4.7 should stay free: fits" in done.stdout
+    assert (
+        f"Peak: {max(peaks):.1f} GiB per GPU" in done.stdout
+        and "of 79.1, of which 4.7 should stay free: fits" in done.stdout
+    )
     assert "1024: fits" in done.stdout
     assert float(table["zero3_bf16"][0]) == pytest.approx(max(peaks), abs=0.1)
     assert {path.stem for path in (ROOT / "ds_configs").glob("*.json")} <= set(table)
@@ -62,12 +75,24 @@ def test_the_command_that_help_shows_plans_the_six_billion_recipe(launch, plan):
 
 def test_one_gpu_of_80_gib_holds_the_six_billion_recipe_with_its_state_on_the_host_alone():
     planner = Planner(read_experiment(ROOT / SIX_B))
-    found = {name: planner.footprint(planner.resolve(ROOT / f"ds_configs/{name}.json", 1)[0], 79 * 2**30, validate=False, exact=False)
-             for name in ("zero2_bf16", "zero3_bf16", "zero3_bf16_offload_optimizer", "zero3_bf16_offload_all")}
-    assert {name for name, each in found.items() if each.peak < 79 * 2**30} == {"zero3_bf16_offload_optimizer", "zero3_bf16_offload_all"}
+    found = {
+        name: planner.footprint(
+            planner.resolve(ROOT / f"ds_configs/{name}.json", 1)[0], 79 * 2**30, validate=False, exact=False
+        )
+        for name in ("zero2_bf16", "zero3_bf16", "zero3_bf16_offload_optimizer", "zero3_bf16_offload_all")
+    }
+    assert {name for name, each in found.items() if each.peak < 79 * 2**30} == {
+        "zero3_bf16_offload_optimizer",
+        "zero3_bf16_offload_all",
+    }
     state = 6_385_968_940  # 16 bytes per parameter of weights, gradients, optimizer
     assert found["zero3_bf16"].peak > 16 * state
-    assert found["zero3_bf16_offload_all"].host > 20 * state > found["zero3_bf16_offload_optimizer"].host > 18 * state  # gradients in fp32 too
+    assert (
+        found["zero3_bf16_offload_all"].host
+        > 20 * state
+        > found["zero3_bf16_offload_optimizer"].host
+        > 18 * state
+    )  # gradients in fp32 too
     assert found["zero3_bf16_offload_all"].peak < found["zero3_bf16_offload_optimizer"].peak
 
 
@@ -83,9 +108,17 @@ def test_a_table_over_numbers_of_nodes(plan):
     code, out, err = plan(SIX_B, "--nodes", "1,2,64")
     assert code == 0, err
     table = columns(out)
-    assert [(column["nodes"], column["GPUs"], column["images per step"]) for column in table] == [("1", "8", "16"), ("2", "16", "32*"), ("64", "512", "1024*")]
-    assert float(table[0]["state, GiB per GPU"]) == pytest.approx(16 * 6_385_968_940 / 8 / 2**30, abs=0.1)  # 16 bytes per parameter, over 8 GPUs
-    assert float(table[0]["sent between, GB"]) == 0 < float(table[1]["sent between, GB"])  # one node sends nothing to others
+    assert [(column["nodes"], column["GPUs"], column["images per step"]) for column in table] == [
+        ("1", "8", "16"),
+        ("2", "16", "32*"),
+        ("64", "512", "1024*"),
+    ]
+    assert float(table[0]["state, GiB per GPU"]) == pytest.approx(
+        16 * 6_385_968_940 / 8 / 2**30, abs=0.1
+    )  # 16 bytes per parameter, over 8 GPUs
+    assert (
+        float(table[0]["sent between, GB"]) == 0 < float(table[1]["sent between, GB"])
+    )  # one node sends nothing to others
     assert not re.search("…", out)
 
 
@@ -98,26 +131,34 @@ def test_options_choose_the_cluster(plan):
     for nodes, gpus, images in (("3", "6", "24*"), ("1", "2", "8")):
         found = first("--nodes", nodes, "--gpus-per-node", "2")
         assert (found["GPUs"], found["images per step"]) == (gpus, images)
-    assert "2 x B200 per node, 12.5 GB/s" in plan(TINY, "--nodes", "1", "--gpu", "B200", "--gpus-per-node", "2", "--interconnect", "12.5")[1]
-    slow, usual = (float(first("--nodes", "2", *options)["step, s"]) for options in (["--interconnect", "0.001"], []))
+    assert (
+        "2 x B200 per node, 12.5 GB/s"
+        in plan(TINY, "--nodes", "1", "--gpu", "B200", "--gpus-per-node", "2", "--interconnect", "12.5")[1]
+    )
+    slow, usual = (
+        float(first("--nodes", "2", *options)["step, s"]) for options in (["--interconnect", "0.001"], [])
+    )
     assert slow > 2 * usual
     assert "90% of the peak" in plan(TINY, "--nodes", "1", "--achieved", "0.9")[1]
     assert "123 GB/s within a node" in plan(TINY, "--nodes", "1", "--nvlink", "123")[1]
 
 
-@pytest.mark.parametrize(("args", "message"), [
-    (["missing.py"], "missing.py"),
-    ([TINY, "--deepspeed_config", "missing.json"], "there is no ds_config missing.json"),
-    ([TINY, "--nodes", "0"], "'0' is no whole number of at least 1"),
-    ([TINY, "--nodes", "two"], "argument --nodes"),
-    ([TINY, "--gpus", "0"], "'0' is no whole number of at least 1"),
-    ([TINY, "--gpus", "12"], "--gpus 12 do not fill nodes of 8"),
-    ([TINY, "--gpus", "8", "--nodes", "1"], "not allowed with"),
-    ([TINY, "--gpu-memory", "80"], "80 has no unit; write 80GiB"),
-    ([TINY, "--achieved", "45"], "it is a share"),
-    ([TINY, "--interconnect", "-1"], "is no number above 0"),
-    ([TINY, "--nodes", "1", "--cfg-options", "engine.backbone_dtype=float32"], "cannot be planned"),
-])
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["missing.py"], "missing.py"),
+        ([TINY, "--deepspeed_config", "missing.json"], "there is no ds_config missing.json"),
+        ([TINY, "--nodes", "0"], "'0' is no whole number of at least 1"),
+        ([TINY, "--nodes", "two"], "argument --nodes"),
+        ([TINY, "--gpus", "0"], "'0' is no whole number of at least 1"),
+        ([TINY, "--gpus", "12"], "--gpus 12 do not fill nodes of 8"),
+        ([TINY, "--gpus", "8", "--nodes", "1"], "not allowed with"),
+        ([TINY, "--gpu-memory", "80"], "80 has no unit; write 80GiB"),
+        ([TINY, "--achieved", "45"], "it is a share"),
+        ([TINY, "--interconnect", "-1"], "is no number above 0"),
+        ([TINY, "--nodes", "1", "--cfg-options", "engine.backbone_dtype=float32"], "cannot be planned"),
+    ],
+)
 def test_what_cannot_be_planned_is_refused_in_a_sentence(args, message, plan):
     code, _, err = plan(*args)
     assert code == 2
@@ -127,21 +168,41 @@ def test_what_cannot_be_planned_is_refused_in_a_sentence(args, message, plan):
 
 def test_what_trains_in_fp32_has_a_memory_and_no_time(plan, tmp_path):
     (tmp_path / "fp32.json").write_text('{"zero_optimization": {"stage": 2}}')
-    code, out, err = plan(TINY, "--gpus", "2", "--deepspeed_config", str(tmp_path / "fp32.json"), "--gpu-memory", "24GiB",
-                          "--cfg-options", "engine.ema=0.99", "engine.background_save=True")
+    code, out, err = plan(
+        TINY,
+        "--gpus",
+        "2",
+        "--deepspeed_config",
+        str(tmp_path / "fp32.json"),
+        "--gpu-memory",
+        "24GiB",
+        "--cfg-options",
+        "engine.ema=0.99",
+        "engine.background_save=True",
+    )
     assert code == 0, err
-    assert "Peak: " in out and "of 24.0, of which 1.4 should stay free: fits" in out and "Time: not planned." in out and "These fit: fp32." in out
+    assert (
+        "Peak: " in out
+        and "of 24.0, of which 1.4 should stay free: fits" in out
+        and "Time: not planned." in out
+        and "These fit: fp32." in out
+    )
     assert {"moving average", "save in the background"} <= set(cells(out))
 
 
 def test_a_checkpoint_takes_as_much_of_the_disk_as_planned(long_run, launch, tmp_path):
     for name in ("zero1_bf16", "zero3_bf16"):
         run = long_run(name)
-        options = {key: DictAction._parse_iterable(value) for key, value in (option.split("=", 1) for option in [*SMALL, *LONG])}
+        options = {
+            key: DictAction._parse_iterable(value)
+            for key, value in (option.split("=", 1) for option in [*SMALL, *LONG])
+        }
         planner = Planner(read_experiment(ROOT / TINY, options))
         ds, _ = planner.resolve(ROOT / f"ds_configs/{name}.json", 2)
         planned = planner.footprint(ds, 2**35)
-        found = sum(file.stat().st_size for file in (run.work_dir / "checkpoints" / f"iter_{STEPS}").iterdir())
+        found = sum(
+            file.stat().st_size for file in (run.work_dir / "checkpoints" / f"iter_{STEPS}").iterdir()
+        )
         tensors = sum(1 for _ in planner.model.parameters())
         # names, shapes and the config's text weigh on so small a model
         assert planned.checkpoint == pytest.approx(found, abs=0.02 * found + 2 * 1500 * tensors)

@@ -26,8 +26,14 @@ ZOO = Path(mmseg.__file__).parent / ".mim/configs"
 def kind(value: Any) -> Any:
     """The types in a config section, without sizes."""
     if isinstance(value, dict):
-        return value.get("type"), *(kind(item) for _, item in sorted(value.items()) if isinstance(item, (dict, list, tuple)))
-    return tuple(kind(item) for item in value if isinstance(item, dict)) if isinstance(value, (list, tuple)) else None
+        return value.get("type"), *(
+            kind(item) for _, item in sorted(value.items()) if isinstance(item, (dict, list, tuple))
+        )
+    return (
+        tuple(kind(item) for item in value if isinstance(item, dict))
+        if isinstance(value, (list, tuple))
+        else None
+    )
 
 
 def one_of_each() -> Iterator[Path]:
@@ -37,7 +43,12 @@ def one_of_each() -> Iterator[Path]:
         if "model" not in cfg:
             continue
         train = next(leaf_datasets(cfg.data.train))
-        found = (kind({**cfg.model, "neck": cfg.model.get("neck")}), cfg.optimizer.get("constructor"), cfg.lr_config.get("policy"), train.type)
+        found = (
+            kind({**cfg.model, "neck": cfg.model.get("neck")}),
+            cfg.optimizer.get("constructor"),
+            cfg.lr_config.get("policy"),
+            train.type,
+        )
         if found not in seen:
             seen.add(found)
             yield path
@@ -58,14 +69,22 @@ def given_data(cfg: Config, folder: Path, made: dict[tuple, Path]) -> None:
                 dataset = build_dataset(bare)
             root = folder_for(dataset, folder, made)
             leaf.data_root = str(root)
-            for key, value in (("img_dir", "images"), ("ann_dir", "labels"), *([("split", "names.txt")] if "split" in leaf else [])):
+            for key, value in (
+                ("img_dir", "images"),
+                ("ann_dir", "labels"),
+                *([("split", "names.txt")] if "split" in leaf else []),
+            ):
                 leaf[key] = [value] * len(leaf[key]) if isinstance(leaf.get(key), (list, tuple)) else value
     cfg.load_from = None
     for section in (cfg.model, cfg.model.get("backbone", {})):
         for key in ("pretrained", "init_cfg"):
-            if section.get(key) is not None and (key == "pretrained" or section[key].get("type") == "Pretrained"):
+            if section.get(key) is not None and (
+                key == "pretrained" or section[key].get("type") == "Pretrained"
+            ):
                 section[key] = None
-    cfg.model.get("backbone", {}).get("backbone_cfg", {}).pop("init_cfg", None)  # of a backbone around another one
+    cfg.model.get("backbone", {}).get("backbone_cfg", {}).pop(
+        "init_cfg", None
+    )  # of a backbone around another one
 
 
 def folder_for(dataset: CustomDataset, folder: Path, made: dict[tuple, Path]) -> Path:
@@ -77,8 +96,14 @@ def folder_for(dataset: CustomDataset, folder: Path, made: dict[tuple, Path]) ->
             (root / name).mkdir(parents=True)
         for index in range(2):
             labels = random.integers(0, len(dataset.CLASSES), (600, 700)) + dataset.reduce_zero_label
-            Image.fromarray(random.integers(0, 255, (600, 700, 3)).astype(np.uint8)).save(root / f"images/{index}{dataset.img_suffix}")
-            name = f"{index}_instance_color_RGB.png" if type(dataset).__name__ == "iSAIDDataset" else f"{index}{dataset.seg_map_suffix}"
+            Image.fromarray(random.integers(0, 255, (600, 700, 3)).astype(np.uint8)).save(
+                root / f"images/{index}{dataset.img_suffix}"
+            )
+            name = (
+                f"{index}_instance_color_RGB.png"
+                if type(dataset).__name__ == "iSAIDDataset"
+                else f"{index}{dataset.seg_map_suffix}"
+            )
             Image.fromarray(labels.astype(np.uint8)).save(root / f"labels/{name}")
         (root / "names.txt").write_text("0\n1\n")
     return made[what]

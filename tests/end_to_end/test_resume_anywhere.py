@@ -21,30 +21,58 @@ STEPS = [*NO_NOISE, "runner.max_iters=10", "checkpoint_config.interval=5", "lr_c
 @pytest.fixture(scope="module")
 def unbroken(train):
     """10 steps under ZeRO-3 with an average of the weights, saved at step 5."""
-    return train("--deepspeed_config", "ds_configs/zero3_bf16.json", "--no-validate", options=[*STEPS, "engine.ema=0.9"])
+    return train(
+        "--deepspeed_config",
+        "ds_configs/zero3_bf16.json",
+        "--no-validate",
+        options=[*STEPS, "engine.ema=0.9"],
+    )
 
 
 def resumed(train, unbroken, *arguments, **settings):
-    run = train("--resume", unbroken.work_dir / "checkpoints" / "iter_5", "--no-validate", *arguments, **settings)
+    run = train(
+        "--resume", unbroken.work_dir / "checkpoints" / "iter_5", "--no-validate", *arguments, **settings
+    )
     assert list(run.losses) == [6, 7, 8, 9, 10]
     return run
 
 
-@pytest.mark.parametrize(("name", "processes", "micro_batch"), [
-    ("zero3_bf16", 1, 4), pytest.param("zero3_bf16", 4, 1, marks=pytest.mark.slow), ("zero1_bf16", 2, 2),
-    pytest.param("zero3_autocast", 2, 2, marks=pytest.mark.slow), ("zero3_bf16_offload_optimizer", 2, 2)])
+@pytest.mark.parametrize(
+    ("name", "processes", "micro_batch"),
+    [
+        ("zero3_bf16", 1, 4),
+        pytest.param("zero3_bf16", 4, 1, marks=pytest.mark.slow),
+        ("zero1_bf16", 2, 2),
+        pytest.param("zero3_autocast", 2, 2, marks=pytest.mark.slow),
+        ("zero3_bf16_offload_optimizer", 2, 2),
+    ],
+)
 def test_it_goes_on_along_the_same_curve(name, processes, micro_batch, train, unbroken):
-    run = resumed(train, unbroken, "--deepspeed_config", f"ds_configs/{name}.json", processes=processes,
-                  options=[*STEPS, "engine.ema=0.9", f"data.samples_per_gpu={micro_batch}"])
+    run = resumed(
+        train,
+        unbroken,
+        "--deepspeed_config",
+        f"ds_configs/{name}.json",
+        processes=processes,
+        options=[*STEPS, "engine.ema=0.9", f"data.samples_per_gpu={micro_batch}"],
+    )
     expected = {step: loss for step, loss in unbroken.losses.items() if step > 5}
     assert run.losses == pytest.approx(expected, rel=1e-2)
-    rates = [{record["step"]: record["lr"] for record in each.records if "loss" in record} for each in (run, unbroken)]
+    rates = [
+        {record["step"]: record["lr"] for record in each.records if "loss" in record}
+        for each in (run, unbroken)
+    ]
     assert rates[0] == pytest.approx({step: rate for step, rate in rates[1].items() if step > 5})
     then, now = ZeroCheckpoint.open(unbroken.work_dir), ZeroCheckpoint.open(run.work_dir)
-    for what in ("fp32", "ema"):  # 5 steps of at most lr each, of which the signs of a few tiny gradients may differ
+    for what in (
+        "fp32",
+        "ema",
+    ):  # 5 steps of at most lr each, of which the signs of a few tiny gradients may differ
         for parameter in ("backbone.blocks.1.attn.qkv.weight", "decode_head.conv_seg.weight"):
             numel = then.shapes[parameter].numel()
-            difference = (then.read_slice(parameter, 0, numel, what) - now.read_slice(parameter, 0, numel, what)).abs()
+            difference = (
+                then.read_slice(parameter, 0, numel, what) - now.read_slice(parameter, 0, numel, what)
+            ).abs()
             assert float(difference.mean()) < 2e-4, (what, parameter)
 
 
@@ -57,34 +85,69 @@ def test_a_checkpoint_of_plain_deepspeed_goes_on_too(train, unbroken, tmp_path):
     assert run.losses == {step: loss for step, loss in unbroken.losses.items() if step > 5}
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    (["model.backbone.mlp_ratio=2"], ["does not fit the model", "mlp.fc1"]),
-    (["optimizer.paramwise_cfg.layer_decay_rate=0.5"], ["lr and weight decay", "--load-from"]),
-    (["model.backbone.freeze_vit=True"], ["trained backbone", "freezes it"]),
-])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["model.backbone.mlp_ratio=2"], ["does not fit the model", "mlp.fc1"]),
+        (["optimizer.paramwise_cfg.layer_decay_rate=0.5"], ["lr and weight decay", "--load-from"]),
+        (["model.backbone.freeze_vit=True"], ["trained backbone", "freezes it"]),
+    ],
+)
 def test_a_checkpoint_of_another_model_or_other_groups_is_refused(options, words, train, unbroken):
-    run = train("--resume", unbroken.work_dir, "--no-validate", options=[*STEPS, *options], processes=1, check=False)
-    assert run.returncode == 2 and "Traceback" not in run.output and all(word in run.output for word in words), run.output[-2000:]
+    run = train(
+        "--resume", unbroken.work_dir, "--no-validate", options=[*STEPS, *options], processes=1, check=False
+    )
+    assert (
+        run.returncode == 2 and "Traceback" not in run.output and all(word in run.output for word in words)
+    ), run.output[-2000:]
 
 
 def test_other_settings_are_told_and_other_classes_refused(unbroken, train, ade20k):
-    run = train("--resume", unbroken.work_dir, "--no-validate", "--dry-run", options=[*STEPS, "optimizer.betas=(0.9,0.95)", "runner.max_iters=12"], processes=1)
+    run = train(
+        "--resume",
+        unbroken.work_dir,
+        "--no-validate",
+        "--dry-run",
+        options=[*STEPS, "optimizer.betas=(0.9,0.95)", "runner.max_iters=12"],
+        processes=1,
+    )
     for line in ("optimizer.betas (0.9, 0.999) -> (0.9, 0.95)", "runner.max_iters 10 -> 12"):
         assert f"the checkpoint's run had another setting: {line}" in run.output, run.output[-2000:]
     settings = dict(option.split("=", 1) for option in [*SMALL, *STEPS])
-    experiment = read_experiment(ROOT / TINY, {key: ast.literal_eval(value) for key, value in settings.items()} | dict(
-        option.split("=", 1) for option in data_options(ade20k)))
+    experiment = read_experiment(
+        ROOT / TINY,
+        {key: ast.literal_eval(value) for key, value in settings.items()}
+        | dict(option.split("=", 1) for option in data_options(ade20k)),
+    )
     names = build_dataset(experiment.train).CLASSES
     experiment.train["classes"] = [names[1], names[0], *names[2:]]
     with pytest.raises(CheckpointError, match=f"class 0 was '{names[0]}' and is '{names[1]}'"):
-        check(experiment, ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0), validate=False, resume_from=unbroken.work_dir / "checkpoints" / "iter_5")
+        check(
+            experiment,
+            ROOT / "ds_configs/zero3_bf16.json",
+            World(0, 2, 0),
+            validate=False,
+            resume_from=unbroken.work_dir / "checkpoints" / "iter_5",
+        )
 
 
 def test_the_average_is_scored_and_consolidated(unbroken, launch, ade20k, tmp_path):
     launch("launch/consolidate.py", unbroken.work_dir, tmp_path / "ema.pth", "--ema", processes=1)
     scores = []
-    for number, arguments in enumerate(([unbroken.work_dir, "--ema"], [tmp_path / "ema.pth"], [unbroken.work_dir])):
+    for number, arguments in enumerate(
+        ([unbroken.work_dir, "--ema"], [tmp_path / "ema.pth"], [unbroken.work_dir])
+    ):
         out = tmp_path / str(number)
-        launch("launch/test.py", TINY, *arguments, "--out", out, "--cfg-options", *SMALL, *data_options(ade20k), processes=1)
+        launch(
+            "launch/test.py",
+            TINY,
+            *arguments,
+            "--out",
+            out,
+            "--cfg-options",
+            *SMALL,
+            *data_options(ade20k),
+            processes=1,
+        )
         scores.append(json.loads((out / "results.json").read_text()))
     assert scores[0] == scores[1] != scores[2]

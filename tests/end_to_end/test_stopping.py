@@ -22,7 +22,13 @@ from tests.end_to_end.test_lost_ranks import nothing_stays, running
 from tests.forks import script, start_ranks
 
 STEPS = 24
-OPTIONS = [f"runner.max_iters={STEPS}", f"checkpoint_config.interval={STEPS}", "data.workers_per_gpu=1", "data.samples_per_gpu=1", "engine.global_batch=2"]
+OPTIONS = [
+    f"runner.max_iters={STEPS}",
+    f"checkpoint_config.interval={STEPS}",
+    "data.workers_per_gpu=1",
+    "data.samples_per_gpu=1",
+    "engine.global_batch=2",
+]
 
 
 def interruptible(path: str, args: Sequence[str], stdout: Path, stderr: Path) -> None:
@@ -34,15 +40,28 @@ def interruptible(path: str, args: Sequence[str], stdout: Path, stderr: Path) ->
 class Run:
     """Two ranks of launch/train.py CONFIG --resume auto in one work directory, with a log file of both."""
 
-    def __init__(self, work_dir: Path, options: list[str], *, validate: bool = False, log: Path | None = None) -> None:
+    def __init__(
+        self, work_dir: Path, options: list[str], *, validate: bool = False, log: Path | None = None
+    ) -> None:
         self.log = log or work_dir.with_suffix(f".{time.monotonic_ns()}.log")
-        args = [TINY, "--work-dir", str(work_dir), "--resume", "auto", *["--no-validate"] * (not validate), "--cfg-options", *options]
+        args = [
+            TINY,
+            "--work-dir",
+            str(work_dir),
+            "--resume",
+            "auto",
+            *["--no-validate"] * (not validate),
+            "--cfg-options",
+            *options,
+        ]
         self.ranks = start_ranks(interruptible, 2, free_port(), "launch/train.py", args, self.log, self.log)
 
     def wait_for(self, text: str) -> None:
         deadline = time.monotonic() + 120
         while not self.log.exists() or text not in self.log.read_text():
-            assert time.monotonic() < deadline and all(rank.is_alive() for rank in self.ranks), self.log.read_text()[-3000:]
+            assert time.monotonic() < deadline and all(rank.is_alive() for rank in self.ranks), (
+                self.log.read_text()[-3000:]
+            )
             time.sleep(0.02)
 
     def codes(self, patience_s: float = 90) -> list[int]:
@@ -71,8 +90,12 @@ def undisturbed(options, tmp_path_factory) -> Path:
     return work_dir
 
 
-@pytest.mark.parametrize("signals", [5, pytest.param(10, marks=pytest.mark.slow)])  # the minutes of 10 are spent with the other long tests
-def test_a_run_disturbed_at_random_moments_ends_with_the_weights_of_an_undisturbed_one(signals, undisturbed, options, tmp_path):
+@pytest.mark.parametrize(
+    "signals", [5, pytest.param(10, marks=pytest.mark.slow)]
+)  # the minutes of 10 are spent with the other long tests
+def test_a_run_disturbed_at_random_moments_ends_with_the_weights_of_an_undisturbed_one(
+    signals, undisturbed, options, tmp_path
+):
     expected, chance, sent, finished, stopped = open_weights(undisturbed), random.Random(0), 0, 0, 0
     while sent < signals or not finished:
         work_dir = tmp_path / f"run{finished}"
@@ -87,7 +110,10 @@ def test_a_run_disturbed_at_random_moments_ends_with_the_weights_of_an_undisturb
             with suppress(ProcessLookupError):  # it has finished
                 os.kill(chance.choice(run.ranks).pid, number)
             codes = run.codes()
-            assert codes in ([STOPPED, STOPPED], [0, 0]) or (early and STOPPED in codes), (codes, run.log.read_text()[-3000:])
+            assert codes in ([STOPPED, STOPPED], [0, 0]) or (early and STOPPED in codes), (
+                codes,
+                run.log.read_text()[-3000:],
+            )
             stopped += codes == [STOPPED, STOPPED]
         else:
             assert run.codes() == [0, 0], run.log.read_text()[-3000:]
@@ -100,15 +126,25 @@ def test_a_run_disturbed_at_random_moments_ends_with_the_weights_of_an_undisturb
 
 def test_an_evaluation_is_left_and_made_up_for(options, ade20k, tmp_path):
     work_dir = tmp_path / "run"
-    options = [*options, "data.val.img_dir=images/training", "data.val.ann_dir=annotations/training", "model.test_cfg.stride=(14,14)",
-               "data.val.data_root=" + str(ade20k), "runner.max_iters=4", "checkpoint_config.interval=4", "evaluation.interval=2",
-               "engine.ema=0.9"]  # some seconds for each
+    options = [
+        *options,
+        "data.val.img_dir=images/training",
+        "data.val.ann_dir=annotations/training",
+        "model.test_cfg.stride=(14,14)",
+        "data.val.data_root=" + str(ade20k),
+        "runner.max_iters=4",
+        "checkpoint_config.interval=4",
+        "evaluation.interval=2",
+        "engine.ema=0.9",
+    ]  # some seconds for each
     stopped_in = set()
     for _ in range(8):
         run = Run(work_dir, options, validate=True)
         deadline = time.monotonic() + 90
         saves = set(work_dir.glob("checkpoints/iter_*[0-9]"))
-        while set(work_dir.glob("checkpoints/iter_*[0-9]")) == saves and all(rank.is_alive() for rank in run.ranks):
+        while set(work_dir.glob("checkpoints/iter_*[0-9]")) == saves and all(
+            rank.is_alive() for rank in run.ranks
+        ):
             assert time.monotonic() < deadline
             time.sleep(0.02)
         time.sleep(1)
@@ -136,7 +172,9 @@ def test_a_stop_file_stops_all_ranks_and_must_be_removed_to_go_on(options, tmp_p
     tag = (work_dir / "checkpoints" / "latest").read_text()
     assert "--resume auto: there is no checkpoint in" in run.log.read_text()
     assert f"--resume auto goes on from {tag}" in run.log.read_text() and tag != f"iter_{STEPS}"
-    refused = launch("launch/train.py", TINY, "--work-dir", work_dir, "--cfg-options", *options, processes=1, check=False)
+    refused = launch(
+        "launch/train.py", TINY, "--work-dir", work_dir, "--cfg-options", *options, processes=1, check=False
+    )
     assert refused.returncode == 2 and f"{work_dir / 'STOP'} is there" in refused.stderr
 
 
@@ -187,7 +225,9 @@ def test_ctrl_c_saves_though_nobody_reads_what_the_run_says(options, tmp_path):
         rank.join(60)
         rank.kill()
         rank.join()
-    assert (tmp_path / "run" / "checkpoints" / "latest").is_file() and "stopped at step" in (tmp_path / "run" / "train.log").read_text()
+    assert (tmp_path / "run" / "checkpoints" / "latest").is_file() and "stopped at step" in (
+        tmp_path / "run" / "train.log"
+    ).read_text()
     assert [rank.exitcode for rank in run.ranks] == [STOPPED, STOPPED]
 
 
@@ -198,7 +238,10 @@ def test_a_signal_to_one_rank_while_it_builds_ends_all_with_its_code(number, cod
     os.kill(run.ranks[1].pid, number)
     assert run.codes() == [code, code], run.log.read_text()[-3000:]
     said = run.log.read_text()
-    assert f"rank 1 (host {socket.gethostname()}, process {run.ranks[1].pid}) at step 0, building ended with {number.name}, before training began" in said
+    assert (
+        f"rank 1 (host {socket.gethostname()}, process {run.ranks[1].pid}) at step 0, building ended with {number.name}, before training began"
+        in said
+    )
     assert "Traceback" not in said
 
 
@@ -212,5 +255,9 @@ def test_ctrl_c_in_the_terminal_of_deepspeed_saves(ade20k, tmp_path):
             assert nothing_stays(tmp_path, within_s=40)
     finally:
         signal.signal(signal.SIGINT, before)
-    assert (tmp_path / "checkpoints" / "latest").is_file() and "stopped at step" in (tmp_path / "train.log").read_text()
-    assert "launch/train.py\", line" not in output, output[-3000:]  # no traceback of ours; deepspeed's own runner has one
+    assert (tmp_path / "checkpoints" / "latest").is_file() and "stopped at step" in (
+        tmp_path / "train.log"
+    ).read_text()
+    assert 'launch/train.py", line' not in output, output[
+        -3000:
+    ]  # no traceback of ours; deepspeed's own runner has one

@@ -14,9 +14,16 @@ from tests.conftest import ROOT, TINY
 def tiny():
     """The demo's segmentor at width 32, with weights of some size, so that predictions are not one class."""
     cfg = Config.fromfile(ROOT / TINY)
-    cfg.merge_from_dict({"model.backbone.embed_dim": 32, "model.backbone.num_heads": 2,
-                         "model.decode_head.in_channels": [32] * 4, "model.decode_head.channels": 16,
-                         "model.auxiliary_head.in_channels": 32, "model.auxiliary_head.channels": 16})
+    cfg.merge_from_dict(
+        {
+            "model.backbone.embed_dim": 32,
+            "model.backbone.num_heads": 2,
+            "model.decode_head.in_channels": [32] * 4,
+            "model.decode_head.channels": 16,
+            "model.auxiliary_head.in_channels": 32,
+            "model.auxiliary_head.channels": 16,
+        }
+    )
     torch.manual_seed(0)
     model = revert_sync_batchnorm(build_segmentor(cfg.model))
     for param in model.parameters():

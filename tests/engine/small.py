@@ -11,7 +11,13 @@ from tests.end_to_end.conftest import SMALL
 def small_experiment(root: Path, *options: str, after_normalize: str | None = None) -> Config:
     """root: of the data set. options: KEY=VALUE. after_normalize: a transform of the test's own that stands there in the training pipeline."""
     cfg = Config.fromfile(ROOT / TINY)
-    for option in (*SMALL, *data_options(root), "data.workers_per_gpu=0", "checkpoint_config.interval=0", *options):
+    for option in (
+        *SMALL,
+        *data_options(root),
+        "data.workers_per_gpu=0",
+        "checkpoint_config.interval=0",
+        *options,
+    ):
         key, value = option.split("=", 1)
         cfg.merge_from_dict({key: DictAction._parse_iterable(value)})
     if after_normalize is not None:

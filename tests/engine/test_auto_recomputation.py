@@ -19,8 +19,12 @@ from tests.conftest import ROOT, TINY, data_options
 from tests.distributed.ranks import spawn
 
 DS = ROOT / "ds_configs/zero1_bf16.json"
-LARGER = {"engine.global_batch": 8, "model.backbone.depth": 12, "model.backbone.out_indices": (2, 5, 8, 11),
-          "optimizer.paramwise_cfg": {"num_layers": 12, "layer_decay_rate": 0.9}}
+LARGER = {
+    "engine.global_batch": 8,
+    "model.backbone.depth": 12,
+    "model.backbone.out_indices": (2, 5, 8, 11),
+    "optimizer.paramwise_cfg": {"num_layers": 12, "layer_decay_rate": 0.9},
+}
 """Blocks that weigh more than the heads."""
 
 
@@ -32,8 +36,14 @@ def planner() -> Planner:
 def test_auto_recomputes_no_more_than_the_memory_asks_for(planner):
     ds, _ = planner.resolve(DS, 2)
     least_recomputation = partial(auto_recomputation.least_recomputation, on_gpu=False)
-    needs = {policy: planner.under(policy).footprint(ds, 2**40, validate=False, exact=False).peak for policy in FASTEST_FIRST}
-    assert needs["none"] > needs["all_but_matmuls"] > needs["blocks"] and needs["none"] > needs[2] > needs["blocks"]
+    needs = {
+        policy: planner.under(policy).footprint(ds, 2**40, validate=False, exact=False).peak
+        for policy in FASTEST_FIRST
+    }
+    assert (
+        needs["none"] > needs["all_but_matmuls"] > needs["blocks"]
+        and needs["none"] > needs[2] > needs["blocks"]
+    )
     assert least_recomputation(planner, ds, needs["none"]) == "none"
     assert least_recomputation(planner, ds, needs["none"] - 1) == "all_but_matmuls"
     assert least_recomputation(planner, ds, min(needs[2], needs["all_but_matmuls"]) - 1) == "blocks"
@@ -67,9 +77,13 @@ def ranks_agree_whatever_their_own_memory(root, work_dir) -> None:
     from internseg_ds import SegmentorEngine
     from internseg_ds.engine import auto_recomputation
 
-    auto_recomputation.free_memory = lambda *_: 2**40 if dist.get_rank() == 0 else 2**20  # hosts with GPUs of two kinds
+    auto_recomputation.free_memory = lambda *_: (
+        2**40 if dist.get_rank() == 0 else 2**20
+    )  # hosts with GPUs of two kinds
     options = dict(option.split("=") for option in data_options(root)) | LARGER | {"data.workers_per_gpu": 0}
-    with SegmentorEngine(read_experiment(ROOT / TINY, options), DS, work_dir=work_dir, validate=False) as engine:
+    with SegmentorEngine(
+        read_experiment(ROOT / TINY, options), DS, work_dir=work_dir, validate=False
+    ) as engine:
         backbone = engine.deepspeed.module.backbone
         assert dist.get_world_size() == 2 and backbone.with_cp and backbone.recomputation == "blocks"
 
@@ -83,7 +97,10 @@ def test_a_backbone_without_our_policies_is_left_to_its_with_cp(ade20k):
     options = dict(option.split("=") for option in data_options(ade20k))
     experiment = read_experiment(ROOT / TINY, options)
     experiment.model.backbone = {"type": "ResNetV1c", "depth": 18, "with_cp": True}
-    experiment.model.decode_head.in_channels, experiment.model.auxiliary_head.in_channels = [64, 128, 256, 512], 256
+    experiment.model.decode_head.in_channels, experiment.model.auxiliary_head.in_channels = (
+        [64, 128, 256, 512],
+        256,
+    )
     experiment.optimizer.pop("constructor"), experiment.optimizer.pop("paramwise_cfg")
     plan = check(experiment, DS, World(0, 2, 0), validate=False)
     planner = Planner(experiment, plan.meta_model, crop=plan.crop)
@@ -101,12 +118,18 @@ def a_run_ends_for_lack_of_memory(root, work_dir) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     options = dict(option.split("=") for option in data_options(root)) | LARGER | {"data.workers_per_gpu": 0}
-    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory") as caught, \
-            SegmentorEngine(read_experiment(ROOT / TINY, options), DS, work_dir=work_dir, validate=False) as engine:
+    with (
+        pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory") as caught,
+        SegmentorEngine(
+            read_experiment(ROOT / TINY, options), DS, work_dir=work_dir, validate=False
+        ) as engine,
+    ):
         engine.deepspeed.module.backbone.register_forward_pre_hook(no_room)
         engine.train()
     (note,) = caught.value.__notes__
-    assert "The plan had said " in note and "per process (forward and backward), with 'none' recomputed" in note
+    assert (
+        "The plan had said " in note and "per process (forward and backward), with 'none' recomputed" in note
+    )
     assert "engine.recomputation='all_but_matmuls' (" in note and "data.samples_per_gpu" in note
 
 

@@ -23,8 +23,14 @@ from tests.distributed.ranks import spawn
 def toy_engine():
     deepspeed.init_distributed(verbose=False)
     model = torch.nn.Linear(4, 3)
-    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}
-    engine = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters()), config=config)[0]
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 1},
+        "bf16": {"enabled": True},
+    }
+    engine = deepspeed.initialize(
+        model=model, optimizer=torch.optim.AdamW(model.parameters()), config=config
+    )[0]
     engine.checkpoint_engine = NotingCheckpointEngine(engine._config)
     return engine
 
@@ -52,7 +58,9 @@ def another_run_in_the_same_folder_removes_its_own_saves_alone(folder: Path) -> 
     for step in (1000, 2000, 3000):
         state.step = step
         checkpoints.save(engine, state, {})
-        assert find_checkpoint(folder) == checkpoint_to_resume("auto", folder.parent) == folder / f"iter_{step}"
+        assert (
+            find_checkpoint(folder) == checkpoint_to_resume("auto", folder.parent) == folder / f"iter_{step}"
+        )
     assert there(folder) == {"iter_2000", "iter_3000", "iter_4000"}
     checkpoints.save(engine, state, {})  # the same step again replaces it
     assert there(folder) == {"iter_2000", "iter_3000", "iter_4000"}
@@ -74,7 +82,10 @@ def what_latest_and_best_name_stays_whatever_the_order_says(folder: Path) -> Non
     for step in (10, 20):
         state.step = step
         checkpoints.save(engine, state, {})
-    future = read_manifest(folder / "iter_20") | {"format": 1, "number": 1000}  # of before there were checksums
+    future = read_manifest(folder / "iter_20") | {
+        "format": 1,
+        "number": 1000,
+    }  # of before there were checksums
     (folder / "iter_20" / MANIFEST).write_text(json.dumps(future))
     state.step = 30
     checkpoints.save(engine, state, {})
@@ -83,9 +94,20 @@ def what_latest_and_best_name_stays_whatever_the_order_says(folder: Path) -> Non
 
 def a_damaged_neighbour_costs_no_save(folder: Path) -> None:
     engine, checkpoints, state = toy_engine(), Checkpoints(folder, keep=2), TrainState()
-    notes = ("[]", "null", "{", "[" * 100_000, "{}", '{"step": "x"}', '{"step": 9, "number": []}', '{"step": 9, "metrics": {"mIoU": "high"}}',
-             '{"step": 9, "files": {"../outside": 1}}', '{"step": 9, "files": {"/outside": 1}}', '{"step": 9, "files": {"a": "b"}}',
-             '{"step": 9, "groups": [{"names": ["a"]}]}')
+    notes = (
+        "[]",
+        "null",
+        "{",
+        "[" * 100_000,
+        "{}",
+        '{"step": "x"}',
+        '{"step": 9, "number": []}',
+        '{"step": 9, "metrics": {"mIoU": "high"}}',
+        '{"step": 9, "files": {"../outside": 1}}',
+        '{"step": 9, "files": {"/outside": 1}}',
+        '{"step": 9, "files": {"a": "b"}}',
+        '{"step": 9, "groups": [{"names": ["a"]}]}',
+    )
     for number, note in enumerate(notes):
         (folder / f"iter_9{number}").mkdir(parents=True)
         (folder / f"iter_9{number}" / MANIFEST).write_text(note)
@@ -101,7 +123,11 @@ def a_damaged_neighbour_costs_no_save(folder: Path) -> None:
         state.step = step
         assert checkpoints.save(engine, state, {}) == folder / f"iter_{step}"
         assert checkpoint_to_resume("auto", folder.parent) == folder / f"iter_{step}"
-    assert {"iter_20", "iter_30"} < there(folder) and "iter_10" not in there(folder) and len(there(folder)) == len(notes) + 3
+    assert (
+        {"iter_20", "iter_30"} < there(folder)
+        and "iter_10" not in there(folder)
+        and len(there(folder)) == len(notes) + 3
+    )
     for pointed in [f"iter_9{number}" for number in range(len(notes))] + ["iter_89", "iter_8"]:
         (folder / "best").write_text(pointed)
         checkpoints.recall_best(state, "mIoU")
@@ -114,11 +140,16 @@ def a_damaged_neighbour_costs_no_save(folder: Path) -> None:
 
 def an_old_save_that_cannot_be_removed_costs_no_training(folder: Path) -> None:
     engine, checkpoints, state = toy_engine(), Checkpoints(folder, keep=1), TrainState()
-    with mock.patch("internseg_ds.checkpoints.saves.shutil.rmtree", side_effect=OSError(16, "Device or resource busy")):
+    with mock.patch(
+        "internseg_ds.checkpoints.saves.shutil.rmtree", side_effect=OSError(16, "Device or resource busy")
+    ):
         for step in (10, 20):
             state.step = step
             assert checkpoints.save(engine, state, {}) == folder / f"iter_{step}"
-    assert {path.name for path in complete_saves(folder)} == {"iter_20"} and there(folder) == {"iter_20", "iter_10.removed.partial"}
+    assert {path.name for path in complete_saves(folder)} == {"iter_20"} and there(folder) == {
+        "iter_20",
+        "iter_10.removed.partial",
+    }
     state.step = 30
     checkpoints.save(engine, state, {})
     assert there(folder) == {"iter_30"}
@@ -134,7 +165,9 @@ def auto_goes_on_from_the_one_before_a_damaged_newest(folder: Path) -> None:
     (folder / "iter_20" / MANIFEST).write_text("{")
     assert checkpoint_to_resume("auto", folder.parent) == folder / "iter_10"
     next((folder / "iter_10").glob("*optim_states.pt")).write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"iter_30.* is missing.*none of the 2 checkpoints in .* is whole"):
+    with pytest.raises(
+        CheckpointError, match=r"iter_30.* is missing.*none of the 2 checkpoints in .* is whole"
+    ):
         checkpoint_to_resume("auto", folder.parent)
 
 
@@ -159,7 +192,9 @@ def a_resumed_run_knows_the_best_score_so_far(folder: Path) -> None:
         checkpoints.score(state, {"mIoU": score}, "mIoU")
     late, early = TrainState(step=20), TrainState(step=5)
     checkpoints.recall_best(late, "mIoU")
-    checkpoints.recall_best(early, "mIoU")  # resumed from before the best: that score is of a future that will not be
+    checkpoints.recall_best(
+        early, "mIoU"
+    )  # resumed from before the best: that score is of a future that will not be
     assert (late.best, late.best_tag, early.best) == (0.9, "iter_10", None)
 
 
@@ -183,10 +218,15 @@ def test_the_newest_and_the_best_stay(tmp_path):
 
 
 def several(folder: Path) -> None:
-    for proof in (another_run_in_the_same_folder_removes_its_own_saves_alone, a_clock_that_goes_back_removes_no_new_save,
-                  what_latest_and_best_name_stays_whatever_the_order_says, a_damaged_neighbour_costs_no_save,
-                  an_old_save_that_cannot_be_removed_costs_no_training, auto_goes_on_from_the_one_before_a_damaged_newest,
-                  a_pointer_is_not_followed_out_of_its_folder):
+    for proof in (
+        another_run_in_the_same_folder_removes_its_own_saves_alone,
+        a_clock_that_goes_back_removes_no_new_save,
+        what_latest_and_best_name_stays_whatever_the_order_says,
+        a_damaged_neighbour_costs_no_save,
+        an_old_save_that_cannot_be_removed_costs_no_training,
+        auto_goes_on_from_the_one_before_a_damaged_newest,
+        a_pointer_is_not_followed_out_of_its_folder,
+    ):
         proof(folder / proof.__name__ / "checkpoints")
 
 
@@ -207,7 +247,11 @@ def the_pointer_is_lost(folder: Path) -> None:
     for step in (9, 10):
         state.step = step
         checkpoints.save(engine, state, {})
-    for damage in (lambda: (folder / "latest").write_text("iter_11"), lambda: (folder / "latest").write_text(""), lambda: (folder / "latest").unlink()):
+    for damage in (
+        lambda: (folder / "latest").write_text("iter_11"),
+        lambda: (folder / "latest").write_text(""),
+        lambda: (folder / "latest").unlink(),
+    ):
         damage()
         assert checkpoint_to_resume("auto", folder.parent) == folder / "iter_10"
 

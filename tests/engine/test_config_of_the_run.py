@@ -9,7 +9,14 @@ from tests.engine.small import small_experiment
 
 
 def the_same_run_twice(root: Path, work_dir: Path) -> None:
-    cfg = small_experiment(root, "runner.max_iters=1", "checkpoint_config.interval=1", "auto_resume=True", "seed=5", f"work_dir={work_dir}")
+    cfg = small_experiment(
+        root,
+        "runner.max_iters=1",
+        "checkpoint_config.interval=1",
+        "auto_resume=True",
+        "seed=5",
+        f"work_dir={work_dir}",
+    )
     for _ in range(2):
         with SegmentorEngine(cfg, ROOT / "ds_configs/zero3_bf16.json", validate=False) as engine:
             engine.train()

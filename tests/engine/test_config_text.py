@@ -47,7 +47,11 @@ def test_what_is_no_literal_is_written_as_code_or_named(tmp_path):
     (tmp_path / "odd.py").write_text(ODD)
     cfg = Config.fromfile(tmp_path / "odd.py")
     read = written(cfg, tmp_path / "config.py")
-    assert read.own.array.tolist() == [1.5, 2.0] and read.own.array.dtype == "float32" and read.own.known is cfg.own.known
+    assert (
+        read.own.array.tolist() == [1.5, 2.0]
+        and read.own.array.dtype == "float32"
+        and read.own.known is cfg.own.known
+    )
     for key in ("number", "infinite", "text", "nothing", "alone", "several", "none", "not a name", "class"):
         assert read.own[key] == cfg.own[key], key
     assert read.own.folder == "a/b" and read.data.train.palette.shape == (150, 3)
@@ -59,6 +63,13 @@ def test_what_is_no_literal_is_written_as_code_or_named(tmp_path):
 def test_many_classes_take_no_time():
     palette = [[number % 256, 7 * number % 256, 3] for number in range(1000)]
     began = time.perf_counter()
-    text = config_text({"data": {split: dict(palette=palette, classes=tuple(map(str, range(1000)))) for split in ("train", "val", "test")}})
+    text = config_text(
+        {
+            "data": {
+                split: dict(palette=palette, classes=tuple(map(str, range(1000))))
+                for split in ("train", "val", "test")
+            }
+        }
+    )
     assert time.perf_counter() - began < 0.5
     assert max(map(len, text.splitlines())) <= 140

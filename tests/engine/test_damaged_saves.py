@@ -41,7 +41,9 @@ def what_opening_sees_is_passed_over(folder: Path) -> None:
     damage(folder / "iter_30", "fp32")
     assert checkpoint_to_resume("auto", folder.parent).name == "iter_20"
     assert checkpoint_to_resume("auto", folder.parent, check=False).name == "iter_30"
-    with pytest.raises(DamagedError, match=r"iter_30.* is not what was written: the checksum of its bytes .* copy it again"):
+    with pytest.raises(
+        DamagedError, match=r"iter_30.* is not what was written: the checksum of its bytes .* copy it again"
+    ):
         ZeroCheckpoint(checkpoint_to_resume(folder / "iter_30", folder.parent))
     newest = agree_to_resume(folder / "iter_30", 1, check=False)
     assert one_before(newest, 1).path.name == "iter_20"
@@ -78,8 +80,12 @@ def test_what_is_damaged_on_one_host_is_taken_by_none(tmp_path):
     spawn(what_is_damaged_on_one_host_is_taken_by_none, 2, tmp_path)
 
 
-WIDE = ("model.backbone.embed_dim=256", "model.decode_head.in_channels=[256,256,256,256]", "model.auxiliary_head.in_channels=256",
-        "engine.ema=0.5")
+WIDE = (
+    "model.backbone.embed_dim=256",
+    "model.decode_head.in_channels=[256,256,256,256]",
+    "model.auxiliary_head.in_channels=256",
+    "engine.ema=0.5",
+)
 """A model of some million parameters: each rank has some MiB of each kind, of which opening a file reads the first and the last."""
 
 
@@ -87,11 +93,19 @@ def kept_values(save: Path) -> dict[str, torch.Tensor]:
     checkpoint, weights = ZeroCheckpoint(save), open_weights(save)
     return {name: weights.read(name) for name in weights.shapes} | {
         f"{what} {name}": checkpoint.read_slice(name, 0, checkpoint.shapes[name].numel(), what)
-        for name in checkpoint.trained for what in ("exp_avg", "exp_avg_sq", "ema")}
+        for name in checkpoint.trained
+        for what in ("exp_avg", "exp_avg_sq", "ema")
+    }
 
 
 def every_rank_takes_up_the_one_before(root: Path, work_dir: Path, stage: int, thorough: bool) -> None:
-    cfg = small_experiment(root, *WIDE, "runner.max_iters=2", "checkpoint_config.interval=1", "checkpoint_config.max_keep_ckpts=-1")
+    cfg = small_experiment(
+        root,
+        *WIDE,
+        "runner.max_iters=2",
+        "checkpoint_config.interval=1",
+        "checkpoint_config.max_keep_ckpts=-1",
+    )
     ds, main = ROOT / f"ds_configs/zero{stage}_bf16.json", dist.get_rank() == 0
 
     def resumed(config=cfg, resume="auto"):
@@ -101,25 +115,38 @@ def every_rank_takes_up_the_one_before(root: Path, work_dir: Path, stage: int, t
     with SegmentorEngine(cfg, ds, work_dir=work_dir, validate=False) as engine:
         engine.train()
     experiment = read_experiment(cfg)
-    unchecked = dataclasses.replace(experiment, engine=dataclasses.replace(experiment.engine, checksums=False))
+    unchecked = dataclasses.replace(
+        experiment, engine=dataclasses.replace(experiment.engine, checksums=False)
+    )
     newest, before = work_dir / "checkpoints" / "iter_2", kept_values(work_dir / "checkpoints" / "iter_1")
-    for what in ("exp_avg", "fp32") if thorough else ("exp_avg",):  # read after the engine is there, and before
+    for what in (
+        ("exp_avg", "fp32") if thorough else ("exp_avg",)
+    ):  # read after the engine is there, and before
         if main:
             damage(newest, what, rank=1)
         dist.barrier()
         assert checkpoint_to_resume("auto", work_dir) == newest  # this part of it is whole
         with resumed() as engine:
             assert engine.state.step == 1 and engine.checkpoints.newest == "iter_1"
-            assert Checkpoints(work_dir / "again", keep=-1).save(engine.deepspeed, engine.state, {}, (), engine.ema)
+            assert Checkpoints(work_dir / "again", keep=-1).save(
+                engine.deepspeed, engine.state, {}, (), engine.ema
+            )
         found = kept_values(work_dir / "again" / "iter_1")
         assert found.keys() == before.keys()
         assert [name for name, value in found.items() if not torch.equal(value, before[name])] == []
         dist.barrier()
-        lines = [line for line in (work_dir / "train.log").read_text().splitlines() if "rank_1" in line and "is not what was written" in line]
+        lines = [
+            line
+            for line in (work_dir / "train.log").read_text().splitlines()
+            if "rank_1" in line and "is not what was written" in line
+        ]
         assert lines and all("iter_1, the one before it" in line for line in lines)
         if not thorough:
             return
-        with pytest.raises(DamagedError, match=r"rank_1.* is not what was written: the checksum of its bytes .* copy it again"):
+        with pytest.raises(
+            DamagedError,
+            match=r"rank_1.* is not what was written: the checksum of its bytes .* copy it again",
+        ):
             resumed(resume=newest)
         with resumed(unchecked) as engine:
             assert engine.state.step == 2
@@ -129,6 +156,9 @@ def every_rank_takes_up_the_one_before(root: Path, work_dir: Path, stage: int, t
         resumed()
 
 
-@pytest.mark.parametrize(("stage", "thorough"), [(3, False), *(pytest.param(stage, True, marks=pytest.mark.slow) for stage in (1, 2, 3))])
+@pytest.mark.parametrize(
+    ("stage", "thorough"),
+    [(3, False), *(pytest.param(stage, True, marks=pytest.mark.slow) for stage in (1, 2, 3))],
+)
 def test_every_rank_takes_up_the_one_before(stage, thorough, ade20k, tmp_path):
     spawn(every_rank_takes_up_the_one_before, 2, ade20k, tmp_path / "run", stage, thorough)

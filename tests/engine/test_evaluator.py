@@ -38,14 +38,22 @@ def validation(root):
 
 def test_counts_are_those_of_mmseg():
     random = np.random.default_rng(0)
-    labels, truth = random.integers(0, 9, (50, 40)), random.choice([0, 1, 2, 3, 5, 8, 12, 200, 255], (50, 40)).astype(np.uint8)  # 12, 200: no classes
+    labels, truth = (
+        random.integers(0, 9, (50, 40)),
+        random.choice([0, 1, 2, 3, 5, 8, 12, 200, 255], (50, 40)).astype(np.uint8),
+    )  # 12, 200: no classes
     expected = torch.stack(intersect_and_union(labels, truth.copy(), 9, 255))
     confusion = count(torch.from_numpy(labels), torch.from_numpy(truth), 9, 255)
     assert torch.equal(areas(confusion), expected.double())
     assert confusion.sum() == (truth != 255).sum()
-    assert confusion[5, 2] == ((truth == 5) & (labels == 2)).sum() and confusion[9, 4] == (((truth == 12) | (truth == 200)) & (labels == 4)).sum()
-    present = (expected[1] > 0)
-    assert image_score(confusion) == pytest.approx((expected[0][present] / expected[1][present]).mean().item())
+    assert (
+        confusion[5, 2] == ((truth == 5) & (labels == 2)).sum()
+        and confusion[9, 4] == (((truth == 12) | (truth == 200)) & (labels == 4)).sum()
+    )
+    present = expected[1] > 0
+    assert image_score(confusion) == pytest.approx(
+        (expected[0][present] / expected[1][present]).mean().item()
+    )
 
 
 def test_scores_are_those_of_mmsegs_test_loop(tiny, ade20k):
@@ -55,12 +63,18 @@ def test_scores_are_those_of_mmsegs_test_loop(tiny, ade20k):
 
     dataset, theirs = validation(ade20k), build_dataset(validation_entry(ade20k), dict(test_mode=True))
     loader = build_dataloader(theirs, 1, 0, dist=False, shuffle=False, persistent_workers=False)
-    expected = theirs.evaluate(single_gpu_test(MMDataParallel(tiny, device_ids=[-1]), loader, pre_eval=True),
-                                metric=["mIoU", "mDice", "mFscore"], logger="silent")
-    found = evaluate(Forwards(tiny), dataset, world=World(), workers=0, metrics=["mIoU", "mDice", "mFscore"], verbose=False)
+    expected = theirs.evaluate(
+        single_gpu_test(MMDataParallel(tiny, device_ids=[-1]), loader, pre_eval=True),
+        metric=["mIoU", "mDice", "mFscore"],
+        logger="silent",
+    )
+    found = evaluate(
+        Forwards(tiny), dataset, world=World(), workers=0, metrics=["mIoU", "mDice", "mFscore"], verbose=False
+    )
     assert found.images == 7 and not found.faults
-    assert found.metrics == pytest.approx({name: float(value) for name, value in expected.items() if not np.isnan(value)},
-                                          abs=1e-6)  # theirs are rounded in fp32
+    assert found.metrics == pytest.approx(
+        {name: float(value) for name, value in expected.items() if not np.isnan(value)}, abs=1e-6
+    )  # theirs are rounded in fp32
     assert {"mIoU", "mDice", "mFscore", "aAcc", "mAcc"} <= set(found.metrics)
 
 
@@ -68,7 +82,9 @@ def test_scores_are_those_of_mmsegs_test_loop(tiny, ade20k):
 def damaged(ade20k, tmp_path):
     """Image 1 is empty, the label map of image 2 is half as wide as its image."""
     shutil.copytree(ade20k, tmp_path / "ade")
-    images, labels = (sorted((tmp_path / "ade" / kind / "validation").iterdir()) for kind in ("images", "annotations"))
+    images, labels = (
+        sorted((tmp_path / "ade" / kind / "validation").iterdir()) for kind in ("images", "annotations")
+    )
     images[1].write_bytes(b"")
     cv2.imwrite(str(labels[2]), cv2.imread(str(labels[2]), cv2.IMREAD_UNCHANGED)[:, ::2])
     return tmp_path / "ade", images
@@ -109,7 +125,9 @@ def test_a_report_holds_the_scores_and_the_best_and_worst_images(tiny, ade20k, t
             scores[index] = score
 
     extremes = Extremes(dataset, 2)
-    found = evaluate(Forwards(tiny), dataset, world=World(), workers=0, verbose=False, watchers=[extremes, Noting()])
+    found = evaluate(
+        Forwards(tiny), dataset, world=World(), workers=0, verbose=False, watchers=[extremes, Noting()]
+    )
     for _ in range(2):  # a second report replaces the first
         write_report(found, dataset.CLASSES, tmp_path)
         extremes.write(tmp_path, World())
@@ -119,7 +137,9 @@ def test_a_report_holds_the_scores_and_the_best_and_worst_images(tiny, ade20k, t
     assert results["classes"][name]["IoU"] == found.metrics[f"IoU.{name}"]
     rows = list(csv.DictReader((tmp_path / "per_class.csv").open()))
     assert [row["class"] for row in rows] == list(dataset.CLASSES)
-    assert float(next(row for row in rows if row["class"] == name)["IoU"]) == pytest.approx(found.metrics[f"IoU.{name}"], abs=1e-4)
+    assert float(next(row for row in rows if row["class"] == name)["IoU"]) == pytest.approx(
+        found.metrics[f"IoU.{name}"], abs=1e-4
+    )
     assert sum(int(row["predicted_pixels"]) for row in rows) == found.confusion.sum()
     assert cv2.imread(str(tmp_path / "confusion.png")).shape[0] > 300
     ranked = sorted(scores, key=scores.get)
@@ -139,7 +159,10 @@ def test_labels_that_are_no_class_count_as_wrong_and_are_told(tiny, ade20k, tmp_
     changed[:5] = 200
     cv2.imwrite(str(labels), changed)
     found = evaluate(Forwards(tiny), validation(tmp_path / "ade"), world=World(), workers=0, verbose=False)
-    assert found.confusion[-1].sum() == 5 * changed.shape[1] and f"{5 * changed.shape[1]} labelled pixels are of no class" in caplog.text
+    assert (
+        found.confusion[-1].sum() == 5 * changed.shape[1]
+        and f"{5 * changed.shape[1]} labelled pixels are of no class" in caplog.text
+    )
 
 
 def test_images_without_any_label_have_no_score(tiny, ade20k, tmp_path):
@@ -148,7 +171,14 @@ def test_images_without_any_label_have_no_score(tiny, ade20k, tmp_path):
     for file in files[1:]:
         cv2.imwrite(str(file), np.zeros_like(cv2.imread(str(file), cv2.IMREAD_UNCHANGED)))
     extremes = Extremes(validation(tmp_path / "ade"), 3)
-    evaluate(Forwards(tiny), validation(tmp_path / "ade"), world=World(), workers=0, verbose=False, watchers=[extremes])
+    evaluate(
+        Forwards(tiny),
+        validation(tmp_path / "ade"),
+        world=World(),
+        workers=0,
+        verbose=False,
+        watchers=[extremes],
+    )
     extremes.write(tmp_path, World())
     assert len(list((tmp_path / "worst").iterdir())) == 1
     cv2.imwrite(str(files[0]), np.zeros_like(cv2.imread(str(files[0]), cv2.IMREAD_UNCHANGED)))
@@ -160,11 +190,27 @@ def test_a_pipeline_without_augmentation_and_a_choice_of_classes_work(tiny, ade2
     cfg = Config.fromfile(ROOT / TINY)
     entry = cfg.data.val
     entry.data_root = str(ade20k)
-    expected = evaluate(Forwards(tiny), build_datasets(entry, "data.val", [entry], test_mode=True), world=World(), workers=0, verbose=False)
-    flat = [entry.pipeline[0], dict(entry.pipeline[1].transforms[0], img_scale=entry.pipeline[1].img_scale), *entry.pipeline[1].transforms[1:]]
+    expected = evaluate(
+        Forwards(tiny),
+        build_datasets(entry, "data.val", [entry], test_mode=True),
+        world=World(),
+        workers=0,
+        verbose=False,
+    )
+    flat = [
+        entry.pipeline[0],
+        dict(entry.pipeline[1].transforms[0], img_scale=entry.pipeline[1].img_scale),
+        *entry.pipeline[1].transforms[1:],
+    ]
     flat[3] = dict(type="RandomFlip", prob=0.0)
     plain = Config(dict(entry, pipeline=flat))._cfg_dict
-    found = evaluate(Forwards(tiny), build_datasets(plain, "data.val", [plain], test_mode=True), world=World(), workers=0, verbose=False)
+    found = evaluate(
+        Forwards(tiny),
+        build_datasets(plain, "data.val", [plain], test_mode=True),
+        world=World(),
+        workers=0,
+        verbose=False,
+    )
     assert torch.equal(found.confusion, expected.confusion)
     chosen = Config(dict(entry, classes=["sky", "tree", "grass"]))._cfg_dict
     dataset = build_datasets(chosen, "data.val", [chosen], test_mode=True)
@@ -179,7 +225,10 @@ def test_pictures_of_absolute_names_stay_in_their_folder(ade20k, tmp_path):
     for index in range(3):
         shower.see(index, np.zeros(ground_truth(dataset, index).shape, np.int64), 0.5)
     written = sorted((tmp_path / "shown").iterdir())
-    assert len(written) == 2 and all(path.name.endswith(f"images_validation_ADE_val_{number:08d}.png") for number, path in enumerate(written, 1))
+    assert len(written) == 2 and all(
+        path.name.endswith(f"images_validation_ADE_val_{number:08d}.png")
+        for number, path in enumerate(written, 1)
+    )
 
 
 def test_images_that_are_segmented_at_a_smaller_size_are_told(tmp_path, caplog):
@@ -189,22 +238,37 @@ def test_images_that_are_segmented_at_a_smaller_size_are_told(tmp_path, caplog):
 
     caplog.set_level(logging.INFO)
     shrunk = Shrunk([tmp_path / name for name in ("a.jpg", "b.jpg", "c.jpg")])
-    seen = list(shrunk.noting([image(0, 100, 200, (100, 200)), image(1, 2000, 3000, (504, 756)), image(2, 100, 200, (50, 100), (100, 200))]))
+    seen = list(
+        shrunk.noting(
+            [
+                image(0, 100, 200, (100, 200)),
+                image(1, 2000, 3000, (504, 756)),
+                image(2, 100, 200, (50, 100), (100, 200)),
+            ]
+        )
+    )
     shrunk.tell()
     assert [index for index, _ in seen] == [0, 1, 2]
     (said,) = caplog.messages
-    assert said.startswith("1 of 3 images are segmented at a smaller size") and "b.jpg of 2000 x 3000 pixels as 504 x 756" in said
+    assert (
+        said.startswith("1 of 3 images are segmented at a smaller size")
+        and "b.jpg of 2000 x 3000 pixels as 504 x 756" in said
+    )
 
 
 def test_outputs_beyond_the_classes_count_as_wrong_as_in_mmseg():
     random = np.random.default_rng(0)
     labels, truth = random.integers(0, 12, (50, 40)), random.integers(0, 9, (50, 40)).astype(np.uint8)
     confusion = count(torch.from_numpy(labels), torch.from_numpy(truth), 9, 255)
-    assert torch.equal(areas(confusion), torch.stack(intersect_and_union(labels, truth.copy(), 9, 255)).double())
+    assert torch.equal(
+        areas(confusion), torch.stack(intersect_and_union(labels, truth.copy(), 9, 255)).double()
+    )
     assert confusion[:, -1].sum() == (labels >= 9).sum() > 0 and confusion.sum() == truth.size
 
 
-def test_a_model_with_more_outputs_than_the_data_set_has_classes_is_scored_and_told(tiny, ade20k, tmp_path, caplog):
+def test_a_model_with_more_outputs_than_the_data_set_has_classes_is_scored_and_told(
+    tiny, ade20k, tmp_path, caplog
+):
     entry = validation_entry(ade20k)
     entry.classes = ["wall", "building", "sky"]  # the first three of the model's 150 outputs
     dataset = build_datasets(entry, "data.val", [entry], test_mode=True)
@@ -212,21 +276,31 @@ def test_a_model_with_more_outputs_than_the_data_set_has_classes_is_scored_and_t
     found = evaluate(Forwards(tiny), dataset, world=World(), workers=0, verbose=False)
     write_report(found, dataset.CLASSES, tmp_path)
     beyond = json.loads((tmp_path / "results.json").read_text())["predictions_of_no_class"]
-    assert beyond == found.confusion[:, -1].sum() > 0 and f"{beyond} pixels got an output of the model that is no class" in caplog.text
+    assert (
+        beyond == found.confusion[:, -1].sum() > 0
+        and f"{beyond} pixels got an output of the model that is no class" in caplog.text
+    )
 
 
 def test_joined_data_sets_are_scored_each_and_together(tiny, ade20k):
     entry = validation_entry(ade20k)
     whole = validation(ade20k)
     names = [info["filename"] for info in whole.img_infos]
-    alone = [evaluate(Forwards(tiny), some_of(entry, names[part]), world=World(), workers=0, verbose=False) for part in (slice(3), slice(3, 7))]
+    alone = [
+        evaluate(Forwards(tiny), some_of(entry, names[part]), world=World(), workers=0, verbose=False)
+        for part in (slice(3), slice(3, 7))
+    ]
     joined = ConcatDataset([some_of(entry, names[part]) for part in (slice(3), slice(3, 7))])
     found = evaluate_each(Forwards(tiny), joined, world=World(), workers=0, verbose=False)
     together = evaluate(Forwards(tiny), whole, world=World(), workers=0, verbose=False)
     assert found.images == 7 and torch.equal(found.confusion, together.confusion)
     assert {name: value for name, value in found.metrics.items() if name[0] not in "01"} == together.metrics
     for number, each in enumerate(alone):
-        assert {name.removeprefix(f"{number}_"): value for name, value in found.metrics.items() if name.startswith(f"{number}_")} == each.metrics
+        assert {
+            name.removeprefix(f"{number}_"): value
+            for name, value in found.metrics.items()
+            if name.startswith(f"{number}_")
+        } == each.metrics
 
 
 def some_of(entry, names):

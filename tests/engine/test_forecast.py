@@ -31,8 +31,15 @@ def plan(planner: Planner, name: str, device_bytes: float = 2**35, host_bytes: f
 def test_the_peak_is_that_of_the_fullest_phase_and_decides_what_fits(planner):
     found = plan(planner, "zero1_bf16")
     peak = found.footprint.peak
-    assert peak == max(sum(part.device for part in found.footprint.parts if phase in part.phases) for phase in ("train", "update", "evaluate"))
-    assert found.fits and replace(found, device_bytes=found.footprint.needed).fits and found.footprint.needed == peak + int(MARGIN * 2**35)
+    assert peak == max(
+        sum(part.device for part in found.footprint.parts if phase in part.phases)
+        for phase in ("train", "update", "evaluate")
+    )
+    assert (
+        found.fits
+        and replace(found, device_bytes=found.footprint.needed).fits
+        and found.footprint.needed == peak + int(MARGIN * 2**35)
+    )
     short = replace(found, device_bytes=found.footprint.needed - 1)
     assert not short.fits and "does not fit" in verdict(short)
     hosted = plan(planner, "zero3_bf16_offload_all", host_bytes=1.0)
@@ -43,19 +50,32 @@ def test_the_peak_is_that_of_the_fullest_phase_and_decides_what_fits(planner):
 def test_an_evaluation_copies_the_weights_where_there_is_room(planner):
     def parts(device_bytes: float, **options) -> dict[str, int]:
         chosen = Planner(read_experiment(ROOT / TINY, {"engine.global_batch": 32, **options}))
-        return {part.name: part.device for part in plan(chosen, "zero3_bf16", device_bytes).footprint.parts if part.name.startswith("evaluation")}
+        return {
+            part.name: part.device
+            for part in plan(chosen, "zero3_bf16", device_bytes).footprint.parts
+            if part.name.startswith("evaluation")
+        }
 
     total = 2 * sum(param.numel() for param in planner.model.parameters())
     roomy, tight = parts(2**35), parts(2**31 + 8 * MIB)
     assert roomy["evaluation: a whole copy of the weights"] == total
     assert "evaluation: a whole copy of the weights" not in tight
     assert roomy["evaluation: 8 windows"] > tight["evaluation: 1 window"]
-    assert parts(2**31 + 8 * MIB, **{"engine.evaluation_weights": "whole"})["evaluation: a whole copy of the weights"] == total
+    assert (
+        parts(2**31 + 8 * MIB, **{"engine.evaluation_weights": "whole"})[
+            "evaluation: a whole copy of the weights"
+        ]
+        == total
+    )
 
 
 def test_windows_of_an_evaluation_are_halved_until_they_fit(planner):
     def windows(device_bytes: float) -> str:
-        return next(part.name for part in plan(planner, "zero1_bf16", device_bytes).footprint.parts if "window" in part.name)
+        return next(
+            part.name
+            for part in plan(planner, "zero1_bf16", device_bytes).footprint.parts
+            if "window" in part.name
+        )
 
     needed = plan(planner, "zero1_bf16").footprint.device("evaluate")
     assert windows(2**35) == "evaluation: 8 windows"
@@ -64,8 +84,10 @@ def test_windows_of_an_evaluation_are_halved_until_they_fit(planner):
 
 
 def test_the_moving_average_and_the_background_save_are_parts():
-    plain, more = (Planner(read_experiment(ROOT / TINY, {"engine.global_batch": 32, **options}))
-                   for options in ({}, {"engine.ema": 0.9, "engine.background_save": True}))
+    plain, more = (
+        Planner(read_experiment(ROOT / TINY, {"engine.global_batch": 32, **options}))
+        for options in ({}, {"engine.ema": 0.9, "engine.background_save": True})
+    )
     trained = sum(plain.setting_sizes)
     plain, more = (plan(each, "zero3_bf16").footprint for each in (plain, more))
     assert more.device("update") - plain.device("update") == 4 * (trained // 8)
@@ -80,9 +102,20 @@ def test_the_conclusion_names_what_fits_and_the_fastest(planner):
     assert steps[conclusion(found).split("Fastest: ")[1].split(",")[0]] <= 1.01 * min(steps.values())
     small = max(plan.footprint.peak for plan in found.values()) - 1
     fewer = compare(planner, paths, EIGHT, Assumptions(), small, None)
-    assert "These fit" in conclusion(fewer) and len([path for path in paths if path.stem in conclusion(fewer)]) < len(paths)
-    assert "None of these ds_configs fits" in conclusion(compare(planner, paths, EIGHT, Assumptions(), 1.0, None))
-    alone = compare(planner, [OURS / "zero3_bf16_hpz.json"], Cluster(DEVICES["H100"], 1, 2, 50.0), Assumptions(), 2**35, None)
+    assert "These fit" in conclusion(fewer) and len(
+        [path for path in paths if path.stem in conclusion(fewer)]
+    ) < len(paths)
+    assert "None of these ds_configs fits" in conclusion(
+        compare(planner, paths, EIGHT, Assumptions(), 1.0, None)
+    )
+    alone = compare(
+        planner,
+        [OURS / "zero3_bf16_hpz.json"],
+        Cluster(DEVICES["H100"], 1, 2, 50.0),
+        Assumptions(),
+        2**35,
+        None,
+    )
     assert list(map(type, alone.values())) == [str]
 
 
@@ -100,7 +133,9 @@ def test_a_run_that_will_not_fit_is_warned_with_figures_and_a_mend(monkeypatch, 
     assert "it needs " in said and "there are 3.5" in said and "the largest part is" in said
     assert "ds_configs/zero3_bf16" in said and "would need" in said
     assert "none of the ds_configs beside it would fit" in warning(monkeypatch, 0.5 * 2**30)
-    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]  # a test before may have left the level lower
+    assert not [
+        record for record in caplog.records if record.levelno >= logging.WARNING
+    ]  # a test before may have left the level lower
 
 
 def test_a_model_that_is_small_beside_the_memory_is_not_looked_at(monkeypatch):

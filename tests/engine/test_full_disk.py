@@ -45,7 +45,11 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
     def mount(*, size: str = "4m", inodes: int = 1000) -> Path:
         place = tmp_path / f"disk{len(mounted)}"
         place.mkdir()
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size},nr_inodes={inodes}", "tmpfs", place], capture_output=True, text=True)
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size},nr_inodes={inodes}", "tmpfs", place],
+            capture_output=True,
+            text=True,
+        )
         if done.returncode:
             pytest.skip(f"a small file system cannot be mounted here: {done.stderr.strip()}")
         mounted.append(place)
@@ -71,22 +75,34 @@ def leave(disk: Path, *, free_bytes: int | None = None, free_inodes: int | None 
 def toy_engine(background: bool):
     deepspeed.init_distributed(verbose=False)
     model = torch.nn.Linear(SIZE // 64, 64, bias=False)
-    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}
-    engine = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters()), config=config)[0]
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 1},
+        "bf16": {"enabled": True},
+    }
+    engine = deepspeed.initialize(
+        model=model, optimizer=torch.optim.AdamW(model.parameters()), config=config
+    )[0]
     note_failed_writes(engine, background=background)
     return engine
 
 
 def saves_while_the_disk_fills(disk: Path, background: bool, fills: list[dict[str, int]]) -> None:
     """The look for room beforehand says that there is plenty, as it does where the disk fills after it."""
-    engine, checkpoints, is_main = toy_engine(background), Checkpoints(disk / "checkpoints", keep=1), dist.get_rank() == 0
+    engine, checkpoints, is_main = (
+        toy_engine(background),
+        Checkpoints(disk / "checkpoints", keep=1),
+        dist.get_rank() == 0,
+    )
     (master,) = engine.optimizer.single_partition_of_fp32_groups
     steps = iter(range(1, 1000))
 
     def save() -> tuple[int, Path | None]:
         step = next(steps)
         master.data.fill_(step)
-        with mock.patch("internseg_ds.engine.checkpointing.shutil.disk_usage", lambda _: SimpleNamespace(free=2**40)):
+        with mock.patch(
+            "internseg_ds.engine.checkpointing.shutil.disk_usage", lambda _: SimpleNamespace(free=2**40)
+        ):
             path = checkpoints.save(engine, TrainState(step=step), {})
             checkpoints.finish()
         return step, path
@@ -103,7 +119,10 @@ def saves_while_the_disk_fills(disk: Path, background: bool, fills: list[dict[st
             assert not list(checkpoints.folder.glob("*.partial"))
         dist.barrier()
         newest = complete_saves(checkpoints.folder)[-1]
-        assert newest.name == checkpoints.newest and newest.name in (f"iter_{saved}", f"iter_{step}"), (fill, newest)
+        assert newest.name == checkpoints.newest and newest.name in (f"iter_{saved}", f"iter_{step}"), (
+            fill,
+            newest,
+        )
         lost += newest.name == f"iter_{saved}"
         saved = int(newest.name.removeprefix("iter_"))
         assert torch.equal(ZeroCheckpoint(newest).read("weight"), torch.full((64, SIZE // 64), float(saved)))
@@ -115,12 +134,18 @@ def saves_while_the_disk_fills(disk: Path, background: bool, fills: list[dict[st
 
 @pytest.mark.parametrize("background", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_disk_that_fills_during_a_save_costs_the_save_alone(background, small_disk):
-    fills = [{"free_bytes": pages * 4096} for pages in (0, 1, 2, 5, 8, 11, 13, 15, 17, 19, 21)] + [{"free_inodes": number} for number in range(8)]
+    fills = [{"free_bytes": pages * 4096} for pages in (0, 1, 2, 5, 8, 11, 13, 15, 17, 19, 21)] + [
+        {"free_inodes": number} for number in range(8)
+    ]
     spawn(saves_while_the_disk_fills, 2, small_disk(), background, fills)
 
 
 def saves_beside_what_is_busy_and_where_nothing_can_be_written(disk: Path) -> None:
-    engine, checkpoints, folder = toy_engine(False), Checkpoints(disk / "checkpoints", keep=1), disk / "checkpoints"
+    engine, checkpoints, folder = (
+        toy_engine(False),
+        Checkpoints(disk / "checkpoints", keep=1),
+        disk / "checkpoints",
+    )
 
     def mount(*words: object) -> None:
         if dist.get_rank() == 0:
@@ -134,7 +159,9 @@ def saves_beside_what_is_busy_and_where_nothing_can_be_written(disk: Path) -> No
         return path is not None and complete_saves(folder)[-1] == path
 
     assert saved(1)
-    mount("--bind", folder / "iter_1", folder / "iter_1")  # a mount point is busy: it can neither be renamed nor removed
+    mount(
+        "--bind", folder / "iter_1", folder / "iter_1"
+    )  # a mount point is busy: it can neither be renamed nor removed
     assert saved(2) and saved(3)
     assert {path.name for path in complete_saves(folder)} == {"iter_1", "iter_3"}
     assert not saved(1)  # it cannot take that name
@@ -161,7 +188,9 @@ def test_records_catch_up_when_there_is_room_again(small_disk):
 
     disk, log = small_disk(), logging.getLogger("internseg_ds.engine")
     start_logging(disk, level="INFO", is_main=True)
-    with open_trackers(disk, [{"type": "TensorboardLoggerHook"}], max_steps=9, start=0, config={}, is_main=True) as trackers:
+    with open_trackers(
+        disk, [{"type": "TensorboardLoggerHook"}], max_steps=9, start=0, config={}, is_main=True
+    ) as trackers:
         for step in range(1, 10):
             if step == 3:
                 leave(disk, free_bytes=0)
@@ -170,24 +199,43 @@ def test_records_catch_up_when_there_is_room_again(small_disk):
             log.info("step %d of the log, %s", step, "and more " * 200)
             record(trackers, step, {"loss": float(step), **{f"IoU.{name}": 0.5 for name in range(150)}})
     start_logging(None, level="INFO", is_main=True)
-    assert [json.loads(line)["loss"] for line in (disk / "metrics.jsonl").read_text().splitlines()] == list(range(1, 10))
+    assert [json.loads(line)["loss"] for line in (disk / "metrics.jsonl").read_text().splitlines()] == list(
+        range(1, 10)
+    )
     lines = (disk / "train.log").read_text().splitlines()
-    assert [step for line in lines for step in range(1, 10) if f" step {step} of the log, and more " in line] == list(range(1, 10))
+    assert [
+        step for line in lines for step in range(1, 10) if f" step {step} of the log, and more " in line
+    ] == list(range(1, 10))
     assert sum("lines wait in memory" in line for line in lines) == 2  # once for each file
     events = EventAccumulator(str(disk / "tensorboard"))
     events.Reload()
-    assert {event.step: event.value for event in events.Scalars("loss")} == {step: float(step) for step in range(1, 10)}
+    assert {event.step: event.value for event in events.Scalars("loss")} == {
+        step: float(step) for step in range(1, 10)
+    }
 
 
 def test_a_full_disk_at_the_start_or_at_a_resume_is_one_sentence(small_disk, launch, ade20k):
     disk = small_disk(size="16m")
     options = [*SMALL, *data_options(ade20k), "runner.max_iters=1", "checkpoint_config.interval=1"]
-    command = ("launch/train.py", TINY, "--work-dir", disk / "run", "--no-validate", "--cfg-options", *options)
+    command = (
+        "launch/train.py",
+        TINY,
+        "--work-dir",
+        disk / "run",
+        "--no-validate",
+        "--cfg-options",
+        *options,
+    )
 
     def refused(*more: str) -> bool:
         done = launch(*command[:4], *more, *command[4:], check=False)
         said = [line for line in done.stderr.splitlines() if "error: " in line]
-        return done.returncode == 2 and len(said) == 1 and " cannot be written" in said[0] and "make room" in said[0]
+        return (
+            done.returncode == 2
+            and len(said) == 1
+            and " cannot be written" in said[0]
+            and "make room" in said[0]
+        )
 
     leave(disk, free_bytes=0)
     assert refused()
@@ -219,10 +267,21 @@ class FillDiskInStep:
 @pytest.mark.parametrize("for_good", [False, True])
 def test_a_training_goes_on_while_its_disk_is_full(for_good, small_disk, ade20k):
     disk = small_disk(size="16m")
-    cfg = small_experiment(ade20k, "runner.max_iters=6", "checkpoint_config.interval=2", "checkpoint_config.max_keep_ckpts=1", "evaluation.interval=2")
+    cfg = small_experiment(
+        ade20k,
+        "runner.max_iters=6",
+        "checkpoint_config.interval=2",
+        "checkpoint_config.max_keep_ckpts=1",
+        "evaluation.interval=2",
+    )
     cfg.data.train.pipeline.insert(-2, dict(type="FillDiskInStep", disk=str(disk), for_good=for_good))
-    unsaved = pytest.raises(CheckpointError, match=r"its last step, 6, could not be saved .*make room in .* --resume auto")
-    with unsaved if for_good else nullcontext(), SegmentorEngine(cfg, ROOT / "ds_configs/zero1_bf16.json", work_dir=disk / "run") as engine:
+    unsaved = pytest.raises(
+        CheckpointError, match=r"its last step, 6, could not be saved .*make room in .* --resume auto"
+    )
+    with (
+        unsaved if for_good else nullcontext(),
+        SegmentorEngine(cfg, ROOT / "ds_configs/zero1_bf16.json", work_dir=disk / "run") as engine,
+    ):
         engine.train()
         assert engine.checkpoints.newest == "iter_6"
     if for_good:

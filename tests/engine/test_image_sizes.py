@@ -10,14 +10,21 @@ from tests.conftest import ROOT, TINY
 def test_a_crop_size_over_a_base_is_a_warning(tmp_path):
     (tmp_path / "larger.py").write_text(f"_base_ = {str(ROOT / TINY)!r}\ncrop_size = (224, 224)\n")
     (said,) = read_experiment(tmp_path / "larger.py").warnings
-    assert "crop_size = (224, 224)" in said and "no step of data.train.pipeline has (there are (112, 112))" in said
+    assert (
+        "crop_size = (224, 224)" in said
+        and "no step of data.train.pipeline has (there are (112, 112))" in said
+    )
 
 
 def test_sizes_that_agree_are_one_line():
     experiment = read_experiment(ROOT / TINY)
     assert experiment.warnings == ()
     line, warnings = size_lines(experiment, (112, 112))
-    assert line == "training images of 112 x 112, tested on windows of 112 x 112, stride 70 x 70, img_size of the backbone 112 x 112" and not warnings
+    assert (
+        line
+        == "training images of 112 x 112, tested on windows of 112 x 112, stride 70 x 70, img_size of the backbone 112 x 112"
+        and not warnings
+    )
 
 
 def test_a_test_window_of_another_size_than_the_crop_is_a_warning():

@@ -35,13 +35,17 @@ def a_loss_that_is_not_finite_is_left_out_of_the_means() -> None:
     assert math.isnan(losses[0]) and losses[1] == 1.0
 
 
-@pytest.mark.parametrize("what", [means_over_micro_batches_steps_and_ranks, a_loss_that_is_not_finite_is_left_out_of_the_means])
+@pytest.mark.parametrize(
+    "what", [means_over_micro_batches_steps_and_ranks, a_loss_that_is_not_finite_is_left_out_of_the_means]
+)
 def test_an_interval_of_two_ranks(what):
     spawn(what, 2)
 
 
 def test_a_loss_that_stands_out_is_a_spike_and_noise_is_none(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("internseg_ds"), "propagate", True)  # a run before may have switched it off
+    monkeypatch.setattr(
+        logging.getLogger("internseg_ds"), "propagate", True
+    )  # a run before may have switched it off
     caplog.set_level(logging.INFO, "internseg_ds")
     spikes, noise = Spikes(), torch.randn(300, generator=torch.Generator().manual_seed(0)) * 0.1
     falling = [float(5 * 0.99**step + 1 + noise[step]) for step in range(300)]

@@ -29,10 +29,17 @@ def world(ranks_per_host: int = 1) -> World:
 def who_looks_after_which_folder(place: Path) -> None:
     rank = dist.get_rank()
     assert leaders(place / "shared", world(), node_local=False, ds_config="ds.json") == [0, 0, 0]
-    assert leaders(place / "shared", world(), node_local=True, ds_config="ds.json") == [0, 0, 0]  # allowed, but not so
+    assert leaders(place / "shared", world(), node_local=True, ds_config="ds.json") == [
+        0,
+        0,
+        0,
+    ]  # allowed, but not so
     assert leaders(place / f"host{rank // 2}", world(2), node_local=True, ds_config="ds.json") == [0, 0, 2]
-    with pytest.raises(ConfigError, match=r"every host must see the same folder; put it on a shared file system "
-                                          r'.*"use_node_local_storage": true.* into ds\.json'):
+    with pytest.raises(
+        ConfigError,
+        match=r"every host must see the same folder; put it on a shared file system "
+        r'.*"use_node_local_storage": true.* into ds\.json',
+    ):
         leaders(place / f"host{rank // 2}", world(2), node_local=False, ds_config="ds.json")
     dist.barrier()
     assert not list(place.glob("*/.*"))  # no marks are left
@@ -46,15 +53,24 @@ def engine_of_a_host() -> deepspeed.DeepSpeedEngine:
     os.environ["LOCAL_RANK"] = "0"
     deepspeed.init_distributed(verbose=False)
     model = torch.nn.Linear(4, 3)
-    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}, "bf16": {"enabled": True}, "checkpoint": {"use_node_local_storage": True}}
-    engine = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters()), config=config)[0]
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 1},
+        "bf16": {"enabled": True},
+        "checkpoint": {"use_node_local_storage": True},
+    }
+    engine = deepspeed.initialize(
+        model=model, optimizer=torch.optim.AdamW(model.parameters()), config=config
+    )[0]
     engine.checkpoint_engine = NotingCheckpointEngine(engine._config)
     return engine
 
 
 def checkpoints_of(place: Path, keep: int = -1) -> tuple[Checkpoints, Path]:
     mine = place / f"host{dist.get_rank()}"
-    return Checkpoints(mine / "checkpoints", keep, leaders(mine, world(), node_local=True, ds_config="")), mine
+    return Checkpoints(
+        mine / "checkpoints", keep, leaders(mine, world(), node_local=True, ds_config="")
+    ), mine
 
 
 def every_host_saves_marks_and_retains(place: Path) -> None:
@@ -64,10 +80,16 @@ def every_host_saves_marks_and_retains(place: Path) -> None:
         checkpoints.save(engine, state, {"CLASSES": ["sky"]})
         checkpoints.score(state, {"mIoU": score}, "mIoU")
     assert there(mine / "checkpoints") == {"iter_20", "iter_30"}
-    assert ((mine / "checkpoints" / "latest").read_text(), (mine / "checkpoints" / "best").read_text()) == ("iter_30", "iter_20")
+    assert ((mine / "checkpoints" / "latest").read_text(), (mine / "checkpoints" / "best").read_text()) == (
+        "iter_30",
+        "iter_20",
+    )
     manifest = read_manifest(mine / "checkpoints" / "iter_30")
-    assert manifest["node_local"] and any(f"rank_{dist.get_rank()}_" in name for name in manifest["files"]) \
+    assert (
+        manifest["node_local"]
+        and any(f"rank_{dist.get_rank()}_" in name for name in manifest["files"])
         and not any(f"rank_{1 - dist.get_rank()}_" in name for name in manifest["files"])
+    )
     assert agree_to_resume(checkpoint_to_resume("auto", mine), 1).path == mine / "checkpoints" / "iter_30"
 
 
@@ -90,7 +112,10 @@ def hosts_whose_newest_differ_agree(place: Path) -> None:
         agree_to_resume(found, 1)
     if dist.get_rank() == 1:
         shutil.rmtree(mine / "checkpoints")
-    with pytest.raises(CheckpointError, match=r"hosts have different checkpoints to go on from \(\S+ iter_30, \S+ none\) and none that all have"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"hosts have different checkpoints to go on from \(\S+ iter_30, \S+ none\) and none that all have",
+    ):
         agree_to_resume(checkpoint_to_resume("auto", mine), 1)
 
 
@@ -114,12 +139,19 @@ def a_save_that_fails_on_one_host_is_on_none(place: Path) -> None:
         writer = engine.checkpoint_engine
         writer._write = lambda state, path: setattr(writer, "failure", OSError("no room"))
     assert checkpoints.save(engine, TrainState(step=20), {}) is None
-    assert there(mine / "checkpoints") == {"iter_10"} and (mine / "checkpoints" / "latest").read_text() == "iter_10"
+    assert (
+        there(mine / "checkpoints") == {"iter_10"}
+        and (mine / "checkpoints" / "latest").read_text() == "iter_10"
+    )
 
 
 def with_a_folder_on_each_host(place: Path) -> None:
-    for proof in (every_host_saves_marks_and_retains, hosts_whose_newest_differ_agree, the_same_step_of_another_save_is_not_the_same,
-                  a_save_that_fails_on_one_host_is_on_none):
+    for proof in (
+        every_host_saves_marks_and_retains,
+        hosts_whose_newest_differ_agree,
+        the_same_step_of_another_save_is_not_the_same,
+        a_save_that_fails_on_one_host_is_on_none,
+    ):
         proof(place / proof.__name__)
 
 

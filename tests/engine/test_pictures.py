@@ -16,7 +16,9 @@ def test_an_overlay_tints_each_class_with_its_colour_and_leaves_ignored_pixels_a
 
 def test_a_panorama_does_not_make_a_picture_without_end():
     image = np.zeros((10, 22000, 3), np.uint8)
-    height, width, _ = side_by_side(image, [("prediction", np.zeros((10, 22000), int))], CLASSES, PALETTE).shape
+    height, width, _ = side_by_side(
+        image, [("prediction", np.zeros((10, 22000), int))], CLASSES, PALETTE
+    ).shape
     assert width < 4000 and height < 200
 
 
@@ -29,8 +31,15 @@ def test_the_legend_grows_with_the_classes_that_appear():
 
 
 def test_the_three_hundredth_class_has_its_colour_and_its_name():
-    names, colours = [f"class {index}" for index in range(400)], [[index % 256, index // 256, 9] for index in range(400)]
+    names, colours = (
+        [f"class {index}" for index in range(400)],
+        [[index % 256, index // 256, 9] for index in range(400)],
+    )
     labels = np.full((50, 70), 300)
-    assert overlay(np.zeros((50, 70, 3), np.uint8), labels, colours, opacity=1.0)[0, 0].tolist() == [9, 1, 44]  # 300 = 256 + 44
+    assert overlay(np.zeros((50, 70, 3), np.uint8), labels, colours, opacity=1.0)[0, 0].tolist() == [
+        9,
+        1,
+        44,
+    ]  # 300 = 256 + 44
     picture = side_by_side(np.zeros((50, 70, 3), np.uint8), [("prediction", labels)], names, colours)
     assert (picture == [9, 1, 44]).all(-1).any()

@@ -26,15 +26,23 @@ SIZE = 2**18
 
 def toy_engine(background: bool = False):
     model = torch.nn.Linear(SIZE // 64, 64, bias=False)
-    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}
-    engine = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters()), config=config)[0]
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 1},
+        "bf16": {"enabled": True},
+    }
+    engine = deepspeed.initialize(
+        model=model, optimizer=torch.optim.AdamW(model.parameters()), config=config
+    )[0]
     engine.checkpoint_engine = NotingCheckpointEngine(engine._config, background=background)
     return engine
 
 
 def saves_for_ever(rank: int, port: int, folder: Path, first: int, background: bool) -> None:
     """Weights of step n are all n; saves one step after the other until somebody kills it."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     deepspeed.init_distributed(verbose=False)
@@ -47,20 +55,27 @@ def saves_for_ever(rank: int, port: int, folder: Path, first: int, background: b
         checkpoints.save(engine, TrainState(step=step, images=8 * step), {"CLASSES": ["sky"]})
 
 
-@pytest.mark.parametrize(("background", "tries"), [
-    (False, 4), (True, 3), pytest.param(False, 12, marks=pytest.mark.slow)])  # the seconds of 12 are spent with the other long tests
+@pytest.mark.parametrize(
+    ("background", "tries"), [(False, 4), (True, 3), pytest.param(False, 12, marks=pytest.mark.slow)]
+)  # the seconds of 12 are spent with the other long tests
 def test_a_save_killed_at_any_moment_leaves_the_previous_one_usable(background, tries, tmp_path):
     folder, newest, chance = tmp_path / "checkpoints", 0, random.Random(0)
     forked = multiprocessing.get_context("fork")
     for _ in range(tries):
         port = free_port()
-        ranks = [forked.Process(target=saves_for_ever, args=(rank, port, folder, newest, background)) for rank in range(2)]
+        ranks = [
+            forked.Process(target=saves_for_ever, args=(rank, port, folder, newest, background))
+            for rank in range(2)
+        ]
         for process in ranks:
             process.start()
         deadline = time.monotonic() + 120
         # while DeepSpeed's extension is loaded, a kill would leave torch's lock behind, for which all later tests would wait;
         # and before the first save there is nothing to keep
-        while not all((tmp_path / f"ready_{port}_{rank}").exists() for rank in range(2)) or not (folder / "latest").exists():
+        while (
+            not all((tmp_path / f"ready_{port}_{rank}").exists() for rank in range(2))
+            or not (folder / "latest").exists()
+        ):
             assert time.monotonic() < deadline and all(process.is_alive() for process in ranks)
             time.sleep(0.01)
         time.sleep(chance.uniform(0.2, 1.5))
@@ -86,9 +101,13 @@ def a_save_without_room_does_not_end_the_training(folder: Path) -> None:
     assert checkpoints.save(engine, TrainState(step=2), {}) is None
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     dist.barrier()  # rank 0 clears away
-    assert [path.name for path in folder.iterdir() if path.is_dir()] == ["iter_1"] and (folder / "latest").read_text() == "iter_1"
+    assert [path.name for path in folder.iterdir() if path.is_dir()] == ["iter_1"] and (
+        folder / "latest"
+    ).read_text() == "iter_1"
     dist.barrier()
-    assert checkpoints.score(TrainState(step=2), {"mIoU": 1.0}, "mIoU") is False  # what was not saved cannot be the best
+    assert (
+        checkpoints.score(TrainState(step=2), {"mIoU": 1.0}, "mIoU") is False
+    )  # what was not saved cannot be the best
     assert checkpoints.save(engine, TrainState(step=3), {}) == folder / "iter_3"
 
 
@@ -105,7 +124,9 @@ def a_save_in_the_background_holds_the_moment_of_the_call(folder: Path) -> None:
         checkpoints.finish(wait=False)
     dist.barrier()
     for step in (1, 2):
-        assert torch.equal(ZeroCheckpoint(folder / f"iter_{step}").read("weight"), torch.full((64, SIZE // 64), float(step)))
+        assert torch.equal(
+            ZeroCheckpoint(folder / f"iter_{step}").read("weight"), torch.full((64, SIZE // 64), float(step))
+        )
 
 
 def test_a_save_in_the_background_holds_the_moment_of_the_call(tmp_path):

@@ -26,14 +26,21 @@ def with_test_cfg(model, **changes):
 
 
 def meta(size, original=None, shown=None, flip=None):
-    return {"ori_shape": (*(original or size), 3), "img_shape": (*(shown or size), 3), "pad_shape": (*size, 3),
-            "flip": flip is not None, "flip_direction": flip}
+    return {
+        "ori_shape": (*(original or size), 3),
+        "img_shape": (*(shown or size), 3),
+        "pad_shape": (*size, 3),
+        "flip": flip is not None,
+        "flip_direction": flip,
+    }
 
 
 def image(size, seed, **about):
     """An augmentation as the test pipeline yields it: smooth blobs, so that neighbouring pixels agree on a class."""
     generator = torch.Generator().manual_seed(seed)
-    pixels = torch.nn.functional.interpolate(2 * torch.randn(1, 3, 12, 12, generator=generator), size=size, mode="bicubic")
+    pixels = torch.nn.functional.interpolate(
+        2 * torch.randn(1, 3, 12, 12, generator=generator), size=size, mode="bicubic"
+    )
     return pixels, [meta(size, **about)]
 
 
@@ -41,16 +48,26 @@ def inputs(*views):
     return {"img": [pixels for pixels, _ in views], "img_metas": [metas for _, metas in views]}
 
 
-STREAM = [inputs(image(size, seed, original=(size[0] // 2 + seed, size[1] + 3 * seed), shown=(size[0] - seed, size[1]))) for seed, size in enumerate(SIZES)]
+STREAM = [
+    inputs(
+        image(size, seed, original=(size[0] // 2 + seed, size[1] + 3 * seed), shown=(size[0] - seed, size[1]))
+    )
+    for seed, size in enumerate(SIZES)
+]
 
 
 def ours(model, stream):
-    return {segmented.key: segmented.labels for segmented in Segmenter(Forwards(model)).segment(enumerate(stream))}
+    return {
+        segmented.key: segmented.labels for segmented in Segmenter(Forwards(model)).segment(enumerate(stream))
+    }
 
 
 def theirs(model, stream):
     with torch.no_grad():
-        return {key: torch.from_numpy(model(return_loss=False, rescale=True, **given)[0]) for key, given in enumerate(stream)}
+        return {
+            key: torch.from_numpy(model(return_loss=False, rescale=True, **given)[0])
+            for key, given in enumerate(stream)
+        }
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +79,13 @@ def of_mmseg(tiny):
 def equal(found, expected):
     assert set(found) == set(expected)
     for key in expected:
-        assert found[key].shape == expected[key].shape and torch.equal(found[key], expected[key]), (key, (found[key] != expected[key]).sum())
-    assert len(torch.cat([labels.flatten() for labels in expected.values()]).unique()) > 5  # the model does tell classes apart
+        assert found[key].shape == expected[key].shape and torch.equal(found[key], expected[key]), (
+            key,
+            (found[key] != expected[key]).sum(),
+        )
+    assert (
+        len(torch.cat([labels.flatten() for labels in expected.values()]).unique()) > 5
+    )  # the model does tell classes apart
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 64])
@@ -73,7 +95,9 @@ def test_labels_are_those_of_mmseg(tiny, mode, batch_size, of_mmseg):
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 2**20])
-def test_labels_do_not_depend_on_how_many_classes_are_resized_at_a_time(tiny, chunk_bytes, monkeypatch, of_mmseg):
+def test_labels_do_not_depend_on_how_many_classes_are_resized_at_a_time(
+    tiny, chunk_bytes, monkeypatch, of_mmseg
+):
     monkeypatch.setattr(segmenting, "CHUNK_BYTES", chunk_bytes)
     equal(ours(with_test_cfg(tiny), STREAM), of_mmseg("slide"))
 
@@ -81,25 +105,47 @@ def test_labels_do_not_depend_on_how_many_classes_are_resized_at_a_time(tiny, ch
 @pytest.mark.parametrize("mode", ["slide", "whole"])
 def test_several_scales_and_flips_are_averaged_as_mmseg_averages_them(tiny, mode, monkeypatch):
     model = with_test_cfg(tiny, mode=mode)
-    stream = [inputs(*(image(size, 7 * seed + index, original=(150, 170 + seed), flip=flip)
-                       for index, (size, flip) in enumerate(itertools.product([(112, 126), (168, 182)], [None, "horizontal", "vertical"]))))
-              for seed in range(2)]
+    stream = [
+        inputs(
+            *(
+                image(size, 7 * seed + index, original=(150, 170 + seed), flip=flip)
+                for index, (size, flip) in enumerate(
+                    itertools.product([(112, 126), (168, 182)], [None, "horizontal", "vertical"])
+                )
+            )
+        )
+        for seed in range(2)
+    ]
     expected = theirs(model, stream)
     equal(ours(model, stream), expected)
-    monkeypatch.setattr(segmenting, "CHUNK_BYTES", 2**18)  # some classes at a time, where the softmax is rounded otherwise
+    monkeypatch.setattr(
+        segmenting, "CHUNK_BYTES", 2**18
+    )  # some classes at a time, where the softmax is rounded otherwise
     for key, labels in ours(model, stream).items():
         with torch.no_grad():
-            mean = sum(model.inference(pixels, metas, True) for pixels, metas in zip(stream[key]["img"], stream[key]["img_metas"]))[0] / 6
+            mean = (
+                sum(
+                    model.inference(pixels, metas, True)
+                    for pixels, metas in zip(stream[key]["img"], stream[key]["img_metas"])
+                )[0]
+                / 6
+            )
         assert (mean.gather(0, labels[None])[0] >= mean.amax(0) - 1e-6).all()
 
 
-@pytest.mark.parametrize(("direction", "dims"), [("horizontal", (2,)), ("vertical", (1,)), ("diagonal", (1, 2))])
+@pytest.mark.parametrize(
+    ("direction", "dims"), [("horizontal", (2,)), ("vertical", (1,)), ("diagonal", (1, 2))]
+)
 def test_predictions_are_flipped_back_as_mmcv_flipped_the_image(direction, dims):
     turned = mmcv.imflip(np.arange(12.0, dtype=np.float32).reshape(3, 4), direction)
-    view = segmenting.View(torch.zeros(3, 3, 4), meta((3, 4), flip=direction), [segmenting.Window(0, 3, 0, 4)])
+    view = segmenting.View(
+        torch.zeros(3, 3, 4), meta((3, 4), flip=direction), [segmenting.Window(0, 3, 0, 4)]
+    )
     view.add(view.windows[0], torch.from_numpy(turned.copy())[None])
-    (_, back), = view.resized(align_corners=False)
-    assert torch.equal(back[0], torch.arange(12.0).view(3, 4)) and torch.equal(back, torch.from_numpy(turned.copy())[None].flip(dims))
+    ((_, back),) = view.resized(align_corners=False)
+    assert torch.equal(back[0], torch.arange(12.0).view(3, 4)) and torch.equal(
+        back, torch.from_numpy(turned.copy())[None].flip(dims)
+    )
 
 
 def test_in_bf16_labels_differ_from_mmsegs_only_where_two_classes_are_level(tiny):
@@ -119,7 +165,9 @@ def test_logits_are_those_of_mmseg(tiny):
     model = with_test_cfg(tiny)
     for segmented in Segmenter(Forwards(model), logits=True).segment(enumerate(STREAM)):
         with torch.no_grad():
-            expected = model.slide_inference(STREAM[segmented.key]["img"][0], STREAM[segmented.key]["img_metas"][0], True)[0]
+            expected = model.slide_inference(
+                STREAM[segmented.key]["img"][0], STREAM[segmented.key]["img_metas"][0], True
+            )[0]
         torch.testing.assert_close(segmented.logits, expected, rtol=1e-5, atol=1e-4)
         assert torch.equal(segmented.logits.argmax(0), segmented.labels)
 
@@ -162,15 +210,27 @@ def test_the_logits_of_one_augmentation_are_held_at_a_time(tiny, mode):
 
     class Watched(Forwards):
         def __call__(self, images, metas):
-            things = [item for item in gc.get_objects() if type(item) in (segmenting.View, segmenting.Pending)]
+            things = [
+                item for item in gc.get_objects() if type(item) in (segmenting.View, segmenting.Pending)
+            ]
             assert sum(isinstance(item, segmenting.View) and item.logits is not None for item in things) <= 1
-            assert sum(isinstance(item, segmenting.Pending) and item.total is not None for item in things) <= 2
+            assert (
+                sum(isinstance(item, segmenting.Pending) and item.total is not None for item in things) <= 2
+            )
             return super().__call__(images, metas)
 
     gc.collect()
     model = with_test_cfg(tiny, mode=mode, batch_size=4)
-    stream = [inputs(*(image((side, side + 14 * seed), seed, original=(90, 100), flip=flip)
-                       for side in (70, 112, 168) for flip in (None, "horizontal"))) for seed in range(5)]
+    stream = [
+        inputs(
+            *(
+                image((side, side + 14 * seed), seed, original=(90, 100), flip=flip)
+                for side in (70, 112, 168)
+                for flip in (None, "horizontal")
+            )
+        )
+        for seed in range(5)
+    ]
     found = [segmented.key for segmented in Segmenter(Watched(model)).segment(enumerate(stream))]
     assert found == [0, 1, 2, 3, 4]
 
@@ -184,7 +244,10 @@ def test_a_device_without_room_gets_smaller_batches(tiny, of_mmseg):
 
     model = with_test_cfg(tiny, batch_size=7)
     segmenter = Segmenter(Small(model))
-    equal({segmented.key: segmented.labels for segmented in segmenter.segment(enumerate(STREAM))}, of_mmseg("slide"))
+    equal(
+        {segmented.key: segmented.labels for segmented in segmenter.segment(enumerate(STREAM))},
+        of_mmseg("slide"),
+    )
     assert segmenter.batch_size == 1
 
 
@@ -192,7 +255,12 @@ def test_one_channel_for_two_classes_is_a_threshold(tiny):
     model = copy.deepcopy(with_test_cfg(tiny))  # a shallow copy shares its children with the others
     head = model.decode_head
     torch.manual_seed(1)
-    head.conv_seg, head.out_channels, head.threshold, model.out_channels = torch.nn.Conv2d(head.channels, 1, 1), 1, 0.45, 1
+    head.conv_seg, head.out_channels, head.threshold, model.out_channels = (
+        torch.nn.Conv2d(head.channels, 1, 1),
+        1,
+        0.45,
+        1,
+    )
     found = ours(model, STREAM)
     for key, expected in theirs(model, STREAM).items():
         assert torch.equal(found[key], expected.long())
@@ -201,10 +269,13 @@ def test_one_channel_for_two_classes_is_a_threshold(tiny):
     assert 0.05 < np.mean([labels.float().mean() for labels in found.values()]) < 0.95
 
 
-@pytest.mark.parametrize(("size", "crop", "stride", "expected"), [
-    ((10, 10), (10, 10), (5, 5), [(0, 10, 0, 10)]),
-    ((8, 14), (10, 10), (6, 6), [(0, 8, 0, 10), (0, 8, 4, 14)]),
-    ((10, 17), (10, 10), (5, 5), [(0, 10, 0, 10), (0, 10, 5, 15), (0, 10, 7, 17)]),
-])
+@pytest.mark.parametrize(
+    ("size", "crop", "stride", "expected"),
+    [
+        ((10, 10), (10, 10), (5, 5), [(0, 10, 0, 10)]),
+        ((8, 14), (10, 10), (6, 6), [(0, 8, 0, 10), (0, 8, 4, 14)]),
+        ((10, 17), (10, 10), (5, 5), [(0, 10, 0, 10), (0, 10, 5, 15), (0, 10, 7, 17)]),
+    ],
+)
 def test_windows_are_where_they_should_be(size, crop, stride, expected):
     assert [tuple(window) for window in windows(*size, crop, stride)] == expected

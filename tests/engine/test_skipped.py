@@ -55,17 +55,30 @@ def one_bad_image(root: Path, work_dir: Path, ds_config: str) -> None:
             notes = [json.loads(line) for line in (work_dir / "skipped_steps.jsonl").read_text().splitlines()]
             assert len(notes) == skipped
             for note in notes:
-                bad = [micro_batch for rank in note["ranks"] for micro_batch in rank if micro_batch["loss"] == "nan"]  # of both ranks, through batch norm
-                assert any("ADE_train_00000007" in image for micro_batch in bad for image in micro_batch["images"])
+                bad = [
+                    micro_batch
+                    for rank in note["ranks"]
+                    for micro_batch in rank
+                    if micro_batch["loss"] == "nan"
+                ]  # of both ranks, through batch norm
+                assert any(
+                    "ADE_train_00000007" in image for micro_batch in bad for image in micro_batch["images"]
+                )
             records = [json.loads(line) for line in (work_dir / "metrics.jsonl").read_text().splitlines()]
             assert records[-1]["skipped_steps"] == skipped
-            assert [record["step"] for record in records if record["loss"] is None] == [note["step"] for note in notes]
+            assert [record["step"] for record in records if record["loss"] is None] == [
+                note["step"] for note in notes
+            ]
 
 
 def nothing_but_bad_images(root: Path, work_dir: Path) -> None:
     cfg = small_experiment(root, "runner.max_iters=2", after_normalize="SpoilAllImages")
-    with SegmentorEngine(cfg, ROOT / "ds_configs/zero1_bf16.json", work_dir=work_dir, validate=False) as engine, \
-            pytest.raises(Diverged, match=r"all 2 steps of this training were skipped"):
+    with (
+        SegmentorEngine(
+            cfg, ROOT / "ds_configs/zero1_bf16.json", work_dir=work_dir, validate=False
+        ) as engine,
+        pytest.raises(Diverged, match=r"all 2 steps of this training were skipped"),
+    ):
         engine.train()
     assert not list(work_dir.glob("checkpoints/*"))  # or a run that goes on from there would be done
 

@@ -30,7 +30,9 @@ def names(small):
 @pytest.fixture(scope="module")
 def weights(small, names, tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "whole.pth"
-    state = {name: torch.zeros(value.shape) for name, value in build_on_meta(small.model).state_dict().items()}
+    state = {
+        name: torch.zeros(value.shape) for name, value in build_on_meta(small.model).state_dict().items()
+    }
     torch.save({"meta": {"CLASSES": tuple(names)}, "state_dict": state}, path)
     return path
 
@@ -38,7 +40,9 @@ def weights(small, names, tmp_path_factory):
 def warnings_of(small, weights, classes, may_differ=()):
     train = ConfigDict(copy.deepcopy(small.train), classes=list(classes))
     changed = replace(small, train=train, engine=replace(small.engine, weights_may_differ=may_differ))
-    plan = check(changed, ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0), validate=False, load_from=weights)
+    plan = check(
+        changed, ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0), validate=False, load_from=weights
+    )
     return [said for said in plan.warnings if "classes" in said and str(weights) in said]
 
 
@@ -55,7 +59,12 @@ def test_the_same_classes_in_another_order_are_refused_unless_the_scores_may_dif
 
 
 def test_other_names_for_some_classes_are_a_line(small, weights, names):
-    other = replace(small, train=ConfigDict(small.train, type="CustomDataset", img_suffix=".jpg", seg_map_suffix=".png"))
+    other = replace(
+        small, train=ConfigDict(small.train, type="CustomDataset", img_suffix=".jpg", seg_map_suffix=".png")
+    )
     (said,) = warnings_of(other, weights, ["a wall", *names[1:]])
-    assert f"whole.pth and data.train call 1 classes differently, and their numbers are taken to mean the same: 0: {names[0]} and a wall" in said
+    assert (
+        f"whole.pth and data.train call 1 classes differently, and their numbers are taken to mean the same: 0: {names[0]} and a wall"
+        in said
+    )
     assert warnings_of(other, weights, names) == []

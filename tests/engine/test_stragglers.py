@@ -32,14 +32,19 @@ class SleepOnRankOne:
 
 def the_log_names_the_rank_whose_data_come_late(root: Path, work_dir: Path) -> None:
     cfg = small_experiment(root, "runner.max_iters=4", after_normalize="SleepOnRankOne")
-    with SegmentorEngine(cfg, ROOT / "ds_configs/zero3_bf16.json", work_dir=work_dir, validate=False) as engine:
+    with SegmentorEngine(
+        cfg, ROOT / "ds_configs/zero3_bf16.json", work_dir=work_dir, validate=False
+    ) as engine:
         engine.train()
     if dist.get_rank() == 0:
         records = [json.loads(line) for line in (work_dir / "metrics.jsonl").read_text().splitlines()]
         assert min(record["waits_for_slowest"] for record in records[1:]) > 0.2
         log = (work_dir / "train.log").read_text()
-        assert re.search(r"straggler: rank 1 \(host \S+\) waits [1-9]\.\d\d s a step for data where the median rank waits 0\.\d\d s; "
-                         r"the others wait for it \d+%", log), log
+        assert re.search(
+            r"straggler: rank 1 \(host \S+\) waits [1-9]\.\d\d s a step for data where the median rank waits 0\.\d\d s; "
+            r"the others wait for it \d+%",
+            log,
+        ), log
 
 
 def test_the_log_names_the_rank_whose_data_come_late(ade20k, tmp_path):
@@ -63,7 +68,9 @@ def test_of_two_ranks_the_faster_one_is_what_the_slower_is_held_against():
 
 
 def test_the_mend_of_waiting_for_data_is_named_once_and_after_two_records_in_a_row(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("internseg_ds"), "propagate", True)  # a run before may have switched it off
+    monkeypatch.setattr(
+        logging.getLogger("internseg_ds"), "propagate", True
+    )  # a run before may have switched it off
     caplog.set_level(logging.INFO, "internseg_ds")
     stragglers, lines = Stragglers(workers=3), []
     for share in (0.9, 0.0, 0.9, 0.9, 0.9):
@@ -72,7 +79,9 @@ def test_the_mend_of_waiting_for_data_is_named_once_and_after_two_records_in_a_r
         interval._spent_s, interval.waited_s = 100.0, 100 * share
         assert stragglers.values(interval, 1.0) == {}  # alone, nobody is the slowest
         said = "waits for data 90% of the time: raise data.workers_per_gpu, which is 3"
-        lines.append(len({id(record) for record in caplog.records if said in record.getMessage()}))  # two handlers of other tests' may hold one
+        lines.append(
+            len({id(record) for record in caplog.records if said in record.getMessage()})
+        )  # two handlers of other tests' may hold one
     assert lines == [0, 0, 0, 1, 1]
 
 
@@ -83,8 +92,15 @@ class Sleeping(nn.Linear):
 
 
 def test_batch_norms_which_wait_for_other_ranks_are_not_on_the_clock():
-    assert LayerClock(nn.Sequential(nn.Linear(2, 2), nn.SyncBatchNorm(2)), torch.device("cpu")).layers[0].in_features == 2
-    assert len(LayerClock(nn.Sequential(nn.Linear(2, 2), nn.SyncBatchNorm(2)), torch.device("cpu")).layers) == 1
+    assert (
+        LayerClock(nn.Sequential(nn.Linear(2, 2), nn.SyncBatchNorm(2)), torch.device("cpu"))
+        .layers[0]
+        .in_features
+        == 2
+    )
+    assert (
+        len(LayerClock(nn.Sequential(nn.Linear(2, 2), nn.SyncBatchNorm(2)), torch.device("cpu")).layers) == 1
+    )
 
 
 def test_the_clock_adds_up_the_layers_and_their_recomputation_and_nothing_between():
@@ -95,7 +111,9 @@ def test_the_clock_adds_up_the_layers_and_their_recomputation_and_nothing_betwee
         time.sleep(2)
         checkpoint(layers[1], y, use_reentrant=False).sum().backward()
     seconds = clock.seconds
-    assert 0.08 <= seconds < 1.5  # three forwards, and the recomputation up to the last one's input, which is all that the backward needs
+    assert (
+        0.08 <= seconds < 1.5
+    )  # three forwards, and the recomputation up to the last one's input, which is all that the backward needs
     layers[0](x)
     assert clock.seconds == seconds  # the hooks are gone
     with clock:

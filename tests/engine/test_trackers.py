@@ -34,7 +34,9 @@ def test_a_new_run_in_an_old_work_directory_starts_its_metrics_anew(tmp_path):
     assert steps(path) == []
 
 
-def test_the_log_starts_with_what_the_run_runs_on_and_has_what_was_said_before_its_folder_was_there(tmp_path, capfd):
+def test_the_log_starts_with_what_the_run_runs_on_and_has_what_was_said_before_its_folder_was_there(
+    tmp_path, capfd
+):
     log = logging.getLogger("internseg_ds.engine")
     start_logging(None, level="INFO", is_main=True)
     log.info("compiling something")
@@ -43,7 +45,10 @@ def test_the_log_starts_with_what_the_run_runs_on_and_has_what_was_said_before_i
     start_logging(None, level="INFO", is_main=True)
     log.info("another run")
     lines = [line.split(" ", 1)[1] for line in (tmp_path / "train.log").read_text().splitlines()]
-    assert all(f"{name} " in lines[0] for name in ("python", "torch", "CUDA", "deepspeed", "mmcv-full", "mmsegmentation", "internseg_ds"))
+    assert all(
+        f"{name} " in lines[0]
+        for name in ("python", "torch", "CUDA", "deepspeed", "mmcv-full", "mmsegmentation", "internseg_ds")
+    )
     assert "seed 7, 3 processes: 2 on a, 1 on b" in lines[1] and lines[2].startswith("command: ")
     assert lines[3:] == ["compiling something", "on we go"]
     assert capfd.readouterr().err.count("compiling something") == 1
@@ -58,7 +63,12 @@ def test_only_rank_0_writes(tmp_path):
 def test_tensorboard_holds_the_scalars(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with pytest.raises(RuntimeError), open_trackers(tmp_path, [{"type": "TensorboardLoggerHook"}], max_steps=3, start=0, config={}, is_main=True) as trackers:
+    with (
+        pytest.raises(RuntimeError),
+        open_trackers(
+            tmp_path, [{"type": "TensorboardLoggerHook"}], max_steps=3, start=0, config={}, is_main=True
+        ) as trackers,
+    ):
         for tracker in trackers:
             tracker.write(2, {"loss": 0.5})
         raise RuntimeError("a run that dies")  # what was written must be on disk all the same
@@ -93,13 +103,17 @@ def test_a_number_that_json_does_not_know_is_null(tmp_path):
     assert '"grad_norm": null' in (tmp_path / "metrics.jsonl").read_text()
 
 
-@pytest.mark.parametrize(("step", "every", "expected"), [(5, 5, True), (6, 5, False), (12, 5, True), (12, 0, True), (11, 0, False)])
+@pytest.mark.parametrize(
+    ("step", "every", "expected"), [(5, 5, True), (6, 5, False), (12, 5, True), (12, 0, True), (11, 0, False)]
+)
 def test_every_cadence_includes_the_last_step(step, every, expected):
     assert due(step, every, last=12) is expected
 
 
 def test_curves_are_a_picture(tmp_path):
-    (tmp_path / "m.jsonl").write_text('{"step": 1, "loss": 3}\n{"step": 2, "loss": 2}\n{"step": 2, "mIoU": 0.5}\n{"step": 3, "lo')  # a full disk
+    (tmp_path / "m.jsonl").write_text(
+        '{"step": 1, "loss": 3}\n{"step": 2, "loss": 2}\n{"step": 2, "mIoU": 0.5}\n{"step": 3, "lo'
+    )  # a full disk
     draw_curves(tmp_path / "m.jsonl", tmp_path / "c.png")
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
 

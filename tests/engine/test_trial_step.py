@@ -28,7 +28,9 @@ class OverwritesWhatItsGradientNeeds(InternViT6B):
 """
 
 
-def planned(base: str, root: Path, folder: Path, text: str = "", *options: str) -> tuple[Plan, dict[str, str]]:
+def planned(
+    base: str, root: Path, folder: Path, text: str = "", *options: str
+) -> tuple[Plan, dict[str, str]]:
     config = folder / "experiment.py"
     config.write_text(f"_base_ = {str(ROOT / base)!r}\n" + text)
     settings = dict(option.split("=", 1) for option in (*data_options(root), *options))
@@ -39,9 +41,17 @@ def test_a_backward_that_fails_is_refused_though_every_shape_fits(ade20k, tmp_pa
     (tmp_path / "backbones_of_the_test.py").write_text(BACKBONE)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
-    plan, settings = planned(TINY, ade20k, tmp_path, 'custom_imports = dict(imports=["backbones_of_the_test"])\n'
-                             'model = dict(backbone=dict(type="OverwritesWhatItsGradientNeeds"))\n')
-    with pytest.raises(ConfigError, match=r"this model cannot train under .*zero3_bf16\.json: RuntimeError: .*modified by an inplace operation"):
+    plan, settings = planned(
+        TINY,
+        ade20k,
+        tmp_path,
+        'custom_imports = dict(imports=["backbones_of_the_test"])\n'
+        'model = dict(backbone=dict(type="OverwritesWhatItsGradientNeeds"))\n',
+    )
+    with pytest.raises(
+        ConfigError,
+        match=r"this model cannot train under .*zero3_bf16\.json: RuntimeError: .*modified by an inplace operation",
+    ):
         try_step(plan, settings)
 
 
@@ -49,8 +59,10 @@ def test_a_backward_that_fails_is_refused_though_every_shape_fits(ade20k, tmp_pa
 def test_a_corner_of_larger_images_is_tried_with_its_masks(ade20k, tmp_path, monkeypatch):
     plan, settings = planned(MASK2FORMER, ade20k, tmp_path)
     monkeypatch.setattr(trial_step, "_corner_side", lambda _: 56)
-    assert re.match(r"one step of 2 images of 56 x 56 pixels, in one process .* under ZeRO-3, and a window of an evaluation: ran in \d+ s",
-                    try_step(plan, settings))
+    assert re.match(
+        r"one step of 2 images of 56 x 56 pixels, in one process .* under ZeRO-3, and a window of an evaluation: ran in \d+ s",
+        try_step(plan, settings),
+    )
 
 
 def test_a_model_beyond_this_machine_is_not_tried(ade20k, tmp_path, monkeypatch):
@@ -61,6 +73,8 @@ def test_a_model_beyond_this_machine_is_not_tried(ade20k, tmp_path, monkeypatch)
 
 def test_maps_are_cut_and_other_tensors_are_not():
     image, boxes = torch.arange(2 * 3 * 8 * 8).view(2, 3, 8, 8), torch.zeros(4, 5)
-    cut = trial_step._corner({"img": image, "masks": [image[0]], "boxes": boxes, "metas": [{"name": "a"}]}, (8, 8), 4)
+    cut = trial_step._corner(
+        {"img": image, "masks": [image[0]], "boxes": boxes, "metas": [{"name": "a"}]}, (8, 8), 4
+    )
     assert torch.equal(cut["img"], image[..., :4, :4]) and torch.equal(cut["masks"][0], image[0, :, :4, :4])
     assert cut["boxes"] is boxes and cut["metas"] == [{"name": "a"}]

@@ -9,9 +9,11 @@ from tests.distributed.ranks import spawn
 from tests.engine.small import small_experiment
 
 STEPS, FIRST = 8, 3
-DEEPSPEED = {"zero1_bf16": ("stage_1_and_2.py:has_overflow", "utils.py:is_invalid_grad_norm"),
-             "zero2_bf16": ("stage_1_and_2.py:has_overflow", "utils.py:is_invalid_grad_norm"),
-             "zero3_bf16": ("utils.py:is_invalid_grad_norm",)}
+DEEPSPEED = {
+    "zero1_bf16": ("stage_1_and_2.py:has_overflow", "utils.py:is_invalid_grad_norm"),
+    "zero2_bf16": ("stage_1_and_2.py:has_overflow", "utils.py:is_invalid_grad_norm"),
+    "zero3_bf16": ("utils.py:is_invalid_grad_norm",),
+}
 """Whether a gradient is not finite on any rank, which decides on the host whether the step is skipped: one wait, after the backward pass; the second read
 follows the first at once."""
 
@@ -22,8 +24,12 @@ def reads_of_a_step(root, work_dir, name) -> None:
     from tests.waits import HostReads
 
     reads, seen = HostReads(), {}
-    experiment = small_experiment(root, f"runner.max_iters={STEPS}", "log_config.interval=100", "checkpoint_config.interval=0")
-    with SegmentorEngine(experiment, ROOT / f"ds_configs/{name}.json", work_dir=work_dir, validate=False) as engine:
+    experiment = small_experiment(
+        root, f"runner.max_iters={STEPS}", "log_config.interval=100", "checkpoint_config.interval=0"
+    )
+    with SegmentorEngine(
+        experiment, ROOT / f"ds_configs/{name}.json", work_dir=work_dir, validate=False
+    ) as engine:
         engine.saves = False
         after = trainer.SkippedSteps.after_step
 
@@ -39,7 +45,9 @@ def reads_of_a_step(root, work_dir, name) -> None:
     of_data = ("sampler.py:", "loading.py:")  # which never was on a device
     # the vote's result was copied to the host before, behind what DeepSpeed waits for
     expected = {"process_group.py:result": 1, **dict.fromkeys(DEEPSPEED[name], 1)}
-    assert {place: count for place, count in found.items() if not place.startswith(of_data)} == expected, found
+    assert {place: count for place, count in found.items() if not place.startswith(of_data)} == expected, (
+        found
+    )
 
 
 @pytest.mark.parametrize("name", DEEPSPEED)

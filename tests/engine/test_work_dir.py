@@ -17,7 +17,10 @@ def test_what_a_run_left_is_not_overwritten(tmp_path):
     (tmp_path / "metrics.jsonl").touch()
     check_unused(tmp_path, None, overwrite=False, resumes=False)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    with pytest.raises(ConfigError, match=r"holds a run \(records in metrics\.jsonl\).*--resume auto.*--work-dir.*--overwrite"):
+    with pytest.raises(
+        ConfigError,
+        match=r"holds a run \(records in metrics\.jsonl\).*--resume auto.*--work-dir.*--overwrite",
+    ):
         check_unused(tmp_path, None, overwrite=False, resumes=False)
     check_unused(tmp_path, None, overwrite=True, resumes=False)
     check_unused(tmp_path, None, overwrite=False, resumes=True)
@@ -29,10 +32,19 @@ def test_what_a_run_left_is_not_overwritten(tmp_path):
 
 
 def test_a_finished_run_is_gone_on_with_or_set_aside(ade20k, tmp_path):
-    work_dir, settings = tmp_path / "run", ("runner.max_iters=2", "checkpoint_config.interval=1", "checkpoint_config.max_keep_ckpts=1")
+    work_dir, settings = (
+        tmp_path / "run",
+        ("runner.max_iters=2", "checkpoint_config.interval=1", "checkpoint_config.max_keep_ckpts=1"),
+    )
 
     def run(**how):
-        with SegmentorEngine(small_experiment(ade20k, *settings), ROOT / "ds_configs/zero1_bf16.json", work_dir=work_dir, validate=False, **how) as engine:
+        with SegmentorEngine(
+            small_experiment(ade20k, *settings),
+            ROOT / "ds_configs/zero1_bf16.json",
+            work_dir=work_dir,
+            validate=False,
+            **how,
+        ) as engine:
             engine.train()
             return engine.state.run
 
@@ -44,7 +56,9 @@ def test_a_finished_run_is_gone_on_with_or_set_aside(ade20k, tmp_path):
     assert run(resume="auto") == first
     second = run(overwrite=True)
     assert second != first and (tmp_path / "run.old_1/metrics.jsonl").read_text() == records
-    assert json.loads((tmp_path / "run.old_1/checkpoints/iter_2/internseg_ds.json").read_text())["run"] == first
+    assert (
+        json.loads((tmp_path / "run.old_1/checkpoints/iter_2/internseg_ds.json").read_text())["run"] == first
+    )
     assert json.loads((work_dir / "checkpoints/iter_2/internseg_ds.json").read_text())["run"] == second
     run(overwrite=True)
     assert (tmp_path / "run.old_2/checkpoints/iter_2").is_dir()
@@ -54,7 +68,12 @@ def test_a_score_that_was_recorded_and_not_noted_is_made_again_and_stands_once(a
     """As where a run is killed between the two."""
     settings = ("runner.max_iters=2", "checkpoint_config.interval=1", "evaluation.interval=1")
     for resumes in range(3):
-        with SegmentorEngine(small_experiment(ade20k, *settings), ROOT / "ds_configs/zero1_bf16.json", work_dir=tmp_path, resume="auto") as engine:
+        with SegmentorEngine(
+            small_experiment(ade20k, *settings),
+            ROOT / "ds_configs/zero1_bf16.json",
+            work_dir=tmp_path,
+            resume="auto",
+        ) as engine:
             engine.train()
         records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
         assert [record["step"] for record in records if "loss" in record] == [1, 2], resumes

@@ -42,5 +42,9 @@ def targets(*labels: list[int], size: int = 32) -> tuple[list[Tensor], list[Tens
     masks = []
     for classes in labels:
         which = torch.randint(max(1, len(classes)), (size, size))
-        masks.append(torch.stack([which == index for index in range(len(classes))]).byte() if classes else torch.zeros(0, size, size, dtype=torch.uint8))
+        masks.append(
+            torch.stack([which == index for index in range(len(classes))]).byte()
+            if classes
+            else torch.zeros(0, size, size, dtype=torch.uint8)
+        )
     return [torch.tensor(classes, dtype=torch.int64) for classes in labels], masks

@@ -22,7 +22,9 @@ def formula(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return out
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
+)
 def test_equals_softmax_of_scaled_products(dtype: torch.dtype, tolerance: float):
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 17, 3, 24).to(dtype)
@@ -58,4 +60,9 @@ def test_flash_attn_does_not_fit_cpu_tensors():
 def test_flash_attn_and_torch_agree():
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 257, 5, 128, device="cuda", dtype=torch.bfloat16)
-    torch.testing.assert_close(attention(q, k, v, use_flash_attn=True), attention(q, k, v, use_flash_attn=False), rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(
+        attention(q, k, v, use_flash_attn=True),
+        attention(q, k, v, use_flash_attn=False),
+        rtol=2e-2,
+        atol=2e-2,
+    )

@@ -16,15 +16,27 @@ from internseg_ds.errors import CheckpointError, ConfigError
 from internseg_ds.models.backbone import patch_size, pretrained_file, vector_length
 from tests.conftest import TINY
 
-VIT = dict(type="VisionTransformer", img_size=(32, 32), patch_size=16, embed_dims=16, num_layers=2, num_heads=2, out_indices=(0, 1, 0, 1), drop_path_rate=0.2)
+VIT = dict(
+    type="VisionTransformer",
+    img_size=(32, 32),
+    patch_size=16,
+    embed_dims=16,
+    num_layers=2,
+    num_heads=2,
+    out_indices=(0, 1, 0, 1),
+    drop_path_rate=0.2,
+)
 
 
-@pytest.mark.parametrize(("arguments", "patch", "length"), [
-    (VIT, 16, 16),
-    (dict(type="SwinTransformer", embed_dims=24, depths=(1, 1, 4, 1), num_heads=(1, 2, 4, 8)), 1, 96),
-    (dict(type="ResNetV1c", depth=18), 1, 512),
-    (dict(type="InternViT6B", img_size=28, embed_dim=24, depth=1, num_heads=2, out_indices=[0]), 14, 24),
-])
+@pytest.mark.parametrize(
+    ("arguments", "patch", "length"),
+    [
+        (VIT, 16, 16),
+        (dict(type="SwinTransformer", embed_dims=24, depths=(1, 1, 4, 1), num_heads=(1, 2, 4, 8)), 1, 96),
+        (dict(type="ResNetV1c", depth=18), 1, 512),
+        (dict(type="InternViT6B", img_size=28, embed_dim=24, depth=1, num_heads=2, out_indices=[0]), 14, 24),
+    ],
+)
 def test_patches_and_widths_are_told_without_a_name(arguments, patch, length):
     backbone = build_backbone(arguments)
     assert (patch_size(backbone), vector_length(backbone)) == (patch, length)
@@ -36,7 +48,9 @@ def test_a_patch_that_is_no_square_asks_for_multiples_of_both_sides():
     assert patch_size(backbone) == 12
 
 
-@pytest.mark.parametrize("kind", ["VisionTransformer", "SwinTransformer", "MixVisionTransformer", "BEiT", "MAE", "PCPVT", "SVT"])
+@pytest.mark.parametrize(
+    "kind", ["VisionTransformer", "SwinTransformer", "MixVisionTransformer", "BEiT", "MAE", "PCPVT", "SVT"]
+)
 def test_backbones_that_count_their_drop_path_rates_with_a_tensor_are_built_on_the_meta_device(kind):
     experiment = read_experiment(TINY)
     segmentor = build_on_meta(ConfigDict({**experiment.model, "backbone": dict(type=kind)}))
@@ -44,20 +58,32 @@ def test_backbones_that_count_their_drop_path_rates_with_a_tensor_are_built_on_t
 
 
 def vit_experiment(**arguments):
-    experiment = read_experiment(TINY, {"model.decode_head.in_channels": [16] * 4, "model.auxiliary_head.in_channels": 16})
+    experiment = read_experiment(
+        TINY, {"model.decode_head.in_channels": [16] * 4, "model.auxiliary_head.in_channels": 16}
+    )
     experiment.model.backbone = ConfigDict({**VIT, **arguments})
     return experiment
 
 
 def build(experiment):
-    ds = resolve_ds_config({"zero_optimization": {"stage": 1}}, experiment=experiment.path, micro_batch=1, world_size=1, optimizer=experiment.optimizer)
+    ds = resolve_ds_config(
+        {"zero_optimization": {"stage": 1}},
+        experiment=experiment.path,
+        micro_batch=1,
+        world_size=1,
+        optimizer=experiment.optimizer,
+    )
     return build_for_training(experiment.model, ds, torch.device("cpu"), seed=0)
 
 
 @pytest.mark.parametrize("how", ["pretrained", "init_cfg"])
 def test_mmsegs_two_ways_to_name_weights_are_read_by_the_engine_and_not_by_the_module(how, tmp_path):
     path = tmp_path / "vit.pth"
-    arguments = {"pretrained": str(path)} if how == "pretrained" else {"init_cfg": dict(type="Pretrained", checkpoint=str(path))}
+    arguments = (
+        {"pretrained": str(path)}
+        if how == "pretrained"
+        else {"init_cfg": dict(type="Pretrained", checkpoint=str(path))}
+    )
     experiment = vit_experiment(**arguments)
     hollow = build_on_meta(experiment.model)
     assert pretrained_file(hollow.backbone) == str(path)
@@ -77,7 +103,9 @@ def test_finished_weights_that_are_nan_are_refused_by_whoever_only_segments_with
     load_trained(experiment, tmp_path / "w.pth", torch.device("cpu"))
     state["decode_head.conv_seg.bias"][0] = torch.nan
     torch.save(state, tmp_path / "w.pth")
-    with pytest.raises(CheckpointError, match=r"values that no weights have: decode_head\.conv_seg\.bias \(NaN or infinite\)"):
+    with pytest.raises(
+        CheckpointError, match=r"values that no weights have: decode_head\.conv_seg\.bias \(NaN or infinite\)"
+    ):
         load_trained(experiment, tmp_path / "w.pth", torch.device("cpu"))
 
 
@@ -91,8 +119,17 @@ def test_weights_of_a_head_alone_are_refused():
 def test_other_classes_in_a_file_keep_the_heads_initial_values_where_they_may_differ(tmp_path):
     model = build(vit_experiment())
     state = model.state_dict()
-    torch.save({"state_dict": {**state, "decode_head.conv_seg.weight": torch.zeros(19, *state["decode_head.conv_seg.weight"].shape[1:])}},
-               tmp_path / "other.pth")
+    torch.save(
+        {
+            "state_dict": {
+                **state,
+                "decode_head.conv_seg.weight": torch.zeros(
+                    19, *state["decode_head.conv_seg.weight"].shape[1:]
+                ),
+            }
+        },
+        tmp_path / "other.pth",
+    )
     weights = open_weights(tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match="weights_may_differ"):
         fit_segmentor(model, weights)

@@ -18,10 +18,24 @@ def test_the_block_of_a_vit_is_what_it_repeats():
 
 def test_places_that_are_left_empty_are_passed_over():
     with torch.device("meta"):
-        backbone = build_backbone({"type": "HRNet", "extra": {
-            f"stage{number}": {"num_modules": 1, "num_branches": number, "block": "BOTTLENECK" if number == 1 else "BASIC", "num_blocks": (2,) * number,
-                               "num_channels": (8, 16, 32, 64)[:number]} for number in (1, 2, 3, 4)}})
-    assert None in [child for module in backbone.modules() if isinstance(module, nn.ModuleList) for child in module]
+        backbone = build_backbone(
+            {
+                "type": "HRNet",
+                "extra": {
+                    f"stage{number}": {
+                        "num_modules": 1,
+                        "num_branches": number,
+                        "block": "BOTTLENECK" if number == 1 else "BASIC",
+                        "num_blocks": (2,) * number,
+                        "num_channels": (8, 16, 32, 64)[:number],
+                    }
+                    for number in (1, 2, 3, 4)
+                },
+            }
+        )
+    assert None in [
+        child for module in backbone.modules() if isinstance(module, nn.ModuleList) for child in module
+    ]
     assert repeated_block(backbone).class_name.startswith("mmseg.")
 
 

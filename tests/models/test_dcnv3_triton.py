@@ -51,8 +51,13 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[object, 
     folder, keys = tmp_path_factory.mktemp("triton"), [(case, dtype) for case in CASES for dtype in DTYPES]
     wrong = {(str(value), axis): with_offset(value, axis) for value in NOT_FINITE for axis in (0, 1)}
     torch.save([*(call(*key) for key in keys), *wrong.values()], folder / "calls.pt")
-    done = subprocess.run([sys.executable, "-c", RUN, folder / "calls.pt", folder / "results.pt"], env=os.environ | {"TRITON_INTERPRET": "1"},
-                          cwd=Path(__file__).parent.parent.parent, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, folder / "calls.pt", folder / "results.pt"],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        cwd=Path(__file__).parent.parent.parent,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     return dict(zip([*keys, *wrong], torch.load(folder / "results.pt"), strict=True))
 
@@ -75,10 +80,14 @@ def test_interpreted_kernels_agree_with_a_loop(interpreted: dict, case: str, dty
 
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("wrong", NOT_FINITE)
-def test_an_offset_that_is_not_finite_shows_in_result_and_gradients(interpreted: dict, wrong: float, axis: int):
+def test_an_offset_that_is_not_finite_shows_in_result_and_gradients(
+    interpreted: dict, wrong: float, axis: int
+):
     out, _, of_offset, of_mask = interpreted[str(wrong), axis]
     assert out[0, 2, 3, :5].isnan().all() and out.isnan().sum() == 5  # the channels of its group
-    assert of_offset[0, 2, 3, 4:6].isnan().any() and of_mask[0, 2, 3, 2].isnan() and not of_mask[1].isnan().any()
+    assert (
+        of_offset[0, 2, 3, 4:6].isnan().any() and of_mask[0, 2, 3, 2].isnan() and not of_mask[1].isnan().any()
+    )
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -91,4 +100,8 @@ def test_compiled_kernels_agree_with_a_loop(case: str, dtype: torch.dtype):
     leaves = [tensor.cuda().requires_grad_() for tensor in inputs]
     assert dcnv3_operator.implementation(*leaves).__name__.endswith("dcnv3_triton")
     out = dcnv3_operator.dcnv3(*leaves, *arguments)
-    check(tuple(tensor.detach().cpu() for tensor in (out, *torch.autograd.grad(out, leaves, grad.cuda()))), case, dtype)
+    check(
+        tuple(tensor.detach().cpu() for tensor in (out, *torch.autograd.grad(out, leaves, grad.cuda()))),
+        case,
+        dtype,
+    )

@@ -10,7 +10,16 @@ from mmseg.models import build_backbone
 from internseg_ds.models.intern_vit_6b import DropPath, InternViT6B, TruncNormalLinear
 from internseg_ds.models.resizing import resize_patch_kernel, resize_position_embedding
 
-TINY = dict(embed_dim=24, depth=3, num_heads=3, patch_size=14, img_size=56, out_indices=[0, 2], use_flash_attn=False, with_cp=False)
+TINY = dict(
+    embed_dim=24,
+    depth=3,
+    num_heads=3,
+    patch_size=14,
+    img_size=56,
+    out_indices=[0, 2],
+    use_flash_attn=False,
+    with_cp=False,
+)
 FPN = {**TINY, "depth": 4, "out_indices": [0, 1, 2, 3], "with_fpn": True}
 
 
@@ -33,25 +42,36 @@ def reference(backbone: InternViT6B, image: torch.Tensor, heads: int, blocks: in
     p = {name: value.detach().double() for name, value in backbone.named_parameters()}
     size = backbone.patch_size
     b, _, height, width = image.shape
-    patches = image.double().reshape(b, 3, height // size, size, width // size, size).permute(0, 2, 4, 1, 3, 5).reshape(b, -1, 3 * size * size)
+    patches = (
+        image.double()
+        .reshape(b, 3, height // size, size, width // size, size)
+        .permute(0, 2, 4, 1, 3, 5)
+        .reshape(b, -1, 3 * size * size)
+    )
     x = patches @ p["patch_embed.proj.weight"].flatten(1).T + p["patch_embed.proj.bias"]
     x = torch.cat([p["cls_token"].expand(b, 1, -1), x], 1) + p["pos_embed"]
     maps = []
     for n in range(blocks):
-        w = {name.removeprefix(f"blocks.{n}."): value for name, value in p.items() if name.startswith(f"blocks.{n}.")}
+        w = {
+            name.removeprefix(f"blocks.{n}."): value
+            for name, value in p.items()
+            if name.startswith(f"blocks.{n}.")
+        }
         y = rms(x, w["norm1.weight"])
         qkv = y @ w["attn.qkv.weight"].T + w.get("attn.qkv.bias", 0)
         c = x.shape[-1]
-        q, k, v = qkv[..., :c], qkv[..., c:2 * c], qkv[..., 2 * c:]
+        q, k, v = qkv[..., :c], qkv[..., c : 2 * c], qkv[..., 2 * c :]
         if "attn.q_norm.weight" in w:
             q, k = rms(q, w["attn.q_norm.weight"]), rms(k, w["attn.k_norm.weight"])
         d = c // heads
         attended = []
         for head in range(heads):
-            qh, kh, vh = (part[..., head * d:(head + 1) * d] for part in (q, k, v))
+            qh, kh, vh = (part[..., head * d : (head + 1) * d] for part in (q, k, v))
             scores = torch.exp(qh @ kh.transpose(1, 2) / math.sqrt(d))
             attended.append(scores / scores.sum(-1, keepdim=True) @ vh)
-        x = x + (torch.cat(attended, -1) @ w["attn.proj.weight"].T + w["attn.proj.bias"]) * w.get("ls1.gamma", 1)
+        x = x + (torch.cat(attended, -1) @ w["attn.proj.weight"].T + w["attn.proj.bias"]) * w.get(
+            "ls1.gamma", 1
+        )
         y = rms(x, w["norm2.weight"]) @ w["mlp.fc1.weight"].T + w["mlp.fc1.bias"]
         y = 0.5 * y * (1 + torch.erf(y / math.sqrt(2)))
         x = x + (y @ w["mlp.fc2.weight"].T + w["mlp.fc2.bias"]) * w.get("ls2.gamma", 1)
@@ -59,8 +79,18 @@ def reference(backbone: InternViT6B, image: torch.Tensor, heads: int, blocks: in
     return maps
 
 
-@pytest.mark.parametrize("variant", [{}, {"qkv_bias": True}, {"qk_normalization": False}, {"init_values": 0}, {"layerscale_force_fp32": True},
-                                     {"mlp_ratio": 3.0}], ids=str)
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {},
+        {"qkv_bias": True},
+        {"qk_normalization": False},
+        {"init_values": 0},
+        {"layerscale_force_fp32": True},
+        {"mlp_ratio": 3.0},
+    ],
+    ids=str,
+)
 def test_features_are_those_of_the_definition(variant: dict):
     backbone = vit(**variant).eval()
     image = torch.randn(2, 3, 56, 56)
@@ -75,7 +105,9 @@ def test_features_are_those_of_the_definition(variant: dict):
 def test_the_definition_holds_to_the_last_digits_in_fp64():
     backbone = vit().double().eval()
     image = torch.randn(1, 3, 56, 56, dtype=torch.float64)
-    torch.testing.assert_close(backbone(image)[1], reference(backbone, image, heads=3, blocks=3)[2], rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(
+        backbone(image)[1], reference(backbone, image, heads=3, blocks=3)[2], rtol=1e-11, atol=1e-11
+    )
 
 
 def gradients(backbone: InternViT6B, image: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -86,7 +118,9 @@ def gradients(backbone: InternViT6B, image: torch.Tensor) -> dict[str, torch.Ten
 
 
 def test_checkpointing_changes_no_gradient():
-    plain, checkpointed = (vit(**{**FPN, "drop_path_rate": 0.5, "with_cp": with_cp}).train() for with_cp in (False, True))
+    plain, checkpointed = (
+        vit(**{**FPN, "drop_path_rate": 0.5, "with_cp": with_cp}).train() for with_cp in (False, True)
+    )
     image = torch.randn(4, 3, 56, 56)
     wanted, got = gradients(plain, image), gradients(checkpointed, image)
     assert wanted.keys() == got.keys() == dict(plain.named_parameters()).keys()
@@ -96,11 +130,21 @@ def test_checkpointing_changes_no_gradient():
 def test_a_frozen_vit_runs_in_eval_mode_without_a_graph_while_its_fpn_trains():
     backbone = vit(**{**FPN, "freeze_vit": True, "drop_path_rate": 0.9, "with_cp": True}).train()
     assert backbone.training and backbone.up1.training and not backbone.blocks[3].training
-    assert {name.split(".")[0] for name, param in backbone.named_parameters() if param.requires_grad} == {"up1", "up2"}
+    assert {name.split(".")[0] for name, param in backbone.named_parameters() if param.requires_grad} == {
+        "up1",
+        "up2",
+    }
     image = torch.randn(2, 3, 56, 56)
     features = backbone(image)
-    assert [feature.requires_grad for feature in features] == [True, True, False, False]  # up3 and up4 have no parameters
-    assert all(torch.equal(again, feature) for again, feature in zip(backbone(image), features, strict=True))  # no path is dropped
+    assert [feature.requires_grad for feature in features] == [
+        True,
+        True,
+        False,
+        False,
+    ]  # up3 and up4 have no parameters
+    assert all(
+        torch.equal(again, feature) for again, feature in zip(backbone(image), features, strict=True)
+    )  # no path is dropped
     assert all(name.startswith(("up1", "up2")) for name in gradients(backbone, image))
     assert backbone.eval().training is False
 
@@ -117,7 +161,9 @@ def test_other_image_sizes_resize_the_position_embedding():
     features = backbone(image)
     assert [feature.shape for feature in features] == [(1, 24, 2, 6)] * 2
     cls, grid = backbone.pos_embed[:, :1], backbone.pos_embed[:, 1:]
-    grid = F.interpolate(grid.reshape(1, 4, 4, 24).permute(0, 3, 1, 2), size=(2, 6), mode="bicubic", align_corners=False)
+    grid = F.interpolate(
+        grid.reshape(1, 4, 4, 24).permute(0, 3, 1, 2), size=(2, 6), mode="bicubic", align_corners=False
+    )
     stretched = vit(img_size=56).eval()
     stretched.load_state_dict(backbone.state_dict())
     stretched.pos_embed = torch.nn.Parameter(torch.cat([cls, grid.permute(0, 2, 3, 1).reshape(1, 12, 24)], 1))
@@ -129,29 +175,48 @@ def test_the_stored_grid_is_not_resampled():
     embedding = torch.randn(1, 17, 8).bfloat16()
     assert resize_position_embedding(embedding, (4, 4)) is embedding
     other = resize_position_embedding(embedding, (2, 8))
-    assert other.shape == (1, 17, 8) and other.dtype == torch.bfloat16 and torch.equal(other[:, 0], embedding[:, 0])
+    assert (
+        other.shape == (1, 17, 8)
+        and other.dtype == torch.bfloat16
+        and torch.equal(other[:, 0], embedding[:, 0])
+    )
 
 
 def test_stored_parameters_are_resized_to_the_shapes_of_the_model():
     embedding, kernel = torch.randn(1, 17, 8), torch.randn(8, 3, 16, 16)
     resized = {}
-    for (name, (can_resize, resize)), value, shape in zip(InternViT6B.resizable.items(), (embedding, kernel), ((1, 26, 8), (8, 3, 14, 14)), strict=True):
+    for (name, (can_resize, resize)), value, shape in zip(
+        InternViT6B.resizable.items(), (embedding, kernel), ((1, 26, 8), (8, 3, 14, 14)), strict=True
+    ):
         assert can_resize(value.shape, torch.Size(shape))
         resized[name] = resize(value, torch.Size(shape))
     assert list(resized) == ["pos_embed", "patch_embed.proj.weight"]
-    grid = F.interpolate(embedding[:, 1:].reshape(1, 4, 4, 8).permute(0, 3, 1, 2), size=(5, 5), mode="bicubic", align_corners=False)
-    assert torch.equal(resized["pos_embed"], torch.cat([embedding[:, :1], grid.permute(0, 2, 3, 1).reshape(1, 25, 8)], 1))
-    assert torch.equal(resized["patch_embed.proj.weight"], F.interpolate(kernel, size=(14, 14), mode="bicubic", align_corners=False))
+    grid = F.interpolate(
+        embedding[:, 1:].reshape(1, 4, 4, 8).permute(0, 3, 1, 2),
+        size=(5, 5),
+        mode="bicubic",
+        align_corners=False,
+    )
+    assert torch.equal(
+        resized["pos_embed"], torch.cat([embedding[:, :1], grid.permute(0, 2, 3, 1).reshape(1, 25, 8)], 1)
+    )
+    assert torch.equal(
+        resized["patch_embed.proj.weight"],
+        F.interpolate(kernel, size=(14, 14), mode="bicubic", align_corners=False),
+    )
     assert torch.equal(resize_patch_kernel(kernel, kernel.shape), kernel)
 
 
-@pytest.mark.parametrize(("name", "stored", "wanted"), [
-    ("pos_embed", (1, 21, 8), (1, 26, 8)),  # 4 x 5 patches: which way round?
-    ("pos_embed", (1, 16, 8), (1, 26, 8)),  # no class token
-    ("pos_embed", (1, 17, 9), (1, 26, 8)),
-    ("patch_embed.proj.weight", (8, 3, 14, 14), (8, 4, 14, 14)),
-    ("patch_embed.proj.weight", (8, 3, 2, 14, 14), (8, 3, 14, 14)),
-])
+@pytest.mark.parametrize(
+    ("name", "stored", "wanted"),
+    [
+        ("pos_embed", (1, 21, 8), (1, 26, 8)),  # 4 x 5 patches: which way round?
+        ("pos_embed", (1, 16, 8), (1, 26, 8)),  # no class token
+        ("pos_embed", (1, 17, 9), (1, 26, 8)),
+        ("patch_embed.proj.weight", (8, 3, 14, 14), (8, 4, 14, 14)),
+        ("patch_embed.proj.weight", (8, 3, 2, 14, 14), (8, 3, 14, 14)),
+    ],
+)
 def test_shapes_that_no_resizing_brings_together_are_known(name, stored, wanted):
     can_resize, _ = InternViT6B.resizable[name]
     assert not can_resize(torch.Size(stored), torch.Size(wanted))
@@ -167,16 +232,31 @@ def test_sizes_that_the_patch_does_not_divide_are_refused(height: int, width: in
 def test_the_pyramid_spans_four_strides(with_final_norm: bool):
     backbone = vit(**{**FPN, "with_final_norm": with_final_norm})
     features = backbone(torch.randn(2, 3, 84, 56))
-    assert [feature.shape for feature in features] == [(2, 24, 24, 16), (2, 24, 12, 8), (2, 24, 6, 4), (2, 24, 3, 2)]
+    assert [feature.shape for feature in features] == [
+        (2, 24, 24, 16),
+        (2, 24, 12, 8),
+        (2, 24, 6, 4),
+        (2, 24, 3, 2),
+    ]
     names = {name.rsplit(".", 1)[0] for name, _ in backbone.named_parameters() if name.startswith("up")}
-    assert names == {"up1.0", "up1.1", "up1.3", "up2.0"} | ({"up1.4", "up2.1", "up3.1", "up4.1"} if with_final_norm else set())
+    assert names == {"up1.0", "up1.1", "up1.3", "up2.0"} | (
+        {"up1.4", "up2.1", "up3.1", "up4.1"} if with_final_norm else set()
+    )
 
 
 def test_the_dtype_of_the_input_is_kept_throughout():
-    backbone = vit(**{**FPN, "layerscale_force_fp32": True, "with_final_norm": True, "drop_path_rate": 0.5}).bfloat16().train()
+    backbone = (
+        vit(**{**FPN, "layerscale_force_fp32": True, "with_final_norm": True, "drop_path_rate": 0.5})
+        .bfloat16()
+        .train()
+    )
     seen: set[torch.dtype] = set()
     for module in backbone.modules():
-        module.register_forward_hook(lambda _, args, out: seen.update(t.dtype for t in [*args, *(out if isinstance(out, tuple) else [out])]))
+        module.register_forward_hook(
+            lambda _, args, out: seen.update(
+                t.dtype for t in [*args, *(out if isinstance(out, tuple) else [out])]
+            )
+        )
     features = backbone(torch.randn(2, 3, 84, 56).bfloat16())
     assert seen == {torch.bfloat16}
     sum(feature.float().mean() for feature in features).backward()
@@ -239,7 +319,11 @@ def test_every_owner_of_parameters_resets_them_and_only_them():
             module.reset_parameters()
             assert all(param.isfinite().all() for param in owned.values()), type(module)
             mine = {id(param) for param in owned.values()}
-            assert all(torch.equal(param, before[name]) for name, param in backbone.named_parameters() if id(param) not in mine)
+            assert all(
+                torch.equal(param, before[name])
+                for name, param in backbone.named_parameters()
+                if id(param) not in mine
+            )
     for module in backbone.modules():
         if isinstance(module, TruncNormalLinear):
             assert module.weight.std().item() == pytest.approx(0.02, rel=0.1) and not module.bias.any()
@@ -257,14 +341,17 @@ def test_layer_ids_follow_the_published_rule():
     assert ids["up1.0.weight"] == ids["up2.0.bias"] == 5
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (dict(embed_dim=25), "embed_dim=25 .* num_heads=3"),
-    (dict(out_indices=[1, 3]), r"out_indices=\[1, 3\] .* 0 to 2 of depth=3"),
-    (dict(out_indices=[-1]), r"out_indices=\[-1\]"),
-    (dict(out_indices=[2, 1]), "ascending"),
-    (dict(out_indices=[]), r"out_indices=\[\]"),
-    (dict(with_fpn=True), "needs 4 out_indices"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(embed_dim=25), "embed_dim=25 .* num_heads=3"),
+        (dict(out_indices=[1, 3]), r"out_indices=\[1, 3\] .* 0 to 2 of depth=3"),
+        (dict(out_indices=[-1]), r"out_indices=\[-1\]"),
+        (dict(out_indices=[2, 1]), "ascending"),
+        (dict(out_indices=[]), r"out_indices=\[\]"),
+        (dict(with_fpn=True), "needs 4 out_indices"),
+    ],
+)
 def test_arguments_that_contradict_are_refused(arguments: dict, message: str):
     with pytest.raises(ValueError, match=message):
         InternViT6B(**{**TINY, **arguments})
@@ -273,5 +360,10 @@ def test_arguments_that_contradict_are_refused(arguments: dict, message: str):
 def test_the_published_defaults_build_on_meta():
     with torch.device("meta"):
         backbone = InternViT6B()
-    assert backbone.pos_embed.shape == (1, 257, 3200) and backbone.patch_size == 14 and backbone.depth == 48 and backbone.pretrained is None
+    assert (
+        backbone.pos_embed.shape == (1, 257, 3200)
+        and backbone.patch_size == 14
+        and backbone.depth == 48
+        and backbone.pretrained is None
+    )
     assert all(param.is_meta for param in backbone.parameters())

@@ -31,12 +31,25 @@ def test_the_published_names_and_shapes_and_what_mmdets_head_computes_with_them(
     from mmdet.models.dense_heads import Mask2FormerHead
 
     model = config()
-    arguments = {key: value for key, value in model.decode_head.items() if key not in ("type", "in_index", "num_classes")}
-    theirs = Mask2FormerHead(**arguments, num_things_classes=5, num_stuff_classes=0, train_cfg=model.train_cfg).eval()
-    decoder = {**model.decode_head.pixel_decoder, "in_channels": [128] * 4, "feat_channels": 64, "out_channels": 64}
+    arguments = {
+        key: value
+        for key, value in model.decode_head.items()
+        if key not in ("type", "in_index", "num_classes")
+    }
+    theirs = Mask2FormerHead(
+        **arguments, num_things_classes=5, num_stuff_classes=0, train_cfg=model.train_cfg
+    ).eval()
+    decoder = {
+        **model.decode_head.pixel_decoder,
+        "in_channels": [128] * 4,
+        "feat_channels": 64,
+        "out_channels": 64,
+    }
     decoder.pop("type")
     theirs.pixel_decoder = MmdetPixelDecoder(**decoder).eval()  # ours has taken its name in the registry
-    assert type(theirs.pixel_decoder.encoder.layers[0].attentions[0]) is ATTENTION.get("MultiScaleDeformableAttention")
+    assert type(theirs.pixel_decoder.encoder.layers[0].attentions[0]) is ATTENTION.get(
+        "MultiScaleDeformableAttention"
+    )
     theirs.load_state_dict(head.state_dict(), strict=True)
     maps = features()
     with torch.no_grad():
@@ -46,16 +59,38 @@ def test_the_published_names_and_shapes_and_what_mmdets_head_computes_with_them(
 def transformers_head(head: nn.Module):
     """transformers' pixel decoder, decoder and class scores, with the weights of our head, under their names."""
     from transformers import Mask2FormerConfig
-    from transformers.models.mask2former.modeling_mask2former import Mask2FormerPixelDecoder, Mask2FormerTransformerModule
+    from transformers.models.mask2former.modeling_mask2former import (
+        Mask2FormerPixelDecoder,
+        Mask2FormerTransformerModule,
+    )
 
-    sizes = Mask2FormerConfig(feature_size=64, mask_feature_size=64, hidden_dim=64, encoder_feedforward_dim=256, dim_feedforward=256, encoder_layers=2,
-                              decoder_layers=4, num_attention_heads=4, num_queries=6, feature_strides=[4, 8, 16, 32], common_stride=4,
-                              dropout=0.0, activation_function="relu")
-    parts = nn.ModuleDict({"pixel_decoder": Mask2FormerPixelDecoder(sizes, [128] * 4), "decoder": Mask2FormerTransformerModule(64, sizes)})
+    sizes = Mask2FormerConfig(
+        feature_size=64,
+        mask_feature_size=64,
+        hidden_dim=64,
+        encoder_feedforward_dim=256,
+        dim_feedforward=256,
+        encoder_layers=2,
+        decoder_layers=4,
+        num_attention_heads=4,
+        num_queries=6,
+        feature_strides=[4, 8, 16, 32],
+        common_stride=4,
+        dropout=0.0,
+        activation_function="relu",
+    )
+    parts = nn.ModuleDict(
+        {
+            "pixel_decoder": Mask2FormerPixelDecoder(sizes, [128] * 4),
+            "decoder": Mask2FormerTransformerModule(64, sizes),
+        }
+    )
     ours, theirs = head.state_dict(), {}
 
     def take(their: str, our: str) -> None:
-        theirs.update({f"{their}.{end}": ours[f"{our}.{end}"] for end in ("weight", "bias") if f"{our}.{end}" in ours})
+        theirs.update(
+            {f"{their}.{end}": ours[f"{our}.{end}"] for end in ("weight", "bias") if f"{our}.{end}" in ours}
+        )
 
     theirs["pixel_decoder.level_embed"] = ours["pixel_decoder.level_encoding.weight"]
     for level in range(3):
@@ -69,10 +104,19 @@ def transformers_head(head: nn.Module):
         their, our = f"pixel_decoder.encoder.layers.{index}", f"pixel_decoder.encoder.layers.{index}"
         for part in ("sampling_offsets", "attention_weights", "value_proj", "output_proj"):
             take(f"{their}.self_attn.{part}", f"{our}.attentions.0.{part}")
-        for name, place in (("self_attn_layer_norm", "norms.0"), ("final_layer_norm", "norms.1"), ("fc1", "ffns.0.layers.0.0"), ("fc2", "ffns.0.layers.1")):
+        for name, place in (
+            ("self_attn_layer_norm", "norms.0"),
+            ("final_layer_norm", "norms.1"),
+            ("fc1", "ffns.0.layers.0.0"),
+            ("fc2", "ffns.0.layers.1"),
+        ):
             take(f"{their}.{name}", f"{our}.{place}")
-    for name, place in (("queries_embedder", "query_embed"), ("queries_features", "query_feat"), ("level_embed", "level_embed"),
-                        ("decoder.layernorm", "transformer_decoder.post_norm")):
+    for name, place in (
+        ("queries_embedder", "query_embed"),
+        ("queries_features", "query_feat"),
+        ("level_embed", "level_embed"),
+        ("decoder.layernorm", "transformer_decoder.post_norm"),
+    ):
         take(f"decoder.{name}", place)
     for index in range(3):
         take(f"decoder.decoder.mask_predictor.mask_embedder.{index}.0", f"mask_embed.{2 * index}")
@@ -81,10 +125,17 @@ def transformers_head(head: nn.Module):
             theirs[f"{their}.cross_attn.{end}"] = ours[f"{our}.attentions.0.attn.{end}"]
         take(f"{their}.self_attn.out_proj", f"{our}.attentions.1.attn.out_proj")
         for end in ("weight", "bias"):
-            for part, value in zip("qkv", ours[f"{our}.attentions.1.attn.in_proj_{end}"].chunk(3), strict=True):
+            for part, value in zip(
+                "qkv", ours[f"{our}.attentions.1.attn.in_proj_{end}"].chunk(3), strict=True
+            ):
                 theirs[f"{their}.self_attn.{part}_proj.{end}"] = value
-        for name, place in (("cross_attn_layer_norm", "norms.0"), ("self_attn_layer_norm", "norms.1"), ("final_layer_norm", "norms.2"),
-                            ("fc1", "ffns.0.layers.0.0"), ("fc2", "ffns.0.layers.1")):
+        for name, place in (
+            ("cross_attn_layer_norm", "norms.0"),
+            ("self_attn_layer_norm", "norms.1"),
+            ("final_layer_norm", "norms.2"),
+            ("fc1", "ffns.0.layers.0.0"),
+            ("fc2", "ffns.0.layers.1"),
+        ):
             take(f"{their}.{name}", f"{our}.{place}")
     parts.load_state_dict(theirs, strict=True)
     return parts.eval()
@@ -94,7 +145,10 @@ def test_all_layers_put_out_what_transformers_mask2former_does_with_the_same_wei
     model = config()
     model.decode_head.pixel_decoder.norm_cfg.num_groups = 32  # theirs cannot be chosen
     head = build(model).decode_head.eval()
-    assert sum(param.numel() for param in head.parameters()) == sum(param.numel() for param in transformers_head(head).parameters()) + 65 * 6
+    assert (
+        sum(param.numel() for param in head.parameters())
+        == sum(param.numel() for param in transformers_head(head).parameters()) + 65 * 6
+    )
     parts, maps = transformers_head(head), features()
     with torch.no_grad():
         pixels = parts["pixel_decoder"](maps, return_dict=True)
@@ -129,7 +183,9 @@ def test_losses_are_those_of_an_account_in_fp64_with_matches_of_all_permutations
         torch.manual_seed(5)
         found = head.forward_train(maps, [{}] * 2, None, gt_labels=labels, gt_masks=masks)
     torch.manual_seed(5)
-    drawn = [[torch.rand(1, points, 2)[0] for _ in range(2)] for _ in all_scores]  # the points of the matching come first
+    drawn = [
+        [torch.rand(1, points, 2)[0] for _ in range(2)] for _ in all_scores
+    ]  # the points of the matching come first
     for layer, (scores, logits) in enumerate(zip(all_scores, all_masks, strict=True)):
         scores, logits, pairs = scores.double(), logits.double(), []
         for image in range(2):
@@ -140,10 +196,17 @@ def test_losses_are_those_of_an_account_in_fp64_with_matches_of_all_permutations
             def cost(query, index, image=image, wanted=wanted, seen=seen, probability=probability):
                 share = seen[query].sigmoid()
                 dice = 1 - (2 * (share * wanted[index]).sum() + 1) / (share.sum() + wanted[index].sum() + 1)
-                return -2 * probability[query, labels[image][index]] + 5 * F.binary_cross_entropy_with_logits(seen[query], wanted[index]) + 5 * dice
+                return (
+                    -2 * probability[query, labels[image][index]]
+                    + 5 * F.binary_cross_entropy_with_logits(seen[query], wanted[index])
+                    + 5 * dice
+                )
 
             costs = [[float(cost(query, index)) for index in range(len(wanted))] for query in range(6)]
-            best = min(itertools.permutations(range(6), len(wanted)), key=lambda queries: sum(costs[query][index] for index, query in enumerate(queries)))
+            best = min(
+                itertools.permutations(range(6), len(wanted)),
+                key=lambda queries: sum(costs[query][index] for index, query in enumerate(queries)),
+            )
             pairs.extend(sorted((image, query, index) for index, query in enumerate(best)))
         classes = torch.full((2, 6), 5)
         for image, query, index in pairs:
@@ -156,12 +219,18 @@ def test_losses_are_those_of_an_account_in_fp64_with_matches_of_all_permutations
         for (image, query, _), places in zip(pairs, proposed, strict=True):
             uncertain = at(logits[image, query], places.double()).abs().argsort()[: int(0.75 * points)]
             chosen.append(places[uncertain])
-        chosen = torch.cat([torch.stack(chosen), torch.rand(3, points - int(0.75 * points), 2)], dim=1).double()
+        chosen = torch.cat(
+            [torch.stack(chosen), torch.rand(3, points - int(0.75 * points), 2)], dim=1
+        ).double()
         loss_mask = loss_dice = 0.0
         for (image, query, index), places in zip(pairs, chosen, strict=True):
             logit, truth = at(logits[image, query], places), at(masks[image][index].double(), places)
             loss_mask += 5 * F.binary_cross_entropy_with_logits(logit, truth) / 3
-            loss_dice += 5 * (1 - (2 * (logit.sigmoid() * truth).sum() + 1) / (logit.sigmoid().sum() + truth.sum() + 1)) / 3
+            loss_dice += (
+                5
+                * (1 - (2 * (logit.sigmoid() * truth).sum() + 1) / (logit.sigmoid().sum() + truth.sum() + 1))
+                / 3
+            )
         prefix = "" if layer == len(all_scores) - 1 else f"d{layer}."
         for name, expected in (("loss_cls", loss_cls), ("loss_mask", loss_mask), ("loss_dice", loss_dice)):
             torch.testing.assert_close(found[prefix + name].double(), expected, rtol=1e-4, atol=1e-5)
@@ -191,7 +260,9 @@ def test_logits_of_pixels_are_class_probabilities_times_mask_probabilities(head)
     with torch.no_grad():
         scores, masks = (layers[-1].double() for layers in head(maps))
         found = head.forward_test(maps)
-    expected = sum(scores.softmax(-1)[:, query, :5, None, None] * masks[:, query, None].sigmoid() for query in range(6))
+    expected = sum(
+        scores.softmax(-1)[:, query, :5, None, None] * masks[:, query, None].sigmoid() for query in range(6)
+    )
     assert found.shape == (2, 5, 8, 8)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
@@ -204,7 +275,10 @@ def test_a_layer_with_activation_checkpointing_gives_the_same_gradients():
             part.transformerlayers.ffn_cfgs.with_cp = with_cp
         head = build(model).decode_head
         assert head.transformer_decoder.layers[0].ffns[0].with_cp is with_cp
-        sum(scores.square().sum() + masks.square().mean() for scores, masks in zip(*head(features()), strict=True)).backward()
+        sum(
+            scores.square().sum() + masks.square().mean()
+            for scores, masks in zip(*head(features()), strict=True)
+        ).backward()
         gradients.append([param.grad for param in head.parameters()])
     for plain, recomputed in zip(*gradients, strict=True):
         assert torch.equal(plain, recomputed)
@@ -213,13 +287,26 @@ def test_a_layer_with_activation_checkpointing_gives_the_same_gradients():
 def test_layers_may_be_configured_one_by_one_and_leave_their_ffn_to_mmcv():
     decoder = config().decode_head.pixel_decoder
     layer = decoder.encoder.transformerlayers
-    other = ConfigDict({**layer, "attn_cfgs": [layer.attn_cfgs], "ffn_cfgs": [{**layer.ffn_cfgs, "feedforward_channels": 32}]})
+    other = ConfigDict(
+        {
+            **layer,
+            "attn_cfgs": [layer.attn_cfgs],
+            "ffn_cfgs": [{**layer.ffn_cfgs, "feedforward_channels": 32}],
+        }
+    )
     encoder = ConfigDict({**decoder.encoder, "transformerlayers": [layer, other]})
-    built = build_transformer_layer_sequence(with_own_layers(encoder, {"MultiScaleDeformableAttention": DeformableAttention}))
+    built = build_transformer_layer_sequence(
+        with_own_layers(encoder, {"MultiScaleDeformableAttention": DeformableAttention})
+    )
     assert [type(layer.attentions[0]) for layer in built.layers] == [DeformableAttention] * 2
-    assert [(type(layer.ffns[0]), layer.ffns[0].feedforward_channels) for layer in built.layers] == [(RecomputedFFN, 256), (RecomputedFFN, 32)]
+    assert [(type(layer.ffns[0]), layer.ffns[0].feedforward_channels) for layer in built.layers] == [
+        (RecomputedFFN, 256),
+        (RecomputedFFN, 32),
+    ]
     assert encoder.transformerlayers[0].ffn_cfgs.type == "FFN"  # a copy was changed
-    plain = ConfigDict({**layer, "attn_cfgs": {**layer.attn_cfgs, "embed_dims": 256}})  # as wide as mmcv's own FFN
+    plain = ConfigDict(
+        {**layer, "attn_cfgs": {**layer.attn_cfgs, "embed_dims": 256}}
+    )  # as wide as mmcv's own FFN
     del plain["ffn_cfgs"]
     built = build_transformer_layer_sequence(with_own_layers({**encoder, "transformerlayers": plain}, {}))
     assert [type(layer.ffns[0]) for layer in built.layers] == [FFN] * 2
@@ -228,7 +315,11 @@ def test_layers_may_be_configured_one_by_one_and_leave_their_ffn_to_mmcv():
 @pytest.mark.parametrize("place", ["transformer_decoder", "pixel_decoder.encoder"])
 def test_a_head_whose_layers_are_configured_one_by_one_is_refused_in_a_sentence(place: str):
     model = config()
-    sequence = model.decode_head.transformer_decoder if place == "transformer_decoder" else model.decode_head.pixel_decoder.encoder
+    sequence = (
+        model.decode_head.transformer_decoder
+        if place == "transformer_decoder"
+        else model.decode_head.pixel_decoder.encoder
+    )
     sequence.transformerlayers = [sequence.transformerlayers] * sequence.num_layers
     with pytest.raises(ValueError, match=f"{place}.transformerlayers of Mask2FormerHead must be one dict"):
         build(model)

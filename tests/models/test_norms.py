@@ -6,12 +6,20 @@ import time
 import pytest
 import torch
 
-from internseg_ds.models.norms import ChannelsFirstLayerNorm, RMSNorm, fastest, rms_norm_kernel, torch_rms_norm
+from internseg_ds.models.norms import (
+    ChannelsFirstLayerNorm,
+    RMSNorm,
+    fastest,
+    rms_norm_kernel,
+    torch_rms_norm,
+)
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 8e-3)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 8e-3)]
+)
 def test_rms_norm_is_its_formula(dtype: torch.dtype, tolerance: float):
     torch.manual_seed(0)
     norm = RMSNorm(48).double()
@@ -47,7 +55,9 @@ def test_norms_follow_their_input_and_start_as_identity_scales(norm: torch.nn.Mo
     with torch.autocast("cpu", torch.bfloat16):
         assert norm(x.bfloat16()).dtype == torch.bfloat16
     assert torch.equal(norm.weight, torch.ones(8))
-    assert sorted(name for name, _ in norm.named_parameters()) == (["weight"] if isinstance(norm, RMSNorm) else ["bias", "weight"])
+    assert sorted(name for name, _ in norm.named_parameters()) == (
+        ["weight"] if isinstance(norm, RMSNorm) else ["bias", "weight"]
+    )
 
 
 def test_the_choice_of_kernel_is_logged_once(caplog: pytest.LogCaptureFixture):
@@ -56,7 +66,9 @@ def test_the_choice_of_kernel_is_logged_once(caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.INFO):
         for _ in range(3):
             norm(torch.randn(2, 24))
-    assert [record.getMessage() for record in caplog.records] == ["RMSNorm of width 24 in float32 on cpu: torch (no other here)"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "RMSNorm of width 24 in float32 on cpu: torch (no other here)"
+    ]
 
 
 def slow_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -67,10 +79,14 @@ def slow_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Te
 @pytest.mark.parametrize("order", [("torch", "other"), ("other", "torch")])
 def test_the_faster_kernel_wins_whatever_the_order(order: tuple[str, str]):
     kernels = {"torch": torch_rms_norm, "other": slow_rms_norm}
-    name, why = fastest({key: kernels[key] for key in order}, width=16, dtype=torch.float32, device=CPU, tokens=8)
+    name, why = fastest(
+        {key: kernels[key] for key in order}, width=16, dtype=torch.float32, device=CPU, tokens=8
+    )
     assert name == "torch" and "torch" in why and " ms" in why and "other" in why
 
 
 def test_a_tie_goes_to_the_first():
-    name, _ = fastest({"first": slow_rms_norm, "second": slow_rms_norm}, width=16, dtype=torch.float32, device=CPU, tokens=8)
+    name, _ = fastest(
+        {"first": slow_rms_norm, "second": slow_rms_norm}, width=16, dtype=torch.float32, device=CPU, tokens=8
+    )
     assert name == "first"

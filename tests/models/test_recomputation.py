@@ -12,7 +12,17 @@ from internseg_ds.models.intern_vit_6b import InternViT6B
 from internseg_ds.models.recomputation import KEPT, run_block, set_recomputation
 
 POLICIES = ["none", "blocks", 1, 2, 3, "all_but_matmuls"]
-SMALL = dict(type="InternViT6B", embed_dim=24, depth=4, num_heads=3, patch_size=14, img_size=56, out_indices=[0, 1, 2, 3], with_fpn=True, use_flash_attn=False)
+SMALL = dict(
+    type="InternViT6B",
+    embed_dim=24,
+    depth=4,
+    num_heads=3,
+    patch_size=14,
+    img_size=56,
+    out_indices=[0, 1, 2, 3],
+    with_fpn=True,
+    use_flash_attn=False,
+)
 
 
 def vit(policy: str | int, **arguments: object) -> InternViT6B:
@@ -33,7 +43,11 @@ def losses_and_gradients(backbone: InternViT6B) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("variant", [{}, {"qkv_bias": True, "qk_normalization": False, "norm_type": "layer_norm"}, {"init_values": 0}], ids=str)
+@pytest.mark.parametrize(
+    "variant",
+    [{}, {"qkv_bias": True, "qk_normalization": False, "norm_type": "layer_norm"}, {"init_values": 0}],
+    ids=str,
+)
 def test_all_policies_give_equal_losses_and_gradients_to_the_last_bit(variant, frozen):
     wanted = losses_and_gradients(vit("none", freeze_vit=frozen, **variant))
     for policy in POLICIES[1:]:
@@ -78,7 +92,9 @@ def test_the_more_is_recomputed_the_less_is_kept():
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == len(sizes), sizes
     tokens = 4 * 2 * 17 * 96  # bytes of (2, 1 + 4 x 4, 96) floats
     per_block = [(size - sizes[-1]) / tokens / 8 for size in (sizes[0], kept_bytes("all_but_matmuls"))]
-    assert per_block == pytest.approx([19 + 4, 10], abs=0.1)  # beside the input; CPUs' norms, which are not fused, keep another result each
+    assert per_block == pytest.approx(
+        [19 + 4, 10], abs=0.1
+    )  # beside the input; CPUs' norms, which are not fused, keep another result each
 
 
 def recomputed_flops(policy: str | int) -> int:
@@ -93,7 +109,12 @@ def recomputed_flops(policy: str | int) -> int:
 
 def test_what_is_computed_again_costs_what_the_policy_says():
     plain, block = recomputed_flops("none"), (recomputed_flops("blocks") - recomputed_flops("none")) / 4
-    assert block > 0 and [recomputed_flops(policy) - plain for policy in (1, 2, 3, "all_but_matmuls")] == [4 * block, 2 * block, 2 * block, 0]
+    assert block > 0 and [recomputed_flops(policy) - plain for policy in (1, 2, 3, "all_but_matmuls")] == [
+        4 * block,
+        2 * block,
+        2 * block,
+        0,
+    ]
 
 
 @pytest.mark.parametrize("value", ["some", 0, -1, True, 1.5, None])
@@ -129,14 +150,30 @@ def test_a_product_that_is_read_and_then_changed_in_place_is_an_error_and_no_wro
 
 
 # made of operations that are kept themselves, or made for other devices, or called by nothing here
-NOT_KEPT = {"aten::scaled_dot_product_attention", "aten::_scaled_dot_product_attention_math", "aten::_scaled_dot_product_attention_math_for_mps",
-            "aten::_native_multi_head_attention", "aten::_triton_multi_head_attention", "aten::_triton_scaled_dot_attention",
-            "aten::_cudnn_attention_forward", "aten::_efficient_attention_forward", "aten::_flash_attention_forward",
-            "aten::_flash_attention_forward_no_dropout_inplace"}
+NOT_KEPT = {
+    "aten::scaled_dot_product_attention",
+    "aten::_scaled_dot_product_attention_math",
+    "aten::_scaled_dot_product_attention_math_for_mps",
+    "aten::_native_multi_head_attention",
+    "aten::_triton_multi_head_attention",
+    "aten::_triton_scaled_dot_attention",
+    "aten::_cudnn_attention_forward",
+    "aten::_efficient_attention_forward",
+    "aten::_flash_attention_forward",
+    "aten::_flash_attention_forward_no_dropout_inplace",
+}
 
 
 def test_the_result_of_every_attention_that_torch_has_is_kept():
     """A new one would be computed twice under all_but_matmuls. flash-attn's packages, which are not here, name theirs by version."""
-    names = {schema.name for schema in torch._C._jit_get_all_schemas() if "attention" in schema.name and "backward" not in schema.name}
+    names = {
+        schema.name
+        for schema in torch._C._jit_get_all_schemas()
+        if "attention" in schema.name and "backward" not in schema.name
+    }
     assert {name for name in names if name.startswith("aten::")} <= KEPT | NOT_KEPT
-    assert {"flash_attn::_flash_attn_forward", "flash_attn_3::fwd", "flash_attn_3::_flash_attn_forward"} <= KEPT
+    assert {
+        "flash_attn::_flash_attn_forward",
+        "flash_attn_3::fwd",
+        "flash_attn_3::_flash_attn_forward",
+    } <= KEPT

@@ -13,7 +13,9 @@ import pytest
 from internseg_ds.models.dcnv3_geometry import Geometry
 
 triton = pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Triton compiles nothing under TRITON_INTERPRET=1")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="Triton compiles nothing under TRITON_INTERPRET=1"
+)
 
 CAPABILITIES = (80, 90, 100)
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -28,23 +30,42 @@ def compiled(kernel, known: dict[str, int], capability: int, features: str, wide
     from triton.backends.compiler import GPUTarget
 
     counts = {"rows": "i64"} if wide else {}
-    types = {name: f"*{features}" for name in FEATURES} | NUMBERS | counts | {name: ("i32",) * known.get("LEVELS", 0) for name in LEVELS}
-    pointers = [name for name in kernel.arg_names if name.startswith("grad_") or name in ("offset", "mask", "locations", "weights")]
+    types = (
+        {name: f"*{features}" for name in FEATURES}
+        | NUMBERS
+        | counts
+        | {name: ("i32",) * known.get("LEVELS", 0) for name in LEVELS}
+    )
+    pointers = [
+        name
+        for name in kernel.arg_names
+        if name.startswith("grad_") or name in ("offset", "mask", "locations", "weights")
+    ]
     types |= dict.fromkeys(pointers, "*fp32")
     signature = {name: "constexpr" if name in known else types.get(name, "i32") for name in kernel.arg_names}
-    source = triton.compiler.ASTSource(kernel, signature, constexprs={(kernel.arg_names.index(name),): value for name, value in known.items()})
+    source = triton.compiler.ASTSource(
+        kernel,
+        signature,
+        constexprs={(kernel.arg_names.index(name),): value for name, value in known.items()},
+    )
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
 
 
-def check(kernel, known: dict[str, int], capability: int, features: str, folder: Path, wide: bool = False) -> None:
+def check(
+    kernel, known: dict[str, int], capability: int, features: str, folder: Path, wide: bool = False
+) -> None:
     made = compiled(kernel, known, capability, features, wide)
     assert f".target sm_{capability}" in made.asm["ptx"]
     assert made.metadata.shared <= SHARED_BYTES[capability]
     (folder / "kernel.cubin").write_bytes(made.asm["cubin"])
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    usage = subprocess.run([tool, "-res-usage", folder / "kernel.cubin"], capture_output=True, text=True, check=True).stdout
+    usage = subprocess.run(
+        [tool, "-res-usage", folder / "kernel.cubin"], capture_output=True, text=True, check=True
+    ).stdout
     stack, registers = int(re.search(r"STACK:(\d+)", usage)[1]), int(re.search(r"REG:(\d+)", usage)[1])
-    assert stack <= 16 and registers <= 255, usage  # what registers have no room for goes to the stack: a number or two do no harm
+    assert stack <= 16 and registers <= 255, (
+        usage
+    )  # what registers have no room for goes to the stack: a number or two do no harm
 
 
 def dcnv3(group: int, channels: int) -> list[tuple]:
@@ -61,7 +82,9 @@ def attention(heads: int, channels: int, levels: int = 3, points: int = 4) -> li
     from internseg_ds.models import deformable_attention_triton as kernels
 
     pairs = zip((kernels.forward_kernel, kernels.backward_kernel), kernels.ELEMENTS.values(), strict=True)
-    return [(kernel, kernels.constants(heads, channels, levels, points, elements)) for kernel, elements in pairs]
+    return [
+        (kernel, kernels.constants(heads, channels, levels, points, elements)) for kernel, elements in pairs
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -85,9 +108,14 @@ def test_kernels_compile_in_fp32_for_odd_channels_and_for_more_rows_than_int32_h
 @pytest.mark.slow
 @pytest.mark.parametrize("features", ["bf16", "fp32"])
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize(("first_groups", "channels"), [(4, 16), (5, 16), (7, 16), (10, 16), (12, 16), (10, 32), (16, 32)],
-                         ids=["T", "S", "B", "L", "XL", "H", "G"])
-def test_kernels_of_every_stage_compile(first_groups: int, channels: int, capability: int, features: str, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("first_groups", "channels"),
+    [(4, 16), (5, 16), (7, 16), (10, 16), (12, 16), (10, 32), (16, 32)],
+    ids=["T", "S", "B", "L", "XL", "H", "G"],
+)
+def test_kernels_of_every_stage_compile(
+    first_groups: int, channels: int, capability: int, features: str, tmp_path: Path
+):
     for stage in range(4):
         for kernel, known in dcnv3(first_groups << stage, channels):
             check(kernel, known, capability, features, tmp_path)
@@ -96,8 +124,12 @@ def test_kernels_of_every_stage_compile(first_groups: int, channels: int, capabi
 @pytest.mark.slow
 @pytest.mark.parametrize("features", ["bf16", "fp32"])
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize(("heads", "channels", "levels"), [(32, 32, 3), (8, 32, 3), (8, 32, 4), (2, 8, 3), (4, 4, 1)])
-def test_kernels_of_every_pixel_decoder_compile(heads: int, channels: int, levels: int, capability: int, features: str, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("heads", "channels", "levels"), [(32, 32, 3), (8, 32, 3), (8, 32, 4), (2, 8, 3), (4, 4, 1)]
+)
+def test_kernels_of_every_pixel_decoder_compile(
+    heads: int, channels: int, levels: int, capability: int, features: str, tmp_path: Path
+):
     for kernel, known in attention(heads, channels, levels):
         check(kernel, known, capability, features, tmp_path)
 
@@ -109,11 +141,17 @@ def test_other_sizes_of_images_compile_nothing_anew(made):
     from triton.runtime.jit import create_function_from_signature
 
     for kernel, known in made(32, 32):
-        binder = create_function_from_signature(kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32)))
+        binder = create_function_from_signature(
+            kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32))
+        )
         numbers = dict.fromkeys(kernel.arg_names, 7) | {"scale": 1.0} | known
         keys = set()
         for sides in ((1, 2, 3), (28, 56, 112), (32, 64, 128)):
-            given = dict.fromkeys(("rows", "queries", "tokens", "height", "width", "out_height", "out_width"), sides[0])
+            given = dict.fromkeys(
+                ("rows", "queries", "tokens", "height", "width", "out_height", "out_width"), sides[0]
+            )
             given |= dict.fromkeys(LEVELS, tuple(2 * side + 1 for side in sides))
-            keys.add(str(binder(**numbers | {name: value for name, value in given.items() if name in numbers})[1]))
+            keys.add(
+                str(binder(**numbers | {name: value for name, value in given.items() if name in numbers})[1])
+            )
         assert len(keys) == 1

@@ -32,16 +32,32 @@ class Cluster:
     folder: Path
     data: Path
 
-    def start(self, script: str, *arguments: object, launcher: str = "", output: int = subprocess.PIPE) -> subprocess.Popen:
+    def start(
+        self, script: str, *arguments: object, launcher: str = "", output: int = subprocess.PIPE
+    ) -> subprocess.Popen:
         """launcher: further options of the deepspeed command."""
         hostfile = self.folder / "hostfile"
         hostfile.write_text("".join(f"{host.name} slots=1\n" for host in self.hosts))
         path = f"{Path(sys.executable).parent}:/usr/bin:/bin:/usr/sbin:/sbin"
         settings = {"PATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": INTERFACE}
-        settings |= {name: os.environ[name] for name in ("TORCH_EXTENSIONS_DIR", "INTERNSEG_DEVICE", "DS_ACCELERATOR") if name in os.environ}
+        settings |= {
+            name: os.environ[name]
+            for name in ("TORCH_EXTENSIONS_DIR", "INTERNSEG_DEVICE", "DS_ACCELERATOR")
+            if name in os.environ
+        }
         env = environment(self.folder / "home", settings) | {"PATH": path}
-        return self.hosts[0].start("deepspeed", "--hostfile", hostfile, *launcher.split(), script, *arguments,
-                                   env=env, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        return self.hosts[0].start(
+            "deepspeed",
+            "--hostfile",
+            hostfile,
+            *launcher.split(),
+            script,
+            *arguments,
+            env=env,
+            cwd=ROOT,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
 
     def run(self, *arguments: object, code: int = 0, **settings) -> str:
         """The output of a run that ends with `code`, and leaves nothing on any host."""
@@ -50,19 +66,34 @@ class Cluster:
             output, _ = started.communicate(timeout=200)
         except subprocess.TimeoutExpired:
             os.killpg(started.pid, 9)
-            raise AssertionError(f"{arguments} has not ended; it has said: {started.stdout.read()[-5000:]}") from None
+            raise AssertionError(
+                f"{arguments} has not ended; it has said: {started.stdout.read()[-5000:]}"
+            ) from None
         assert started.returncode == code, f"{arguments} ended with {started.returncode}: {output[-5000:]}"
         self.check_nothing_is_left()
         return output
 
     def train(self, work_dir: Path, *arguments: object, options: tuple[str, ...] = (), **settings) -> Run:
-        output = self.run("launch/train.py", TINY, "--work-dir", work_dir, "--no-validate", *arguments,
-                          "--cfg-options", *OPTIONS, *data_options(self.data), *options, **settings)
+        output = self.run(
+            "launch/train.py",
+            TINY,
+            "--work-dir",
+            work_dir,
+            "--no-validate",
+            *arguments,
+            "--cfg-options",
+            *OPTIONS,
+            *data_options(self.data),
+            *options,
+            **settings,
+        )
         return Run(work_dir, output, settings.get("code", 0))
 
     def check_nothing_is_left(self, seconds: float = 10) -> None:
         deadline = time.monotonic() + seconds
-        while left := {host.name: found for host in self.hosts if (found := list(host.python_processes().values()))}:
+        while left := {
+            host.name: found for host in self.hosts if (found := list(host.python_processes().values()))
+        }:
             assert time.monotonic() < deadline, left
             time.sleep(0.2)
         for host in self.hosts:

@@ -16,8 +16,15 @@ from pathlib import Path
 
 import psutil
 
-TOOLS = {"ip": "iproute2", "sshd": "openssh-server", "ssh": "openssh-client", "pdsh": "pdsh",
-         "unshare": "util-linux", "nsenter": "util-linux", "setpriv": "util-linux"}
+TOOLS = {
+    "ip": "iproute2",
+    "sshd": "openssh-server",
+    "ssh": "openssh-client",
+    "pdsh": "pdsh",
+    "unshare": "util-linux",
+    "nsenter": "util-linux",
+    "setpriv": "util-linux",
+}
 INTERFACE = "fabric0"
 
 SSHD_CONFIG = """
@@ -65,8 +72,12 @@ class Host:
 
     def start(self, *command: object, **settings) -> subprocess.Popen:
         """Starts a command on this host, in a session of its own; settings: of Popen."""
-        return subprocess.Popen(["nsenter", "--all", f"--wdns={os.getcwd()}", f"--target={self.init}", "--", *map(str, command)],
-                                start_new_session=True, text=True, **settings)
+        return subprocess.Popen(
+            ["nsenter", "--all", f"--wdns={os.getcwd()}", f"--target={self.init}", "--", *map(str, command)],
+            start_new_session=True,
+            text=True,
+            **settings,
+        )
 
     def run(self, *command: object, timeout: float = 60, **settings) -> str:
         """The output of a command on this host; raises when it fails."""
@@ -83,7 +94,9 @@ class Host:
         host, found = os.stat(f"/proc/{self.init}/ns/pid").st_ino, {}
         for process in psutil.process_iter():
             try:
-                if os.stat(f"/proc/{process.pid}/ns/pid").st_ino == host and "python" in (line := " ".join(process.cmdline())):
+                if os.stat(f"/proc/{process.pid}/ns/pid").st_ino == host and "python" in (
+                    line := " ".join(process.cmdline())
+                ):
                     found[process.pid] = line
             except (psutil.Error, OSError):  # it has ended
                 continue
@@ -93,12 +106,24 @@ class Host:
 def missing() -> str | None:
     """What the machine lacks for this, and how to have it, in a sentence; None when all is there."""
     if os.geteuid() != 0:
-        return "several hosts on one machine need root (network and mount namespaces); run as root, or with sudo"
+        return (
+            "several hosts on one machine need root (network and mount namespaces); run as root, or with sudo"
+        )
     packages = sorted({package for tool, package in TOOLS.items() if _tool(tool) is None})
     if packages:
-        return f"several hosts on one machine need {', '.join(packages)}; apt-get install {' '.join(packages)}"
-    tried = subprocess.run(["unshare", "--net", "--mount", "--uts", "--pid", "--fork", "--mount-proc", "true"], capture_output=True, text=True)
-    return f"this machine allows no namespaces ({tried.stderr.strip()}); in a container, start it with --privileged" if tried.returncode else None
+        return (
+            f"several hosts on one machine need {', '.join(packages)}; apt-get install {' '.join(packages)}"
+        )
+    tried = subprocess.run(
+        ["unshare", "--net", "--mount", "--uts", "--pid", "--fork", "--mount-proc", "true"],
+        capture_output=True,
+        text=True,
+    )
+    return (
+        f"this machine allows no namespaces ({tried.stderr.strip()}); in a container, start it with --privileged"
+        if tried.returncode
+        else None
+    )
 
 
 @contextmanager
@@ -112,7 +137,9 @@ def hosts(count: int, folder: Path) -> Iterator[list[Host]]:
     for key in ("user", "host"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", keys / key], check=True)
     (keys / "known_hosts").write_text(f"{','.join(names + addresses)} {(keys / 'host.pub').read_text()}")
-    (folder / "hosts").write_text("127.0.0.1 localhost\n" + "".join(f"{address} {name}\n" for name, address in zip(names, addresses)))
+    (folder / "hosts").write_text(
+        "127.0.0.1 localhost\n" + "".join(f"{address} {name}\n" for name, address in zip(names, addresses))
+    )
     (folder / "ssh" / "sshd_config").write_text(SSHD_CONFIG.format(keys=keys))
     (folder / "ssh" / "ssh_config").write_text(SSH_CONFIG.format(keys=keys))
     with ExitStack() as stack:
@@ -135,10 +162,36 @@ def hosts(count: int, folder: Path) -> Iterator[list[Host]]:
 def _host(name: str, address: str, folder: Path) -> Iterator[Host]:
     mine = folder / name
     mine.mkdir()
-    script = START.format(name=name, etc_ssh=folder / "ssh", etc_hosts=folder / "hosts", mine=mine, local=folder / "local", sshd=_tool("sshd"))
+    script = START.format(
+        name=name,
+        etc_ssh=folder / "ssh",
+        etc_hosts=folder / "hosts",
+        mine=mine,
+        local=folder / "local",
+        sshd=_tool("sshd"),
+    )
     with (folder / f"{name}.sshd.log").open("w") as log:
-        started = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", "unshare", "--net", "--mount", "--uts", "--ipc", "--pid", "--fork",
-                                    "--kill-child", "--mount-proc", "sh", "-c", script], stdout=log, stderr=log)
+        started = subprocess.Popen(
+            [
+                "setpriv",
+                "--pdeathsig",
+                "KILL",
+                "unshare",
+                "--net",
+                "--mount",
+                "--uts",
+                "--ipc",
+                "--pid",
+                "--fork",
+                "--kill-child",
+                "--mount-proc",
+                "sh",
+                "-c",
+                script,
+            ],
+            stdout=log,
+            stderr=log,
+        )
     try:
         process = psutil.Process(started.pid)
         while not process.children():

@@ -2,16 +2,30 @@ import pytest
 from torch import nn
 
 from internseg_ds.errors import ConfigError
-from internseg_ds.planning.communication import Collective, Traffic, batch_norm_collectives, buckets, host_bytes, step_traffic
+from internseg_ds.planning.communication import (
+    Collective,
+    Traffic,
+    batch_norm_collectives,
+    buckets,
+    host_bytes,
+    step_traffic,
+)
 from internseg_ds.planning.training_pass import Use
 
 N = 4
-ALWAYS = {"stage": 3, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0, "stage3_param_persistence_threshold": 0}
+ALWAYS = {
+    "stage": 3,
+    "stage3_max_reuse_distance": 0,
+    "stage3_prefetch_bucket_size": 0,
+    "stage3_param_persistence_threshold": 0,
+}
 
 
 def two_layers() -> tuple[nn.Module, list[Use]]:
     """40 and 80 weights, used forwards and backwards."""
-    model = nn.Sequential(nn.Linear(4, 10, bias=False, device="meta"), nn.Linear(10, 8, bias=False, device="meta"))
+    model = nn.Sequential(
+        nn.Linear(4, 10, bias=False, device="meta"), nn.Linear(10, 8, bias=False, device="meta")
+    )
     return model, [Use(name, begins) for name in ("0", "1", "1", "0") for begins in (True, False)]
 
 
@@ -38,12 +52,19 @@ def test_each_gpu_of_a_node_carries_its_part_of_what_leaves_the_node():
     assert wide.sent_by_link(1) == (0, 1500)
 
 
-@pytest.mark.parametrize(("stage", "accumulation", "times"), [  # of 240 bytes, and 3 of 4 shares: reductions count twice
-    (0, 1, 2), (0, 3, 2),
-    (1, 1, 2 + 1), (1, 3, 2 + 1),
-    (2, 1, 2 + 1), (2, 3, 3 * 2 + 1),
-    (3, 1, 2 + 1), (3, 3, 3 * (2 + 1)),  # two gathers and a reduce-scatter in each micro-batch
-])
+@pytest.mark.parametrize(
+    ("stage", "accumulation", "times"),
+    [  # of 240 bytes, and 3 of 4 shares: reductions count twice
+        (0, 1, 2),
+        (0, 3, 2),
+        (1, 1, 2 + 1),
+        (1, 3, 2 + 1),
+        (2, 1, 2 + 1),
+        (2, 3, 3 * 2 + 1),
+        (3, 1, 2 + 1),
+        (3, 3, 3 * (2 + 1)),  # two gathers and a reduce-scatter in each micro-batch
+    ],
+)
 def test_what_each_stage_sends(stage, accumulation, times):
     # "1" is needed twice in a row and stays in between only where something is kept: with nothing kept, all 120 weights are gathered twice
     assert sent(traffic({**ALWAYS, "stage": stage}, accumulation)) == times * 240 * 3 / 4
@@ -56,15 +77,25 @@ def test_one_process_alone_sends_nothing():
 
 def test_hpz_gathers_over_all_processes_once_a_step_and_then_within_the_node():
     planned = traffic({**ALWAYS, "zero_hpz_partition_size": 2}, accumulation=3)
-    gathered = [{part.ranks: part.payload for part in micro_batch if part.what == "weights"} for micro_batch in planned.micro_batches]
+    gathered = [
+        {part.ranks: part.payload for part in micro_batch if part.what == "weights"}
+        for micro_batch in planned.micro_batches
+    ]
     assert gathered == [{4: 240, 2: 240}, {2: 480}, {2: 480}]
-    assert sum(part.sent_by_link(2)[1] for part in planned) == (240 + 3 * 240) * 3 / 4 / 2  # one gather, three reductions leave the node
+    assert (
+        sum(part.sent_by_link(2)[1] for part in planned) == (240 + 3 * 240) * 3 / 4 / 2
+    )  # one gather, three reductions leave the node
 
 
 def test_small_parameters_are_gathered_once_after_the_step():
     planned = traffic({**ALWAYS, "stage3_param_persistence_threshold": 40}, accumulation=2)
     assert [(part.payload, part.calls) for part in planned.after] == [(80, 1)]
-    assert [part.payload for micro_batch in planned.micro_batches for part in micro_batch if part.what == "weights"] == [320, 320]
+    assert [
+        part.payload
+        for micro_batch in planned.micro_batches
+        for part in micro_batch
+        if part.what == "weights"
+    ] == [320, 320]
 
 
 def test_sizes_that_do_not_divide_are_padded():
@@ -104,11 +135,31 @@ def test_what_is_offloaded_crosses_the_link_to_the_host():
     share = 240 // N
     for offloaded, accumulation, expected in (
         ({}, 2, 0),
-        ({"offload_optimizer": {"device": "cpu"}}, 1, (2 + 2 + 1) * share),  # gradients down and up, in fp32 down, weights up: 10 bytes a parameter
-        ({"offload_optimizer": {"device": "cpu"}}, 2, (4 + 2 + 1) * share),  # sums of gradients up and down once more
-        ({"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}, 1, (2 + 2 + 2) * share),  # weights up for each gather
-        ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, 1, (2 + 1) * share),  # in fp32 down, weights up
-        ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, 2, (2 * N + 2 + 1) * share),  # whole gradients down and up between
+        (
+            {"offload_optimizer": {"device": "cpu"}},
+            1,
+            (2 + 2 + 1) * share,
+        ),  # gradients down and up, in fp32 down, weights up: 10 bytes a parameter
+        (
+            {"offload_optimizer": {"device": "cpu"}},
+            2,
+            (4 + 2 + 1) * share,
+        ),  # sums of gradients up and down once more
+        (
+            {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
+            1,
+            (2 + 2 + 2) * share,
+        ),  # weights up for each gather
+        (
+            {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+            1,
+            (2 + 1) * share,
+        ),  # in fp32 down, weights up
+        (
+            {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+            2,
+            (2 * N + 2 + 1) * share,
+        ),  # whole gradients down and up between
     ):
         zero = {**ALWAYS, **offloaded}
         planned = step_traffic(model, uses, [120], zero, width=2, world_size=N, accumulation=accumulation)

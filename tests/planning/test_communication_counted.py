@@ -24,7 +24,11 @@ from tests.distributed.ranks import spawn
 from tests.end_to_end.conftest import SMALL
 
 TINIER = [*SMALL, "data.workers_per_gpu=0"]
-KINDS = {"c10d::_allgather_base_": "all_gather", "c10d::_reduce_scatter_base_": "reduce_scatter", "c10d::allreduce_": "all_reduce"}
+KINDS = {
+    "c10d::_allgather_base_": "all_gather",
+    "c10d::_reduce_scatter_base_": "reduce_scatter",
+    "c10d::allreduce_": "all_reduce",
+}
 
 
 def tensors(value: Any) -> list[Tensor]:
@@ -47,7 +51,11 @@ class Counted(TorchDispatchMode):
             if kind == "reduce_scatter":
                 whole, part = part, whole
             elements = sum(tensor.numel() for tensor in whole)
-            ranks = elements // sum(tensor.numel() for tensor in part) if kind != "all_reduce" else dist.get_world_size()
+            ranks = (
+                elements // sum(tensor.numel() for tensor in part)
+                if kind != "all_reduce"
+                else dist.get_world_size()
+            )
             key = kind, ranks, whole[0].dtype
             self.payload[key] += elements * whole[0].element_size()
             self.calls[key] += 1
@@ -60,13 +68,29 @@ def count_and_compare(settings: list[tuple[dict, int]], root: Path, work_dir: Pa
     deepspeed.init_distributed("gloo", verbose=False)
     world_size, passed = dist.get_world_size(), None
     for zero, accumulation in settings:
-        options = dict(option.split("=", 1) for option in (*TINIER, *data_options(root), f"engine.global_batch={2 * world_size * accumulation}"))
-        experiment = read_experiment(ROOT / TINY, {key: value if "data_root" in key else ast.literal_eval(value) for key, value in options.items()})
+        options = dict(
+            option.split("=", 1)
+            for option in (
+                *TINIER,
+                *data_options(root),
+                f"engine.global_batch={2 * world_size * accumulation}",
+            )
+        )
+        experiment = read_experiment(
+            ROOT / TINY,
+            {key: value if "data_root" in key else ast.literal_eval(value) for key, value in options.items()},
+        )
         ds_config = {"bf16": {"enabled": True}, "zero_optimization": zero}
         with SegmentorEngine(experiment, ds_config, work_dir=work_dir, validate=False) as engine:
             engine.deepspeed.train()
-            sampler = GlobalBatchSampler(len(engine.plan.train_set), 2, rank=dist.get_rank(), world_size=world_size, seed=0, start=0)
-            batch = next(training_batches(engine.plan.train_set, sampler, workers=0, seed=0, device=torch.device("cpu")))
+            sampler = GlobalBatchSampler(
+                len(engine.plan.train_set), 2, rank=dist.get_rank(), world_size=world_size, seed=0, start=0
+            )
+            batch = next(
+                training_batches(
+                    engine.plan.train_set, sampler, workers=0, seed=0, device=torch.device("cpu")
+                )
+            )
 
             def step(engine=engine, batch=batch, accumulation=accumulation):
                 for _ in range(accumulation):
@@ -78,17 +102,33 @@ def count_and_compare(settings: list[tuple[dict, int]], root: Path, work_dir: Pa
             with Counted() as counted:
                 step()
             model, resolved = engine.plan.meta_model, engine.plan.ds
-            groups = [sum(getattr(param, "ds_numel", param.numel()) for param in group) for group in bit16_groups(engine)]
-            passed = passed or training_pass(model, *batch.inputs["img"].shape[2:])  # the same for all settings
-            traffic = step_traffic(model, passed.uses, groups, resolved.raw["zero_optimization"],
-                                   width=2, world_size=world_size, accumulation=accumulation)
+            groups = [
+                sum(getattr(param, "ds_numel", param.numel()) for param in group)
+                for group in bit16_groups(engine)
+            ]
+            passed = passed or training_pass(
+                model, *batch.inputs["img"].shape[2:]
+            )  # the same for all settings
+            traffic = step_traffic(
+                model,
+                passed.uses,
+                groups,
+                resolved.raw["zero_optimization"],
+                width=2,
+                world_size=world_size,
+                accumulation=accumulation,
+            )
         payload, calls = Counter(), Counter()
         for part in traffic:
             key = part.kind, part.ranks, torch.float32 if part.what == "batch norm" else torch.bfloat16
             payload[key] += part.payload
             calls[key] += part.calls
         seen = f"{zero}, {accumulation} micro-batches, {world_size} ranks: planned {payload}, counted {counted.payload}"
-        small = {torch.float32, torch.uint8, torch.float64}  # norms of the gradients, one number per group, and flags
+        small = {
+            torch.float32,
+            torch.uint8,
+            torch.float64,
+        }  # norms of the gradients, one number per group, and flags
         for key in payload | counted.payload:
             more = counted.payload[key] - payload[key]
             assert 0 <= more <= (8 * len(groups) + 8) * (key[2] in small), f"{key}: {seen}"
@@ -102,7 +142,12 @@ def bit16_groups(engine: SegmentorEngine) -> list[list[Tensor]]:
 
 
 ZERO3 = {"stage": 3, "stage3_param_persistence_threshold": 320}
-TIGHT = {**ZERO3, "stage3_max_reuse_distance": 20_000, "stage3_prefetch_bucket_size": 5_000, "reduce_bucket_size": 30_000}
+TIGHT = {
+    **ZERO3,
+    "stage3_max_reuse_distance": 20_000,
+    "stage3_prefetch_bucket_size": 5_000,
+    "reduce_bucket_size": 30_000,
+}
 """At this model's size, what DeepSpeed's defaults are at 6 B: some weights are kept from forward to backward, most are gathered twice."""
 LIVE = {**TIGHT, "stage3_max_live_parameters": 40_000}
 """Without accumulation only: with it, this bound makes DeepSpeed gather some per cent more here than planned (docs/scaling.md)."""
@@ -111,10 +156,25 @@ BLOCKWISE = {**TIGHT, **LEAF, "stage3_prefetch_bucket_size": 12_288, "reduce_buc
 """As "auto" fills them in: blocks of 12,672 elements, of which 12,288 are partitioned."""
 
 
-@pytest.mark.parametrize(("world_size", "settings"), [
-    (2, [({"stage": 1}, 2), ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, 2), (LIVE, 1), ({**TIGHT, **LEAF}, 2)]),
-    pytest.param(2, [({"stage": 2}, 1), (TIGHT, 2), (BLOCKWISE, 1)], marks=pytest.mark.slow),
-    pytest.param(4, [({"stage": 1}, 1), ({**TIGHT, **LEAF, "zero_hpz_partition_size": 2}, 2)], marks=pytest.mark.slow),
-])
+@pytest.mark.parametrize(
+    ("world_size", "settings"),
+    [
+        (
+            2,
+            [
+                ({"stage": 1}, 2),
+                ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, 2),
+                (LIVE, 1),
+                ({**TIGHT, **LEAF}, 2),
+            ],
+        ),
+        pytest.param(2, [({"stage": 2}, 1), (TIGHT, 2), (BLOCKWISE, 1)], marks=pytest.mark.slow),
+        pytest.param(
+            4,
+            [({"stage": 1}, 1), ({**TIGHT, **LEAF, "zero_hpz_partition_size": 2}, 2)],
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
 def test_planned_bytes_and_calls_are_those_of_real_steps(world_size, settings, ade20k, tmp_path):
     spawn(count_and_compare, world_size, settings, ade20k, tmp_path / "run")

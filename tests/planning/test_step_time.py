@@ -7,7 +7,14 @@ from internseg_ds.planning.training_pass import TrainingPass
 
 GPU = Device("test", bf16=100, tf32=50, fp32=5, memory_gib=74.5, memory_gbs=1000, nvlink_gbs=100, host_gbs=10)
 PLAIN = Assumptions(compute=0.5, link=1.0, hop_within_s=0, hop_between_s=0, host_memory_gbs=80)
-PASS = TrainingPass((), backbone_forward=10**12, backbone_backward=3 * 10**12, backbone_recomputed=10**12, heads_forward=10**12, heads_backward=10**12)
+PASS = TrainingPass(
+    (),
+    backbone_forward=10**12,
+    backbone_backward=3 * 10**12,
+    backbone_recomputed=10**12,
+    heads_forward=10**12,
+    heads_backward=10**12,
+)
 COMPUTE_S = 2 * (4 / 100 + 2 / 50) / 0.5  # two images
 STATE = 10**9
 
@@ -18,8 +25,17 @@ def gather(gigabytes: float, ranks: int = 2, calls: int = 1, what: str = "weight
 
 
 def time_of(micro_batches, after=(), zero=None, nodes=1, per_node=2, host_bytes=0, **more):
-    return step_time(PASS, 2, Traffic(tuple(micro_batches), tuple(after)), STATE, host_bytes, zero or {"stage": 3},
-                     Cluster(GPU, nodes, per_node, 10), PLAIN, **more)
+    return step_time(
+        PASS,
+        2,
+        Traffic(tuple(micro_batches), tuple(after)),
+        STATE,
+        host_bytes,
+        zero or {"stage": 3},
+        Cluster(GPU, nodes, per_node, 10),
+        PLAIN,
+        **more,
+    )
 
 
 def test_computation_takes_its_flops_at_the_share_of_the_peak_that_is_reached():
@@ -43,7 +59,9 @@ def test_communication_hides_behind_computation_where_the_settings_let_it():
     assert time_of([(hidden,)]).waiting == pytest.approx(0)
     assert time_of([(longer,)]).waiting == pytest.approx(0.4 - COMPUTE_S)
     assert time_of([(hidden,)], zero={"stage": 3, "overlap_comm": False}).waiting == pytest.approx(0.08)
-    assert time_of([(hidden,)], zero={"stage": 1}).waiting == pytest.approx(0.08)  # DeepSpeed overlaps in ZeRO-3 alone unless it is told to
+    assert time_of([(hidden,)], zero={"stage": 1}).waiting == pytest.approx(
+        0.08
+    )  # DeepSpeed overlaps in ZeRO-3 alone unless it is told to
     assert time_of([(gather(8, what="batch norm"),)]).waiting == pytest.approx(0.08)
     assert time_of([(), ()], after=[hidden]).waiting == pytest.approx(0.08)
 
@@ -64,12 +82,17 @@ def test_micro_batches_wait_for_their_own_communication_only():
 
 def test_the_slower_link_decides():
     cluster = Cluster(GPU, nodes=2, per_node=2, between_gbs=10)
-    assert seconds([gather(8, ranks=4)], cluster, PLAIN) == pytest.approx(4 / 10)  # half of it leaves the node
+    assert seconds([gather(8, ranks=4)], cluster, PLAIN) == pytest.approx(
+        4 / 10
+    )  # half of it leaves the node
     assert seconds([gather(8, ranks=2)], cluster, PLAIN) == pytest.approx(8 / 100)
 
 
 def test_each_call_takes_its_hops():
-    cluster, slow = Cluster(GPU, nodes=2, per_node=2, between_gbs=10), Assumptions(link=1.0, hop_within_s=1, hop_between_s=10)
+    cluster, slow = (
+        Cluster(GPU, nodes=2, per_node=2, between_gbs=10),
+        Assumptions(link=1.0, hop_within_s=1, hop_between_s=10),
+    )
     assert seconds([gather(0, ranks=4, calls=3)], cluster, slow) == 3 * (2 + 20)
     assert seconds([Collective("all_reduce", "gradients", 0, 1, 4)], cluster, slow) == 2 * (2 + 20)
     assert seconds([gather(0, ranks=2)], cluster, slow) == 1
@@ -87,7 +110,7 @@ def test_devices_multiply_fp32_slower_than_tf32():
 
 
 def test_devices_multiply_tf32_at_half_the_rate_of_bf16_and_their_links_are_slower_than_their_memory():
-    assert all(device.name == name and 1.9 < device.bf16 / device.tf32 < 2.2 for name, device in DEVICES.items())
+    assert all(
+        device.name == name and 1.9 < device.bf16 / device.tf32 < 2.2 for name, device in DEVICES.items()
+    )
     assert all(device.host_gbs <= device.nvlink_gbs < device.memory_gbs for device in DEVICES.values())
-
-

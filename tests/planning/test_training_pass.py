@@ -25,18 +25,24 @@ def six_b():
 def test_the_vit_of_six_billion_costs_what_its_sizes_say(six_b):
     _, passed = six_b
     tokens, width, blocks = 1 + (504 // 14) ** 2, 3200, 48
-    weights = 4 * width**2 + 2 * 4 * width**2  # of a block: qkv and projection, and two layers of 4 times the width
+    weights = (
+        4 * width**2 + 2 * 4 * width**2
+    )  # of a block: qkv and projection, and two layers of 4 times the width
     attention = 2 * tokens * width  # query by key, and weight by value, for each token
     by_hand = blocks * tokens * 2 * (weights + attention)
     assert passed.backbone_recomputed == pytest.approx(by_hand, rel=1e-3)
-    assert 3 * passed.backbone_recomputed / TERA == pytest.approx(49, abs=0.5)  # forward and backward of the blocks
+    assert 3 * passed.backbone_recomputed / TERA == pytest.approx(
+        49, abs=0.5
+    )  # forward and backward of the blocks
     rest = passed.model_flops - 3 * passed.backbone_recomputed
     assert rest / TERA == pytest.approx(17, abs=0.5)  # pyramid, UPerHead, auxiliary head
 
 
 def test_the_backward_pass_costs_twice_the_forward_pass_and_what_it_recomputes(six_b):
     _, passed = six_b
-    assert passed.backbone_backward - passed.backbone_recomputed == pytest.approx(2 * passed.backbone_forward, rel=0.01)
+    assert passed.backbone_backward - passed.backbone_recomputed == pytest.approx(
+        2 * passed.backbone_forward, rel=0.01
+    )
     assert passed.heads_backward == pytest.approx(2 * passed.heads_forward, rel=0.01)
 
 
@@ -44,7 +50,9 @@ def test_a_convolution_of_the_pyramid_and_heads_costs_two_flops_per_weight_and_p
     model = build(TINY)
     passed = training_pass(model, 112, 112)
     width, channels, side = 128, 64, 8
-    pyramid = 2 * 4 * width**2 * (side**2 + (2 * side) ** 2 + side**2)  # up1 twice, up2 once: each input position meets 2x2 weights
+    pyramid = (
+        2 * 4 * width**2 * (side**2 + (2 * side) ** 2 + side**2)
+    )  # up1 twice, up2 once: each input position meets 2x2 weights
     patches = 2 * 3 * 14**2 * width * side**2
     blocks = 4 * 2 * (side**2 + 1) * (12 * width**2 + 2 * (side**2 + 1) * width)
     assert passed.backbone_forward == patches + blocks + pyramid
@@ -60,7 +68,10 @@ def test_a_convolution_of_the_pyramid_and_heads_costs_two_flops_per_weight_and_p
 
 
 def test_a_frozen_vit_is_neither_recomputed_nor_differentiated():
-    full, frozen = (training_pass(build(TINY, **{"model.backbone.freeze_vit": freeze}), 112, 112) for freeze in (False, True))
+    full, frozen = (
+        training_pass(build(TINY, **{"model.backbone.freeze_vit": freeze}), 112, 112)
+        for freeze in (False, True)
+    )
     assert frozen.backbone_recomputed == 0
     assert frozen.backbone_forward == full.backbone_forward
     assert frozen.backbone_backward < frozen.backbone_forward < full.backbone_backward
@@ -72,10 +83,16 @@ def test_checkpointed_blocks_use_their_weights_three_times_and_others_twice():
         assert uses.count(Use("backbone.blocks.1.mlp.fc1", True)) == times
         assert uses.count(Use("decode_head.conv_seg", True)) == 2
         order = [use.module for use in uses if use.begins]
-        assert (order.index("backbone.patch_embed.proj") < order.index("backbone.blocks.0.attn.qkv")
-                < order.index("backbone.blocks.3.mlp.fc2") < order.index("backbone.up1.0"))
-        last = {name: max(index for index, module in enumerate(order) if module == name)
-                for name in ("backbone.blocks.0.attn.qkv", "backbone.blocks.3.mlp.fc2", "backbone.up1.0")}
+        assert (
+            order.index("backbone.patch_embed.proj")
+            < order.index("backbone.blocks.0.attn.qkv")
+            < order.index("backbone.blocks.3.mlp.fc2")
+            < order.index("backbone.up1.0")
+        )
+        last = {
+            name: max(index for index, module in enumerate(order) if module == name)
+            for name in ("backbone.blocks.0.attn.qkv", "backbone.blocks.3.mlp.fc2", "backbone.up1.0")
+        }
         assert last["backbone.up1.0"] < last["backbone.blocks.3.mlp.fc2"] < last["backbone.blocks.0.attn.qkv"]
 
 

@@ -17,8 +17,19 @@ def training(ade20k: Path) -> Callable[..., list[str]]:
     """training(work_dir, *arguments) -> launch/train.py and its arguments: STEPS steps of the small model, saved every SAVED."""
 
     def words(work_dir: Path, *arguments: object) -> list[str]:
-        return ["launch/train.py", TINY, "--work-dir", str(work_dir), "--no-validate", *map(str, arguments), "--cfg-options", *SMALL, *data_options(ade20k),
-                f"runner.max_iters={STEPS}", f"checkpoint_config.interval={SAVED}"]
+        return [
+            "launch/train.py",
+            TINY,
+            "--work-dir",
+            str(work_dir),
+            "--no-validate",
+            *map(str, arguments),
+            "--cfg-options",
+            *SMALL,
+            *data_options(ade20k),
+            f"runner.max_iters={STEPS}",
+            f"checkpoint_config.interval={SAVED}",
+        ]
 
     return words
 

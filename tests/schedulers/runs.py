@@ -19,11 +19,21 @@ ENVIRONMENT = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "O
 
 def need(**packages: str) -> None:
     """need(mpirun="openmpi-bin"): fails in one sentence where a program is missing."""
-    missing = sorted({package for program, package in packages.items() if shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None})
-    assert not missing, f"these tests need programs that are not installed; apt-get install {' '.join(missing)}"
+    missing = sorted(
+        {
+            package
+            for program, package in packages.items()
+            if shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None
+        }
+    )
+    assert not missing, (
+        f"these tests need programs that are not installed; apt-get install {' '.join(missing)}"
+    )
 
 
-def wait_for(condition: Callable[[], object], what: str, *, timeout_s: float = 120, output: Callable[[], str] = str) -> None:
+def wait_for(
+    condition: Callable[[], object], what: str, *, timeout_s: float = 120, output: Callable[[], str] = str
+) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"after {timeout_s} s still no {what}\n{output()[-4000:]}"
@@ -54,16 +64,25 @@ class Started:
         return found
 
     def wait(self, *, timeout_s: float = 180) -> int:
-        wait_for(lambda: self.process.poll() is not None, "end", timeout_s=timeout_s, output=lambda: self.output)
+        wait_for(
+            lambda: self.process.poll() is not None, "end", timeout_s=timeout_s, output=lambda: self.output
+        )
         return self.process.returncode
 
 
 @contextmanager
-def started(command: list[object], log: Path, *, env: Mapping[str, str] | None = None, cwd: Path = ROOT) -> Iterator[Started]:
+def started(
+    command: list[object], log: Path, *, env: Mapping[str, str] | None = None, cwd: Path = ROOT
+) -> Iterator[Started]:
     """A command in the background; what is left of it is killed at the end of the block."""
     with log.open("w") as out:
-        process = subprocess.Popen([str(word) for word in command], cwd=cwd, stdout=out, stderr=subprocess.STDOUT,
-                                   env={**os.environ, **ENVIRONMENT, **(env or {})})
+        process = subprocess.Popen(
+            [str(word) for word in command],
+            cwd=cwd,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **ENVIRONMENT, **(env or {})},
+        )
     run = Started(process, log)
     try:
         yield run

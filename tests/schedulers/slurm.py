@@ -46,8 +46,17 @@ class Cluster:
     environment: dict[str, str]
 
     def run(self, *command: object, cwd: Path, check: bool = True, **env: str) -> subprocess.CompletedProcess:
-        done = subprocess.run([str(word) for word in command], cwd=cwd, env={**self.environment, **env}, capture_output=True, text=True, timeout=240)
-        assert not (check and done.returncode), f"{command} ended with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        done = subprocess.run(
+            [str(word) for word in command],
+            cwd=cwd,
+            env={**self.environment, **env},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert not (check and done.returncode), (
+            f"{command} ended with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        )
         return done
 
     def state(self, job: str) -> str:
@@ -65,20 +74,49 @@ def cluster(folder: Path) -> Iterator[Cluster]:
     key.write_bytes(os.urandom(1024))
     key.chmod(0o600)
     conf = folder / "slurm.conf"
-    conf.write_text(CONFIG.format(folder=folder, user=getpass.getuser(), host=socket.gethostname().partition(".")[0],
-                                  controller_port=free_port(), node_port=free_port()))
-    environment = {**os.environ, **ENVIRONMENT, "PATH": f"{ENVIRONMENT['PATH']}:/usr/sbin:/sbin", "SLURM_CONF": str(conf)}
+    conf.write_text(
+        CONFIG.format(
+            folder=folder,
+            user=getpass.getuser(),
+            host=socket.gethostname().partition(".")[0],
+            controller_port=free_port(),
+            node_port=free_port(),
+        )
+    )
+    environment = {
+        **os.environ,
+        **ENVIRONMENT,
+        "PATH": f"{ENVIRONMENT['PATH']}:/usr/sbin:/sbin",
+        "SLURM_CONF": str(conf),
+    }
     made = Cluster(environment)
     with ExitStack() as daemons:
-        for name, *options in (("munged", "--foreground", "--force", f"--key-file={key}", f"--socket={folder}/munge", f"--pid-file={folder}/munged.pid",
-                                f"--log-file={folder}/munged.log", f"--seed-file={folder}/seed"),
-                               ("slurmctld", "-D", "-i", "-f", conf), ("slurmd", "-D", "-f", conf)):
+        for name, *options in (
+            (
+                "munged",
+                "--foreground",
+                "--force",
+                f"--key-file={key}",
+                f"--socket={folder}/munge",
+                f"--pid-file={folder}/munged.pid",
+                f"--log-file={folder}/munged.log",
+                f"--seed-file={folder}/seed",
+            ),
+            ("slurmctld", "-D", "-i", "-f", conf),
+            ("slurmd", "-D", "-f", conf),
+        ):
             log = daemons.enter_context((folder / f"{name}.out").open("w"))
-            process = subprocess.Popen([name, *map(str, options)], env=environment, stdout=log, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(
+                [name, *map(str, options)], env=environment, stdout=log, stderr=subprocess.STDOUT
+            )
             daemons.callback(_end, process)
             time.sleep(1)
-        wait_for(lambda: "idle" in made.run("sinfo", "-h", "-o", "%T", cwd=folder, check=False).stdout, "idle node", timeout_s=30,
-                 output=lambda: "\n".join(file.read_text() for file in folder.glob("*.out")))
+        wait_for(
+            lambda: "idle" in made.run("sinfo", "-h", "-o", "%T", cwd=folder, check=False).stdout,
+            "idle node",
+            timeout_s=30,
+            output=lambda: "\n".join(file.read_text() for file in folder.glob("*.out")),
+        )
         yield made
         made.run("scancel", "--user", getpass.getuser(), cwd=folder, check=False)
 

@@ -27,44 +27,88 @@ def save(step):
 """
 
 
-def keeping(work_dir: Path, body: str, *arguments: str, restarts: int = 2, delay: float = 0.01) -> list[object]:
+def keeping(
+    work_dir: Path, body: str, *arguments: str, restarts: int = 2, delay: float = 0.01
+) -> list[object]:
     """keep_running with a script that notes its starts, and then does `body`, in which `start` counts from 1."""
     script = work_dir / "train.py"
     script.write_text(SCRIPT + body)
-    return [sys.executable, "launch/keep_running.py", "--max-restarts", restarts, "--delay", delay, "--",
-            sys.executable, script, "config.py", "--work-dir", work_dir, *arguments]
+    return [
+        sys.executable,
+        "launch/keep_running.py",
+        "--max-restarts",
+        restarts,
+        "--delay",
+        delay,
+        "--",
+        sys.executable,
+        script,
+        "config.py",
+        "--work-dir",
+        work_dir,
+        *arguments,
+    ]
 
 
 def starts(work_dir: Path) -> list[str]:
     """The arguments of each start, after the work directory."""
     file = work_dir / "starts"
-    return [line.partition(str(work_dir))[2].strip() for line in file.read_text().splitlines()] if file.exists() else []
+    return (
+        [line.partition(str(work_dir))[2].strip() for line in file.read_text().splitlines()]
+        if file.exists()
+        else []
+    )
 
 
-@pytest.mark.parametrize(("code", "mended"), [
-    (0, False), (2, False), (3, False), (75, False), (127, False), (1, True), (69, True), (134, True), (137, True), (139, True), (247, True),
-    (255, True), (-9, True)])
+@pytest.mark.parametrize(
+    ("code", "mended"),
+    [
+        (0, False),
+        (2, False),
+        (3, False),
+        (75, False),
+        (127, False),
+        (1, True),
+        (69, True),
+        (134, True),
+        (137, True),
+        (139, True),
+        (247, True),
+        (255, True),
+        (-9, True),
+    ],
+)
 def test_what_a_restart_can_mend(code, mended):
     assert can_be_mended(code) == mended
 
 
-@pytest.mark.parametrize(("options", "at_first", "once_saved"), [
-    ("--seed 3", "--seed 3 --resume auto", "--seed 3 --resume auto"),
-    ("--cfg-options a=1 b=2", "--cfg-options a=1 b=2 --resume auto", "--cfg-options a=1 b=2 --resume auto"),
-    ("--resume other/iter_5 --seed 3", "--resume other/iter_5 --seed 3", "--seed 3 --resume auto"),
-    ("--resume-from=other --seed 3", "--resume-from=other --seed 3", "--seed 3 --resume auto"),
-    ("--auto-resume --seed 3", "--auto-resume --seed 3", "--seed 3 --resume auto"),
-])
+@pytest.mark.parametrize(
+    ("options", "at_first", "once_saved"),
+    [
+        ("--seed 3", "--seed 3 --resume auto", "--seed 3 --resume auto"),
+        (
+            "--cfg-options a=1 b=2",
+            "--cfg-options a=1 b=2 --resume auto",
+            "--cfg-options a=1 b=2 --resume auto",
+        ),
+        ("--resume other/iter_5 --seed 3", "--resume other/iter_5 --seed 3", "--seed 3 --resume auto"),
+        ("--resume-from=other --seed 3", "--resume-from=other --seed 3", "--seed 3 --resume auto"),
+        ("--auto-resume --seed 3", "--auto-resume --seed 3", "--seed 3 --resume auto"),
+    ],
+)
 def test_a_named_checkpoint_stays_until_the_run_has_saved_one_of_its_own(options, at_first, once_saved):
     assert " ".join(resuming(options.split(), saved=False)) == at_first
     assert " ".join(resuming(options.split(), saved=True)) == once_saved
 
 
-@pytest.mark.parametrize(("command", "work_dir"), [
-    ("deepspeed --num_gpus 8 launch/train.py configs/mine.py --seed 1", "work_dirs/mine"),
-    ("deepspeed launch/train.py configs/mine.py --work-dir elsewhere", "elsewhere"),
-    ("mpirun -np 2 python launch/train.py configs/mine.py --work-dir=elsewhere/2", "elsewhere/2"),
-])
+@pytest.mark.parametrize(
+    ("command", "work_dir"),
+    [
+        ("deepspeed --num_gpus 8 launch/train.py configs/mine.py --seed 1", "work_dirs/mine"),
+        ("deepspeed launch/train.py configs/mine.py --work-dir elsewhere", "elsewhere"),
+        ("mpirun -np 2 python launch/train.py configs/mine.py --work-dir=elsewhere/2", "elsewhere/2"),
+    ],
+)
 def test_where_a_command_keeps_its_checkpoints(command, work_dir):
     assert work_dir_of(command.split()) == Path(work_dir)
 
@@ -79,8 +123,14 @@ def test_a_crash_a_signal_and_a_lost_rank_are_mended_and_each_start_is_logged(tm
     with started(keeping(tmp_path, body, restarts=3), tmp_path / "log") as run:
         assert run.wait() == 0, run.output
     assert starts(tmp_path) == ["--resume auto"] * 4
-    assert run.output.count("keep_running: starting ") == 4 and "code 69; restart 2 of 3" in run.output and "code -9; restart 3 of 3" in run.output
-    assert all(line[:4].isdigit() and line[13] == ":" for line in run.output.splitlines() if "keep_running: " in line)  # 2026-11-21 14:55:03
+    assert (
+        run.output.count("keep_running: starting ") == 4
+        and "code 69; restart 2 of 3" in run.output
+        and "code -9; restart 3 of 3" in run.output
+    )
+    assert all(
+        line[:4].isdigit() and line[13] == ":" for line in run.output.splitlines() if "keep_running: " in line
+    )  # 2026-11-21 14:55:03
 
 
 @pytest.mark.parametrize("code", [2, 3, 75])
@@ -113,8 +163,10 @@ signal.signal(signal.SIGUSR1, stop)
 (work_dir / "ready").touch()
 time.sleep(60)
 """
-LAUNCHES = ("import subprocess\nif 'RANK' not in os.environ:\n"
-            f"    sys.exit(subprocess.run([sys.executable, *sys.argv], env={{**os.environ, 'RANK': '0'}}).returncode)\n{SAVES}")
+LAUNCHES = (
+    "import subprocess\nif 'RANK' not in os.environ:\n"
+    f"    sys.exit(subprocess.run([sys.executable, *sys.argv], env={{**os.environ, 'RANK': '0'}}).returncode)\n{SAVES}"
+)
 
 
 def asked(run: Started, number: int) -> None:
@@ -123,7 +175,9 @@ def asked(run: Started, number: int) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_has_the_training_save_and_is_no_reason_to_start_again(number, tmp_path):
-    with started(keeping(tmp_path, LAUNCHES), tmp_path / "log") as run:  # the training is a child's child, of a launcher that knows no signals
+    with started(
+        keeping(tmp_path, LAUNCHES), tmp_path / "log"
+    ) as run:  # the training is a child's child, of a launcher that knows no signals
         wait_for((tmp_path / "ready").exists, "start")
         asked(run, number)
         assert run.wait(timeout_s=20) == 75, run.output
@@ -155,34 +209,59 @@ def test_a_signal_between_two_starts_ends_the_waiting(tmp_path):
 
 
 def test_a_launcher_that_leaves_its_training_alone_has_failed_whatever_it_says(tmp_path):
-    body = "import subprocess\nif 'TRAINING' in os.environ:\n" \
-           "    signal.signal(signal.SIGUSR1, lambda *_: None); (work_dir / 'ready').touch(); time.sleep(4); sys.exit()\n" \
-           "if start <= 2:\n    subprocess.Popen([sys.executable, *sys.argv], env={**os.environ, 'TRAINING': 'x'})\n" \
-           "    while not (work_dir / 'ready').exists(): time.sleep(0.1)\n"
+    body = (
+        "import subprocess\nif 'TRAINING' in os.environ:\n"
+        "    signal.signal(signal.SIGUSR1, lambda *_: None); (work_dir / 'ready').touch(); time.sleep(4); sys.exit()\n"
+        "if start <= 2:\n    subprocess.Popen([sys.executable, *sys.argv], env={**os.environ, 'TRAINING': 'x'})\n"
+        "    while not (work_dir / 'ready').exists(): time.sleep(0.1)\n"
+    )
     with started(keeping(tmp_path, body), tmp_path / "log") as run:
         assert run.wait(timeout_s=30) == 0, run.output
-    assert len(starts(tmp_path)) == 3 and "code 1; restart 1 of 2" in run.output  # the training's own start is one of them
+    assert (
+        len(starts(tmp_path)) == 3 and "code 1; restart 1 of 2" in run.output
+    )  # the training's own start is one of them
 
 
 def test_a_killed_launcher_leaves_no_training_beside_the_next_one(tmp_path):
-    body = "import subprocess\nif 'TRAINING' in os.environ:\n" \
-           "    (work_dir / 'ready').touch(); time.sleep(3); (work_dir / 'outlived').write_text('x'); sys.exit()\n" \
-           "if start > 2: sys.exit(0 if (work_dir / 'outlived').exists() else 2)\n" \
-           "subprocess.Popen([sys.executable, *sys.argv], env={**os.environ, 'TRAINING': 'x'})\nwhile not (work_dir / 'ready').exists(): time.sleep(0.1)\n" \
-           "os.kill(os.getpid(), signal.SIGKILL)"
+    body = (
+        "import subprocess\nif 'TRAINING' in os.environ:\n"
+        "    (work_dir / 'ready').touch(); time.sleep(3); (work_dir / 'outlived').write_text('x'); sys.exit()\n"
+        "if start > 2: sys.exit(0 if (work_dir / 'outlived').exists() else 2)\n"
+        "subprocess.Popen([sys.executable, *sys.argv], env={**os.environ, 'TRAINING': 'x'})\nwhile not (work_dir / 'ready').exists(): time.sleep(0.1)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
     with started(keeping(tmp_path, body), tmp_path / "log") as run:
         assert run.wait(timeout_s=30) == 0, run.output
 
 
 def test_a_program_that_does_not_exist_is_one_clear_error(tmp_path):
-    with started([sys.executable, "launch/keep_running.py", "--", "no_such_launcher", "train.py", "config.py"], tmp_path / "log") as run:
-        assert run.wait() == 2 and "error: no_such_launcher cannot be started" in run.output and "Traceback" not in run.output
+    with started(
+        [sys.executable, "launch/keep_running.py", "--", "no_such_launcher", "train.py", "config.py"],
+        tmp_path / "log",
+    ) as run:
+        assert (
+            run.wait() == 2
+            and "error: no_such_launcher cannot be started" in run.output
+            and "Traceback" not in run.output
+        )
 
 
 @pytest.mark.multinode
 def test_a_killed_rank_of_the_deepspeed_launcher_comes_back(training, tmp_path):
     work_dir = tmp_path / "run"
-    command = [sys.executable, "launch/keep_running.py", "--delay", 1, "--", "deepspeed", "--num_gpus", 2, "--master_port", free_port(), *training(work_dir)]
+    command = [
+        sys.executable,
+        "launch/keep_running.py",
+        "--delay",
+        1,
+        "--",
+        "deepspeed",
+        "--num_gpus",
+        2,
+        "--master_port",
+        free_port(),
+        *training(work_dir),
+    ]
     with started(command, tmp_path / "log") as run:
         wait_for((work_dir / "checkpoints" / "latest").exists, "checkpoint", output=lambda: run.output)
         run.ranks()["1"].kill()

@@ -57,25 +57,63 @@ def project(tmp_path) -> Path:
 
 def submit(slurm: Cluster, cwd: Path, *arguments: object, **env: str) -> tuple[str, Path]:
     """(job's number, its log) of launch/slurm_train.sh as a batch job."""
-    said = slurm.run("sh", "launch/slurm_train.sh", "tests", "job", *arguments, cwd=cwd, BATCH="1", **{**CPUS, **env}).stdout
+    said = slurm.run(
+        "sh", "launch/slurm_train.sh", "tests", "job", *arguments, cwd=cwd, BATCH="1", **{**CPUS, **env}
+    ).stdout
     job = said.split()[-1]
     log = Path(slurm.run("scontrol", "show", "job", job, cwd=cwd).stdout.partition("StdOut=")[2].split()[0])
     return job, log
 
 
 def wait_for_words(log: Path, words: str, *, timeout_s: float = 60) -> None:
-    wait_for(lambda: log.exists() and words in log.read_text(), words, timeout_s=timeout_s, output=lambda: log.read_text() if log.exists() else "")
+    wait_for(
+        lambda: log.exists() and words in log.read_text(),
+        words,
+        timeout_s=timeout_s,
+        output=lambda: log.read_text() if log.exists() else "",
+    )
 
 
 def test_srun_gives_every_task_its_rank_and_passes_options_and_the_exit_code_on(slurm, project):
-    done = slurm.run("sh", "launch/slurm_test.sh", "tests", "job", "cfg.py", "w.pth", "--eval", "mIoU",
-                     cwd=project, SLURM_RESTART_COUNT="1", SECOND_CODE="3", check=False, **CPUS)
-    assert sorted(done.stdout.splitlines()) == [f"rank {rank} of 2 start 1 cfg.py w.pth --eval mIoU" for rank in (0, 1)] and done.returncode == 3
+    done = slurm.run(
+        "sh",
+        "launch/slurm_test.sh",
+        "tests",
+        "job",
+        "cfg.py",
+        "w.pth",
+        "--eval",
+        "mIoU",
+        cwd=project,
+        SLURM_RESTART_COUNT="1",
+        SECOND_CODE="3",
+        check=False,
+        **CPUS,
+    )
+    assert (
+        sorted(done.stdout.splitlines())
+        == [f"rank {rank} of 2 start 1 cfg.py w.pth --eval mIoU" for rank in (0, 1)]
+        and done.returncode == 3
+    )
 
 
 @pytest.mark.parametrize(("first", "wait_s", "code"), [(75, 60, 75), (1, 1, 137)])
-def test_ranks_that_end_one_after_the_other_have_time_for_it_and_hanging_ones_are_ended(first, wait_s, code, slurm, project):
-    done = slurm.run("sh", "launch/slurm_train.sh", "tests", "job", "cfg.py", "--apart", first, cwd=project, check=False, SRUN_ARGS=f"--wait={wait_s}", **CPUS)
+def test_ranks_that_end_one_after_the_other_have_time_for_it_and_hanging_ones_are_ended(
+    first, wait_s, code, slurm, project
+):
+    done = slurm.run(
+        "sh",
+        "launch/slurm_train.sh",
+        "tests",
+        "job",
+        "cfg.py",
+        "--apart",
+        first,
+        cwd=project,
+        check=False,
+        SRUN_ARGS=f"--wait={wait_s}",
+        **CPUS,
+    )
     assert done.returncode == code, done.stderr
 
 
@@ -111,8 +149,13 @@ def test_a_crash_is_no_reason_to_requeue(slurm, project):
     assert slurm.state(job) == "FAILED", log.read_text()
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (("tests", "job"), "PARTITION JOB_NAME CONFIG"), (("tests", "job", "cfg.py", "--resume", "there"), "leave --resume out")])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("tests", "job"), "PARTITION JOB_NAME CONFIG"),
+        (("tests", "job", "cfg.py", "--resume", "there"), "leave --resume out"),
+    ],
+)
 def test_wrong_arguments_are_told_at_once(arguments, words, slurm, project):
     done = slurm.run("sh", "launch/slurm_train.sh", *arguments, cwd=project, check=False, BATCH="1", **CPUS)
     assert done.returncode == 2 and words in done.stderr
@@ -123,7 +166,11 @@ def test_a_real_training_saves_is_requeued_and_finishes(slurm, training, tmp_pat
     script, config, *options = training(work_dir)
     assert script == "launch/train.py"
     job, log = submit(slurm, ROOT, config, *options, SBATCH_ARGS=f"--output={tmp_path}/job.log")
-    wait_for(lambda: (work_dir / "metrics.jsonl").exists() and steps_of(work_dir), "step", output=lambda: log.read_text() if log.exists() else "")
+    wait_for(
+        lambda: (work_dir / "metrics.jsonl").exists() and steps_of(work_dir),
+        "step",
+        output=lambda: log.read_text() if log.exists() else "",
+    )
     slurm.run("scancel", "--signal=USR1", job, cwd=ROOT)
     wait_for_words(log, f"saved; job {job} goes back into the queue")
     assert steps_of(work_dir)[-1] < STEPS

@@ -12,8 +12,22 @@ FRESH_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 def agent(port: int, *options: object) -> list[object]:
     """torchrun on one of two nodes, with one process."""
-    return [sys.executable, "-m", "torch.distributed.run", "--nnodes", 2, "--nproc-per-node", 1, "--rdzv-backend", "c10d",
-            "--rdzv-endpoint", f"localhost:{port}", "--local-addr", "localhost", *options]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes",
+        2,
+        "--nproc-per-node",
+        1,
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        f"localhost:{port}",
+        "--local-addr",
+        "localhost",
+        *options,
+    ]
 
 
 @pytest.mark.multinode
@@ -30,8 +44,15 @@ def test_two_agents_train_together(training, tmp_path):
 def test_a_killed_rank_comes_back_on_all_nodes_with_max_restarts(training, tmp_path):
     port, work_dir = free_port(), tmp_path / "run"
     command = [*agent(port, "--max-restarts", 2), *training(work_dir, "--resume", "auto")]
-    with started(command, tmp_path / "a", env=FRESH_STORE) as one, started(command, tmp_path / "b", env=FRESH_STORE) as other:
-        wait_for((work_dir / "checkpoints" / "latest").exists, "checkpoint", output=lambda: one.output + other.output)
+    with (
+        started(command, tmp_path / "a", env=FRESH_STORE) as one,
+        started(command, tmp_path / "b", env=FRESH_STORE) as other,
+    ):
+        wait_for(
+            (work_dir / "checkpoints" / "latest").exists,
+            "checkpoint",
+            output=lambda: one.output + other.output,
+        )
         (killed,) = other.ranks().values()
         killed.kill()
         assert (one.wait(), other.wait()) == (0, 0), one.output + other.output
@@ -43,5 +64,8 @@ def test_a_killed_rank_comes_back_on_all_nodes_with_max_restarts(training, tmp_p
 def test_torchrun_hides_the_exit_code_of_its_processes(code, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(f"raise SystemExit({code})")
-    with started([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 1, script], tmp_path / "log") as run:
+    with started(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 1, script],
+        tmp_path / "log",
+    ) as run:
         assert run.wait() == 1 and f"exitcode  : {code}" in run.output

@@ -38,8 +38,12 @@ test_pipeline = [
         ],
     ),
 ]
-training = dict(type=dataset_type, data_root=data_root, img_dir="images/training", ann_dir="annotations/training")
-validation = dict(type=dataset_type, data_root=data_root, img_dir="images/validation", ann_dir="annotations/validation")
+training = dict(
+    type=dataset_type, data_root=data_root, img_dir="images/training", ann_dir="annotations/training"
+)
+validation = dict(
+    type=dataset_type, data_root=data_root, img_dir="images/validation", ann_dir="annotations/validation"
+)
 
 data = dict(
     samples_per_gpu=2,

@@ -4,7 +4,14 @@ ADE20K's 150 classes."""
 num_classes = 150
 width = 1024
 attention = dict(embed_dims=width, num_heads=32)
-ffn = dict(embed_dims=width, feedforward_channels=4 * width, num_fcs=2, ffn_drop=0.0, with_cp=False, act_cfg=dict(type="ReLU", inplace=True))
+ffn = dict(
+    embed_dims=width,
+    feedforward_channels=4 * width,
+    num_fcs=2,
+    ffn_drop=0.0,
+    with_cp=False,
+    act_cfg=dict(type="ReLU", inplace=True),
+)
 position = dict(type="SinePositionalEncoding", num_feats=width // 2, normalize=True)
 
 model = dict(
@@ -52,8 +59,15 @@ model = dict(
                 transformerlayers=dict(
                     type="BaseTransformerLayer",
                     attn_cfgs=dict(
-                        type="MultiScaleDeformableAttention", **attention, num_levels=3, num_points=4, im2col_step=64, dropout=0.0, batch_first=False,
-                        norm_cfg=None, init_cfg=None,
+                        type="MultiScaleDeformableAttention",
+                        **attention,
+                        num_levels=3,
+                        num_points=4,
+                        im2col_step=64,
+                        dropout=0.0,
+                        batch_first=False,
+                        norm_cfg=None,
+                        init_cfg=None,
                     ),
                     ffn_cfgs=dict(type="FFN", **ffn),
                     operation_order=("self_attn", "norm", "ffn", "norm"),
@@ -70,16 +84,37 @@ model = dict(
             num_layers=9,
             transformerlayers=dict(
                 type="DetrTransformerDecoderLayer",
-                attn_cfgs=dict(type="MultiheadAttention", **attention, attn_drop=0.0, proj_drop=0.0, dropout_layer=None, batch_first=False),
+                attn_cfgs=dict(
+                    type="MultiheadAttention",
+                    **attention,
+                    attn_drop=0.0,
+                    proj_drop=0.0,
+                    dropout_layer=None,
+                    batch_first=False,
+                ),
                 ffn_cfgs=dict(**ffn, dropout_layer=None, add_identity=True),
                 feedforward_channels=4 * width,
                 operation_order=("cross_attn", "norm", "self_attn", "norm", "ffn", "norm"),
             ),
             init_cfg=None,
         ),
-        loss_cls=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=2.0, reduction="mean", class_weight=[1.0] * num_classes + [0.1]),
+        loss_cls=dict(
+            type="CrossEntropyLoss",
+            use_sigmoid=False,
+            loss_weight=2.0,
+            reduction="mean",
+            class_weight=[1.0] * num_classes + [0.1],
+        ),
         loss_mask=dict(type="CrossEntropyLoss", use_sigmoid=True, loss_weight=5.0, reduction="mean"),
-        loss_dice=dict(type="DiceLoss", use_sigmoid=True, activate=True, naive_dice=True, eps=1.0, loss_weight=5.0, reduction="mean"),
+        loss_dice=dict(
+            type="DiceLoss",
+            use_sigmoid=True,
+            activate=True,
+            naive_dice=True,
+            eps=1.0,
+            loss_weight=5.0,
+            reduction="mean",
+        ),
     ),
     train_cfg=dict(
         num_points=12544,

@@ -13,7 +13,15 @@ optimizer = dict(
     paramwise_cfg=dict(num_layers=48, layer_decay_rate=0.95),  # lr of block n: 4e-5 * 0.95 ** (48 - n)
 )
 optimizer_config = dict()  # no gradient clipping
-lr_config = dict(policy="poly", warmup="linear", warmup_iters=1500, warmup_ratio=1e-6, power=1.0, min_lr=0.0, by_epoch=False)
+lr_config = dict(
+    policy="poly",
+    warmup="linear",
+    warmup_iters=1500,
+    warmup_ratio=1e-6,
+    power=1.0,
+    min_lr=0.0,
+    by_epoch=False,
+)
 runner = dict(type="IterBasedRunner", max_iters=80000)
 checkpoint_config = dict(by_epoch=False, interval=1000, max_keep_ckpts=2)
 evaluation = dict(interval=1000, metric="mIoU", pre_eval=True, save_best="auto")

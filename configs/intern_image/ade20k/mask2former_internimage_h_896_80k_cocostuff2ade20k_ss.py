@@ -18,7 +18,10 @@ _base_ = [
 engine = dict(weights_may_differ=["decode_head.cls_embed."])  # 171 classes in the file
 load_from = "./pretrained/mask2former_internimage_h_896_80k_cocostuff164k.pth"
 data = dict(samples_per_gpu=1)
-optimizer = dict(lr=1e-5, paramwise_cfg=dict(num_layers=50, layer_decay_rate=0.95, depths=[6, 6, 32, 6], offset_lr_scale=1.0))
+optimizer = dict(
+    lr=1e-5,
+    paramwise_cfg=dict(num_layers=50, layer_decay_rate=0.95, depths=[6, 6, 32, 6], offset_lr_scale=1.0),
+)
 optimizer_config = dict(grad_clip=dict(max_norm=0.1, norm_type=2))
 runner = dict(max_iters=80000)
 evaluation = dict(interval=2000)

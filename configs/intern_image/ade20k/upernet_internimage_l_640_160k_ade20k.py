@@ -26,5 +26,8 @@ model = dict(
     decode_head=dict(in_channels=[160, 320, 640, 1280]),
     auxiliary_head=dict(in_channels=640),
 )
-optimizer = dict(lr=2e-5, paramwise_cfg=dict(num_layers=37, layer_decay_rate=0.94, depths=[5, 5, 22, 5], offset_lr_scale=1.0))
+optimizer = dict(
+    lr=2e-5,
+    paramwise_cfg=dict(num_layers=37, layer_decay_rate=0.94, depths=[5, 5, 22, 5], offset_lr_scale=1.0),
+)
 optimizer_config = dict(grad_clip=dict(max_norm=0.1, norm_type=2))

@@ -26,5 +26,8 @@ model = dict(
     decode_head=dict(in_channels=[192, 384, 768, 1536]),
     auxiliary_head=dict(in_channels=768),
 )
-optimizer = dict(lr=2e-5, paramwise_cfg=dict(num_layers=39, layer_decay_rate=0.94, depths=[5, 5, 24, 5], offset_lr_scale=1.0))
+optimizer = dict(
+    lr=2e-5,
+    paramwise_cfg=dict(num_layers=39, layer_decay_rate=0.94, depths=[5, 5, 24, 5], offset_lr_scale=1.0),
+)
 optimizer_config = dict(grad_clip=dict(max_norm=0.1, norm_type=2))

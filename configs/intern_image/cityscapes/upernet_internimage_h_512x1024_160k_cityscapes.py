@@ -31,6 +31,9 @@ model = dict(
     decode_head=dict(in_channels=[320, 640, 1280, 2560], num_classes=19),
     auxiliary_head=dict(in_channels=1280, num_classes=19),
 )
-optimizer = dict(lr=2e-5, paramwise_cfg=dict(num_layers=50, layer_decay_rate=0.95, depths=[6, 6, 32, 6], offset_lr_scale=1.0))
+optimizer = dict(
+    lr=2e-5,
+    paramwise_cfg=dict(num_layers=50, layer_decay_rate=0.95, depths=[6, 6, 32, 6], offset_lr_scale=1.0),
+)
 optimizer_config = dict(grad_clip=dict(max_norm=0.1, norm_type=2))
 data = dict(samples_per_gpu=1)

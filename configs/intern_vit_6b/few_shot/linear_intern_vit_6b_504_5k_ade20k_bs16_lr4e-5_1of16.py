@@ -14,6 +14,8 @@ _base_ = [
     "../../_base_/default_runtime.py",
 ]
 model = dict(backbone=dict(drop_path_rate=0.4))
-data = dict(train=dict(max_image_num=20210 // 16))  # drawn by a seed: the same images on all ranks and in every restart
+data = dict(
+    train=dict(max_image_num=20210 // 16)
+)  # drawn by a seed: the same images on all ranks and in every restart
 lr_config = dict(warmup_iters=100)
 runner = dict(max_iters=5000)
