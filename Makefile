@@ -2,7 +2,8 @@
 # make test   set up, then the test suite
 # make test-slow   set up, then further settings of what it proves, in some minutes
 # make test-multinode   set up, then runs over ssh between hosts in network namespaces, under Slurm and OpenMPI; needs root, and says which packages it lacks
-# make lint   the style checks
+# make check   style, format and types
+# make soak   set up, then a long training under random faults, in some hours; needs root (docs/when_something_fails.md)
 
 PYTHON ?= python3.11
 VENV   := .venv
@@ -20,7 +21,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow test-multinode lint setup clean
+.PHONY: demo test test-slow test-multinode check soak setup clean
 demo: setup
 	$(BIN)/python launch/demo.py
 
@@ -33,8 +34,13 @@ test-slow: setup
 test-multinode: setup
 	$(BIN)/python -m pytest -m multinode
 
-lint: setup
+check: setup
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+soak: setup
+	$(BIN)/python benchmarks/soak.py --out $(or $(OUT),work_dirs/soak)
 
 setup: $(VENV)/.installed
 
@@ -57,7 +63,7 @@ $(VENV)/.mmcv: $(VENV)/.torch
 
 $(VENV)/.installed: $(VENV)/.mmcv pyproject.toml
 	@echo "installing the rest ..."
-	$(PIP) --config-settings editable_mode=compat -e '.[test]'
+	$(PIP) --config-settings editable_mode=compat -e '.[test,check]'
 	@touch $@
 
 clean:

@@ -2,8 +2,9 @@
 
     python benchmarks/background_save.py [--million 100] [--rounds 3]
 
-Saves an engine of so many million parameters (12 bytes each of optimizer state) and prints for both ways the seconds until `save` returns and until the
-checkpoint is published. Ends with a line of JSON: ratio = pause in the background / pause at once.
+Saves an engine of so many million parameters (12 bytes each of optimizer state) and prints for both ways the
+seconds until `save` returns and until the checkpoint is published. Ends with a line of JSON: ratio = pause in
+the background / pause at once.
 """
 
 import argparse
@@ -19,8 +20,8 @@ import torch.distributed as dist
 
 from internseg_ds.distributed.checkpoint_engine import NotingCheckpointEngine
 from internseg_ds.distributed.process_group import join, leave, world_from_environment
-from internseg_ds.engine.checkpointing import Checkpoints
-from internseg_ds.engine.state import TrainState
+from internseg_ds.training.checkpointer import Checkpointer
+from internseg_ds.training.train_state import TrainState
 
 
 def main() -> None:
@@ -51,13 +52,14 @@ def main() -> None:
         how = list(pauses)[number % 2]
         engine.checkpoint_engine = NotingCheckpointEngine(engine._config, background=how == "background")
         with tempfile.TemporaryDirectory() as folder:
-            checkpoints = Checkpoints(Path(folder), keep=1)
+            checkpoints = Checkpointer(Path(folder), keep=1)
             began = time.perf_counter()
             checkpoints.save(engine, TrainState(step=1), {})
             pauses[how].append(time.perf_counter() - began)
             checkpoints.finish()
             print(
-                f"{how:10}  training stood for {pauses[how][-1]:6.2f} s, published after {time.perf_counter() - began:6.2f} s",
+                f"{how:10}  training stood for {pauses[how][-1]:6.2f} s, published after "
+                f"{time.perf_counter() - began:6.2f} s",
                 flush=True,
             )
     dist.barrier()

@@ -1,11 +1,13 @@
-"""What checksums cost: a save with and without them, and the opening of that save for a resume, in turn, in one run.
+"""What checksums cost: a save with and without them, and the opening of that save for a resume, in turn, in
+one run.
 
     python benchmarks/checksums.py [--million 100] [--ranks 2] [--rounds 5] [--folder DIR]
 
-Saves an engine of so many million parameters (ZeRO-2, 12 bytes each of optimizer state) from so many processes until it is on
-disk, and opens the save as a resume does: all ranks agree on it, and each reads its masters and moments; from the disk, with
-nothing of it in the system's cache, and from the cache. Ends with a line of JSON: median times with checksums over those
-without. (Consolidation with checksums over a plain copy: benchmarks/consolidate.py.)
+Saves an engine of so many million parameters (ZeRO-2, 12 bytes each of optimizer state) from so many
+processes until it is on disk, and opens the save as a resume does: all ranks agree on it, and each reads its
+masters and moments; from the disk, with nothing of it in the system's cache, and from the cache. Ends with a
+line of JSON: median times with checksums over those without. (Consolidation with checksums over a plain copy:
+benchmarks/consolidate.py.)
 """
 
 import argparse
@@ -27,11 +29,11 @@ from consolidate import forget
 
 from internseg_ds.checkpoints.checksums import Written
 from internseg_ds.distributed.checkpoint_engine import NotingCheckpointEngine
-from internseg_ds.distributed.partitions import place_of
 from internseg_ds.distributed.process_group import join, leave, world_from_environment
-from internseg_ds.engine.checkpointing import Checkpoints
-from internseg_ds.engine.resuming import agree_to_resume
-from internseg_ds.engine.state import TrainState
+from internseg_ds.distributed.zero_internals import fragment_of
+from internseg_ds.training.checkpointer import Checkpointer
+from internseg_ds.training.resume.find_checkpoint import agree_to_resume
+from internseg_ds.training.train_state import TrainState
 
 
 class Plain(NotingCheckpointEngine):
@@ -65,7 +67,7 @@ def measure(million: int, rounds: int, folder: Path) -> dict[str, list[float]]:
     )[0]
     engine.backward(engine(torch.randn(1, 1000, dtype=torch.bfloat16, device=engine.device)).float().sum())
     engine.step()  # AdamW has its moments now
-    checkpoints = Checkpoints(folder, keep=1)
+    checkpoints = Checkpointer(folder, keep=1)
 
     def save() -> None:
         checkpoints.save(engine, TrainState(step=1), {})
@@ -74,9 +76,9 @@ def measure(million: int, rounds: int, folder: Path) -> dict[str, list[float]]:
     def resume(check: bool) -> None:
         checkpoint = agree_to_resume(folder / "iter_1", 2, check=check)
         for name, param in engine.module.named_parameters():
-            if place := place_of(engine, param):
+            if fragment := fragment_of(engine, param):
                 for what in ("fp32", "exp_avg", "exp_avg_sq"):
-                    checkpoint.read_slice(name, place.start, place.stop, what)
+                    checkpoint.read_slice(name, fragment.start, fragment.stop, what)
 
     taken: dict[str, list[float]] = {}
     for number in range(rounds):

@@ -1,12 +1,14 @@
-"""What turning a ZeRO-3 checkpoint into one file costs: ours, DeepSpeed's zero_to_fp32 in both its forms, and a plain copy of as many bytes, in one run.
+"""What turning a ZeRO-3 checkpoint into one file costs: ours, DeepSpeed's zero_to_fp32 in both its forms, and
+a plain copy of as many bytes, in one run.
 
     python benchmarks/consolidate.py [--gib 3] [--ranks 8] [--folder DIR] [--rounds 2]
 
-Builds a synthetic checkpoint (`--gib` of fp32 weights, and twice as much of AdamW moments, in the files of `--ranks` processes) without a GPU, and runs
-each tool in a process of its own, with nothing of the files in the system's cache: seconds, and peak resident memory over that of an interpreter that
-only imports torch. Ends with a line of JSON: memory_over_zero_to_fp32 (peaks as the system counts them, imports too), time_over_copy of the whole
-command, net_time_over_copy without the import of torch, and time_over_unchecked, what holding what is read against its checksums
-costs, likewise.
+Builds a synthetic checkpoint (`--gib` of fp32 weights, and twice as much of AdamW moments, in the files of
+`--ranks` processes) without a GPU, and runs each tool in a process of its own, with nothing of the files in
+the system's cache: seconds, and peak resident memory over that of an interpreter that only imports torch.
+Ends with a line of JSON: memory_over_zero_to_fp32 (peaks as the system counts them, imports too),
+time_over_copy of the whole command, net_time_over_copy without the import of torch, and time_over_unchecked,
+what holding what is read against its checksums costs, likewise.
 """
 
 import argparse
@@ -22,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from internseg_ds.checkpoints.manifest import write_manifest
+from internseg_ds.checkpoints.manifest import SaveRecord, write_manifest
 
 WIDTH = 3200
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,8 +49,8 @@ def shapes(gib: float) -> dict[str, torch.Size]:
 
 
 def write_checkpoint(folder: Path, gib: float, ranks: int, *, noted: bool = True) -> None:
-    """The files that DeepSpeed 0.19.8 writes under ZeRO-3 in bf16, with random values. noted: with this engine's manifest, which
-    has their checksums."""
+    """The files that DeepSpeed 0.19.8 writes under ZeRO-3 in bf16, with random values. noted: with this
+    engine's manifest, which has their checksums."""
     param_shapes = shapes(gib)
     share = sum(math.ceil(shape.numel() / ranks) for shape in param_shapes.values())
     save = folder / "global_step1"
@@ -84,14 +86,16 @@ def write_checkpoint(folder: Path, gib: float, ranks: int, *, noted: bool = True
         )
         print(f"wrote rank {rank}", flush=True)
     if noted:
-        write_manifest(save, step=1, world_size=ranks, zero_stage=3, meta={}, metrics={})
+        write_manifest(save, SaveRecord(step=1, world_size=ranks, zero_stage=3))
 
 
-# a process starts with the peak of the one that forked it (Linux keeps it over exec), so a small one stands in between
+# a process starts with the peak of the one that forked it (Linux keeps it over exec), so a small one stands
+# in between
 SMALL = """import json, resource, subprocess, sys, time
 began = time.perf_counter()
 code = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode
-print(json.dumps([code, time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024]))"""
+peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+print(json.dumps([code, time.perf_counter() - began, peak]))"""
 
 
 def measure(command: list[str]) -> tuple[float, int]:
@@ -149,7 +153,8 @@ def main() -> None:
             "plain copy": [
                 python,
                 "-c",
-                f"import shutil, os; shutil.copyfile({str(copied)!r}, {str(out)!r}); os.fsync(os.open({str(out)!r}, os.O_RDONLY))",
+                f"import shutil, os; shutil.copyfile({str(copied)!r}, {str(out)!r}); "
+                f"os.fsync(os.open({str(out)!r}, os.O_RDONLY))",
             ],
             "ours, .pth": [python, "launch/consolidate.py", source, f"{out}.pth"],
             "ours, unchecked .pth": [
@@ -185,7 +190,8 @@ def main() -> None:
     print(f"{'':24} {'seconds':>9} {'peak MiB':>9} {'over import torch':>18}")
     for tool in tools:
         print(
-            f"{tool:24} {time_of[tool]:9.2f} {peak[tool] / 2**20:9.0f} {(peak[tool] - peak['import torch']) / 2**20:18.0f}"
+            f"{tool:24} {time_of[tool]:9.2f} {peak[tool] / 2**20:9.0f} "
+            f"{(peak[tool] - peak['import torch']) / 2**20:18.0f}"
         )
     ours, theirs = (
         max(peak[tool] for tool in tools if tool.startswith(who)) for who in ("ours", "zero_to_fp32")

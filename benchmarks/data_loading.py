@@ -1,9 +1,10 @@
-"""Training images per second of our loader and of mmseg's `build_dataloader`: the same data set, pipeline, batch size and number of workers, in turn.
+"""Training images per second of our loader and of mmseg's `build_dataloader`: the same data set, pipeline,
+batch size and number of workers, in turn.
 
     python benchmarks/data_loading.py [--config CONFIG] [--workers 1] [--batches 40] [--rounds 5]
 
-Each round takes BATCHES batches of both after two that warm up. Prints images/s of every round, and ends with a line of JSON: ratio = median of ours /
-median of mmseg's.
+Each round takes BATCHES batches of both after two that warm up. Prints images/s of every round, and ends with
+a line of JSON: ratio = median of ours / median of mmseg's.
 """
 
 import argparse
@@ -17,10 +18,10 @@ from typing import Any
 import torch
 from mmseg.datasets import build_dataloader
 
+from internseg_ds.config.experiment import leaf_datasets, read_experiment
 from internseg_ds.data.datasets import build_datasets
 from internseg_ds.data.loading import training_batches
 from internseg_ds.data.sampler import GlobalBatchSampler
-from internseg_ds.engine.experiment import leaf_datasets, read_experiment
 
 
 def images_per_s(batches: Iterator[Any], count: int, size: int) -> float:

@@ -1,12 +1,13 @@
-"""Forward and backward of the DCNv3 operator at the shapes of InternImage's four stages: our versions against grid_sample through autograd, \
-in turn, in one run.
+r"""Forward and backward of the DCNv3 operator at the shapes of InternImage's four stages: our versions against
+grid_sample through autograd, \ in turn, in one run.
 
-    python benchmarks/dcnv3.py                               InternImage-T at 512 x 512, on a GPU in bf16, else on one core in fp32
+    python benchmarks/dcnv3.py             InternImage-T at 512 x 512, on a GPU in bf16, else on one core in fp32
     python benchmarks/dcnv3.py --size h --side 896 --images 2    InternImage-H, on a GPU
 
-The published CUDA extension takes part where it can be imported (`import DCNv3`, on a GPU). Memory is what a pass takes beside its inputs, at its peak; on a
-CPU, the growth of resident memory in the first, untimed round. Ends with a line of JSON: ratio (our seconds over those of grid_sample, all stages,
-median of the rounds).
+The published CUDA extension takes part where it can be imported (`import DCNv3`, on a GPU). Memory is what a
+pass takes beside its inputs, at its peak; on a CPU, the growth of resident memory in the first, untimed
+round. Ends with a line of JSON: ratio (our seconds over those of grid_sample, all stages, median of the
+rounds).
 """
 
 import argparse
@@ -24,9 +25,9 @@ from timing import finish, reset_peak
 from torch import Tensor
 
 from internseg_ds.device import device_type
-from internseg_ds.models import dcnv3_torch
-from internseg_ds.models.dcnv3_geometry import Geometry
-from internseg_ds.models.dcnv3_operator import dcnv3, implementation
+from internseg_ds.models.intern_image import dcnv3_torch
+from internseg_ds.models.intern_image.dcnv3_geometry import Geometry
+from internseg_ds.models.intern_image.dcnv3_operator import dcnv3, implementation
 
 SIZES = {
     "t": (64, 4),
@@ -76,9 +77,8 @@ class OutOfPyTorch(torch.autograd.Function):
 def by_grid_sample(x: Tensor, offset: Tensor, mask: Tensor, group: int) -> Tensor:
     """Every sample at once, in fp32, and autograd for the backward pass."""
     n, height, width, channels = x.shape
-    p_k = torch.tensor(
-        [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)], device=x.device
-    )  # (horizontal, vertical)
+    # (horizontal, vertical)
+    p_k = torch.tensor([(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)], device=x.device)
     row, column = torch.meshgrid(
         torch.arange(height, device=x.device), torch.arange(width, device=x.device), indexing="ij"
     )
@@ -95,9 +95,8 @@ def by_grid_sample(x: Tensor, offset: Tensor, mask: Tensor, group: int) -> Tenso
         .permute(0, 3, 4, 1, 2)
         .reshape(n * group, -1, height, width)
     )
-    samples = F.grid_sample(
-        maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False
-    )  # (n g, c / g, h w, k)
+    # (n g, c / g, h w, k)
+    samples = F.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     weights = mask.view(n, height * width, group, 9).transpose(1, 2).reshape(n * group, 1, height * width, 9)
     return (
         (samples * weights)
@@ -110,7 +109,8 @@ def by_grid_sample(x: Tensor, offset: Tensor, mask: Tensor, group: int) -> Tenso
 
 
 def published() -> Operator | None:
-    """The CUDA extension of OpenGVLab/InternImage, fp32 as its offsets are, or None where it cannot be imported."""
+    """The CUDA extension of OpenGVLab/InternImage, fp32 as its offsets are, or None where it cannot be
+    imported."""
     try:
         import DCNv3
     except ImportError:
@@ -138,7 +138,8 @@ def published() -> Operator | None:
 def measured(
     operator: Operator, given: tuple[Tensor, ...], group: int, *, first: bool
 ) -> tuple[float, int, list[Tensor]]:
-    """Seconds of a forward and backward pass, the most bytes that it took, and the result with its gradients."""
+    """Seconds of a forward and backward pass, the most bytes that it took, and the result with its
+    gradients."""
     *leaves, grad = given
     finish(grad.device)
     if first and grad.device.type == "cpu":
@@ -165,7 +166,8 @@ def memory(device: torch.device, *, peak: bool) -> int:
 
 
 def parsed(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, torch.device]:
-    """The arguments, with those that benchmarks of one operator share, and the device to measure on: a GPU, or one thread of the CPU."""
+    """The arguments, with those that benchmarks of one operator share, and the device to measure on: a GPU,
+    or one thread of the CPU."""
     parser.add_argument("--images", type=int, default=1, help="default: %(default)s")
     parser.add_argument(
         "--rounds", type=int, default=5, help="measurements of each, in turn (default: %(default)s)"
@@ -198,7 +200,8 @@ def main() -> None:
     channels, group = SIZES[args.size]
     total: dict[str, list[float]] = {name: [0.0] * args.rounds for name in operators}
     print(
-        f"InternImage-{args.size.upper()}, {args.images} image(s) of {args.side} x {args.side}, {str(dtype).removeprefix('torch.')} on {device.type}"
+        f"InternImage-{args.size.upper()}, {args.images} image(s) of {args.side} x {args.side}, "
+        f"{str(dtype).removeprefix('torch.')} on {device.type}"
     )
     for stage in range(4):
         side = args.side // 4 // 2**stage
@@ -220,7 +223,8 @@ def main() -> None:
                 for one, other in zip(results[name], results["grid_sample"])
             ]
             print(
-                f"  {side:3} x {side:3} x {channels << stage:4}  {name:14} {1e3 * statistics.median(seconds[name]):9.2f} ms {peaks[name] / 2**20:8.0f} MiB   "
+                f"  {side:3} x {side:3} x {channels << stage:4}  {name:14} "
+                f"{1e3 * statistics.median(seconds[name]):9.2f} ms {peaks[name] / 2**20:8.0f} MiB   "
                 f"largest difference {max(errors):.1e}"
             )
     for name, values in total.items():

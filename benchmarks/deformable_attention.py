@@ -1,11 +1,13 @@
-"""Forward and backward of deformable attention at the sizes of Mask2Former's pixel decoder: ours against PyTorch's sampling, in turn, in one run.
+"""Forward and backward of deformable attention at the sizes of Mask2Former's pixel decoder: ours against
+PyTorch's sampling, in turn, in one run.
 
-    python benchmarks/deformable_attention.py                          Mask2Former at 256 x 256, 8 heads, in fp32, on a GPU or else on one core
+    python benchmarks/deformable_attention.py     Mask2Former at 256 x 256, 8 heads, in fp32, on a GPU or else a core
     python benchmarks/deformable_attention.py --side 896 --heads 32    Mask2Former on InternImage-H, on a GPU
 
-The contender is mmcv's `multi_scale_deformable_attn_pytorch` through autograd; on a GPU our version out of PyTorch and, where mmcv was compiled with it, mmcv's
-CUDA operator take part too. Memory is what a pass takes beside its inputs, at its peak; on a CPU, the growth of resident memory in the first, untimed round.
-Ends with a line of JSON: ratio (our seconds over those of mmcv's PyTorch form, median of the rounds).
+The contender is mmcv's `multi_scale_deformable_attn_pytorch` through autograd; on a GPU our version out of
+PyTorch and, where mmcv was compiled with it, mmcv's CUDA operator take part too. Memory is what a pass takes
+beside its inputs, at its peak; on a CPU, the growth of resident memory in the first, untimed round. Ends with
+a line of JSON: ratio (our seconds over those of mmcv's PyTorch form, median of the rounds).
 """
 
 import argparse
@@ -21,9 +23,9 @@ from mmcv.ops.multi_scale_deform_attn import (
 )
 from torch import Tensor
 
-from internseg_ds.models import deformable_attention_torch
-from internseg_ds.models.deformable_attention import attend
-from internseg_ds.models.deformable_attention_operator import implementation
+from internseg_ds.models.sampling import deformable_attention_torch
+from internseg_ds.models.sampling.deformable_attention import attend
+from internseg_ds.models.sampling.deformable_attention_operator import implementation
 
 POINTS = 4
 
@@ -73,9 +75,8 @@ def main() -> None:
         ]
     )
     sizes = torch.tensor(shapes, device=device)
-    offsets = 2 * torch.randn(
-        args.images, tokens, args.heads, len(shapes), POINTS, 2, device=device
-    )  # of two pixels or so
+    # of two pixels or so
+    offsets = 2 * torch.randn(args.images, tokens, args.heads, len(shapes), POINTS, 2, device=device)
     locations = centres[:, None, None, None] + offsets / sizes.flip(-1)[:, None]
     weights = (
         torch.randn(args.images, tokens, args.heads, len(shapes) * POINTS, device=device)
@@ -99,7 +100,8 @@ def main() -> None:
     )
 
     print(
-        f"{args.images} image(s) of {args.side} x {args.side}: {tokens} tokens, {args.heads} heads of 32, {len(shapes)} maps, {POINTS} points, fp32 on "
+        f"{args.images} image(s) of {args.side} x {args.side}: {tokens} tokens, {args.heads} heads of 32, "
+        f"{len(shapes)} maps, {POINTS} points, fp32 on "
         f"{device.type}; ours: {implementation(*given[:3]).__name__.rpartition('.')[2]}"
     )
     seconds, peaks, results = {name: [] for name in operators}, {}, {}
@@ -116,7 +118,8 @@ def main() -> None:
             for one, other in zip(results[name], results["mmcv's PyTorch"])
         ]
         print(
-            f"  {name:15} {1e3 * statistics.median(seconds[name]):9.2f} ms {peaks[name] / 2**20:8.0f} MiB   largest difference {max(errors):.1e}"
+            f"  {name:15} {1e3 * statistics.median(seconds[name]):9.2f} ms {peaks[name] / 2**20:8.0f} MiB  "
+            f" largest difference {max(errors):.1e}"
         )
     ratio = statistics.median(
         mine / theirs for mine, theirs in zip(seconds["ours"], seconds["mmcv's PyTorch"])

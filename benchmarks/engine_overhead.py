@@ -1,9 +1,11 @@
-"""What our training loop costs over a bare DeepSpeed loop: the same engine, data workers and batches, in turn, in one run.
+"""What our training loop costs over a bare DeepSpeed loop: the same engine, data workers and batches, in
+turn, in one run.
 
     deepspeed --num_gpus 2 benchmarks/engine_overhead.py [--rounds 6] [--config CONFIG] [--deepspeed_config JSON]
 
-Each round trains 2 x STEPS steps with `SegmentorEngine.train` and as many with the bare loop, and times the second half of each (the first fills the
-data workers' queues). Prints seconds per step of every round, and ends with a line of JSON: ratio = median of ours / median of bare.
+Each round trains 2 x STEPS steps with `SegmentorEngine.train` and as many with the bare loop, and times the
+second half of each (the first fills the data workers' queues). Prints seconds per step of every round, and
+ends with a line of JSON: ratio = median of ours / median of bare.
 """
 
 import json
@@ -16,9 +18,9 @@ from pathlib import Path
 from timing import train_on
 
 from internseg_ds import SegmentorEngine
+from internseg_ds.cli import command_line
 from internseg_ds.data.loading import training_batches
 from internseg_ds.data.sampler import GlobalBatchSampler
-from internseg_ds.engine import command_line
 
 STEPS = 15
 
@@ -35,7 +37,8 @@ def ours(engine: SegmentorEngine, start: int) -> float:
 
 
 def bare(engine: SegmentorEngine, start: int) -> float:
-    """Seconds per step of the least that DeepSpeed needs: forward, backward, step. start: the position in the stream of images."""
+    """Seconds per step of the least that DeepSpeed needs: forward, backward, step. start: the position in the
+    stream of images."""
     plan, world = engine.plan, engine.world
     sampler = GlobalBatchSampler(
         len(plan.train_set), plan.ds.micro_batch, rank=world.rank, world_size=world.size, start=start
@@ -63,9 +66,8 @@ def main() -> None:
     parser.add_argument("--deepspeed_config", default="ds_configs/zero3_bf16.json")
     parser.add_argument("--rounds", type=int, default=6)
     args = parser.parse_args()
-    folder = Path(
-        tempfile.gettempdir(), f"engine_overhead_{os.environ.get('MASTER_PORT', 'alone')}"
-    )  # one for all ranks
+    # one for all ranks
+    folder = Path(tempfile.gettempdir(), f"engine_overhead_{os.environ.get('MASTER_PORT', 'alone')}")
     with SegmentorEngine(args.config, args.deepspeed_config, work_dir=folder, validate=False) as engine:
         times: dict[str, list[float]] = {"ours": [], "bare": []}
         for round_ in range(args.rounds):
@@ -76,7 +78,8 @@ def main() -> None:
                 times[name].append(loop(engine, start))
             if engine.world.is_main:
                 print(
-                    f"round {round_}: ours {times['ours'][-1]:.4f} s/step, bare {times['bare'][-1]:.4f} s/step",
+                    f"round {round_}: ours {times['ours'][-1]:.4f} s/step, bare {times['bare'][-1]:.4f} "
+                    "s/step",
                     flush=True,
                 )
         if engine.world.is_main:

@@ -1,11 +1,12 @@
-"""Images per second of our evaluation against mmseg's test loops (`single_gpu_test`, `multi_gpu_test`): same model, data and config, in turn, in one run.
+"""Images per second of our evaluation against mmseg's test loops (`single_gpu_test`, `multi_gpu_test`): same
+model, data and config, in turn, in one run.
 
     python benchmarks/evaluate.py                                            one process: against single_gpu_test
     torchrun --nproc_per_node 2 benchmarks/evaluate.py                       several: against multi_gpu_test
-    python benchmarks/evaluate.py --config configs/intern_vit_6b/full_tuning/upernet_intern_vit_6b_504_80k_ade20k_bs16_lr4e-5.py   the 6 B model, on a GPU
+    python benchmarks/evaluate.py --config CONFIG                            another model, such as 6 B on a GPU
 
-Weights are random: no score is looked at, only how far the areas of the predicted classes differ. Ends with a line of JSON: ours_over_mmseg (images
-per second, median of the rounds' ratios).
+Weights are random: no score is looked at, only how far the areas of the predicted classes differ. Ends with a
+line of JSON: ours_over_mmseg (images per second, median of the rounds' ratios).
 """
 
 import argparse
@@ -20,18 +21,19 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from internseg_ds.cli import command_line
 from internseg_ds.distributed.process_group import World, world_from_environment
-from internseg_ds.distributed.watch import joined
-from internseg_ds.engine import command_line
+from internseg_ds.distributed.watchdog import joined
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "configs/intern_vit_tiny/upernet_intern_vit_tiny_112_ade20k.py"
 
 
 def segmentor_of(model: object, device: torch.device, seed: int) -> nn.Module:
-    """The config's segmentor with the weights that a training would start from, in the precision of an evaluation."""
+    """The config's segmentor with the weights that a training would start from, in the precision of an
+    evaluation."""
+    from internseg_ds.config.ds_config import resolve_ds_config
     from internseg_ds.distributed.construction import build_for_training
-    from internseg_ds.distributed.ds_config import resolve_ds_config
     from internseg_ds.distributed.precision import apply_precision, backbone_dtype
 
     compute = backbone_dtype("auto", device)
@@ -75,9 +77,10 @@ def theirs(segmentor: nn.Module, entry: object, world: World, workers: int, fold
 
 def ours(segmentor: nn.Module, dataset: object, world: World, workers: int) -> torch.Tensor:
     from internseg_ds.distributed.gathering import Forwards
-    from internseg_ds.engine.evaluator import evaluate
+    from internseg_ds.evaluation.evaluator import EvaluationOptions, evaluate
 
-    return evaluate(Forwards(segmentor), dataset, world=world, workers=workers, verbose=False).areas
+    options = EvaluationOptions(world, workers, verbose=False)
+    return evaluate(Forwards(segmentor), dataset, options).areas
 
 
 def timed(function: Callable[[], object], world: World) -> tuple[float, object]:
@@ -119,9 +122,9 @@ def main() -> None:
 
     from mmcv import DictAction
 
+    from internseg_ds.config.experiment import read_experiment
     from internseg_ds.data.generated_ade20k import write_generated_ade20k
-    from internseg_ds.engine.experiment import read_experiment
-    from internseg_ds.engine.preflight import validation_set
+    from internseg_ds.preflight.dataset_checks import validation_set
 
     options = dict(item.split("=", 1) for item in args.cfg_options)
     world = world_from_environment()
@@ -159,12 +162,14 @@ def main() -> None:
         if world.is_main:
             differing = (counted[2:] - expected[2:]).abs().sum().item() / expected[2:].sum().item()
             print(
-                f"\n{world.size} process{'es' * (world.size > 1)} on {world.device.type}, {args.images} images; "
+                f"\n{world.size} process{'es' * (world.size > 1)} on {world.device.type}, {args.images} "
+                "images; "
                 f"the areas of the classes differ by {differing:.2e}"
             )
             for who, values in seconds.items():
                 print(
-                    f"{who:6} {args.images / statistics.median(values):8.2f} images/s   rounds: {', '.join(f'{value:.2f} s' for value in values)}"
+                    f"{who:6} {args.images / statistics.median(values):8.2f} images/s   rounds: "
+                    f"{', '.join(f'{value:.2f} s' for value in values)}"
                 )
             ratio = statistics.median(
                 theirs / ours for ours, theirs in zip(seconds["ours"], seconds["mmseg"], strict=True)

@@ -1,14 +1,16 @@
-"""How a training step's cost grows: one curve per command, of seconds per step and peak memory of `SegmentorEngine.train`.
+"""How a training step's cost grows: one curve per command, of seconds per step and peak memory of
+`SegmentorEngine.train`.
 
     python benchmarks/growth.py model            width and depth of the backbone, 1 M to 300 M parameters
     python benchmarks/growth.py image            side of the images
     python benchmarks/growth.py classes          150 (ADE20K), 171 (COCO-Stuff), 847 (ADE20K-Full)
-    python benchmarks/growth.py world            processes: each with the same images (weak), and the same images in all (strong)
+    python benchmarks/growth.py world    processes: each with the same images (weak), or the same in all (strong)
     python benchmarks/growth.py groups           parameter groups, under ZeRO-1 and ZeRO-3
 
-Each point is the tiny experiment with options changed, in processes of its own with one thread each; rounds alternate. Appends its points to --out, from which
-docs/draw_growth.py draws, and ends with a line of JSON: for each series the exponent k of seconds ~ size^k, of CPU seconds and of memory,
-fitted to all points (memory without what the libraries take before the model is built), and of CPU seconds between the last two points.
+Each point is the tiny experiment with options changed, in processes of its own with one thread each; rounds
+alternate. Appends its points to --out, from which docs/draw_growth.py draws, and ends with a line of JSON:
+for each series the exponent k of seconds ~ size^k, of CPU seconds and of memory, fitted to all points (memory
+without what the libraries take before the model is built), and of CPU seconds between the last two points.
 """
 
 import argparse
@@ -47,7 +49,8 @@ def workload(options: dict[str, Any] | None = None, *, stage: int = 3, **fields:
 
 
 def model_points(steps: int) -> list[Point]:
-    """InternViT of 128 x 4 to 1024 x 24 under the narrow UPerNet of the tiny experiment, two images of 112 x 112."""
+    """InternViT of 128 x 4 to 1024 x 24 under the narrow UPerNet of the tiny experiment, two images of 112 x
+    112."""
     sizes = [(128, 4, 4), (192, 8, 4), (384, 12, 6), (768, 12, 12), (1024, 24, 16)]
     points = []
     for width, depth, heads in sizes:
@@ -65,7 +68,8 @@ def parameters(made: Workload) -> int:
 
 
 def image_points(steps: int) -> list[Point]:
-    """Two images of 112 to 672 pixels a side; attention alone grows with the square of the number of tokens."""
+    """Two images of 112 to 672 pixels a side; attention alone grows with the square of the number of
+    tokens."""
     return [
         Point(
             "ZeRO-3, 1 process",
@@ -107,7 +111,8 @@ def world_points(steps: int) -> list[Point]:
 
 
 def group_points(steps: int) -> list[Point]:
-    """A narrow backbone of 48 blocks, as many tensors as the 6 B recipe has, so that the groups can be seen."""
+    """A narrow backbone of 48 blocks, as many tensors as the 6 B recipe has, so that the groups can be
+    seen."""
     return [
         Point(
             f"ZeRO-{stage}",
@@ -162,7 +167,8 @@ def main() -> None:
                     sys.exit(f"error: {point.series}, {what} {point.x:g}: {found['error']}")
                 runs[index].append(found)
                 print(
-                    f"round {round_}: {point.series}, {what} {point.x:g}: {found['seconds']:.4f} s/step, {found['peak_bytes'] / 2**30:.3f} GiB",
+                    f"round {round_}: {point.series}, {what} {point.x:g}: {found['seconds']:.4f} s/step, "
+                    f"{found['peak_bytes'] / 2**30:.3f} GiB",
                     flush=True,
                 )
     rows = [

@@ -1,10 +1,12 @@
-"""What loading pretrained weights costs on 1, 2 and 4 ranks: ours, where each rank of ZeRO-3 reads its share, and torch.load + load_state_dict in every rank.
+"""What loading pretrained weights costs on 1, 2 and 4 ranks: ours, where each rank of ZeRO-3 reads its share,
+and torch.load + load_state_dict in every rank.
 
     python benchmarks/load_pretrained.py [--depth 24] [--width 1024] [--ranks 1 2 4] [--rounds 3]
 
-The backbone is an InternViT of 300 M parameters by default, in fp32 in one .pth. Prints, for each number of ranks, the seconds that loading took on the
-slowest rank and by how much it raised the peak resident memory of a rank above that of the built model. Ends with a line of JSON: ratio = our seconds
-over theirs at the largest number of ranks, memory = the same of peaks.
+The backbone is an InternViT of 300 M parameters by default, in fp32 in one .pth. Prints, for each number of
+ranks, the seconds that loading took on the slowest rank and by how much it raised the peak resident memory of
+a rank above that of the built model. Ends with a line of JSON: ratio = our seconds over theirs at the largest
+number of ranks, memory = the same of peaks.
 """
 
 import argparse
@@ -50,10 +52,10 @@ def one_rank(how: str, path: Path, width: int, depth: int) -> None:
     from mmcv import ConfigDict
 
     from internseg_ds.checkpoints.weights import open_weights
+    from internseg_ds.config.ds_config import resolve_ds_config
     from internseg_ds.distributed.construction import build_for_training
-    from internseg_ds.distributed.ds_config import resolve_ds_config
-    from internseg_ds.distributed.loading import fit_backbone, load
     from internseg_ds.distributed.process_group import join, leave, world_from_environment
+    from internseg_ds.distributed.weight_loading import load, match_backbone
 
     world = world_from_environment()
     join(world)
@@ -66,7 +68,7 @@ def one_rank(how: str, path: Path, width: int, depth: int) -> None:
     dist.barrier()
     before, began = peak(), time.perf_counter()
     if how == "ours":
-        load(model, fit_backbone(model, open_weights(path)))
+        load(model, match_backbone(model, open_weights(path)))
     else:
         model.backbone.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     seconds, grown = time.perf_counter() - began, peak() - before
@@ -137,7 +139,8 @@ def main() -> None:
         backbone = build_backbone(ConfigDict(model_config(args.width, args.depth)["backbone"]))
         torch.save(backbone.state_dict(), path)
         print(
-            f"{sum(p.numel() for p in backbone.parameters()):,} parameters, {path.stat().st_size / 2**30:.2f} GiB"
+            f"{sum(p.numel() for p in backbone.parameters()):,} parameters, "
+            f"{path.stat().st_size / 2**30:.2f} GiB"
         )
         del backbone
         ratios = {}
@@ -152,7 +155,8 @@ def main() -> None:
             }
             for how, each in median.items():
                 print(
-                    f"{ranks} ranks, {how:11} {each['seconds']:7.2f} s  peak of a rank +{each['bytes'] / 2**20:6.0f} MiB",
+                    f"{ranks} ranks, {how:11} {each['seconds']:7.2f} s  peak of a rank "
+                    f"+{each['bytes'] / 2**20:6.0f} MiB",
                     flush=True,
                 )
             ratios = {

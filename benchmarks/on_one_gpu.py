@@ -1,14 +1,16 @@
-"""Measures what one GPU of 80 or 141 GB can tell of this project, in minutes and without a network, in the order of what is worth most.
+"""Measures what one GPU of 80 or 141 GB can tell of this project, in minutes and without a network, in the
+order of what is worth most.
 
     python benchmarks/on_one_gpu.py --minutes 8 --out DIR                 all parts, as far as the time goes
-    python benchmarks/on_one_gpu.py --minutes 8 --out DIR --skip-done     goes on from what DIR/results.jsonl holds
-    python benchmarks/on_one_gpu.py --rehearse --out DIR                  on the CPU, at tiny sizes: does every part run?
-    python benchmarks/on_one_gpu.py --report DIR                          tables for docs/, and the planner's rates fitted to what was measured
+    python benchmarks/on_one_gpu.py --minutes 8 --out DIR --skip-done   goes on from what DIR/results.jsonl holds
+    python benchmarks/on_one_gpu.py --rehearse --out DIR      on the CPU, at tiny sizes: does every part run?
+    python benchmarks/on_one_gpu.py --report DIR      tables for docs/, and the planner's rates fitted to figures
 
-Every result goes to DIR/results.jsonl at once, as a line of JSON with card, versions, commit and settings, and the planned figure beside it where there is a
-plan. DIR/results.md has them as tables, also where the visit was cut short; DIR/log.txt what the parts printed. Each part runs in processes of its own:
-a crash, a hang, or memory that runs out costs only that part. Ends with 0 when every part was measured, 75 when time ran out or SIGTERM came, 1 when a part
-failed or lacks a package.
+Every result goes to DIR/results.jsonl at once, as a line of JSON with card, versions, commit and settings,
+and the planned figure beside it where there is a plan. DIR/results.md has them as tables, also where the
+visit was cut short; DIR/log.txt what the parts printed. Each part runs in processes of its own: a crash, a
+hang, or memory that runs out costs only that part. Ends with 0 when every part was measured, 75 when time ran
+out or SIGTERM came, 1 when a part failed or lacks a package.
 """
 
 import argparse
@@ -182,10 +184,8 @@ def say(line: Line) -> None:
 
 
 def _stop(*_: object) -> None:
-    for number in (
-        signal.SIGTERM,
-        signal.SIGINT,
-    ):  # what ends the jobs and writes the table is not to be ended itself
+    # what ends the jobs and writes the table is not to be ended itself
+    for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     raise Stopped
 

@@ -1,8 +1,10 @@
-"""Times one contender: what benchmarks/train_step.py and benchmarks/growth.py start for each of their measurements.
+"""Times one contender: what benchmarks/train_step.py and benchmarks/growth.py start for each of their
+measurements.
 
     torchrun --nproc_per_node 2 benchmarks/one_contender.py NAME WORKLOAD.json RESULT.json
 
-Rank 0 writes {seconds, losses, peak_bytes, cpu_seconds, start_bytes, matmul_flops}, or {error} where it could not run, to RESULT.json.
+Rank 0 writes {seconds, losses, peak_bytes, cpu_seconds, start_bytes, matmul_flops}, or {error} where it could
+not run, to RESULT.json.
 """
 
 import importlib
@@ -17,17 +19,16 @@ import torch
 from timing import matmul_flops, peak_bytes, reset_peak
 from workload import Workload
 
+from internseg_ds.cli.command_line import quieten
 from internseg_ds.distributed.process_group import join, leave, world_from_environment
-from internseg_ds.engine.command_line import quieten
 
 
 def main() -> None:
     name, workload, result = sys.argv[1], Workload.read(Path(sys.argv[2])), Path(sys.argv[3])
     quieten()
     world = world_from_environment()
-    work_dir = Path(
-        tempfile.gettempdir(), f"one_contender_{os.environ.get('MASTER_PORT', os.getpid())}"
-    )  # one for all ranks
+    # one for all ranks
+    work_dir = Path(tempfile.gettempdir(), f"one_contender_{os.environ.get('MASTER_PORT', os.getpid())}")
     try:
         join(world)
         bf16 = workload.ds_config.get("bf16", {}).get("enabled", False)

@@ -1,10 +1,13 @@
-"""The update of a model with as many learning rates as InternViT-6B's recipe has (48 blocks, layer-wise decay), of hardly any width: what is left is calls.
+"""The update of a model with as many learning rates as InternViT-6B's recipe has (48 blocks, layer-wise
+decay), of hardly any width: what is left is calls.
 
     python benchmarks/optimizer_step.py [--deepspeed_config JSON] [--rounds 10]
 
-The same real engine with one parameter group for DeepSpeed (`distributed/ranged_adam.py`) and with one for each setting, each in a process of its own.
-Counts operations, collectives and Python calls of DeepSpeed's step and times it: in all, and from where it has read that the gradients are finite, before
-which a GPU still has the backward pass to do. Ends with a line of JSON: ratio = seconds with one group over seconds with many, ratio_after_wait.
+The same real engine with one parameter group for DeepSpeed (`optimization/ranged_adam.py`) and with one for
+each setting, each in a process of its own. Counts operations, collectives and Python calls of DeepSpeed's
+step and times it: in all, and from where it has read that the gradients are finite, before which a GPU still
+has the backward pass to do. Ends with a line of JSON: ratio = seconds with one group over seconds with many,
+ratio_after_wait.
 """
 
 import argparse
@@ -48,7 +51,7 @@ def measure(way: str, ds_config: str, rounds: int) -> dict[str, Any]:
     from internseg_ds import SegmentorEngine
     from internseg_ds.data.loading import training_batches
     from internseg_ds.data.sampler import GlobalBatchSampler
-    from internseg_ds.distributed import optimizers
+    from internseg_ds.optimization import optimizers
 
     if way != WAYS[0]:
         optimizers.is_ranged = lambda *_: False

@@ -1,10 +1,13 @@
-"""What each switch that should make a training step faster does: the same real engine with and without it, in turn, in one run.
+"""What each switch that should make a training step faster does: the same real engine with and without it, in
+turn, in one run.
 
-    deepspeed --num_gpus 2 benchmarks/speed_steps.py [SWITCH ...] [--config CONFIG] [--deepspeed_config JSON] [--model tiny|small|100m|deep] [--rounds 5]
+    deepspeed --num_gpus 2 benchmarks/speed_steps.py [SWITCH ...] [--config CONFIG] [--deepspeed_config JSON] \\
+        [--model tiny|small|100m|deep] [--rounds 5]
 
-Each variant is a `SegmentorEngine` of its own; all of them are built first, and then take STEPS steps each on the same images, round after round, in an order
-that turns. Prints seconds per step (median of the rounds' means) and bytes that a micro-batch keeps for its backward pass, and ends with a line of JSON:
-ratio = a variant's seconds over those of the first variant of its switch. docs/performance.md says what came of it.
+Each variant is a `SegmentorEngine` of its own; all of them are built first, and then take STEPS steps each on
+the same images, round after round, in an order that turns. Prints seconds per step (median of the rounds'
+means) and bytes that a micro-batch keeps for its backward pass, and ends with a line of JSON: ratio = a
+variant's seconds over those of the first variant of its switch. docs/performance.md says what came of it.
 """
 
 import json
@@ -21,8 +24,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from internseg_ds import SegmentorEngine
+from internseg_ds.cli import command_line
 from internseg_ds.data.loading import Batch
-from internseg_ds.engine import command_line
 
 WIDTHS = {
     "tiny": {},
@@ -45,8 +48,9 @@ WIDTHS = {
         "model.backbone.out_indices": [11, 23, 35, 47],
     },
 }
-"""The demo's model, made larger; "deep" has the 48 blocks of the 6 B model and hardly any work in them, so that what remains is Python's."""
-BLOCK = "internseg_ds.models.intern_vit_6b.Block"
+"""The demo's model, made larger; "deep" has the 48 blocks of the 6 B model and hardly any work in them, so
+that what remains is Python's."""
+BLOCK = "internseg_ds.models.intern_vit.intern_vit_6b.Block"
 SWITCHES: dict[str, dict[str, dict[str, Any]]] = {
     "recomputation": {
         name: {"engine.recomputation": value}
@@ -94,7 +98,8 @@ def engine_of(variant: dict[str, Any], args: Any, folder: Path) -> SegmentorEngi
 
 
 class Kept(TorchDispatchMode):
-    """Bytes of the storages that operations make inside a `with` block and that are still there when they are asked for."""
+    """Bytes of the storages that operations make inside a `with` block and that are still there when they are
+    asked for."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -153,9 +158,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4, help="per round and variant")
     args = parser.parse_args()
-    folder = Path(
-        tempfile.gettempdir(), f"speed_steps_{os.environ.get('MASTER_PORT', 'alone')}"
-    )  # one for all ranks
+    # one for all ranks
+    folder = Path(tempfile.gettempdir(), f"speed_steps_{os.environ.get('MASTER_PORT', 'alone')}")
     found: dict[str, Any] = {}
     owner = None
     for switch in args.switches:
@@ -189,7 +193,8 @@ def main() -> None:
         if owner.world.is_main:
             for name in names:
                 print(
-                    f"{switch}: {name:24} {seconds[name]:8.4f} s/step (rounds {min(times[name]):.4f} to {max(times[name]):.4f})  "
+                    f"{switch}: {name:24} {seconds[name]:8.4f} s/step (rounds {min(times[name]):.4f} to "
+                    f"{max(times[name]):.4f})  "
                     f"ratio {seconds[name] / first:.3f}  kept {kept[name] / 2**20:8.1f} MiB",
                     flush=True,
                 )

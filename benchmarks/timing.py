@@ -1,4 +1,5 @@
-"""What the benchmarks measure with: seconds per step, peak memory of the timed steps, and the rate at which this machine multiplies matrices."""
+"""What the benchmarks measure with: seconds per step, peak memory of the timed steps, and the rate at which
+this machine multiplies matrices."""
 
 import statistics
 import time
@@ -18,8 +19,9 @@ if TYPE_CHECKING:  # the published contenders register a backbone of the same na
 
 @dataclass
 class Timed:
-    """seconds, cpu_seconds: per step, of the clock and of this process's work (which other programs on the machine disturb less). losses: of the first steps,
-    means over the ranks. peak_bytes: the largest of any rank during the timed steps."""
+    """seconds, cpu_seconds: per step, of the clock and of this process's work (which other programs on the
+    machine disturb less). losses: of the first steps, means over the ranks. peak_bytes: the largest of any
+    rank during the timed steps."""
 
     seconds: float
     losses: list[float]
@@ -28,7 +30,8 @@ class Timed:
 
 
 def time_steps(step: Callable[[], Tensor], warmup: int, steps: int, device: torch.device) -> Timed:
-    """step: one optimizer step, which returns this rank's loss. The first `warmup` steps are not timed; their losses are kept. Collective."""
+    """step: one optimizer step, which returns this rank's loss. The first `warmup` steps are not timed; their
+    losses are kept. Collective."""
     losses = []
     for _ in range(warmup):
         losses.append(mean_over_ranks(step().detach()))
@@ -46,9 +49,13 @@ def train_on(engine: "SegmentorEngine", steps: int, log_every: int) -> None:
     """Some more steps of the real loop, which saves nothing on its way. Collective."""
     experiment = engine.plan.experiment
     schedule = replace(experiment.schedule, max_steps=engine.state.step + steps)
-    engine.plan = replace(
-        engine.plan, experiment=replace(experiment, schedule=schedule, save_every=0, log_every=log_every)
+    experiment = replace(
+        experiment,
+        schedule=schedule,
+        checkpoints=replace(experiment.checkpoints, interval=0),
+        logging=replace(experiment.logging, interval=log_every),
     )
+    engine.plan = replace(engine.plan, experiment=experiment)
     engine.train()
 
 
@@ -74,7 +81,8 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Since `reset_peak`, the most that any rank had allocated on its GPU, or held in resident memory where it has none. Collective."""
+    """Since `reset_peak`, the most that any rank had allocated on its GPU, or held in resident memory where
+    it has none. Collective."""
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
     else:
@@ -88,7 +96,8 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def matmul_flops(dtype: torch.dtype, device: torch.device, seconds: float = 0.5) -> float:
-    """FLOP/s of this process in its fastest of many products of square matrices, while all ranks do the same. Collective."""
+    """FLOP/s of this process in its fastest of many products of square matrices, while all ranks do the same.
+    Collective."""
     side = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
     best, began = float("inf"), time.perf_counter()
@@ -105,7 +114,8 @@ def matmul_flops(dtype: torch.dtype, device: torch.device, seconds: float = 0.5)
 def seconds_per_call(
     run: Callable[[], object], device: torch.device, *, seconds: float = 0.3, rounds: int = 5
 ) -> tuple[float, float]:
-    """(fastest, median) of some rounds of calls, which take so many seconds together; on a GPU by its own clock, with no wait between the calls of a round."""
+    """(fastest, median) of some rounds of calls, which take so many seconds together; on a GPU by its own
+    clock, with no wait between the calls of a round."""
     for _ in range(3):
         run()
     finish(device)

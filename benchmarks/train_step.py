@@ -1,13 +1,18 @@
-"""One optimizer step of this project beside its alternatives: same weights, images, ds_config and dtype, in turn, in one run.
+"""One optimizer step of this project beside its alternatives: same weights, images, ds_config and dtype, in
+turn, in one run.
 
-    python benchmarks/train_step.py --size tiny --world 2 --deepspeed_config ds_configs/zero3_bf16.json --published ~/InternVL
+    python benchmarks/train_step.py --size tiny --world 2 --deepspeed_config ds_configs/zero3_bf16.json \\
+        --published ~/InternVL
 
-Each contender runs in processes of its own (they register backbones of one name, and memory is to be told apart), once per round, in another order each
-time. Prints per contender the median seconds per step, its ratio to ours, the seconds that a process computed in a step (which other programs on the
-machine disturb less), the peak memory of a process during the timed steps (and what of it is not the libraries), the model FLOPs utilization (of the fastest
-matrix product seen in the same run), and whether its first losses are ours. Ends with a line of JSON: ratio = ours / the best of the others.
+Each contender runs in processes of its own (they register backbones of one name, and memory is to be told
+apart), once per round, in another order each time. Prints per contender the median seconds per step, its
+ratio to ours, the seconds that a process computed in a step (which other programs on the machine disturb
+less), the peak memory of a process during the timed steps (and what of it is not the libraries), the model
+FLOPs utilization (of the fastest matrix product seen in the same run), and whether its first losses are ours.
+Ends with a line of JSON: ratio = ours / the best of the others.
 
-MMEngine and timm (which the published file imports) are installed into --packages, a folder of their own, the first time. On CPUs everything is fp32.
+MMEngine and timm (which the published file imports) are installed into --packages, a folder of their own, the
+first time. On CPUs everything is fp32.
 """
 
 import argparse
@@ -65,7 +70,8 @@ def main() -> None:
                 else:
                     measured[name].append(found)
                     print(
-                        f"round {round_}: {name} {found['seconds']:.4f} s/step, peak {found['peak_bytes'] / 2**30:.3f} GiB",
+                        f"round {round_}: {name} {found['seconds']:.4f} s/step, peak "
+                        f"{found['peak_bytes'] / 2**30:.3f} GiB",
                         flush=True,
                     )
     if "ours" in failed:
@@ -143,18 +149,20 @@ def workload_of(args: argparse.Namespace) -> Workload:
 
 
 def check_memory(world: int, workload: Workload) -> None:
-    """Ends with one sentence where the training state alone has no room. Offloaded state is looked for in the host's memory."""
+    """Ends with one sentence where the training state alone has no room. Offloaded state is looked for in the
+    host's memory."""
     from workload import resolved_ds_config
 
     from internseg_ds.distributed.construction import build_on_meta
-    from internseg_ds.planning.memory import state
+    from internseg_ds.planning.zero_memory import model_states
+    from internseg_ds.planning.zero_settings import ZeroSettings
 
     cfg = workload.experiment
     raw = resolved_ds_config(workload, cfg, world)
     need = {"gpu": 0, "host": 0}
-    for part in state(
-        build_on_meta(cfg.model), raw, "bf16" if raw.get("bf16", {}).get("enabled") else "fp32", world
-    ):
+    precision = "bf16" if raw.get("bf16", {}).get("enabled") else "fp32"
+    settings = ZeroSettings(raw.get("zero_optimization", {}), precision, world)
+    for part in model_states(build_on_meta(cfg.model), settings):
         need["gpu" if device_type() == "cuda" else "host"] += part.device
         need["host"] += part.host
     have = {
@@ -164,8 +172,10 @@ def check_memory(world: int, workload: Workload) -> None:
     for place, size in need.items():
         if size > have[place]:
             sys.exit(
-                f"error: the 6b size needs {size / 2**30:.0f} GiB of {place} memory per process for weights, gradients and optimizer, and there are "
-                f"{have[place] / 2**30:.0f} GiB; offload with ds_configs/zero3_bf16_offload_optimizer.json, take more GPUs, or take --size 300m"
+                f"error: the 6b size needs {size / 2**30:.0f} GiB of {place} memory per process for "
+                "weights, gradients and optimizer, and there are "
+                f"{have[place] / 2**30:.0f} GiB; offload with "
+                "ds_configs/zero3_bf16_offload_optimizer.json, take more GPUs, or take --size 300m"
             )
 
 
@@ -200,7 +210,8 @@ def measure(
     timeout: float = 600,
     threads: int | None = None,
 ) -> dict:
-    """Runs one contender in `world` processes: what `one_contender.py` wrote, or {"error": ...}. threads: of each process, None for its share of the cores."""
+    """Runs one contender in `world` processes: what `one_contender.py` wrote, or {"error": ...}. threads: of
+    each process, None for its share of the cores."""
     job, result = folder / "job.json", folder / "result.json"
     result.unlink(missing_ok=True)
     job.write_text(json.dumps(asdict(workload)))
@@ -243,7 +254,7 @@ def report(
     measured: dict[str, list[dict]], failed: dict[str, str], workload: Workload, args: argparse.Namespace
 ) -> None:
     from internseg_ds.distributed.construction import build_on_meta
-    from internseg_ds.planning.training_pass import training_pass
+    from internseg_ds.planning.flops import training_pass
 
     flops = (
         training_pass(
@@ -269,7 +280,8 @@ def report(
         "not libraries",
         "MFU %",
         "first losses",
-        title=f"{args.size}, {args.world} x {workload.micro_batch} images of {workload.image_px} px, {Path(args.deepspeed_config).stem}, "
+        title=f"{args.size}, {args.world} x {workload.micro_batch} images of {workload.image_px} px, "
+        f"{Path(args.deepspeed_config).stem}, "
         f"matmul {ceiling / 1e12:.4g} TFLOP/s per process",
     )
     same = {}

@@ -1,7 +1,9 @@
-"""What the benchmarks train: an experiment of a given size over generated images that lie in memory, so that neither files nor decoding are timed.
+"""What the benchmarks train: an experiment of a given size over generated images that lie in memory, so that
+neither files nor decoding are timed.
 
-In: a config file of ours and what changes in it. Out: an mmcv Config (for `SegmentorEngine` and `build_segmentor` alike), the ds_config that goes with it,
-and a stream of micro-batches that is the same for every contender. Loads none of our models: the published code registers its own under the same names.
+In: a config file of ours and what changes in it. Out: an mmcv Config (for `SegmentorEngine` and
+`build_segmentor` alike), the ds_config that goes with it, and a stream of micro-batches that is the same for
+every contender. Loads none of our models: the published code registers its own under the same names.
 """
 
 import copy
@@ -31,8 +33,8 @@ IMAGES = 16
 
 @dataclass(frozen=True)
 class Workload:
-    """One training to be timed; it travels to the processes as JSON. options: --cfg-options of `config`. groups: number of parameter groups, None for the
-    config's own."""
+    """One training to be timed; it travels to the processes as JSON. options: --cfg-options of `config`.
+    groups: number of parameter groups, None for the config's own."""
 
     config: str = TINY
     options: dict[str, Any] = field(default_factory=dict)
@@ -42,7 +44,8 @@ class Workload:
     micro_batch: int = 4
     groups: int | None = None
     cells: int = 8
-    """An image's labels are rectangles, so many on a side; where heads look at each class of an image, 4 make as many classes as ADE20K's images have."""
+    """An image's labels are rectangles, so many on a side; where heads look at each class of an image, 4 make
+    as many classes as ADE20K's images have."""
     steps: int = 15
     warmup: int = 3
     weights: str | None = None
@@ -56,7 +59,8 @@ class Workload:
 
     @property
     def experiment(self) -> Config:
-        """The config with a constant learning rate, no dropout or drop-path (so that losses can be compared), and images in memory."""
+        """The config with a constant learning rate, no dropout or drop-path (so that losses can be compared),
+        and images in memory."""
         cfg = Config.fromfile(str(ROOT / self.config))
         cfg.merge_from_dict(
             {
@@ -101,9 +105,8 @@ class Workload:
             ),
         )
         cfg.engine = {key: value for key, value in cfg.get("engine", {}).items() if key != "global_batch"}
-        cfg.engine["recomputation"] = (
-            "config"  # as the model's with_cp says, which the other contenders go by
-        )
+        # as the model's with_cp says, which the other contenders go by
+        cfg.engine["recomputation"] = "config"
         cfg.lr_config = dict(policy="poly", power=0.0, min_lr=0.0, by_epoch=False)
         cfg.merge_from_dict(self.options)
         if self.groups is not None:
@@ -113,7 +116,8 @@ class Workload:
 
 @PIPELINES.register_module()
 class GeneratedPixels:
-    """Noise of a normalised image's scale, and rectangles of labels: made once per image, then kept. masks: one for each class beside them, for Mask2Former."""
+    """Noise of a normalised image's scale, and rectangles of labels: made once per image, then kept. masks:
+    one for each class beside them, for Mask2Former."""
 
     def __init__(self, image_px: int, classes: int, cells: int = 8, masks: bool = False) -> None:
         self.masks = masks
@@ -165,7 +169,8 @@ class GeneratedInMemory(CustomDataset):
 
 @OPTIMIZER_BUILDERS.register_module()
 class EvenGroups(DefaultOptimizerConstructor):
-    """As many parameter groups as `paramwise_cfg.groups` says, of equally many consecutive tensors (give or take one), all with the same settings."""
+    """As many parameter groups as `paramwise_cfg.groups` says, of equally many consecutive tensors (give or
+    take one), all with the same settings."""
 
     def add_params(self, params: list[dict[str, Any]], module: nn.Module, **_: Any) -> None:
         tensors, groups = list(module.parameters()), self.paramwise_cfg["groups"]
@@ -176,7 +181,8 @@ class EvenGroups(DefaultOptimizerConstructor):
 
 
 def loader(workload: Workload, rank: int, world_size: int) -> DataLoader:
-    """Endless micro-batches of a rank on the CPU, in the order in which `SegmentorEngine.train` would hand them to it (seed 0)."""
+    """Endless micro-batches of a rank on the CPU, in the order in which `SegmentorEngine.train` would hand
+    them to it (seed 0)."""
     dataset = build_dataset(workload.experiment.data.train)
     return DataLoader(
         dataset,
@@ -210,7 +216,8 @@ def _plain(samples: list[dict[str, Any]]) -> dict[str, Any]:
 def micro_batches(
     workload: Workload, rank: int, world_size: int, device: torch.device
 ) -> Iterator[dict[str, Any]]:
-    """What a segmentor's forward takes: img (b, 3, h, w), gt_semantic_seg (b, 1, h, w) on `device`, img_metas."""
+    """What a segmentor's forward takes: img (b, 3, h, w), gt_semantic_seg (b, 1, h, w) on `device`,
+    img_metas."""
     for batch in loader(workload, rank, world_size):
         yield on_device(batch, device)
 
@@ -227,7 +234,8 @@ def on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def ds_config_of(path: str, dtype: str) -> dict[str, Any]:
-    """A ds_config file; dtype "float32" drops its bf16 and autocast sections, "bfloat16" leaves it as it is."""
+    """A ds_config file; dtype "float32" drops its bf16 and autocast sections, "bfloat16" leaves it as it
+    is."""
     raw = json.loads(Path(path).read_text())
     return {
         key: value
@@ -239,7 +247,7 @@ def ds_config_of(path: str, dtype: str) -> dict[str, Any]:
 def resolved_ds_config(workload: Workload, cfg: Config, world_size: int) -> dict[str, Any]:
     """The ds_config of the contenders: "auto" sizes as transformers derives them from the width.
     Our engine derives its own from the blocks, and gathers by blocks."""
-    from internseg_ds.distributed.ds_config import resolve_ds_config
+    from internseg_ds.config.ds_config import BackboneSizes, resolve_ds_config
 
     optimizer: Mapping[str, Any] = cfg.optimizer
     return copy.deepcopy(
@@ -249,13 +257,14 @@ def resolved_ds_config(workload: Workload, cfg: Config, world_size: int) -> dict
             micro_batch=workload.micro_batch,
             world_size=world_size,
             optimizer=optimizer,
-            hidden_size=cfg.model.backbone.embed_dim,
+            sizes=BackboneSizes(cfg.model.backbone.embed_dim),
         ).raw
     )
 
 
 def size_of(name: str, norm: str) -> dict[str, Any]:
-    """Fields of a Workload by the size's name. norm: "BN" or "SyncBN" of the heads (torch's SyncBatchNorm has no CPU kernel)."""
+    """Fields of a Workload by the size's name. norm: "BN" or "SyncBN" of the heads (torch's SyncBatchNorm has
+    no CPU kernel)."""
     norms = {f"model.{head}.norm_cfg.type": norm for head in ("decode_head", "auxiliary_head")}
     if name == "tiny":
         return dict(config=TINY, options=norms, image_px=112, micro_batch=4)
@@ -278,7 +287,8 @@ def size_of(name: str, norm: str) -> dict[str, Any]:
 
 
 def vit(width: int, depth: int, heads: int) -> dict[str, Any]:
-    """Options that give the tiny experiment a backbone of another size; the feature maps come from four evenly spaced blocks."""
+    """Options that give the tiny experiment a backbone of another size; the feature maps come from four
+    evenly spaced blocks."""
     quarter = depth // 4
     return {
         "model.backbone.embed_dim": width,

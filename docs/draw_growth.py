@@ -1,4 +1,5 @@
-"""Draws docs/growth.png from the points that benchmarks/growth.py appended to a file: seconds by the clock over processes, else seconds of CPU work.
+"""Draws docs/growth.png from the points that benchmarks/growth.py appended to a file: seconds by the clock
+over processes, else seconds of CPU work.
 
 python docs/draw_growth.py points.jsonl
 """
@@ -26,7 +27,8 @@ def main() -> None:
         found = [row for row in rows if row["curve"] == curve]
         if not found:
             raise SystemExit(
-                f"{sys.argv[1]} has no points of {curve!r}; run benchmarks/growth.py {curve} --out {sys.argv[1]}"
+                f"{sys.argv[1]} has no points of {curve!r}; run benchmarks/growth.py {curve} --out "
+                f"{sys.argv[1]}"
             )
         for colour, name in enumerate(dict.fromkeys(row["series"] for row in found)):
             series = [row for row in found if row["series"] == name]

@@ -1,4 +1,5 @@
-"""Writes docs/supported_models.md: whether each backbone and head of mmseg's registry trains and is evaluated, tried at a tiny size with two processes.
+"""Writes docs/supported_models.md: whether each backbone and head of mmseg's registry trains and is
+evaluated, tried at a tiny size with two processes.
 
 python -m docs.tabulate_supported_models    # some 8 minutes on 2 cores
 """

@@ -1,15 +1,17 @@
-"""Writes docs/what_fits.md: what full tuning of InternViT-6B needs on several GPUs under each ds_config, planned. The README has some of its rows.
+"""Writes docs/what_fits.md: what full tuning of InternViT-6B needs on several GPUs under each ds_config,
+estimated. The README has some of its rows.
 
 python docs/tabulate_what_fits.py
 """
 
 from pathlib import Path
 
-from internseg_ds.engine.experiment import read_experiment
-from internseg_ds.engine.forecast import GIB, Forecast, compare, fastest
-from internseg_ds.engine.planner import Planner
-from internseg_ds.planning.devices import DEVICES, Device
-from internseg_ds.planning.step_time import Assumptions, Cluster
+from internseg_ds.config.experiment import read_experiment
+from internseg_ds.planning.devices import DEVICES, Cluster, Device
+from internseg_ds.planning.estimate import Estimate, compare, fastest
+from internseg_ds.planning.estimator import Estimator
+from internseg_ds.planning.step_time import Assumptions
+from internseg_ds.planning.tables import GIB
 
 RECIPE = "configs/intern_vit_6b/full_tuning/upernet_intern_vit_6b_504_80k_ade20k_bs16_lr4e-5.py"
 DS_CONFIGS = [
@@ -28,53 +30,56 @@ GPUS = ("RTX4090", "A100-40GB", "L40S", "A100", "H100", "H200", "B200")
 COUNTS = (1, 2, 4, 8, 16)
 OPENING = """# What fits where
 
-Full tuning of InternViT-6B with UPerNet at 504 x 504, 2 images per GPU. **Every figure is planned, none is measured** \
+Full tuning of InternViT-6B with UPerNet at 504 x 504, 2 images per GPU. **Every figure is estimated, none is measured** \
 (`launch/plan.py`; at 45 % of the peak TFLOP/s, nodes of 8 GPUs,
 50 GB/s per GPU between nodes; GPUs without NVLink over PCIe). One row by itself: `python launch/plan.py CONFIG --gpu H200 --gpus 1`. \
 All of it: `python docs/tabulate_what_fits.py`.
 """
 
 
-def found(planner: Planner, device: Device, count: int) -> dict[Path, Forecast | str]:
+def estimates(estimator: Estimator, device: Device, count: int) -> dict[Path, Estimate | str]:
+    """Under each of DS_CONFIGS, on so many GPUs."""
     per_node = min(count, 8)
-    return compare(
-        planner,
-        DS_CONFIGS,
-        Cluster(device, count // per_node, per_node, 50.0),
-        Assumptions(),
-        device.memory_gib * GIB,
-        None,
-    )
+    return compare(estimator, DS_CONFIGS, Cluster(device, count // per_node, per_node, 50.0), Assumptions())
 
 
-def cell(plan: Forecast | str) -> str:
-    if isinstance(plan, str):
+def cell(estimate: Estimate | str) -> str:
+    """Of the table over ds_configs; empty where the ds_config cannot be used."""
+    if isinstance(estimate, str):
         return ""
-    peak = f"{plan.footprint.peak / GIB:.0f}"
-    if not plan.fits:
+    peak = f"{estimate.memory.peak / GIB:.0f}"
+    if not estimate.memory.fits:
         return f"no ({peak})"
-    return f"**{peak}**{host(plan)}, {plan.row.images_per_s:.3g}/s"
+    return f"**{peak}**{host(estimate)}, {images_per_s(estimate)}/s"
 
 
-def host(plan: Forecast) -> str:
-    offloads = any(part.host for part in plan.footprint.parts if part.name != "process and context")
-    return f" + {plan.host / GIB:.0f} host" if offloads else ""
+def host(estimate: Estimate) -> str:
+    """What the host holds where something is offloaded to it."""
+    offloads = any(part.host for part in estimate.memory.parts if part.name != "process and context")
+    return f" + {estimate.memory.whole_host / GIB:.0f} host" if offloads else ""
 
 
-def best(plans: dict[Path, Forecast | str]) -> str:
-    if (path := fastest(plans)) is None:
+def images_per_s(estimate: Estimate) -> str:
+    return f"{estimate.step.images_per_s:.3g}" if estimate.step is not None else "?"
+
+
+def best(found: dict[Path, Estimate | str]) -> str:
+    """Of the table of the fastest that fit."""
+    path = fastest(found)
+    estimate = found[path] if path is not None else None
+    if path is None or not isinstance(estimate, Estimate):
         return "nothing"
-    plan = plans[path]
-    recomputes = (
-        f", {plan.planner.recomputation}" if plan.planner.experiment.engine.recomputation == "auto" else ""
+    chosen = estimate.experiment.engine.recomputation == "auto"
+    policy = f", {estimate.checkpointing}" if chosen else ""
+    return (
+        f"`{path.stem}`{policy}: {estimate.memory.peak / GIB:.0f} GiB{host(estimate)}, "
+        f"{images_per_s(estimate)}/s"
     )
-    return f"`{path.stem}`{recomputes}: {plan.footprint.peak / GIB:.0f} GiB{host(plan)}, {plan.row.images_per_s:.3g}/s"
 
 
 def main() -> None:
-    published, auto = (
-        Planner(read_experiment(RECIPE, options)) for options in ({"engine.recomputation": "config"}, {})
-    )
+    published = Estimator(read_experiment(RECIPE, {"engine.recomputation": "config"}))
+    auto = Estimator(read_experiment(RECIPE))
     short = [
         '| GPU | count | activation checkpointing of the recipe | `engine.recomputation="auto"` |',
         "|---|---|---|---|",
@@ -86,16 +91,20 @@ def main() -> None:
     for name in GPUS:
         device = DEVICES[name]
         for count in COUNTS:
-            plans = found(published, device, count)
+            found = estimates(published, device, count)
             long.append(
-                f"| {name}, {device.memory_gib:g} | {count} | {' | '.join(map(cell, plans.values()))} |"
+                f"| {name}, {device.memory_gib:g} | {count} | {' | '.join(map(cell, found.values()))} |"
             )
-            short.append(f"| {name} | {count} | {best(plans)} | {best(found(auto, device, count))} |")
+            short.append(f"| {name} | {count} | {best(found)} | {best(estimates(auto, device, count))} |")
     legend = (
-        "Bold: it fits; the peak per GPU in GiB, `+` what the host holds, and images per second. no (N): it would need N GiB. "
+        "Bold: it fits; the peak per GPU in GiB, `+` what the host holds, and images per second. no (N): "
+        "it would need N GiB. "
         "Empty: hpZ is for whole nodes of 8."
     )
-    second = "## The fastest that fits\n\nThe ds_config, and what of the blocks is recomputed where the engine may choose."
+    second = (
+        "## The fastest that fits\n\nThe ds_config, and what of the blocks is recomputed "
+        "where the engine may choose."
+    )
     Path(__file__).with_name("what_fits.md").write_text(
         "\n\n".join([OPENING.strip(), legend, "\n".join(long), second, "\n".join(short)]) + "\n"
     )

@@ -1,8 +1,9 @@
-"""The errors that a user can cause, and mend.
+"""The errors that a user can cause and fix.
 
-A `UserError` is raised on every rank alike, before any accelerator memory is taken unless what is wrong shows only in values that are read later. The
-scripts in `launch/` print its one sentence on stderr from rank 0 and exit with code 2; from Python it is an ordinary exception. Anything else that is
-raised is a defect of the program or of the machine.
+A `UserError` is raised on every rank alike, before any accelerator memory is taken unless what is wrong shows
+only in values that are read later. The scripts in `launch/` print its message on stderr from rank 0 and
+exit with code 2; from Python it is an ordinary exception. Anything else that is raised is a defect of the
+program or of the machine.
 """
 
 import difflib
@@ -14,11 +15,13 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """The user's input is wrong; the message says what is wrong, where the value came from and how to mend it."""
+    """The user's input is wrong; the message says what is wrong, where the value came from and how to fix
+    it."""
 
 
 class ConfigError(UserError):
-    """An experiment config, a ds_config or a command-line option cannot work, or they contradict each other."""
+    """An experiment config, a ds_config or a command-line option cannot work, or they contradict each
+    other."""
 
 
 class DataError(UserError):
@@ -46,7 +49,7 @@ class HostError(UserError):
 
 
 class Lost(RuntimeError):
-    """A process of the run is gone. Comes from one rank alone; starting the run again may mend it."""
+    """A process of the run is gone. Comes from one rank alone; starting the run again may help."""
 
 
 class Diverged(RuntimeError):
@@ -74,24 +77,26 @@ def unknown_key(key: str, known: Iterable[str], where: str) -> ConfigError:
 
 
 def reason_of(error: BaseException) -> str:
-    """An exception as "Type: text", on one line; where it has no text (a bare `assert`, also one that mmcv has wrapped), with the text of the one before it,
-    or the place that raised it."""
-    said = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
+    """An exception as "Type: text", on one line; where it has no text (a bare `assert`, also one that mmcv
+    has wrapped), with the text of the one before it, or the place that raised it."""
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
     origin = error
     while _without_text(origin) and (earlier := origin.__cause__ or origin.__context__) is not None:
         origin = earlier
     if origin is not error and not _without_text(origin):
-        return f"{said}: {reason_of(origin)}"
+        return f"{text}: {reason_of(origin)}"
     frames = traceback.extract_tb(origin.__traceback__) if _without_text(origin) else []
     return (
-        f"{said}: `{frames[-1].line}` of {'/'.join(Path(frames[-1].filename).parts[-3:])}, line {frames[-1].lineno}"
+        f"{text}: `{frames[-1].line}` of {'/'.join(Path(frames[-1].filename).parts[-3:])}, line "
+        f"{frames[-1].lineno}"
         if frames
-        else said
+        else text
     )
 
 
 def nearest_argument(error: BaseException, classes: Mapping[str, type]) -> str:
-    """ "; did you mean 'num_heads'?" for a constructor's complaint of an argument that it does not know; "" for anything else, and where none is near.
+    """ "; did you mean 'num_heads'?" for a constructor's complaint of an argument that it does not know; ""
+    for anything else, and where none is near.
 
     classes: those that may have complained, by name.
     """
@@ -110,7 +115,7 @@ def nearest_argument(error: BaseException, classes: Mapping[str, type]) -> str:
         name
         for each in kinds
         for base in each.__mro__
-        for name in inspect.signature(base.__init__).parameters
+        for name in inspect.signature(vars(base).get("__init__", object.__init__)).parameters
     ]
     near = difflib.get_close_matches(found[2], known, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
@@ -121,7 +126,7 @@ def _without_text(error: BaseException) -> bool:
 
 
 def shortened(names: list[str], most: int = 5) -> str:
-    """The first names of a list, and how many more there are, for a sentence."""
+    """The first names of a list, and how many more there are, for a message."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 

@@ -1,7 +1,8 @@
-"""What a host does to a run, in one sentence: processes that it kills, files and shared memory that it does not give.
+"""What a host does to a run, as one error message: processes that it kills, files and shared memory that it does
+not give.
 
-In: what torch and the operating system raise, on one rank, at any moment. Out: `Lost`, where starting the run again may mend it, `HostError`, where the host's
-settings must change first.
+In: what torch and the operating system raise, on one rank, at any moment. Out: `Lost`, where starting the run
+again may help, `HostError`, where the host's settings must change first.
 """
 
 import errno
@@ -21,7 +22,7 @@ TOO_MANY_FILES = "Too many open files"
 
 
 @contextmanager
-def told_in_a_sentence() -> Iterator[None]:
+def host_errors_explained() -> Iterator[None]:
     """Raises HostError or Lost in the place of what is known to mean that."""
     try:
         yield
@@ -45,7 +46,8 @@ def _meaning(error: OSError | RuntimeError) -> HostError | Lost | None:
     text, host = str(error), socket.gethostname()
     if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE) or TOO_MANY_FILES in text:
         return HostError(
-            f"host {host} allows a process no more open files; raise `ulimit -n` (65536 is usual), or lower data.workers_per_gpu"
+            f"host {host} allows a process no more open files; raise `ulimit -n` (65536 is usual), or "
+            "lower data.workers_per_gpu"
         )
     dead = DEAD_WORKER.search(text)
     if (
@@ -54,13 +56,15 @@ def _meaning(error: OSError | RuntimeError) -> HostError | Lost | None:
         or (dead is not None and dead[2] == "Bus error")
     ):
         return HostError(
-            f"/dev/shm of host {host} is full, through which data workers hand over their images; make it larger (docker run --shm-size=16g), or "
+            f"/dev/shm of host {host} is full, through which data workers hand over their images; make it "
+            "larger (docker run --shm-size=16g), or "
             "lower data.workers_per_gpu or data.samples_per_gpu"
         )
     if dead is not None:
         how = f"was killed by a signal ({dead[2]})" if dead[2] else "ended without a word"
         return Lost(
             f"data worker {dead[1]} of host {host} {how}: where memory is short, "
-            "the kernel does that (dmesg tells); lower data.workers_per_gpu, or start again with --resume auto"
+            "the kernel does that (dmesg tells); lower data.workers_per_gpu, or start again with --resume "
+            "auto"
         )
     return None

@@ -1,6 +1,8 @@
-"""The whole life of a segmentor in some minutes on a CPU: generated data, training under ZeRO-3, consolidation, evaluation, pictures.
+"""The whole life of a segmentor in some minutes on a CPU: generated data, training under ZeRO-3,
+consolidation, evaluation, pictures.
 
-Each step is the command that a user would type; this script only puts them in order and sums up what came out.
+Each step is the command that a user would type; this script only puts them in order and sums up what came
+out.
 """
 
 import json
@@ -32,18 +34,17 @@ def step(title: str, command: str) -> None:
 def main() -> None:
     began = time.monotonic()
     python = sys.executable
-    processes = (
-        min(2, torch.cuda.device_count()) if device_type() == "cuda" else 2
-    )  # on CPUs, two share the machine
+    # on CPUs, two share the machine
+    processes = min(2, torch.cuda.device_count()) if device_type() == "cuda" else 2
     real = ADE20K.exists() and not (ADE20K / "GENERATED.json").exists()
-    root = (
-        Path("data/generated_ade20k") if real else ADE20K
-    )  # a real ADE20K stays as it is; the demo trains on generated scenes all the same
+    # a real ADE20K stays as it is; the demo trains on generated scenes all the same
+    root = Path("data/generated_ade20k") if real else ADE20K
     data = f"data.train.data_root={root} data.val.data_root={root} data.test.data_root={root}"
     step("a small data set in ADE20K's layout", f"{python} -m internseg_ds.data.generated_ade20k {root}")
     step(
         "full tuning under ZeRO-3",
-        f"deepspeed --num_gpus {processes} launch/train.py {CONFIG} --deepspeed_config ds_configs/zero3_bf16.json --work-dir {WORK} --overwrite "
+        f"deepspeed --num_gpus {processes} launch/train.py {CONFIG} --deepspeed_config "
+        f"ds_configs/zero3_bf16.json --work-dir {WORK} --overwrite "
         f"--cfg-options engine.evaluate_before=True {data}",
     )
     step(
@@ -52,7 +53,8 @@ def main() -> None:
     )
     step(
         "evaluation of that file, with pictures",
-        f"deepspeed --num_gpus {processes} launch/test.py {CONFIG} {WORK}/segmentor.pth --eval mIoU --out {WORK}/evaluation --show-dir {WORK}/pictures "
+        f"deepspeed --num_gpus {processes} launch/test.py {CONFIG} {WORK}/segmentor.pth --eval mIoU --out "
+        f"{WORK}/evaluation --show-dir {WORK}/pictures "
         f"--cfg-options {data}",
     )
 
@@ -75,7 +77,8 @@ demo finished in {(time.monotonic() - began) / 60:.1f} minutes
 to go on by hand: . .venv/bin/activate""")
     if after < max(LEAST_MIOU, 10 * scores[0]):
         sys.exit(
-            f"error: a score of {after:.2f} is below what this demo reaches (at least {LEAST_MIOU}, and ten times that of the untrained model); "
+            f"error: a score of {after:.2f} is below what this demo reaches (at least {LEAST_MIOU}, and "
+            "ten times that of the untrained model); "
             f"see {WORK}/train.log"
         )
 

@@ -2,9 +2,8 @@
 
 import os
 
-os.environ["INTERNSEG_DEVICE"] = os.environ["DS_ACCELERATOR"] = (
-    "cpu"  # of all tests and what they start, before any import asks; some ask for a GPU again
-)
+# of all tests and what they start, before any import asks; some ask for a GPU again
+os.environ["INTERNSEG_DEVICE"] = os.environ["DS_ACCELERATOR"] = "cpu"
 
 import subprocess
 import sys
@@ -12,9 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from torch.utils.cpp_extension import _get_build_directory  # no public name says where extensions are built
 
-import internseg_ds  # noqa: F401 - says where this environment keeps them
+from internseg_ds.torch_internals import build_was_interrupted, extension_folder
 from tests.forks import PATH, ROOT, run_script
 
 GPU = {"INTERNSEG_DEVICE": "cuda", "DS_ACCELERATOR": "cuda"}
@@ -25,7 +23,8 @@ MASK2FORMER = "configs/intern_vit_tiny/mask2former_intern_vit_tiny_112_ade20k.py
 
 @pytest.fixture(scope="session")
 def ade20k(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small generated data set in ADE20K's layout: 23 training and 7 validation images of different sizes."""
+    """A small generated data set in ADE20K's layout: 23 training and 7 validation images of different
+    sizes."""
     from internseg_ds.data.generated_ade20k import write_generated_ade20k
 
     root = tmp_path_factory.mktemp("data") / "ade"
@@ -39,17 +38,22 @@ def data_options(root: Path) -> list[str]:
 
 @pytest.fixture(scope="session", autouse=True)
 def extension() -> None:
-    """DeepSpeed's extension, compiled before any test that kills processes kills one that compiles: what torch guards a build with would then be left, and
-    tests that start DeepSpeed by themselves would wait for it for ever."""
-    folder = Path(_get_build_directory("deepspeed_shm_comm", verbose=False))
-    if (folder / "lock").exists() or not (folder / "deepspeed_shm_comm.so").exists():
-        build = "from internseg_ds.distributed.extensions import build_extension; build_extension('ShareMemCommBuilder')"
+    """DeepSpeed's extension, compiled before any test that kills processes kills one that compiles: what
+    torch guards a build with would then be left, and tests that start DeepSpeed by themselves would wait for
+    it for ever."""
+    folder = extension_folder("deepspeed_shm_comm")
+    if build_was_interrupted(folder) or not (folder / "deepspeed_shm_comm.so").exists():
+        build = (
+            "from internseg_ds.distributed.extensions import build_extension; "
+            "build_extension('ShareMemCommBuilder')"
+        )
         subprocess.run([sys.executable, "-c", build], cwd=ROOT, check=True)
 
 
 @pytest.fixture(autouse=True)
 def environment() -> Iterator[None]:
-    """Takes back what a test, or an engine in it, left in os.environ: RANK, MASTER_PORT and the like would make other tests ranks of that run."""
+    """Takes back what a test, or an engine in it, left in os.environ: RANK, MASTER_PORT and the like would
+    make other tests ranks of that run."""
     before = dict(os.environ)
     yield
     for name in os.environ.keys() - before.keys():
@@ -62,10 +66,12 @@ Launch = Callable[..., subprocess.CompletedProcess]
 
 @pytest.fixture(scope="session")
 def launch() -> Launch:
-    """launch(script, *args, processes=2, launcher="forks", env={}, check=True): runs a script of the project as a user would, from its root.
+    """launch(script, *args, processes=2, launcher="forks", env={}, check=True): runs a script of the project
+    as a user would, from its root.
 
-    launcher: "deepspeed", "torchrun" or "python", where starting is part of what is tested; "forks" saves the some 10 s of two cores that they take to start.
-    On CPUs, whatever the machine has: the GPU part of the suite asks for its GPU with env=GPU, which "forks" cannot give.
+    launcher: "deepspeed", "torchrun" or "python", where starting is part of what is tested; "forks" saves the
+    some 10 s of two cores that they take to start. On CPUs, whatever the machine has: the GPU part of the
+    suite asks for its GPU with env=GPU, which "forks" cannot give.
     """
 
     def run(
@@ -104,12 +110,12 @@ def launch() -> Launch:
             )
         if check and done.returncode:
             raise AssertionError(
-                f"{script} {' '.join(map(str, args))} ended with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+                f"{script} {' '.join(map(str, args))} ended with "
+                f"{done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
             )
         if not done.returncode:
-            assert not list(
-                Path("/dev/shm").glob(f"deepspeed_*_{port}_*")
-            )  # memory that would stay until the machine restarts
+            # memory that would stay until the machine restarts
+            assert not list(Path("/dev/shm").glob(f"deepspeed_*_{port}_*"))
         return done
 
     return run
@@ -125,7 +131,8 @@ def free_port() -> int:
 
 @pytest.fixture(scope="session")
 def toy_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one checkpoints folder per setting of `write_toy_checkpoints.py`, all written by one job of two processes (some 20 s)."""
+    """A folder with one checkpoints folder per setting of `write_toy_checkpoints.py`, all written by one job
+    of two processes (some 20 s)."""
     out = tmp_path_factory.mktemp("toy")
     done = run_script(str(ROOT / "tests/checkpoints/write_toy_checkpoints.py"), [str(out)], 2, free_port())
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"

@@ -1,8 +1,10 @@
-"""Ranks that start in milliseconds: forked from one process which, once a session, has imported all that a training imports (some 5 s of a core for each rank).
+"""Ranks that start in milliseconds: forked from one process which, once a session, has imported all that a
+training imports (some 5 s of a core for each rank).
 
-In: a function of a test module, or a script of the project with its arguments. Out: processes of their own in the environment that torchrun gives its
-ranks, or what a script printed and its exit code. Keeps away from launchers: those are real, in tests whose subject they are, as are processes that
-end by themselves: a fork leaves out what Python does at its exit, and has imported what a script may have forgotten to.
+In: a function of a test module, or a script of the project with its arguments. Out: processes of their own in
+the environment that torchrun gives its ranks, or what a script printed and its exit code. Keeps away from
+launchers: those are real, in tests whose subject they are, as are processes that end by themselves: a fork
+leaves out what Python does at its exit, and has imported what a script may have forgotten to.
 """
 
 import multiprocessing
@@ -27,9 +29,9 @@ KILLED_AFTER_S = 10
 forks = multiprocessing.get_context("forkserver")
 forks.set_forkserver_preload(
     [
-        "internseg_ds.engine.segmentor_engine",
-        "internseg_ds.engine.testing",
-        "internseg_ds.engine.prediction",
+        "internseg_ds.training.segmentor_engine",
+        "internseg_ds.evaluation.test",
+        "internseg_ds.evaluation.predict",
         "internseg_ds.distributed.extensions",
         "tests.forks",
         "torch._dynamo",
@@ -42,7 +44,8 @@ forks.set_forkserver_preload(
 
 
 def ready() -> None:
-    """Starts the process that all others are forked from, unless it is there. On the CPU, whatever the machine has: a fork cannot take up CUDA."""
+    """Starts the process that all others are forked from, unless it is there. On the CPU, whatever the
+    machine has: a fork cannot take up CUDA."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("INTERNSEG_DEVICE", "DS_ACCELERATOR"):
             patch.setenv(name, "cpu")
@@ -96,7 +99,8 @@ def _rank(env: dict[str, str], function: Callable[..., None], args: tuple) -> No
 
 
 def script(path: str, args: Sequence[str], stdout: Path, stderr: Path) -> None:
-    """On a rank: what `python PATH ARGS` does, from the project's root, with its output at the end of two files, or of one."""
+    """On a rank: what `python PATH ARGS` does, from the project's root, with its output at the end of two
+    files, or of one."""
     for number, file in ((1, stdout), (2, stderr)):
         with file.open("a") as opened:
             os.dup2(opened.fileno(), number)
@@ -114,7 +118,8 @@ def run_script(
     env: Mapping[str, str] | None = None,
     timeout: float = 300,
 ) -> subprocess.CompletedProcess:
-    """Waits for the ranks of a script. As launchers do, asks the others to end when one has failed, and has the exit code of that one."""
+    """Waits for the ranks of a script. As launchers do, asks the others to end when one has failed, and has
+    the exit code of that one."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
         out.touch(), err.touch()
@@ -123,7 +128,8 @@ def run_script(
             deadline = time.monotonic() + timeout
             while any(rank.is_alive() for rank in ranks) and not any(rank.exitcode for rank in ranks):
                 assert time.monotonic() < deadline, (
-                    f"{path} has not ended after {timeout} s\n{out.read_text()[-3000:]}\n{err.read_text()[-3000:]}"
+                    f"{path} has not ended after {timeout} "
+                    f"s\n{out.read_text()[-3000:]}\n{err.read_text()[-3000:]}"
                 )
                 time.sleep(0.02)
             code = next((rank.exitcode for rank in ranks if rank.exitcode), 0)

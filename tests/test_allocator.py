@@ -16,7 +16,8 @@ print(torch._C._accelerator_getAllocatorSettings())
 
 
 def settings_of_torch(env: dict[str, str]) -> str:
-    """What torch's allocators go by in a new process that imports internseg_ds; torch refuses settings that it does not know."""
+    """What torch's allocators go by in a new process that imports internseg_ds; torch refuses settings that
+    it does not know."""
     plain = {name: value for name, value in os.environ.items() if name not in allocator.NAMES}
     done = subprocess.run(
         [sys.executable, "-c", READ],

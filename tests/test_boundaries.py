@@ -1,7 +1,14 @@
+"""The rooms of the package: which may import which, what loads DeepSpeed, and that no code outside `models`
+names a model."""
+
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+import internseg_ds
 
 PACKAGES = [
     "internseg_ds",
@@ -9,14 +16,15 @@ PACKAGES = [
     "internseg_ds.data",
     "internseg_ds.checkpoints.weights",
     "internseg_ds.checkpoints.consolidate",
-    "internseg_ds.planning.memory",
+    "internseg_ds.planning.zero_memory",
     "internseg_ds.planning.step_time",
-    "internseg_ds.planning.training_pass",
-    "internseg_ds.engine.restarting",
+    "internseg_ds.planning.flops",
+    "internseg_ds.training.keep_running",
 ]
 FORKING = """
 import os, sys
-import mmcv, mmseg.datasets, mmseg.models, torch  # once, for all of the interpreters that are forked from this one; none of them loads DeepSpeed
+# once, for all of the interpreters that are forked from this one; none of them loads DeepSpeed
+import mmcv, mmseg.datasets, mmseg.models, torch
 assert not any(name.startswith(("deepspeed", "internseg_ds")) for name in sys.modules)
 for package in sys.argv[1:]:
     if (pid := os.fork()) == 0:
@@ -32,42 +40,54 @@ def test_parts_that_need_no_engine_load_no_deepspeed_and_can_be_imported_first()
     assert done.stdout.splitlines() == [f"{package} is free of it" for package in PACKAGES], done.stderr
 
 
-@pytest.mark.parametrize(
-    ("lower", "higher"),
-    [
-        ("models", ("data", "checkpoints", "distributed", "engine", "planning")),
-        ("data", ("models", "checkpoints", "distributed", "engine", "planning")),
-        ("checkpoints", ("models", "data", "distributed", "engine", "planning")),
-        ("planning", ("data", "checkpoints", "distributed", "engine")),
-        ("distributed", ("engine",)),
-    ],
-)
-def test_imports_point_downwards_only(lower, higher):
-    import re
-    from pathlib import Path
+ORDER = [
+    "cli",
+    "training",
+    "evaluation",
+    "preflight",
+    "monitoring",
+    "planning",
+    "optimization",
+    "distributed",
+    "config",
+    "checkpoints",
+    "data",
+    "synthetic",
+    "models",
+]
+"""The rooms of the package, from the highest: each imports from those behind it only, and from the single
+files beside them."""
+MOST_FILES = 16
+PACKAGE = Path(internseg_ds.__file__).parent
+IMPORT = re.compile(r"\s*(?:from|import) internseg_ds\.(\w+)")
 
-    package = Path(__file__).parent.parent / "internseg_ds"
-    for file in (package / lower).glob("*.py"):
-        imported = re.findall(
-            r"internseg_ds\.(\w+)",
-            "\n".join(line for line in file.read_text().splitlines() if re.match(r"\s*(from|import) ", line)),
-        )
-        assert not set(imported) & set(higher), file
+
+def test_every_folder_has_its_place_in_the_order():
+    assert {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"} == set(
+        ORDER
+    )
+
+
+@pytest.mark.parametrize("room", ORDER)
+def test_imports_point_downwards_only(room):
+    for file in (PACKAGE / room).rglob("*.py"):
+        imported = {found[1] for line in file.read_text().splitlines() if (found := IMPORT.match(line))}
+        assert not imported & set(ORDER[: ORDER.index(room)]), file
+
+
+def test_no_folder_holds_more_than_can_be_looked_over():
+    folders = {file.parent for file in PACKAGE.rglob("*.py")}
+    assert not {
+        folder: count for folder in folders if (count := len(list(folder.glob("[!_]*.py")))) > MOST_FILES
+    }
 
 
 @pytest.mark.parametrize(
     "folder",
-    [
-        "internseg_ds/engine",
-        "internseg_ds/distributed",
-        "internseg_ds/checkpoints",
-        "internseg_ds/planning",
-        "launch",
-    ],
+    [*(f"internseg_ds/{room}" for room in ORDER if room not in ("data", "synthetic", "models")), "launch"],
 )
 def test_code_that_serves_every_model_names_none(folder):
     import ast
-    from pathlib import Path
 
     from mmseg.datasets import PIPELINES
     from mmseg.models import BACKBONES
@@ -81,17 +101,14 @@ def test_code_that_serves_every_model_names_none(folder):
         for name, kind in registry.module_dict.items()
         if kind.__module__.startswith("internseg_ds.")
     }
-    assert {
-        "InternViT6B",
-        "Mask2FormerHead",
-        "ToMask",
-    } <= ours  # heads that override mmseg's have the names of theirs
+    # heads that override mmseg's have the names of theirs
+    assert {"InternViT6B", "Mask2FormerHead", "ToMask"} <= ours
     names = (
         ours
         | {name for name in BACKBONES.module_dict if name.endswith(("Transformer", "Head"))}
         | {"intern_vit", "intern_image", "internvit", "internimage"}
     )
-    for file in (Path(__file__).parent.parent / folder).glob("*.py"):
+    for file in (PACKAGE.parent / folder).glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if (
                 isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
@@ -106,9 +123,8 @@ def test_code_that_serves_every_model_names_none(folder):
                 node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None,
             ]
             for text in filter(None, said):
-                is_example = "launch/" in text or text.startswith(
-                    "configs/"
-                )  # a command of --help, a config to start from
+                # a command of --help, a config to start from
+                is_example = "launch/" in text or text.startswith("configs/")
                 assert is_example or not [name for name in names if name.lower() in text.lower()], (
                     f"{file}:{getattr(node, 'lineno', 0)}: {text}"
                 )

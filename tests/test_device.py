@@ -4,11 +4,11 @@ import subprocess
 import pytest
 import torch
 
+from internseg_ds.config.ds_config import resolve_ds_config
 from internseg_ds.device import device_type
-from internseg_ds.distributed.ds_config import resolve_ds_config
 from internseg_ds.distributed.process_group import World, rendezvous
-from internseg_ds.engine.preflight import check_node_local
 from internseg_ds.errors import ConfigError
+from internseg_ds.preflight.settings_checks import check_node_local
 from tests.conftest import ROOT
 from tests.forks import PATH
 
@@ -18,7 +18,8 @@ from internseg_ds.distributed.process_group import world_from_environment
 import torch
 from deepspeed.accelerator import get_accelerator
 torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
-print("sees", repr(os.environ["CUDA_VISIBLE_DEVICES"]), "takes", world_from_environment().device, get_accelerator().device_name())
+device = world_from_environment().device
+print("sees", repr(os.environ["CUDA_VISIBLE_DEVICES"]), "takes", device, get_accelerator().device_name())
 """
 
 
@@ -70,7 +71,8 @@ def test_a_switch_that_cannot_be_meant_is_one_sentence(gpus, env, said):
 def test_deepspeeds_launcher_gives_devices_back_that_were_hidden_but_not_those_that_the_switch_leaves_alone(
     tmp_path,
 ):
-    """The launcher puts "0" for an empty CUDA_VISIBLE_DEVICES, so that hiding GPUs by it would not keep a run off them."""
+    """The launcher puts "0" for an empty CUDA_VISIBLE_DEVICES, so that hiding GPUs by it would not keep a run
+    off them."""
     env = {
         **os.environ,
         "PATH": PATH,
@@ -114,7 +116,8 @@ def test_more_processes_than_gpus_are_refused(gpus):
 
 
 def test_make_compiles_mmcvs_cpu_operators_whatever_gpu_the_machine_has():
-    """mmcv's setup compiles for CUDA where `torch.cuda.is_available()` or FORCE_CUDA=1, which fails without nvcc."""
+    """mmcv's setup compiles for CUDA where `torch.cuda.is_available()` or FORCE_CUDA=1, which fails without
+    nvcc."""
     said = subprocess.run(
         ["make", "--dry-run", "--always-make", "setup"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout

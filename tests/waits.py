@@ -1,6 +1,8 @@
-"""Where the host would wait for a GPU, found without one: operations whose result the host reads, or whose shape depends on values, and copies that block.
+"""Where the host would wait for a GPU, found without one: operations whose result the host reads, or whose
+shape depends on values, and copies that block.
 
-`Waits` sees operations on tensors that lie on a GPU, or pretend to (fake tensors); `HostReads` sees what a real training on the CPU reads of its tensors.
+`Waits` sees operations on tensors that lie on a GPU, or pretend to (fake tensors); `HostReads` sees what a
+real training on the CPU reads of its tensors.
 """
 
 import traceback
@@ -42,9 +44,11 @@ def caller() -> str:
 
 
 class Waits(TorchDispatchMode):
-    """Counts by (kind, file:function) in `found`; kinds: "value", "shape", "to host", "to device" (from memory that the host may change again).
+    """Counts by (kind, file:function) in `found`; kinds: "value", "shape", "to host", "to device" (from
+    memory that the host may change again).
 
-    Goes inside a FakeTensorMode. What is copied to the host becomes a real tensor of random values, which Python code can read.
+    Goes inside a FakeTensorMode. What is copied to the host becomes a real tensor of random values, which
+    Python code can read.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,5 @@
-"""The ways to train the same segmentor that benchmarks/train_step.py compares: each module has `run(workload, work_dir) -> Timed`, called on every rank.
+"""The ways to train the same segmentor that benchmarks/train_step.py compares: each module has `run(workload,
+work_dir) -> Timed`, called on every rank.
 
 They are imported one per process, by name: the published code and ours register a backbone of the same name.
 """

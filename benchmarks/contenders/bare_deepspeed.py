@@ -1,4 +1,5 @@
-"""The least that DeepSpeed needs around a segmentor: forward, backward, step. Also what the published backbone runs in."""
+"""The least that DeepSpeed needs around a segmentor: forward, backward, step. Also what the published
+backbone runs in."""
 
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,15 @@ from internseg_ds.distributed.process_group import world_from_environment
 
 
 def run(workload: Workload, work_dir: Path) -> Timed:
-    from internseg_ds.distributed.parameter_groups import parameter_groups
+    from internseg_ds.optimization.parameter_groups import parameter_groups
 
     cfg = workload.experiment
     return loop(workload, our_segmentor(workload), lambda model: parameter_groups(model, cfg.optimizer))
 
 
 def our_segmentor(workload: Workload) -> nn.Module:
-    """Built whole, as a user without our engine would; in bf16 with our heads in fp32, else it could not run."""
+    """Built whole, as a user without our engine would; in bf16 with our heads in fp32, else it could not
+    run."""
     from internseg_ds.distributed.construction import initialise
     from internseg_ds.distributed.precision import apply_precision
 

@@ -1,7 +1,9 @@
-"""MMEngine's FlexibleRunner with DeepSpeedStrategy around this project's model (in bf16 with its heads in fp32), with its default hooks but the one that saves.
+"""MMEngine's FlexibleRunner with DeepSpeedStrategy around this project's model (in bf16 with its heads in
+fp32), with its default hooks but the one that saves.
 
-MMEngine 0.10.7 does not start with DeepSpeed 0.19.8: DeepSpeedStrategy.__init__ registers 1-bit optimizers from a module that DeepSpeed no longer has. The
-least that makes it run is a strategy whose constructor leaves that out; everything else is what it offers for the purpose (a BaseModel, a hook).
+MMEngine 0.10.7 does not start with DeepSpeed 0.19.8: DeepSpeedStrategy.__init__ registers 1-bit optimizers
+from a module that DeepSpeed no longer has. The least that makes it run is a strategy whose constructor leaves
+that out; everything else is what it offers for the purpose (a BaseModel, a hook).
 """
 
 import time
@@ -82,7 +84,7 @@ class Clock(Hook):
 
 
 def run(workload: Workload, work_dir: Path) -> Timed:
-    from internseg_ds.distributed.parameter_groups import parameter_groups
+    from internseg_ds.optimization.parameter_groups import parameter_groups
 
     cfg, world, clock = workload.experiment, world_from_environment(), Clock(workload)
     model = Wrapped(our_segmentor(workload))

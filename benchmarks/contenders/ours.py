@@ -1,4 +1,5 @@
-"""This project: the loop that `launch/train.py` runs, with its log records, watch and votes, timed by its own record of the timed steps."""
+"""This project: the loop that `launch/train.py` runs, with its log records, watch and votes, timed by its own
+record of the timed steps."""
 
 import json
 import time
@@ -21,9 +22,8 @@ def run(workload: Workload, work_dir: Path) -> Timed:
         reset_peak(engine.world.device)
         train_on(engine, workload.steps, log_every=workload.steps)
         peak = peak_bytes(engine.world.device)
-        cpu = (stamps[-1] - stamps[0]) / max(
-            1, len(stamps) - 1
-        )  # from forward to forward: without what `train` does at its end
+        # from forward to forward: without what `train` does at its end
+        cpu = (stamps[-1] - stamps[0]) / max(1, len(stamps) - 1)
         if not engine.world.is_main:
             return Timed(0.0, [], peak, cpu)
         records = [json.loads(line) for line in (work_dir / "metrics.jsonl").read_text().splitlines()]

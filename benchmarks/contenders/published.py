@@ -1,7 +1,8 @@
-"""InternVL's published backbone (a user's clone of OpenGVLab/InternVL, read where it lies) under mmseg's heads. Nothing in it is changed.
+"""InternVL's published backbone (a user's clone of OpenGVLab/InternVL, read where it lies) under mmseg's
+heads. Nothing in it is changed.
 
-What a user can set: `use_flash_attn=[]` where flash-attn is missing (the file passes the whole list to each block, and only an empty one is false),
-and `segmentor.float()` against its own cast to bf16.
+What a user can set: `use_flash_attn=[]` where flash-attn is missing (the file passes the whole list to each
+block, and only an empty one is false), and `segmentor.float()` against its own cast to bf16.
 """
 
 import importlib.util
@@ -21,7 +22,8 @@ from internseg_ds.distributed.process_group import world_from_environment
 
 
 def published_segmentor(workload: Workload, cfg: Config) -> nn.Module:
-    """mmseg's segmentor around the published backbone, in the backbone's own bf16 or, where the ds_config has no bf16, in fp32."""
+    """mmseg's segmentor around the published backbone, in the backbone's own bf16 or, where the ds_config has
+    no bf16, in fp32."""
     folder = Path(workload.published) / "segmentation"
     module = _import(folder / "mmseg_custom/models/backbones/intern_vit_6b.py")
     if cfg.optimizer.get("constructor") == "CustomLayerDecayOptimizerConstructor":
@@ -63,7 +65,8 @@ def groups_of(model: nn.Module, cfg: Config) -> list[dict]:
 
 
 def ddp(workload: Workload) -> Timed:
-    """The loop that mmcv's runner makes of it: forward, `_parse_losses` (which reads the losses back from the device), zero_grad, backward, step."""
+    """The loop that mmcv's runner makes of it: forward, `_parse_losses` (which reads the losses back from the
+    device), zero_grad, backward, step."""
     from contenders.bare_deepspeed import adamw
 
     cfg, world = workload.experiment, world_from_environment()

@@ -1,4 +1,5 @@
-"""The published backbone under torch's DistributedDataParallel (every rank holds everything), in the loop that mmcv's runner makes of it."""
+"""The published backbone under torch's DistributedDataParallel (every rank holds everything), in the loop
+that mmcv's runner makes of it."""
 
 from pathlib import Path
 

@@ -1,4 +1,5 @@
-"""What this card can do at most: matrix products in each format, of several shapes, and bytes a second on the device and to the host.
+"""What this card can do at most: matrix products in each format, of several shapes, and bytes a second on the
+device and to the host.
 
 Numbers are normally distributed: of zeros a GPU multiplies faster.
 """
@@ -92,7 +93,8 @@ def _fp32(tf32: bool) -> Callable[[Tensor, Tensor], Callable[[], object]]:
 
 
 def _fp8(rows: bool) -> Callable[[Tensor, Tensor], Callable[[], object]]:
-    """e4m3 in, bf16 out; one scale for a tensor, or one for each row of a and column of b. The second matrix lies column by column, as the product wants it."""
+    """e4m3 in, bf16 out; one scale for a tensor, or one for each row of a and column of b. The second matrix
+    lies column by column, as the product wants it."""
 
     def make(a: Tensor, b: Tensor) -> Callable[[], object]:
         if a.is_cuda and torch.cuda.get_device_capability(a.device) < (8, 9):

@@ -1,4 +1,5 @@
-"""The tests that need a GPU, by pytest in this process: a line for each as it ends, so that a hang costs the later ones only."""
+"""The tests that need a GPU, by pytest in this process: a line for each as it ends, so that a hang costs the
+later ones only."""
 
 import time
 from pathlib import Path

@@ -1,6 +1,7 @@
 """What is measured, in the order of what is worth most: each job runs in a process of its own.
 
-A job is a function of one of the modules beside this one, or a script of benchmarks/ that ends with a line of JSON. Letters are the parts that --parts takes.
+A job is a function of one of the modules beside this one, or a script of benchmarks/ that ends with a line of
+JSON. Letters are the parts that --parts takes.
 """
 
 import importlib
@@ -33,8 +34,9 @@ TINY_MASK2FORMER = "configs/intern_image_tiny/mask2former_intern_image_tiny_112_
 
 @dataclass(frozen=True)
 class Job:
-    """name: unique. runs: "module.function" in this folder, or "script.py" in benchmarks/. given: its arguments; rehearsed: those of a rehearsal on a CPU
-    (a script's are words of its command line). needs: modules that must be importable. least_s: with less time it is not begun; most_s: it is ended then."""
+    """name: unique. runs: "module.function" in this folder, or "script.py" in benchmarks/. given: its
+    arguments; rehearsed: those of a rehearsal on a CPU (a script's are words of its command line). needs:
+    modules that must be importable. least_s: with less time it is not begun; most_s: it is ended then."""
 
     part: str
     name: str

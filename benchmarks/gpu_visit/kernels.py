@@ -1,4 +1,5 @@
-"""The pieces of a step, each alone, forward and with its backward pass: norms, attention, what lies between the products of a block, a block, the update."""
+"""The pieces of a step, each alone, forward and with its backward pass: norms, attention, what lies between
+the products of a block, a block, the update."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpu_visit.visit import Visit
-from internseg_ds.models.attention import flash_attention
-from internseg_ds.models.intern_vit_6b import Block, LayerScale
+from internseg_ds.models.intern_vit.attention import flash_attention
+from internseg_ds.models.intern_vit.intern_vit_6b import Block, BlockSettings, LayerScale
 from internseg_ds.models.norms import RMSNorm, torch_rms_norm
 
 
@@ -57,8 +58,8 @@ def both(
 ) -> None:
     """A function of some leaves: milliseconds of its forward pass, and of both passes.
 
-    flops: of the forward pass, of which a backward pass of attention has 2.5 times as many. units: tensors that must be read or written, forward and in both
-    passes, of unit_bytes each: what the GB/s are of.
+    flops: of the forward pass, of which a backward pass of attention has 2.5 times as many. units: tensors
+    that must be read or written, forward and in both passes, of unit_bytes each: what the GB/s are of.
     """
 
     def measured() -> Mapping[str, Any]:
@@ -231,9 +232,19 @@ def _block(visit: Visit, size: Size, device: torch.device, how: str) -> None:
     forward_flops = 2.0 * n * 12 * size.width**2 + 4.0 * size.images * size.tokens**2 * size.width
 
     def measured(compiled: bool) -> Mapping[str, Any]:
-        block: nn.Module = Block(
-            size.width, size.heads, 4.0, False, True, 0.0, 0.1, False, False, "rms_norm", 1e-6
-        ).to(device, torch.bfloat16)
+        settings = BlockSettings(
+            width=size.width,
+            num_heads=size.heads,
+            mlp_ratio=4.0,
+            qkv_bias=False,
+            qk_normalization=True,
+            init_values=0.1,
+            force_fp32=False,
+            use_flash_attn=False,
+            norm_type="rms_norm",
+            eps=1e-6,
+        )
+        block: nn.Module = Block(settings, drop_path=0.0).to(device, torch.bfloat16)
         call = torch.compile(block) if compiled else block
         x = torch.randn(
             size.images, size.tokens, size.width, device=device, dtype=torch.bfloat16, requires_grad=True

@@ -1,4 +1,5 @@
-"""Where the time of a step goes: the project's own profile of some steps of an engine, and the kernels by what they do."""
+"""Where the time of a step goes: the project's own profile of some steps of an engine, and the kernels by
+what they do."""
 
 import gzip
 import json
@@ -12,8 +13,8 @@ import torch
 
 from internseg_ds import SegmentorEngine
 from internseg_ds.data.loading import Batch
-from internseg_ds.engine.profiling import StepProfile
-from internseg_ds.engine.trace_summary import KINDS, break_down, summarise
+from internseg_ds.monitoring.profiler import StepProfile
+from internseg_ds.monitoring.trace_summary import KINDS, break_down, summarise
 
 KERNELS = (
     ("copies to and from the host", re.compile(r"Memcpy (HtoD|DtoH)", re.IGNORECASE)),
@@ -30,13 +31,14 @@ KERNELS = (
     ("copies and casts", re.compile(r"Memcpy|Memset|copy|cat_?array|fill", re.IGNORECASE)),
     ("elementwise", re.compile(r"elementwise|gelu|dropout|triton_", re.IGNORECASE)),
 )
-"""Kinds of kernels by their names, the first that fits: of a name such as `cudnn::..._flash_fprop_...` the earlier."""
+"""Kinds of kernels by their names, the first that fits: of a name such as `cudnn::..._flash_fprop_...` the
+earlier."""
 LONGEST = 15
 
 
 def profile_of(engine: SegmentorEngine, batch: Batch, steps: int, folder: Path) -> Mapping[str, Any]:
-    """Some steps on one micro-batch, of which the last ones are recorded. Figures: shares of the time by kind of work; `kernels` in ms a step; `text`: the
-    project's table and the kernels that took longest."""
+    """Some steps on one micro-batch, of which the last ones are recorded. Figures: shares of the time by kind
+    of work; `kernels` in ms a step; `text`: the project's table and the kernels that took longest."""
     world, forwards = engine.world, engine.deepspeed
     before = 2
     with StepProfile(
@@ -75,7 +77,8 @@ def profile_of(engine: SegmentorEngine, batch: Batch, steps: int, folder: Path) 
 
 
 def kernels(trace: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, tuple[float, int]]]:
-    """Milliseconds of the GPU by kind of kernel, most first, and (milliseconds, calls) of the names that took longest. Both empty for a trace without a GPU."""
+    """Milliseconds of the GPU by kind of kernel, most first, and (milliseconds, calls) of the names that took
+    longest. Both empty for a trace without a GPU."""
     by_kind: dict[str, float] = defaultdict(float)
     by_name: dict[str, tuple[float, int]] = defaultdict(lambda: (0.0, 0))
     for event in trace["traceEvents"]:

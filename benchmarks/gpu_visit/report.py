@@ -1,4 +1,5 @@
-"""What a visit is worth to the project: tables for docs/performance.md, and the planner's assumed rates (`planning.step_time.Assumptions`) fitted to it.
+"""What a visit is worth to the project: tables for docs/performance.md, and the planner's assumed rates
+(`planning.step_time.Assumptions`) fitted to it.
 
 In: lines of results.jsonl. Out: Markdown.
 """
@@ -15,8 +16,9 @@ from internseg_ds.planning.step_time import Assumptions
 
 @dataclass(frozen=True)
 class Fit:
-    """compute: share of the peak TFLOP/s. update: of the bandwidth of the memory that holds the optimizer's state; None where the steps do not tell it.
-    error: largest relative difference of a fitted step. steps: how many."""
+    """compute: share of the peak TFLOP/s. update: of the bandwidth of the memory that holds the optimizer's
+    state; None where the steps do not tell it. error: largest relative difference of a fitted step. steps:
+    how many."""
 
     compute: float
     update: float | None
@@ -80,10 +82,11 @@ def rates(lines: Sequence[Line]) -> str:
 
 
 def fit(lines: Iterable[Line], assumed: Assumptions) -> Fit | None:
-    """Shares under which the planned steps are the measured ones, by least squares of relative errors: step = compute / share + update / other share.
+    """Shares under which the planned steps are the measured ones, by least squares of relative errors: step =
+    compute / share + update / other share.
 
-    Copies to and from the host are taken at the assumed share. Steps of one kind only (the same parts in the same proportion) tell one share; the update
-    then keeps the assumed one.
+    Copies to and from the host are taken at the assumed share. Steps of one kind only (the same parts in the
+    same proportion) tell one share; the update then keeps the assumed one.
     """
     rows = [(line["figures"]["step_s"], line["planned"]["at_peak"]) for line in lines]
     if not rows:

@@ -1,6 +1,8 @@
-"""The file of a visit: a JSON line for each result, written as it is had, and read again by later calls, tables and reports.
+"""The file of a visit: a JSON line for each result, written as it is had, and read again by later calls,
+tables and reports.
 
-Imports no torch, so that the process that watches over the others takes neither time to start nor memory of the GPU.
+Imports no torch, so that the process that watches over the others takes neither time to start nor memory of
+the GPU.
 """
 
 import importlib.metadata
@@ -22,7 +24,8 @@ Line = dict[str, Any]
 
 @cache
 def identity(rehearsal: bool) -> dict[str, Any]:
-    """What every line says of where it was measured: card, driver, versions, commit. rehearsal: on the CPU, whatever the machine has."""
+    """What every line says of where it was measured: card, driver, versions, commit. rehearsal: on the CPU,
+    whatever the machine has."""
     card, driver = (f"CPU ({platform.machine()}, {os.cpu_count()} cores)", "") if rehearsal else _card()
     return {
         "card": card,
@@ -77,7 +80,8 @@ class Results:
         folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, part: str, job: str, status: str, **values: Any) -> Line:
-        """Writes a line, which is on the disk when this returns. values: name, settings, figures, planned, why, text."""
+        """Writes a line, which is on the disk when this returns. values: name, settings, figures, planned,
+        why, text."""
         line = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
             "part": part,

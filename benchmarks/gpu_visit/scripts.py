@@ -1,4 +1,5 @@
-"""The other scripts of benchmarks/ as jobs: started as a user would, their last line of JSON is the result."""
+"""The other scripts of benchmarks/ as jobs: started as a user would, their last line of JSON is the
+result."""
 
 import json
 import subprocess
@@ -20,7 +21,8 @@ def run_script(visit: Visit, script: str, words: Sequence[str]) -> None:
 
 
 def _result_of(script: str, words: Sequence[str], seconds: float) -> Mapping[str, Any]:
-    """The script's last line; what it prints goes to this process's output as well. Raises RuntimeError where it fails."""
+    """The script's last line; what it prints goes to this process's output as well. Raises RuntimeError where
+    it fails."""
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / script), *words],
         cwd=ROOT,

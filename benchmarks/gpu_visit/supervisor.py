@@ -1,7 +1,9 @@
-"""Runs jobs one after the other, each in a process of its own that is ended when its time is over, with all that it has started.
+"""Runs jobs one after the other, each in a process of its own that is ended when its time is over, with all
+that it has started.
 
-In: jobs, a budget of seconds. Out: lines of `Results`; what the processes print goes to log.txt beside them. A crash, a hang or an out-of-memory error
-costs that job only, and a killed process leaves no memory on the GPU.
+In: jobs, a budget of seconds. Out: lines of `Results`; what the processes print goes to log.txt beside them.
+A crash, a hang or an out-of-memory error costs that job only, and a killed process leaves no memory on the
+GPU.
 """
 
 import os
@@ -20,7 +22,8 @@ from gpu_visit.results import ROOT, Line, Results, read
 
 UNFINISHED = 75
 MARK = "ON_ONE_GPU_JOB"
-"""In the environment of a job's processes, with a value of its own: torchrun starts its own in sessions that no signal to a group reaches."""
+"""In the environment of a job's processes, with a value of its own: torchrun starts its own in sessions that
+no signal to a group reaches."""
 
 
 class Stopped(Exception):
@@ -28,7 +31,8 @@ class Stopped(Exception):
 
 
 class Supervisor:
-    """ends: of `time.monotonic`. more: words of the command line of each job. say: called with each line as it comes."""
+    """ends: of `time.monotonic`. more: words of the command line of each job. say: called with each line as
+    it comes."""
 
     def __init__(
         self,
@@ -54,7 +58,8 @@ class Supervisor:
         return self.ends - time.monotonic()
 
     def run(self, jobs: Iterable[Job], *, skip_done: bool) -> bool:
-        """Whether all came to their end. Jobs with settings left come again after the others, as long as they got on. Raises Stopped."""
+        """Whether all came to their end. Jobs with settings left come again after the others, as long as they
+        got on. Raises Stopped."""
         finished = self.results.finished() if skip_done else set()
         waiting, whole, measured_before = deque(job for job in jobs if job.name not in finished), True, {}
         first = True
@@ -67,7 +72,8 @@ class Supervisor:
                 self._add(
                     job,
                     "no time",
-                    why=f"{max(0, self.left_s):.0f} s of the budget were left, and it is not begun with less than {job.least_s:.0f}",
+                    why=f"{max(0, self.left_s):.0f} s of the budget were left, and it is not begun with "
+                    f"less than {job.least_s:.0f}",
                 )
                 whole = False
             else:
@@ -136,9 +142,8 @@ class Supervisor:
             finally:
                 code = process.poll()
                 with suppress(ProcessLookupError):
-                    os.killpg(
-                        process.pid, signal.SIGKILL
-                    )  # where /proc tells no environment, this is what there is
+                    # where /proc tells no environment, this is what there is
+                    os.killpg(process.pid, signal.SIGKILL)
                 kill_marked(mark)
                 process.wait()
         self._tell()
@@ -150,7 +155,8 @@ class Supervisor:
             self._add(
                 job,
                 "unfinished",
-                why="settings are left, for want of time or after an error that a fresh process does not have",
+                why="settings are left, for want of time or after an error that a fresh process does not "
+                "have",
                 took_s=took,
             )
             return "unfinished"

@@ -30,7 +30,10 @@ def brief(line: Line) -> str:
         if line.get("planned") and line["status"] == "measured"
         else ""
     )
-    return f"{line['time'][11:]} {told} - {line['status']}{': ' * bool(found)}{' '.join(str(found).split())[:400]}{planned}"
+    return (
+        f"{line['time'][11:]} {told} - "
+        f"{line['status']}{': ' * bool(found)}{' '.join(str(found).split())[:400]}{planned}"
+    )
 
 
 def words(values: Mapping[str, Any]) -> str:
@@ -49,7 +52,8 @@ def number(value: Any) -> str:
 
 
 def latest(lines: Iterable[Line]) -> list[Line]:
-    """The last result of each name and settings of a job, in the order of their first; of a job's own lines, the last of each job."""
+    """The last result of each name and settings of a job, in the order of their first; of a job's own lines,
+    the last of each job."""
     found: dict[tuple[str, str, str], Line] = {}
     for line in lines:
         found[line["job"], line.get("name", ""), str(sorted(line.get("settings", {}).items(), key=str))] = (
@@ -73,7 +77,8 @@ def ceiling(lines: Iterable[Line], format_: str = "bf16") -> float | None:
 
 
 def markdown(lines: Sequence[Line]) -> str:
-    """All tables: what the measurements rest on, steps beside their plans, every other result by its name, profiles, and what did not run."""
+    """All tables: what the measurements rest on, steps beside their plans, every other result by its name,
+    profiles, and what did not run."""
     if not lines:
         return "# Measured on one GPU\n\nNothing was measured.\n"
     lines = latest(lines)

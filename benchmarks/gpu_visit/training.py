@@ -1,7 +1,9 @@
-"""Training steps of a recipe on this card: several micro-batches and recomputation policies on one engine, each beside its plan, and a profile.
+"""Training steps of a recipe on this card: several micro-batches and recomputation policies on one engine,
+each beside its plan, and a profile.
 
-Images lie on the device, losses, backward pass and optimizer are the real ones. One engine serves all settings, since building 6 B takes longer than
-measuring them: the policy of a live model can be changed, and so can the number of images, where gradients are not accumulated.
+Images lie on the device, losses, backward pass and optimizer are the real ones. One engine serves all
+settings, since building 6 B takes longer than measuring them: the policy of a live model can be changed, and
+so can the number of images, where gradients are not accumulated.
 """
 
 import os
@@ -24,20 +26,21 @@ from gpu_visit.results import identity
 from gpu_visit.scripts import run_script
 from gpu_visit.visit import Spoilt, Visit, data_sheet
 from internseg_ds import SegmentorEngine
+from internseg_ds.config.ds_config import DsConfig
+from internseg_ds.config.experiment import read_experiment
 from internseg_ds.data.loading import Batch
-from internseg_ds.distributed.construction import build_on_meta, choose_recomputation
-from internseg_ds.distributed.ds_config import DsConfig
+from internseg_ds.distributed.construction import build_on_meta, set_activation_checkpointing
 from internseg_ds.distributed.precision import set_fp32_matmul
-from internseg_ds.engine.auto_recomputation import FASTEST_FIRST, least_recomputation
-from internseg_ds.engine.experiment import read_experiment
-from internseg_ds.engine.model_checks import check_forward
-from internseg_ds.engine.planner import Planner
 from internseg_ds.errors import ConfigError
-from internseg_ds.models.recomputation import Recomputation
-from internseg_ds.planning.devices import DEVICES
-from internseg_ds.planning.footprint import FRAGMENTATION
-from internseg_ds.planning.step_time import Assumptions, Cluster
-from internseg_ds.planning.training_pass import TrainingPass
+from internseg_ds.models.activation_checkpointing import CheckpointingPolicy
+from internseg_ds.planning.auto_checkpointing import FASTEST_FIRST, least_checkpointing
+from internseg_ds.planning.devices import DEVICES, Cluster
+from internseg_ds.planning.estimate import estimate_step
+from internseg_ds.planning.estimator import Estimator
+from internseg_ds.planning.flops import TrainingPass
+from internseg_ds.planning.memory_estimate import FRAGMENTATION, Platform
+from internseg_ds.planning.step_time import Assumptions
+from internseg_ds.preflight.model_checks import check_forward
 
 DS_CONFIGS = ("zero1_bf16", "zero3_bf16_offload_optimizer", "zero3_bf16_offload_all")
 """In the order of preference on one GPU: the first that fits by the plan is taken."""
@@ -45,13 +48,13 @@ WARMUP, STEPS = 3, 5
 PROFILED = 2
 AT_PEAK = Assumptions(compute=1.0, link=1.0)
 UNKNOWN = DEVICES["H100"]
-"""Whose rates a card is planned with that the planner does not know, and a CPU."""
+"""Whose rates a card is estimated with that `planning.devices` does not know, and a CPU."""
 
 
 @dataclass(frozen=True)
 class Setting:
     micro_batch: int
-    recomputation: Recomputation
+    recomputation: CheckpointingPolicy
     fp32_matmul: str = "tf32"
 
 
@@ -62,11 +65,12 @@ def full_tuning(
     side_px: int,
     micro_batches: Sequence[int],
     heads_dtype: str = "float32",
-    policies: Sequence[Recomputation] = (),
+    policies: Sequence[CheckpointingPolicy] = (),
     warmup: int = WARMUP,
     steps: int = STEPS,
 ) -> None:
-    """The first micro-batch with what "auto" chooses, a profile of it, then other policies and micro-batches. policies: () for all."""
+    """The first micro-batch with what "auto" chooses, a profile of it, then other policies and micro-batches.
+    policies: () for all."""
     _measured(
         visit,
         _workload(config, side_px, heads_dtype),
@@ -86,7 +90,7 @@ def recipe(
     micro_batches: Sequence[int],
     cells: int = 8,
     options: Mapping[str, Any] | None = None,
-    policies: Sequence[Recomputation] = (),
+    policies: Sequence[CheckpointingPolicy] = (),
     warmup: int = WARMUP,
     steps: int = STEPS,
 ) -> None:
@@ -103,7 +107,8 @@ def recipe(
 
 
 def beside_bare_deepspeed(visit: Visit) -> None:
-    """Ours and the same model in a bare DeepSpeed loop (benchmarks/train_step.py), under the ds_config that fits this card."""
+    """Ours and the same model in a bare DeepSpeed loop (benchmarks/train_step.py), under the ds_config that
+    fits this card."""
     size = ["--size", "tiny"] if visit.rehearse else ["--size", "6b"]
     config = (
         "configs/intern_vit_tiny/upernet_intern_vit_tiny_112_ade20k.py"
@@ -172,7 +177,7 @@ def _measured(
     visit: Visit,
     workload: Workload,
     micro_batches: Sequence[int],
-    policies: Sequence[Recomputation],
+    policies: Sequence[CheckpointingPolicy],
     warmup: int,
     steps: int,
     *,
@@ -199,7 +204,7 @@ def _measured(
                 "parameters": sum(plans.of(micro_batches[0]).setting_sizes),
             },
         )
-        auto = Planner(engine.plan.experiment, engine.plan.meta_model, crop=engine.plan.crop).recomputation
+        auto = Estimator(engine.plan.experiment, engine.plan.meta_model, crop=engine.plan.crop).checkpointing
         engine.deepspeed.train()
 
         def run(setting: Setting) -> None:
@@ -221,7 +226,10 @@ def _measured(
                 return
             planned = plans.figures(setting)
             if visit.device.type == "cuda" and planned.get("peak_gib", 0) * 2**30 > plans.device_bytes:
-                why = f"{planned['peak_gib']:.1f} GiB by the plan, and there are {plans.device_bytes / 2**30:.1f}"
+                why = (
+                    f"{planned['peak_gib']:.1f} GiB by the plan, and there are "
+                    f"{plans.device_bytes / 2**30:.1f}"
+                )
                 visit.skip("training step", settings, why, planned=planned)
                 return
             line = visit.measure(
@@ -231,9 +239,8 @@ def _measured(
                 planned=planned,
             )
             if line is not None and line["status"] != "measured":
-                raise Spoilt(
-                    f"{settings}: {line['status']}"
-                )  # DeepSpeed's buckets are in the middle of a pass
+                # DeepSpeed's buckets are in the middle of a pass
+                raise Spoilt(f"{settings}: {line['status']}")
 
         run(Setting(micro_batches[0], auto))
         visit.measure(
@@ -255,27 +262,30 @@ def _measured(
             run(Setting(micro_batches[0], auto, "ieee"))
 
 
-def _auto(plans: "Plans", micro_batch: int) -> Recomputation:
-    return least_recomputation(plans.of(micro_batch), plans.ds, plans.device_bytes, compute=torch.bfloat16)
+def _auto(plans: "Plans", micro_batch: int) -> CheckpointingPolicy:
+    return least_checkpointing(plans.of(micro_batch), plans.ds, plans.platform)
 
 
 def fitting(workload: Workload, visit: Visit) -> Path:
-    """The ds_config that was asked for, else the first of DS_CONFIGS that fits this card and host by the plan; the first of them on a CPU."""
+    """The ds_config that was asked for, else the first of DS_CONFIGS that fits this card and host by the
+    plan; the first of them on a CPU."""
     if visit.ds_config is not None:
         return visit.ds_config
     paths = [ROOT / "ds_configs" / f"{name}.json" for name in DS_CONFIGS]
     if visit.device.type != "cuda":
         return paths[0]
-    planner = Planner(read_experiment(workload.experiment), crop=(workload.image_px,) * 2)
+    estimator = Estimator(read_experiment(workload.experiment), crop=(workload.image_px,) * 2)
     size, host = torch.cuda.get_device_properties(0).total_memory, psutil.virtual_memory().total
     for path in paths:
-        ds, _ = planner.resolve(path, 1)
-        least = planner.under("blocks") if planner.experiment.engine.recomputation == "auto" else planner
-        found = least.footprint(ds, size, compute=torch.bfloat16, validate=False, exact=False)
-        if found.needed <= size and found.host <= host:
+        ds, _ = estimator.resolve(path, 1)
+        chooses = estimator.experiment.engine.recomputation == "auto"
+        least = estimator.under("blocks") if chooses else estimator
+        platform = Platform(size, host_bytes=host, compute=torch.bfloat16)
+        if least.training_memory(ds, platform).fits:
             return path
     raise ConfigError(
-        f"none of {', '.join(DS_CONFIGS)} fits {size / 2**30:.0f} GiB and a host of {host / 2**30:.0f} by the plan"
+        f"none of {', '.join(DS_CONFIGS)} fits {size / 2**30:.0f} GiB and a host of {host / 2**30:.0f} by "
+        "the plan"
     )
 
 
@@ -300,7 +310,7 @@ def _step(
     engine: SegmentorEngine, workload: Workload, setting: Setting, plans: "Plans", warmup: int, steps: int
 ) -> Mapping[str, Any]:
     device = engine.world.device
-    choose_recomputation(engine.deepspeed.module, setting.recomputation)
+    set_activation_checkpointing(engine.deepspeed.module, setting.recomputation)
     set_fp32_matmul(setting.fp32_matmul, device)
     batch = batches(workload, setting.micro_batch, device)
     for _ in range(warmup):
@@ -313,7 +323,7 @@ def _step(
     value = loss.item()  # waits for the device
     each = [_between(*pair) for pair in pairwise(stamps)]
     seconds = sum(each) / steps
-    flops = plans.planner(setting).passed.model_flops * setting.micro_batch
+    flops = plans.estimator(setting).training_pass.model_flops * setting.micro_batch
     set_fp32_matmul("tf32", device)
     return {
         "step_s": round(seconds, 5),
@@ -346,13 +356,13 @@ def _between(start: Any, end: Any) -> float:
 def _profiled(
     engine: SegmentorEngine, workload: Workload, setting: Setting, folder: Path
 ) -> Mapping[str, Any]:
-    choose_recomputation(engine.deepspeed.module, setting.recomputation)
+    set_activation_checkpointing(engine.deepspeed.module, setting.recomputation)
     batch = batches(workload, setting.micro_batch, engine.world.device)
     return profile_of(engine, batch, PROFILED, folder / "profile")
 
 
 class Plans:
-    """What the planner says of each setting: made when it is asked for, since each takes seconds."""
+    """The estimates of each setting: made when it is asked for, since each takes seconds."""
 
     def __init__(self, workload: Workload, ds_config: Path, visit: Visit) -> None:
         self.workload, self.ds_config = workload, ds_config
@@ -361,22 +371,23 @@ class Plans:
         self.device_bytes = (
             torch.cuda.get_device_properties(0).total_memory if gpu else psutil.virtual_memory().total
         )
-        self._planners: dict[tuple[int, str], Planner] = {}
-        self._passed: dict[Recomputation, TrainingPass] = {}
+        self.platform = Platform(self.device_bytes, compute=torch.bfloat16)
+        self._estimators: dict[tuple[int, str], Estimator] = {}
+        self._passed: dict[CheckpointingPolicy, TrainingPass] = {}
         self._refused: dict[int, str] = {}
         self.ds: DsConfig = self.of(1).resolve(ds_config, 1)[0]
 
-    def of(self, micro_batch: int, fp32_matmul: str = "tf32") -> Planner:
-        if (micro_batch, fp32_matmul) not in self._planners:
+    def of(self, micro_batch: int, fp32_matmul: str = "tf32") -> Estimator:
+        if (micro_batch, fp32_matmul) not in self._estimators:
             workload = replace(
                 self.workload,
                 micro_batch=micro_batch,
                 options={**self.workload.options, "engine.fp32_matmul": fp32_matmul},
             )
-            self._planners[micro_batch, fp32_matmul] = Planner(
+            self._estimators[micro_batch, fp32_matmul] = Estimator(
                 read_experiment(workload.experiment), crop=(workload.image_px,) * 2
             )
-        return self._planners[micro_batch, fp32_matmul]
+        return self._estimators[micro_batch, fp32_matmul]
 
     def refused(self, micro_batch: int) -> str:
         """Why so few images cannot be trained on: the sentence of a run that tries; empty where they can."""
@@ -392,32 +403,32 @@ class Plans:
                 self._refused[micro_batch] = ""
         return self._refused[micro_batch]
 
-    def planner(self, setting: Setting) -> Planner:
+    def estimator(self, setting: Setting) -> Estimator:
         """Of a setting. What an image costs depends on the policy alone, and is counted once for it."""
-        planner = self.of(setting.micro_batch, setting.fp32_matmul).under(setting.recomputation)
+        estimator = self.of(setting.micro_batch, setting.fp32_matmul).under(setting.recomputation)
         if setting.recomputation in self._passed:
-            planner.passed = self._passed[setting.recomputation]
-        self._passed[setting.recomputation] = planner.passed
-        return planner
+            estimator.training_pass = self._passed[setting.recomputation]
+        self._passed[setting.recomputation] = estimator.training_pass
+        return estimator
 
     def figures(self, setting: Setting) -> dict[str, Any]:
-        """Seconds and GiB by the plan; at_peak: what the parts of a step take at the rates of the data sheet, from which the assumed shares can be fitted."""
+        """Seconds and GiB by the plan; at_peak: what the parts of a step take at the rates of the data sheet,
+        from which the assumed shares can be fitted."""
         try:
-            planner = self.planner(setting)
-            found = planner.footprint(
-                self.ds, self.device_bytes, compute=torch.bfloat16, validate=False, exact=False
-            )
+            estimator = self.estimator(setting)
+            found = estimator.training_memory(self.ds, self.platform)
             cluster = Cluster(self.card or UNKNOWN, 1, 1, 50.0)
+            ds, _ = estimator.resolve(self.ds_config, 1)
             time_, floor = (
-                planner.row(self.ds_config, cluster, assumed).time for assumed in (Assumptions(), AT_PEAK)
+                estimate_step(estimator, ds, cluster, assumed).time for assumed in (Assumptions(), AT_PEAK)
             )
         except ConfigError as error:
             return {"unplanned": str(error).splitlines()[0]}
         own = {part.name: part.device for part in found.parts if found.fullest in part.phases}
         tensors = found.peak - own.get("fragmentation", 0) - own.get("process and context", 0)
         return {
-            "step_s": round(time_.step, 5),
-            "images_per_s": round(setting.micro_batch / time_.step, 4),
+            "step_s": round(time_.total, 5),
+            "images_per_s": round(setting.micro_batch / time_.total, 4),
             "peak_gib": round(found.peak / 2**30, 2),
             "tensors_gib": round(tensors / 2**30, 2),
             "fragmentation": FRAGMENTATION,

@@ -1,4 +1,5 @@
-"""What a job measures with: each setting is timed, written, and forgiven when it fails; one that was had before, or for which there is no time, is left out."""
+"""What a job measures with: each setting is timed, written, and forgiven when it fails; one that was had
+before, or for which there is no time, is left out."""
 
 import gc
 import time
@@ -28,8 +29,9 @@ class Spoilt(Exception):
 
 @dataclass
 class Visit:
-    """part, job: of the line. deadline: of `time.monotonic`, after which no setting is begun. scratch: a folder for large files, or None: wherever there is
-    room. had: keys of results that are there already. ds_config: what 6 B and the other recipes train under, None: what fits by the plan."""
+    """part, job: of the line. deadline: of `time.monotonic`, after which no setting is begun. scratch: a
+    folder for large files, or None: wherever there is room. had: keys of results that are there already.
+    ds_config: what 6 B and the other recipes train under, None: what fits by the plan."""
 
     results: Results
     part: str
@@ -58,7 +60,8 @@ class Visit:
         *,
         planned: Mapping[str, Any] | None = None,
     ) -> Line | None:
-        """Writes what `run` found under a name and settings; None where it was had before. An error becomes a line as well, and the job goes on.
+        """Writes what `run` found under a name and settings; None where it was had before. An error becomes a
+        line as well, and the job goes on.
 
         Raises OutOfTime when the deadline is over, Spoilt when the GPU does not answer any more.
         """
@@ -114,7 +117,8 @@ def free(device: torch.device) -> None:
 
 
 def data_sheet(card: str) -> Device | None:
-    """The planner's entry of a card, by the name that its driver gives it; None for one that it does not know."""
+    """The planner's entry of a card, by the name that its driver gives it; None for one that it does not
+    know."""
     names = [
         name
         for name in DEVICES

@@ -1,4 +1,5 @@
-"""Loading the 12 GB of the 6 B backbone's weights by the project's loader, and saving a checkpoint of as many blocks as there is room for."""
+"""Loading the 12 GB of the 6 B backbone's weights by the project's loader, and saving a checkpoint of as many
+blocks as there is room for."""
 
 import os
 import shutil
@@ -18,12 +19,14 @@ from gpu_visit.training import fitting
 from gpu_visit.visit import Visit
 from internseg_ds import SegmentorEngine
 from internseg_ds.checkpoints.weights import open_weights
+from internseg_ds.config.ds_config import resolve_ds_config
+from internseg_ds.config.experiment import read_experiment
 from internseg_ds.distributed.checkpoint_engine import NotingCheckpointEngine
 from internseg_ds.distributed.construction import build_for_training
-from internseg_ds.distributed.ds_config import resolve_ds_config
-from internseg_ds.distributed.loading import fit_backbone, load
-from internseg_ds.engine.experiment import read_experiment
-from internseg_ds.engine.planner import Planner
+from internseg_ds.distributed.weight_loading import load, match_backbone
+from internseg_ds.planning.estimator import Estimator
+from internseg_ds.planning.memory_estimate import checkpoint_bytes
+from internseg_ds.planning.zero_settings import ZeroSettings
 
 DEPTHS = (48, 24, 12, 8)
 SPARE = 0.8
@@ -31,7 +34,8 @@ SPARE = 0.8
 
 
 def room(visit: Visit) -> tuple[Path, int]:
-    """A folder for large files, and the bytes that may go there: --scratch, or the roomier of memory (/dev/shm) and the temporary folder."""
+    """A folder for large files, and the bytes that may go there: --scratch, or the roomier of memory
+    (/dev/shm) and the temporary folder."""
     folders = [visit.scratch] if visit.scratch else [Path("/dev/shm"), Path(tempfile.gettempdir())]
     free = {}
     for folder in folders:
@@ -79,7 +83,7 @@ def loading(visit: Visit) -> None:
             }
             save_file({key: value.cpu().contiguous() for key, value in kept.items()}, path)
             began = time.perf_counter()
-            load(model, fit_backbone(model, open_weights(path)))
+            load(model, match_backbone(model, open_weights(path)))
             finish(visit.device)
             seconds = time.perf_counter() - began
             wrong = sum(
@@ -97,14 +101,16 @@ def loading(visit: Visit) -> None:
 
 
 def saving(visit: Visit) -> None:
-    """At once and in the background. A checkpoint of all of 6 B has 71 GiB; where there is no room for it, fewer blocks are saved, and the size is said."""
+    """At once and in the background. A checkpoint of all of 6 B has 71 GiB; where there is no room for it,
+    fewer blocks are saved, and the size is said."""
     folder, free = room(visit)
     for depth in DEPTHS if not visit.rehearse else (4,):
         workload = _workload(depth, visit.rehearse)
         path = fitting(workload, visit)
-        planner = Planner(read_experiment(workload.experiment), crop=(workload.image_px,) * 2)
-        ds, _ = planner.resolve(path, 1)
-        size = planner.footprint(ds, 0, validate=False, exact=False).checkpoint
+        estimator = Estimator(read_experiment(workload.experiment), crop=(workload.image_px,) * 2)
+        ds, _ = estimator.resolve(path, 1)
+        ema = estimator.experiment.engine.ema is not None
+        size = checkpoint_bytes(estimator.model, ZeroSettings.of(ds), ema=ema)
         if size <= free:
             break
     else:

@@ -1,4 +1,5 @@
-"""What every experiment shares: how often to log, and where to. Values beyond this come from the command line (--load-from, --resume)."""
+"""What every experiment shares: how often to log, and where to. Values beyond this come from the command line
+(--load-from, --resume)."""
 
 log_config = dict(
     interval=50,

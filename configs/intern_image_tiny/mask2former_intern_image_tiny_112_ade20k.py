@@ -1,7 +1,8 @@
 """Mask2Former on the tiny InternImage: what InternImage-H with Mask2Former is made of, small.
 
-Data and head are those of the other Mask2Former demo; the schedule is twice as long. No score is published (ours: 61.1 mIoU on the generated images, from
-scratch, 2 processes under ZeRO-2). Global batch: 8 images = 2 processes x 4; other numbers of processes accumulate gradients up to it.
+Data and head are those of the other Mask2Former demo; the schedule is twice as long. No score is published
+(ours: 61.1 mIoU on the generated images, from scratch, 2 processes under ZeRO-2). Global batch: 8 images = 2
+processes x 4; other numbers of processes accumulate gradients up to it.
 
     deepspeed --num_gpus 2 launch/train.py configs/intern_image_tiny/mask2former_intern_image_tiny_112_ade20k.py \
               --deepspeed_config ds_configs/zero3_bf16.json

@@ -1,11 +1,14 @@
-"""One's own data set with Mask2Former on a tiny InternImage, from the backbone of the UPerNet experiment beside it, or from scratch.
+"""One's own data set with Mask2Former on a tiny InternImage, from the backbone of the UPerNet experiment
+beside it, or from scratch.
 
-The data are CamVid, described and prepared in ../intern_vit_tiny/upernet_intern_vit_tiny_224_camvid.py. What Mask2Former needs beside that: `ToMask` right
-before DefaultFormatBundle, its two results in Collect, and in the head a class weight for "no object" behind those of the classes.
+The data are CamVid, described and prepared in ../intern_vit_tiny/upernet_intern_vit_tiny_224_camvid.py. What
+Mask2Former needs beside that: `ToMask` right before DefaultFormatBundle, its two results in Collect, and in
+the head a class weight for "no object" behind those of the classes.
 
-Published score: none (ours: 46.2 mIoU from the backbone of a UPerNet that had 48.2, and 40.0 from one that had 36.8; 2 processes under ZeRO-3. Heads of
-this kind take long from scratch: with twice the channels 26.6 after the first 600 steps). Global batch: 8 images = 2 processes x 4; other numbers of
-processes accumulate gradients up to it.
+Published score: none (ours: 46.2 mIoU from the backbone of a UPerNet that had 48.2, and 40.0 from one that
+had 36.8; 2 processes under ZeRO-3. Heads of this kind take long from scratch: with twice the channels 26.6
+after the first 600 steps). Global batch: 8 images = 2 processes x 4; other numbers of processes accumulate
+gradients up to it.
 
     deepspeed --num_gpus 2 launch/train.py configs/intern_image_tiny/upernet_intern_image_tiny_224_camvid.py
     deepspeed --num_gpus 2 launch/train.py configs/intern_image_tiny/mask2former_intern_image_tiny_224_camvid.py \

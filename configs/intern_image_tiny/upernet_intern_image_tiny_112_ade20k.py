@@ -1,13 +1,16 @@
-"""The demo on a tiny InternImage (3 M parameters): UPerNet, trained from scratch on images in ADE20K's layout, two CPU cores or any GPU.
+"""The demo on a tiny InternImage (3 M parameters): UPerNet, trained from scratch on images in ADE20K's
+layout, two CPU cores or any GPU.
 
-It has every part of InternImage-H, small: norms after the residual branches and after some blocks of the third level, centre feature scale, depth-wise
-convolutions of 5 x 5. What InternImage-T has instead is reached by
+It has every part of InternImage-H, small: norms after the residual branches and after some blocks of the
+third level, centre feature scale, depth-wise convolutions of 5 x 5. What InternImage-T has instead is reached
+by
 
     --cfg-options model.backbone.res_post_norm=False model.backbone.level2_post_norm=False model.backbone.center_feature_scale=False \
                   model.backbone.dw_kernel_size=None model.backbone.layer_scale=1.0
 
-Data and schedule are the other demo's. No score is published (ours: 50.6 mIoU on the generated images, 2 processes under ZeRO-3). Global batch: 8 images =
-2 processes x 4; other numbers of processes accumulate gradients up to it.
+Data and schedule are the other demo's. No score is published (ours: 50.6 mIoU on the generated images, 2
+processes under ZeRO-3). Global batch: 8 images = 2 processes x 4; other numbers of processes accumulate
+gradients up to it.
 
     deepspeed --num_gpus 2 launch/train.py configs/intern_image_tiny/upernet_intern_image_tiny_112_ade20k.py \
               --deepspeed_config ds_configs/zero3_bf16.json

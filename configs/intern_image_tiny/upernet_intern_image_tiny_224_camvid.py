@@ -1,7 +1,8 @@
-"""One's own data set with a tiny InternImage, trained from scratch: CamVid, described and prepared in ../intern_vit_tiny/upernet_intern_vit_tiny_224_camvid.py.
+"""One's own data set with a tiny InternImage, trained from scratch: CamVid, described and prepared in
+../intern_vit_tiny/upernet_intern_vit_tiny_224_camvid.py.
 
-Published score: none (ours: 48.2 mIoU, 2 processes under ZeRO-1, a quarter of an hour on 2 CPU cores). Global batch: 8 images = 2 processes x 4; other
-numbers of processes accumulate gradients up to it.
+Published score: none (ours: 48.2 mIoU, 2 processes under ZeRO-1, a quarter of an hour on 2 CPU cores). Global
+batch: 8 images = 2 processes x 4; other numbers of processes accumulate gradients up to it.
 
     deepspeed --num_gpus 2 launch/train.py configs/intern_image_tiny/upernet_intern_image_tiny_224_camvid.py \
               --deepspeed_config ds_configs/zero3_bf16.json

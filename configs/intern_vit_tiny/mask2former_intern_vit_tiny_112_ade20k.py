@@ -1,6 +1,8 @@
-"""Mask2Former on the tiny InternViT: every part of the published head (deformable attention, masked attention, Hungarian matching, point sampling), small.
+"""Mask2Former on the tiny InternViT: every part of the published head (deformable attention, masked
+attention, Hungarian matching, point sampling), small.
 
-Data, augmentation and batch of upernet_intern_vit_tiny_112_ade20k.py, which trains on images in ADE20K's layout. No score is published.
+Data, augmentation and batch of upernet_intern_vit_tiny_112_ade20k.py, which trains on images in ADE20K's
+layout. No score is published.
 
     deepspeed --num_gpus 2 launch/train.py configs/intern_vit_tiny/mask2former_intern_vit_tiny_112_ade20k.py \
               --deepspeed_config ds_configs/zero3_bf16.json

@@ -1,7 +1,9 @@
-"""The demo: UPerNet on a tiny InternViT (1 M parameters), trained from scratch on images in ADE20K's layout, two CPU cores or any GPU.
+"""The demo: UPerNet on a tiny InternViT (1 M parameters), trained from scratch on images in ADE20K's layout,
+two CPU cores or any GPU.
 
-It has every part of the published 6 B experiment, small: feature pyramid, auxiliary head, layer-wise learning rates, sliding-window evaluation.
-No score is published. Global batch: 8 images = 2 processes x 4; other numbers of processes accumulate gradients up to it.
+It has every part of the published 6 B experiment, small: feature pyramid, auxiliary head, layer-wise learning
+rates, sliding-window evaluation. No score is published. Global batch: 8 images = 2 processes x 4; other
+numbers of processes accumulate gradients up to it.
 
     deepspeed --num_gpus 2 launch/train.py configs/intern_vit_tiny/upernet_intern_vit_tiny_112_ade20k.py \
               --deepspeed_config ds_configs/zero3_bf16.json

@@ -1,12 +1,14 @@
-"""One's own data set: a small InternViT trained from scratch on CamVid, street photographs of 480 x 360 pixels with 11 classes.
+"""One's own data set: a small InternViT trained from scratch on CamVid, street photographs of 480 x 360
+pixels with 11 classes.
 
-Copy this file (outside this folder `_base_` needs another path) and change what the comments name; no Python class is needed. Expected on disk (CamVid is
-for research use and is not part of this project):
+Copy this file (outside this folder `_base_` needs another path) and change what the comments name; no Python
+class is needed. Expected on disk (CamVid is for research use and is not part of this project):
 
     data/camvid/images/{training,validation}/*.jpg         367 and 101 photographs
     data/camvid/annotations/{training,validation}/*.png    the same names; one byte a pixel: the class, from 0, or 255 for "do not count this pixel"
 
-Published score: none. Global batch: 8 images = 2 processes x 4; other numbers of processes accumulate gradients up to it.
+Published score: none. Global batch: 8 images = 2 processes x 4; other numbers of processes accumulate
+gradients up to it.
 
     deepspeed --num_gpus 2 launch/train.py configs/intern_vit_tiny/upernet_intern_vit_tiny_224_camvid.py \
               --deepspeed_config ds_configs/zero3_bf16.json
@@ -35,20 +37,19 @@ palette = [
     [192, 128, 128], [64, 64, 128], [64, 0, 128], [64, 64, 0], [0, 128, 192],
 ]  # fmt: skip
 num_classes = len(classes)
-# what a pixel of each class weighs in the loss: 1 / sqrt(share of the training pixels), mean 1 over pixels; None where no class is rare
+# what a pixel of each class weighs in the loss: 1 / sqrt(share of the training pixels), mean 1 over pixels;
+# None where no class is rare
 class_weight = [0.88, 0.75, 3.63, 0.64, 1.7, 1.15, 3.32, 3.39, 1.49, 4.5, 6.66]
 
 img_scale = (480, 360)  # (longer side, shorter side): photographs are fitted into it
 crop_size = (224, 224)  # (height, width): what the model sees at once, a multiple of patch_size
-img_norm_cfg = dict(
-    mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True
-)  # those of ImageNet; pretrained weights expect them
+# those of ImageNet; pretrained weights expect them
+img_norm_cfg = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True)
 
 train_pipeline = [
     dict(type="LoadImageFromFile"),
-    dict(
-        type="LoadAnnotations"
-    ),  # reduce_zero_label=True would be for data whose label 0 means "none of the classes", as in ADE20K
+    # reduce_zero_label=True would be for data whose label 0 means "none of the classes", as in ADE20K
+    dict(type="LoadAnnotations"),
     dict(type="Resize", img_scale=img_scale, ratio_range=(0.75, 1.5)),
     dict(type="RandomCrop", crop_size=crop_size, cat_max_ratio=0.75),  # at most 75 % of a crop is one class
     dict(type="RandomFlip", prob=0.5),
@@ -65,9 +66,8 @@ test_pipeline = [
         flip=False,
         transforms=[
             dict(type="Resize", keep_ratio=True),
-            dict(
-                type="ResizeToMultiple", size_divisor=14
-            ),  # so that an image smaller than a crop is whole patches too
+            # so that an image smaller than a crop is whole patches too
+            dict(type="ResizeToMultiple", size_divisor=14),
             dict(type="RandomFlip"),
             dict(type="Normalize", **img_norm_cfg),
             dict(type="ImageToTensor", keys=["img"]),
@@ -89,7 +89,8 @@ validation = dict(
 )
 data = dict(samples_per_gpu=4, workers_per_gpu=1, train=training, val=validation, test=validation)
 
-# -- the model: 8 blocks of 192 channels, four of them feed UPerNet; with pretrained weights, set backbone.pretrained and the sizes of those weights --
+# -- the model: 8 blocks of 192 channels, four of them feed UPerNet; with pretrained weights, set
+# backbone.pretrained and the sizes of those weights --
 norm_cfg = dict(type="SyncBN", requires_grad=True)
 model = dict(
     type="EncoderDecoder",
@@ -138,9 +139,8 @@ model = dict(
         loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=0.4),
     ),
     train_cfg=dict(),
-    test_cfg=dict(
-        mode="slide", crop_size=crop_size, stride=(154, 154)
-    ),  # overlapping windows, 11 patches apart
+    # overlapping windows, 11 patches apart
+    test_cfg=dict(mode="slide", crop_size=crop_size, stride=(154, 154)),
 )
 
 # -- the schedule, in steps: 367 photographs are 46 steps, so this is 26 times through them --

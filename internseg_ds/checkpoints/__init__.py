@@ -1,1 +1,2 @@
-"""Files of weights, without an engine: reading every kind, fitting them to a model, merging ZeRO shards. Loads no DeepSpeed."""
+"""Files of weights, without an engine: reading every kind, fitting them to a model, merging ZeRO shards.
+Loads no DeepSpeed."""

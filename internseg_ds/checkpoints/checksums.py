@@ -1,9 +1,10 @@
 """Checksums of files, block by block: made while a file is written, and held against it while it is read.
 
-In: what a writer writes (`SummedFile`), or what is known of a file (`of_digests`, `of_zip`). Out: digests, or a `CheckedFile`,
-through which every read goes. A block is checked when its first byte is asked for: what nobody reads costs nothing, little is
-read twice, and each rank checks what it reads itself. Blocks are mebibytes under 128-bit XXH3, which is several times as fast
-as a copy; in archives of torch.save that come without such checksums they are the archive's own entries under CRC-32.
+In: what a writer writes (`SummedFile`), or what is known of a file (`of_digests`, `of_zip`). Out: digests, or
+a `CheckedFile`, through which every read goes. A block is checked when its first byte is asked for: what
+nobody reads costs nothing, little is read twice, and each rank checks what it reads itself. Blocks are
+mebibytes under 128-bit XXH3, which is several times as fast as a copy; in archives of torch.save that come
+without such checksums they are the archive's own entries under CRC-32.
 """
 
 import io
@@ -16,20 +17,25 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import TYPE_CHECKING, BinaryIO, Protocol, cast
 
 import xxhash
 
 from internseg_ds.errors import CheckpointError, DamagedError
 
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
 BLOCK = 2**20
-"""Bytes under one checksum: few enough to stay in a core's cache between two uses, and enough to outweigh a digest."""
+"""Bytes under one checksum: few enough to stay in a core's cache between two uses, and enough to outweigh a
+digest."""
 DIGEST = 32
 """Characters of a digest."""
 ZIP = b"PK\x03\x04"
 """What a file of torch 1.6 or later, a zip archive, starts with, and each of its entries."""
 LOCAL_HEADER = struct.Struct("<4s22xHH")
-"""What stands before an entry of a zip archive: a mark, and the lengths of the name and of the padding that follow."""
+"""What stands before an entry of a zip archive: a mark, and the lengths of the name and of the padding that
+follow."""
 
 
 class _Sum(Protocol):
@@ -79,11 +85,11 @@ class Written:
 
 
 class SummedFile:
-    """A file that is written from its start to its end, as torch.save does, and its checksums: of what is in memory, and not
-    of what has come to the disk.
+    """A file that is written from its start to its end, as torch.save does, and its checksums: of what is in
+    memory, and not of what has come to the disk.
 
-    `write` does not raise, since torch calls it from code that is not to be left so: the first failure is noted in
-    `failure`, and what follows is dropped.
+    `write` does not raise, since torch calls it from code that is not to be left so: the first failure is
+    noted in `failure`, and what follows is dropped.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -122,13 +128,13 @@ class _Block:
 
 @dataclass
 class CheckedFile:
-    """A file whose blocks are known. blocks: in order; bytes between them are not checked. sums: makes an empty checksum of
-    their kind. said_by: whose word they are, for the message."""
+    """A file whose blocks are known. blocks: in order; bytes between them are not checked. sums: makes an
+    empty checksum of their kind. source: what names the checksums in the message."""
 
     path: Path
     blocks: list[_Block]
     sums: Callable[[], _Sum]
-    said_by: str
+    source: str
     _starts: list[int] = field(init=False, repr=False)
     _seen: bytearray = field(init=False, repr=False)
 
@@ -136,9 +142,9 @@ class CheckedFile:
         self._starts = [block.start for block in self.blocks]
         self._seen = bytearray(len(self.blocks))
 
-    def read_into(self, file: BinaryIO, room: memoryview, start: int) -> int:
-        """Reads the bytes from `start` on into `room`, and checks the blocks that they lie in; how many there were. file:
-        opened without a buffer.
+    def read_into(self, file: io.FileIO, room: memoryview, start: int) -> int:
+        """Reads the bytes from `start` on into `room`, and checks the blocks that they lie in; how many there
+        were. file: opened without a buffer.
 
         Raises DamagedError where a block is not what it was.
         """
@@ -162,13 +168,13 @@ class CheckedFile:
                     self._compare(index, found)
 
     @contextmanager
-    def opened(self) -> Iterator[io.RawIOBase]:
-        """The file to read from, checked. Raises DamagedError, at the end of the block, where a read met damage: not
-        every library lets an exception of a read through."""
+    def opened(self) -> Iterator[BinaryIO]:
+        """The file to read from, checked. Raises DamagedError, at the end of the `with` block, where a read
+        met damage: not every library lets an exception of a read through."""
         with self.path.open("rb", buffering=0) as file:
             reader = _Reader(self, file)
             try:
-                yield reader
+                yield cast(BinaryIO, reader)  # it has all that readers ask a BinaryIO for
             except Exception:
                 if reader.damage is None:
                     raise
@@ -186,7 +192,7 @@ class CheckedFile:
         if found.hexdigest() != block.digest:
             raise DamagedError(
                 f"{self.path} is not what was written: the checksum of its bytes {block.start:,} to "
-                f"{block.stop:,} is {found.hexdigest()}, {self.said_by} has {block.digest}; copy it again, "
+                f"{block.stop:,} is {found.hexdigest()}, {self.source} has {block.digest}; copy it again, "
                 "or take another checkpoint"
             )
         self._seen[index] = True
@@ -195,8 +201,10 @@ class CheckedFile:
 class _Reader(io.RawIOBase):
     """A `CheckedFile` that is open."""
 
-    def __init__(self, checked: CheckedFile, file: BinaryIO) -> None:
-        self._checked, self._file, self._at = checked, file, 0
+    def __init__(self, checked: CheckedFile, file: io.FileIO) -> None:
+        self._checked = checked
+        self._file = file
+        self._at = 0
         self.damage: DamagedError | None = None
 
     def readable(self) -> bool:
@@ -213,9 +221,9 @@ class _Reader(io.RawIOBase):
     def tell(self) -> int:
         return self._at
 
-    def readinto(self, room: memoryview) -> int:
+    def readinto(self, buffer: "Buffer") -> int:
         try:
-            count = self._checked.read_into(self._file, memoryview(room).cast("B"), self._at)
+            count = self._checked.read_into(self._file, memoryview(buffer).cast("B"), self._at)
         except DamagedError as error:
             self.damage = error
             raise
@@ -223,7 +231,7 @@ class _Reader(io.RawIOBase):
         return count
 
 
-def _read(file: BinaryIO, room: memoryview, start: int) -> int:
+def _read(file: io.FileIO, room: memoryview, start: int) -> int:
     """Fills `room` from byte `start` on; how much there was."""
     file.seek(start)
     count = 0
@@ -232,7 +240,7 @@ def _read(file: BinaryIO, room: memoryview, start: int) -> int:
     return count
 
 
-def _add(file: BinaryIO, sums: _Sum, start: int, stop: int) -> None:
+def _add(file: io.FileIO, sums: _Sum, start: int, stop: int) -> None:
     """Adds the bytes [start, stop) of a file to `sums`; none where stop is not above start."""
     room = memoryview(bytearray(max(0, min(BLOCK, stop - start))))
     for at in range(start, stop, BLOCK):
@@ -240,13 +248,13 @@ def _add(file: BinaryIO, sums: _Sum, start: int, stop: int) -> None:
         sums.update(piece[: _read(file, piece, at)])
 
 
-def of_digests(path: Path, size: int, digests: str, said_by: str, block: int = BLOCK) -> CheckedFile:
+def of_digests(path: Path, size: int, digests: str, source: str, block: int = BLOCK) -> CheckedFile:
     """A file of `size` bytes of which every `block` have a digest."""
     blocks = [
         _Block(start, min(start + block, size), digests[DIGEST * number : DIGEST * (number + 1)])
         for number, start in enumerate(range(0, size, block))
     ]
-    return CheckedFile(path, blocks, xxhash.xxh3_128, said_by)
+    return CheckedFile(path, blocks, xxhash.xxh3_128, source)
 
 
 class _Crc32:
@@ -261,10 +269,11 @@ class _Crc32:
 
 
 def of_zip(path: Path) -> CheckedFile | None:
-    """An archive of torch.save, of which only its own CRC-32 are known. None for another file, as of torch before 1.6.
+    """An archive of torch.save, of which only its own CRC-32 are known. None for another file, as of torch
+    before 1.6.
 
-    Entries without one (torch.serialization.set_crc32_options(False)) are not checked. Raises CheckpointError where the
-    archive is damaged.
+    Entries without one (torch.serialization.set_crc32_options(False)) are not checked. Raises CheckpointError
+    where the archive is damaged.
     """
     try:
         with path.open("rb") as file:

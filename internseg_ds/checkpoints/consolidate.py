@@ -1,8 +1,10 @@
-"""A ZeRO checkpoint turned into one ordinary checkpoint: an mmseg .pth, one .safetensors, or a folder of sharded safetensors with an index.
+"""A ZeRO checkpoint turned into one ordinary checkpoint: an mmseg .pth, one .safetensors, or a folder of
+sharded safetensors with an index.
 
-Values are read from the shards, merged and written piece by piece (`streaming`), so that memory depends neither on the model's size nor on the number of
-processes that saved it. DeepSpeed's own `zero_to_fp32` holds the model in memory for one file, and for ZeRO-1/2 in any form. The result appears under
-its name only when it is complete, and `NAME.xxh128` beside it has its checksums.
+Values are read from the shards, merged and written piece by piece (`streaming`), so that memory depends
+neither on the model's size nor on the number of processes that saved it. DeepSpeed's own `zero_to_fp32` holds
+the model in memory for one file, and for ZeRO-1/2 in any form. The result appears under its name only when it
+is complete, and `NAME.xxh128` beside it has its checksums.
 """
 
 import json
@@ -10,9 +12,10 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from rich.progress import (
@@ -24,15 +27,26 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from internseg_ds.checkpoints.stored import HeldTensor
+from internseg_ds.checkpoints.checksum_files import FileSummer, FileSums, sum_file, written_sums
+from internseg_ds.checkpoints.stored_tensors import HeldTensor
 from internseg_ds.checkpoints.streaming import Advance, Entry, write_pth, write_safetensors
-from internseg_ds.checkpoints.sum_files import FileSummer, FileSums, sum_file, written_sums
 from internseg_ds.checkpoints.weights import INDEX
 from internseg_ds.checkpoints.zero_checkpoint import What, ZeroCheckpoint
 from internseg_ds.errors import CheckpointError, shortened
 
 SHARD_BYTES = 4 * 2**30
 SHARD_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a result holds, and by which names. select: picks and renames what is written (default: all).
+    files: texts that go into a folder of safetensors, by name. bare: a .pth is the state dict alone, without
+    mmseg's `meta`."""
+
+    select: Callable[[Mapping[str, Entry]], dict[str, Entry]] = dict
+    files: Mapping[str, str] = field(default_factory=dict)
+    bare: bool = False
 
 
 def consolidate(
@@ -43,35 +57,58 @@ def consolidate(
     tag: str | None = None,
     ema: bool = False,
     overwrite: bool = False,
-    select: Callable[[Mapping[str, Entry]], dict[str, Entry]] = dict,
-    files: Mapping[str, str] = {},
-    bare: bool = False,
     check: bool = True,
+    layout: Layout | None = None,
 ) -> Path:
     """Writes the weights of a ZeRO checkpoint to `out` (*.pth, *.safetensors, or a folder) and returns it.
 
-    source: WORK_DIR, WORK_DIR/checkpoints, or one save. tag: which save ("best", "iter_N"; default the latest). dtype: of the backbone's parameters;
-    the rest stays float32. ema: the averaged weights. check: what is read is held against the checksums of its save. select: picks and renames what is
-    written (default: all). files: texts that go into a folder, by name.
-    The .pth is mmseg's: {"meta": {CLASSES, PALETTE, config, iter, metrics}, "state_dict": ...}, loadable with weights_only; bare: the state dict alone.
+    source: WORK_DIR, WORK_DIR/checkpoints, or one save. tag: which save ("best", "iter_N"; default the
+    latest). dtype: of the backbone's parameters; the rest stays float32. ema: the averaged weights. check:
+    what is read is held against the checksums of its save. layout: default the whole segmentor under its own
+    names. The .pth is mmseg's: {"meta": {CLASSES, PALETTE, config, iter, metrics}, "state_dict": ...},
+    loadable with weights_only.
 
-    Raises CheckpointError for a damaged source, an existing `out` (unless overwrite), and a target without enough space, before the first byte.
+    Raises CheckpointError for a damaged source, an existing `out` (unless overwrite), and a target without
+    enough space, before the first byte.
     """
-    checkpoint, what = ZeroCheckpoint.open(source, tag, check=check), "ema" if ema else "fp32"
+    layout = layout or Layout()
+    what: What = "ema" if ema else "fp32"
+    checkpoint = ZeroCheckpoint.open(source, tag, check=check)
     checkpoint.check_holds(what)
     out = Path(out)
+    unfinished = out.with_name(out.name + ".partial")
+    place = _check_target(out, unfinished, layout.files, overwrite)
+    entries = layout.select(_entries(checkpoint, getattr(torch, dtype), what))
+    total = sum(entry.nbytes for entry in entries.values())
+    _check_space(out, place, total)
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _remove(unfinished)
+    with _progress(f"consolidating {checkpoint.path.name}, {len(entries)} tensors") as progress:
+        task = progress.add_task("", total=total)
+
+        def advance(written: int) -> None:
+            progress.advance(task, written)
+
+        sums = _write(out, unfinished, entries, _meta(checkpoint), layout, advance)
+    _publish(unfinished, out, sums)
+    return out
+
+
+def _check_target(out: Path, unfinished: Path, files: Mapping[str, str], overwrite: bool) -> Path:
+    """The folder that exists already under which `out` comes to lie. Raises CheckpointError where `out`
+    cannot be written, or something would be lost.
+
+    Only what this module writes is ever deleted: `out` may be a work directory by mistake, even that of the
+    checkpoint.
+    """
     if out.exists() and not overwrite:
         raise CheckpointError(f"{out} exists already; choose another name, or give --overwrite")
-    if out.is_dir():  # only what this function writes is ever deleted: `out` may be a work directory by mistake, even that of `source`
-        strangers = [
-            item.name
-            for item in sorted(out.iterdir())
-            if item.name not in (INDEX, *files) and not (item.is_file() and SHARD_NAME.fullmatch(item.name))
-        ]
-        if strangers:
-            raise CheckpointError(
-                f"{out} holds more than consolidated weights ({shortened(strangers)}) and is not overwritten; choose another name"
-            )
+    if others := _not_ours(out, files):
+        raise CheckpointError(
+            f"{out} holds more than consolidated weights ({shortened(others)}) and is not "
+            "overwritten; choose another name"
+        )
     if out.suffix and out.suffix not in (".pth", ".safetensors"):
         raise CheckpointError(
             f"{out} has an unknown ending; use .pth, .safetensors, or a folder name without an ending"
@@ -80,62 +117,84 @@ def consolidate(
         raise CheckpointError(
             f"{out} is a file without an ending, none of ours, and is not overwritten; choose another name"
         )
-    unfinished = out.with_name(out.name + ".partial")
-    if unfinished.is_dir() and not all(
-        item.name in (INDEX, *files) or SHARD_NAME.fullmatch(item.name) for item in unfinished.iterdir()
-    ):
+    if _not_ours(unfinished, files):
         raise CheckpointError(
-            f"{unfinished} is in the way and holds more than a consolidation that was interrupted; move it, or choose another name"
+            f"{unfinished} is in the way and holds more than a consolidation that was interrupted; move "
+            "it, or choose another name"
         )
     place = next(parent for parent in out.absolute().parents if parent.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise CheckpointError(f"{out} cannot be written: {place} is no folder that this user may write to")
-    entries = select(_entries(checkpoint, getattr(torch, dtype), what))
-    total, free = sum(entry.nbytes for entry in entries.values()), shutil.disk_usage(place).free
-    if total * 1.01 > free:
+    return place
+
+
+def _not_ours(folder: Path, files: Mapping[str, str]) -> list[str]:
+    """The names in a folder that no consolidation writes; none where it is no folder."""
+    if not folder.is_dir():
+        return []
+    return [
+        item.name
+        for item in sorted(folder.iterdir())
+        if item.name not in (INDEX, *files) and not (item.is_file() and SHARD_NAME.fullmatch(item.name))
+    ]
+
+
+def _check_space(out: Path, place: Path, needed: int) -> None:
+    """needed: in bytes. Raises CheckpointError where the disk of `place` has less, and 1 % for headers."""
+    free = shutil.disk_usage(place).free
+    if needed * 1.01 > free:
         raise CheckpointError(
-            f"{out} needs {total / 2**30:.2f} GiB but only {free / 2**30:.2f} GiB are free in {place}; "
+            f"{out} needs {needed / 2**30:.2f} GiB but only {free / 2**30:.2f} GiB are free in {place}; "
             "free some space, or choose another place"
         )
+
+
+def _meta(checkpoint: ZeroCheckpoint) -> dict[str, Any]:
+    """mmseg's `meta` of a checkpoint."""
     metrics = checkpoint.manifest.get("metrics", {})
-    meta = {
+    return {
         **checkpoint.manifest.get("meta", {}),
         "iter": checkpoint.manifest.get("step"),
         "metrics": metrics,
         "mIoU": metrics.get("mIoU"),
     }
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _remove(unfinished)
-    doing = TextColumn(f"consolidating {checkpoint.path.name}, {len(entries)} tensors")
-    with Progress(
-        doing, BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn()
-    ) as progress:
-        task = progress.add_task("", total=total)
 
-        def advance(written: int) -> None:
-            progress.advance(task, written)
+def _progress(doing: str) -> Progress:
+    return Progress(
+        TextColumn(doing),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
 
-        if out.suffix == ".pth":
-            sums = {out.name: write_pth(unfinished, entries, None if bare else meta, advance)}
-        elif out.suffix == ".safetensors":
-            sums = {
-                out.name: write_safetensors(
-                    unfinished, entries, {"format": "pt", "meta": json.dumps(meta)}, advance
-                )
-            }
-        else:
-            sums = write_sharded(unfinished, entries, {"format": "pt", "meta": json.dumps(meta)}, advance)
-            for name, text in files.items():
-                (unfinished / name).write_text(text)
-                sums[name] = _of_text(text)
-            sums = {f"{out.name}/{name}": digest for name, digest in sums.items()}
-    _publish(unfinished, out, sums)
-    return out
+
+def _write(
+    out: Path,
+    unfinished: Path,
+    entries: Mapping[str, Entry],
+    meta: Mapping[str, Any],
+    layout: Layout,
+    advance: Advance,
+) -> dict[str, FileSums]:
+    """Writes the weights to `unfinished` in the format of `out`; returns the checksums as the sum file of
+    `out` has them."""
+    if out.suffix == ".pth":
+        return {out.name: write_pth(unfinished, entries, None if layout.bare else meta, advance)}
+    metadata = {"format": "pt", "meta": json.dumps(meta)}
+    if out.suffix == ".safetensors":
+        return {out.name: write_safetensors(unfinished, entries, metadata, advance)}
+    sums = write_sharded(unfinished, entries, metadata, advance)
+    for name, text in layout.files.items():
+        (unfinished / name).write_text(text)
+        sums[name] = _of_text(text)
+    return {f"{out.name}/{name}": digest for name, digest in sums.items()}
 
 
 def _entries(checkpoint: ZeroCheckpoint, dtype: torch.dtype, what: What) -> dict[str, Entry]:
-    """Every parameter and buffer of the checkpoint; the backbone's parameters in `dtype`, the rest as it was computed, in fp32."""
+    """Every parameter and buffer of the checkpoint; the backbone's parameters in `dtype`, the rest as it was
+    computed, in fp32."""
     entries = {
         name: Entry(
             shape,
@@ -153,12 +212,9 @@ def _entries(checkpoint: ZeroCheckpoint, dtype: torch.dtype, what: What) -> dict
 def write_sharded(
     folder: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str], advance: Advance
 ) -> dict[str, FileSums]:
-    """Safetensors of at most SHARD_BYTES (or one tensor) and transformers' index file; returns file name -> checksums."""
-    shards: list[dict[str, Entry]] = [{}]
-    for name, entry in entries.items():
-        if shards[-1] and sum(other.nbytes for other in shards[-1].values()) + entry.nbytes > SHARD_BYTES:
-            shards.append({})
-        shards[-1][name] = entry
+    """Safetensors of at most SHARD_BYTES (or one tensor) and transformers' index file; returns file name ->
+    checksums."""
+    shards = _in_shards(entries)
     folder.mkdir()
     files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     sums = {
@@ -173,6 +229,19 @@ def write_sharded(
     )
     (folder / INDEX).write_text(index)
     return sums | {INDEX: _of_text(index)}
+
+
+def _in_shards(entries: Mapping[str, Entry]) -> list[dict[str, Entry]]:
+    """The entries in their order, cut where a shard would get larger than SHARD_BYTES."""
+    shards: list[dict[str, Entry]] = [{}]
+    size = 0
+    for name, entry in entries.items():
+        if shards[-1] and size + entry.nbytes > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = entry
+        size += entry.nbytes
+    return shards
 
 
 def _of_text(text: str) -> FileSums:

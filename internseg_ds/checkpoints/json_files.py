@@ -1,6 +1,6 @@
 """The JSON in and beside weight files: safetensors headers, indices of shards, config.json.
 
-They are somebody's files: what is read is bounded, and what cannot be used is refused in one sentence.
+They may come from anywhere: what is read is bounded, and what cannot be used is a CheckpointError.
 """
 
 import json
@@ -10,7 +10,8 @@ from typing import Any
 from internseg_ds.errors import CheckpointError, reason_of
 
 LARGEST = 16 * 2**20
-"""Bytes that are read. The index of a model of 400 G parameters has 0.1 MiB; a header of so many holds more than 100,000 names."""
+"""Bytes that are read. The index of a model of 400 G parameters has 0.1 MiB; a header of so many holds more
+than 100,000 names."""
 
 
 def read_object(path: Path) -> dict[str, Any]:

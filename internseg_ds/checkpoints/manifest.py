@@ -1,12 +1,15 @@
-"""The note that a finished save leaves in its directory: `internseg_ds.json`, written last. Its presence says that every rank's file is on disk.
+"""The note that a finished save leaves in its directory: `internseg_ds.json`, written last. Its presence says
+that every rank's file is on disk.
 
-It says of each file how large it is, which rank wrote it, and the checksums of its blocks (`checksums`), and has a checksum of its own.
+It says of each file how large it is, which rank wrote it, and the checksums of its blocks (`checksums`), and
+has a checksum of its own.
 """
 
 import json
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -41,54 +44,47 @@ FORMAT = 2
 SUM = "xxh128"
 
 
-def write_manifest(
-    directory: Path,
-    *,
-    step: int,
-    world_size: int,
-    zero_stage: int,
-    meta: Mapping[str, Any],
-    metrics: Mapping[str, float],
-    groups: Sequence[Mapping[str, Any]] = (),
-    saved_at: float | None = None,
-    node_local: bool = False,
-    run: str = "",
-    number: int = 0,
-    written: Mapping[str, tuple[int, Written]] = {},
-) -> None:
-    """Records step, layout, meta (CLASSES, PALETTE, config text), metrics, parameter groups (names, lr, weight_decay), and
-    size and checksums of every other file in `directory`; atomic.
+@dataclass(frozen=True)
+class SaveRecord:
+    """What a save records about itself and its run.
 
-    saved_at: seconds since 1970, now if None. node_local: other hosts have written the files of their ranks into folders of
-    their own. run: an identity that a run keeps when it is resumed; number: of this save in it. written: by name, the rank
-    that wrote a file and what it wrote; other files are read for it. Raises OSError when a file on the disk is not as large
-    as what was written.
+    meta: CLASSES, PALETTE, config text. groups: parameter groups as dicts of names, lr, weight_decay.
+    saved_at: seconds since 1970, the time of writing if None. node_local: other hosts have written the files
+    of their ranks into folders of their own. run: an identity that a run keeps when it is resumed; number: of
+    this save in it.
+    """
+
+    step: int
+    world_size: int
+    zero_stage: int
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    groups: Sequence[Mapping[str, Any]] = ()
+    saved_at: float | None = None
+    node_local: bool = False
+    run: str = ""
+    number: int = 0
+
+
+def write_manifest(
+    directory: Path, record: SaveRecord, written: Mapping[str, tuple[int, Written]] | None = None
+) -> None:
+    """Writes the record of a save, and size and checksums of every other file in `directory`; atomic.
+
+    written: by name, the rank that wrote a file and what it wrote; other files are read for it. Raises
+    OSError when a file on the disk is not as large as what was written.
     """
     files = {}
     for file in sorted(file for file in directory.rglob("*") if file.is_file() and file.name != MANIFEST):
         name = str(file.relative_to(directory))
-        rank, sums = written.get(name) or (None, _read_again(file))
+        rank, sums = (written or {}).get(name) or (None, _read_again(file))
         if (size := file.stat().st_size) != sums.size:
             raise OSError(f"{file} has {size:,} bytes on the disk, {sums.size:,} were written")
         files[name] = {"size": size, "rank": rank, SUM: sums.digests}
-    _write(
-        directory,
-        {
-            "format": FORMAT,
-            "block": BLOCK,
-            "run": run,
-            "number": number,
-            "step": step,
-            "saved_at": time.time() if saved_at is None else saved_at,
-            "world_size": world_size,
-            "zero_stage": zero_stage,
-            "node_local": node_local,
-            "files": files,
-            "meta": dict(meta),
-            "metrics": dict(metrics),
-            "groups": list(groups),
-        },
-    )
+    content = {each.name: getattr(record, each.name) for each in fields(record)}
+    if record.saved_at is None:
+        content["saved_at"] = time.time()
+    _write(directory, {"format": FORMAT, "block": BLOCK, **content, "files": files})
 
 
 def update_metrics(directory: Path, metrics: Mapping[str, float]) -> None:
@@ -112,15 +108,17 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
             f"{directory / MANIFEST} is damaged ({error}); take another checkpoint"
         ) from None
     if isinstance(content, dict) and (SUM in content or content.get("format", 1) != 1):
-        said = content.pop(SUM, None)
-        if said != (found := _sum_of(content)):
+        expected = content.pop(SUM, None)
+        if expected != (found := _sum_of(content)):
             raise CheckpointError(
-                f"{directory / MANIFEST} is damaged: its checksum says {said}, its content has {found}; take another checkpoint"
+                f"{directory / MANIFEST} is damaged: its checksum says {expected}, its content has {found}; "
+                "take another checkpoint"
             )
     for key, kind in KINDS.items():
         if not isinstance(content, dict) or not isinstance(content.get(key, kind[0]()), kind):
             raise CheckpointError(
-                f"{directory / MANIFEST} is damaged: it has no {key} as a save writes it; take another checkpoint"
+                f"{directory / MANIFEST} is damaged: it has no {key} as a save writes it; take another "
+                "checkpoint"
             )
     if trouble := _trouble_in(content):
         raise CheckpointError(f"{directory / MANIFEST} is damaged: {trouble}; take another checkpoint")
@@ -163,7 +161,8 @@ def verify_manifest(directory: Path) -> None:
         file, size = directory / name, _size(entry)
         if not file.is_file():
             raise CheckpointError(
-                f"{file} is missing: the checkpoint is incomplete; copy it again with all its files, or take another one"
+                f"{file} is missing: the checkpoint is incomplete; copy it again with all its files, or "
+                "take another one"
             )
         if file.stat().st_size != size:
             raise CheckpointError(
@@ -173,15 +172,17 @@ def verify_manifest(directory: Path) -> None:
 
 
 def checked_files(directory: Path, manifest: Mapping[str, Any]) -> dict[str, CheckedFile]:
-    """The files of a save, by name, held against the checksums of its note, or, where that has none (of plain DeepSpeed, or an
-    older one), against those in their own archives. Raises CheckpointError when one is damaged where it says what is in it."""
+    """The files of a save, by name, held against the checksums of its note, or, where that has none (of plain
+    DeepSpeed, or an older one), against those in their own archives. Raises CheckpointError when one is
+    damaged where it says what is in it."""
     found = {}
     for name, entry in manifest.get("files", {}).items():
         if isinstance(entry, dict) and isinstance(entry.get(SUM), str):
             block = manifest.get("block", BLOCK)
             if len(entry[SUM]) != DIGEST * -(-entry["size"] // block):
                 raise CheckpointError(
-                    f"{directory / MANIFEST} is damaged: {name} has checksums for another size; take another checkpoint"
+                    f"{directory / MANIFEST} is damaged: {name} has checksums for another size; take "
+                    "another checkpoint"
                 )
             found[name] = of_digests(directory / name, entry["size"], entry[SUM], MANIFEST, block)
     for file in sorted(directory.glob("*.pt")):

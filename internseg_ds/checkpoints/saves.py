@@ -1,7 +1,9 @@
-"""The saves of a checkpoints folder: which are complete, in which order, what its pointers name, and how one is taken away.
+"""The saves of a checkpoints folder: which are complete, in which order, what its pointers name, and how one
+is taken away.
 
-In: a folder of `iter_N/` directories and the small files `latest` and `best` beside them. A neighbour that is damaged, or that cannot be removed, is a warning:
-it shall cost neither a training nor a resume. Names that lead out of the folder are not followed.
+In: a folder of `iter_N/` directories and the small files `latest` and `best` beside them. A neighbour that is
+damaged, or that cannot be removed, is a warning: it shall cost neither a training nor a resume. Names that
+lead out of the folder are not followed.
 """
 
 import logging
@@ -29,7 +31,8 @@ def complete_saves(folder: Path) -> list[Path]:
 
 
 def noted_saves(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """The same with their notes, each read once. Their order is that of the numbers that a run gives its saves, and not of a clock, which may go back."""
+    """The same with their notes, each read once. Their order is that of the numbers that a run gives its
+    saves, and not of a clock, which may go back."""
     found = []
     for note in folder.glob(f"iter_*/{MANIFEST}"):
         if not note.parent.name.endswith(PARTIAL):
@@ -48,7 +51,8 @@ def place_of(manifest: Mapping[str, Any]) -> tuple[int, float]:
 
 
 def named_by(pointer: Path) -> str:
-    """The name that a pointer file (`latest`, `best`) holds: of a neighbour. Raises CheckpointError where it holds none, or a way out of the folder."""
+    """The name that a pointer file (`latest`, `best`) holds: of a neighbour. Raises CheckpointError where it
+    holds none, or a way out of the folder."""
     try:
         if pointer.exists() and not pointer.is_file():
             raise OSError("it is no file")  # a pipe would be waited for
@@ -66,13 +70,15 @@ def named_by(pointer: Path) -> str:
         or not name.isprintable()
     ):
         raise CheckpointError(
-            f"{pointer} holds {name[:60]!r}, which is no name of a checkpoint beside it; write one into it, or remove it"
+            f"{pointer} holds {name[:60]!r}, which is no name of a checkpoint beside it; write one into "
+            "it, or remove it"
         )
     return name
 
 
 def pointed_to(folder: Path, pointer: str) -> str | None:
-    """The name that a pointer of `folder` holds; None, with a warning where it is damaged, when there is none."""
+    """The name that a pointer of `folder` holds; None, with a warning where it is damaged, when there is
+    none."""
     if not os.path.lexists(folder / pointer):
         return None
     try:
@@ -92,7 +98,8 @@ def publish(pointer: Path, tag: str) -> None:
 
 
 def take_name(partial: Path, final: Path, replaced: Path) -> None:
-    """Renames a save that is whole; one that has its name already is `replaced` then. Raises OSError, and all is as it was."""
+    """Renames a save that is whole; one that has its name already is `replaced` then. Raises OSError, and all
+    is as it was."""
     if os.path.lexists(final):
         final.rename(replaced)  # a resumed run comes to this step again
     try:
@@ -112,7 +119,8 @@ def give_name_back(final: Path | None, replaced: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Takes a save away: out of sight at once, then off the disk. What cannot be removed is a warning, and is tried again by `sweep`."""
+    """Takes a save away: out of sight at once, then off the disk. What cannot be removed is a warning, and is
+    tried again by `sweep`."""
     aside = path if path.name.endswith(PARTIAL) else path.with_name(f"{path.name}.removed{PARTIAL}")
     try:
         if aside != path:

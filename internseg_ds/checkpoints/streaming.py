@@ -1,9 +1,11 @@
-"""Writes weight files piece by piece: what is in memory is one piece of some megabytes, however large the tensors and the file.
+"""Writes weight files piece by piece: what is in memory is one piece of some megabytes, however large the
+tensors and the file.
 
-In: names with an `Entry` each, which says shape, dtype and where the values come from. Out: a .pth that torch.load reads, or a .safetensors, and its
-XXH3 checksums, which cost a tenth of the copy where SHA-256 costs more than all of it. The libraries' own writers want every tensor in memory first;
-the .pth is laid out by torch.save all the same (`skip_data` leaves room for the values), and the safetensors header follows the format's
-specification.
+In: names with an `Entry` each, which says shape, dtype and where the values come from. Out: a .pth that
+torch.load reads, or a .safetensors, and its XXH3 checksums, which cost a tenth of the copy where SHA-256
+costs more than all of it. The libraries' own writers want every tensor in memory first; the .pth is laid out
+by torch.save all the same (`skip_data` leaves room for the values), and the safetensors header follows the
+format's specification.
 """
 
 import json
@@ -17,8 +19,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from internseg_ds.checkpoints.stored import SAFETENSORS_DTYPES, load_stored
-from internseg_ds.checkpoints.sum_files import FileSummer, FileSums
+from internseg_ds.checkpoints.checksum_files import FileSummer, FileSums
+from internseg_ds.checkpoints.stored_tensors import SAFETENSORS_DTYPES, load_stored
 
 PIECE = 2**20
 """Elements that are read, cast and written at a time."""
@@ -29,7 +31,8 @@ Advance = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor to be written. read_slice(start, stop): its values laid out flat, in any dtype; they are cast to `dtype`."""
+    """A tensor to be written. read_slice(start, stop): its values laid out flat, in any dtype; they are cast
+    to `dtype`."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -55,19 +58,19 @@ class Entry:
         numel = self.shape.numel()
         for start in range(0, numel, PIECE):
             piece = self.read_slice(start, min(start + PIECE, numel)).to(self.dtype)
-            yield memoryview(piece.contiguous().view(torch.uint8).numpy())
+            yield piece.contiguous().view(torch.uint8).numpy().data
 
 
 def write_pth(
     path: Path, entries: Mapping[str, Entry], meta: Mapping[str, Any] | None, advance: Advance
 ) -> FileSums:
-    """{"meta": meta, "state_dict": entries} as torch.save writes it, or the bare entries without a meta; returns the file's checksums.
+    """{"meta": meta, "state_dict": entries} as torch.save writes it, or the bare entries without a meta;
+    returns the file's checksums.
 
     The archive's own CRC-32 fields stay empty, which torch.load does not look at (`unzip -t` would complain).
     """
-    hollow = {
-        name: torch.empty(entry.shape, dtype=entry.dtype) for name, entry in entries.items()
-    }  # addresses only: memory counts once it is written to
+    # addresses only: memory counts once it is written to
+    hollow = {name: torch.empty(entry.shape, dtype=entry.dtype) for name, entry in entries.items()}
     with torch.serialization.skip_data():
         torch.save(hollow if meta is None else {"meta": dict(meta), "state_dict": hollow}, path)
     del hollow
@@ -88,7 +91,8 @@ def write_pth(
 def write_safetensors(
     path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str], advance: Advance
 ) -> FileSums:
-    """A .safetensors file with `entries` in their order; returns its checksums. metadata: strings, "format": "pt" among them."""
+    """A .safetensors file with `entries` in their order; returns its checksums. metadata: strings, "format":
+    "pt" among them."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name, entry in entries.items():
@@ -116,7 +120,8 @@ def _write(file: BinaryIO, entry: Entry, digest: FileSummer, advance: Advance) -
 
 
 def _ahead(pieces: Iterator[memoryview], digest: FileSummer) -> Iterator[memoryview]:
-    """The same pieces; a thread reads the next one, and adds it to the checksums, while this one is written."""
+    """The same pieces; a thread reads the next one, and adds it to the checksums, while this one is
+    written."""
 
     def following() -> memoryview | None:
         piece = next(pieces, None)

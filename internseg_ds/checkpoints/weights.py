@@ -1,6 +1,8 @@
-"""One interface over every kind of weight file: .pth, .safetensors, folders of either as transformers writes them, and ZeRO checkpoint directories.
+"""One interface over every kind of weight file: .pth, .safetensors, folders of either as transformers writes
+them, and ZeRO checkpoint directories.
 
-Out: names, shapes, and tensors or slices of them, read from where they lie in the files. Nothing is renamed (beyond wrappers' prefixes), cast or resized here.
+Out: names, shapes, and tensors or slices of them, read from where they lie in the files. Nothing is renamed
+(beyond wrappers' prefixes), cast or resized here.
 """
 
 import dataclasses
@@ -13,11 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from internseg_ds.checkpoints.checksum_files import checked_beside
 from internseg_ds.checkpoints.checksums import CheckedFile
 from internseg_ds.checkpoints.json_files import object_in, read_object
-from internseg_ds.checkpoints.stored import HeldTensor, Stored, load_stored, load_stored_safetensors
-from internseg_ds.checkpoints.sum_files import checked_beside
-from internseg_ds.checkpoints.zero_checkpoint import What, ZeroCheckpoint, is_zero_checkpoint
+from internseg_ds.checkpoints.stored_tensors import HeldTensor, Stored, load_stored, load_stored_safetensors
+from internseg_ds.checkpoints.zero_checkpoint import What, ZeroCheckpoint
+from internseg_ds.checkpoints.zero_files import is_zero_checkpoint
 from internseg_ds.errors import CheckpointError, shortened
 
 WRAPPERS = ("state_dict", "module", "model")
@@ -31,8 +34,9 @@ Checked = Mapping[str, CheckedFile]
 
 @dataclass(frozen=True)
 class Weights:
-    """shapes: name -> torch.Size. read(name): the tensor, fresh, in the dtype of the file. read_slice(name, start, stop): elements of it laid out flat.
-    meta: CLASSES, PALETTE, ... where the file has them. config: a Hugging Face folder's config.json."""
+    """shapes: name -> torch.Size. read(name): the tensor, fresh, in the dtype of the file. read_slice(name,
+    start, stop): elements of it laid out flat. meta: CLASSES, PALETTE, ... where the file has them. config: a
+    Hugging Face folder's config.json."""
 
     path: Path
     shapes: Mapping[str, torch.Size]
@@ -43,11 +47,13 @@ class Weights:
 
 
 def open_weights(path: Path, *, ema: bool = False, check: bool = True) -> Weights:
-    """Opens a weight file, or a folder of them, or a ZeRO checkpoint (WORK_DIR, its checkpoints folder, or one save), whatever it is.
+    """Opens a weight file, or a folder of them, or a ZeRO checkpoint (WORK_DIR, its checkpoints folder, or
+    one save), whatever it is.
 
-    ema: of a ZeRO checkpoint, the averaged weights. check: what is read is held against the checksums that were noted when it
-    was written: of a save in its manifest, of other weights in the NAME.xxh128 beside them, where there is one. Nothing is held
-    open: each read opens its file. Raises CheckpointError when it is missing, damaged, or no weight file.
+    ema: of a ZeRO checkpoint, the averaged weights. check: what is read is held against the checksums that
+    were noted when it was written: of a save in its manifest, of other weights in the NAME.xxh128 beside
+    them, where there is one. Nothing is held open: each read opens its file. Raises CheckpointError when it
+    is missing, damaged, or no weight file.
     """
     path = Path(path)
     if not path.exists():
@@ -66,13 +72,15 @@ def open_weights(path: Path, *, ema: bool = False, check: bool = True) -> Weight
     if path.suffix in (".pth", ".pt", ".bin", ".ckpt"):
         return _pth(path, checked)
     raise CheckpointError(
-        f"{path} has an unknown ending; weights are .pth, .safetensors, a folder of safetensors or of pytorch_model.bin, or a ZeRO "
+        f"{path} has an unknown ending; weights are .pth, .safetensors, a folder of safetensors or of "
+        "pytorch_model.bin, or a ZeRO "
         "checkpoint directory"
     )
 
 
 def weights_of(checkpoint: ZeroCheckpoint, what: What = "fp32") -> Weights:
-    """The weights (or their average, what="ema") of a ZeRO checkpoint that is open already, and its buffers. Raises CheckpointError where it has no average."""
+    """The weights (or their average, what="ema") of a ZeRO checkpoint that is open already, and its buffers.
+    Raises CheckpointError where it has no average."""
     checkpoint.check_holds(what)
     buffers = {name: HeldTensor(value) for name, value in checkpoint.buffers.items()}
     shapes = checkpoint.shapes | {name: buffer.shape for name, buffer in buffers.items()}
@@ -97,7 +105,8 @@ def _of(file: Path, checked: Checked) -> CheckedFile | None:
     """What a file should hold. Raises CheckpointError where others have checksums and it has none."""
     if checked and file.name not in checked:
         raise CheckpointError(
-            f"{file} has no checksum where the files beside it have; copy the weights again, with their .xxh128, or remove that"
+            f"{file} has no checksum where the files beside it have; copy the weights again, with their "
+            ".xxh128, or remove that"
         )
     return checked.get(file.name)
 
@@ -145,15 +154,18 @@ def _pth(path: Path, checked: Checked) -> Weights:
     }
     if not tensors:
         raise CheckpointError(
-            f"{path} holds no weights, {'only ' + ', '.join(map(str, list(content)[:5])) if content else 'it is empty'}"
+            f"{path} holds no weights, "
+            f"{'only ' + ', '.join(map(str, list(content)[:5])) if content else 'it is empty'}"
         )
     return _of_tensors(path, tensors, meta)
 
 
-def noting_unfit(weights: Weights, parameters: Collection[str], noted: dict[str, str]) -> Weights:
-    """A view of `weights` that notes the names of which a read met values that no model has, and what they are.
+def recording_invalid(weights: Weights, parameters: Collection[str], noted: dict[str, str]) -> Weights:
+    """A view of `weights` that notes the names of which a read met values that no model has, and what they
+    are.
 
-    In a parameter these are NaN, infinite (in fp32), or no real numbers; in a buffer NaN. parameters: names in the file of what becomes a parameter.
+    In a parameter these are NaN, infinite (in fp32), or no real numbers; in a buffer NaN. parameters: names
+    in the file of what becomes a parameter.
     """
 
     def look(name: str, value: Tensor) -> Tensor:
@@ -173,8 +185,8 @@ def noting_unfit(weights: Weights, parameters: Collection[str], noted: dict[str,
     )
 
 
-def refuse_unfit(weights: Weights, noted: Mapping[str, str]) -> None:
-    """Raises CheckpointError when `noting_unfit` has noted any."""
+def refuse_invalid(weights: Weights, noted: Mapping[str, str]) -> None:
+    """Raises CheckpointError when `recording_invalid` has noted any."""
     if noted:
         names = [f"{name} ({values})" for name, values in sorted(noted.items())]
         raise CheckpointError(
@@ -183,7 +195,8 @@ def refuse_unfit(weights: Weights, noted: Mapping[str, str]) -> None:
 
 
 def renamed(weights: Weights, sources: Mapping[str, tuple[str, ...]], rest: Collection[str] = ()) -> Weights:
-    """A view of `weights` with other names: new name -> old names, several of which are joined along the first dimension. rest: old names that stay."""
+    """A view of `weights` with other names: new name -> old names, several of which are joined along the
+    first dimension. rest: old names that stay."""
     sources = {**sources, **{name: (name,) for name in rest}}
     shapes = {
         name: torch.Size([sum(weights.shapes[part][0] for part in parts), *weights.shapes[parts[0]][1:]])
@@ -211,7 +224,8 @@ def renamed(weights: Weights, sources: Mapping[str, tuple[str, ...]], rest: Coll
 
 
 def _folder(folder: Path, checked: Checked) -> Weights:
-    """A folder as transformers writes it: safetensors, or PyTorch's files (pytorch_model.bin), each in one piece or in shards with an index."""
+    """A folder as transformers writes it: safetensors, or PyTorch's files (pytorch_model.bin), each in one
+    piece or in shards with an index."""
     if shards := _shards(folder, INDEX, "*.safetensors", checked):
         return _safetensors(folder, shards, checked)
     if not (shards := _shards(folder, PICKLED_INDEX, "pytorch_model*.bin", checked)):
@@ -246,12 +260,14 @@ def _shards(folder: Path, index_name: str, pattern: str, checked: Checked) -> li
             or ".." in Path(name).parts
         ):
             raise CheckpointError(
-                f"{index} names {name[:80]!r}, which is no file in its folder; files outside of it are not read; take another copy of "
+                f"{index} names {name[:80]!r}, which is no file in its folder; files outside of it are not "
+                "read; take another copy of "
                 "the model"
             )
         if not (folder / name).is_file():
             raise CheckpointError(
-                f"{folder / name} is missing, but {index.name} names it; copy the folder again, with all its files"
+                f"{folder / name} is missing, but {index.name} names it; copy the folder again, with all "
+                "its files"
             )
         shards.append(folder / name)
     return shards
@@ -276,6 +292,7 @@ def _config(folder: Path, checked: Checked) -> dict[str, Any] | None:
     config = _object(file, checked)
     if not isinstance(config.get("vision_config") or {}, dict):
         raise CheckpointError(
-            f"{file} is damaged: its vision_config is a {type(config['vision_config']).__name__}, and no object of names; copy it again"
+            f"{file} is damaged: its vision_config is a {type(config['vision_config']).__name__}, and no "
+            "object of names; copy it again"
         )
     return config

@@ -1,6 +1,8 @@
-"""ADE20K with the published `max_image_num` for few-shot training, as a subset that all ranks and all restarts agree on.
+"""ADE20K with the published `max_image_num` for few-shot training, as a subset that all ranks and all
+restarts agree on.
 
-In: the arguments of mmseg's ADE20KDataset. Out: a dataset; importing this module puts it in mmseg's DATASETS in place of mmseg's own.
+In: the arguments of mmseg's ADE20KDataset. Out: a dataset; importing this module puts it in mmseg's DATASETS
+in place of mmseg's own.
 """
 
 import hashlib
@@ -14,12 +16,16 @@ from internseg_ds.errors import ConfigError
 
 @DATASETS.register_module(force=True)
 class ADE20KDataset(mmseg.datasets.ADE20KDataset):
-    """mmseg's ADE20KDataset, all of it or `max_image_num` images drawn by `subset_seed`, in the order of their names.
+    """mmseg's ADE20KDataset, all of it or `max_image_num` images drawn by `subset_seed`, in the order of
+    their names.
 
-    The published class shuffles without a seed, so each rank trains on another subset. Here an image's place in the draw is a hash of the
-    seed and its name: independent of ranks, library versions and the order of files. Smaller subsets of one seed lie inside bigger ones.
-    Raises ConfigError when `max_image_num` is below 1.
+    The published class shuffles without a seed, so each rank trains on another subset. Here an image's place
+    in the draw is a hash of the seed and its name: independent of ranks, library versions and the order of
+    files. Smaller subsets of one seed lie inside bigger ones. Raises ConfigError when `max_image_num` is
+    below 1.
     """
+
+    img_infos: list[dict[str, Any]]
 
     def __init__(self, max_image_num: int | None = None, subset_seed: int = 0, **kwargs: Any) -> None:
         if max_image_num is not None and max_image_num < 1:

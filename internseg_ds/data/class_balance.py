@@ -1,7 +1,8 @@
 """Images with rare classes more often: mmdet's `ClassBalancedDataset`, for label maps.
 
-In: a data set's config. Out: a data set in which an image stands as often as its rarest class asks for. Importing this module registers it in mmseg's
-DATASETS. Source: Gupta et al., "LVIS", 2019, section 5.2 (repeat factor sampling).
+In: a data set's config. Out: a data set in which an image stands as often as its rarest class asks for.
+Importing this module registers it in mmseg's DATASETS. Source: Gupta et al., "LVIS", 2019, section 5.2
+(repeat factor sampling).
 """
 
 import math
@@ -22,10 +23,12 @@ THREADS = 8
 
 @DATASETS.register_module()
 class ClassBalancedDataset(Dataset):
-    """`dataset` with each image r times, r = max over its classes c of max(1, sqrt(oversample_thr / f(c))), rounded up; f(c): share of images with class c.
+    """`dataset` with each image r times, r = max over its classes c of max(1, sqrt(oversample_thr / f(c))),
+    rounded up; f(c): share of images with class c.
 
-    dataset: the config of one data set. oversample_thr: share of images below which a class is rare. filter_empty_gt: False: images without any class are
-    counted as a class of their own. `balance` reads all label maps once. Raises ConfigError for a threshold that is no share.
+    dataset: the config of one data set. oversample_thr: share of images below which a class is rare.
+    filter_empty_gt: False: images without any class are counted as a class of their own. `balance` reads all
+    label maps once. Raises ConfigError for a threshold that is no share.
     """
 
     def __init__(
@@ -37,7 +40,8 @@ class ClassBalancedDataset(Dataset):
             or not 0 < oversample_thr <= 1
         ):
             raise ConfigError(
-                f"oversample_thr={oversample_thr!r} of ClassBalancedDataset must be a share of the images, above 0 and at most 1"
+                f"oversample_thr={oversample_thr!r} of ClassBalancedDataset must be a share of the images, "
+                "above 0 and at most 1"
             )
         self.dataset = build_dataset(dataset, default_args or None)
         self.oversample_thr, self.filter_empty_gt = oversample_thr, filter_empty_gt
@@ -52,11 +56,13 @@ class ClassBalancedDataset(Dataset):
         return self.dataset[self.indices[place]]
 
     def balance(self) -> None:
-        """Reads which classes each image has. Raises ConfigError where the data set is none of mmseg's kind, or reads its label maps in a way of its own."""
+        """Reads which classes each image has. Raises ConfigError where the data set is none of mmseg's kind,
+        or reads its label maps in a way of its own."""
         loader = loader_in(self.dataset) if isinstance(self.dataset, CustomDataset) else None
         if loader is None:
             raise ConfigError(
-                f"ClassBalancedDataset cannot see the classes of {type(self.dataset).__name__}; give it one data set of mmseg, "
+                f"ClassBalancedDataset cannot see the classes of {type(self.dataset).__name__}; give it "
+                "one data set of mmseg, "
                 "whose pipeline has mmseg's LoadAnnotations"
             )
 

@@ -1,13 +1,14 @@
-"""mmseg's data sets, built from config entries and looked at before anything runs on them: folders, label maps, and single images through their pipeline.
+"""mmseg's data sets, built from config entries and looked at before anything runs on them: folders, label
+maps, and single images through their pipeline.
 
-In: a `data.train` or `data.val` entry. Out: mmseg's data set, whose training pipeline also looks at each label map; or a DataError that names the file at
-fault, and the mend.
+In: a `data.train` or `data.val` entry. Out: mmseg's data set, whose training pipeline also looks at each
+label map; or a DataError that names the file at fault, and the fix.
 """
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import cv2
 import numpy as np
@@ -15,102 +16,132 @@ from mmcv import FileClient
 from mmcv.fileio.file_client import HardDiskBackend
 from mmseg.datasets import DATASETS, PIPELINES, CustomDataset, RepeatDataset, build_dataset
 from mmseg.datasets.pipelines import LoadAnnotations
-from torch.utils.data import Dataset
 
 import internseg_ds.data.ade20k
 import internseg_ds.data.published
 import internseg_ds.data.transforms  # noqa: F401 - registers those that published configs name
+from internseg_ds.data.checks.pipeline_steps import check_steps
 from internseg_ds.data.class_balance import ClassBalancedDataset
 from internseg_ds.data.joined import joining
 from internseg_ds.data.label_maps import CheckAnnotation, read_label_maps_of
 from internseg_ds.data.other_endings import instead_of, there_are
 from internseg_ds.data.palettes import check_decoder
-from internseg_ds.data.pipeline_steps import check_steps
 from internseg_ds.errors import DataError, UserError, nearest_argument, reason_of
 
+SegmentationDataset: TypeAlias = Any
+"""One of mmseg's data sets, or a wrapper around some of them: `len`, `[index]` for the results of its
+pipeline, CLASSES and PALETTE. mmseg has no types, and its data sets may be of anybody's classes."""
 
-def build_datasets(entry: Any, what: str, leaves: list[Any], **default_args: Any) -> Dataset:
+
+def build_datasets(entry: Any, what: str, leaves: list[Any], **default_args: Any) -> SegmentationDataset:
     """mmseg's data set of a config entry, after a look at its folders.
 
-    what: its name in messages ("data.train"). leaves: the plain data sets inside wrappers. Raises DataError when a folder or a label map is missing, the set
-    or a part of it is empty, or its parts have different classes; ConfigError when its pipeline makes masks too early or too late,
-    or its folders cannot be paired.
+    what: its name in messages ("data.train"). leaves: the plain data sets inside wrappers. Raises DataError
+    when a folder or a label map is missing, the set or a part of it is empty, or its parts have different
+    classes; ConfigError when a step of its pipeline cannot be meant, or its folders cannot be paired.
     """
+    _check_folders(leaves, what)
+    dataset = _built(joining(entry, what), what, default_args)
+    for part in plain_parts(dataset):
+        _check_kind(part, what)
+        _read_in_our_way(part)
+    for wrapper in _wrappers(dataset):
+        _update_wrapper(wrapper, what)
+    for transforms in pipelines(dataset):
+        check_steps(transforms, what, evaluates=bool(default_args.get("test_mode")))
+    if len({tuple(getattr(part, "CLASSES", None) or ()) for part in plain_parts(dataset)}) > 1:
+        raise DataError(
+            f"{what} joins data sets whose classes have other names or another order, but a label must "
+            "mean one class; give all the same classes=(...)"
+        )
+    for part in plain_parts(dataset):
+        _check_files(part, what)
+    _check_not_empty(dataset, what, leaves)
+    for part in plain_parts(dataset):
+        if isinstance(part, CustomDataset):
+            check_decoder(part, what)
+    return dataset
+
+
+def _check_folders(leaves: list[Any], what: str) -> None:
     for leaf in leaves:
         root = Path(leaf.get("data_root") or "")
         for key in ("img_dir", "ann_dir"):
             folders = leaf.get(key) or []
-            for folder in (
-                folders if isinstance(folders, (list, tuple)) else [folders]
-            ):  # a data set for each of several folders
+            # a data set for each of several folders
+            for folder in folders if isinstance(folders, (list, tuple)) else [folders]:
                 if not (root / folder).is_dir():
                     raise DataError(
-                        f"{what}: there is no folder {root / folder} ({key} = {folder!r} under data_root = {leaf.get('data_root')!r}); "
-                        f"put the data there, or set {what}.data_root"
+                        f"{what}: there is no folder {root / folder} ({key} = {folder!r} under data_root = "
+                        f"{leaf.get('data_root')!r}); put the data there, or set {what}.data_root"
                     )
-    joined = joining(entry, what)
+
+
+def _built(entry: Any, what: str, default_args: dict[str, Any]) -> SegmentationDataset:
     try:
-        dataset = build_dataset(joined, default_args or None)
+        return build_dataset(entry, default_args or None)
     except UserError:
         raise
     except Exception as error:  # whatever somebody's data set refuses with
         hint = nearest_argument(error, PIPELINES.module_dict | DATASETS.module_dict)
         raise DataError(f"{what} cannot be built: {reason_of(error)}{hint}") from error
-    for part in plain_parts(dataset):
-        if lacks := [name for name in ("pipeline", "CLASSES", "img_infos") if not hasattr(part, name)]:
-            raise DataError(
-                f"{what}: {type(part).__name__} is no data set of mmseg, it lacks {', '.join(lacks)}; derive it from mmseg.datasets.CustomDataset, "
-                "and fill img_infos in its load_annotations"
-            )
-        left_out = -1 in (getattr(part, "label_map", None) or {}).values()
-        if left_out and 0 <= part.ignore_index < len(part.CLASSES):
-            raise DataError(
-                f"{what} leaves classes out, and ignore_index={part.ignore_index} is one of those it keeps ({part.CLASSES[part.ignore_index]}), "
-                "so their pixels would count as that; leave ignore_index at 255, or at another number that is no class"
-            )
-        if getattr(
-            part, "label_map", None
-        ):  # of classes that the config leaves out; mmseg's -1 is no uint8, which numpy 2 minds
-            part.label_map = {
-                old: part.ignore_index if new == -1 else new for old, new in part.label_map.items()
-            }
-        if (
-            isinstance(part, CustomDataset)
-            and part.ann_dir is not None
-            and part.split is None
-            and (type(part).load_annotations is CustomDataset.load_annotations)
-        ):
-            _pair_by_endings(part)
-        if (
-            isinstance(part, CustomDataset)
-            and part.split is not None
-            and type(part).load_annotations is CustomDataset.load_annotations
-        ):
-            _read_split(part)
-        if isinstance(part, CustomDataset) and part.CLASSES is not None:
-            read_label_maps_of(part)
-            _check_annotations_of(part)
-            for step in part.pipeline.transforms:
-                if hasattr(step, "CLASSES"):  # from there on labels mean something else
-                    part.CLASSES, part.PALETTE = step.CLASSES, step.PALETTE
-    for wrapper in _wrappers(dataset):
-        if isinstance(wrapper, RepeatDataset) and len(wrapper) == 0:
-            raise DataError(
-                f"{what} repeats a data set {wrapper.times} times, so none of its images is ever drawn; set times to 1 or more, or leave it out"
-            )
-        first = next(plain_parts(wrapper))
-        if wrapper is not first and hasattr(first, "CLASSES"):  # which wrappers took when they were built
-            wrapper.CLASSES, wrapper.PALETTE = first.CLASSES, first.PALETTE
-        if isinstance(wrapper, ClassBalancedDataset):
-            wrapper.balance()
-    for transforms in pipelines(dataset):
-        check_steps(transforms, what, evaluates=bool(default_args.get("test_mode")))
-    if len({tuple(getattr(part, "CLASSES", None) or ()) for part in plain_parts(dataset)}) > 1:
+
+
+def _check_kind(part: SegmentationDataset, what: str) -> None:
+    """Raises DataError for a plain data set that is none of mmseg's kind, and for one that leaves out classes
+    whose pixels would count as another class."""
+    if lacks := [name for name in ("pipeline", "CLASSES", "img_infos") if not hasattr(part, name)]:
         raise DataError(
-            f"{what} joins data sets whose classes have other names or another order, but a label must mean one class; "
-            "give all the same classes=(...)"
+            f"{what}: {type(part).__name__} is no data set of mmseg, it lacks {', '.join(lacks)}; "
+            "derive it from mmseg.datasets.CustomDataset, and fill img_infos in its load_annotations"
         )
-    _files_are_there(dataset, what)
+    left_out = -1 in (getattr(part, "label_map", None) or {}).values()
+    if left_out and 0 <= part.ignore_index < len(part.CLASSES):
+        raise DataError(
+            f"{what} leaves classes out, and ignore_index={part.ignore_index} is one of those it keeps "
+            f"({part.CLASSES[part.ignore_index]}), so their pixels would count as that; leave ignore_index "
+            "at 255, or at another number that is no class"
+        )
+
+
+def _read_in_our_way(part: SegmentationDataset) -> None:
+    """Corrects what mmseg reads otherwise than a user means it: classes that are left out, names of files,
+    and label maps."""
+    # of classes that the config leaves out; mmseg's -1 is no uint8, which numpy 2 minds
+    if getattr(part, "label_map", None):
+        part.label_map = {old: part.ignore_index if new == -1 else new for old, new in part.label_map.items()}
+    if not isinstance(part, CustomDataset):
+        return
+    if _lists_files_as_mmseg(part):
+        if part.split is not None:
+            _read_split(part)
+        elif part.ann_dir is not None:
+            _pair_by_endings(part)
+    if part.CLASSES is not None:
+        read_label_maps_of(part)
+        _check_annotations_of(part)
+        for step in part.pipeline.transforms:
+            if hasattr(step, "CLASSES"):  # from there on labels mean something else
+                part.CLASSES, part.PALETTE = step.CLASSES, step.PALETTE
+
+
+def _update_wrapper(wrapper: SegmentationDataset, what: str) -> None:
+    """Gives a wrapper the classes that its first data set has by now. Raises DataError for a repetition that
+    leaves no image."""
+    if isinstance(wrapper, RepeatDataset) and len(wrapper) == 0:
+        raise DataError(
+            f"{what} repeats a data set {wrapper.times} times, so none of its images is ever drawn; "
+            "set times to 1 or more, or leave it out"
+        )
+    first = next(plain_parts(wrapper))
+    if wrapper is not first and hasattr(first, "CLASSES"):
+        wrapper.CLASSES, wrapper.PALETTE = first.CLASSES, first.PALETTE
+    if isinstance(wrapper, ClassBalancedDataset):
+        wrapper.balance()
+
+
+def _check_not_empty(dataset: SegmentationDataset, what: str, leaves: list[Any]) -> None:
+    """Raises DataError where there is no image, in all or in one of several data sets."""
     if len(dataset) == 0:
         places = ", ".join(
             f"{leaf.get('data_root')}/{leaf.get('img_dir')}/*{leaf.get('img_suffix', '.jpg')}"
@@ -123,23 +154,20 @@ def build_datasets(entry: Any, what: str, leaves: list[Any], **default_args: Any
         if len(part) == 0:
             there = _what_is_there(part) or "; put some there, or leave it out"
             raise DataError(f"{what} joins several data sets, and that of {part.img_dir} has no image{there}")
-        if isinstance(part, CustomDataset):
-            check_decoder(part, what)
-    return dataset
 
 
-def _what_is_there(part: Dataset) -> str:
-    """What stands in the folder of a data set that takes none of it, as the end of a sentence."""
-    if (
-        not isinstance(part, CustomDataset)
-        or part.split is not None
-        or type(part).load_annotations is not CustomDataset.load_annotations
-    ):
+def _lists_files_as_mmseg(part: SegmentationDataset) -> bool:
+    return isinstance(part, CustomDataset) and type(part).load_annotations is CustomDataset.load_annotations
+
+
+def _what_is_there(part: SegmentationDataset) -> str:
+    """What stands in the folder of a data set that takes none of it, as the end of an error message."""
+    if not _lists_files_as_mmseg(part) or part.split is not None or not os.path.isdir(part.img_dir):
         return ""
-    return there_are(part.img_dir, part.img_suffix, "img_suffix") if os.path.isdir(part.img_dir) else ""
+    return there_are(part.img_dir, part.img_suffix, "img_suffix")
 
 
-def _wrappers(dataset: Dataset) -> Iterator[Dataset]:
+def _wrappers(dataset: SegmentationDataset) -> Iterator[SegmentationDataset]:
     """The data set and all those inside it."""
     yield dataset
     for inner in (
@@ -149,8 +177,9 @@ def _wrappers(dataset: Dataset) -> Iterator[Dataset]:
         yield from _wrappers(inner)
 
 
-def parts(dataset: Dataset) -> Iterator[Dataset]:
-    """The data sets that a concatenation strings together, each with all that happens to its images; the data set itself where it is no concatenation."""
+def parts(dataset: SegmentationDataset) -> Iterator[SegmentationDataset]:
+    """The data sets that a concatenation strings together, each with all that happens to its images; the data
+    set itself where it is no concatenation."""
     if hasattr(dataset, "datasets"):
         for part in dataset.datasets:
             yield from parts(part)
@@ -160,7 +189,7 @@ def parts(dataset: Dataset) -> Iterator[Dataset]:
         yield dataset
 
 
-def plain_parts(dataset: Dataset) -> Iterator[Dataset]:
+def plain_parts(dataset: SegmentationDataset) -> Iterator[SegmentationDataset]:
     """The data sets inside wrappers (`MultiImageMixDataset` too), in their order."""
     for part in parts(dataset):
         if hasattr(part, "dataset"):
@@ -169,7 +198,7 @@ def plain_parts(dataset: Dataset) -> Iterator[Dataset]:
             yield part
 
 
-def pipelines(dataset: Dataset) -> Iterator[list[Any]]:
+def pipelines(dataset: SegmentationDataset) -> Iterator[list[Any]]:
     """All that happens to the images of each plain data set, the steps of its wrappers included."""
     for part in parts(dataset):
         if hasattr(part, "dataset"):
@@ -178,7 +207,7 @@ def pipelines(dataset: Dataset) -> Iterator[list[Any]]:
             yield part.pipeline.transforms
 
 
-def _check_annotations_of(dataset: Dataset) -> None:
+def _check_annotations_of(dataset: SegmentationDataset) -> None:
     """Has each label map that the pipeline loads looked at, before anything is done to it."""
     transforms = dataset.pipeline.transforms
     for place, transform in reversed(list(enumerate(transforms))):
@@ -187,7 +216,8 @@ def _check_annotations_of(dataset: Dataset) -> None:
 
 
 def _pair_by_endings(part: CustomDataset) -> None:
-    """mmseg replaces the ending of an image wherever it stands in the name, in that of a folder too: where no label map is called so, the ending alone."""
+    """mmseg replaces the ending of an image wherever it stands in the name, in that of a folder too: where no
+    label map is called so, the ending alone."""
     for info in part.img_infos:
         if info["filename"].count(part.img_suffix) > 1:
             by_ending = info["filename"].removesuffix(part.img_suffix) + part.seg_map_suffix
@@ -198,7 +228,8 @@ def _pair_by_endings(part: CustomDataset) -> None:
 
 
 def _read_split(part: CustomDataset) -> None:
-    """mmseg takes each line of a split file for the name of an image, an empty one and a byte-order mark too."""
+    """mmseg takes each line of a split file for the name of an image, an empty one and a byte-order mark
+    too."""
     infos = []
     for info in part.img_infos:
         if stem := info["filename"].removesuffix(part.img_suffix).lstrip("\ufeff").strip():
@@ -212,45 +243,48 @@ def _read_split(part: CustomDataset) -> None:
     part.img_infos = infos
 
 
-def _files_are_there(dataset: Dataset, what: str) -> None:
-    """Each image of a split file and each image's label map must exist: looked for now, lest a run end at the first one that does not."""
-    for part in plain_parts(dataset):
-        if not isinstance(getattr(part, "file_client", None), FileClient) or not isinstance(
-            part.file_client.client, HardDiskBackend
-        ):
-            continue
-        infos = part.img_infos
-        if part.split is not None and (
-            missing := [
-                info["filename"]
-                for info in infos
-                if not os.path.exists(os.path.join(part.img_dir, info["filename"]))
-            ]
-        ):
-            file = os.path.join(part.img_dir, missing[0])
-            ends_twice = missing[0].endswith(2 * part.img_suffix)
-            why = (
-                f"; its lines end in {part.img_suffix} already, which img_suffix adds once more"
-                if ends_twice
-                else instead_of(file)
-            )
-            raise DataError(
-                f"{what}: {len(missing)} of {len(infos)} images of the split file {part.split} are missing, "
-                f"the first is {file}{why}; put them there, or take their lines out"
-            )
-        names = (
-            [info["ann"]["seg_map"] for info in infos if "ann" in info] if part.ann_dir is not None else []
+def _check_files(part: SegmentationDataset, what: str) -> None:
+    """Each image of a split file and each image's label map must exist: looked for now, lest a run end at the
+    first one that does not. Raises DataError."""
+    if not isinstance(getattr(part, "file_client", None), FileClient) or not isinstance(
+        part.file_client.client, HardDiskBackend
+    ):
+        return
+    if part.split is not None:
+        _check_images(part, what)
+    if part.ann_dir is None:
+        return
+    names = [info["ann"]["seg_map"] for info in part.img_infos if "ann" in info]
+    if missing := _missing(part.ann_dir, names):
+        raise DataError(
+            f"{what}: {len(missing)} of {len(names)} label maps are missing, the first is "
+            f"{missing[0]}{instead_of(missing[0])}; put them there, or take their images away"
         )
-        if missing := [name for name in names if not os.path.exists(os.path.join(part.ann_dir, name))]:
-            file = os.path.join(part.ann_dir, missing[0])
-            raise DataError(
-                f"{what}: {len(missing)} of {len(names)} label maps are missing, the first is {file}{instead_of(file)}; "
-                f"put them there, or take their images away"
-            )
 
 
-def first_sample(dataset: Dataset, what: str, *, tolerated: int = 0) -> dict[str, Any]:
-    """The first image of a data set that passes its pipeline; before it, at most `tolerated` may fail. Raises DataError in the words of the first that did."""
+def _check_images(part: SegmentationDataset, what: str) -> None:
+    """Those that a split file names."""
+    names = [info["filename"] for info in part.img_infos]
+    missing = _missing(part.img_dir, names)
+    if not missing:
+        return
+    why = instead_of(missing[0])
+    if missing[0].endswith(2 * part.img_suffix):
+        why = f"; its lines end in {part.img_suffix} already, which img_suffix adds once more"
+    raise DataError(
+        f"{what}: {len(missing)} of {len(names)} images of the split file {part.split} are missing, "
+        f"the first is {missing[0]}{why}; put them there, or take their lines out"
+    )
+
+
+def _missing(folder: str, names: list[str]) -> list[str]:
+    files = [os.path.join(folder, name) for name in names]
+    return [file for file in files if not os.path.exists(file)]
+
+
+def first_sample(dataset: SegmentationDataset, what: str, *, tolerated: int = 0) -> dict[str, Any]:
+    """The first image of a data set that passes its pipeline; before it, at most `tolerated` may fail. Raises
+    DataError with the message of the first that did."""
     first: DataError | None = None
     for index in range(min(tolerated + 1, len(dataset))):
         try:
@@ -260,8 +294,9 @@ def first_sample(dataset: Dataset, what: str, *, tolerated: int = 0) -> dict[str
     raise DataError(f"{what}: {first}") from first
 
 
-def sample(dataset: Dataset, index: int) -> dict[str, Any]:
-    """One image through its pipeline. Raises DataError naming the file that is at fault, or the image and the words of whichever transform refused."""
+def sample(dataset: SegmentationDataset, index: int) -> dict[str, Any]:
+    """One image through its pipeline. Raises DataError naming the file that is at fault, or the image and the
+    message of whichever transform refused."""
     try:
         return dataset[index]
     except DataError:
@@ -274,13 +309,14 @@ def sample(dataset: Dataset, index: int) -> dict[str, Any]:
                 raise DataError(f"{file} {what}; copy it again, or take the image away") from error
         if _to_nothing(error) and (size := _size_of(image)) is not None:
             raise DataError(
-                f"image {image} of {size[0]} x {size[1]} pixels (height x width) cannot be resized: a side of it would have no pixel left; "
+                f"image {image} of {size[0]} x {size[1]} pixels (height x width) cannot be resized: a side "
+                "of it would have no pixel left; "
                 "take it away, or cut it into pieces that are less narrow"
             ) from error
-        mend = "is the image, or its label map, damaged?"
+        hint = "is the image, or its label map, damaged?"
         if isinstance(error, KeyError):
-            mend = "does a step of the pipeline make it, before the one that asks for it?"
-        raise DataError(f"the pipeline fails on image {image}: {reason_of(error)}; {mend}") from error
+            hint = "does a step of the pipeline make it, before the one that asks for it?"
+        raise DataError(f"the pipeline fails on image {image}: {reason_of(error)}; {hint}") from error
 
 
 def _is_picture(file: str) -> bool:
@@ -304,7 +340,7 @@ def _size_of(file: str) -> tuple[int, int] | None:
     return None if image is None else image.shape[:2]
 
 
-def _files(dataset: Dataset, index: int) -> tuple[str, str | None]:
+def _files(dataset: SegmentationDataset, index: int) -> tuple[str, str | None]:
     """Image and label map of an entry, inside wrappers too."""
     if isinstance(dataset, ClassBalancedDataset):
         return _files(dataset.dataset, dataset.indices[index])

@@ -1,8 +1,9 @@
 """A small generated data set in ADE20K's directory layout, to try and test training without a download.
 
-In: a folder's path, numbers of images, a seed. Out: ROOT/images/{training,validation}/ADE_{train,val}_%08d.jpg and, beside them in
-ROOT/annotations/, uint8 PNG label maps with ADE20K's ids (0 = unlabelled), and ROOT/GENERATED.json, which says that they are ours.
-Image k of a split depends on (seed, split, k, size) alone. `generated_scenes.py` draws.
+In: a folder's path, numbers of images, a seed. Out:
+ROOT/images/{training,validation}/ADE_{train,val}_%08d.jpg and, beside them in ROOT/annotations/, uint8 PNG
+label maps with ADE20K's ids (0 = unlabelled), and ROOT/GENERATED.json, which says that they are ours. Image k
+of a split depends on (seed, split, k, size) alone. `synthetic/scenes.py` draws.
 
     python -m internseg_ds.data.generated_ade20k data/ade/ADEChallengeData2016 --training 200 --validation 40
 """
@@ -21,8 +22,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from internseg_ds.data.generated_scenes import draw_scene
 from internseg_ds.errors import ConfigError, DataError, UserError
+from internseg_ds.synthetic.scenes import draw_scene
 
 MARKER = "GENERATED.json"
 VERSION = 1  # counts up when the pictures change, so that older sets are made anew
@@ -34,16 +35,18 @@ SPLITS = (("training", "ADE_train"), ("validation", "ADE_val"))
 def write_generated_ade20k(
     root: Path | str, training: int = 200, validation: int = 40, seed: int = 0, size: int = 128
 ) -> None:
-    """Write the data set to `root`, unless it is there already with these parameters; size: typical short side of the images in pixels.
+    """Write the data set to `root`, unless it is there already with these parameters; size: typical short
+    side of the images in pixels.
 
-    It is written to a hidden folder beside `root` and renamed at the end, so `root` is never half a data set; several processes may do
-    this at once. Another generated set is replaced.
-    Raises DataError when `root` holds any file that this function did not write, ConfigError on numbers that cannot be.
+    It is written to a hidden folder beside `root` and renamed at the end, so `root` is never half a data set;
+    several processes may do this at once. Another generated set is replaced. Raises DataError when `root`
+    holds any file that this function did not write, ConfigError on numbers that cannot be.
     """
     root = Path(root).resolve()
     if min(training, validation) < 1 or seed < 0 or size < SMALLEST_PX:
         raise ConfigError(
-            f"Cannot generate {training} training and {validation} validation images of {size} px from seed {seed}: "
+            f"Cannot generate {training} training and {validation} validation images of {size} px from "
+            f"seed {seed}: "
             f"both numbers must be 1 or more, the size {SMALLEST_PX} or more, the seed 0 or more."
         )
     parameters = {
@@ -85,7 +88,8 @@ def _write_images(folder: Path, parameters: dict[str, int]) -> None:
 
 
 def _put_in_place(partial: Path, root: Path, parameters: dict[str, int]) -> None:
-    """Rename the finished folder; an older generated set makes way, an equal one that another process has just finished stays."""
+    """Rename the finished folder; an older generated set makes way, an equal one that another process has
+    just finished stays."""
     old = partial.with_suffix(".old")
     if root.exists() and not _is_written(root, parameters):
         _refuse_foreign(root)  # once more: somebody may have put files there meanwhile
@@ -146,7 +150,8 @@ def _refuse_foreign(root: Path) -> None:
     )
     if foreign:
         raise DataError(
-            f"{root} holds files that were not generated here ({len(foreign)}, such as {foreign[0]}); they stay as they are: "
+            f"{root} holds files that were not generated here ({len(foreign)}, such as {foreign[0]}); they "
+            "stay as they are: "
             "give another path for the generated data set, or clear that folder yourself."
         )
 
@@ -156,10 +161,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m internseg_ds.data.generated_ade20k",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Write a small data set of drawn streets, meadows and lakes in ADE20K's directory layout:\n"
+        description="Write a small data set of drawn streets, meadows and lakes in ADE20K's directory "
+        "layout:\n"
         "13 of its 150 classes, with its ids. A folder with the same parameters is left as it is;\n"
         "a folder with any other files in it, such as the real ADE20K, is refused.",
-        epilog="example:\n  python -m internseg_ds.data.generated_ade20k data/ade/ADEChallengeData2016 --training 200 --validation 40",
+        epilog="example:\n  python -m internseg_ds.data.generated_ade20k data/ade/ADEChallengeData2016 "
+        "--training 200 --validation 40",
     )
     parser.add_argument(
         "root", type=Path, metavar="ROOT", help="folder to write: the data_root of the config"

@@ -1,4 +1,5 @@
-"""Image files that are no data set: found by path, folder or glob, and read through an mmseg test pipeline."""
+"""Image files that are no data set: found by path, folder or glob, and read through an mmseg test
+pipeline."""
 
 import glob
 import os
@@ -11,14 +12,15 @@ import numpy as np
 from mmseg.datasets.pipelines import Compose
 from torch.utils.data import Dataset
 
-from internseg_ds.data.pipeline_steps import check_steps
+from internseg_ds.data.checks.pipeline_steps import check_steps
 from internseg_ds.errors import ConfigError, DataError, reason_of
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
 
 class ImageFiles(Dataset):
-    """Image files through an mmseg test pipeline. Raises ConfigError when it cannot be built, or its predictions would not lie on the images."""
+    """Image files through an mmseg test pipeline. Raises ConfigError when it cannot be built, or its
+    predictions would not lie on the images."""
 
     def __init__(self, images: Sequence[Path], pipeline: Sequence[dict[str, Any]]) -> None:
         try:
@@ -42,9 +44,11 @@ class ImageFiles(Dataset):
 
 
 def picture(dataset: Any, index: int) -> np.ndarray:
-    """An image of an mmseg data set, or of `ImageFiles`, to look at: (h, w, 3) uint8 BGR, as its pipeline loads it.
+    """An image of an mmseg data set, or of `ImageFiles`, to look at: (h, w, 3) uint8 BGR, as its pipeline
+    loads it.
 
-    Of other than 8-bit images with 3 channels, the first three channels (or the only one), stretched from their least to their largest value.
+    Of other than 8-bit images with 3 channels, the first three channels (or the only one), stretched from
+    their least to their largest value.
     """
     results: dict[str, Any] = {
         "img_info": dataset.img_infos[index],
@@ -66,7 +70,8 @@ def picture(dataset: Any, index: int) -> np.ndarray:
 
 
 def find_images(paths: Sequence[str | os.PathLike]) -> list[Path]:
-    """The image files that `paths` name: files, globs ("frames/**/*.png"), and the images of folders; frame_2 before frame_10.
+    """The image files that `paths` name: files, globs ("frames/**/*.png"), and the images of folders; frame_2
+    before frame_10.
 
     Raises DataError when one is missing or nothing is found.
     """

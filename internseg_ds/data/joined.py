@@ -1,7 +1,8 @@
-"""Several data sets one after the other: mmseg's `ConcatDataset`, which refuses Cityscapes whether it is scored or trained on, and cannot score joined ones.
+"""Several data sets one after the other: mmseg's `ConcatDataset`, which refuses Cityscapes whether it is
+scored or trained on, and cannot score joined ones.
 
-In: a config entry with lists, `ConcatDataset`s, or lists of folders. Out: an entry that mmseg builds as `JoinedDatasets`. Importing this module registers
-that in mmseg's DATASETS.
+In: a config entry with lists, `ConcatDataset`s, or lists of folders. Out: an entry that mmseg builds as
+`JoinedDatasets`. Importing this module registers that in mmseg's DATASETS.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,24 +19,24 @@ FOLDERS = ("img_dir", "ann_dir", "split")
 
 @DATASETS.register_module()
 class JoinedDatasets(ConcatDataset):
-    """The data sets of `datasets` (configs) in their order, those of joined ones among them each by itself. default_args: for each."""
+    """The data sets of `datasets` (configs) in their order, those of joined ones among them each by itself.
+    default_args: for each."""
 
     def __init__(self, datasets: Sequence[Any], **default_args: Any) -> None:
-        built = [build_dataset(each, default_args or None) for each in datasets]
-        super().__init__(
-            [
-                part
-                for each in built
-                for part in (each.datasets if isinstance(each, JoinedDatasets) else [each])
-            ]
-        )
-        self.CLASSES, self.PALETTE = self.datasets[0].CLASSES, self.datasets[0].PALETTE
+        parts: list[Any] = []
+        for config in datasets:
+            built = build_dataset(config, default_args or None)
+            parts += built.datasets if isinstance(built, JoinedDatasets) else [built]
+        super().__init__(parts)
+        self.CLASSES, self.PALETTE = parts[0].CLASSES, parts[0].PALETTE
 
 
 def joining(entry: Any, what: str) -> Any:
-    """A config entry with `JoinedDatasets` in place of each list, each ConcatDataset and each data set of several folders or split files.
+    """A config entry with `JoinedDatasets` in place of each list, each ConcatDataset and each data set of
+    several folders or split files.
 
-    what: its name in messages ("data.train"). One data set in a list is that data set. Raises ConfigError where the numbers of folders do not agree.
+    what: its name in messages ("data.train"). One data set in a list is that data set. Raises ConfigError
+    where the numbers of folders do not agree.
     """
     if isinstance(entry, (list, tuple)):
         inner = [joining(item, what) for item in entry]
@@ -54,18 +55,21 @@ def joining(entry: Any, what: str) -> Any:
 
 
 def _names_in(file: str, what: str) -> list[str]:
-    """A class for each line of a file; mmseg takes an empty line and a byte-order mark for a name, or a part of one. Raises DataError."""
+    """A class for each line of a file; mmseg takes an empty line and a byte-order mark for a name, or a part
+    of one. Raises DataError."""
     try:
         lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{what}.classes={file!r} names a file of classes that cannot be read: {error}; give one name a line, or a list of names"
+            f"{what}.classes={file!r} names a file of classes that cannot be read: {error}; give one name "
+            "a line, or a list of names"
         ) from None
     return [line.strip() for line in lines if line.strip()]
 
 
 def _of_each_folder(entry: Mapping[str, Any], what: str) -> list[dict[str, Any]]:
-    """An entry for each of several folders or split files, as mmseg pairs them: each img_dir with its own ann_dir, or one img_dir with each split."""
+    """An entry for each of several folders or split files, as mmseg pairs them: each img_dir with its own
+    ann_dir, or one img_dir with each split."""
     given = {
         key: list(entry[key]) if isinstance(entry[key], (list, tuple)) else [entry[key]]
         for key in FOLDERS
@@ -76,7 +80,8 @@ def _of_each_folder(entry: Mapping[str, Any], what: str) -> list[dict[str, Any]]
     allowed = (most,) if counts.get("img_dir", 1) > 1 else (1, most)
     if most == 0 or any(count not in allowed for count in counts.values()):
         raise ConfigError(
-            f"{what} has {', '.join(f'{count} {key}' for key, count in counts.items())}, which cannot be paired; give one of each per data set"
+            f"{what} has {', '.join(f'{count} {key}' for key, count in counts.items())}, which cannot be "
+            "paired; give one of each per data set"
         )
     common = {key: value for key, value in entry.items() if key != "separate_eval"}
     return [

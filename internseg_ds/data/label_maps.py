@@ -1,6 +1,8 @@
-"""Label maps: from the numbers in a file to classes, in one way for training and for scores, at any number of classes.
+"""Label maps: from the numbers in a file to classes, in one way for training and for scores, at any number of
+classes.
 
-In: a file with a whole number for each pixel. Out: (h, w), the class of each pixel, or the data set's `ignore_index`.
+In: a file with a whole number for each pixel. Out: (h, w), the class of each pixel, or the data set's
+`ignore_index`.
 """
 
 import os
@@ -21,11 +23,15 @@ NONE_IN_FILES = (-1, 65535)
 class LoadLabelMap(LoadAnnotations):
     """mmseg's `LoadAnnotations` for the label maps of one data set, without what that one loses.
 
-    - mmseg rounds all numbers into uint8 first, where 256 becomes 0 and 0.5 becomes 0; here they are read as they are, and those that are no whole
-      numbers are an error.
-    - mmseg applies the data set's `classes` (its `label_map`) before zero is reduced, which shifts them by one; here after it.
-    - a pixel without a class gets the data set's `ignore_index`, and the result is as wide as classes and `ignore_index` need.
+    - mmseg rounds all numbers into uint8 first, where 256 becomes 0 and 0.5 becomes 0; here they are read as
+      they are, and those that are no whole numbers are an error.
+    - mmseg applies the data set's `classes` (its `label_map`) before zero is reduced, which shifts them by
+      one; here after it.
+    - a pixel without a class gets the data set's `ignore_index`, and the result is as wide as classes and
+      `ignore_index` need.
     """
+
+    file_client: Any
 
     def __init__(
         self,
@@ -36,15 +42,17 @@ class LoadLabelMap(LoadAnnotations):
         reduce_zero_label: bool,
         strict: bool,
     ) -> None:
-        """loader: mmseg's, whose ways of reading files are kept. classes: how many the data set has. strict: a number that stands for no class, and not for
-        "none" either, raises DataError; otherwise it becomes `self.stranger`, as the metrics count it.
+        """loader: mmseg's, whose ways of reading files are kept. classes: how many the data set has. strict:
+        a number that stands for no class, and not for "none" either, raises DataError; otherwise it becomes
+        `self.stranger`, as the metrics count it.
 
         Raises ConfigError where class 255 and "none" would be the same.
         """
         super().__init__(reduce_zero_label, loader.file_client_args, loader.imdecode_backend)
         if classes > 255 and ignore_index == 255:
             raise ConfigError(
-                f"ignore_index=255 is a class of a data set with {classes} classes; set another (65535 is usual) for the data set, "
+                f"ignore_index=255 is a class of a data set with {classes} classes; set another (65535 is "
+                "usual) for the data set, "
                 "the heads (decode_head.ignore_index and its losses) and Pad.seg_pad_val"
             )
         self.classes, self.ignore_index, self.strict = classes, ignore_index, strict
@@ -59,9 +67,12 @@ class LoadLabelMap(LoadAnnotations):
         if self.strict and (strange := labels == self.stranger).any():
             last = self.in_file(results.get("label_map")) - 1
             raise DataError(
-                f"label map {file} has label {raw[strange][0]}, but there are classes {int(self.reduce_zero_label)} to {last} and "
-                f"{self.ignore_index} for none{' (0 too: reduce_zero_label)' if self.reduce_zero_label else ''}; "
-                "correct it, or set reduce_zero_label of LoadAnnotations and of the data sets as the data need it"
+                f"label map {file} has label {raw[strange][0]}, but there are classes "
+                f"{int(self.reduce_zero_label)} to {last} and "
+                f"{self.ignore_index} for "
+                f"none{' (0 too: reduce_zero_label)' if self.reduce_zero_label else ''}; "
+                "correct it, or set reduce_zero_label of LoadAnnotations and of the data sets as the data "
+                "need it"
             )
         results["gt_semantic_seg"] = labels
         results["seg_fields"].append("gt_semantic_seg")
@@ -76,7 +87,8 @@ class LoadLabelMap(LoadAnnotations):
             raw = raw[..., 0]
         if raw.ndim != 2:
             raise DataError(
-                f"label map {file} is {' x '.join(map(str, raw.shape))}: a picture with {raw.shape[-1]} numbers for each pixel, "
+                f"label map {file} is {' x '.join(map(str, raw.shape))}: a picture with {raw.shape[-1]} "
+                "numbers for each pixel, "
                 "where one is wanted, that of its class; turn its colours into numbers of classes"
             )
         if raw.dtype == bool:
@@ -85,18 +97,21 @@ class LoadLabelMap(LoadAnnotations):
             whole = np.isfinite(raw) & (raw == np.round(raw))
             if not whole.all():
                 raise DataError(
-                    f"label map {file} has the value {raw[~whole][0]:g}, which is no whole number and so no class; "
+                    f"label map {file} has the value {raw[~whole][0]:g}, which is no whole number and so "
+                    "no class; "
                     "was it resized, or scaled to 0..1?"
                 )
             return raw.astype(np.int64)
         return raw
 
     def in_file(self, label_map: dict[int, int] | None) -> int:
-        """How many numbers of a file stand for something: its classes, and 0 for none where zero is reduced."""
+        """How many numbers of a file stand for something: its classes, and 0 for none where zero is
+        reduced."""
         return (self.classes if label_map is None else len(label_map)) + self.reduce_zero_label
 
     def to_classes(self, raw: np.ndarray, label_map: dict[int, int] | None) -> np.ndarray:
-        """The classes of a file's numbers. label_map: old number -> new one, -1 for none, of a data set with `classes` of its own."""
+        """The classes of a file's numbers. label_map: old number -> new one, -1 for none, of a data set with
+        `classes` of its own."""
         table = (
             np.arange(self.classes)
             if label_map is None
@@ -117,7 +132,8 @@ class LoadLabelMap(LoadAnnotations):
 
 
 def read_label_maps_of(dataset: CustomDataset) -> None:
-    """Has `dataset`, mmseg's, read its label maps in our way: in its pipeline, and for its scores. Loaders of the user's own are left as they are.
+    """Has `dataset`, mmseg's, read its label maps in our way: in its pipeline, and for its scores. Loaders of
+    the user's own are left as they are.
 
     Raises ConfigError where class 255 and "none" would be the same.
     """
@@ -159,27 +175,28 @@ def annotation_of(dataset: CustomDataset, index: int) -> dict[str, Any]:
 
 
 def ground_truth(dataset: CustomDataset, index: int) -> np.ndarray:
-    """Classes (h, w) of an image, as the metrics take them: `ignore_index` stands for none. Raises DataError naming the file."""
+    """Classes (h, w) of an image, as the metrics take them: `ignore_index` stands for none. Raises DataError
+    naming the file."""
     try:
         labels = dataset.get_gt_seg_map_by_idx(index)
     except DataError:
         raise
     except Exception as error:  # whatever a loader of theirs or OpenCV says
         raise DataError(
-            f"label map {dataset.img_infos[index]['ann']['seg_map']} cannot be read: {reason_of(error)}; copy it again"
+            f"label map {dataset.img_infos[index]['ann']['seg_map']} cannot be read: {reason_of(error)}; "
+            "copy it again"
         ) from error
-    if dataset.reduce_zero_label and not isinstance(
-        dataset.gt_seg_map_loader, LoadLabelMap
-    ):  # mmseg leaves it to its metrics
+    # mmseg leaves it to its metrics
+    if dataset.reduce_zero_label and not isinstance(dataset.gt_seg_map_loader, LoadLabelMap):
         labels = np.where(labels == 0, 255, labels - 1).astype(np.uint8)
         labels[labels == 254] = 255
-    return (
-        labels if labels.dtype == np.uint8 else labels.astype(np.int32)
-    )  # torch hardly computes in unsigned types
+    # torch hardly computes in unsigned types
+    return labels if labels.dtype == np.uint8 else labels.astype(np.int32)
 
 
 class CheckAnnotation:
-    """Stands behind any LoadAnnotations, whoever wrote it: raises DataError, naming the file, unless there is one class, or `ignore_index`, for each pixel."""
+    """Stands behind any LoadAnnotations, whoever wrote it: raises DataError, naming the file, unless there is
+    one class, or `ignore_index`, for each pixel."""
 
     def __init__(self, classes: int, ignore_index: int = 255) -> None:
         self.classes, self.ignore_index = classes, ignore_index
@@ -189,13 +206,16 @@ class CheckAnnotation:
         file = os.path.join(results.get("seg_prefix") or "", results["ann_info"]["seg_map"])
         if labels.shape != image.shape[:2]:
             raise DataError(
-                f"label map {file} has {' x '.join(map(str, labels.shape))} pixels and its image {' x '.join(map(str, image.shape[:2]))}; "
-                f"it must have one class per pixel{turned_against(results.get('filename', ''), labels.shape, image.shape)}"
+                f"label map {file} has {' x '.join(map(str, labels.shape))} pixels and its image "
+                f"{' x '.join(map(str, image.shape[:2]))}; "
+                "it must have one class per "
+                f"pixel{turned_against(results.get('filename', ''), labels.shape, image.shape)}"
             )
         wrong = labels[((labels < 0) | (labels >= self.classes)) & (labels != self.ignore_index)]
         if wrong.size:
             raise DataError(
-                f"label map {file} has label {int(wrong[0])}, but there are classes 0 to {self.classes - 1} and {self.ignore_index} for none; "
+                f"label map {file} has label {int(wrong[0])}, but there are classes 0 to "
+                f"{self.classes - 1} and {self.ignore_index} for none; "
                 "correct it, or set reduce_zero_label of LoadAnnotations as the data need it"
             )
         return results

@@ -1,16 +1,19 @@
 """From mmseg data sets to batches of tensors.
 
-Training batches come from an endless, seeded stream: which images, and how each is cropped, flipped and coloured, depends on the seed and the image's
-position in the stream alone (not on workers, ranks or restarts). Evaluation batches are single images, dealt out to the ranks in turn.
+Training batches come from an endless, seeded stream: which images, and how each is cropped, flipped and
+coloured, depends on the seed and the image's position in the stream alone (not on workers, ranks or
+restarts). Evaluation batches are single images, dealt out to the ranks in turn.
 """
 
 import ctypes
 import multiprocessing
 import os
 import random
+import resource
 import signal
+import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,18 +22,23 @@ import numpy as np
 import torch
 from mmcv.parallel import DataContainer, collate
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset, get_worker_info
 
-from internseg_ds.data.datasets import sample
+from internseg_ds.data.datasets import SegmentationDataset, sample
 from internseg_ds.data.label_maps import ground_truth
 from internseg_ds.data.orientation import turned_against
 from internseg_ds.data.sampler import GlobalBatchSampler
-from internseg_ds.errors import DataError, FaultError
+from internseg_ds.errors import DataError, FaultError, HostError
 from internseg_ds.seeding import derived_seed
+from internseg_ds.torch_internals import tree_leaves
 
 NOT_FOR_WORKERS = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}
-"""Signals that terminals, launchers and schedulers send to whole groups of processes, and that are a training process's to answer."""
+"""Signals that terminals, launchers and schedulers send to whole groups of processes, and that are a training
+process's to answer."""
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+FILES_FOR_A_TENSOR = 2
+"""That a worker holds open until its process has taken the tensor over."""
+FILES_TO_SPARE = 16
 REPLACEMENTS = 20
 """Images that are tried for one place of the stream, before all of them are taken for damaged."""
 
@@ -41,10 +49,11 @@ class EvaluationImage:
 
     index: int
     inputs: dict[str, Any]
-    """What the segmentor's forward(return_loss=False) takes: img, a list over test-time augmentations of (1, 3, h, w) float32, and img_metas, a list over
-    augmentations of lists of one dict."""
+    """What the segmentor's forward(return_loss=False) takes: img, a list over test-time augmentations of (1,
+    3, h, w) float32, and img_metas, a list over augmentations of lists of one dict."""
     truth: Tensor | None = None
-    """Class of each pixel of the original image, `ignore_index` of the data set for none: (h, w) uint8, or int32 where there are more classes."""
+    """Class of each pixel of the original image, `ignore_index` of the data set for none: (h, w) uint8, or
+    int32 where there are more classes."""
     fault: str | None = None
 
 
@@ -53,7 +62,8 @@ class Batch:
     """One micro-batch of training images, and where it stands in the stream."""
 
     inputs: dict[str, Any]
-    """What the segmentor's forward takes: img (b, 3, h, w) float32, gt_semantic_seg (b, 1, h, w) int64 with 255 for "ignore", img_metas."""
+    """What the segmentor's forward takes: img (b, 3, h, w) float32, gt_semantic_seg (b, 1, h, w) int64 with
+    255 for "ignore", img_metas."""
     position: int
     """Stream position of its first image."""
     faults: tuple[str, ...] = ()
@@ -67,7 +77,7 @@ class Batch:
 class Examined(Dataset):
     """(inputs, ground truth, None), or (None, None, what is wrong) of each image of an evaluation."""
 
-    def __init__(self, dataset: Dataset, truth: bool) -> None:
+    def __init__(self, dataset: SegmentationDataset, truth: bool) -> None:
         self.dataset, self.truth = dataset, truth
 
     def __len__(self) -> int:
@@ -90,8 +100,10 @@ class Examined(Dataset):
                 None,
                 None,
                 (
-                    f"image {info['filename']} has {size[0]} x {size[1]} pixels but its label map {info['ann']['seg_map']} has "
-                    f"{' x '.join(map(str, truth.shape))}; it must have one class per pixel{turned_against(meta['filename'], truth.shape, size)}"
+                    f"image {info['filename']} has {size[0]} x {size[1]} pixels but its label map "
+                    f"{info['ann']['seg_map']} has "
+                    f"{' x '.join(map(str, truth.shape))}; it must have one class per "
+                    f"pixel{turned_against(meta['filename'], truth.shape, size)}"
                 ),
             )
         return inputs, torch.from_numpy(truth), None
@@ -102,16 +114,18 @@ def _one_of(value: Any) -> Any:
 
 
 class PositionSeeded(Dataset):
-    """A data set whose random augmentations depend on (seed, stream position) alone, and so does the image that replaces one that cannot be used."""
+    """A data set whose random augmentations depend on (seed, stream position) alone, and so does the image
+    that replaces one that cannot be used."""
 
-    def __init__(self, dataset: Dataset, seed: int) -> None:
+    def __init__(self, dataset: SegmentationDataset, seed: int) -> None:
         self.dataset, self.seed = dataset, seed
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        (position, index), faults = key, []
+        position, index = key
+        faults: list[str] = []
         for attempt in range(REPLACEMENTS):
             drawn = derived_seed(self.seed, "augmentation", position)
             np.random.seed(drawn)  # mmseg's transforms draw from numpy's global state
@@ -128,9 +142,15 @@ class PositionSeeded(Dataset):
 
 
 def training_batches(
-    dataset: Dataset, sampler: GlobalBatchSampler, *, workers: int, seed: int, device: torch.device
-) -> Iterator[Batch]:
-    """Endless micro-batches of this rank, on `device`. workers: processes that decode ahead; 0 decodes in this one."""
+    dataset: SegmentationDataset,
+    sampler: GlobalBatchSampler,
+    *,
+    workers: int,
+    seed: int,
+    device: torch.device,
+) -> Generator[Batch, None, None]:
+    """Endless micro-batches of this rank, on `device`. workers: processes that decode ahead; 0 decodes in
+    this one."""
     loader = DataLoader(
         PositionSeeded(dataset, seed),
         batch_sampler=sampler,
@@ -145,9 +165,16 @@ def training_batches(
 
 
 def evaluation_images(
-    dataset: Dataset, *, rank: int, world_size: int, workers: int, device: torch.device, truth: bool = True
+    dataset: SegmentationDataset,
+    *,
+    rank: int,
+    world_size: int,
+    workers: int,
+    device: torch.device,
+    truth: bool = True,
 ) -> Iterator[EvaluationImage]:
-    """Images rank, rank + world size, ... on `device`: ranks may get different numbers of them. truth: with the ground truth."""
+    """Images rank, rank + world size, ... on `device`: ranks may get different numbers of them. truth: with
+    the ground truth."""
     indices = range(rank, len(dataset), world_size)
     loader = DataLoader(
         Subset(Examined(dataset, truth), indices),
@@ -165,22 +192,21 @@ def evaluation_images(
 
 
 def _loaded(loader: DataLoader) -> Iterator[Any]:
-    """The batches of a loader; of an error in a worker, its own sentence without the worker's traceback."""
-    earlier = signal.pthread_sigmask(
-        signal.SIG_BLOCK, NOT_FOR_WORKERS
-    )  # workers take that over, and so none is hit before `_quiet_worker`
+    """The batches of a loader; of an error in a worker, its own message without the worker's traceback."""
+    # workers take that over, and so none is hit before `_quiet_worker`
+    earlier = signal.pthread_sigmask(signal.SIG_BLOCK, NOT_FOR_WORKERS)
     try:
         batches = iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
     try:
         yield from batches
-    except DataError as error:
+    except (DataError, HostError) as error:
         raise type(error)(
             str(error)
             .strip()
             .splitlines()[-1]
-            .removeprefix(f"{DataError.__module__}.{type(error).__name__}: ")
+            .removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
         ) from None
 
 
@@ -193,6 +219,7 @@ def _micro_batch(samples: list[dict[str, Any]]) -> tuple[dict[str, Any], int, li
     """(inputs, stream position of the first image, what was wrong with images that these replace)."""
     faults = [fault for sample in samples for fault in sample.pop("faults")]
     inputs = _collate(samples)
+    _check_open_files(inputs)
     return inputs, int(inputs.pop("position")[0]), faults
 
 
@@ -200,7 +227,25 @@ def _alone(
     samples: list[tuple[dict[str, Any] | None, Tensor | None, str | None]],
 ) -> tuple[Any, Tensor | None, str | None]:
     inputs, truth, fault = samples[0]
-    return inputs and _collate([inputs]), truth, fault
+    batch = inputs and _collate([inputs]), truth, fault
+    _check_open_files(batch)
+    return batch
+
+
+def _check_open_files(batch: Any) -> None:
+    """Raises HostError in a worker that has no files left to hand its batch over through: that happens in
+    threads of Python's own, which only print what goes wrong there, some without end, while the training
+    waits for the batch."""
+    if get_worker_info() is None:
+        return
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    tensors = sum(isinstance(leaf, Tensor) for leaf in tree_leaves(batch))
+    if len(os.listdir("/proc/self/fd")) + FILES_FOR_A_TENSOR * tensors + FILES_TO_SPARE > limit:
+        raise HostError(
+            f"host {socket.gethostname()} allows a process {limit} open files, too few for a data worker "
+            f"to hand over {tensors} tensors a batch; "
+            "raise `ulimit -n` (65536 is usual)"
+        )
 
 
 def _unpacked(value: Any) -> Any:
@@ -216,8 +261,8 @@ def _unpacked(value: Any) -> Any:
 def _quiet_worker(_: int) -> None:
     """One OpenCV thread a worker: the workers are the parallelism.
 
-    Launchers and schedulers signal workers too, but a request to stop is the training process's to answer, and it still wants its batch. So a worker ends by
-    SIGTERM only when that process sent it.
+    Launchers and schedulers signal workers too, but a request to stop is the training process's to answer,
+    and it still wants its batch. So a worker ends by SIGTERM only when that process sent it.
     """
     _end_with_the_parent()
     cv2.setNumThreads(0)
@@ -229,7 +274,8 @@ def _quiet_worker(_: int) -> None:
 
 
 def _end_with_the_parent() -> None:
-    """Has the kernel kill this worker when the thread that started it ends, whatever the worker is at then: an image that hangs, or a wait for memory."""
+    """Has the kernel kill this worker when the thread that started it ends, whatever the worker is at then:
+    an image that hangs, or a wait for memory."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     parent = multiprocessing.parent_process()
     if multiprocessing.get_start_method() == "fork" and parent is not None and os.getppid() != parent.pid:

@@ -1,6 +1,7 @@
-"""EXIF orientation: how a camera says that its picture is to be turned. OpenCV turns it while reading, nobody turns the label map.
+"""EXIF orientation: how a camera says that its picture is to be turned. OpenCV turns it while reading, nobody
+turns the label map.
 
-In: image files. Out: the orientation, and words for messages.
+In: image files. Out: the orientation, and text for messages.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,10 @@ TURNS = {
     8: "turns it by 270 degrees",
 }
 """EXIF's orientations but 1, which leaves the picture as it is (CIPA DC-008, Exif 2.32, 4.6.4)."""
-MEND = "write LoadImageFromFile(color_type='color_ignore_orientation') where label maps belong to the pictures as they are stored"
+FIX = (
+    "write LoadImageFromFile(color_type='color_ignore_orientation') where label maps belong to "
+    "the pictures as they are stored"
+)
 
 
 def orientation(file: str) -> int:
@@ -38,7 +42,8 @@ def is_square(file: str) -> bool:
 
 
 def turned_against(file: str, labels: Sequence[int], image: Sequence[int]) -> str:
-    """The end of a message about a label map of other sides than its image, where the image's EXIF orientation explains it; else nothing."""
+    """The end of a message about a label map of other sides than its image, where the image's EXIF
+    orientation explains it; else nothing."""
     if tuple(labels[:2]) == tuple(image[:2])[::-1] and (turn := orientation(file)) >= 5:
-        return f". EXIF of {file} {TURNS[turn]}, and its label map is not turned; {MEND}"
+        return f". EXIF of {file} {TURNS[turn]}, and its label map is not turned; {FIX}"
     return ""

@@ -1,6 +1,7 @@
-"""Files that a data set does not take since their names end otherwise than it says: found, and put into words.
+"""Files that a data set leaves out since their names have another ending than it asks for: found, and named
+in messages.
 
-In: folders and endings. Out: paths, or the end of a sentence.
+In: folders and endings. Out: paths, or the end of a message.
 """
 
 import os
@@ -19,7 +20,8 @@ def alike(suffix: str) -> set[str]:
 
 
 def files_alike(folder: str, suffix: str) -> Iterator[tuple[str, str]]:
-    """(path inside the folder, the same without its ending) of files whose names end almost as `suffix` says."""
+    """(path inside the folder, the same without its ending) of files whose names end almost as `suffix`
+    says."""
     endings = alike(suffix)
     for path in _files(folder):
         ending = next((some for some in endings if path.lower().endswith(some)), None)
@@ -28,9 +30,10 @@ def files_alike(folder: str, suffix: str) -> Iterator[tuple[str, str]]:
 
 
 def there_are(folder: str, suffix: str, setting: str) -> str:
-    """The files of a folder in which none ends in `suffix`, as the end of a sentence that says what to set.
+    """The files of a folder in which none ends in `suffix`, as the end of a message that says what to set.
 
-    setting: the name of that suffix. Where some end almost so, these; else those of the ending that most have.
+    setting: the name of that suffix. Where some end almost so, these; else those of the ending that most
+    have.
     """
     found = [(path, path[len(stem) :]) for path, stem in files_alike(folder, suffix)]
     found = found or [(path, ending) for path in _files(folder) if (ending := os.path.splitext(path)[1])]
@@ -43,7 +46,8 @@ def there_are(folder: str, suffix: str, setting: str) -> str:
 
 
 def instead_of(path: str) -> str:
-    """A file beside one that is missing, of the same name and another ending, in brackets; empty where there is none."""
+    """A file beside one that is missing, of the same name and another ending, in brackets; empty where there
+    is none."""
     folder, name = os.path.split(path)
     stem = os.path.splitext(name)[0]
     names = sorted(entry.name for entry in os.scandir(folder)) if os.path.isdir(folder) else []

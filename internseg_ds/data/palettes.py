@@ -1,4 +1,5 @@
-"""Label maps that are pictures with a palette: their numbers are classes, unless a decoder makes colours of them.
+"""Label maps that are pictures with a palette: their numbers are classes, unless a decoder makes colours of
+them.
 
 In: one of mmseg's data sets. Out: nothing, or a ConfigError that names the file and the setting.
 """
@@ -14,7 +15,8 @@ from internseg_ds.errors import ConfigError
 LOOKED_AT = 20
 """Label maps whose heads are read."""
 SIGNATURE, COLOUR_TYPE, PALETTE = b"\x89PNG\r\n\x1a\n", 25, 3
-"""The first bytes of a PNG, the place of its colour type, and the type of one with a palette (PNG specification)."""
+"""The first bytes of a PNG, the place of its colour type, and the type of one with a palette (PNG
+specification)."""
 
 
 def check_decoder(dataset: CustomDataset, what: str) -> None:
@@ -33,8 +35,10 @@ def check_decoder(dataset: CustomDataset, what: str) -> None:
         file = os.path.join(results.get("seg_prefix") or "", results["ann_info"]["seg_map"])
         if os.path.isfile(file) and _has_palette(file):
             raise ConfigError(
-                f"{what}: label map {file} has a palette, of which imdecode_backend='cv2' of LoadAnnotations (or of "
-                "gt_seg_map_loader_cfg) makes colours; leave imdecode_backend out, and its numbers are read as classes"
+                f"{what}: label map {file} has a palette, of which imdecode_backend='cv2' of "
+                "LoadAnnotations (or of "
+                "gt_seg_map_loader_cfg) makes colours; leave imdecode_backend out, and its numbers are "
+                "read as classes"
             )
 
 

@@ -1,4 +1,5 @@
-"""The data sets that InternImage's configs name and mmseg 0.30 lacks: NYU Depth V2 and Mapillary Vistas, and the relabelling of the latter.
+"""The data sets that InternImage's configs name and mmseg 0.30 lacks: NYU Depth V2 and Mapillary Vistas, and
+the relabelling of the latter.
 
 Importing this module registers them in mmseg's DATASETS and PIPELINES.
 """
@@ -12,9 +13,11 @@ from mmseg.datasets.builder import DATASETS, PIPELINES
 
 @DATASETS.register_module()
 class NYUDepthV2Dataset(CustomDataset):
-    """Silberman et al., "Indoor Segmentation and Support Inference from RGBD Images", 2012, with the 40 classes of Gupta et al., 2013.
+    """Silberman et al., "Indoor Segmentation and Support Inference from RGBD Images", 2012, with the 40
+    classes of Gupta et al., 2013.
 
-    Images and label maps are .png of the same name; 0 stands for no class (reduce_zero_label). split: the file that lists the names of this part.
+    Images and label maps are .png of the same name; 0 stands for no class (reduce_zero_label). split: the
+    file that lists the names of this part.
     """
 
     CLASSES = (
@@ -69,7 +72,8 @@ class NYUDepthV2Dataset(CustomDataset):
 
 @DATASETS.register_module()
 class MapillaryDataset(CustomDataset):
-    """Neuhold et al., "The Mapillary Vistas Dataset", 2017, version 1.2: 66 classes, the last of which is "Unlabeled". Images .jpg, label maps .png."""
+    """Neuhold et al., "The Mapillary Vistas Dataset", 2017, version 1.2: 66 classes, the last of which is
+    "Unlabeled". Images .jpg, label maps .png."""
 
     CLASSES = (
         "Bird",
@@ -238,7 +242,8 @@ CITYSCAPES_OF_MAPILLARY = {
 
 @PIPELINES.register_module()
 class MapillaryHack:
-    """Turns Mapillary's 66 classes in gt_semantic_seg into the 19 of Cityscapes, and into 255 what is none of them. Stands behind LoadAnnotations."""
+    """Turns Mapillary's 66 classes in gt_semantic_seg into the 19 of Cityscapes, and into 255 what is none of
+    them. Stands behind LoadAnnotations."""
 
     CLASSES, PALETTE = CityscapesDataset.CLASSES, CityscapesDataset.PALETTE
     """What labels mean from here on."""

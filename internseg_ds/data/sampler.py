@@ -1,11 +1,13 @@
-"""The order of training images: one endless seeded stream, cut into global batches, of which each rank takes its part.
+"""The order of training images: one endless seeded stream, cut into global batches, of which each rank takes
+its part.
 
     stream position p  ->  image permutation(seed, epoch = p // length)[p % length]
-    step k             ->  positions [start + k * G, start + (k + 1) * G),  G = world size x micro-batch x accumulation
+    step k             ->  positions [start + k * G, start + (k + 1) * G),
+                           G = world size x micro-batch x accumulation
     micro-batch j, rank r of that step  ->  the (j * world size + r)-th run of `micro_batch` positions
 
-So the k-th global batch holds the same images whatever the number of processes, the gradient accumulation and the data workers, and the number of
-images seen so far is all that a resume needs.
+So the k-th global batch holds the same images whatever the number of processes, the gradient accumulation and
+the data workers, and the number of images seen so far is all that a resume needs.
 """
 
 from collections.abc import Iterator
@@ -18,7 +20,8 @@ from internseg_ds.seeding import derived_seed
 
 
 class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
-    """Endless micro-batches of one rank, as lists of (stream position, image index); a batch sampler for torch's DataLoader."""
+    """Endless micro-batches of one rank, as lists of (stream position, image index); a batch sampler for
+    torch's DataLoader."""
 
     def __init__(
         self,
@@ -30,7 +33,8 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
         seed: int = 0,
         start: int = 0,
     ) -> None:
-        """length: images in the data set. start: stream position of the first image, the number of images seen so far by all ranks together.
+        """length: images in the data set. start: stream position of the first image, the number of images
+        seen so far by all ranks together.
 
         Gradient accumulation needs no mention: the next step's micro-batches follow in the same way.
         """

@@ -1,7 +1,8 @@
-"""The transforms that the published configs name and mmseg 0.30 lacks: `SETR_Resize` (InternVL) and `ToMask` (InternImage's Mask2Former).
+"""The transforms that the published configs name and mmseg 0.30 lacks: `SETR_Resize` (InternVL) and `ToMask`
+(InternImage's Mask2Former).
 
-In: mmseg's results dict of one image. Out: the same dict, changed. Importing this module registers both in mmseg's PIPELINES.
-`ResizeToMultiple`, which the same configs name, is mmseg's own.
+In: mmseg's results dict of one image. Out: the same dict, changed. Importing this module registers both in
+mmseg's PIPELINES. `ResizeToMultiple`, which the same configs name, is mmseg's own.
 """
 
 from collections.abc import Sequence
@@ -20,26 +21,32 @@ from internseg_ds.errors import ConfigError
 class SETR_Resize(Resize):  # the name that published configs use
     """mmseg's `Resize` whose short side is never less than the sliding window, when asked for.
 
-    crop_size: (height, width) in pixels; only its height counts, as published. With setr_multi_scale and keep_ratio the short side becomes
-    max(min(scale), crop_size[0]), however long the other side gets; otherwise this is `Resize`, which also takes the other arguments.
+    crop_size: (height, width) in pixels; only its height counts, as published. With setr_multi_scale and
+    keep_ratio the short side becomes max(min(scale), crop_size[0]), however long the other side gets;
+    otherwise this is `Resize`, which also takes the other arguments.
     """
 
     def __init__(
         self, crop_size: Sequence[int] | None = None, setr_multi_scale: bool = False, **resize: Any
     ) -> None:
-        if setr_multi_scale and crop_size is None:
-            raise ConfigError(
-                "SETR_Resize has setr_multi_scale=True but no crop_size: add crop_size=(height, width), the sliding window."
-            )
-        super().__init__(min_size=crop_size[0] if setr_multi_scale else None, **resize)
+        min_size = None
+        if setr_multi_scale:
+            if crop_size is None:
+                raise ConfigError(
+                    "SETR_Resize has setr_multi_scale=True but no crop_size: add crop_size=(height, width), "
+                    "the sliding window."
+                )
+            min_size = crop_size[0]
+        super().__init__(min_size=min_size, **resize)
 
 
 @PIPELINES.register_module(force=True)
 class ToMask:
     """One binary mask for each class in the image, the targets of mask classification.
 
-    Reads gt_semantic_seg (h, w), so it belongs after the last transform of the geometry. Adds gt_labels (n) int64, ascending, without
-    ignore_index, and gt_masks (n, h, w) uint8, both as DataContainers of tensors, which DefaultFormatBundle leaves alone. n may be 0.
+    Reads gt_semantic_seg (h, w), so it belongs after the last transform of the geometry. Adds gt_labels (n)
+    int64, ascending, without ignore_index, and gt_masks (n, h, w) uint8, both as DataContainers of tensors,
+    which DefaultFormatBundle leaves alone. n may be 0.
     """
 
     def __init__(self, ignore_index: int = 255) -> None:

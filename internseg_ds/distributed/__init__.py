@@ -1,1 +1,2 @@
-"""What ZeRO needs of a segmentor: processes, the checked ds_config, construction under `zero.Init`, precision, parameter groups, gathering."""
+"""Processes under ZeRO: the process group, models built and gathered, precision, weights in, and a watchdog
+over all ranks."""

@@ -1,7 +1,9 @@
-"""Blocks that ZeRO-3 handles as one (DeepSpeed's leaf modules): what their hooks need of the model, where the model does not bring it.
+"""Blocks that ZeRO-3 gathers as one (DeepSpeed's leaf modules): gradients of their inputs, which DeepSpeed's
+hooks need.
 
-DeepSpeed reduces a block's gradients, and lets go of its weights, when the gradient of the block's input is there. After frozen layers, or where
-a block takes the image itself, no gradient of the input is computed: the hook would come before the gradients of the weights, and reduce zeros.
+DeepSpeed reduces a block's gradients, and releases its weights, once the gradient of the block's input is
+computed. After frozen layers, or where a block takes the image itself, no gradient of the input is computed:
+the hook would run before the gradients of the weights exist, and reduce zeros.
 """
 
 from typing import Any
@@ -14,22 +16,27 @@ from internseg_ds.errors import ConfigError
 
 
 def require_input_gradients(model: nn.Module) -> None:
-    """Has each block of `model` that DeepSpeed handles as one, and that trains, compute the gradient of its input. After deepspeed.initialize."""
+    """Makes each leaf module of `model` that trains compute the gradient of its input. After
+    deepspeed.initialize."""
     for name, block in model.named_modules():
         if z3_leaf_module(block) and any(param.requires_grad for param in block.parameters()):
-            # first, for DeepSpeed's hooks look at what it returns
-            block.register_forward_pre_hook(lambda _, args, name=name: _requiring(args, name), prepend=True)
+            # before DeepSpeed's own hooks, which look at the arguments that this one returns
+            block.register_forward_pre_hook(
+                lambda _, args, name=name: _with_gradient(args, name), prepend=True
+            )
 
 
-def _requiring(args: tuple[Any, ...], name: str) -> tuple[Any, ...]:
-    """The block's arguments, one tensor of which requires a gradient where any is computed."""
-    tensors = [place for place, arg in enumerate(args) if isinstance(arg, Tensor) and arg.is_floating_point()]
-    if not torch.is_grad_enabled() or any(args[place].requires_grad for place in tensors):
+def _with_gradient(args: tuple[Any, ...], name: str) -> tuple[Any, ...]:
+    """The arguments of the block `name`, with at least one tensor that requires a gradient, unless no
+    gradients are computed at all."""
+    tensors = [index for index, arg in enumerate(args) if isinstance(arg, Tensor) and arg.is_floating_point()]
+    if not torch.is_grad_enabled() or any(args[index].requires_grad for index in tensors):
         return args
     if not tensors:
         raise ConfigError(
-            f"zero_optimization.leaf_module of the ds_config names the class of {name}, which takes no tensor by position, "
-            "so that DeepSpeed cannot tell when its gradients are there; leave that class out"
+            f"zero_optimization.leaf_module of the ds_config names the class of {name}, which takes no "
+            "tensor by position, so that DeepSpeed cannot tell when its gradients are there; leave that "
+            "class out"
         )
     first = tensors[0]
     return *args[:first], args[first].detach().requires_grad_(), *args[first + 1 :]

@@ -1,7 +1,9 @@
-"""How DeepSpeed writes the files of a checkpoint: a write that fails is noted, not raised, and on request the training goes on meanwhile.
+"""How DeepSpeed writes the files of a checkpoint here: a failed write is recorded instead of raised, and on
+request files are written in the background.
 
-DeepSpeed's save_checkpoint holds barriers between the files of a rank. A rank that raised in there would leave the others waiting, and a full disk
-would end the training instead of the save. (DeepSpeed's own decoupled writer, 0.19.8, needs libaio and says nothing of a write that failed.)
+DeepSpeed's save_checkpoint has barriers between the files of a rank. A rank that raised there would leave the
+others waiting, and a full disk would end the training instead of only the save. (DeepSpeed's own decoupled
+writer, as of 0.19.8, needs libaio and does not report a failed write.)
 """
 
 import logging
@@ -12,44 +14,40 @@ from typing import Any
 import torch
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.engine import DeepSpeedEngine
-from torch.utils._pytree import tree_map
 
 from internseg_ds.checkpoints.checksums import SummedFile, Written
+from internseg_ds.distributed.zero_internals import catch_recovery_script_errors, replace_checkpoint_engine
+from internseg_ds.torch_internals import tree_map
 
 log = logging.getLogger(__name__)
 
 
 class NotingCheckpointEngine(TorchCheckpointEngine):
-    """Attributes: failure (the first on this rank since `forget`), written (name of a file -> what was written into it, with its checksums).
+    """Writes files with their checksums, and records what fails.
 
-    background: `save` copies what it is given to host memory and returns; a thread writes the copy. Host memory holds this rank's files once more then.
+    Attributes: failure (the first error on this rank since `forget`, or None), written (file name -> what was
+    written into it, with its checksums).
     """
 
     def __init__(self, config: Any, *, background: bool = False) -> None:
+        """config: of the DeepSpeed engine. background: `save` copies its argument to host memory and returns,
+        and a thread writes the copy; meanwhile host memory holds this rank's files once more."""
         super().__init__(config)
-        self.background, self.failure = background, None
+        self.background = background
+        self.failure: Exception | None = None
         self.written: dict[str, Written] = {}
-        self._thread, self._pending = ThreadPoolExecutor(1), []
+        self._thread = ThreadPoolExecutor(1)
+        self._pending: list[Future[None]] = []
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         try:
             super().makedirs(path, exist_ok)
         except OSError as error:
-            self.failure = self.failure or error
+            self._record(error)
 
     def save(self, state_dict: Any, path: str) -> None:
         if self.background:
-            copies: dict[tuple, torch.Tensor] = {}  # two names of one tensor stay one tensor
-
-            def copied(value: Any) -> Any:
-                if not isinstance(value, torch.Tensor):
-                    return value
-                place = (value.data_ptr(), value.dtype, value.shape, value.stride())
-                if value.numel() == 0 or place not in copies:
-                    copies[place] = value.detach().to("cpu", copy=True)
-                return copies[place]
-
-            self._pending.append(self._thread.submit(self._write, tree_map(copied, state_dict), path))
+            self._pending.append(self._thread.submit(self._write, _copy_to_host(state_dict), path))
         else:
             self._write(state_dict, path)
 
@@ -64,41 +62,60 @@ class NotingCheckpointEngine(TorchCheckpointEngine):
             finally:
                 self.written[os.path.basename(path)] = file.close()
         except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError where the disk is full
-            self.failure = self.failure or error
+            self._record(error)
+
+    def _record(self, error: Exception) -> None:
+        if self.failure is None:
+            self.failure = error
 
     def forget(self) -> None:
-        """Before the files of the next checkpoint."""
+        """Waits for pending writes and clears `failure` and `written`, before the next checkpoint."""
         self.wait()
-        self.failure, self.written = None, {}
+        self.failure = None
+        self.written = {}
 
     def done(self) -> bool:
-        """Whether nothing is left to be written."""
+        """Whether no write is pending."""
         return all(write.done() for write in self._pending)
 
     def wait(self) -> Exception | None:
-        """Waits for what is being written; the first thing that went wrong on this rank since `forget`."""
-        pending: list[Future] = self._pending
+        """Waits for pending writes; returns the first error on this rank since `forget`."""
+        pending = self._pending
         self._pending = []
         for write in pending:
             write.result()
         return self.failure
 
 
-class _SavingEngine(DeepSpeedEngine):
-    """DeepSpeed's engine, whose copies of its recovery scripts beside the checkpoints are worth a warning, and no rank's end, where there is no room."""
+def _copy_to_host(state: Any) -> Any:
+    """`state` (nested dicts, lists and tuples) with copies of its tensors in host memory. Tensors that are
+    one in memory, under two names, stay one: so they are one in the file."""
+    copies: dict[tuple, torch.Tensor] = {}
 
-    def _copy_recovery_script(self, save_path: str) -> None:
-        try:
-            super()._copy_recovery_script(save_path)
-        except OSError as error:
-            log.warning(
-                "DeepSpeed's scripts zero_to_fp32.py and zero_to_torch.py cannot be copied into %s: %s",
-                save_path,
-                error.strerror or error,
-            )
+    def copied(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        key = (value.data_ptr(), value.dtype, value.shape, value.stride())
+        if value.numel() == 0 or key not in copies:  # all empty tensors have the address 0
+            copies[key] = value.detach().to("cpu", copy=True)
+        return copies[key]
+
+    return tree_map(copied, state)
 
 
 def note_failed_writes(engine: DeepSpeedEngine, *, background: bool = False) -> None:
-    """Has the saves of an engine go on where a write fails, and note it in its `checkpoint_engine`. background: as of `NotingCheckpointEngine`."""
-    engine.checkpoint_engine = NotingCheckpointEngine(engine._config, background=background)
-    engine.__class__ = _SavingEngine  # deepspeed.initialize makes its own class alone
+    """Makes `engine.save_checkpoint` go on where a write fails, and record it in a `NotingCheckpointEngine`.
+
+    background: as there. DeepSpeed's recovery scripts, which it copies beside the checkpoint itself, are
+    worth a warning only.
+    """
+    replace_checkpoint_engine(engine, lambda config: NotingCheckpointEngine(config, background=background))
+    catch_recovery_script_errors(engine, _warn_of_missing_scripts)
+
+
+def _warn_of_missing_scripts(folder: str, error: OSError) -> None:
+    log.warning(
+        "DeepSpeed's scripts zero_to_fp32.py and zero_to_torch.py cannot be copied into %s: %s",
+        folder,
+        error.strerror or error,
+    )

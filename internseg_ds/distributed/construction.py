@@ -1,14 +1,16 @@
-"""Building a segmentor: on the meta device to look at, under `zero.Init` (ZeRO-3) or whole (ZeRO-1/2) to train.
+"""Building a segmentor: on the meta device, to read its structure; under `zero.Init` (ZeRO-3) or whole
+(ZeRO-1/2), to train it.
 
-In: the config's `model` section and a `DsConfig`. Out: a segmentor whose parameters sit on their device, partitioned where the stage says so, with
-initial values that depend on the seed and the parameter's name alone: the same under every stage, precision and number of processes.
+In: the config's `model` section and a `DsConfig`. Out: a segmentor whose parameters are on their device,
+partitioned under ZeRO-3. Their initial values depend only on the seed and the names of modules, so they are
+the same under every stage, precision and number of processes.
 """
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from mmcv import ConfigDict
@@ -21,52 +23,56 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
 import internseg_ds.models  # noqa: F401 - registers the backbones and heads
-from internseg_ds.distributed.ds_config import DsConfig
+from internseg_ds.config.ds_config import DsConfig
 from internseg_ds.distributed.precision import buffers_to_fp32
 from internseg_ds.distributed.sync_batch_norm import allow_any_device
+from internseg_ds.distributed.zero_internals import is_partitioned
 from internseg_ds.errors import ConfigError, nearest_argument, reason_of
+from internseg_ds.models.activation_checkpointing import CheckpointingPolicy, set_recomputation
 from internseg_ds.models.backbone import forget_pretrained
 from internseg_ds.models.external_parameters import external_parameters
 from internseg_ds.models.freezing import freeze
 from internseg_ds.models.heads import evaluate_by_call
 from internseg_ds.models.pixel_losses import losses_without_waits
-from internseg_ds.models.recomputation import set_recomputation
 from internseg_ds.seeding import derived_seed
+from internseg_ds.torch_internals import reset_parameters_of
 
 
 def build_on_meta(model: ConfigDict) -> nn.Module:
-    """The segmentor with shapes and no storage: takes no memory at any size.
+    """The segmentor with shapes and without storage: it takes no memory, however large it is. In training
+    mode.
 
-    Raises ConfigError when mmseg cannot build it, in the words of whichever constructor refused.
+    Raises ConfigError when mmseg cannot build it, with the constructor's own message.
     """
     try:
         segmentor = _on_meta(model)
-    except Exception as error:  # whatever some constructor refuses with
-        if (stages := _not_to_be_frozen(model)) is not None:
-            raise ConfigError(
-                f"model.backbone.frozen_stages={stages!r} is not for this {model.backbone.type}, which can be built without it: "
-                f"{reason_of(error)}; it says how many stages do not train, -1 for none"
-            ) from error
-        zeros = ", ".join(_zeros(model, "model")) if isinstance(error, ZeroDivisionError) else ""
-        hint = (
-            f"; of its settings these are 0: {zeros}"
-            if zeros
-            else nearest_argument(error, MODELS.module_dict)
-        )
-        raise ConfigError(f"the model section cannot be built: {reason_of(error)}{hint}") from error
+    except Exception as error:  # constructors raise errors of all kinds
+        raise _construction_error(model, error) from error
     allow_any_device(segmentor)
     losses_without_waits(segmentor)
     return segmentor
 
 
+def _construction_error(model: ConfigDict, error: Exception) -> ConfigError:
+    """The error message for a model section whose construction raised `error`."""
+    if (stages := _frozen_stages_at_fault(model)) is not None:
+        return ConfigError(
+            f"model.backbone.frozen_stages={stages!r} is not for this {model.backbone.type}, which can "
+            f"be built without it: {reason_of(error)}; it says how many stages do not train, -1 for none"
+        )
+    zeros = ", ".join(_zeros(model, "model")) if isinstance(error, ZeroDivisionError) else ""
+    hint = f"; of its settings these are 0: {zeros}" if zeros else nearest_argument(error, MODELS.module_dict)
+    return ConfigError(f"the model section cannot be built: {reason_of(error)}{hint}")
+
+
 def _on_meta(model: ConfigDict) -> nn.Module:
-    with torch.device("meta"), _HostSequences(), _vectors_for_scalars():
-        segmentor = build_segmentor(copy.deepcopy(model)).to("meta")  # mmseg writes into what it is given
-    return segmentor.train()  # where some backbones freeze their stages
+    with torch.device("meta"), _NumbersOnHost(), _vectors_for_scalars():
+        segmentor = build_segmentor(copy.deepcopy(model)).to("meta")  # mmseg changes its argument
+    return segmentor.train()  # some backbones freeze their stages in `train`
 
 
-def _not_to_be_frozen(model: ConfigDict) -> Any:
-    """The `frozen_stages` of a backbone that cannot be built with it, and can be without."""
+def _frozen_stages_at_fault(model: ConfigDict) -> Any:
+    """The `frozen_stages` of a backbone that can be built without them only; else None."""
     backbone = model.get("backbone")
     if not isinstance(backbone, ConfigDict) or backbone.get("frozen_stages", -1) == -1:
         return None
@@ -78,16 +84,18 @@ def _not_to_be_frozen(model: ConfigDict) -> Any:
 
 
 def _zeros(value: Any, path: str) -> Iterator[str]:
-    """The settings that are a whole number 0, by their paths."""
+    """The paths of the settings that are a whole number 0."""
     if isinstance(value, (Mapping, list, tuple)):
-        for key, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
+        items: Iterable[tuple[Any, Any]] = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for key, inner in items:
             yield from _zeros(inner, f"{path}.{key}")
     elif isinstance(value, int) and not isinstance(value, bool) and value == 0:
         yield path
 
 
-class _HostSequences(TorchFunctionMode):
-    """Inside: sequences of numbers are made on the CPU in fp32, for constructors read them: mmseg's transformers take drop-path rates out of a linspace."""
+class _NumbersOnHost(TorchFunctionMode):
+    """Inside, linspace, arange and tensor make their numbers on the CPU, linspace in fp32: constructors read
+    the values. mmseg's transformers take drop-path rates out of a linspace."""
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -102,40 +110,45 @@ class _HostSequences(TorchFunctionMode):
 
 @contextmanager
 def _vectors_for_scalars() -> Iterator[None]:
-    """Inside: a parameter without dimensions (mmcv's `Scale`), which ZeRO-3 cannot partition, is registered as a vector of one element."""
+    """Inside, a parameter without dimensions (mmcv's `Scale`), which ZeRO-3 cannot partition, is registered
+    as a vector of one element."""
 
     def one_element(_: nn.Module, __: str, param: nn.Parameter | None) -> nn.Parameter | None:
-        return (
-            nn.Parameter(param.data.view(1), param.requires_grad)
-            if param is not None and param.dim() == 0
-            else None
-        )
+        if param is None or param.dim() > 0:
+            return None  # leaves it as it is
+        return nn.Parameter(param.data.view(1), param.requires_grad)
 
-    hook = register_module_parameter_registration_hook(one_element)
+    # torch's annotation leaves out the result of the hook, which its documentation defines
+    register: Any = register_module_parameter_registration_hook
+    hook = register(one_element)
     try:
         yield
     finally:
         hook.remove()
 
 
-def choose_recomputation(segmentor: nn.Module, recomputation: str | int) -> None:
-    """Applies `engine.recomputation` to a built segmentor; "config" leaves it as its config's `with_cp` says, "auto" until it is chosen.
+def set_activation_checkpointing(segmentor: nn.Module, recomputation: str | int) -> None:
+    """Applies `engine.recomputation` to a built segmentor.
 
-    Raises ConfigError for what cannot be.
+    recomputation: a `CheckpointingPolicy`. "config" (keep what the config's `with_cp` says) and "auto" (not
+    chosen yet) change nothing. Raises ConfigError for a policy that this backbone does not have.
     """
     if recomputation in ("config", "auto"):
         return
     try:
-        set_recomputation(segmentor, recomputation)
+        set_recomputation(segmentor, cast(CheckpointingPolicy, recomputation))  # raises for any other
     except ValueError as error:
         raise ConfigError(
-            f'engine.recomputation={recomputation!r} cannot be: {error}; "config" leaves it to the backbone\'s with_cp, '
-            'and "auto" to the plan of the memory'
+            f'engine.recomputation={recomputation!r} cannot be: {error}; "config" leaves it to the '
+            'backbone\'s with_cp, and "auto" to the memory estimate'
         ) from None
 
 
 def freeze_parts(segmentor: nn.Module, names: Sequence[str]) -> None:
-    """Applies `engine.freeze` to a built segmentor, before its parameter groups are made. Raises ConfigError for a name that is none."""
+    """Applies `engine.freeze` to a built segmentor, before its parameter groups are made.
+
+    names: of modules and parameters. Raises ConfigError for a name that the segmentor does not have.
+    """
     try:
         freeze(segmentor, names)
     except ValueError as error:
@@ -143,21 +156,14 @@ def freeze_parts(segmentor: nn.Module, names: Sequence[str]) -> None:
 
 
 def build_for_training(model: ConfigDict, ds: DsConfig, device: torch.device, seed: int) -> nn.Module:
-    """The segmentor with initial values, in `ds.param_dtype`, on `device`. Collective under ZeRO-3, where each rank keeps its share only."""
-    import deepspeed
-
+    """The segmentor with initial values, in `ds.param_dtype`, on `device`, in training mode. Collective under
+    ZeRO-3, where each rank has its shard of every parameter only."""
     if ds.stage == 3:
-        # no dtype argument: deepspeed 0.19.8 turns dtype=torch.float32 into bf16 where fp16 is not supported (CPUs); the config says the same
-        with deepspeed.zero.Init(config_dict_or_path=ds.raw), _vectors_for_scalars():
-            segmentor = build_segmentor(copy.deepcopy(model))
-        evaluate_by_call(segmentor)
-        for module in segmentor.modules():
-            for param in external_parameters(module).values():
-                deepspeed.zero.register_external_parameter(module, param)
+        segmentor = _build_partitioned(model, ds)
     else:
-        with torch.device(device), _default_dtype(ds.param_dtype), _HostSequences(), _vectors_for_scalars():
+        with torch.device(device), _default_dtype(ds.param_dtype), _NumbersOnHost(), _vectors_for_scalars():
             segmentor = build_segmentor(copy.deepcopy(model)).to(device)
-    segmentor.train()  # where some backbones freeze their stages, as `build_on_meta` has it
+    segmentor.train()  # some backbones freeze their stages in `train`; as in `build_on_meta`
     forget_pretrained(segmentor)
     allow_any_device(segmentor)
     losses_without_waits(segmentor)
@@ -166,17 +172,31 @@ def build_for_training(model: ConfigDict, ds: DsConfig, device: torch.device, se
     return segmentor
 
 
-def initialise(segmentor: nn.Module, seed: int, dtype: torch.dtype) -> None:
-    """Draws the initial values in fp32, gathering the parameters of one owner at a time. Collective under ZeRO-3.
+def _build_partitioned(model: ConfigDict, ds: DsConfig) -> nn.Module:
+    """Under ZeRO-3, with the values that constructors give. Collective."""
+    import deepspeed
 
-    Three rounds, as mmcv orders them: every module that owns parameters (`reset_parameters`), every ConvModule, then every part of the segmentor that
-    brings an `init_cfg` or an `init_weights` of its own. A module with none of these keeps the values that its constructor gave it.
+    # no dtype argument: deepspeed 0.19.8 turns dtype=torch.float32 into bf16 where fp16 is not supported
+    # (CPUs); the config has the same dtype
+    with deepspeed.zero.Init(config_dict_or_path=ds.raw), _vectors_for_scalars():
+        segmentor = build_segmentor(copy.deepcopy(model))
+    evaluate_by_call(segmentor)
+    for module in segmentor.modules():
+        for param in external_parameters(module).values():
+            deepspeed.zero.register_external_parameter(module, param)
+    return segmentor
+
+
+def initialise(segmentor: nn.Module, seed: int, dtype: torch.dtype) -> None:
+    """Draws the initial values in fp32 and rounds them to `dtype`, gathering the parameters of one module at
+    a time. Collective under ZeRO-3.
+
+    Three rounds, in mmcv's order: every module that owns parameters (`reset_parameters`), every ConvModule,
+    then every part of the segmentor that has an `init_cfg` or an `init_weights` of its own. A module with
+    none of these keeps the values that its constructor gave it.
     """
     for name, module in segmentor.named_modules():
-        reset = getattr(module, "reset_parameters", None) or getattr(
-            module, "_reset_parameters", None
-        )  # torch's MultiheadAttention has a private one
-        if reset is not None:
+        if (reset := reset_parameters_of(module)) is not None:
             torch.manual_seed(derived_seed(seed, name))
             with _whole_fp32(list(module.parameters(recurse=False)), dtype):
                 reset()
@@ -187,20 +207,21 @@ def initialise(segmentor: nn.Module, seed: int, dtype: torch.dtype) -> None:
                 module.init_weights()
     for name, part in _parts(segmentor):
         if _initialises_itself(part):
+            init_weights: Any = part.init_weights
             torch.manual_seed(derived_seed(seed, name + "#init"))
             with _whole_fp32(list(part.parameters()), dtype):
                 logging.disable(logging.INFO)  # mmcv logs every parameter that it sets
                 try:
-                    part.init_weights()
+                    init_weights()
                 finally:
                     logging.disable(logging.NOTSET)
 
 
 def _parts(segmentor: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Backbone, neck and heads by their names; of several heads in a list each by itself."""
+    """Backbone, neck and heads with their names; each head of a list by itself."""
     for name, child in segmentor.named_children():
         if isinstance(child, nn.ModuleList):
-            yield from ((f"{name}.{place}", part) for place, part in child.named_children())
+            yield from ((f"{name}.{index}", part) for index, part in child.named_children())
         else:
             yield name, child
 
@@ -215,25 +236,27 @@ def _initialises_itself(module: nn.Module) -> bool:
 def fill(
     model: nn.Module, parameter: Callable[[str, torch.Size], Tensor], buffer: Callable[[str, Tensor], Tensor]
 ) -> None:
-    """Gives every parameter and buffer of a model on the meta device a value; parameters stay frozen.
+    """Gives every parameter and buffer of a model on the meta device a value. The parameters are frozen after
+    it.
 
-    parameter(name, shape) and buffer(name, its meta tensor): the value of one, whole. Called in the order of the modules.
+    parameter: called with name and shape, returns the whole value. buffer: called with name and meta tensor,
+    returns the value. Both are called in the order of the modules.
     """
     for owner_name, owner in model.named_modules():
         prefix = f"{owner_name}." if owner_name else ""
         for name, param in owner.named_parameters(recurse=False):
-            owner._parameters[name] = nn.Parameter(parameter(prefix + name, param.shape), requires_grad=False)
-        for name, hollow in owner.named_buffers(recurse=False):
-            owner._buffers[name] = buffer(prefix + name, hollow)
+            setattr(owner, name, nn.Parameter(parameter(prefix + name, param.shape), requires_grad=False))
+        for name, on_meta in owner.named_buffers(recurse=False):
+            setattr(owner, name, buffer(prefix + name, on_meta))
 
 
 @contextmanager
 def gathered(params: Sequence[nn.Parameter], modifier_rank: int | None = None) -> Iterator[None]:
-    """The parameters whole inside the block; a plain block where ZeRO has not partitioned them. Collective where it has.
+    """Inside, the parameters are whole. Collective if ZeRO-3 has partitioned any of them.
 
-    modifier_rank: the rank whose changes every rank keeps; None when nothing changes.
+    modifier_rank: the rank whose changes every rank gets; None when nothing is changed.
     """
-    partitioned = [param for param in params if hasattr(param, "ds_id")]
+    partitioned = [param for param in params if is_partitioned(param)]
     if not partitioned:
         yield
         return
@@ -245,7 +268,7 @@ def gathered(params: Sequence[nn.Parameter], modifier_rank: int | None = None) -
 
 @contextmanager
 def _whole_fp32(params: list[nn.Parameter], dtype: torch.dtype) -> Iterator[None]:
-    """Inside: whole fp32 values to draw into. After: those of rank 0, rounded to `dtype`."""
+    """Inside, the parameters are whole and fp32. Afterwards they are those of rank 0, rounded to `dtype`."""
     with gathered(params, modifier_rank=0):
         for param in params:
             param.data = param.data.float()

@@ -1,12 +1,14 @@
-"""Forwards for evaluation, of a model that ZeRO-3 may have partitioned.
+"""Forward passes for evaluation, of a model that ZeRO-3 may have partitioned.
 
-Every forward of a partitioned model gathers its weights collectively, so ranks that run different numbers of forwards (sliding windows differ per image)
-would wait for each other for ever. Two ways out: a plain copy, gathered once while ranks are in step, which then owes nothing to anybody; or, where there
-is no room for it, forwards in step: ranks say before each whether they have work, and those that have none run along until nobody has.
+Every forward pass of a partitioned model gathers its weights collectively, so ranks that run different
+numbers of passes (the number of sliding windows differs per image) would wait for each other for ever. Two
+ways out: each rank evaluates a whole copy, gathered once; or, where there is no memory for it, all ranks run
+every pass together: before each they agree on whether any rank has work left, and a rank without work runs a
+pass on zeros.
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,46 +19,67 @@ from mmcv import ConfigDict
 from torch import Tensor, nn
 
 from internseg_ds.distributed.construction import build_on_meta, fill, gathered
-from internseg_ds.distributed.device_memory import free_memory
+from internseg_ds.distributed.device_memory import free_memory, processes_here
 from internseg_ds.distributed.precision import apply_precision
+from internseg_ds.distributed.process_group import World
+from internseg_ds.distributed.zero_internals import full_shape, is_partitioned
 
 log = logging.getLogger(__name__)
 
 EvaluationWeights = Literal["auto", "whole", "partitioned"]
-"""How a partitioned model is evaluated: from a whole copy on each rank, in step, or from a copy where there is room for it."""
+"""How a partitioned model is evaluated: "whole": from a copy on each rank; "partitioned": all ranks together;
+"auto": from a copy if every rank has the memory for it."""
+WINDOWS_PER_FORWARD = 8
+"""Windows per forward pass, unless `model.test_cfg.batch_size` sets it. One where ranks run together, which
+they do for lack of memory."""
+CHUNK_BYTES = 2**28
+"""Bytes of logits at the original image's size that are held at a time."""
 ROOM = 0.6
-"""Share of the free memory that a whole copy may take; windows and logits need the rest."""
+"""Fraction of the free memory that a whole copy may take; windows and logits need the rest."""
+NO_WORK = 2**31
+"""Height and width that a rank without images reports; above those of any image."""
 
 
 @dataclass(frozen=True)
 class Forwards:
-    """The forwards of `segmentor` (mmseg's, in eval mode). in_step: each is collective, and a rank that has no more calls `finish`."""
+    """The forward passes of `segmentor` (mmseg's, in eval mode).
+
+    in_step: all ranks run every pass together: each call is collective, and a rank that has no more images
+    calls `finish`.
+    """
 
     segmentor: nn.Module
     in_step: bool = False
 
     def __call__(self, images: Tensor, metas: Sequence[Mapping[str, Any]]) -> Tensor:
-        """images (b, 3, h, w) float32 -> logits (b, classes, h, w)."""
+        """images (b, 3, h, w) float32 -> logits (b, classes, h, w). metas: mmseg's img_metas of each
+        image."""
         if self.in_step:
-            self._somebody_works(images.shape[2:])
-        return self.segmentor.encode_decode(images, metas)
+            self._smallest_image(images.shape[2:])
+        return self._logits(images, metas)
 
     def finish(self) -> None:
-        """Runs along with the other ranks until all have finished."""
+        """Takes part in the other ranks' passes, with an image of zeros, until no rank has images left."""
         device = next(self.segmentor.parameters()).device
-        while self.in_step and (size := self._somebody_works(None)):
-            self.segmentor.encode_decode(
-                torch.zeros(1, 3, *size, device=device),
-                [{"img_shape": (*size, 3), "pad_shape": (*size, 3), "ori_shape": (*size, 3)}],
-            )
+        while self.in_step and (size := self._smallest_image(None)):
+            meta = {"img_shape": (*size, 3), "pad_shape": (*size, 3), "ori_shape": (*size, 3)}
+            self._logits(torch.zeros(1, 3, *size, device=device), [meta])
 
-    def _somebody_works(self, size: torch.Size | None) -> tuple[int, int] | None:
-        """The least height and width of the images that ranks are about to see, None when none is; size: (h, w) of this rank's, None for nothing."""
+    def _logits(self, images: Tensor, metas: Sequence[Mapping[str, Any]]) -> Tensor:
+        segmentor: Any = self.segmentor
+        return segmentor.encode_decode(images, metas)
+
+    def _smallest_image(self, size: torch.Size | None) -> tuple[int, int] | None:
+        """The least (height, width) of the images that the ranks are about to see; None if no rank has any.
+        Collective.
+
+        size: (height, width) of this rank's images, None if it has none.
+        """
         device = next(self.segmentor.parameters()).device
-        sizes = torch.tensor(size or (2**31, 2**31), dtype=torch.int64, device=device)
+        sizes = torch.tensor(size or (NO_WORK, NO_WORK), dtype=torch.int64, device=device)
         dist.all_reduce(sizes, dist.ReduceOp.MIN)
         height, width = sizes.tolist()
-        return (height, width) if height < 2**31 else None
+        return (height, width) if height < NO_WORK else None
 
 
 @contextmanager
@@ -70,14 +93,15 @@ def forwards(
     autocast: bool = False,
     weights: EvaluationWeights = "auto",
 ) -> Iterator[Forwards]:
-    """The forwards of a trained segmentor, in eval mode, without gradients. Entering is collective; whether forwards are says `Forwards.in_step`.
+    """The forward passes of a trained segmentor, in eval mode, without gradients. Entering is collective;
+    whether the passes are is `Forwards.in_step`.
 
-    module: the trained segmentor, partitioned by ZeRO-3 or not. weights: see `EvaluationWeights`; says in the log what "auto" chose.
+    module: the trained segmentor, partitioned by ZeRO-3 or not. model: its section of the config. compute,
+    heads, autocast: as of `apply_precision`. weights: see `EvaluationWeights`; the choice of "auto" is
+    logged.
     """
-    if (
-        not is_partitioned(module)
-        or weights == "whole"
-        or (weights == "auto" and copy_fits(_whole_bytes(module), device))
+    if runs_on_whole_weights(
+        weights, device, partitionable=_has_partitions(module), whole_bytes=lambda: _whole_bytes(module)
     ):
         with whole_segmentor(module, model, compute, device, heads=heads, autocast=autocast) as whole:
             yield Forwards(whole)
@@ -96,12 +120,15 @@ def whole_segmentor(
     heads: torch.dtype = torch.float32,
     autocast: bool = False,
 ) -> Iterator[nn.Module]:
-    """A segmentor in eval mode whose forwards are this rank's own affair. Entering is collective under ZeRO-3; inside, nothing is.
+    """A segmentor in eval mode whose forward passes involve no other rank. Entering is collective under
+    ZeRO-3.
 
-    module: the trained segmentor. Under ZeRO-1/2 it is whole already and is lent; under ZeRO-3 a copy of `model` (the config's section) is filled,
-    one parameter at a time, in the stored dtype (12 GB for 6 B in bf16), and freed at the end. Buffers are this rank's.
+    module: the trained segmentor. Under ZeRO-1/2 it is whole and is used itself; under ZeRO-3 a copy is built
+    from `model` (the config's section) and filled, one parameter at a time, in the parameters' dtype (12 GB
+    for 6 B in bf16), and freed at the end. Buffers are this rank's. compute, heads, autocast: as of
+    `apply_precision`.
     """
-    if is_partitioned(module):
+    if _has_partitions(module):
         trained, buffers = dict(module.named_parameters()), dict(module.named_buffers())
 
         def whole(name: str, _: torch.Size) -> Tensor:
@@ -126,24 +153,43 @@ def _evaluating(module: nn.Module, device: torch.device, autocast: bool) -> Iter
         module.train(training)
 
 
-def is_partitioned(module: nn.Module) -> bool:
-    return any(hasattr(param, "ds_id") for param in module.parameters())
+def _has_partitions(module: nn.Module) -> bool:
+    return any(is_partitioned(param) for param in module.parameters())
 
 
 def _whole_bytes(module: nn.Module) -> int:
-    return sum(param.ds_numel * param.element_size() for param in module.parameters())
+    return sum(full_shape(param).numel() * param.element_size() for param in module.parameters())
+
+
+def runs_on_whole_weights(
+    weights: EvaluationWeights,
+    device: torch.device,
+    *,
+    partitionable: bool,
+    whole_bytes: Callable[[], int],
+) -> bool:
+    """Decide whether each rank runs an evaluation on whole weights, or all ranks together on partitioned
+    ones, layer by layer. Collective where `weights` is "auto" and `partitionable`.
+
+    partitionable: whether there is anything to partition: a ZeRO-3 engine's parameters, or several ranks that
+    load a file. whole_bytes(): the size of all weights on one rank, asked for under "auto" only.
+    """
+    if not partitionable or weights == "whole":
+        return True
+    return weights == "auto" and copy_fits(whole_bytes(), device)
 
 
 def copy_fits(needed: int, device: torch.device) -> bool:
-    """Whether `needed` bytes of weights fit into the free memory of every rank, and windows and logits beside them. Collective; says so in the log."""
-    spare = torch.tensor(
-        free_memory(device, dist.get_world_size()) * ROOM - needed, dtype=torch.float64, device=device
-    )
+    """Whether `needed` bytes of weights fit into the free memory of every rank, with windows and logits
+    beside them. Collective; logs the result."""
+    processes = processes_here(World(rank=dist.get_rank(), size=dist.get_world_size()))
+    spare = torch.tensor(free_memory(device, processes) * ROOM - needed, dtype=torch.float64, device=device)
     dist.all_reduce(spare, dist.ReduceOp.MIN)
     fits = spare.item() >= 0
     log.info(
-        "evaluation: %s, the weights take %.2f GiB whole and the rank with the least memory may use %.2f GiB for them",
-        "each rank gathers a copy" if fits else "ranks gather weights layer by layer, in step",
+        "evaluation: %s, the weights take %.2f GiB whole and the rank with the least memory may use %.2f "
+        "GiB for them",
+        "each rank gathers a copy" if fits else "ranks gather weights layer by layer, all ranks together",
         needed / 2**30,
         (spare.item() + needed) / 2**30,
     )

@@ -1,8 +1,9 @@
-"""Which process of how many this is, and the process group that they form.
+"""The rank of this process, and the process group.
 
-In: the environment variables of whichever launcher started the process (deepspeed and torchrun: RANK ...; srun: SLURM_PROCID ...; mpirun:
-OMPI_COMM_WORLD_RANK ...; none: a plain `python` is a group of one). Out: a `World`, and between `join` and `leave` a torch.distributed group
-(nccl where there is a GPU, gloo where there is none).
+In: the environment variables of the launcher that started the process (deepspeed and torchrun: RANK ...;
+srun: SLURM_PROCID ...; mpirun: OMPI_COMM_WORLD_RANK ...; none: a plain `python` is a group of one). Out: a
+`World`, and between `join` and `leave` a torch.distributed group (nccl where there is a GPU, gloo where there
+is none).
 """
 
 import os
@@ -18,12 +19,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
+from torch.distributed.rendezvous import rendezvous as make_stores
 
 from internseg_ds.device import VARIABLE, device_type
 from internseg_ds.distributed.extensions import build_extension, forget_shared_buffer
-from internseg_ds.errors import ConfigError, Lost, UserError, reason_of
+from internseg_ds.distributed.zero_internals import SHARED_BUFFER_BYTES
+from internseg_ds.errors import ConfigError, HostError, Lost, UserError, reason_of
 
-# variable names of (rank, world size, local rank); the first complete set wins. mpirun stands before srun: in a Slurm job it sets its own and inherits Slurm's
+# variable names of (rank, world size, local rank); the first complete set counts. mpirun comes before srun:
+# in a Slurm job it sets its own and inherits Slurm's
 LAUNCHERS = {
     "deepspeed, torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
     "mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
@@ -31,14 +36,15 @@ LAUNCHERS = {
 }
 DEFAULT_PORT = 29500
 PEER_GONE = re.compile("Connection (?:reset|closed) by (?:peer|remote peer)|Broken pipe")
-"""How gloo says that a process it was connected with has ended."""
+"""Parts of gloo's error messages when a process that it was connected with has ended."""
 REFUSAL = timedelta(seconds=60)
-"""How long a process that cannot run waits for the others, to tell them."""
+"""How long a process that cannot run waits for the others to connect, in order to report to them."""
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's place: `rank` of `size` over all hosts, `local_rank` on this one, and the device that is its own."""
+    """This process among all: `rank` of `size` over all hosts, `local_rank` on this host, and its own
+    device."""
 
     rank: int = 0
     size: int = 1
@@ -51,8 +57,8 @@ class World:
 
     @property
     def device(self) -> torch.device:
-        """This process's GPU, or the CPU where there is none, or `INTERNSEG_DEVICE=cpu`. Raises ConfigError when the host has more processes than GPUs,
-        and where `device_type` does."""
+        """This process's GPU; the CPU where there is no GPU, or `INTERNSEG_DEVICE=cpu`. Raises ConfigError
+        when the host has more processes than GPUs, and where `device_type` does."""
         if device_type() == "cpu":
             return torch.device("cpu")
         count = torch.cuda.device_count()
@@ -60,7 +66,8 @@ class World:
             return torch.device("cuda", 0)  # srun --gpus-per-task=1 shows each process its own GPU alone
         if self.local_rank >= count:
             raise ConfigError(
-                f"process {self.local_rank} of this host has no GPU of its own, {count} can be seen; start at most {count} processes per host"
+                f"process {self.local_rank} of this host has no GPU of its own, {count} can be seen; start "
+                f"at most {count} processes per host"
             )
         return torch.device("cuda", self.local_rank)
 
@@ -68,27 +75,31 @@ class World:
 def world_from_environment(env: Mapping[str, str] = os.environ) -> World:
     """Reads the launcher's variables; takes no device and opens no connection.
 
-    Raises ConfigError when the variables are there but are not numbers, or name a rank outside the world.
+    Raises ConfigError when the variables are not numbers, or name a rank outside the world.
     """
     for launcher, (rank, size, local_rank) in LAUNCHERS.items():
-        if launcher == "srun" and env.get("ENVIRONMENT") == "BATCH" and "SLURM_STEP_ID" not in env:
-            continue  # the script that sbatch runs: it has the job's variables, but srun did not start it
-        if rank in env and size in env:
-            try:
-                world = World(int(env[rank]), int(env[size]), int(env.get(local_rank, 0)), launcher)
-            except ValueError:
-                raise ConfigError(
-                    f"{rank}={env[rank]!r} and {size}={env[size]!r} of the environment are not whole numbers; "
-                    f"start with deepspeed, torchrun, srun or mpirun, or unset them to run in one process"
-                ) from None
-            if not 0 <= world.rank < world.size:
-                raise ConfigError(
-                    f"{rank}={world.rank} is not below {size}={world.size}; unset both to run in one process"
-                )
-            if launcher == "srun" and world.size == 1:
-                continue  # an interactive Slurm shell sets SLURM_PROCID=0 for everything that runs in it
+        if rank not in env or size not in env or (launcher == "srun" and _is_batch_script(env)):
+            continue
+        try:
+            world = World(int(env[rank]), int(env[size]), int(env.get(local_rank, 0)), launcher)
+        except ValueError:
+            raise ConfigError(
+                f"{rank}={env[rank]!r} and {size}={env[size]!r} of the environment are not whole numbers; "
+                "start with deepspeed, torchrun, srun or mpirun, or unset them to run in one process"
+            ) from None
+        if not 0 <= world.rank < world.size:
+            raise ConfigError(
+                f"{rank}={world.rank} is not below {size}={world.size}; unset both to run in one process"
+            )
+        # an interactive Slurm shell sets SLURM_PROCID=0 for everything that runs in it
+        if launcher != "srun" or world.size > 1:
             return world
     return World()
+
+
+def _is_batch_script(env: Mapping[str, str]) -> bool:
+    """Whether this is the script that sbatch runs: it has the job's variables, but srun did not start it."""
+    return env.get("ENVIRONMENT") == "BATCH" and "SLURM_STEP_ID" not in env
 
 
 def first_host(node_list: str) -> str:
@@ -102,60 +113,65 @@ def first_host(node_list: str) -> str:
 
 
 def rendezvous(world: World, env: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The five variables that torch.distributed and DeepSpeed read (`env://`), for launchers that do not set them themselves.
+    """The five variables that torch.distributed and DeepSpeed read (`env://`), for launchers that do not set
+    them.
 
-    LOCAL_RANK is the number of this process's GPU, which DeepSpeed takes it for: 0 where srun shows each process its own GPU alone.
+    LOCAL_RANK is the index of this process's GPU, since DeepSpeed takes the GPU of that index: 0 where srun
+    shows each process only its own GPU. Raises ConfigError where no variable gives the address of rank 0.
     """
-    if "MASTER_ADDR" in env:
-        address = env["MASTER_ADDR"]
-    elif world.launcher == "srun":
-        address = first_host(env.get("SLURM_JOB_NODELIST", env.get("SLURM_NODELIST", "")))
-    elif world.size == 1:
-        address = "127.0.0.1"
-    else:
-        raise ConfigError(
-            f"{world.launcher} started {world.size} processes but MASTER_ADDR is not set; set it to the host of rank 0 "
-            f"(mpirun: -x MASTER_ADDR=host)"
-        )
-    if "MASTER_PORT" in env:
-        port = env["MASTER_PORT"]
-    elif world.size == 1:
-        with socket.socket() as probe:  # several single-process runs may share a machine
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-    else:
-        port = str(DEFAULT_PORT + int(env.get("SLURM_JOB_ID", 0)) % 1000)
     device = world.local_rank
-    with suppress(ConfigError):  # a process without a GPU of its own still has to tell the others
-        device = (
-            world.device.index if world.device.type == "cuda" else device
-        )  # DeepSpeed takes the GPU of the number LOCAL_RANK
+    with suppress(ConfigError):  # a process without a GPU of its own still has to report that to the others
+        device = world.device.index if world.device.type == "cuda" else device
     return {
         "RANK": str(world.rank),
         "WORLD_SIZE": str(world.size),
         "LOCAL_RANK": str(device),
-        "MASTER_ADDR": address,
-        "MASTER_PORT": port,
+        "MASTER_ADDR": _master_address(world, env),
+        "MASTER_PORT": _master_port(world, env),
     }
+
+
+def _master_address(world: World, env: Mapping[str, str]) -> str:
+    if "MASTER_ADDR" in env:
+        return env["MASTER_ADDR"]
+    if world.launcher == "srun":
+        return first_host(env.get("SLURM_JOB_NODELIST", env.get("SLURM_NODELIST", "")))
+    if world.size == 1:
+        return "127.0.0.1"
+    raise ConfigError(
+        f"{world.launcher} started {world.size} processes but MASTER_ADDR is not set; set it to the "
+        "host of rank 0 (mpirun: -x MASTER_ADDR=host)"
+    )
+
+
+def _master_port(world: World, env: Mapping[str, str]) -> str:
+    if "MASTER_PORT" in env:
+        return env["MASTER_PORT"]
+    if world.size == 1:
+        with socket.socket() as probe:  # a free one: several single-process runs may share a machine
+            probe.bind(("127.0.0.1", 0))
+            return str(probe.getsockname()[1])
+    return str(DEFAULT_PORT + int(env.get("SLURM_JOB_ID", 0)) % 1000)
 
 
 def join(
     world: World, timeout: timedelta = timedelta(minutes=30), *, refusal: UserError | None = None
 ) -> None:
-    """Makes the process group and takes this process's device.
+    """Makes the process group and takes this process's device. Collective.
 
-    refusal: what this process cannot run with. Raises it, and in its words a UserError on all other processes, before any device is taken: a host that lacks
-    the data shall not leave the others waiting.
+    refusal: the error for which this process cannot run. It is raised here, and as a UserError with its
+    message on all other processes, before any device is taken: the others shall not wait for a host that
+    lacks the data.
     """
     os.environ.update(rendezvous(world))
-    store = _meet(world, timeout, refusal)
+    store = _meet(world, timeout, refusal or _no_shared_memory(world))
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     else:
         build_extension("ShareMemCommBuilder")  # DeepSpeed's own collectives on one host
     try:
         adopt(timeout)
-        del store  # until now: rank 0 serves the group's own store at the same port
+        del store  # not earlier: rank 0 serves the group's own store at the same port
         if world.device.type == "cpu":
             dist.barrier()
             forget_shared_buffer(world.rank)
@@ -164,66 +180,98 @@ def join(
             raise
         free = shutil.disk_usage("/dev/shm").free / 2**20
         raise Lost(
-            f"another process ended while all met, as rank {world.rank} on host {socket.gethostname()} sees it ({reason_of(error)[:200]}); what it said "
-            f"is the reason, or where a signal killed it, want of memory: {free:.0f} MiB are free in /dev/shm here, and DeepSpeed's collectives on CPUs "
+            f"another process ended while all met, as rank {world.rank} on host {socket.gethostname()} "
+            f"sees it ({reason_of(error)[:200]}); what it said is the reason, or where a signal killed it, "
+            f"want of memory: {free:.0f} MiB are free in /dev/shm here, and DeepSpeed's collectives on CPUs "
             "take 66 for each process"
         ) from error
 
 
+def _no_shared_memory(world: World) -> HostError | None:
+    """The refusal of a host whose /dev/shm has no room for the buffers of DeepSpeed's collectives on CPUs,
+    which would end in a segmentation fault.
+
+    Called before any process has taken its own buffer: each looks for the room of its own and of those with a
+    lower local rank, so the last process of the host looks for all of them.
+    """
+    if world.size == 1 or device_type() != "cpu":
+        return None
+    free, needed = shutil.disk_usage("/dev/shm").free, (world.local_rank + 1) * SHARED_BUFFER_BYTES
+    if free >= needed:
+        return None
+    return HostError(
+        f"/dev/shm has {free / 2**20:.0f} MiB free and DeepSpeed's collectives on CPUs take "
+        f"{SHARED_BUFFER_BYTES / 2**20:.0f} for each process; make it larger (docker run --shm-size=16g), or "
+        "see what fills it"
+    )
+
+
 def adopt(timeout: timedelta = timedelta(minutes=30)) -> None:
-    """Has DeepSpeed use the process group that there is, or make one. Raises ConfigError where it was imported before `INTERNSEG_DEVICE=cpu` was known."""
-    import deepspeed  # here: half a dozen seconds, and readers of the environment need none of it
+    """Makes DeepSpeed use the process group that exists, or make one. Raises ConfigError if DeepSpeed was
+    imported before `INTERNSEG_DEVICE=cpu` was known."""
+    import deepspeed  # here: it takes 6 seconds, and code that only reads the environment does without
     from deepspeed.accelerator import get_accelerator
 
     if device_type() == "cpu" and (chosen := get_accelerator().device_name()) != "cpu":
         raise ConfigError(
-            f"{VARIABLE}=cpu, but deepspeed was imported before internseg_ds and has chosen {chosen}; set DS_ACCELERATOR=cpu too"
+            f"{VARIABLE}=cpu, but deepspeed was imported before internseg_ds and has chosen {chosen}; set "
+            "DS_ACCELERATOR=cpu too"
         )
     deepspeed.init_distributed(timeout=timeout, verbose=False)
 
 
-def _meet(world: World, timeout: timedelta, refusal: UserError | None) -> dist.Store:
-    """The store that all processes share, once each has said that it can run. Raises UserError on all when one cannot."""
+def _meet(world: World, timeout: timedelta, refusal: UserError | None) -> Store:
+    """The store of all processes, once each has reported that it can run. Raises UserError on all when one
+    cannot. Collective."""
     if refusal is not None and world.size == 1:
         raise refusal
+    waiting = timeout if refusal is None else REFUSAL
     try:
-        store, *_ = next(
-            dist.rendezvous("env://", world.rank, world.size, timeout=timeout if refusal is None else REFUSAL)
-        )
-        store.set(
-            f"refusal/{world.rank}",
-            f"{refusal} (on host {socket.gethostname()})" if refusal is not None else "",
-        )
-        if world.is_main:
-            store.set(
-                "refusal",
-                next(filter(None, (store.get(f"refusal/{rank}").decode() for rank in range(world.size))), ""),
-            )
-        found = store.get("refusal").decode()
-        read = store.add("read", 1)
-        while found and world.is_main and read < world.size:  # the store goes with this process
-            time.sleep(0.05)
-            read = store.add("read", 0)
+        store, *_ = next(make_stores("env://", world.rank, world.size, timeout=waiting))
+        first_refusal = _exchange_refusals(store, world, refusal)
     except dist.DistError as error:
-        if refusal is None and world.is_main and "EADDRINUSE" in str(error):
-            raise ConfigError(
-                f"port {os.environ['MASTER_PORT']} of this host, where the processes are to meet, is in use, by another run perhaps; start with "
-                "another: --master_port N of deepspeed, --master-port N of torchrun, or MASTER_PORT=N in the environment"
-            ) from error
-        if refusal is None:
-            place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            raise Lost(
-                f"rank {world.rank} on host {socket.gethostname()} has not met the others at {place}, or one went away "
-                f"({reason_of(error)[:300]}); what the others said first is the reason"
-            ) from error
-        raise refusal from None  # the others have not come: what is wrong here is still wrong
-    if found:
-        raise refusal or UserError(found)
+        if refusal is not None:
+            raise refusal from None  # whether the others have come or not
+        raise _not_met(world, error) from error
+    if first_refusal:
+        raise refusal or UserError(first_refusal)
     return store
 
 
-def of_all_ranks(value: Any) -> list[Any]:
-    """`value` of every rank, in their order; of this one alone where there is no group. Collective."""
+def _exchange_refusals(store: Store, world: World, refusal: UserError | None) -> str:
+    """The message of the lowest rank that refuses to run; "" if none does. Collective."""
+    own = f"{refusal} (on host {socket.gethostname()})" if refusal is not None else ""
+    store.set(f"refusal/{world.rank}", own)
+    if world.is_main:
+        messages = [store.get(f"refusal/{rank}").decode() for rank in range(world.size)]
+        store.set("refusal", next(filter(None, messages), ""))
+    first = store.get("refusal").decode()
+    readers = store.add("read", 1)
+    # rank 0 is about to raise, and its store would end with it: the others must have read theirs
+    while first and world.is_main and readers < world.size:
+        time.sleep(0.05)
+        readers = store.add("read", 0)
+    return first
+
+
+def _not_met(world: World, error: dist.DistError) -> ConfigError | Lost:
+    """The error of a process that could not meet the others."""
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    if world.is_main and "EADDRINUSE" in str(error):
+        return ConfigError(
+            f"port {port} of this host, where the processes are to meet, is in use, by another run perhaps; "
+            "start with another: --master_port N of deepspeed, --master-port N of torchrun, or MASTER_PORT=N "
+            "in the environment"
+        )
+    return Lost(
+        f"rank {world.rank} on host {socket.gethostname()} has not met the others at {address}:{port}, or "
+        f"one went away ({reason_of(error)[:300]}); what the others said first is the reason"
+    )
+
+
+def gather_from_ranks(value: Any) -> list[Any]:
+    """The `value` of every rank, in the order of ranks; only this one's where there is no group.
+    Collective."""
     if not dist.is_initialized():
         return [value]
     found: list[Any] = [None] * dist.get_world_size()
@@ -231,39 +279,49 @@ def of_all_ranks(value: Any) -> list[Any]:
     return found
 
 
+def raise_on_every_rank(error: UserError | None) -> None:
+    """Raises the error of the first rank that has one, with its class and text, on every rank. Collective.
+
+    For what one rank finds by itself (a full disk, a damaged file): it must not raise where others wait for it.
+    """
+    errors = [each for each in gather_from_ranks(error and (type(error), str(error))) if each is not None]
+    if errors:
+        kind, text = errors[0]
+        raise kind(text)
+
+
 class Vote:
-    """Facts that all ranks hear of each other: `Vote(...)` tells them, without waiting for a GPU, and `result` waits for what was told, no longer than for
-    what the GPU was given before. Collective, both."""
+    """Facts of which each rank learns whether they hold on any rank: `Vote(...)` sends them, without waiting
+    for the GPU; `result` waits until they are exchanged, and for what the GPU was given before, not for what
+    it was given since. Collective, both."""
 
     def __init__(self, facts: Sequence[bool], device: torch.device) -> None:
-        told = torch.cat(
-            [torch.full((1,), int(fact), dtype=torch.int32, device=device) for fact in facts]
-        )  # filled there: a copy would wait for the GPU
-        dist.all_reduce(told, dist.ReduceOp.MAX)
-        self._told, self._event = (
-            told.to("cpu", non_blocking=True),
-            torch.cuda.Event() if device.type == "cuda" else None,
-        )
+        # filled on the device: a copy from the host would wait for the GPU
+        own = torch.cat([torch.full((1,), int(fact), dtype=torch.int32, device=device) for fact in facts])
+        dist.all_reduce(own, dist.ReduceOp.MAX)
+        self._of_any = own.to("cpu", non_blocking=True)
+        self._event = torch.cuda.Event() if device.type == "cuda" else None
         if self._event is not None:
             self._event.record()
 
     def result(self) -> list[bool]:
-        """Of each fact: whether it holds on some rank."""
+        """For each fact, whether it holds on any rank."""
         if self._event is not None:
             self._event.synchronize()
-        return [bool(fact) for fact in self._told.tolist()]
+        return [bool(fact) for fact in self._of_any.tolist()]
 
 
 def any_rank(facts: Sequence[bool], device: torch.device) -> list[bool]:
-    """Of each fact: whether it holds on some rank. Collective."""
+    """For each fact, whether it holds on any rank. Collective."""
     return Vote(facts, device).result()
 
 
 def leave() -> None:
-    """Ends the process group, if there is one. A rank that just exits can abort while another still talks to it, so every path ends here."""
+    """Ends the process group, if there is one. A rank that exits without it can abort while another still
+    sends to it."""
     if dist.is_initialized():
-        from deepspeed import (
-            comm,
-        )  # forgets the groups that it has made of this one, too, which the next engine of this process would find
+        # DeepSpeed's function also drops the groups that DeepSpeed has made, which the next engine of this
+        # process would use
+        from deepspeed import comm
 
         comm.destroy_process_group()

@@ -1,7 +1,9 @@
-"""SyncBatchNorm for tensors on any device, which never waits for one: torch's refuses CPU tensors, and reads values back from a GPU in every layer.
+"""SyncBatchNorm for tensors on any device, in which the host never waits for the GPU: torch's refuses CPU
+tensors, and reads values back from the GPU in every layer.
 
-Sources: Ioffe and Szegedy, "Batch Normalization" (2015), for the forward pass and its gradient; Chan, Golub and LeVeque, "Updating Formulae and a Pairwise
-Algorithm for Computing Sample Variances" (1979), for moments of parts put together.
+Sources: Ioffe and Szegedy, "Batch Normalization" (2015), for the forward pass and its gradient; Chan, Golub
+and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances" (1979), for moments
+of parts put together.
 """
 
 from typing import Any
@@ -12,11 +14,13 @@ from torch import Tensor, nn
 
 
 class _NormaliseOverRanks(torch.autograd.Function):
-    """x (b, c, *) -> (normalised x, mean, biased variance, number of values), the last three over all ranks and without gradients. Collective, both ways:
-    one all-gather of 2 c + 1 numbers forward, one all-reduce of 2 c backward.
+    """x (b, c, *), weight (c) or None, bias (c) or None, eps -> (normalised x (b, c, *), mean (c), biased
+    variance (c), number of values per channel ()). The last three are over all ranks and without gradients.
 
-    Moments and sums are fp32 at least, whatever dtype x, weight and bias have; each gradient has the dtype of its tensor. Weight and bias may be None. Their
-    gradients are this rank's own, which the training averages over ranks as it does all others.
+    Collective in both passes: one all-gather of 2 c + 1 numbers forward, one all-reduce of 2 c backward.
+    Moments and sums are fp32 at least (fp64 for x in fp64), whatever dtype x, weight and bias have; each
+    gradient has the dtype of its tensor. The gradients of weight and bias are this rank's; the training
+    averages them over ranks as all others.
     """
 
     @staticmethod
@@ -24,23 +28,14 @@ class _NormaliseOverRanks(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         dtype = torch.promote_types(x.dtype, torch.float32)
-        variance, mean = torch.var_mean(x.to(dtype), _positions(x), correction=0)
-        own = torch.cat([mean, variance, mean.new_full((1,), x.numel() // x.size(1))])
-        parts = own.new_empty(_ranks() * own.numel())
-        if _ranks() > 1:
-            dist.all_gather_into_tensor(parts, own)
-        else:
-            parts.copy_(own)
-        means, variances, counts = parts.view(_ranks(), -1).double().split([x.size(1), x.size(1), 1], dim=1)
-        total = counts.sum()
-        mean = (counts * means).sum(0) / total
-        variance = (counts * (variances + (means - mean).square())).sum(0) / total
+        mean, variance, total = _moments_over_ranks(x.to(dtype))
         scale = (variance + eps).rsqrt().to(dtype)
         mean, variance = mean.to(dtype), variance.to(dtype)
         ctx.save_for_backward(x, weight, mean, scale, total)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        wide = [None if value is None else value.to(dtype) for value in (weight, bias)]
-        result = nn.functional.batch_norm(x, mean, variance, *wide, False, 0.0, eps)
+        wide_weight = None if weight is None else weight.to(dtype)
+        wide_bias = None if bias is None else bias.to(dtype)
+        result = nn.functional.batch_norm(x, mean, variance, wide_weight, wide_bias, False, 0.0, eps)
         ctx.mark_non_differentiable(mean, variance, total)
         return result, mean, variance, total
 
@@ -66,7 +61,26 @@ class _NormaliseOverRanks(torch.autograd.Function):
         )
 
 
+def _moments_over_ranks(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x (b, c, *) fp32 or fp64 -> (mean (c), biased variance (c), number of values per channel ()) over all
+    ranks, in fp64. Collective."""
+    channels = x.size(1)
+    variance, mean = torch.var_mean(x, _positions(x), correction=0)
+    own = torch.cat([mean, variance, mean.new_full((1,), x.numel() // channels)])
+    of_ranks = own.new_empty(_ranks() * own.numel())
+    if _ranks() > 1:
+        dist.all_gather_into_tensor(of_ranks, own)
+    else:
+        of_ranks.copy_(own)
+    means, variances, counts = of_ranks.view(_ranks(), -1).double().split([channels, channels, 1], dim=1)
+    total = counts.sum()
+    mean = (counts * means).sum(0) / total
+    variance = (counts * (variances + (means - mean).square())).sum(0) / total
+    return mean, variance, total
+
+
 def _positions(x: Tensor) -> list[int]:
+    """The dimensions over which a channel's moments are taken."""
     return [dim for dim in range(x.dim()) if dim != 1]
 
 
@@ -75,46 +89,48 @@ def _ranks() -> int:
 
 
 class AnyDeviceSyncBatchNorm(nn.SyncBatchNorm):
-    """torch.nn.SyncBatchNorm: its parameters, buffers and results. Collective in training where there is more than one rank.
-
-    A GPU without other ranks uses torch's plain kernel.
-    """
+    """torch.nn.SyncBatchNorm: with the same parameters, buffers and results. Collective in training where
+    there is more than one rank. One GPU alone uses torch's plain kernel."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (b, c, *) floating point -> the same shape and dtype, normalised over the batch and positions of all ranks.
+        """x (b, c, *) floating point -> the same shape and dtype, normalised over the batch and positions of
+        all ranks.
 
         Raises ValueError for one value per channel in training, which has no variance.
         """
         if not self.training:
-            own = self.running_mean is None  # of this batch and rank alone, as torch has it
+            # without running moments, those of this rank's batch, as in torch
+            own = self.running_mean is None
             return nn.functional.batch_norm(
                 x, self.running_mean, self.running_var, self.weight, self.bias, own, 0.0, self.eps
             )
         if _ranks() * x.numel() <= x.size(1):
             raise ValueError(
-                f"batch norm needs more than one value per channel in training, got input {tuple(x.shape)} on one process; "
-                "raise data.samples_per_gpu"
+                f"batch norm needs more than one value per channel in training, got input {tuple(x.shape)} "
+                "on one process; raise data.samples_per_gpu"
             )
         if x.is_cuda and _ranks() == 1:
             return super().forward(x)
         result, mean, variance, total = _NormaliseOverRanks.apply(x, self.weight, self.bias, self.eps)
         if self.track_running_stats:
-            with torch.no_grad():
-                self.num_batches_tracked.add_(1)
-                momentum = (
-                    self.momentum
-                    if self.momentum is not None
-                    else 1 / self.num_batches_tracked.to(self.running_mean.dtype)
-                )
-                self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
-                self.running_var.lerp_(
-                    (variance * (total / (total - 1)).to(variance.dtype)).to(self.running_var.dtype), momentum
-                )
+            self._update_running_moments(mean, variance, total)
         return result
+
+    @torch.no_grad()
+    def _update_running_moments(self, mean: Tensor, variance: Tensor, total: Tensor) -> None:
+        """mean (c), biased variance (c) and number of values per channel () of a batch over all ranks."""
+        running_mean, running_var, batches = self.running_mean, self.running_var, self.num_batches_tracked
+        assert running_mean is not None and running_var is not None and batches is not None
+        batches.add_(1)
+        # without a momentum, the average of all batches
+        momentum = self.momentum if self.momentum is not None else 1 / batches.to(running_mean.dtype)
+        unbiased = variance * (total / (total - 1)).to(variance.dtype)
+        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+        running_var.lerp_(unbiased.to(running_var.dtype), momentum)
 
 
 def allow_any_device(model: nn.Module) -> None:
-    """Lets every nn.SyncBatchNorm of `model` take CPU tensors too, and wait for no GPU; names and values stay."""
+    """Makes every nn.SyncBatchNorm of `model` an AnyDeviceSyncBatchNorm, with the same names and values."""
     for module in model.modules():
         if isinstance(module, nn.SyncBatchNorm):  # torch's, or mmcv's subclass of it
             module.__class__ = AnyDeviceSyncBatchNorm

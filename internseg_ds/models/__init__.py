@@ -1,11 +1,12 @@
-"""Backbones and heads, registered in mmseg under their published names. Plain modules: they know nothing of DeepSpeed."""
+"""Backbones and heads, registered in mmseg under their published names. Plain modules: they know nothing of
+DeepSpeed."""
 
 from internseg_ds.models.beit import MAE, BEiT
 from internseg_ds.models.fcn_head import FCNHead
-from internseg_ds.models.intern_image import InternImage
-from internseg_ds.models.intern_vit_6b import InternViT6B
-from internseg_ds.models.mask2former import EncoderDecoderMask2Former
-from internseg_ds.models.vit_adapter import InternViTAdapter
+from internseg_ds.models.intern_image.intern_image import InternImage
+from internseg_ds.models.intern_vit.intern_vit_6b import InternViT6B
+from internseg_ds.models.intern_vit.vit_adapter import InternViTAdapter
+from internseg_ds.models.mask2former.segmentor import EncoderDecoderMask2Former
 
 __all__ = [
     "MAE",

@@ -1,102 +1,128 @@
-"""What the engine reads of a segmentor's backbone beside its forward, and what it does where a backbone says nothing.
+"""What the engine reads of a segmentor's backbone beside its forward, and the defaults where a backbone does
+not have it.
 
-Any module of mmseg's BACKBONES registry trains as it is. What differs between backbones is said by the backbone's own attributes, listed in `Backbone`;
-nothing above this package knows one by name. docs/adding_a_backbone.md goes through them with an example.
+Any module of mmseg's BACKBONES registry trains as it is. What differs between backbones is stated by the
+backbone's own attributes, listed in `Backbone`; no code outside `internseg_ds/models` knows a backbone by
+name. docs/adding_a_backbone.md goes through the attributes with an example.
 """
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from internseg_ds.models.recomputation import Recomputation
+from internseg_ds.models.activation_checkpointing import CheckpointingPolicy
+
+CanResize = Callable[[torch.Size, torch.Size], bool]
+"""Whether a tensor can be resized: (its shape in the file, the parameter's shape in the model)."""
+Resize = Callable[[Tensor, torch.Size], Tensor]
+"""Resizes: (the tensor in the file, the parameter's shape in the model) -> a tensor of that shape."""
 
 
 class Backbone(Protocol):
-    """Every attribute and method, none of which a backbone must have; below each, what it is for, and what happens without it."""
+    """Every attribute and method, all of them optional; below each, what it is for, and what happens
+    without it."""
 
     patch_size: int | tuple[int, int]
-    """Pixels whose multiples the sides of an image must be: crops are checked before a run, evaluated images padded. Without: images of any size."""
+    """Pixels whose multiples the sides of an image must be: crops are checked before a run, evaluated images
+    padded. Without: images of any size."""
     follows_dtype: bool
-    """Whether all of it computes in the dtype of its input. Without: in bf16 it runs under torch.autocast, which brings together what it mixes
-    (a mask or a grid that is made in fp32), and has its layer norms and softmaxes in fp32."""
+    """Whether all of it computes in the dtype of its input. Without: in bf16 it runs under torch.autocast,
+    which converts operands of different dtypes (a mask or a grid that is made in fp32) and computes layer
+    norms and softmaxes in fp32."""
     with_cp: bool
-    recomputation: Recomputation
-    """What `run_block` (models/recomputation.py) is to keep of a block, where `with_cp` is true. Without: `engine.recomputation` must be "auto" or "config"."""
+    recomputation: CheckpointingPolicy
+    """What `run_block` (models/activation_checkpointing.py) keeps of a block, where `with_cp` is true.
+    Without: `engine.recomputation` must be "auto" or "config"."""
     depth: int
-    """Layers, for layer-wise learning-rate decay. With `layer_id` only."""
+    """Number of layers, for layer-wise learning-rate decay. With `layer_id` only."""
     depths: tuple[int, ...]
-    """Layers of each level; `paramwise_cfg.depths` must repeat it. Without: a config that has `paramwise_cfg.depths` is refused."""
+    """Number of layers of each level; `paramwise_cfg.depths` must repeat it. Without: a config that has
+    `paramwise_cfg.depths` is an error."""
     no_decay_words: tuple[str, ...]
-    """Under layer-wise decay, parameters whose names hold one of these get no weight decay. Without: only vectors and biases get none."""
+    """Under layer-wise decay, parameters whose names contain one of these get no weight decay. Without: only
+    vectors and biases get none."""
     pretrained: str | None
-    """The weight file that the engine loads before the first step. Without: the checkpoint of mmcv's init_cfg=dict(type="Pretrained", checkpoint=PATH)."""
+    """The weight file that the engine loads before the first step. Without: the checkpoint of mmcv's
+    init_cfg=dict(type="Pretrained", checkpoint=PATH)."""
     pretrained_extras: tuple[str, ...]
-    """Prefixes of names that weight files hold beside the backbone, other than those of the usual classifiers (fc., head., classifier., ...)."""
+    """Key prefixes that weight files hold beside the backbone, other than those of the usual classifiers
+    (fc., head., classifier., ...)."""
     not_pretrained: tuple[str, ...]
-    """Prefixes of names that weight files lack; they keep their initial values. Without: a missing name is an error."""
-    resizable: Mapping[
-        str, tuple[Callable[[torch.Size, torch.Size], bool], Callable[[Tensor, torch.Size], Tensor]]
-    ]
-    """Parameters whose shape in a file may differ: whether (the file's, the model's) shapes can be brought together, and how.
-    Without: a difference is an error."""
+    """Key prefixes that weight files lack; these parameters keep their initial values. Without: a missing
+    key is an error."""
+    resizable: Mapping[str, tuple[CanResize, Resize]]
+    """Parameters whose shape in a file may differ: whether it can be resized, and how. Without: a
+    difference is an error."""
     arguments: Mapping[str, Any]
-    """The constructor arguments that `arguments_of` is held against."""
-
+    """The constructor arguments that `arguments_of` is compared with."""
     layouts: tuple[str, ...]
-    """The published layouts that `exported` knows. With `exported` only."""
+    """The published key layouts that `exported` knows. With `exported` only."""
 
     def layer_id(self, name: str) -> int:
-        """The layer of a parameter, 0 to depth + 1; name is relative to the backbone. Without: layer-wise decay is refused, and all layers learn alike."""
+        """The layer of a parameter, 0 to depth + 1; name is relative to the backbone. Without: layer-wise
+        decay is an error, and all layers have the same learning rate."""
 
     def is_offset(self, name: str) -> bool:
-        """Whether `paramwise_cfg.offset_lr_scale` scales this parameter's learning rate. Without: a scale other than 1 is refused."""
+        """Whether `paramwise_cfg.offset_lr_scale` scales this parameter's learning rate. Without: a scale
+        other than 1 is an error."""
 
     @staticmethod
     def published_sources(names: Collection[str]) -> tuple[str, dict[str, tuple[str, ...]]] | None:
-        """How a file with these names holds the backbone: (prefix of its names, ours -> theirs; several of theirs are joined along the first dimension).
+        """Where a file with these keys holds the backbone: (prefix of its keys, our name -> their keys;
+        several of theirs are concatenated along the first dimension).
 
-        None, or no such method: by the backbone's own names.
+        None, or no such method: under the backbone's own names.
         """
 
     @staticmethod
     def arguments_of(config: Mapping[str, Any]) -> dict[str, Any]:
-        """Arguments that a folder's config.json asks for; a run whose backbone has others is refused. Without: the shapes alone must fit."""
+        """Constructor arguments that a weight folder's config.json states; a backbone with others is an
+        error. Without: only the shapes must match."""
 
     def exported(self, layout: str) -> tuple[dict[str, tuple[str, ...]], dict[str, Any] | None]:
-        """ours -> theirs in a published layout, and its config.json or None. Without: consolidate.py --backbone is refused."""
+        """Our name -> their keys in a published layout, and the layout's config.json or None. Without:
+        consolidate.py --backbone is an error."""
 
 
 def patch_size(backbone: nn.Module) -> int:
     """Pixels whose multiples the height and width of its images must be."""
-    size = getattr(backbone, "patch_size", 1)
+    size: Any = getattr(backbone, "patch_size", 1)
     return math.lcm(*size) if isinstance(size, (list, tuple)) else size
 
 
 def vector_length(backbone: nn.Module) -> int:
-    """The commonest length of its 1-d parameters: the width of its blocks, whatever they call it. 1024 where there are none."""
+    """The most common length of its 1-d parameters (of several the largest), which is the width of its blocks
+    whatever the backbone calls it. 1024 where there are none."""
     lengths = Counter(param.numel() for param in backbone.parameters() if param.dim() == 1)
     return max(lengths, key=lambda length: (lengths[length], length), default=1024)
 
 
 def pretrained_file(backbone: nn.Module) -> Any:
-    """Its `pretrained`, or the checkpoint of its `init_cfg`, which is the same in mmseg; None for initial values."""
+    """Its `pretrained`, or else the checkpoint of its `init_cfg`, which means the same in mmseg; None for
+    initial values."""
     pretrained = getattr(backbone, "pretrained", None)
     return checkpoint_of(getattr(backbone, "init_cfg", None)) if pretrained is None else pretrained
 
 
 def forget_pretrained(segmentor: nn.Module) -> None:
-    """Takes mmcv's Pretrained out of every init_cfg: its modules would each read the whole file on each rank, and pass over names that do not fit."""
-    for module in segmentor.modules():
+    """Remove mmcv's Pretrained from every `init_cfg` of a built segmentor.
+
+    mmcv would let each of these modules read the whole file on each rank, and skip keys that do not match.
+    The engine loads the file itself.
+    """
+    modules: Iterator[Any] = segmentor.modules()
+    for module in modules:
         if checkpoint_of(getattr(module, "init_cfg", None)) is not None:
             module.init_cfg = None
 
 
 def pretrained_elsewhere(segmentor: nn.Module) -> list[str]:
-    """Names of the modules whose init_cfg asks for weights of their own, other than the backbone; "" is the segmentor."""
+    """Names of the modules other than the backbone whose `init_cfg` names weights of their own; "" is the
+    segmentor."""
     return [
         name
         for name, module in segmentor.named_modules()
@@ -105,12 +131,8 @@ def pretrained_elsewhere(segmentor: nn.Module) -> list[str]:
 
 
 def checkpoint_of(init_cfg: Any) -> Any:
-    """The checkpoint of mmcv's Pretrained in an init_cfg, which may be a list; None where there is none."""
-    return next(
-        (
-            entry.get("checkpoint")
-            for entry in (init_cfg if isinstance(init_cfg, list) else [init_cfg])
-            if isinstance(entry, Mapping) and entry.get("type") == "Pretrained"
-        ),
-        None,
-    )
+    """The checkpoint of mmcv's Pretrained in an `init_cfg`, which may be a list; None where there is none."""
+    for entry in init_cfg if isinstance(init_cfg, list) else [init_cfg]:
+        if isinstance(entry, Mapping) and entry.get("type") == "Pretrained":
+            return entry.get("checkpoint")
+    return None

@@ -1,8 +1,9 @@
-"""mmseg's `BEiT` and `MAE`, whose tables of relative positions are brought to another image size without a function that SciPy 1.14 has taken away.
+"""mmseg's `BEiT` and `MAE`, whose relative-position bias tables are resized to another image size without
+`scipy.interpolate.interp2d`, which SciPy 1.14 removed.
 
-In: weight files, by mmseg's own `init_weights`. Out: tables at the model's size. mmseg calls the method that is replaced here by a private name;
-tests/models/test_beit.py tells when it does so no more.
-Source: Bao et al., "BEiT", 2022, and microsoft/unilm `beit/semantic_segmentation/mmcv_custom/checkpoint.py`.
+In: weight files, read by mmseg's own `init_weights`. Out: bias tables at the model's size. The replaced
+method is private to mmseg; tests/models/test_beit.py fails when mmseg no longer calls it. Source: Bao et al.,
+"BEiT", 2022, and microsoft/unilm `beit/semantic_segmentation/mmcv_custom/checkpoint.py`.
 """
 
 import mmseg.models.backbones
@@ -14,44 +15,59 @@ from torch import Tensor
 
 
 def resize_bias_table(table: Tensor, side: int) -> Tensor:
-    """A table (s * s, heads) of biases by relative position, -(s // 2) to s // 2 in each direction, brought to (side * side, heads), in its dtype.
+    """Resize a relative-position bias table.
 
-    The known positions are spread so that distances grow by a constant ratio from the middle outwards, where they reach the new edge: near the middle biases
-    stay where they are. Between them lie cubic splines.
+    table: (s * s, heads), any float dtype; its s positions per axis are the offsets -(s // 2) to s // 2.
+    Returns (side * side, heads) in the same dtype.
+
+    The known positions are placed so that their distances grow by a constant ratio from the middle outwards
+    and the outermost reach the new edge: biases near the middle stay where they are. Between them the values
+    are interpolated by cubic splines.
     """
     known = round(len(table) ** 0.5)
-    places, wanted = spread(known // 2, side // 2), np.arange(-(side // 2), side // 2 + 1, dtype=np.float64)
+    positions = geometric_positions(known // 2, side // 2)
+    wanted = np.arange(-(side // 2), side // 2 + 1, dtype=np.float64)
+    order = min(3, known - 1)  # a spline of order k needs k + 1 positions
     columns = []
     for head in table.double().unbind(1):
-        order = min(3, known - 1)
-        spline = RectBivariateSpline(places, places, head.view(known, known).numpy(), kx=order, ky=order)
+        values = head.view(known, known).numpy()
+        spline = RectBivariateSpline(positions, positions, values, kx=order, ky=order)
         columns.append(torch.from_numpy(spline(wanted, wanted).ravel()))
     return torch.stack(columns, 1).to(table)
 
 
-def spread(steps: int, reach: int) -> np.ndarray:
-    """Places -d_n, ..., -d_1, 0, d_1, ..., d_n (n = steps) with d_k = 1 + q + ... + q^(k-1), and q between 1.01 and 1.5 so that d_n comes next to `reach`."""
-    low, high = 1.01, 1.5
+def geometric_positions(steps: int, reach: int) -> np.ndarray:
+    """Positions -d_n, ..., -d_1, 0, d_1, ..., d_n with n = steps and d_k = 1 + q + ... + q^(k-1), (2 n + 1)
+    float64.
+
+    q is found by bisection between 1.01 and 1.5, the bounds of the published code, so that d_n is close to
+    `reach`.
+    """
+    low = 1.01
+    high = 1.5
     while high - low > 1e-6:
         ratio = (low + high) / 2
-        low, high = (low, ratio) if (1 - ratio**steps) / (1 - ratio) > reach else (ratio, high)
+        if (1 - ratio**steps) / (1 - ratio) > reach:  # d_n of this ratio
+            high = ratio
+        else:
+            low = ratio
     distances = np.cumsum(ratio ** np.arange(steps))
     return np.concatenate([-distances[::-1], [0.0], distances])
 
 
-class _Resizing:
+class _SplineResizing:
     def _geometric_sequence_interpolation(
         self, src_size: int, dst_size: int, sequence: Tensor, num: int
     ) -> Tensor:
-        """mmseg's method of this name: sequence (src_size ** 2, num) -> (dst_size ** 2, num)."""
+        """mmseg's method of this name. sequence: (src_size ** 2, num) -> (dst_size ** 2, num)."""
         return resize_bias_table(sequence, dst_size)
 
 
 @BACKBONES.register_module(force=True)
-class BEiT(_Resizing, mmseg.models.backbones.BEiT):
-    """mmseg's class."""
+class BEiT(_SplineResizing, mmseg.models.backbones.BEiT):
+    """mmseg's class, with its constructor arguments."""
 
 
 @BACKBONES.register_module(force=True)
-class MAE(_Resizing, mmseg.models.backbones.MAE):
-    """mmseg's class."""
+class MAE(_SplineResizing, mmseg.models.backbones.MAE):
+    """mmseg's class, with its constructor arguments."""

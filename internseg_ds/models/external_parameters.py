@@ -1,15 +1,23 @@
-"""Parameters that a module reads although a child owns them, whose own forward, where ZeRO-3 would gather them, never runs."""
+"""Parameters that a module reads although one of its children owns them.
+
+ZeRO-3 gathers a partitioned parameter in a hook before the forward of the module that owns it. A module that
+reads a parameter of its child without calling the child would find the partitioned, empty one. For these,
+DeepSpeed has `deepspeed.zero.register_external_parameter(module, param)`: the hooks of the reading module
+then gather the parameter as well. This file knows which modules need it; `distributed/construction.py`
+registers what it names.
+"""
 
 from mmseg.models.decode_heads.knet_head import IterativeDecodeHead
 from torch import nn
 
 
 def external_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Those of `module`, by their names in it: torch's MultiheadAttention reads the weights of its `out_proj`, K-Net's head takes the weights of a
-    classifier for its first kernels."""
+    """The external parameters of `module` by their names in it; empty for most modules."""
     if isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward:
+        # torch's fused function takes the weights of out_proj as arguments
         return {f"out_proj.{name}": param for name, param in module.out_proj.named_parameters()}
     if isinstance(module, IterativeDecodeHead):
+        # K-Net's first kernels are the weights of this classifier
         return {
             f"kernel_generate_head.conv_seg.{name}": param
             for name, param in module.kernel_generate_head.conv_seg.named_parameters()

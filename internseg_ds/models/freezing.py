@@ -1,27 +1,30 @@
-"""Freezing parts of a segmentor by their names, as `engine.freeze` asks for: built models and meta ones alike."""
+"""Freezing parts of a segmentor by name, as `engine.freeze` asks for. Works on models on the meta device
+too."""
 
 import difflib
-import functools
 from collections.abc import Sequence
 
 from torch import nn
 
-from internseg_ds.models.derived_class import derived_class
+from internseg_ds.models.derived_class import ModuleClass, derived_class, once_per_class
 
 
 def freeze(segmentor: nn.Module, names: Sequence[str]) -> None:
-    """Takes the parameters of the named modules (`backbone.layer1`), and named parameters, out of the training.
+    """Freeze the named modules ("backbone.layer1") and the named parameters.
 
-    A module that is named runs as in an evaluation, whatever mode the segmentor is in: its batch norms use the statistics that they have and
-    keep them, and it drops nothing. Raises ValueError for a name that is none.
+    A named module stays in eval mode whatever mode the segmentor is in: its batch norms use their running
+    statistics and do not update them, and its dropout and drop-path layers do nothing. A named parameter does
+    not train, and its module runs as before. Raises ValueError for a name that the model does not have.
     """
-    modules, params = dict(segmentor.named_modules()), dict(segmentor.named_parameters())
+    modules = dict(segmentor.named_modules())
+    params = dict(segmentor.named_parameters())
     for name in names:
         if name in params:
             params[name].requires_grad_(False)
-        elif name and name in modules:
+        elif name and name in modules:  # "" is the segmentor itself
             module = modules[name]
             module.requires_grad_(False)
+            # eval() alone would be undone by the segmentor's train(), which every evaluation ends with
             module.__class__ = _frozen_class(type(module))
             module.eval()
         else:
@@ -29,8 +32,8 @@ def freeze(segmentor: nn.Module, names: Sequence[str]) -> None:
             raise ValueError(f"the model has no part {name!r}; did you mean {near[0]!r}?")
 
 
-@functools.cache
-def _frozen_class(owner: type[nn.Module]) -> type[nn.Module]:
+@once_per_class
+def _frozen_class(owner: ModuleClass) -> ModuleClass:
     """A subclass of `owner` that stays in eval mode."""
 
     def train(self: nn.Module, mode: bool = True) -> nn.Module:

@@ -1,7 +1,10 @@
-"""Layers that several backbones have: norms and activations by the names that published configs use, linear layers and residual branches.
+"""Layers that several backbones have: norms and activations by the names that published configs use, linear
+layers and drop-path.
 
-A norm sits in a small Sequential together with the permutations that it needs, so its parameters are called `.0.weight`, or `.1.weight` behind a permutation.
-None of them chooses a dtype.
+None of them chooses a dtype: each computes in that of its input. Parameter names: a norm sits in a small
+Sequential together with the permutations that it needs, so its parameters are called `.0.weight`, or
+`.1.weight` behind a permutation, as in the published code. Letters: b images, (h, w) a map's size, c
+channels.
 """
 
 from collections.abc import Sequence
@@ -14,26 +17,39 @@ from torch import Tensor, nn
 from internseg_ds.models.norms import TokenLayerNorm
 
 Format = Literal["channels_first", "channels_last"]
+"""(b, c, h, w) or (b, h, w, c)."""
 
 
-def made_on_device(numbers: Sequence[float], like: Tensor) -> Tensor:
-    """`numbers` as a vector of `like`'s dtype on its device, filled there: a copy of them from the host would have to wait for the device.
+def vector_on_device(numbers: Sequence[float], like: Tensor) -> Tensor:
+    """Make a vector (len(numbers)) in the dtype and on the device of `like` without waiting for the device.
 
-    A kernel for each run of equal numbers, so for a few of them, or many that are alike.
+    `torch.tensor(numbers, device="cuda")` copies from pageable host memory, for which the host waits. Here
+    the values are filled in on the device, by one kernel for each run of equal numbers: meant for a few
+    numbers, or for many of which most are equal.
     """
     return torch.cat([like.new_full((len(list(run)),), number) for number, run in groupby(numbers)])
 
 
 class ToChannelsFirst(nn.Module):
+    """A permutation as a module, so that a Sequential can hold it."""
+
     def forward(self, x: Tensor) -> Tensor:
-        """(b, h, w, c) -> (b, c, h, w), a view."""
+        """x: (b, h, w, c) -> (b, c, h, w), a view."""
         return x.permute(0, 3, 1, 2)
 
 
 class ToChannelsLast(nn.Module):
+    """A permutation as a module, so that a Sequential can hold it."""
+
     def forward(self, x: Tensor) -> Tensor:
-        """(b, c, h, w) -> (b, h, w, c), a view."""
+        """x: (b, c, h, w) -> (b, h, w, c), a view."""
         return x.permute(0, 2, 3, 1)
+
+
+PERMUTATIONS: dict[Format, type[nn.Module]] = {
+    "channels_first": ToChannelsFirst,
+    "channels_last": ToChannelsLast,
+}
 
 
 def build_norm(
@@ -43,24 +59,28 @@ def build_norm(
     out_format: Format = "channels_last",
     eps: float = 1e-6,
 ) -> nn.Sequential:
-    """LayerNorm over the channels of each position ("LN", with this eps) or batch norm ("BN"), between features of these formats.
+    """Build LayerNorm over the channels of each position ("LN", with this eps) or batch norm ("BN"), for
+    features that come in `in_format` and leave in `out_format`.
 
-    Raises ValueError for another name.
+    Raises ValueError for another norm_layer.
     """
+    norm: nn.Module
+    runs_on: Format
     if norm_layer == "LN":
-        norm, runs_on = TokenLayerNorm(channels, eps=eps), "channels_last"
+        norm = TokenLayerNorm(channels, eps=eps)
+        runs_on = "channels_last"
     elif norm_layer == "BN":
-        norm, runs_on = nn.BatchNorm2d(channels), "channels_first"
+        norm = nn.BatchNorm2d(channels)
+        runs_on = "channels_first"
     else:
         raise ValueError(f"norm_layer={norm_layer!r} is neither 'LN' nor 'BN'")
-    permutation = {"channels_first": ToChannelsFirst, "channels_last": ToChannelsLast}
-    before = [permutation[runs_on]()] if in_format != runs_on else []
-    after = [permutation[out_format]()] if out_format != runs_on else []
+    before = [PERMUTATIONS[runs_on]()] if in_format != runs_on else []
+    after = [PERMUTATIONS[out_format]()] if out_format != runs_on else []
     return nn.Sequential(*before, norm, *after)
 
 
 def build_activation(act_layer: str) -> nn.Module:
-    """ "GELU", "ReLU" or "SiLU". Raises ValueError for another name."""
+    """Build "GELU", "ReLU" or "SiLU". Raises ValueError for another name."""
     activations = {"GELU": nn.GELU, "ReLU": nn.ReLU, "SiLU": nn.SiLU}
     if act_layer not in activations:
         raise ValueError(f"act_layer={act_layer!r} is none of {', '.join(activations)}")
@@ -68,7 +88,7 @@ def build_activation(act_layer: str) -> nn.Module:
 
 
 class TruncNormalLinear(nn.Linear):
-    """A Linear that starts from a truncated normal of standard deviation 0.02 and zero bias."""
+    """A Linear initialised from a truncated normal of standard deviation 0.02, with zero bias."""
 
     def reset_parameters(self) -> None:
         nn.init.trunc_normal_(self.weight, std=0.02)
@@ -76,33 +96,44 @@ class TruncNormalLinear(nn.Linear):
             nn.init.zeros_(self.bias)
 
 
-class DropPath(nn.Module):
-    """Drops a residual branch of whole images with probability `drop_prob`, and scales what stays by 1 / (1 - drop_prob)
-    (Huang et al., Stochastic Depth, 2016).
+class XavierLinear(nn.Linear):
+    """A Linear initialised from Xavier's uniform distribution, with zero bias."""
 
-    The coin is exact in every dtype; mmcv's adds a uniform number to 1 - drop_prob in the dtype of x, which bf16 rounds to another probability.
-    Raises ValueError unless 0 <= drop_prob < 1.
+    def reset_parameters(self) -> None:
+        nn.init.xavier_uniform_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: zero a residual branch for whole images with probability `drop_prob`, and scale the
+    others by 1 / (1 - drop_prob) (Huang et al., "Deep networks with stochastic depth", 2016).
+
+    The Bernoulli draw is exact in every dtype. mmcv's DropPath adds a uniform number to 1 - drop_prob in the
+    dtype of x, which in bf16 rounds to another probability. Raises ValueError unless 0 <= drop_prob < 1.
     """
 
     def __init__(self, drop_prob: float) -> None:
         super().__init__()
         if not 0 <= drop_prob < 1:
             raise ValueError(
-                f"a drop-path rate of {drop_prob:g} is not at least 0 and below 1, where no image would be left (drop_path_rate)"
+                f"a drop-path rate of {drop_prob:g} is not at least 0 and below 1, where no image would be "
+                "left (drop_path_rate)"
             )
         self.drop_prob = drop_prob
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (b, ...) -> the same shape and dtype."""
+        """x: (b, ...) -> the same shape and dtype."""
         if not self.training:
             return x
         keep = 1 - self.drop_prob
-        kept = torch.empty(len(x), *[1] * (x.dim() - 1), dtype=torch.float32, device=x.device).bernoulli_(
-            keep
-        )
-        return x * (kept / keep).to(x.dtype)
+        mask = torch.empty(len(x), *[1] * (x.dim() - 1), dtype=torch.float32, device=x.device)
+        mask.bernoulli_(keep)  # 1 for images that keep the branch
+        return x * (mask / keep).to(x.dtype)
 
 
 def without_autocast(like: Tensor) -> torch.autocast:
-    """Inside: products on the device of `like` are computed in the dtype of their factors. Tensors on the meta device know no autocast; the CPU's is taken."""
+    """A context in which operations on the device of `like` compute in the dtype of their inputs.
+
+    Autocast does not know the meta device, whose tensors the CPU's setting governs.
+    """
     return torch.autocast("cpu" if like.is_meta else like.device.type, enabled=False)

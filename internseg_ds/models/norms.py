@@ -1,7 +1,13 @@
-"""Normalisation layers of the backbones: RMSNorm (InternViT) or LayerNorm (InternImage, too) over the channels of tokens or of channels-last
-feature maps, and LayerNorm for channels-first feature maps.
+"""Normalisation layers of the backbones: RMSNorm and LayerNorm over the channels of tokens or of
+channels-last feature maps, and LayerNorm for channels-first feature maps.
 
-In and out: the same shape and dtype; the kernels sum in fp32 inside. Which RMSNorm kernel a machine runs is measured once and logged.
+In and out: the same shape and dtype; the kernels sum in fp32 inside. Which RMSNorm kernel a machine runs is
+measured once and logged. Letters: b images, (h, w) a map's size, c or width the channels.
+
+Every norm casts its weight to the dtype of its input in each forward. The dtype of the weights is not the
+norm's choice: an engine of DeepSpeed stores all parameters in one dtype, and a norm whose input has another
+(a backbone that computes in bf16 from fp32 weights) needs a copy. A second, stored copy would be another
+parameter to partition, to update and to save.
 """
 
 import functools
@@ -21,14 +27,17 @@ Kernel = Callable[[Tensor, Tensor, float], Tensor]
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; the mean is taken in fp32 (Zhang and Sennrich, 2019, equation 4).
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; the mean is taken in fp32 (Zhang and
+    Sennrich, 2019, equation 4).
 
-    Runs torch's rms_norm, or apex's fused kernel where apex is installed and faster on this GPU (which one is logged).
+    Runs torch's rms_norm, or apex's fused kernel where apex is installed and faster on this GPU (which one is
+    logged).
     """
 
     def __init__(self, width: int, eps: float = 1e-6) -> None:
         super().__init__()
-        self.width, self.eps = width, eps
+        self.width = width
+        self.eps = eps
         self.weight = nn.Parameter(torch.empty(width))
         self.reset_parameters()
 
@@ -36,25 +45,26 @@ class RMSNorm(nn.Module):
         nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., width) -> the same shape and dtype."""
+        """x: (..., width) -> the same shape and dtype."""
         kernel = rms_norm_kernel(self.width, x.dtype, x.device)
-        return kernel(x, self.weight.to(x.dtype), self.eps).to(
-            x.dtype
-        )  # the last cast: under autocast norms return fp32
+        # the cast of the result: under autocast norms return fp32
+        return kernel(x, self.weight.to(x.dtype), self.eps).to(x.dtype)
 
 
 def torch_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x (..., width) and weight (width) of one dtype -> (..., width)."""
+    """x: (..., width), weight: (width), of one dtype -> (..., width) in that dtype."""
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
 def apex_rms_norm() -> Kernel | None:
-    """NVIDIA apex's fused kernel, or None where apex or its compiled extension is missing (`apex` of the package index is something else)."""
+    """NVIDIA apex's fused kernel, or None where apex or its compiled extension is missing (`apex` of the
+    package index is something else)."""
     try:
-        importlib.import_module(
-            "fused_layer_norm_cuda"
-        )  # apex imports without it and fails at the first call
-        from apex.normalization.fused_layer_norm import fused_rms_norm_affine
+        # apex can be imported without its extension, and fails at the first call
+        importlib.import_module("fused_layer_norm_cuda")
+        from apex.normalization.fused_layer_norm import (  # type: ignore[import-not-found]  # optional
+            fused_rms_norm_affine,
+        )
     except ImportError:
         return None
     return lambda x, weight, eps: fused_rms_norm_affine(x, weight, weight.shape, eps)
@@ -62,16 +72,16 @@ def apex_rms_norm() -> Kernel | None:
 
 @functools.cache
 def rms_norm_kernel(width: int, dtype: torch.dtype, device: torch.device) -> Kernel:
-    """torch's kernel, or apex's where it is installed and faster at this width: chosen once per process, and logged."""
+    """Choose torch's kernel, or apex's where it is installed and faster at this width: once per process,
+    logged."""
+    apex = None
+    if device.type == "cuda" and dtype in (torch.float32, torch.float16, torch.bfloat16):
+        apex = apex_rms_norm()
     kernels: dict[str, Kernel] = {"torch": torch_rms_norm}
-    apex = (
-        apex_rms_norm()
-        if device.type == "cuda" and dtype in (torch.float32, torch.float16, torch.bfloat16)
-        else None
-    )
+    name, why = "torch", "no other here"
     if apex is not None:
         kernels["apex"] = apex
-    name, why = fastest(kernels, width, dtype, device) if len(kernels) > 1 else ("torch", "no other here")
+        name, why = fastest(kernels, width, dtype, device)
     if device.type != "meta":  # where nothing is computed
         log.info(
             "RMSNorm of width %d in %s on %s: %s (%s)",
@@ -87,28 +97,27 @@ def rms_norm_kernel(width: int, dtype: torch.dtype, device: torch.device) -> Ker
 def fastest(
     kernels: Mapping[str, Kernel], width: int, dtype: torch.dtype, device: torch.device, tokens: int = 2592
 ) -> tuple[str, str]:
-    """The name of the kernel that normalises (tokens, width) values soonest, and the times; the first one, unless another saves a tenth.
+    """Time each kernel on (tokens, width) values of `dtype`; return the name of the fastest, and all times.
 
-    2,592 tokens are two images of 504 x 504. Forward only, without gradients: this runs at the first forward, which may be inside activation
-    checkpointing, where a backward pass of its own is a CheckpointError.
+    The first kernel stays unless another one is at least 10 % faster. 2,592 tokens are two images of 504 x
+    504 pixels. Forward only, without gradients: this runs in the first forward of a training, which may be
+    inside activation checkpointing, where a backward pass of its own raises CheckpointError.
     """
-    x, weight = (
-        torch.ones(tokens, width, dtype=dtype, device=device),
-        torch.ones(width, dtype=dtype, device=device),
-    )
+    x = torch.ones(tokens, width, dtype=dtype, device=device)
+    weight = torch.ones(width, dtype=dtype, device=device)
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         times_ms = {
             name: _milliseconds(functools.partial(kernel, x, weight, 1e-6), device)
             for name, kernel in kernels.items()
         }
-    first, best = next(iter(times_ms)), min(times_ms, key=times_ms.__getitem__)
-    return best if times_ms[best] < 0.9 * times_ms[first] else first, ", ".join(
-        f"{name} {ms:.3f} ms" for name, ms in times_ms.items()
-    )
+    first = next(iter(times_ms))
+    best = min(times_ms, key=times_ms.__getitem__)
+    chosen = best if times_ms[best] < 0.9 * times_ms[first] else first
+    return chosen, ", ".join(f"{name} {ms:.3f} ms" for name, ms in times_ms.items())
 
 
 def _milliseconds(run: Callable[[], Tensor], device: torch.device, rounds: int = 5, calls: int = 10) -> float:
-    """Time of one call, the best of some rounds after one that warms up."""
+    """Time of one call of `run` in ms: the best of `rounds` rounds, after one round that warms up."""
     times_ms = []
     for _ in range(rounds + 1):
         _finish(device)
@@ -130,14 +139,14 @@ class TokenLayerNorm(nn.LayerNorm):
     """LayerNorm over the last dimension, in the dtype of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., width) -> the same shape and dtype."""
+        """x: (..., width) -> the same shape and dtype."""
         return F.layer_norm(
             x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps
         ).to(x.dtype)
 
 
 NORMS: dict[str, type[nn.Module]] = {"rms_norm": RMSNorm, "layer_norm": TokenLayerNorm}
-"""Norms of a block by the names that published config.json files use. Arguments: width, eps."""
+"""Norms of a block by the names that published config.json files use."""
 
 
 class ChannelsFirstLayerNorm(nn.LayerNorm):
@@ -147,7 +156,7 @@ class ChannelsFirstLayerNorm(nn.LayerNorm):
         super().__init__(channels, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (b, c, h, w) -> the same shape and dtype."""
+        """x: (b, c, h, w) -> the same shape and dtype."""
         pixels = x.permute(0, 2, 3, 1)  # (b, c, h, w) -> (b, h, w, c)
         pixels = F.layer_norm(
             pixels, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps

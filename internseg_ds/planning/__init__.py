@@ -1,1 +1,3 @@
-"""What a run will cost: pure arithmetic on a model on the meta device. Takes no accelerator and loads no DeepSpeed."""
+"""What a run will cost: memory, FLOPs, collectives and time, by arithmetic on a model on the meta device.
+
+Takes no accelerator."""

@@ -1,4 +1,5 @@
-"""benchmarks/on_one_gpu.py on the CPU: every part comes to a result, and crashes, hangs, a budget and signals cost no more than they should."""
+"""benchmarks/on_one_gpu.py on the CPU: every part comes to a result, and crashes, hangs, a budget and signals
+cost no more than they should."""
 
 import json
 import os
@@ -91,9 +92,8 @@ def test_a_rehearsal_measures_steps_beside_their_plan_and_says_what_cannot_be(re
                 and line["planned"]["peak_gib"] > 0
             )
             assert line["figures"]["images_per_s"] == pytest.approx(2 / line["figures"]["step_s"], rel=1e-3)
-    assert [line["why"][:10] for line in steps if line["status"] == "skipped"] == [
-        "batch norm"
-    ]  # one image: UPerHead pools it to a point
+    # one image: UPerHead pools it to a point
+    assert [line["why"][:10] for line in steps if line["status"] == "skipped"] == ["batch norm"]
     assert {line["torch"] for line in lines} == {torch.__version__.split("+")[0]} and all(
         line["rehearsal"] and line["commit"] for line in lines
     )
@@ -228,7 +228,10 @@ def test_processes_in_sessions_of_their_own_are_ended_too():
     from gpu_visit.supervisor import MARK, kill_marked, marked
 
     mark = f"test-{os.getpid()}"
-    nested = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], start_new_session=True); time.sleep(60)"
+    nested = (
+        "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; "
+        "time.sleep(60)'], start_new_session=True); time.sleep(60)"
+    )
     process = subprocess.Popen([sys.executable, "-c", nested], env={**os.environ, MARK: mark})
     while len(marked(mark)) < 2:
         time.sleep(0.05)
@@ -271,13 +274,16 @@ def test_results_of_another_card_do_not_count(tmp_path):
 
 def test_tests_are_told_one_by_one(tmp_path):
     (tmp_path / "test_some.py").write_text(
-        "import pytest\ndef test_good(): pass\ndef test_bad(): assert 1 == 2\n@pytest.mark.skip\ndef test_no(): pass\n"
+        "import pytest\ndef test_good(): pass\ndef test_bad(): assert 1 == 2\n@pytest.mark.skip\ndef "
+        "test_no(): pass\n"
         "@pytest.fixture\ndef broken(): raise OSError('no disk')\ndef test_late(broken): pass\n"
     )
     code = (
-        "import sys, time; sys.path.insert(0, 'benchmarks')\nfrom pathlib import Path\nfrom gpu_visit import gpu_tests\n"
+        "import sys, time; sys.path.insert(0, 'benchmarks')\nfrom pathlib import Path\nfrom gpu_visit "
+        "import gpu_tests\n"
         "from gpu_visit.results import Results\nfrom gpu_visit.visit import Visit\n"
-        f"gpu_tests.run(Visit(Results(Path({str(tmp_path)!r}), rehearsal=True), 'a', 'gpu tests', True, time.monotonic() + 60), "
+        f"gpu_tests.run(Visit(Results(Path({str(tmp_path)!r}), rehearsal=True), 'a', 'gpu tests', True, "
+        "time.monotonic() + 60), "
         f"files=({str(tmp_path / 'test_some.py')!r},))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -298,9 +304,8 @@ def test_the_gpu_tests_are_those_of_the_project():
     from gpu_visit.gpu_tests import test_files
 
     found = test_files()
-    assert {"tests/end_to_end/test_on_gpu.py", "tests/models/test_dcnv3_triton.py"} <= set(found) and not any(
-        "benchmarks" in name for name in found
-    )
+    assert {"tests/end_to_end/test_on_gpu.py", "tests/models/intern_image/test_dcnv3_triton.py"} <= set(found)
+    assert not any("benchmarks" in name for name in found)
 
 
 def step(
@@ -449,9 +454,9 @@ def test_what_is_trained_at_full_size_passes_the_checks_of_a_run_and_has_a_plan(
     from gpu_visit.jobs import BY_NAME, JOBS
     from gpu_visit.visit import Visit
 
+    from internseg_ds.config.experiment import read_experiment
     from internseg_ds.distributed.process_group import world_from_environment
-    from internseg_ds.engine.experiment import read_experiment
-    from internseg_ds.engine.preflight import check
+    from internseg_ds.preflight.preflight import check
 
     assert {job.name for job in JOBS if "config" in dict(job.given if not job.is_script else {})} == set(
         training_jobs()

@@ -1,5 +1,5 @@
-"""benchmarks/train_step.py and benchmarks/growth.py: what their fairness rests on, and (marked `benchmark`, up to a minute each)
-that they run to their last line."""
+"""benchmarks/train_step.py and benchmarks/growth.py: what their fairness rests on, and (marked `benchmark`,
+up to a minute each) that they run to their last line."""
 
 import json
 import math
@@ -16,9 +16,8 @@ ROOT = Path(__file__).parent.parent.parent
 
 @pytest.fixture
 def workload(monkeypatch):
-    monkeypatch.syspath_prepend(
-        str(ROOT / "benchmarks")
-    )  # where `python benchmarks/train_step.py` finds them
+    # where `python benchmarks/train_step.py` finds them
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import workload
 
     return workload
@@ -51,7 +50,7 @@ def test_the_other_contenders_train_on_the_images_that_our_engine_hands_to_the_s
 @pytest.mark.parametrize("groups", [1, 10, 50, 98])
 def test_the_model_of_the_groups_curve_falls_into_as_many_groups_as_asked_for(workload, groups):
     from internseg_ds.distributed.construction import build_on_meta
-    from internseg_ds.distributed.parameter_groups import parameter_groups
+    from internseg_ds.optimization.parameter_groups import parameter_groups
 
     cfg = workload.Workload(options=workload.vit(64, 48, 4), groups=groups).experiment
     model = build_on_meta(cfg.model)
@@ -70,9 +69,8 @@ def test_the_6b_size_is_refused_in_a_sentence_where_it_has_no_room(workload):
     if torch.cuda.is_available() or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") > 119 * 2**30:
         pytest.skip("this machine may have room")
     done = run("train_step.py", "--size", "6b", "--world", "1")
-    assert (
-        done.returncode == 1 and "needs 119 GiB of host memory" in done.stderr.splitlines()[-1]
-    )  # 20 bytes of fp32 state for each of 6.4 B parameters
+    # 20 bytes of fp32 state for each of 6.4 B parameters
+    assert done.returncode == 1 and "needs 119 GiB of host memory" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.benchmark

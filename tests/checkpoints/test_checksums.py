@@ -1,4 +1,5 @@
-"""What is not what was written is refused, wherever it lies: bits of every file of a save, swapped files, weights with their sum file."""
+"""What is not what was written is refused, wherever it lies: bits of every file of a save, swapped files,
+weights with their sum file."""
 
 import random
 import shutil
@@ -11,18 +12,18 @@ import torch.distributed as dist
 import xxhash
 
 from internseg_ds.checkpoints import checksums
+from internseg_ds.checkpoints.checksum_files import sum_file, verify
 from internseg_ds.checkpoints.checksums import BlockSums, SummedFile, of_digests, of_zip
 from internseg_ds.checkpoints.consolidate import consolidate
 from internseg_ds.checkpoints.manifest import MANIFEST, read_manifest, update_metrics
-from internseg_ds.checkpoints.sum_files import sum_file, verify
 from internseg_ds.checkpoints.weights import open_weights
 from internseg_ds.checkpoints.zero_checkpoint import ZeroCheckpoint
 from internseg_ds.distributed.checkpoint_engine import NotingCheckpointEngine
-from internseg_ds.distributed.ema import ShardedEma
-from internseg_ds.distributed.partitions import partitions
-from internseg_ds.engine.checkpointing import Checkpoints
-from internseg_ds.engine.state import TrainState
+from internseg_ds.distributed.zero_internals import fp32_partitions
 from internseg_ds.errors import CheckpointError, DamagedError
+from internseg_ds.optimization.ema import ShardedEma
+from internseg_ds.training.checkpointer import Checkpointer
+from internseg_ds.training.train_state import TrainState
 from tests.checkpoints.write_toy_checkpoints import SETTINGS, build
 from tests.distributed.ranks import spawn
 
@@ -30,8 +31,8 @@ EVERYTHING = ("fp32", "exp_avg", "exp_avg_sq", "ema")
 
 
 def save_toys(folder: Path) -> None:
-    """Two saves of each of these, with moments and an average, ZeRO-1 in the background; NAME_again is as of another run, at the
-    same step."""
+    """Two saves of each of these, with moments and an average, ZeRO-1 in the background; NAME_again is as of
+    another run, at the same step."""
     deepspeed.init_distributed(verbose=False)
     for name, setting, background in (("zero3", "zero3_bf16", False), ("zero1", "zero1_bf16", True)):
         engine = build(*SETTINGS[setting])
@@ -42,10 +43,10 @@ def save_toys(folder: Path) -> None:
         engine.step()
         ema.update()
         for run in (name, f"{name}_again"):
-            checkpoints = Checkpoints(folder / run / "checkpoints", keep=-1)
+            checkpoints = Checkpointer(folder / run / "checkpoints", keep=-1)
             assert checkpoints.save(engine, TrainState(step=1, run=run), {"CLASSES": ["sky"]}, ema=ema)
             checkpoints.finish()
-            for values in (*(master.data for master in partitions(engine)), *ema.shards):
+            for values in (*(master.data for master in fp32_partitions(engine)), *ema.shards):
                 values.mul_(1.5)
         engine.destroy()
 
@@ -107,7 +108,8 @@ def flip(file: Path, bit: int) -> None:
 
 
 def refused_or_harmless(file: Path, bits: int, read, chance: random.Random) -> tuple[int, int]:
-    """Flips that many bits of a file, one at a time; how many were refused, and how many harmless. Anything else fails."""
+    """Flips that many bits of a file, one at a time; how many were refused, and how many harmless. Anything
+    else fails."""
     before, refused, harmless = read(), 0, 0
     for _ in range(bits):
         bit = chance.randrange(8 * file.stat().st_size)
@@ -227,7 +229,7 @@ def test_scores_added_later_leave_the_note_whole(saves, tmp_path):
 @pytest.mark.parametrize("name", ["w.pth", "w.safetensors", "folder"])
 def test_every_bit_of_weights_with_a_sum_file_is_refused_or_harmless(name, saves, tmp_path, monkeypatch):
     monkeypatch.setattr(checksums, "BLOCK", 256)
-    monkeypatch.setattr("internseg_ds.checkpoints.sum_files.BLOCK", 256)
+    monkeypatch.setattr("internseg_ds.checkpoints.checksum_files.BLOCK", 256)
     monkeypatch.setattr("internseg_ds.checkpoints.consolidate.SHARD_BYTES", 100)
     out, chance = consolidate(saves / "zero3", tmp_path / name), random.Random(3)
 

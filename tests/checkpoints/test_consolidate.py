@@ -1,4 +1,5 @@
-"""One ordinary checkpoint out of ZeRO shards: the values, the dtypes, and what is never overwritten. (Layouts by size: tests/end_to_end.)"""
+"""One ordinary checkpoint out of ZeRO shards: the values, the dtypes, and what is never overwritten. (Layouts
+by size: tests/end_to_end.)"""
 
 import shutil
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ import torch
 
 from internseg_ds.checkpoints import consolidate as module
 from internseg_ds.checkpoints.consolidate import consolidate
-from internseg_ds.checkpoints.manifest import write_manifest
+from internseg_ds.checkpoints.manifest import SaveRecord, write_manifest
 from internseg_ds.checkpoints.weights import open_weights
 from internseg_ds.errors import CheckpointError
 
@@ -41,11 +42,13 @@ def test_a_pth_carries_mmsegs_meta(toy_checkpoints, tmp_path):
     shutil.copytree(toy_checkpoints / "zero3_bf16/global_step2", save)
     write_manifest(
         save,
-        step=2,
-        world_size=2,
-        zero_stage=3,
-        meta={"CLASSES": ["sky"], "PALETTE": [[1, 2, 3]], "config": "a = 1"},
-        metrics={"mIoU": 0.5},
+        SaveRecord(
+            step=2,
+            world_size=2,
+            zero_stage=3,
+            meta={"CLASSES": ["sky"], "PALETTE": [[1, 2, 3]], "config": "a = 1"},
+            metrics={"mIoU": 0.5},
+        ),
     )
     meta = torch.load(consolidate(save, tmp_path / "w.pth"), weights_only=True)["meta"]
     assert meta == {

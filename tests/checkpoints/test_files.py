@@ -10,14 +10,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from internseg_ds.checkpoints.fitting import fit
+from internseg_ds.checkpoints.key_matching import match_keys
 from internseg_ds.checkpoints.manifest import (
     MANIFEST,
+    SaveRecord,
     read_manifest,
     update_metrics,
     verify_manifest,
     write_manifest,
 )
+from internseg_ds.checkpoints.stored_tensors import LARGEST_PICKLE
 from internseg_ds.checkpoints.weights import INDEX, PICKLED_INDEX, open_weights
 from internseg_ds.errors import CheckpointError
 
@@ -151,7 +153,7 @@ def test_a_missing_file_and_a_file_without_weights_are_named(tmp_path):
 
 def fitted(shapes, path, **settings):
     torch.save(STATE, path / "w.pth")
-    return fit(
+    return match_keys(
         open_weights(path / "w.pth"), {name: torch.Size(shape) for name, shape in shapes.items()}, **settings
     )
 
@@ -209,7 +211,7 @@ def test_weights_of_another_model_are_refused_by_name(shapes, words, tmp_path):
 
 def test_a_manifest_notices_files_that_changed_or_vanished(tmp_path):
     (tmp_path / "shard.pt").write_bytes(b"12345")
-    write_manifest(tmp_path, step=7, world_size=2, zero_stage=3, meta={"CLASSES": ["sky"]}, metrics={})
+    write_manifest(tmp_path, SaveRecord(step=7, world_size=2, zero_stage=3, meta={"CLASSES": ["sky"]}))
     verify_manifest(tmp_path)
     update_metrics(tmp_path, {"mIoU": 0.5})
     assert read_manifest(tmp_path)["metrics"] == {"mIoU": 0.5} and read_manifest(tmp_path)["step"] == 7
@@ -225,7 +227,7 @@ def test_a_manifest_notices_files_that_changed_or_vanished(tmp_path):
 
 
 def test_position_embeddings_and_patch_kernels_are_resized_as_torch_resizes_pictures():
-    from internseg_ds.models.resizing import resize_patch_kernel, resize_position_embedding
+    from internseg_ds.models.weight_resizing import resize_patch_kernel, resize_position_embedding
 
     embedding = torch.randn(1, 1 + 16, 5)
     grid = embedding[:, 1:].reshape(1, 4, 4, 5).permute(0, 3, 1, 2)
@@ -324,6 +326,21 @@ def test_millions_of_names_are_refused_before_they_are_read(tmp_path):
     with pytest.raises(CheckpointError, match=r"index\.json has more than 16 MiB"):
         read(tmp_path)
     assert time.monotonic() - began < 1
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_pickle_of_millions_of_names_is_refused_before_it_is_read(compression, tmp_path):
+    with zipfile.ZipFile(tmp_path / "w.pth", "w", compression) as archive:
+        archive.writestr("w/version", "3\n")
+        archive.writestr("w/data.pkl", bytes(LARGEST_PICKLE + 1))
+    with pytest.raises(CheckpointError, match=r"the pickle in .*w\.pth has 64 MiB.*more than 64"):
+        read(tmp_path / "w.pth")
+
+
+def test_a_pickle_with_a_large_array_is_read(tmp_path):
+    """An array of numpy has its values in the pickle."""
+    torch.save({"state_dict": STATE, "masks": np.zeros(20 * 2**20, np.uint8)}, tmp_path / "w.pth")
+    same(read(tmp_path / "w.pth")[0])
 
 
 def test_a_pth_of_lists_inside_each_other_is_refused(tmp_path):

@@ -1,4 +1,5 @@
-"""Files written piece by piece: the libraries read them, memory stays small, and a changed byte is noticed."""
+"""Files written piece by piece: the libraries read them, memory stays small, and a changed byte is
+noticed."""
 
 import os
 import sys
@@ -10,10 +11,10 @@ from safetensors.torch import load_file
 
 import internseg_ds.checkpoints.streaming as streaming
 from benchmarks.consolidate import measure, write_checkpoint
+from internseg_ds.checkpoints.checksum_files import verify
 from internseg_ds.checkpoints.consolidate import consolidate
-from internseg_ds.checkpoints.stored import HeldTensor, load_stored
+from internseg_ds.checkpoints.stored_tensors import HeldTensor, load_stored
 from internseg_ds.checkpoints.streaming import Entry, write_pth, write_safetensors
-from internseg_ds.checkpoints.sum_files import verify
 from internseg_ds.errors import CheckpointError
 from tests.conftest import ROOT
 
@@ -68,7 +69,8 @@ def test_slices_of_a_file_are_those_of_the_tensor(tmp_path):
 
 @pytest.fixture(scope="module")
 def big(tmp_path_factory):
-    """A ZeRO-3 checkpoint of 0.9 GiB of weights and 1.8 GiB of moments, saved by 3 processes; its largest tensor has 156 MiB."""
+    """A ZeRO-3 checkpoint of 0.9 GiB of weights and 1.8 GiB of moments, saved by 3 processes; its largest
+    tensor has 156 MiB."""
     folder = tmp_path_factory.mktemp("big") / "checkpoints"
     write_checkpoint(folder, 0.9, 3)
     return folder

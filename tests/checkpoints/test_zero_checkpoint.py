@@ -1,4 +1,5 @@
-"""The reader of ZeRO checkpoints, against what the run that wrote them held: every stage, precision and layout that DeepSpeed has a file format for."""
+"""The reader of ZeRO checkpoints, against what the run that wrote them held: every stage, precision and
+layout that DeepSpeed has a file format for."""
 
 import shutil
 
@@ -6,8 +7,9 @@ import pytest
 import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-from internseg_ds.checkpoints.manifest import write_manifest
-from internseg_ds.checkpoints.zero_checkpoint import ZeroCheckpoint, is_zero_checkpoint
+from internseg_ds.checkpoints.manifest import SaveRecord, write_manifest
+from internseg_ds.checkpoints.zero_checkpoint import ZeroCheckpoint
+from internseg_ds.checkpoints.zero_files import is_zero_checkpoint
 from internseg_ds.errors import CheckpointError
 from tests.checkpoints.write_toy_checkpoints import SETTINGS
 
@@ -46,12 +48,8 @@ def test_any_slice_of_a_weight_and_of_its_moments_is_read(name, toy_checkpoints)
         for parameter, value in expected[what].items():
             flat = value.float().flatten()
             numel = flat.numel()
-            for start, stop in (
-                (0, numel),
-                (numel // 3, numel - numel // 4),
-                (numel - 1, numel),
-                (0, 0),
-            ):  # across and within the shares of two ranks
+            # across and within the shares of two ranks
+            for start, stop in ((0, numel), (numel // 3, numel - numel // 4), (numel - 1, numel), (0, 0)):
                 assert torch.equal(checkpoint.read_slice(parameter, start, stop, what), flat[start:stop]), (
                     what,
                     parameter,
@@ -194,7 +192,9 @@ def test_sizes_are_held_against_the_manifest_where_there_is_one(toy_checkpoints,
     path = tmp_path / "iter_2"
     shutil.copytree(toy_checkpoints / "zero3_bf16/global_step2", path)
     assert ZeroCheckpoint(path).manifest == {}
-    write_manifest(path, step=2, world_size=2, zero_stage=3, meta={"CLASSES": ["sky"]}, metrics={"mIoU": 0.5})
+    write_manifest(
+        path, SaveRecord(step=2, world_size=2, zero_stage=3, meta={"CLASSES": ["sky"]}, metrics={"mIoU": 0.5})
+    )
     assert ZeroCheckpoint(path).manifest["meta"] == {"CLASSES": ["sky"]}
     cut(only(path, "*rank_1*optim*"))
     with pytest.raises(CheckpointError, match=r"rank_1.*optim_states\.pt has .* bytes, its save wrote"):
@@ -210,14 +210,13 @@ def test_a_host_with_its_own_files_alone_reads_what_its_process_saved(name, rank
     shutil.copytree(whole.path, path)
     for file in path.glob(f"*zero_pp_rank_{1 - rank}_*"):
         file.unlink()
-    write_manifest(path, step=2, world_size=2, zero_stage=whole.stage, meta={}, metrics={}, node_local=True)
+    write_manifest(path, SaveRecord(step=2, world_size=2, zero_stage=whole.stage, node_local=True))
     with pytest.raises(CheckpointError, match="copy the folders of all hosts together into one"):
         ZeroCheckpoint(path)
     here = ZeroCheckpoint(path, partial=True)
     assert here.ranks == (rank,) and here.trained == whole.trained
-    assert whole.shapes.keys() - here.shapes.keys() <= {
-        "tied_head.weight"
-    }  # a second name, which only rank 0's file of ZeRO-3 knows
+    # a second name, which only rank 0's file of ZeRO-3 knows
+    assert whole.shapes.keys() - here.shapes.keys() <= {"tied_head.weight"}
     mine = elsewhere = 0
     for parameter, shape in here.shapes.items():
         for index in range(shape.numel()):

@@ -1,10 +1,12 @@
-"""Writes small ZeRO checkpoints with DeepSpeed itself, several settings in one job of two processes, and beside each the weights that the run gathered.
+"""Writes small ZeRO checkpoints with DeepSpeed itself, several settings in one job of two processes, and
+beside each the weights that the run gathered.
 
     python -m torch.distributed.run --nproc_per_node 2 write_toy_checkpoints.py OUT
 
-Out: OUT/NAME/ (DeepSpeed's checkpoints folder: tag directories, `latest`) and OUT/NAME/truth.pt ({tag: {"fp32", "exp_avg", "exp_avg_sq": name -> tensor,
-"buffers"}}) for each NAME of SETTINGS. The toy has what breaks readers: odd sizes, three groups of different sizes and rates, a frozen weight, a
-parameter smaller than the number of processes, weights with two names, and batch-norm statistics.
+Out: OUT/NAME/ (DeepSpeed's checkpoints folder: tag directories, `latest`) and OUT/NAME/truth.pt ({tag:
+{"fp32", "exp_avg", "exp_avg_sq": name -> tensor, "buffers"}}) for each NAME of SETTINGS. The toy has what
+breaks readers: odd sizes, three groups of different sizes and rates, a frozen weight, a parameter smaller
+than the number of processes, weights with two names, and batch-norm statistics.
 """
 
 import sys
@@ -95,9 +97,9 @@ def build(zero: dict[str, Any], rest: dict[str, Any]) -> Any:
 
 def truth(engine: Any) -> dict[str, dict[str, Tensor]]:
     """What the run holds, gathered by DeepSpeed; collective."""
-    if (
-        engine.zero_optimization_stage() < 3
-    ):  # DeepSpeed links the moments after the first group's first step, so those of the other groups are not found
+    # DeepSpeed links the moments after the first group's first step, so those of the other groups are not
+    # found
+    if engine.zero_optimization_stage() < 3:
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
     found: dict[str, dict[str, Tensor]] = {"fp32": {}, "exp_avg": {}, "exp_avg_sq": {}}

@@ -1,4 +1,5 @@
-"""The InternImage experiments: ours say what the published files say, build at full size on the meta device, and read Cityscapes as it is distributed."""
+"""The InternImage experiments: ours say what the published files say, build at full size on the meta device,
+and read Cityscapes as it is distributed."""
 
 from pathlib import Path
 
@@ -7,15 +8,18 @@ import numpy as np
 import pytest
 from mmcv import Config
 
+from internseg_ds.config.experiment import leaf_datasets, read_experiment
 from internseg_ds.data.datasets import build_datasets, first_sample
 from internseg_ds.distributed.construction import build_on_meta
-from internseg_ds.distributed.loading import shapes_of
-from internseg_ds.distributed.parameter_groups import parameter_groups
-from internseg_ds.engine.experiment import leaf_datasets, read_experiment
-from internseg_ds.engine.preflight import check_classes, validation_set
+from internseg_ds.distributed.weight_loading import shapes_of
+from internseg_ds.optimization.parameter_groups import parameter_groups
+from internseg_ds.preflight.dataset_checks import validation_set
+from internseg_ds.preflight.model_checks import check_classes
 
 CONFIGS = Path(__file__).parents[2] / "configs/intern_image"
-SIZES = {  # channels, depths, groups, crop on ADE20K, lr, layer decay, drop path, parameters with UPerNet on ADE20K as published
+# channels, depths, groups, crop on ADE20K, lr, layer decay, drop path, parameters with UPerNet on ADE20K as
+# published
+SIZES = {
     "t": (64, [4, 4, 18, 4], [4, 8, 16, 32], 512, 6e-5, 1.0, 0.2, "59M"),
     "s": (80, [4, 4, 21, 4], [5, 10, 20, 40], 512, 6e-5, 1.0, 0.3, "80M"),
     "b": (112, [4, 4, 21, 4], [7, 14, 28, 56], 512, 6e-5, 1.0, 0.4, "128M"),
@@ -265,7 +269,8 @@ def test_mask2former_has_the_published_head_recipe_and_scales():
 
 @pytest.fixture
 def cityscapes(tmp_path: Path) -> Path:
-    """Two training images and one to evaluate on, in the folders and under the names of Cityscapes; label maps of training ids and, beside them, of all ids."""
+    """Two training images and one to evaluate on, in the folders and under the names of Cityscapes; label
+    maps of training ids and, beside them, of all ids."""
     rng = np.random.default_rng(0)
     for split, city, count in (("train", "aachen", 2), ("val", "munster", 1)):
         for frame in range(count):

@@ -1,4 +1,5 @@
-"""The experiment files: each builds at its full size on the meta device, with the published names, shapes and numbers, and trains what it says."""
+"""The experiment files: each builds at its full size on the meta device, with the published names, shapes and
+numbers, and trains what it says."""
 
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from torch import nn
 import internseg_ds.models  # noqa: F401 - registers the backbone and the head
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-PUBLISHED = {  # file: (mIoU, steps, warmup, layer decay, weight decay, drop path, frozen, training images or None for all)
+# file: (mIoU, steps, warmup, layer decay, weight decay, drop path, frozen, training images or None for all)
+PUBLISHED = {
     "full_tuning/upernet_intern_vit_6b_504_80k_ade20k_bs16_lr4e-5": (
         58.9,
         80000,

@@ -1,4 +1,5 @@
-"""The generated data set: the same for everyone, learnable by everyone, and never written over somebody's files."""
+"""The generated data set: the same for everyone, learnable by everyone, and never written over somebody's
+files."""
 
 import json
 import multiprocessing
@@ -15,9 +16,9 @@ from mmseg.datasets import ADE20KDataset as MMSegADE20K
 
 from internseg_ds.data.ade20k import ADE20KDataset
 from internseg_ds.data.generated_ade20k import main, write_generated_ade20k
-from internseg_ds.data.generated_scenes import draw_scene
-from internseg_ds.data.scene_canvas import CLASS_IDS, UNLABELLED
 from internseg_ds.errors import ConfigError, DataError
+from internseg_ds.synthetic.canvas import CLASS_IDS, UNLABELLED
+from internseg_ds.synthetic.scenes import draw_scene
 
 SMALL = {"training": 3, "validation": 2, "size": 48}
 FORK = multiprocessing.get_context("fork")  # a fresh interpreter would import mmseg for seconds

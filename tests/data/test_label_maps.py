@@ -10,8 +10,8 @@ from PIL import Image
 from internseg_ds.data.datasets import build_datasets, sample
 from internseg_ds.data.label_maps import CheckAnnotation, LoadLabelMap, ground_truth
 from internseg_ds.data.loading import evaluation_images
-from internseg_ds.engine.evaluator import areas, count
 from internseg_ds.errors import ConfigError, DataError
+from internseg_ds.evaluation.evaluator import areas, confusion_matrix
 
 TRAIN = [
     dict(type="LoadImageFromFile"),
@@ -38,7 +38,8 @@ def colours(count: int) -> list[list[int]]:
 
 @pytest.fixture
 def data(tmp_path):
-    """make(label map, ..., pipeline=, **arguments): mmseg's data set of black images with these label maps."""
+    """make(label map, ..., pipeline=, **arguments): mmseg's data set of black images with these label
+    maps."""
 
     def make(*maps: np.ndarray, pipeline=TRAIN, suffix=".png", test_mode=False, **arguments):
         for folder in ("images", "labels"):
@@ -156,7 +157,9 @@ def test_all_classes_of_a_reduced_set_are_read_as_mmseg_reads_them(data):
     )
     predicted = np.random.default_rng(1).integers(0, 4, raw.shape)
     theirs = intersect_and_union(predicted, raw.copy(), 4, 255, label_map={}, reduce_zero_label=True)
-    ours = areas(count(torch.from_numpy(predicted), torch.from_numpy(ground_truth(dataset, 0)), 4, 255))
+    ours = areas(
+        confusion_matrix(torch.from_numpy(predicted), torch.from_numpy(ground_truth(dataset, 0)), 4, 255)
+    )
     assert torch.equal(ours, torch.stack(theirs).double())
     expected = np.where(raw == 0, 255, raw - 1)
     expected[raw == 255] = 255
@@ -196,7 +199,7 @@ def test_eight_hundred_classes_are_trained_and_scored(data, reduced):
     (image,) = evaluation_images(dataset, rank=0, world_size=1, workers=0, device=torch.device("cpu"))
     assert image.truth.tolist() == expected
     predicted = torch.tensor([[0, 300, 5], [255, 0, 0]])
-    intersection, union, _, truth = areas(count(predicted, image.truth, 847, 65535)).long()
+    intersection, union, _, truth = areas(confusion_matrix(predicted, image.truth, 847, 65535)).long()
     assert (
         intersection.nonzero().flatten().tolist() == [0, 255, 300]
         and int(truth.sum()) == 5
@@ -219,7 +222,9 @@ def test_a_number_of_no_class_counts_as_wrong_in_scores(data):
     raw = np.array([[0, 1, 40, 255]], np.uint8)
     truth = ground_truth(data(raw, pipeline=TEST, test_mode=True, classes=list("abc"), palette=colours(3)), 0)
     assert truth.tolist() == [[0, 1, 3, 255]]
-    assert count(torch.zeros(1, 4, dtype=torch.long), torch.from_numpy(truth), 3, 255)[-1].tolist() == [
+    assert confusion_matrix(torch.zeros(1, 4, dtype=torch.long), torch.from_numpy(truth), 3, 255)[
+        -1
+    ].tolist() == [
         1,
         0,
         0,
@@ -259,7 +264,8 @@ def test_a_label_map_that_is_not_turned_with_its_image_is_an_error_that_says_exi
     picture.save(tmp_path / "images/0.jpg", exif=exif)
     with pytest.raises(
         DataError,
-        match=r"has 4 x 6 pixels and its image 6 x 4.*EXIF of .*0\.jpg turns it by .*color_ignore_orientation",
+        match=r"has 4 x 6 pixels and its image 6 x 4.*EXIF of .*0\.jpg turns it by "
+        r".*color_ignore_orientation",
     ):
         sample(dataset, 0)
     unturned = [dict(TRAIN[0], color_type="color_ignore_orientation"), *TRAIN[1:]]

@@ -147,7 +147,8 @@ def test_an_image_that_a_resize_would_leave_no_pixel_of_is_told_so(data, ade20k,
     dataset = build_datasets(entry, "data.train", [entry])
     with pytest.raises(
         DataError,
-        match=rf"image .*{image.name} of 1 x 200 pixels \(height x width\) cannot be resized: a side of it would have no pixel",
+        match=rf"image .*{image.name} of 1 x 200 pixels \(height x width\) cannot be resized: a side of it "
+        r"would have no pixel",
     ):
         first_sample(dataset, "data.train")
 
@@ -238,7 +239,8 @@ def test_an_empty_data_set_says_which_images_it_looked_for(data, tmp_path):
 
 @pytest.fixture(scope="module")
 def damaged(data, ade20k, tmp_path_factory):
-    """(the training set with a truncated image, a label map of another size and one with a label that is no class; their names in that order)."""
+    """(the training set with a truncated image, a label map of another size and one with a label that is no
+    class; their names in that order)."""
     root = tmp_path_factory.mktemp("damaged") / "ade"
     shutil.copytree(ade20k, root)
     images, labels = (sorted((root / kind / "training").iterdir()) for kind in ("images", "annotations"))
@@ -292,7 +294,8 @@ def test_a_data_set_of_damaged_images_only_ends_the_run(data, ade20k, tmp_path):
 
 
 def test_a_data_worker_ends_by_sigterm_of_its_own_process_only(training):
-    """Launchers signal the workers of a run too, which is to save first; a process that ends terminates its workers, and waits for them."""
+    """Launchers signal the workers of a run too, which is to save first; a process that ends terminates its
+    workers, and waits for them."""
     before = set(psutil.Process().children())
     stream = training_batches(training, GlobalBatchSampler(len(training), 2), workers=1, seed=0, device=CPU)
     next(stream)

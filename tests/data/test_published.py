@@ -5,9 +5,9 @@ import pytest
 from mmseg.datasets import CityscapesDataset
 from PIL import Image
 
+from internseg_ds.data.checks.survey import survey
 from internseg_ds.data.datasets import build_datasets, sample
 from internseg_ds.data.published import MapillaryDataset, MapillaryHack, NYUDepthV2Dataset
-from internseg_ds.data.survey import survey
 from tests.data.test_label_maps import REDUCED, TRAIN
 
 THEIRS = [

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from internseg_ds.config.experiment import leaf_datasets
 from internseg_ds.data.datasets import build_datasets, sample
-from internseg_ds.engine.experiment import leaf_datasets
 from internseg_ds.errors import ConfigError, DataError
 from tests.data.test_label_maps import TRAIN, colours
 

@@ -1,4 +1,5 @@
-"""Runs a function of a test module on several real gloo ranks: spawn(function, world_size, *args). The first exception of any rank fails the test.
+"""Runs a function of a test module on several real gloo ranks: spawn(function, world_size, *args). The first
+exception of any rank fails the test.
 
 Ranks that wait for each other for ever are killed, and fail it too."""
 

@@ -1,4 +1,5 @@
-"""Gradients of blocks that ZeRO-3 handles as one, where the block's input asks for none: after frozen layers, and where blocks take the image."""
+"""Gradients of blocks that ZeRO-3 handles as one, where the block's input asks for none: after frozen layers,
+and where blocks take the image."""
 
 import deepspeed
 import pytest
@@ -6,11 +7,11 @@ import torch
 import torch.distributed as dist
 from mmcv import ConfigDict
 
+from internseg_ds.config.ds_config import BackboneSizes, DsConfig, resolve_ds_config
 from internseg_ds.distributed.block_hooks import require_input_gradients
 from internseg_ds.distributed.construction import build_for_training, build_on_meta, freeze_parts, gathered
-from internseg_ds.distributed.ds_config import DsConfig, resolve_ds_config
 from internseg_ds.errors import ConfigError
-from internseg_ds.models.blocks import RepeatedBlock, odd_blocks, repeated_block
+from internseg_ds.models.repeated_blocks import RepeatedBlock, repeated_block, unhookable_blocks
 from tests.distributed.ranks import spawn
 
 IMAGE = (2, 3, 32, 32)
@@ -94,7 +95,7 @@ def ds_config(zero: dict, world_size: int = 2, block: RepeatedBlock | None = Non
         micro_batch=2,
         world_size=world_size,
         optimizer={"type": "SGD"},
-        block=block,
+        sizes=BackboneSizes(block=block),
     )
 
 
@@ -187,7 +188,7 @@ def test_a_block_that_takes_a_list_is_told_from_one_that_hooks_can_see():
     ):
         model = build_on_meta(config).eval()
         name = repeated_block(model.backbone).class_name
-        with odd_blocks(model, [name]) as found:
+        with unhookable_blocks(model, [name]) as found:
             model.extract_feat(torch.empty(1, 3, 64, 64, device="meta"))
         assert found == ({name} if odd else set())
 

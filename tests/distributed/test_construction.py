@@ -7,9 +7,9 @@ from mmcv import Config, ConfigDict
 from mmseg.models import build_segmentor
 
 from internseg_ds.checkpoints.weights import open_weights
+from internseg_ds.config.ds_config import resolve_ds_config
 from internseg_ds.distributed.construction import build_for_training, build_on_meta, gathered
-from internseg_ds.distributed.ds_config import resolve_ds_config
-from internseg_ds.distributed.loading import fit_segmentor, load
+from internseg_ds.distributed.weight_loading import load, match_segmentor
 from internseg_ds.models.backbone import pretrained_file
 from tests.conftest import ROOT, TINY
 from tests.distributed.ranks import spawn
@@ -46,9 +46,8 @@ def partitioned_values_are_the_plain_ones(seed: int, bf16: bool) -> None:
         with gathered([param]):
             assert torch.equal(param.data, expected[name].to(torch.bfloat16 if bf16 else torch.float32)), name
     for name, buffer in model.named_buffers():
-        assert torch.equal(buffer, expected[name]), (
-            name
-        )  # statistics are fp32 before anybody reads values into them
+        # statistics are fp32 before anybody reads values into them
+        assert torch.equal(buffer, expected[name]), name
 
 
 @pytest.mark.parametrize("bf16", [True, False])
@@ -128,7 +127,7 @@ def test_mmsegs_files_and_ours_hold_parameters_without_dimensions_alike(tmp_path
     ).state_dict()[SCALE].shape == (1,)
     theirs.state_dict()[SCALE].fill_(3.0)
     torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
-    load(ours, fit_segmentor(ours, open_weights(tmp_path / "theirs.pth")))
+    load(ours, match_segmentor(ours, open_weights(tmp_path / "theirs.pth")))
     assert ours.state_dict()[SCALE].item() == 3.0
     ours.state_dict()[SCALE].fill_(4.0)
     theirs.load_state_dict(ours.state_dict())

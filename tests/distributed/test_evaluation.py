@@ -1,4 +1,5 @@
-"""Evaluations of one ZeRO-3 model by 1, 2 and 3 processes, from whole copies and in step: the same counts to the last one, and nobody waits for ever."""
+"""Evaluations of one ZeRO-3 model by 1, 2 and 3 processes, from whole copies and in step: the same counts to
+the last one, and nobody waits for ever."""
 
 import json
 from pathlib import Path
@@ -11,15 +12,15 @@ import torch
 import torch.distributed as dist
 from mmcv import Config
 
+from internseg_ds.config.ds_config import resolve_ds_config
 from internseg_ds.data.datasets import build_datasets
 from internseg_ds.distributed import gathering
 from internseg_ds.distributed.construction import build_for_training, gathered
-from internseg_ds.distributed.ds_config import resolve_ds_config
 from internseg_ds.distributed.gathering import forwards
-from internseg_ds.distributed.parameter_groups import parameter_groups
 from internseg_ds.distributed.precision import apply_precision
 from internseg_ds.distributed.process_group import World
-from internseg_ds.engine.evaluator import evaluate
+from internseg_ds.evaluation.evaluator import EvaluationOptions, evaluate
+from internseg_ds.optimization.parameter_groups import parameter_groups
 from tests.conftest import ROOT, TINY
 from tests.distributed.ranks import spawn
 from tests.distributed.test_construction import small
@@ -118,7 +119,7 @@ def evaluated(engine, config, dataset, way: str, autocast: bool = False):
         assert not ready.segmentor.training and ready.in_step == (
             way in ("partitioned", "auto without room") and engine.zero_optimization_partition_weights()
         )
-        return evaluate(ready, dataset, world=world, workers=0, verbose=False)
+        return evaluate(ready, dataset, EvaluationOptions(world, workers=0, verbose=False))
 
 
 def confusions(root: Path, out: Path) -> None:
@@ -143,9 +144,8 @@ def alone(root, tmp_path_factory):
     out = tmp_path_factory.mktemp("alone") / "found.json"
     spawn(confusions, 1, root, out)
     found = json.loads(out.read_text())
-    assert (
-        sum(any(row[column] for row in found[f"whole {len(SIZES)}"]) for column in range(150)) > 5
-    )  # several classes are predicted
+    # several classes are predicted
+    assert sum(any(row[column] for row in found[f"whole {len(SIZES)}"]) for column in range(150)) > 5
     assert found["partitioned 1"] == found["whole 1"] != found[f"whole {len(SIZES)}"]
     return found
 

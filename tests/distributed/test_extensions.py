@@ -1,4 +1,5 @@
-"""An extension that takes its time to load says why, on the console and in the log. The real extension, which the other tests have compiled."""
+"""An extension that takes its time to load says why, on the console and in the log. The real extension, which
+the other tests have compiled."""
 
 import fcntl
 import logging
@@ -10,10 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
-from torch.utils.cpp_extension import _get_build_directory
 
 from internseg_ds.distributed import extensions
 from internseg_ds.distributed.extensions import build_extension
+from internseg_ds.torch_internals import extension_folder
 
 NAME = "deepspeed_shm_comm"
 
@@ -27,7 +28,7 @@ def heard(caplog, monkeypatch):
 
 
 def test_whoever_loads_it_slowly_and_whoever_waits_for_that_say_so(heard):
-    lock = Path(_get_build_directory(NAME, verbose=False)).parent / f"{NAME}.flock"
+    lock = extension_folder(NAME).parent / f"{NAME}.flock"
     with lock.open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         waiting = threading.Thread(target=build_extension, args=("ShareMemCommBuilder",))

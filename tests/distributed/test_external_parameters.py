@@ -1,4 +1,5 @@
-"""mmseg's Vision Transformer has torch's MultiheadAttention, which reads the weights of a child whose forward never runs."""
+"""mmseg's Vision Transformer has torch's MultiheadAttention, which reads the weights of a child whose forward
+never runs."""
 
 import deepspeed
 import torch
@@ -6,8 +7,8 @@ from mmcv import ConfigDict
 from mmseg.models import build_segmentor
 
 from internseg_ds.distributed.construction import build_for_training
-from internseg_ds.planning.gathers import GatherSettings, gathers
-from internseg_ds.planning.training_pass import training_pass
+from internseg_ds.planning.flops import training_pass
+from internseg_ds.planning.gathered_weights import GatherSettings, gathers
 from tests.distributed.ranks import spawn
 from tests.distributed.test_construction import ds_config
 
@@ -65,7 +66,7 @@ def test_they_are_among_the_planned_gathers():
         training_pass(model, 32, 32).uses,
         GatherSettings(param_persistence_threshold=0, prefetch_bucket_size=0, max_reuse_distance=0),
     )
-    gathered = [name for names in made for name in names]
+    gathered = [name for names in made.calls for name in names]
     assert set(gathered) == {name for name, _ in model.named_parameters()}
     name = "backbone.layers.0.attn.attn.out_proj.weight"
     assert gathered.count(name) == gathered.count(name.replace("out_proj.weight", "in_proj_weight"))

@@ -1,14 +1,18 @@
-"""Whole weights for evaluation, out of engines of every stage and precision, on ranks that run different numbers of forwards."""
+"""Whole weights for evaluation, out of engines of every stage and precision, on ranks that run different
+numbers of forwards."""
+
+import os
 
 import deepspeed
 import torch
 import torch.distributed as dist
 
+from internseg_ds.config.ds_config import resolve_ds_config
+from internseg_ds.distributed import gathering
 from internseg_ds.distributed.construction import build_for_training
-from internseg_ds.distributed.ds_config import resolve_ds_config
-from internseg_ds.distributed.gathering import whole_segmentor
-from internseg_ds.distributed.parameter_groups import parameter_groups
+from internseg_ds.distributed.gathering import copy_fits, whole_segmentor
 from internseg_ds.distributed.precision import apply_precision
+from internseg_ds.optimization.parameter_groups import parameter_groups
 from tests.distributed.ranks import spawn
 from tests.distributed.test_construction import plain, small
 
@@ -73,3 +77,15 @@ def forwards_of(name: str) -> None:
 
 def test_ranks_may_run_different_numbers_of_forwards_on_the_trained_weights():
     spawn(ranks_differ_in_forwards, 2, list(SETTINGS))
+
+
+def each_is_alone_on_its_host() -> None:
+    os.environ["LOCAL_WORLD_SIZE"] = "1"
+    gathering.free_memory = lambda _, processes: 1000 // processes
+    assert copy_fits(int(1000 * gathering.ROOM), torch.device("cpu"))
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    assert not copy_fits(int(1000 * gathering.ROOM), torch.device("cpu"))
+
+
+def test_a_copy_has_the_memory_of_its_host_divided_by_the_processes_of_that_host():
+    spawn(each_is_alone_on_its_host, 2)

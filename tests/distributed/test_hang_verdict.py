@@ -1,4 +1,5 @@
-"""Who is blamed for a hang: where waiting looks as it does under nccl, in a call that has no frame of a collective."""
+"""Who is blamed for a hang: where waiting looks as it does under nccl, in a call that has no frame of a
+collective."""
 
 import inspect
 import linecache
@@ -9,14 +10,14 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
-from internseg_ds.distributed.hang_verdict import WAITING_CALL, Place, line_of, verdict
+from internseg_ds.distributed.hang_verdict import WAITING_CALL, RankStatus, line_of, verdict
 from internseg_ds.distributed.process_group import world_from_environment
-from internseg_ds.distributed.watch import Watch
+from internseg_ds.distributed.watchdog import Watchdog
 from internseg_ds.exit_codes import LOST
-from tests.distributed.test_watch import ranks
+from tests.distributed.test_watchdog import ranks
 
 HERE = [
-    Place(
+    RankStatus(
         rank,
         f"host{rank}",
         100 + rank,
@@ -62,7 +63,8 @@ def test_where_all_wait_nobody_is_blamed_and_the_last_to_come_stands_first():
 
 
 class FromDevice:
-    """A value that a GPU has not computed yet: reading it waits in a call without a frame of torch.distributed, until a collective is over."""
+    """A value that a GPU has not computed yet: reading it waits in a call without a frame of
+    torch.distributed, until a collective is over."""
 
     def __init__(self, work: dist.Work) -> None:
         self.ready = threading.Lock()
@@ -79,7 +81,7 @@ class FromDevice:
 
 
 def reads_a_value_that_rank_1_keeps_back(rank: int) -> None:
-    watch = Watch(world_from_environment(), hang_s=3)
+    watch = Watchdog(world_from_environment(), hang_s=3)
     for step in range(1, 20):
         watch.at(step, "update")  # all of them at the same part
         if rank == 1 and step == 5:
@@ -103,7 +105,7 @@ def test_a_rank_that_hangs_at_the_part_where_the_others_read_from_their_gpus_is_
 def gathers_weights_that_rank_1_keeps_back(rank: int) -> None:
     from deepspeed.runtime.zero.partition_parameters import GatheredParameters, Init
 
-    watch = Watch(world_from_environment(), hang_s=3)
+    watch = Watchdog(world_from_environment(), hang_s=3)
     with Init(config_dict_or_path={"train_batch_size": 3, "zero_optimization": {"stage": 3}}):
         layer = torch.nn.Linear(4, 4)
     watch.at(1, "forward")

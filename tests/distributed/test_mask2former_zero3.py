@@ -1,4 +1,5 @@
-"""A head with parameters that others read, collectives in its loss, and ranks without targets, under the real DeepSpeed engine."""
+"""A head with parameters that others read, collectives in its loss, and ranks without targets, under the real
+DeepSpeed engine."""
 
 import deepspeed
 import torch
@@ -8,11 +9,12 @@ from internseg_ds.distributed.construction import build_for_training, gathered
 from internseg_ds.distributed.precision import apply_precision
 from tests.distributed.ranks import spawn
 from tests.distributed.test_construction import ds_config
-from tests.models.small_mask2former import config, targets
+from tests.models.mask2former.small_mask2former import config, targets
 
 STEPS = 2
 ADAMW = {"lr": 1e-2, "eps": 1e-3}
-"""The eps is above the rounding errors that the biases of keys, on which no attention depends, have in place of gradients."""
+"""The eps is above the rounding errors that the biases of keys, on which no attention depends, have in place
+of gradients."""
 
 
 def batch(step: int, rank: int) -> dict:

@@ -14,8 +14,8 @@ from internseg_ds.distributed.precision import (
 )
 from internseg_ds.distributed.sync_batch_norm import AnyDeviceSyncBatchNorm
 from internseg_ds.errors import ConfigError
-from internseg_ds.models.blocks import repeated_block
-from internseg_ds.planning.gathers import leaves
+from internseg_ds.models.repeated_blocks import repeated_block
+from internseg_ds.planning.gathered_weights import leaves
 from tests.conftest import IMAGE, ROOT, TINY
 
 
@@ -118,9 +118,8 @@ def test_parameters_that_others_read_or_that_belong_to_a_module_with_children_co
             super().__init__()
             self.scale = nn.Parameter(torch.full((8,), 0.3))
             self.queries = nn.Embedding(5, 8)
-            self.attention = nn.MultiheadAttention(
-                8, 2
-            )  # owns a projection, and reads the weights of the other, its child
+            # owns a projection, and reads the weights of the other, its child
+            self.attention = nn.MultiheadAttention(8, 2)
 
         def forward(self, x):
             queries = self.queries.weight[:, None] * self.scale
@@ -144,9 +143,8 @@ def test_the_config_can_ask_for_either_dtype():
     assert backbone_dtype("bfloat16", cpu) is torch.bfloat16
     assert backbone_dtype("float32", cpu) is torch.float32
     assert backbone_dtype("auto", cpu) in (torch.bfloat16, torch.float32)
-    assert (
-        backbone_dtype("auto", cpu, "fp32") is torch.float32
-    )  # fp32 weights and no autocast: on hardware with bf16 too
+    # fp32 weights and no autocast: on hardware with bf16 too
+    assert backbone_dtype("auto", cpu, "fp32") is torch.float32
     with pytest.raises(ConfigError, match="needs bf16 weights or autocast"):
         backbone_dtype("bfloat16", cpu, "fp32")
 

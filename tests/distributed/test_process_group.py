@@ -32,6 +32,7 @@ from tests.forks import start_ranks
             {"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "2"},
             World(2, 3, 2, "mpirun"),
         ),
+        # mpirun in a Slurm job
         (
             {
                 "OMPI_COMM_WORLD_RANK": "2",
@@ -40,15 +41,14 @@ from tests.forks import start_ranks
                 "SLURM_NTASKS": "3",
             },
             World(2, 3, 0, "mpirun"),
-        ),  # mpirun in a Slurm job
-        (
-            {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "ENVIRONMENT": "BATCH"},
-            World(0, 1, 0, "python"),
-        ),  # python in a script of sbatch
+        ),
+        # python in a script of sbatch
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "ENVIRONMENT": "BATCH"}, World(0, 1, 0, "python")),
+        # srun in it
         (
             {"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_STEP_ID": "0", "ENVIRONMENT": "BATCH"},
             World(3, 8, 0, "srun"),
-        ),  # srun in it
+        ),
         (
             {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "SLURM_PROCID": "7", "SLURM_NTASKS": "8"},
             World(0, 2, 0, "deepspeed, torchrun"),
@@ -104,9 +104,8 @@ def test_single_processes_on_one_machine_take_different_ports():
 
 def votes_of_two_ranks() -> None:
     mine = dist.get_rank() == 1
-    votes = [
-        Vote(facts, torch.device("cpu")) for facts in ([mine, not mine, False, True], [False, mine])
-    ]  # the second is told before the first is read
+    # the second is told before the first is read
+    votes = [Vote(facts, torch.device("cpu")) for facts in ([mine, not mine, False, True], [False, mine])]
     assert [vote.result() for vote in votes] == [[True, True, False, True], [False, True]]
 
 
@@ -150,9 +149,8 @@ def test_a_rank_that_ends_before_all_have_met_is_one_sentence(tmp_path):
 
 def joins_a_rank_that_is_killed(folder: Path) -> None:
     if os.environ["RANK"] == "1":
-        dist.barrier = lambda: os.kill(
-            os.getpid(), signal.SIGKILL
-        )  # after all have met, before the first collective
+        # after all have met, before the first collective
+        dist.barrier = lambda: os.kill(os.getpid(), signal.SIGKILL)
     try:
         join(World(int(os.environ["RANK"]), 2))
     except Lost as error:

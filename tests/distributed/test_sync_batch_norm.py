@@ -14,7 +14,8 @@ def images() -> torch.Tensor:
 
 
 def matches_batch_norm_over_all_images() -> None:
-    """2 ranks with 2 and 3 images: outputs, gradients and running statistics are those of one batch norm over the 5."""
+    """2 ranks with 2 and 3 images: outputs, gradients and running statistics are those of one batch norm over
+    the 5."""
     rank, torch_norm, ours = (
         dist.get_rank(),
         nn.BatchNorm2d(CHANNELS).double(),
@@ -58,7 +59,8 @@ def test_two_ranks_normalise_like_one_batch_norm_over_all_their_images():
 def test_moments_are_fp32_whatever_the_dtypes_and_gradients_have_those_of_their_tensors(
     dtype, weights, affine
 ):
-    """bf16 under autocast, where the parameters are fp32; a count of 3 x 131 x 137 values is no number of bf16."""
+    """bf16 under autocast, where the parameters are fp32; a count of 3 x 131 x 137 values is no number of
+    bf16."""
     x = torch.randn(3, CHANNELS, 131, 137, generator=torch.Generator().manual_seed(0)).to(dtype)
     ours, reference = (
         AnyDeviceSyncBatchNorm(CHANNELS, affine=affine),
@@ -85,9 +87,8 @@ def test_moments_are_fp32_whatever_the_dtypes_and_gradients_have_those_of_their_
         rtol=5 * tolerance,
         atol=5 * tolerance * exact.grad.abs().mean().item(),
     )
-    torch.testing.assert_close(
-        ours.running_var.double(), reference.running_var, rtol=1e-5, atol=1e-5
-    )  # not rounded to bf16
+    # not rounded to bf16
+    torch.testing.assert_close(ours.running_var.double(), reference.running_var, rtol=1e-5, atol=1e-5)
 
 
 def test_without_running_statistics_an_evaluation_uses_those_of_its_batch():

@@ -15,11 +15,8 @@ ALL = range(96)
     [
         (ALL, [], 96),
         (ALL, [ALL] * 7, 12),  # all see all
-        (
-            range(12),
-            [range(12 * n, 12 * n + 12) for n in range(1, 8)],
-            12,
-        ),  # each has cores of its own: srun --cpus-per-task, mpirun
+        # each has cores of its own: srun --cpus-per-task, mpirun
+        (range(12), [range(12 * n, 12 * n + 12) for n in range(1, 8)], 12),
         ([0, 1], [[0, 1], [0, 1]], 1),
         (range(4), [range(2)], 3),
     ],

@@ -1,4 +1,5 @@
-"""docs/adding_a_backbone.md, followed: its files are written out of the page and its commands are run, each as it stands there."""
+"""docs/adding_a_backbone.md, followed: its files are written out of the page and its commands are run, each
+as it stands there."""
 
 import json
 import os
@@ -16,8 +17,8 @@ from mmseg.models import build_segmentor
 
 from internseg_ds.checkpoints.weights import open_weights
 from internseg_ds.distributed.construction import build_on_meta
-from internseg_ds.distributed.loading import fit_backbone, load
-from internseg_ds.distributed.parameter_groups import parameter_groups
+from internseg_ds.distributed.weight_loading import load, match_backbone
+from internseg_ds.optimization.parameter_groups import parameter_groups
 from tests.conftest import ROOT, free_port
 
 PAGE = (ROOT / "docs/adding_a_backbone.md").read_text()
@@ -30,7 +31,8 @@ NAME = "upernet_small_vit_112_ade20k"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, ade20k) -> Path:
-    """The project's root as a reader of the page has it: its own folders, the data, and the files of the page."""
+    """The project's root as a reader of the page has it: its own folders, the data, and the files of the
+    page."""
     root = tmp_path_factory.mktemp("page")
     for name in ("launch", "configs", "ds_configs"):
         (root / name).symlink_to(ROOT / name)
@@ -70,7 +72,8 @@ def trained(folder) -> Path:
 
 @pytest.fixture
 def run(monkeypatch, capsys, folder):
-    """run(command) -> stdout: a python command of the page, in this process, which has everything imported."""
+    """run(command) -> stdout: a python command of the page, in this process, which has everything
+    imported."""
 
     def run(command: str) -> str:
         python, script, *arguments = shlex.split(command)
@@ -104,9 +107,10 @@ def records(folder: Path, name: str) -> dict[int, dict]:
 def test_the_small_backbone_trains_under_zero_3_and_goes_on_with_another_number_of_processes(trained):
     first, again = records(trained, NAME), records(trained, "again")
     assert (list(first), list(again)) == (list(range(1, 11)), [7, 8, 9, 10])
+    # the same images and noise; bf16
     assert [again[step]["loss"] for step in again] == pytest.approx(
         [first[step]["loss"] for step in again], rel=0.01
-    )  # the same images and noise; bf16
+    )
 
 
 def test_one_file_comes_out_of_it_and_holds_the_backbones_own_names(trained, run, config):
@@ -143,7 +147,7 @@ def test_it_computes_what_transformers_computes_with_the_same_folder(config, tmp
     ).eval()
     theirs.save_pretrained(tmp_path)
     segmentor = build_segmentor(config.model).eval()
-    found = fit_backbone(segmentor, open_weights(tmp_path))
+    found = match_backbone(segmentor, open_weights(tmp_path))
     assert not found.missing and {name.split(".")[0] for name in found.ignored} <= {"layernorm", "pooler"}
     load(segmentor, found)
     image = torch.randn(2, 3, 112, 112)

@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,8 @@ SMALL = [
     "lr_config.warmup_iters=5",
     "engine.peak_tflops=0.4",
 ]
-"""What makes the demo's config quick: blocks of width 32, 4 images a step, no measurement of the peak that mfu is relative to."""
+"""What makes the demo's config quick: blocks of width 32, 4 images a step, no measurement of the peak that
+mfu is relative to."""
 SMALL_IMAGE = [
     "model.backbone.channels=8",
     "model.backbone.depths=[1,1,2,1]",
@@ -75,15 +76,16 @@ class Run:
 
 @pytest.fixture(scope="session")
 def train(launch: Launch, ade20k: Path, tmp_path_factory: pytest.TempPathFactory):
-    """train(*arguments, options=[...], config=TINY, prepare=f, **launch settings) -> Run: launch/train.py on a small model and the generated data.
+    """train(*arguments, options=[...], config=TINY, prepare=f, **launch settings) -> Run: launch/train.py on
+    a small model and the generated data.
 
     prepare: called with the work directory before the run.
     """
 
     def run(
         *arguments: object,
-        options: list[str] = [],
-        config: str = TINY,  # noqa: B006 - read only
+        options: Sequence[str] = (),
+        config: str = TINY,
         prepare: Callable[[Path], None] = lambda _: None,
         **settings,
     ) -> Run:
@@ -108,7 +110,8 @@ def train(launch: Launch, ade20k: Path, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="session")
 def long_run(train):
-    """long_run(name) -> Run: STEPS steps under ds_configs/NAME.json without noise, saved at the end; each made once."""
+    """long_run(name) -> Run: STEPS steps under ds_configs/NAME.json without noise, saved at the end; each
+    made once."""
     return functools.cache(
         lambda name: train("--deepspeed_config", f"ds_configs/{name}.json", "--no-validate", options=LONG)
     )
@@ -116,7 +119,8 @@ def long_run(train):
 
 @pytest.fixture(scope="session")
 def trained(train) -> Run:
-    """12 steps under ZeRO-3, saved and evaluated at step 6 and 12, with all the noise that training has; started and measured as users do."""
+    """12 steps under ZeRO-3, saved and evaluated at step 6 and 12, with all the noise that training has;
+    started and measured as users do."""
     options = [
         "runner.max_iters=12",
         "checkpoint_config.interval=6",

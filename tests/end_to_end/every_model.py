@@ -1,4 +1,5 @@
-"""A tiny segmentor around each backbone, neck and decode head of mmseg's registry, by name, and a short run of it: two steps and an evaluation.
+"""A tiny segmentor around each backbone, neck and decode head of mmseg's registry, by name, and a short run
+of it: two steps and an evaluation.
 
 A name in CASES is that of the registry, or says the setting that the case is about.
 """
@@ -546,7 +547,8 @@ CASES = {
 
 
 WORTH_KNOWING = {
-    "setting ResNet, DCNv2": "mmcv's compiled operator: sizes are not checked beforehand, it computes in fp32, and hooks are on layers",
+    "setting ResNet, DCNv2": "mmcv's compiled operator: sizes are not checked beforehand, it computes in "
+    "fp32, and hooks are on layers",
     "head PSAHead": "mmcv's compiled operator: sizes are not checked beforehand, and hooks are on layers",
     "backbone HRNet": "its modules take lists: hooks are on layers",
     "backbone SwinTransformer": "bf16 under torch.autocast, as all backbones that do not say `follows_dtype`",
@@ -559,8 +561,9 @@ NOT_RUN = {
 }
 """Of mmseg's registry."""
 CROPS = {"head LRASPPHead": 224, "backbone ICNet": 128}
-"""The first pools 49 x 49 pixels of a map that is a quarter of the image's size. The second halves its image: a last stage of one pixel would meet
-torch's bf16 convolution for CPUs, whose gradient of 3 x 3 weights on one pixel is uninitialised memory at times (torch 2.13)."""
+"""The first pools 49 x 49 pixels of a map that is a quarter of the image's size. The second halves its image:
+a last stage of one pixel would meet torch's bf16 convolution for CPUs, whose gradient of 3 x 3 weights on one
+pixel is uninitialised memory at times (torch 2.13)."""
 
 
 def experiment(model: dict[str, Any], data: Path, crop: int = CROP) -> Config:
@@ -597,7 +600,8 @@ def experiment(model: dict[str, Any], data: Path, crop: int = CROP) -> Config:
 
 
 def run(name: str, data: Path, work_dir: Path) -> str:
-    """Two steps, an evaluation, and a forward from whole and from partitioned weights; what is wrong, "" for nothing. Collective."""
+    """Two steps, an evaluation, and a forward from whole and from partitioned weights; what is wrong, "" for
+    nothing. Collective."""
     from internseg_ds import SegmentorEngine
     from internseg_ds.distributed.gathering import forwards
 
@@ -622,7 +626,10 @@ def run(name: str, data: Path, work_dir: Path) -> str:
                 logits.append(ready(image, [{}]))
                 ready.finish()
     if not torch.allclose(*logits, rtol=1e-2, atol=1e-2):
-        return f"whole and partitioned weights segment differently, by up to {(logits[0] - logits[1]).abs().max():.3g}"
+        return (
+            "whole and partitioned weights segment differently, by up to "
+            f"{(logits[0] - logits[1]).abs().max():.3g}"
+        )
     if dist.get_rank() == 0:
         records = [json.loads(line) for line in (work_dir / "metrics.jsonl").read_text().splitlines()]
         losses = [record["loss"] for record in records if "loss" in record]
@@ -632,8 +639,8 @@ def run(name: str, data: Path, work_dir: Path) -> str:
 
 
 def run_all(names: Sequence[str], data: Path, folder: Path) -> None:
-    """On each rank: runs the cases in their order and writes what is wrong with NUMBER into folder/NUMBER.RANK. Ends at the first that fails,
-    after which the ranks may no longer be in step."""
+    """On each rank: runs the cases in their order and writes what is wrong with NUMBER into
+    folder/NUMBER.RANK. Ends at the first that fails, after which the ranks may no longer be in step."""
     os.chdir(ROOT)
     rank = int(os.environ["RANK"])
     with (folder / f"log.{rank}").open("w") as log:
@@ -654,7 +661,8 @@ def run_all(names: Sequence[str], data: Path, folder: Path) -> None:
 
 
 def sweep(names: Sequence[str], data: Path, folder: Path) -> dict[str, str]:
-    """What is wrong with each case, "" for nothing, run by as few pairs of processes as there are failures, and one."""
+    """What is wrong with each case, "" for nothing, run by as few pairs of processes as there are failures,
+    and one."""
     found: dict[str, str] = {}
     while rest := [name for name in names if name not in found]:
         place = folder / f"from_{len(found)}"

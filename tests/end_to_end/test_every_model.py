@@ -1,4 +1,5 @@
-"""Every backbone and decode head of mmseg's registry trains and is evaluated as it is: the most telling ones here, all of them in `make test-slow`."""
+"""Every backbone and decode head of mmseg's registry trains and is evaluated as it is: the most telling ones
+here, all of them in `make test-slow`."""
 
 from pathlib import Path
 
@@ -14,7 +15,8 @@ TELLING = [
     "head PointHead",
     "head IterativeDecodeHead",
 ]
-"""First blocks that do not train, fp32 among bf16, a parameter without dimensions, a cascade, and a head without a threshold."""
+"""First blocks that do not train, fp32 among bf16, a parameter without dimensions, a cascade, and a head
+without a threshold."""
 SUPPORTED = ROOT / "docs/supported_models.md"
 
 

@@ -1,13 +1,14 @@
-"""A fine-tuned backbone goes back to where its weights came from: transformers computes the same features with it, and it starts another run."""
+"""A fine-tuned backbone goes back to where its weights came from: transformers computes the same features
+with it, and it starts another run."""
 
 import pytest
 import torch
 
 from internseg_ds.checkpoints.weights import open_weights
-from internseg_ds.engine.experiment import read_experiment
-from internseg_ds.engine.exporting import export_backbone
-from internseg_ds.engine.inference import load_trained
+from internseg_ds.config.experiment import read_experiment
 from internseg_ds.errors import CheckpointError
+from internseg_ds.evaluation.export import export_backbone
+from internseg_ds.evaluation.inference import load_trained
 
 
 @pytest.fixture(scope="module")

@@ -60,6 +60,11 @@ def with_few_files(args: list[str], log: Path) -> None:
     script("launch/train.py", args, log, log)
 
 
+def with_too_few_files_for_workers(args: list[str], log: Path) -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (56, 56))
+    script("launch/train.py", args, log, log)
+
+
 def with_little_shared_memory(args: list[str], log: Path) -> None:
     assert ctypes.CDLL(None).unshare(CLONE_NEWNS) == 0
     subprocess.run(["mount", "--make-rprivate", "/"], check=True)
@@ -67,10 +72,28 @@ def with_little_shared_memory(args: list[str], log: Path) -> None:
     script("launch/train.py", args, log, log)
 
 
+def test_too_little_shared_memory_for_all_ranks_of_a_host_is_one_sentence(ade20k, tmp_path):
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
+        pytest.skip("this machine allows no mounts of its own")
+    log = tmp_path / "log"
+    ranks = start_ranks(with_little_shared_memory, 2, free_port(), options_of(ade20k, tmp_path / "run"), log)
+    for rank in ranks:
+        rank.join(100)
+        rank.kill()
+        rank.join()
+    said = log.read_text()
+    assert (
+        [rank.exitcode for rank in ranks] == [USER_ERROR] * 2
+        and "/dev/shm has 0 MiB free" in said
+        and "Traceback" not in said
+    ), said[-3000:]
+
+
 @pytest.mark.parametrize(
     ("host", "words"),
     [
         (with_few_files, "allows a process no more open files; raise `ulimit -n`"),
+        (with_too_few_files_for_workers, "allows a process 56 open files, too few for a data worker"),
         (with_little_shared_memory, "/dev/shm of host"),
     ],
 )

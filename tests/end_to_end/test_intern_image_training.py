@@ -1,13 +1,14 @@
-"""The second family under the same engine: InternImage trains like plain PyTorch, goes on elsewhere, and comes out as a file of the published layout."""
+"""The second family under the same engine: InternImage trains like plain PyTorch, goes on elsewhere, and
+comes out as a file of the published layout."""
 
 import pytest
 import torch
 from mmseg.models import build_backbone
 
 from internseg_ds.checkpoints.weights import open_weights
-from internseg_ds.engine.experiment import read_experiment
-from internseg_ds.engine.exporting import export_backbone
+from internseg_ds.config.experiment import read_experiment
 from internseg_ds.errors import CheckpointError
+from internseg_ds.evaluation.export import export_backbone
 from tests.conftest import IMAGE
 from tests.end_to_end.conftest import LONG
 from tests.end_to_end.test_training import plain_losses

@@ -1,4 +1,5 @@
-"""Ranks that die or hang: the others end, say which one it was and where it stood, and nothing of the run stays on the machine."""
+"""Ranks that die or hang: the others end, say which one it was and where it stood, and nothing of the run
+stays on the machine."""
 
 import os
 import re
@@ -13,8 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from internseg_ds.engine.launcher import is_launcher
 from internseg_ds.exit_codes import LOST
+from internseg_ds.training.launcher import is_launcher
 from tests.conftest import ROOT, TINY, data_options, free_port
 from tests.end_to_end.conftest import SMALL
 
@@ -22,7 +23,8 @@ ENDLESS = ["runner.max_iters=100000", "checkpoint_config.interval=0"]
 
 
 def processes_of(work_dir: Path) -> list[psutil.Process]:
-    """Launcher, ranks and their data workers, which all have the work directory in their command line; zombies are left out."""
+    """Launcher, ranks and their data workers, which all have the work directory in their command line;
+    zombies are left out."""
     found = []
     for process in psutil.process_iter():
         try:

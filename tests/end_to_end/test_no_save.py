@@ -1,12 +1,13 @@
 import shutil
 
+from internseg_ds.config.experiment import read_experiment
 from internseg_ds.distributed.process_group import World
-from internseg_ds.engine.experiment import read_experiment
-from internseg_ds.engine.planner import Planner
-from internseg_ds.engine.run_warnings import no_room_to_save
+from internseg_ds.planning.estimator import Estimator
+from internseg_ds.planning.memory_estimate import Platform
+from internseg_ds.planning.memory_warnings import no_room_to_save
 from tests.conftest import ROOT, TINY
 from tests.distributed.ranks import spawn
-from tests.engine.small import small_experiment
+from tests.small_experiment import small_experiment
 
 
 def test_a_run_that_saves_nothing_trains_and_scores_and_says_so(train):
@@ -45,11 +46,11 @@ def test_a_request_to_stop_is_answered_without_a_save(ade20k, tmp_path):
 
 
 def test_a_disk_without_room_for_a_checkpoint_is_a_warning_with_the_figures(tmp_path, monkeypatch):
-    planner = Planner(read_experiment(ROOT / TINY, {"engine.global_batch": None}))
-    ds, _ = planner.resolve(ROOT / "ds_configs/zero1_bf16.json", World().size)
-    assert no_room_to_save(planner, ds, tmp_path / "not" / "there") is None
-    needed = planner.footprint(ds, 2.0**40).checkpoint
+    estimator = Estimator(read_experiment(ROOT / TINY, {"engine.global_batch": None}))
+    ds, _ = estimator.resolve(ROOT / "ds_configs/zero1_bf16.json", World().size)
+    assert no_room_to_save(estimator, ds, tmp_path / "not" / "there") is None
+    needed = estimator.training_memory(ds, Platform(2.0**40)).checkpoint
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, needed - 1))
-    assert "there is no room for a checkpoint: each takes 0.0 GiB" in no_room_to_save(planner, ds, tmp_path)
+    assert "each takes 0.0 GiB" in no_room_to_save(estimator, ds, tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, needed))
-    assert no_room_to_save(planner, ds, tmp_path) is None
+    assert no_room_to_save(estimator, ds, tmp_path) is None

@@ -1,4 +1,5 @@
-"""All families at their full size on tensors that have no storage and pretend to lie on a GPU: devices, dtypes, and where the host would wait."""
+"""All families at their full size on tensors that have no storage and pretend to lie on a GPU: devices,
+dtypes, and where the host would wait."""
 
 import re
 from collections import Counter
@@ -10,15 +11,15 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from internseg_ds.distributed.construction import build_on_meta, choose_recomputation
+from internseg_ds.config.experiment import read_experiment
+from internseg_ds.distributed.construction import build_on_meta, set_activation_checkpointing
 from internseg_ds.distributed.gathering import Forwards, copy_fits
 from internseg_ds.distributed.precision import apply_precision
 from internseg_ds.distributed.process_group import Vote
 from internseg_ds.distributed.sync_batch_norm import AnyDeviceSyncBatchNorm
-from internseg_ds.engine.experiment import read_experiment
-from internseg_ds.engine.interval import Interval
-from internseg_ds.engine.planner import crop_size
-from internseg_ds.engine.skipped import poisoned
+from internseg_ds.monitoring.step_metrics import StepMetrics
+from internseg_ds.planning.image_sizes import crop_size
+from internseg_ds.training.nonfinite_steps import poisoned
 from tests.conftest import ROOT
 from tests.waits import Waits, fake_gpu
 
@@ -47,12 +48,13 @@ def two_ranks() -> Iterator[None]:
 
 
 def segmentor_on(device: str, config: str, heads: torch.dtype = torch.float32):
-    """(the segmentor in the dtypes that it trains in, inputs of a micro-batch of 2 images), inside a FakeTensorMode."""
+    """(the segmentor in the dtypes that it trains in, inputs of a micro-batch of 2 images), inside a
+    FakeTensorMode."""
     experiment = read_experiment(ROOT / config)
     height, width = crop_size(experiment)
     with torch._subclasses.fake_tensor.unset_fake_temporarily():
         model = build_on_meta(experiment.model).to(torch.bfloat16)
-    choose_recomputation(model, "blocks")
+    set_activation_checkpointing(model, "blocks")
     model._apply(lambda tensor: torch.empty_like(tensor, device=device))
     apply_precision(model, torch.bfloat16, heads=heads)
     meta = {name: (height, width, 3) for name in ("img_shape", "pad_shape", "ori_shape")} | {
@@ -88,7 +90,7 @@ def test_a_forward_pass_stays_on_the_gpu_in_its_dtypes_and_waits_for_nothing(con
         with Waits() as waits:
             terms = model(return_loss=True, **inputs)
             loss = poisoned(total(terms))
-            interval = Interval()
+            interval = StepMetrics()
             interval.add({**{name: value.mean() for name, value in terms.items()}, "loss": loss})
             interval.end_step(loss.detach())
     assert seen["image"].dtype == torch.bfloat16 and {feature.dtype for feature in seen["features"]} == {
@@ -111,8 +113,9 @@ def test_heads_in_bf16_wait_for_nothing_either():
 
 @pytest.mark.parametrize("config", FAMILIES, ids=lambda path: path.rsplit("/", 1)[1].removesuffix(".py"))
 def test_a_backward_pass_has_gradients_in_the_weights_dtype_and_reads_no_value(config, monkeypatch):
-    """On fake CPU tensors: torch's engine asks a real driver for the streams of a GPU. A value that is read has no fake, which would raise."""
-    from internseg_ds.models import mask_matching
+    """On fake CPU tensors: torch's engine asks a real driver for the streams of a GPU. A value that is read
+    has no fake, which would raise."""
+    from internseg_ds.models.mask2former import mask_matching
 
     monkeypatch.setattr(mask_matching, "linear_sum_assignment", lambda costs: (range(MASKS), range(MASKS)))
     monkeypatch.setattr(torch.Tensor, "numpy", lambda self: self)
@@ -136,7 +139,7 @@ def test_what_our_own_collectives_send_lies_on_the_gpu(monkeypatch):
         norm = AnyDeviceSyncBatchNorm(3, device=device)
         waits.found.clear()  # its counter comes from the host
         Vote([True, False], device)
-        interval, one = Interval(), torch.ones((), device=device)
+        interval, one = StepMetrics(), torch.ones((), device=device)
         interval.add({"loss": one, "acc": one})
         interval.end_step(one)
         norm(torch.ones(2, 3, 4, 4, device=device))
@@ -144,14 +147,15 @@ def test_what_our_own_collectives_send_lies_on_the_gpu(monkeypatch):
         assert sorted(name for name, _ in waits.collectives) == ["c10d::_allgather_base_"] * 2 + [
             "c10d::allreduce_"
         ]
-        interval.of_all_ranks()  # at a record, which may wait
+        interval.means_over_ranks()  # at a record, which may wait
         assert copy_fits(1, device) is not None  # evaluations may, too
-        Forwards(torch.nn.Linear(1, 1, device=device), in_step=True)._somebody_works(torch.Size((64, 48)))
+        Forwards(torch.nn.Linear(1, 1, device=device), in_step=True)._smallest_image(torch.Size((64, 48)))
     assert {kind for _, kind in waits.collectives} == {"cuda"} and len(waits.collectives) == 6
 
 
 def test_there_is_no_other_collective_of_tensors_in_the_package():
-    """One that comes anew belongs into the tests above. An evaluation counts where its labels are; heads count masks in a forward."""
+    """One that comes anew belongs into the tests above. An evaluation counts where its labels are; heads
+    count masks in a forward."""
     called = re.compile(
         r"\b(?:dist\.(?!all_gather_object|gather_object|broadcast_object_list)(?:all_|broadcast|reduce|gather|scatter)\w*|reduce_mean)\("
     )
@@ -160,8 +164,8 @@ def test_there_is_no_other_collective_of_tensors_in_the_package():
     )
     assert found == {
         "evaluator.py": 1,
-        "interval.py": 1,
-        "mask2former_head.py": 1,
+        "step_metrics.py": 1,
+        "head.py": 1,
         "sync_batch_norm.py": 2,
         "gathering.py": 2,
         "process_group.py": 1,

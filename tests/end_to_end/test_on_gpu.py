@@ -1,8 +1,9 @@
-"""What only a GPU can show: native bf16, nccl, its own kernels, peak memory. One GPU is enough; without any, what needs one is skipped, and the tests of
-trainings run on the CPU alone, so that they are known to work.
+"""What only a GPU can show: native bf16, nccl, its own kernels, peak memory. One GPU is enough; without any,
+what needs one is skipped, and the tests of trainings run on the CPU alone, so that they are known to work.
 
-Losses are held against the same steps on the CPU in fp32, from the same weights and images and without noise. How far they may lie apart follows from the
-same steps on the CPU in bf16: a GPU rounds as often, in another order.
+Losses are held against the same steps on the CPU in fp32, from the same weights and images and without noise.
+How far they may lie apart follows from the same steps on the CPU in bf16: a GPU rounds as often, in another
+order.
 """
 
 import functools
@@ -13,15 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from internseg_ds.config.ds_config import resolve_ds_config
+from internseg_ds.config.experiment import read_experiment
 from internseg_ds.distributed.construction import build_for_training
-from internseg_ds.distributed.ds_config import resolve_ds_config
 from internseg_ds.distributed.sync_batch_norm import AnyDeviceSyncBatchNorm, _NormaliseOverRanks
-from internseg_ds.engine.experiment import read_experiment
-from internseg_ds.models import deformable_attention_operator
-from internseg_ds.models.attention import attention
-from internseg_ds.models.dcnv3_operator import dcnv3, implementation
-from internseg_ds.models.deformable_attention import attend
+from internseg_ds.models.intern_image.dcnv3_operator import dcnv3, implementation
+from internseg_ds.models.intern_vit.attention import attention
 from internseg_ds.models.norms import RMSNorm
+from internseg_ds.models.sampling import deformable_attention_operator
+from internseg_ds.models.sampling.deformable_attention import attend
 from tests.conftest import GPU, IMAGE, MASK2FORMER, ROOT, TINY, data_options
 from tests.end_to_end.conftest import NO_NOISE, SMALL, SMALLER, Run
 
@@ -31,7 +32,8 @@ FAMILIES = [(config, device) for config in (TINY, IMAGE, MASK2FORMER) for device
 STEPS = 6
 ONE = ["data.samples_per_gpu=4", f"runner.max_iters={STEPS}", f"evaluation.interval={STEPS}", *NO_NOISE]
 SPREAD = 4
-"""How many times as far as the CPU in bf16 a GPU may lie from fp32, at most: its errors and the CPU's are of one size, and independent."""
+"""How many times as far as the CPU in bf16 a GPU may lie from fp32, at most: its errors and the CPU's are of
+one size, and independent."""
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +66,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="module")
 def run(train, weights, fp32) -> Callable[..., Run]:
-    """run(config, device, dtype, *options): STEPS steps in one process, saved in the middle and at the end, scored at the end; each made once."""
+    """run(config, device, dtype, *options): STEPS steps in one process, saved in the middle and at the end,
+    scored at the end; each made once."""
 
     @functools.cache
     def made(config: str, device: str, dtype: str = "bfloat16", *options: str) -> Run:
@@ -91,7 +94,8 @@ def run(train, weights, fp32) -> Callable[..., Run]:
 
 
 def tolerance(run: Callable[..., Run], config: str) -> float:
-    """How far a loss may lie from that of fp32: SPREAD times the furthest of the CPU in bf16, and a rounding of bf16 at least."""
+    """How far a loss may lie from that of fp32: SPREAD times the furthest of the CPU in bf16, and a rounding
+    of bf16 at least."""
     exact, rounded = run(config, "cpu", "float32").losses, run(config, "cpu").losses
     return SPREAD * max(
         max(abs(rounded[step] - exact[step]) for step in exact),
@@ -107,7 +111,8 @@ def tolerance(run: Callable[..., Run], config: str) -> float:
     ],
 )
 def test_training_in_bf16_follows_fp32_on_the_cpu(config, device, run):
-    # on the CPU another ZeRO stage and hooks on layers stand for another device: the same steps by another way
+    # on the CPU another ZeRO stage and hooks on layers stand for another device: the same steps by another
+    # way
     other = () if device == "cuda" else ("engine.recomputation=blocks",)
     found, exact = run(config, device, "bfloat16", *other), run(config, "cpu", "float32")
     assert "backbone computes in bfloat16" in found.output and (
@@ -117,9 +122,8 @@ def test_training_in_bf16_follows_fp32_on_the_cpu(config, device, run):
         found.losses == pytest.approx(exact.losses, abs=tolerance(run, config))
         and len(set(found.losses.values())) == STEPS
     )
-    assert min(exact.losses.values()) < exact.losses[1] - tolerance(
-        run, config
-    )  # the tolerance is small beside what is learnt
+    # the tolerance is small beside what is learnt
+    assert min(exact.losses.values()) < exact.losses[1] - tolerance(run, config)
     assert all(record["peak_gib"] > 0 for record in found.records if "loss" in record)
 
 
@@ -230,9 +234,8 @@ def gradients(run, leaves: list[torch.Tensor]) -> list[torch.Tensor]:
 @pytest.mark.parametrize(("size", "channels", "group"), [(56, 64, 4), (28, 640, 20)], ids=["T", "H"])
 def test_dcnv3_of_triton_agrees_with_pytorch_at_the_sizes_of_stages(size, channels, group):
     torch.manual_seed(0)
-    offset = (
-        torch.randint(-256, 256, (2, size, size, 18 * group)) / 64 + 1 / 128
-    )  # exact in fp32, never at a pixel's middle, where gradients jump
+    # exact in fp32, never at a pixel's middle, where gradients jump
+    offset = torch.randint(-256, 256, (2, size, size, 18 * group)) / 64 + 1 / 128
     tensors = torch.randn(2, size, size, channels), offset, torch.rand(2, size, size, 9 * group)
     arguments = (3, 3), (1, 1), (1, 1), (1, 1), group, 1.0, False
     on_gpu, on_cpu = (
@@ -265,9 +268,8 @@ def test_deformable_attention_of_triton_agrees_with_pytorch_at_the_size_of_mask2
     near = (
         (tensors[1] * torch.tensor([[width, height] for height, width in shapes])[:, None] - 0.5).frac().abs()
     )
-    smooth = (torch.minimum(near, 1 - near) > 1e-3).all(
-        -1, keepdim=True
-    )  # at a pixel's middle the gradient of a location jumps
+    # at a pixel's middle the gradient of a location jumps
+    smooth = (torch.minimum(near, 1 - near) > 1e-3).all(-1, keepdim=True)
     for value, expected in zip(found, wanted, strict=True):
         kept = smooth if value.shape == tensors[1].shape else torch.ones(())
         torch.testing.assert_close(value * kept, expected * kept, rtol=1e-3, atol=1e-3)

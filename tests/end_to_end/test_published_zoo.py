@@ -1,4 +1,5 @@
-"""Config files of mmseg 0.30's package through every check before a run (what `train.py --dry-run` does), as they stand but for where the data lie.
+"""Config files of mmseg 0.30's package through every check before a run (what `train.py --dry-run` does), as
+they stand but for where the data lie.
 
 A file for each combination of segmentor, backbone, heads, losses, optimizer, schedule and kind of data set.
 """
@@ -14,10 +15,10 @@ from mmcv import Config
 from mmseg.datasets import CustomDataset, build_dataset
 from PIL import Image
 
+from internseg_ds.config.experiment import leaf_datasets, read_experiment
 from internseg_ds.distributed.process_group import World
-from internseg_ds.engine.experiment import leaf_datasets, read_experiment
-from internseg_ds.engine.preflight import check
 from internseg_ds.errors import UserError
+from internseg_ds.preflight.preflight import check
 from tests.conftest import ROOT
 
 ZOO = Path(mmseg.__file__).parent / ".mim/configs"
@@ -55,7 +56,8 @@ def one_of_each() -> Iterator[Path]:
 
 
 def given_data(cfg: Config, folder: Path, made: dict[tuple, Path]) -> None:
-    """Two random images for each kind of data set, and the data sections of `cfg` pointed at them; no pretrained weights."""
+    """Two random images for each kind of data set, and the data sections of `cfg` pointed at them; no
+    pretrained weights."""
     for split in ("train", "val", "test"):
         for leaf in leaf_datasets(cfg.data.get(split, [])):
             bare = {**leaf, "img_dir": str(folder), "ann_dir": str(folder), "data_root": None}
@@ -82,9 +84,8 @@ def given_data(cfg: Config, folder: Path, made: dict[tuple, Path]) -> None:
                 key == "pretrained" or section[key].get("type") == "Pretrained"
             ):
                 section[key] = None
-    cfg.model.get("backbone", {}).get("backbone_cfg", {}).pop(
-        "init_cfg", None
-    )  # of a backbone around another one
+    # of a backbone around another one
+    cfg.model.get("backbone", {}).get("backbone_cfg", {}).pop("init_cfg", None)
 
 
 def folder_for(dataset: CustomDataset, folder: Path, made: dict[tuple, Path]) -> Path:

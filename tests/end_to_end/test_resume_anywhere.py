@@ -1,4 +1,5 @@
-"""A run saved by 2 processes under one ds_config goes on under another, and with other numbers of processes, along the curve of the unbroken run."""
+"""A run saved by 2 processes under one ds_config goes on under another, and with other numbers of processes,
+along the curve of the unbroken run."""
 
 import ast
 import json
@@ -8,10 +9,11 @@ import pytest
 from mmseg.datasets import build_dataset
 
 from internseg_ds.checkpoints.zero_checkpoint import ZeroCheckpoint
+from internseg_ds.config.experiment import read_experiment
 from internseg_ds.distributed.process_group import World
-from internseg_ds.engine.experiment import read_experiment
-from internseg_ds.engine.preflight import check
 from internseg_ds.errors import CheckpointError
+from internseg_ds.preflight.preflight import check
+from internseg_ds.training.resume.find_checkpoint import compare_with_checkpoint
 from tests.conftest import ROOT, TINY, data_options
 from tests.end_to_end.conftest import NO_NOISE, SMALL
 
@@ -64,10 +66,8 @@ def test_it_goes_on_along_the_same_curve(name, processes, micro_batch, train, un
     ]
     assert rates[0] == pytest.approx({step: rate for step, rate in rates[1].items() if step > 5})
     then, now = ZeroCheckpoint.open(unbroken.work_dir), ZeroCheckpoint.open(run.work_dir)
-    for what in (
-        "fp32",
-        "ema",
-    ):  # 5 steps of at most lr each, of which the signs of a few tiny gradients may differ
+    # 5 steps of at most lr each, of which the signs of a few tiny gradients may differ
+    for what in ("fp32", "ema"):
         for parameter in ("backbone.blocks.1.attn.qkv.weight", "decode_head.conv_seg.weight"):
             numel = then.shapes[parameter].numel()
             difference = (
@@ -89,17 +89,47 @@ def test_a_checkpoint_of_plain_deepspeed_goes_on_too(train, unbroken, tmp_path):
     ("options", "words"),
     [
         (["model.backbone.mlp_ratio=2"], ["does not fit the model", "mlp.fc1"]),
-        (["optimizer.paramwise_cfg.layer_decay_rate=0.5"], ["lr and weight decay", "--load-from"]),
         (["model.backbone.freeze_vit=True"], ["trained backbone", "freezes it"]),
     ],
 )
-def test_a_checkpoint_of_another_model_or_other_groups_is_refused(options, words, train, unbroken):
+def test_a_checkpoint_of_another_model_is_refused(options, words, train, unbroken):
     run = train(
         "--resume", unbroken.work_dir, "--no-validate", options=[*STEPS, *options], processes=1, check=False
     )
     assert (
         run.returncode == 2 and "Traceback" not in run.output and all(word in run.output for word in words)
     ), run.output[-2000:]
+
+
+def test_other_learning_rates_are_told_and_used(train, unbroken):
+    run = train(
+        "--resume",
+        unbroken.work_dir / "checkpoints" / "iter_5",
+        "--no-validate",
+        options=[*STEPS, "optimizer.paramwise_cfg.layer_decay_rate=0.01"],
+    )
+    assert (
+        "another learning rate or weight decay for backbone." in run.output
+        and "layer_decay_rate" in run.output
+    )
+    saves = [
+        ZeroCheckpoint(unbroken.work_dir / "checkpoints" / "iter_5"),
+        ZeroCheckpoint.open(unbroken.work_dir),
+        ZeroCheckpoint.open(run.work_dir),
+    ]
+
+    def moved(parameter: str) -> list[float]:
+        """Mean change of a parameter from step 5 to 10: of the unbroken run, and of the one with other
+        rates."""
+        before, unchanged, changed = (
+            save.read_slice(parameter, 0, save.shapes[parameter].numel(), "fp32") for save in saves
+        )
+        return [float((after - before).abs().mean()) for after in (unchanged, changed)]
+
+    unchanged, changed = moved("backbone.blocks.0.attn.qkv.weight")
+    assert 0 < changed < 0.05 * unchanged
+    unchanged, changed = moved("decode_head.conv_seg.weight")
+    assert changed == pytest.approx(unchanged, rel=0.2)
 
 
 def test_other_settings_are_told_and_other_classes_refused(unbroken, train, ade20k):
@@ -122,12 +152,14 @@ def test_other_settings_are_told_and_other_classes_refused(unbroken, train, ade2
     names = build_dataset(experiment.train).CLASSES
     experiment.train["classes"] = [names[1], names[0], *names[2:]]
     with pytest.raises(CheckpointError, match=f"class 0 was '{names[0]}' and is '{names[1]}'"):
-        check(
-            experiment,
-            ROOT / "ds_configs/zero3_bf16.json",
-            World(0, 2, 0),
-            validate=False,
-            resume_from=unbroken.work_dir / "checkpoints" / "iter_5",
+        compare_with_checkpoint(
+            check(
+                experiment,
+                ROOT / "ds_configs/zero3_bf16.json",
+                World(0, 2, 0),
+                validate=False,
+                resume_from=unbroken.work_dir / "checkpoints" / "iter_5",
+            )
         )
 
 

@@ -1,4 +1,5 @@
-"""One checkpoint, one score: whatever form the weights are in, and however many processes look at the images."""
+"""One checkpoint, one score: whatever form the weights are in, and however many processes look at the
+images."""
 
 import json
 import shutil
@@ -10,7 +11,7 @@ import torch
 from mmseg.datasets import ADE20KDataset
 
 from internseg_ds.data.datasets import build_datasets
-from internseg_ds.engine.testing import published_classes
+from internseg_ds.evaluation.test import published_classes
 from tests.conftest import TINY, data_options
 from tests.end_to_end.conftest import SMALL
 
@@ -63,9 +64,8 @@ def test_the_score_is_the_same_from_shards_and_file_and_with_1_and_2_processes(
     )
     results.append((out / "results.json").read_text())
     assert len(set(results)) == 1
-    assert json.loads(results[0])["mIoU"] == pytest.approx(
-        trained.scores[12], abs=5e-3
-    )  # training evaluates bf16 copies of the same weights
+    # training evaluates bf16 copies of the same weights
+    assert json.loads(results[0])["mIoU"] == pytest.approx(trained.scores[12], abs=5e-3)
 
 
 def test_the_one_file_is_an_ordinary_mmseg_checkpoint(one_file):
@@ -217,9 +217,8 @@ def test_a_submission_numbers_chosen_classes_as_the_benchmark_does(ade20k, tmp_p
     assert [ADE20KDataset.CLASSES[number] for number in numbers[:2]] == ["sky", "wall"] and numbers[2] == 2
     dataset.format_results([numbers[np.array([[0, 1]])]], str(tmp_path), indices=[0])
     (file,) = tmp_path.iterdir()
-    assert cv2.imread(str(file), cv2.IMREAD_UNCHANGED).tolist() == [
-        [3, 1]
-    ]  # in the benchmark's files 1 is wall, 3 is sky
+    # in the benchmark's files 1 is wall, 3 is sky
+    assert cv2.imread(str(file), cv2.IMREAD_UNCHANGED).tolist() == [[3, 1]]
 
 
 def test_predict_takes_globs_and_names_what_it_cannot_read(one_file, launch, ade20k, tmp_path):

@@ -1,4 +1,5 @@
-"""What a training run must be: the same curve as plain PyTorch, under every ds_config, under every launcher, and after a resume."""
+"""What a training run must be: the same curve as plain PyTorch, under every ds_config, under every launcher,
+and after a resume."""
 
 import json
 import os
@@ -12,13 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from internseg_ds.config.ds_config import resolve_ds_config
+from internseg_ds.config.experiment import leaf_datasets, read_experiment
 from internseg_ds.data.datasets import build_datasets
 from internseg_ds.data.loading import training_batches
 from internseg_ds.data.sampler import GlobalBatchSampler
 from internseg_ds.distributed.construction import build_for_training
-from internseg_ds.distributed.ds_config import resolve_ds_config
-from internseg_ds.distributed.parameter_groups import parameter_groups
-from internseg_ds.engine.experiment import leaf_datasets, read_experiment
+from internseg_ds.optimization.parameter_groups import parameter_groups
 from tests.conftest import ROOT, TINY, data_options, free_port
 from tests.end_to_end.conftest import LONG, SMALL, SMALLER, STEPS
 
@@ -46,7 +47,8 @@ def plain_losses(
     accumulation: int = 1,
     clip: float | None = None,
 ) -> dict[int, float]:
-    """Loss per step of the same model and batches in one plain fp32 process: torch autograd, torch.optim.AdamW, no DeepSpeed."""
+    """Loss per step of the same model and batches in one plain fp32 process: torch autograd,
+    torch.optim.AdamW, no DeepSpeed."""
     from mmcv import DictAction
 
     options = dict(
@@ -110,14 +112,14 @@ def test_every_ds_config_follows_plain_pytorch_within_bf16(name, long_run, refer
     losses = long_run(name).losses
     assert list(losses) == list(reference)
     assert losses == pytest.approx(reference, rel=2e-2)
-    assert (
-        losses != pytest.approx(reference, rel=1e-7) or name == "zero3_autocast"
-    )  # it really is another arithmetic
+    # it really is another arithmetic
+    assert losses != pytest.approx(reference, rel=1e-7) or name == "zero3_autocast"
 
 
 @pytest.mark.parametrize("name", ["zero3_bf16", "zero3_autocast"])
 def test_a_bf16_backbone_follows_plain_pytorch_too(name, train, reference):
-    """This machine may compute the backbone in fp32 by default; here the bf16 arithmetic of a GPU is asked for."""
+    """This machine may compute the backbone in fp32 by default; here the bf16 arithmetic of a GPU is asked
+    for."""
     losses = train(
         "--deepspeed_config",
         f"ds_configs/{name}.json",
@@ -126,9 +128,8 @@ def test_a_bf16_backbone_follows_plain_pytorch_too(name, train, reference):
     ).losses
     first = {step: reference[step] for step in range(1, 6)}
     assert {step: losses[step] for step in first} == pytest.approx(first, rel=2e-2)
-    assert {step: losses[step] for step in first} != pytest.approx(
-        first, rel=1e-6
-    )  # it really is another arithmetic
+    # it really is another arithmetic
+    assert {step: losses[step] for step in first} != pytest.approx(first, rel=1e-6)
 
 
 def test_a_resumed_run_has_the_same_losses_to_the_last_bit(train, trained):
@@ -160,7 +161,8 @@ def test_the_engine_is_a_few_lines_of_python(ade20k, tmp_path):
     script = f"""
 from internseg_ds import SegmentorEngine
 
-with SegmentorEngine({TINY!r}, "ds_configs/zero3_bf16.json", work_dir={str(tmp_path)!r}, cfg_options={options!r}) as engine:
+options = {options!r}
+with SegmentorEngine({TINY!r}, "ds_configs/zero3_bf16.json", work_dir={str(tmp_path)!r}, cfg_options=options) as engine:
     engine.train()
     print(engine.evaluate().metrics["mIoU"])
 """

@@ -13,11 +13,12 @@ from mmseg.models import build_head
 from torch import nn
 from torch.utils.data import Dataset
 
+from internseg_ds.config.experiment import read_experiment
 from internseg_ds.distributed.process_group import World
-from internseg_ds.engine.experiment import read_experiment
-from internseg_ds.engine.model_checks import check_thresholds
-from internseg_ds.engine.preflight import check
 from internseg_ds.errors import CheckpointError, ConfigError, DataError, UserError
+from internseg_ds.preflight.model_checks import check_thresholds
+from internseg_ds.preflight.preflight import check
+from internseg_ds.training.resume.find_checkpoint import compare_with_checkpoint
 from tests.conftest import MASK2FORMER, ROOT, TINY, data_options
 from tests.end_to_end.conftest import SMALL
 
@@ -250,7 +251,8 @@ def test_the_score_of_one_of_several_validation_sets_may_say_which_is_best(ade20
         ROOT / TINY, dict(option.split("=") for option in data_options(ade20k)) | options
     )
     assert (
-        check(experiment, ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0)).experiment.best_by == "1_mIoU"
+        check(experiment, ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0)).experiment.evaluation.best_by
+        == "1_mIoU"
     )
 
 
@@ -397,7 +399,8 @@ def test_a_data_set_that_is_not_mmsegs_is_told_what_it_lacks(ade20k):
     mine = replace(experiment, train=ConfigDict(type="PlainTorchDataset", pipeline=experiment.train.pipeline))
     with pytest.raises(
         DataError,
-        match=r"data\.train: PlainTorchDataset is no data set of mmseg, it lacks pipeline, CLASSES, img_infos; derive it from",
+        match=r"data\.train: PlainTorchDataset is no data set of mmseg, it lacks pipeline, CLASSES, "
+        r"img_infos; derive it from",
     ):
         check(mine, ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0))
 
@@ -416,11 +419,12 @@ def test_each_class_needs_a_colour(ade20k):
             ROOT / "ds_configs/zero3_bf16.json",
             World(0, 2, 0),
         )
+    # mmseg draws them
     check(
         replace(experiment, train=ConfigDict(experiment.train, **own)),
         ROOT / "ds_configs/zero3_bf16.json",
         World(0, 2, 0),
-    )  # mmseg draws them
+    )
 
 
 @pytest.mark.parametrize(
@@ -467,7 +471,8 @@ class TurnOverAndHalve:
         (
             "TurnOverAndHalve",
             ConfigError,
-            r"gt_masks of the first image .* 112 x 112 pixels, and the image with 112 x 56; make it after the last step",
+            r"gt_masks of the first image .* 112 x 112 pixels, and the image with 112 x 56; make it after "
+            r"the last step",
         ),
         ("Collect", ConfigError, "has DefaultFormatBundle before ToMask"),
         (None, DataError, "KeyError: 'gt_masks'; does a step of the pipeline make it"),
@@ -543,7 +548,8 @@ def test_a_validation_set_that_repeats_its_images_is_refused(wrapper, ade20k):
     repeated = replace(experiment, val=[experiment.val, dict(**wrapper, dataset=experiment.val)])
     with pytest.raises(
         ConfigError,
-        match=rf"data\.val of .* is a {wrapper['type']} of a data set, but an evaluation scores each image once",
+        match=rf"data\.val of .* is a {wrapper['type']} of a data set, but an evaluation scores each image "
+        r"once",
     ):
         check(repeated, ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0))
 
@@ -569,7 +575,7 @@ def test_a_batch_norm_over_one_value_is_refused_before_it_fails(ade20k):
 
 @pytest.mark.parametrize("name", ["file", "file/below"])
 def test_a_work_directory_that_cannot_be_made_is_refused(name, ade20k, tmp_path):
-    from internseg_ds.engine.outputs import check_writable
+    from internseg_ds.output_files import check_writable
 
     (tmp_path / "file").write_text("precious")
     check_writable(tmp_path / "new" / "one", "--work-dir")
@@ -625,7 +631,10 @@ def test_a_run_does_not_go_on_with_its_classes_in_another_order(trained, ade20k)
         CheckpointError,
         match=r"iter_12.* the same classes in another order: class 0 was 'wall' and is 'building'",
     ):
-        check(swapped, ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0), validate=False, resume_from=save)
+        plan = check(
+            swapped, ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0), validate=False, resume_from=save
+        )
+        compare_with_checkpoint(plan)
 
 
 def test_a_truncated_checkpoint_is_refused_before_training(trained, launch, ade20k, tmp_path):

@@ -1,4 +1,5 @@
-"""Our reader of ZeRO checkpoints against DeepSpeed's own, on checkpoints of real runs, and what consolidation makes of them."""
+"""Our reader of ZeRO checkpoints against DeepSpeed's own, on checkpoints of real runs, and what consolidation
+makes of them."""
 
 import shutil
 

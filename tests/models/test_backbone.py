@@ -6,14 +6,14 @@ from mmcv import ConfigDict
 from mmseg.models import build_backbone
 
 from internseg_ds.checkpoints.weights import open_weights
+from internseg_ds.config.ds_config import resolve_ds_config
+from internseg_ds.config.experiment import read_experiment
 from internseg_ds.distributed.construction import build_for_training, build_on_meta
-from internseg_ds.distributed.ds_config import resolve_ds_config
-from internseg_ds.distributed.loading import fit_segmentor, load
-from internseg_ds.engine.experiment import read_experiment
-from internseg_ds.engine.inference import load_trained
-from internseg_ds.engine.starting_weights import starting_weights
+from internseg_ds.distributed.weight_loading import load, match_segmentor
 from internseg_ds.errors import CheckpointError, ConfigError
+from internseg_ds.evaluation.inference import load_trained
 from internseg_ds.models.backbone import patch_size, pretrained_file, vector_length
+from internseg_ds.preflight.starting_weights import starting_weights
 from tests.conftest import TINY
 
 VIT = dict(
@@ -87,7 +87,7 @@ def test_mmsegs_two_ways_to_name_weights_are_read_by_the_engine_and_not_by_the_m
     experiment = vit_experiment(**arguments)
     hollow = build_on_meta(experiment.model)
     assert pretrained_file(hollow.backbone) == str(path)
-    with pytest.raises(CheckpointError, match=rf"model\.backbone\.{how}.*: there is no such file"):
+    with pytest.raises(CheckpointError, match=rf"model\.backbone\.{how}"):
         starting_weights(experiment, hollow, None)
     model = build(experiment)  # reads no file: there is none
     wanted = {name: torch.randn_like(value) for name, value in model.backbone.state_dict().items()}
@@ -103,9 +103,7 @@ def test_finished_weights_that_are_nan_are_refused_by_whoever_only_segments_with
     load_trained(experiment, tmp_path / "w.pth", torch.device("cpu"))
     state["decode_head.conv_seg.bias"][0] = torch.nan
     torch.save(state, tmp_path / "w.pth")
-    with pytest.raises(
-        CheckpointError, match=r"values that no weights have: decode_head\.conv_seg\.bias \(NaN or infinite\)"
-    ):
+    with pytest.raises(CheckpointError, match=r"decode_head\.conv_seg\.bias .*NaN"):
         load_trained(experiment, tmp_path / "w.pth", torch.device("cpu"))
 
 
@@ -132,6 +130,6 @@ def test_other_classes_in_a_file_keep_the_heads_initial_values_where_they_may_di
     )
     weights = open_weights(tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match="weights_may_differ"):
-        fit_segmentor(model, weights)
-    found = fit_segmentor(model, weights, ("decode_head.conv_seg.",))
+        match_segmentor(model, weights)
+    found = match_segmentor(model, weights, ("decode_head.conv_seg.",))
     assert found.missing == ["decode_head.conv_seg.weight"] == found.ignored

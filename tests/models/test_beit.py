@@ -8,7 +8,7 @@ import pytest
 import torch
 from mmseg.models.builder import BACKBONES
 
-from internseg_ds.models.beit import MAE, BEiT, resize_bias_table, spread
+from internseg_ds.models.beit import MAE, BEiT, geometric_positions, resize_bias_table
 
 
 def cubic(places: np.ndarray) -> torch.Tensor:
@@ -22,11 +22,10 @@ def cubic(places: np.ndarray) -> torch.Tensor:
 
 @pytest.mark.parametrize(("known", "side"), [(27, 79), (7, 15), (27, 31)])
 def test_a_cubic_function_of_the_positions_stays_that_function(known, side):
-    places, wanted = spread(known // 2, side // 2), np.arange(-(side // 2), side // 2 + 1.0)
+    places, wanted = geometric_positions(known // 2, side // 2), np.arange(-(side // 2), side // 2 + 1.0)
     resized = resize_bias_table(cubic(places), side).view(side, side, 2)
-    inside = slice(
-        (skipped := int((abs(wanted) > places[-1]).sum()) // 2), side - skipped
-    )  # beyond the last place the edge goes on
+    # beyond the last place the edge goes on
+    inside = slice((skipped := int((abs(wanted) > places[-1]).sum()) // 2), side - skipped)
     torch.testing.assert_close(
         resized[inside, inside],
         cubic(wanted[inside]).view(side - 2 * skipped, side - 2 * skipped, 2),
@@ -36,7 +35,7 @@ def test_a_cubic_function_of_the_positions_stays_that_function(known, side):
 
 
 def test_places_grow_by_one_ratio_from_the_middle_to_the_new_edge():
-    places = spread(13, 39)
+    places = geometric_positions(13, 39)
     assert (
         places[13] == 0
         and places[14] == 1
@@ -51,9 +50,8 @@ def test_the_middle_of_a_table_stays_where_it_is():
     table = torch.randn(27 * 27, 3, generator=torch.Generator().manual_seed(0))
     resized = resize_bias_table(table, 79).view(79, 79, 3)
     torch.testing.assert_close(resized[39, 39], table.view(27, 27, 3)[13, 13])
-    torch.testing.assert_close(
-        resized[40, 39], table.view(27, 27, 3)[14, 13]
-    )  # one step away is one step away in both
+    # one step away is one step away in both
+    torch.testing.assert_close(resized[40, 39], table.view(27, 27, 3)[14, 13])
 
 
 @pytest.mark.parametrize(

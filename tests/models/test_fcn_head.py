@@ -84,7 +84,7 @@ def test_the_published_auxiliary_head_has_one_convolution():
     [
         (dict(num_convs=-1), "num_convs=-1"),
         (dict(dilation=0), "dilation=0"),
-        (dict(num_convs=0, channels=6), "num_convs=0 cannot turn in_channels=8 into channels=6"),
+        (dict(num_convs=0, channels=6), "num_convs=0 .*in_channels=8 .*channels=6"),
     ],
 )
 def test_impossible_arguments_are_named(arguments: dict, message: str):

@@ -66,9 +66,9 @@ def test_the_choice_of_kernel_is_logged_once(caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.INFO):
         for _ in range(3):
             norm(torch.randn(2, 24))
-    assert [record.getMessage() for record in caplog.records] == [
-        "RMSNorm of width 24 in float32 on cpu: torch (no other here)"
-    ]
+    (message,) = caplog.messages
+    for fact in ("RMSNorm", "24", "float32", "cpu", "torch"):
+        assert fact in message
 
 
 def slow_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -117,9 +117,8 @@ def test_images_that_are_ignored_as_a_whole_cost_nothing(loss, classes):
     torch.testing.assert_close(ours.losses(logits, labels)[name], theirs.losses(logits, labels)[name])
     one, none = labels.clone(), torch.full_like(labels, IGNORED)
     one[1] = IGNORED
-    halves = (
-        2 if loss["type"] == "CrossEntropyLoss" or loss.get("per_image") else 1
-    )  # a mean over both images
+    # a mean over both images
+    halves = 2 if loss["type"] == "CrossEntropyLoss" or loss.get("per_image") else 1
     torch.testing.assert_close(
         ours.losses(logits, one)[name], theirs.losses(logits[:1], labels[:1])[name] / halves
     )

@@ -1,6 +1,8 @@
-"""Every Triton kernel compiles to PTX and machine code for A100, H100 and B200, which needs no GPU, and fits their shared memory and registers.
+"""Every Triton kernel compiles to PTX and machine code for A100, H100 and B200, which needs no GPU, and fits
+their shared memory and registers.
 
-The sizes are those of InternImage's stages and of Mask2Former's pixel decoder; features in bf16 and fp32, the rest in fp32.
+The sizes are those of InternImage's stages and of Mask2Former's pixel decoder; features in bf16 and fp32, the
+rest in fp32.
 """
 
 import os
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from internseg_ds.models.dcnv3_geometry import Geometry
+from internseg_ds.models.intern_image.dcnv3_geometry import Geometry
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(
@@ -19,14 +21,16 @@ pytestmark = pytest.mark.skipif(
 
 CAPABILITIES = (80, 90, 100)
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
-"""The most that a block may have (CUDA programming guide, technical specifications per compute capability)."""
+"""The most that a block may have (CUDA programming guide, technical specifications per compute
+capability)."""
 FEATURES = ("x", "value", "out", "grad")
 NUMBERS = {"scale": "fp32"}
 LEVELS = ("odd_heights", "odd_widths")
 
 
 def compiled(kernel, known: dict[str, int], capability: int, features: str, wide: bool = False):
-    """kernel for this GPU, its constants known; features: Triton's name of their type. wide: `rows` beyond 2^31."""
+    """kernel for this GPU, its constants known; features: Triton's name of their type. wide: `rows` beyond
+    2^31."""
     from triton.backends.compiler import GPUTarget
 
     counts = {"rows": "i64"} if wide else {}
@@ -63,14 +67,13 @@ def check(
         [tool, "-res-usage", folder / "kernel.cubin"], capture_output=True, text=True, check=True
     ).stdout
     stack, registers = int(re.search(r"STACK:(\d+)", usage)[1]), int(re.search(r"REG:(\d+)", usage)[1])
-    assert stack <= 16 and registers <= 255, (
-        usage
-    )  # what registers have no room for goes to the stack: a number or two do no harm
+    # what registers have no room for goes to the stack: a number or two do no harm
+    assert stack <= 16 and registers <= 255, usage
 
 
 def dcnv3(group: int, channels: int) -> list[tuple]:
     """Kernels and constants for 3 x 3 points."""
-    from internseg_ds.models import dcnv3_triton as kernels
+    from internseg_ds.models.intern_image import dcnv3_triton as kernels
 
     made = kernels.constants(Geometry((3, 3), (1, 1), (1, 1), (1, 1), group, 1.0, False), channels)
     block = triton.next_power_of_2(channels)
@@ -79,7 +82,7 @@ def dcnv3(group: int, channels: int) -> list[tuple]:
 
 
 def attention(heads: int, channels: int, levels: int = 3, points: int = 4) -> list[tuple]:
-    from internseg_ds.models import deformable_attention_triton as kernels
+    from internseg_ds.models.sampling import deformable_attention_triton as kernels
 
     pairs = zip((kernels.forward_kernel, kernels.backward_kernel), kernels.ELEMENTS.values(), strict=True)
     return [

@@ -25,7 +25,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Hosts with a folder `local` of the same path that is another one on each, and a user who may start runs on the first."""
+    """Hosts with a folder `local` of the same path that is another one on each, and a user who may start runs
+    on the first."""
 
     hosts: list[Host]
     local: Path
@@ -102,7 +103,8 @@ class Cluster:
 
 @pytest.fixture(scope="session")
 def cluster_of(ade20k: Path, tmp_path_factory: pytest.TempPathFactory):
-    """cluster_of(count): a context manager that has a Cluster of so many hosts. What is missing on the machine ends the session, with one sentence."""
+    """cluster_of(count): a context manager that has a Cluster of so many hosts. What is missing on the
+    machine ends the session, with one sentence."""
     from contextlib import contextmanager
 
     if problem := missing():

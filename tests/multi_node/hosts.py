@@ -1,8 +1,10 @@
-"""Several hosts on one machine: each has a network, host name, processes, /dev/shm, /etc/ssh and /etc/hosts of its own, an sshd, and no GPU.
+"""Several hosts on one machine: each has a network, host name, processes, /dev/shm, /etc/ssh and /etc/hosts
+of its own, an sshd, and no GPU.
 
-A host is one process tree in Linux namespaces of its own. Networks and mounts live in those namespaces and go with them, and the tree goes with the process
-that started it, so that nothing stays on the machine, even when the tests are killed. The hosts share the file system, except for one folder, `local`, which
-has the same path on each and is another folder on each.
+A host is one process tree in Linux namespaces of its own. Networks and mounts live in those namespaces and go
+with them, and the tree goes with the process that started it, so that nothing stays on the machine, even when
+the tests are killed. The hosts share the file system, except for one folder, `local`, which has the same path
+on each and is another folder on each.
 """
 
 import os
@@ -58,7 +60,8 @@ exec {sshd} -D -e -f /etc/ssh/sshd_config
 
 @dataclass(frozen=True)
 class Host:
-    """name and address: as the other hosts know it. process: the tree that it is. mine: what lies in its folder `local`, seen from outside."""
+    """name and address: as the other hosts know it. process: the tree that it is. mine: what lies in its
+    folder `local`, seen from outside."""
 
     name: str
     address: str
@@ -87,9 +90,11 @@ class Host:
         return output
 
     def python_processes(self) -> dict[int, str]:
-        """What runs on this host, python's alone (launcher, ranks, their data workers): pid, in the numbers of this machine -> command line.
+        """What runs on this host, python's alone (launcher, ranks, their data workers): pid, in the numbers
+        of this machine -> command line.
 
-        By their namespace, and not by their parents: whose parent ends while it is looked for (an ssh session) would not be found.
+        By their namespace, and not by their parents: whose parent ends while it is looked for (an ssh
+        session) would not be found.
         """
         host, found = os.stat(f"/proc/{self.init}/ns/pid").st_ino, {}
         for process in psutil.process_iter():
@@ -120,7 +125,8 @@ def missing() -> str | None:
         text=True,
     )
     return (
-        f"this machine allows no namespaces ({tried.stderr.strip()}); in a container, start it with --privileged"
+        f"this machine allows no namespaces ({tried.stderr.strip()}); in a container, start it with "
+        "--privileged"
         if tried.returncode
         else None
     )
@@ -128,7 +134,8 @@ def missing() -> str | None:
 
 @contextmanager
 def hosts(count: int, folder: Path) -> Iterator[list[Host]]:
-    """`count` hosts, node1 and so on, that reach each other by ssh without a password. folder: for keys and the like; `folder/local` differs on each."""
+    """`count` hosts, node1 and so on, that reach each other by ssh without a password. folder: for keys and
+    the like; `folder/local` differs on each."""
     keys, local = folder / "keys", folder / "local"
     for made in (keys, local, folder / "ssh"):
         made.mkdir(parents=True)
@@ -226,7 +233,8 @@ def _tool(name: str) -> str | None:
 
 
 def environment(home: Path, settings: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a user whose home folder is `home` and whose ~/.deepspeed_env carries `settings` to every host."""
+    """The environment of a user whose home folder is `home` and whose ~/.deepspeed_env carries `settings` to
+    every host."""
     home.mkdir(exist_ok=True)
     (home / ".deepspeed_env").write_text("".join(f"{key}={value}\n" for key, value in settings.items()))
     return {**os.environ, "HOME": str(home)}

@@ -1,5 +1,5 @@
-"""Training and evaluation over several hosts, started by `deepspeed --hostfile` with pdsh and ssh: a shared work directory,
-one on each host, and sudden ends."""
+"""Training and evaluation over several hosts, started by `deepspeed --hostfile` with pdsh and ssh: a shared
+work directory, one on each host, and sudden ends."""
 
 import json
 import os
@@ -104,9 +104,8 @@ def test_each_host_keeps_its_own_files_and_goes_on_from_what_all_have(shared, tw
         assert read_manifest(folder / "iter_4")["node_local"]
     records = two.hosts[0].mine / "kept"
     assert Run(records, "", 0).losses == shared.losses
-    (folders[1] / "iter_4").rename(
-        folders[1] / "iter_4.partial"
-    )  # as when node2 dies between the publishing of node1 and its own
+    # as when node2 dies between the publishing of node1 and its own
+    (folders[1] / "iter_4").rename(folders[1] / "iter_4.partial")
     (folders[1] / "latest").write_text("iter_2")
     run = two.train(two.local / "kept", "--deepspeed_config", ds_config, "--resume", "auto")
     assert (
@@ -182,9 +181,8 @@ def test_when_a_process_is_killed_on_one_host_nothing_runs_on_on_another(two):
         if "launch/train.py" in line and "deepspeed.launcher" not in line
     ][:1]
     os.kill(rank, signal.SIGKILL)
-    assert (
-        running.wait(timeout=60) == 256 - signal.SIGKILL
-    )  # the largest of the hosts' codes: that of the host whose rank was killed
+    # the largest of the hosts' codes: that of the host whose rank was killed
+    assert running.wait(timeout=60) == 256 - signal.SIGKILL
     two.check_nothing_is_left()
 
 

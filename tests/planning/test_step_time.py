@@ -1,9 +1,16 @@
 import pytest
 
-from internseg_ds.planning.communication import Collective, Traffic
-from internseg_ds.planning.devices import DEVICES, Device
-from internseg_ds.planning.step_time import ADAM_BYTES, Assumptions, Cluster, seconds, step_time
-from internseg_ds.planning.training_pass import TrainingPass
+from internseg_ds.planning.collectives import Collective, Traffic
+from internseg_ds.planning.devices import DEVICES, Cluster, Device
+from internseg_ds.planning.flops import TrainingPass
+from internseg_ds.planning.step_time import (
+    ADAM_BYTES,
+    Assumptions,
+    StepWork,
+    communication_seconds,
+    step_time,
+)
+from internseg_ds.planning.zero_settings import ZeroSettings
 
 GPU = Device("test", bf16=100, tf32=50, fp32=5, memory_gib=74.5, memory_gbs=1000, nvlink_gbs=100, host_gbs=10)
 PLAIN = Assumptions(compute=0.5, link=1.0, hop_within_s=0, hop_between_s=0, host_memory_gbs=80)
@@ -25,17 +32,11 @@ def gather(gigabytes: float, ranks: int = 2, calls: int = 1, what: str = "weight
 
 
 def time_of(micro_batches, after=(), zero=None, nodes=1, per_node=2, host_bytes=0, **more):
-    return step_time(
-        PASS,
-        2,
-        Traffic(tuple(micro_batches), tuple(after)),
-        STATE,
-        host_bytes,
-        zero or {"stage": 3},
-        Cluster(GPU, nodes, per_node, 10),
-        PLAIN,
-        **more,
+    work = StepWork(
+        PASS, 2, Traffic(tuple(micro_batches), tuple(after)), STATE, host_bytes=host_bytes, **more
     )
+    settings = ZeroSettings(zero or {"stage": 3}, "bf16", nodes * per_node)
+    return step_time(work, settings, Cluster(GPU, nodes, per_node, 10), PLAIN)
 
 
 def test_computation_takes_its_flops_at_the_share_of_the_peak_that_is_reached():
@@ -43,7 +44,7 @@ def test_computation_takes_its_flops_at_the_share_of_the_peak_that_is_reached():
     assert time.floor == pytest.approx(COMPUTE_S / 2)
     assert time.compute == pytest.approx(COMPUTE_S)
     assert time.update == pytest.approx(ADAM_BYTES * STATE / 2 / 1e12)
-    assert time.step == pytest.approx(time.compute + time.update)
+    assert time.total == pytest.approx(time.compute + time.update)
 
 
 def test_heads_in_bf16_run_at_the_backbones_rate():
@@ -59,9 +60,8 @@ def test_communication_hides_behind_computation_where_the_settings_let_it():
     assert time_of([(hidden,)]).waiting == pytest.approx(0)
     assert time_of([(longer,)]).waiting == pytest.approx(0.4 - COMPUTE_S)
     assert time_of([(hidden,)], zero={"stage": 3, "overlap_comm": False}).waiting == pytest.approx(0.08)
-    assert time_of([(hidden,)], zero={"stage": 1}).waiting == pytest.approx(
-        0.08
-    )  # DeepSpeed overlaps in ZeRO-3 alone unless it is told to
+    # DeepSpeed overlaps in ZeRO-3 alone unless it is told to
+    assert time_of([(hidden,)], zero={"stage": 1}).waiting == pytest.approx(0.08)
     assert time_of([(gather(8, what="batch norm"),)]).waiting == pytest.approx(0.08)
     assert time_of([(), ()], after=[hidden]).waiting == pytest.approx(0.08)
 
@@ -76,16 +76,15 @@ def test_zero_1_and_2_hide_gradients_behind_the_backward_pass_alone_and_never_th
 
 def test_micro_batches_wait_for_their_own_communication_only():
     time = time_of([(gather(40),), ()])
-    assert time.step == pytest.approx(0.4 + COMPUTE_S + time.update)
+    assert time.total == pytest.approx(0.4 + COMPUTE_S + time.update)
     assert time.communication == pytest.approx(0.4)
 
 
 def test_the_slower_link_decides():
     cluster = Cluster(GPU, nodes=2, per_node=2, between_gbs=10)
-    assert seconds([gather(8, ranks=4)], cluster, PLAIN) == pytest.approx(
-        4 / 10
-    )  # half of it leaves the node
-    assert seconds([gather(8, ranks=2)], cluster, PLAIN) == pytest.approx(8 / 100)
+    # half of it leaves the node
+    assert communication_seconds([gather(8, ranks=4)], cluster, PLAIN) == pytest.approx(4 / 10)
+    assert communication_seconds([gather(8, ranks=2)], cluster, PLAIN) == pytest.approx(8 / 100)
 
 
 def test_each_call_takes_its_hops():
@@ -93,16 +92,18 @@ def test_each_call_takes_its_hops():
         Cluster(GPU, nodes=2, per_node=2, between_gbs=10),
         Assumptions(link=1.0, hop_within_s=1, hop_between_s=10),
     )
-    assert seconds([gather(0, ranks=4, calls=3)], cluster, slow) == 3 * (2 + 20)
-    assert seconds([Collective("all_reduce", "gradients", 0, 1, 4)], cluster, slow) == 2 * (2 + 20)
-    assert seconds([gather(0, ranks=2)], cluster, slow) == 1
+    assert communication_seconds([gather(0, ranks=4, calls=3)], cluster, slow) == 3 * (2 + 20)
+    assert communication_seconds([Collective("all_reduce", "gradients", 0, 1, 4)], cluster, slow) == 2 * (
+        2 + 20
+    )
+    assert communication_seconds([gather(0, ranks=2)], cluster, slow) == 1
 
 
 def test_an_offloaded_update_runs_at_the_speed_of_the_hosts_memory():
     time = time_of([()], zero={"stage": 3, "offload_optimizer": {"device": "cpu"}}, host_bytes=2 * 10**9)
     assert time.host == pytest.approx(0.2)
     assert time.update == pytest.approx(ADAM_BYTES * STATE / 2 / (80e9 / 2))
-    assert time.step == pytest.approx(COMPUTE_S + time.host + time.update)
+    assert time.total == pytest.approx(COMPUTE_S + time.host + time.update)
 
 
 def test_devices_multiply_fp32_slower_than_tf32():

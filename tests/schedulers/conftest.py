@@ -14,7 +14,8 @@ STEPS, SAVED = 12, 3
 
 @pytest.fixture
 def training(ade20k: Path) -> Callable[..., list[str]]:
-    """training(work_dir, *arguments) -> launch/train.py and its arguments: STEPS steps of the small model, saved every SAVED."""
+    """training(work_dir, *arguments) -> launch/train.py and its arguments: STEPS steps of the small model,
+    saved every SAVED."""
 
     def words(work_dir: Path, *arguments: object) -> list[str]:
         return [

@@ -1,4 +1,5 @@
-"""A Slurm of one node on this machine, with its own munge: daemons in the foreground, everything they write in one folder. Works as root and as a user."""
+"""A Slurm of one node on this machine, with its own munge: daemons in the foreground, everything they write
+in one folder. Works as root and as a user."""
 
 import getpass
 import os

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from internseg_ds.engine.restarting import AGAIN_S, can_be_mended, resuming, work_dir_of
 from internseg_ds.errors import ConfigError
+from internseg_ds.training.keep_running import AGAIN_S, can_be_mended, resuming, work_dir_of
 from tests.conftest import free_port
 from tests.schedulers.conftest import STEPS, steps_of
 from tests.schedulers.runs import Started, started, wait_for
@@ -30,7 +30,8 @@ def save(step):
 def keeping(
     work_dir: Path, body: str, *arguments: str, restarts: int = 2, delay: float = 0.01
 ) -> list[object]:
-    """keep_running with a script that notes its starts, and then does `body`, in which `start` counts from 1."""
+    """keep_running with a script that notes its starts, and then does `body`, in which `start` counts from
+    1."""
     script = work_dir / "train.py"
     script.write_text(SCRIPT + body)
     return [
@@ -106,6 +107,7 @@ def test_a_named_checkpoint_stays_until_the_run_has_saved_one_of_its_own(options
     [
         ("deepspeed --num_gpus 8 launch/train.py configs/mine.py --seed 1", "work_dirs/mine"),
         ("deepspeed launch/train.py configs/mine.py --work-dir elsewhere", "elsewhere"),
+        (".venv/bin/internseg-train configs/mine.py --seed 1", "work_dirs/mine"),
         ("mpirun -np 2 python launch/train.py configs/mine.py --work-dir=elsewhere/2", "elsewhere/2"),
     ],
 )
@@ -119,7 +121,10 @@ def test_a_command_without_a_work_directory_is_refused():
 
 
 def test_a_crash_a_signal_and_a_lost_rank_are_mended_and_each_start_is_logged(tmp_path):
-    body = "if start == 1: sys.exit(1)\nif start == 2: sys.exit(69)\nif start == 3: os.kill(os.getpid(), signal.SIGKILL)"
+    body = (
+        "if start == 1: sys.exit(1)\nif start == 2: sys.exit(69)\nif start == 3: "
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
     with started(keeping(tmp_path, body, restarts=3), tmp_path / "log") as run:
         assert run.wait() == 0, run.output
     assert starts(tmp_path) == ["--resume auto"] * 4
@@ -128,9 +133,10 @@ def test_a_crash_a_signal_and_a_lost_rank_are_mended_and_each_start_is_logged(tm
         and "code 69; restart 2 of 3" in run.output
         and "code -9; restart 3 of 3" in run.output
     )
+    # 2026-11-21 14:55:03
     assert all(
         line[:4].isdigit() and line[13] == ":" for line in run.output.splitlines() if "keep_running: " in line
-    )  # 2026-11-21 14:55:03
+    )
 
 
 @pytest.mark.parametrize("code", [2, 3, 75])
@@ -141,7 +147,8 @@ def test_what_a_restart_cannot_mend_is_passed_on_at_once(code, tmp_path):
 
 
 def test_restarts_are_counted_anew_after_a_checkpoint(tmp_path):
-    body = "if start in (2, 4): save(start)\nsys.exit(1)"  # two restarts in a row that bring nothing follow the save of the fourth start
+    # two restarts in a row that bring nothing follow the save of the fourth start
+    body = "if start in (2, 4): save(start)\nsys.exit(1)"
     with started(keeping(tmp_path, body, "--resume", "other/iter_5"), tmp_path / "log") as run:
         assert run.wait() == 1
     assert starts(tmp_path) == ["--resume other/iter_5"] * 2 + ["--resume auto"] * 4
@@ -165,7 +172,8 @@ time.sleep(60)
 """
 LAUNCHES = (
     "import subprocess\nif 'RANK' not in os.environ:\n"
-    f"    sys.exit(subprocess.run([sys.executable, *sys.argv], env={{**os.environ, 'RANK': '0'}}).returncode)\n{SAVES}"
+    f"    sys.exit(subprocess.run([sys.executable, *sys.argv], env={{**os.environ, 'RANK': "
+    f"'0'}}).returncode)\n{SAVES}"
 )
 
 
@@ -175,9 +183,8 @@ def asked(run: Started, number: int) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_has_the_training_save_and_is_no_reason_to_start_again(number, tmp_path):
-    with started(
-        keeping(tmp_path, LAUNCHES), tmp_path / "log"
-    ) as run:  # the training is a child's child, of a launcher that knows no signals
+    # the training is a child's child, of a launcher that knows no signals
+    with started(keeping(tmp_path, LAUNCHES), tmp_path / "log") as run:
         wait_for((tmp_path / "ready").exists, "start")
         asked(run, number)
         assert run.wait(timeout_s=20) == 75, run.output
@@ -211,23 +218,26 @@ def test_a_signal_between_two_starts_ends_the_waiting(tmp_path):
 def test_a_launcher_that_leaves_its_training_alone_has_failed_whatever_it_says(tmp_path):
     body = (
         "import subprocess\nif 'TRAINING' in os.environ:\n"
-        "    signal.signal(signal.SIGUSR1, lambda *_: None); (work_dir / 'ready').touch(); time.sleep(4); sys.exit()\n"
-        "if start <= 2:\n    subprocess.Popen([sys.executable, *sys.argv], env={**os.environ, 'TRAINING': 'x'})\n"
+        "    signal.signal(signal.SIGUSR1, lambda *_: None); (work_dir / 'ready').touch(); time.sleep(4); "
+        "sys.exit()\n"
+        "if start <= 2:\n    subprocess.Popen([sys.executable, *sys.argv], env={**os.environ, 'TRAINING': "
+        "'x'})\n"
         "    while not (work_dir / 'ready').exists(): time.sleep(0.1)\n"
     )
     with started(keeping(tmp_path, body), tmp_path / "log") as run:
         assert run.wait(timeout_s=30) == 0, run.output
-    assert (
-        len(starts(tmp_path)) == 3 and "code 1; restart 1 of 2" in run.output
-    )  # the training's own start is one of them
+    # the training's own start is one of them
+    assert len(starts(tmp_path)) == 3 and "code 1; restart 1 of 2" in run.output
 
 
 def test_a_killed_launcher_leaves_no_training_beside_the_next_one(tmp_path):
     body = (
         "import subprocess\nif 'TRAINING' in os.environ:\n"
-        "    (work_dir / 'ready').touch(); time.sleep(3); (work_dir / 'outlived').write_text('x'); sys.exit()\n"
+        "    (work_dir / 'ready').touch(); time.sleep(3); (work_dir / 'outlived').write_text('x'); "
+        "sys.exit()\n"
         "if start > 2: sys.exit(0 if (work_dir / 'outlived').exists() else 2)\n"
-        "subprocess.Popen([sys.executable, *sys.argv], env={**os.environ, 'TRAINING': 'x'})\nwhile not (work_dir / 'ready').exists(): time.sleep(0.1)\n"
+        "subprocess.Popen([sys.executable, *sys.argv], env={**os.environ, 'TRAINING': 'x'})\nwhile not "
+        "(work_dir / 'ready').exists(): time.sleep(0.1)\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
     with started(keeping(tmp_path, body), tmp_path / "log") as run:

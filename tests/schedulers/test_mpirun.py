@@ -52,8 +52,10 @@ def test_mpirun_passes_the_exit_code_on(ending, code, mpirun, tmp_path):
 def test_keep_running_has_the_ranks_of_mpirun_save(mpirun, tmp_path):
     script = tmp_path / "train.py"
     script.write_text(
-        "import os, signal, sys, time\nfrom pathlib import Path\nready = Path(sys.argv[2] + os.environ['OMPI_COMM_WORLD_RANK'])\n"
-        "signal.signal(signal.SIGUSR1, lambda *_: (ready.write_text('saved'), time.sleep(1), os._exit(75)))\nready.touch()\ntime.sleep(60)"
+        "import os, signal, sys, time\nfrom pathlib import Path\nready = Path(sys.argv[2] + "
+        "os.environ['OMPI_COMM_WORLD_RANK'])\n"
+        "signal.signal(signal.SIGUSR1, lambda *_: (ready.write_text('saved'), time.sleep(1), "
+        "os._exit(75)))\nready.touch()\ntime.sleep(60)"
     )
     command = [
         sys.executable,

@@ -7,7 +7,8 @@ from tests.schedulers.conftest import STEPS, steps_of
 from tests.schedulers.runs import started, wait_for
 
 FRESH_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-"""Without it ranks that come back may find the addresses of those before them in torch's store, and fail or hang (pytorch issue 135712, seen with 2.13)."""
+"""Without it ranks that come back may find the addresses of those before them in torch's store, and fail or
+hang (pytorch issue 135712, seen with 2.13)."""
 
 
 def agent(port: int, *options: object) -> list[object]:

@@ -1,7 +1,8 @@
 """ADE20K (20,210 training and 2,000 validation images, 150 classes) in crops of 504 pixels, 36 patches of 14.
 
-Training: the image is fitted into 2016 x 504, times 0.5 to 2, then cropped. Evaluation: the short side becomes at least 504 (SETR_Resize) and both
-sides multiples of a patch; the model's test_cfg then slides over it. Label 0 ("other") is ignored: reduce_zero_label.
+Training: the image is fitted into 2016 x 504, times 0.5 to 2, then cropped. Evaluation: the short side
+becomes at least 504 (SETR_Resize) and both sides multiples of a patch; the model's test_cfg then slides over
+it. Label 0 ("other") is ignored: reduce_zero_label.
 """
 
 dataset_type = "ADE20KDataset"

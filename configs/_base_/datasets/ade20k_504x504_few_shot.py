@@ -1,7 +1,7 @@
 """ADE20K in crops of 504 pixels for the few-shot experiments, each of which sets `data.train.max_image_num`.
 
-Differs from ade20k_504x504.py in one step, as published: evaluation images are only fitted into 2016 x 504 (Resize), so that the short side of a
-very long image may be less than a crop.
+Differs from ade20k_504x504.py in one step, as published: evaluation images are only fitted into 2016 x 504
+(Resize), so that the short side of a very long image may be less than a crop.
 """
 
 _base_ = "./ade20k_504x504.py"

@@ -1,7 +1,8 @@
-"""ADE20K (20,210 training and 2,000 validation images, 150 classes) in crops of 640 pixels, for backbones that take images of any size.
+"""ADE20K (20,210 training and 2,000 validation images, 150 classes) in crops of 640 pixels, for backbones
+that take images of any size.
 
-Training: the image is fitted into 2560 x 640, times 0.5 to 2, then cropped. Evaluation: fitted into 2560 x 640, both sides multiples of 32, the whole image at
-once. Label 0 ("other") is ignored: reduce_zero_label.
+Training: the image is fitted into 2560 x 640, times 0.5 to 2, then cropped. Evaluation: fitted into 2560 x
+640, both sides multiples of 32, the whole image at once. Label 0 ("other") is ignored: reduce_zero_label.
 """
 
 dataset_type = "ADE20KDataset"

@@ -1,4 +1,5 @@
-"""ADE20K in crops of 896 pixels whose training images come with one mask per class, as Mask2Former is trained; evaluation as in ade20k_896x896.py."""
+"""ADE20K in crops of 896 pixels whose training images come with one mask per class, as Mask2Former is
+trained; evaluation as in ade20k_896x896.py."""
 
 _base_ = "./ade20k_896x896.py"
 

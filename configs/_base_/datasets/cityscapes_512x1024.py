@@ -1,7 +1,8 @@
-"""Cityscapes (2,975 training and 500 validation images of 2048 x 1024 pixels, 19 classes) in crops of 512 x 1024.
+"""Cityscapes (2,975 training and 500 validation images of 2048 x 1024 pixels, 19 classes) in crops of 512 x
+1024.
 
-Expected on disk, as the data set is distributed, with the label maps of 19 training ids that createTrainIdLabelImgs of
-cityscapesscripts writes beside the others:
+Expected on disk, as the data set is distributed, with the label maps of 19 training ids that
+createTrainIdLabelImgs of cityscapesscripts writes beside the others:
 
     data/cityscapes/leftImg8bit/{train,val}/CITY/*_leftImg8bit.png
     data/cityscapes/gtFine/{train,val}/CITY/*_gtFine_labelTrainIds.png     one byte a pixel: 0 to 18, or 255 for "do not count this pixel"

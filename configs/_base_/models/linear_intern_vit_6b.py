@@ -1,6 +1,8 @@
-"""A linear classifier of each patch on one block of InternViT-6B: batch norm, then a 1 x 1 convolution to ADE20K's 150 classes.
+"""A linear classifier of each patch on one block of InternViT-6B: batch norm, then a 1 x 1 convolution to
+ADE20K's 150 classes.
 
-The backbone's pretrained weights: OpenGVLab's InternViT-6B-224px, whose position embedding is resized from 224 to 504 pixels when it is loaded.
+The backbone's pretrained weights: OpenGVLab's InternViT-6B-224px, whose position embedding is resized from
+224 to 504 pixels when it is loaded.
 """
 
 model = dict(

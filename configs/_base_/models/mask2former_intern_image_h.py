@@ -1,5 +1,5 @@
-"""Mask2Former on InternImage-H: 200 queries, 6 layers of deformable attention over three levels, 9 layers of masked attention, all 1024 wide;
-ADE20K's 150 classes."""
+"""Mask2Former on InternImage-H: 200 queries, 6 layers of deformable attention over three levels, 9 layers of
+masked attention, all 1024 wide; ADE20K's 150 classes."""
 
 num_classes = 150
 width = 1024

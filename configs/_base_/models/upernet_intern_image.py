@@ -1,6 +1,8 @@
-"""UPerNet on the four levels of an InternImage, with an auxiliary FCN head on the third. The sizes given here are those of InternImage-T.
+"""UPerNet on the four levels of an InternImage, with an auxiliary FCN head on the third. The sizes given here
+are those of InternImage-T.
 
-Each experiment names its size, its classes and its pretrained weights: OpenGVLab's classification checkpoints, downloaded to pretrained/.
+Each experiment names its size, its classes and its pretrained weights: OpenGVLab's classification
+checkpoints, downloaded to pretrained/.
 """
 
 norm_cfg = dict(type="SyncBN", requires_grad=True)

@@ -1,6 +1,8 @@
-"""UPerNet on a feature pyramid of InternViT-6B: blocks 12, 24, 36 and 48 of 48, ADE20K's 150 classes, and an auxiliary FCN head.
+"""UPerNet on a feature pyramid of InternViT-6B: blocks 12, 24, 36 and 48 of 48, ADE20K's 150 classes, and an
+auxiliary FCN head.
 
-The backbone's pretrained weights: OpenGVLab's InternViT-6B-224px, whose position embedding is resized from 224 to 504 pixels when it is loaded.
+The backbone's pretrained weights: OpenGVLab's InternViT-6B-224px, whose position embedding is resized from
+224 to 504 pixels when it is loaded.
 """
 
 norm_cfg = dict(type="SyncBN", requires_grad=True)

@@ -1,6 +1,8 @@
-"""The recipe of all InternViT-6B experiments: AdamW with layer-wise learning rates, linear warmup, then a straight line to 0 over 80,000 steps.
+"""The recipe of all InternViT-6B experiments: AdamW with layer-wise learning rates, linear warmup, then a
+straight line to 0 over 80,000 steps.
 
-A step is one optimizer update on 16 images, at any number of GPUs: `engine.global_batch` makes up the difference by accumulating gradients.
+A step is one optimizer update on 16 images, at any number of GPUs: `engine.global_batch` makes up the
+difference by accumulating gradients.
 """
 
 engine = dict(global_batch=16)

@@ -1,7 +1,8 @@
-"""mask2former_internimage_h_896_80k_cocostuff2ade20k_ss.py, evaluated at five scales from 768 to 1024 pixels, each also mirrored.
+"""mask2former_internimage_h_896_80k_cocostuff2ade20k_ss.py, evaluated at five scales from 768 to 1024 pixels,
+each also mirrored.
 
-Published score: 62.9 mIoU on ADE20K val, multi-scale. An evaluation takes ten forwards an image.
-In training, 16 GPUs x 1 divide the losses of masks by the masks of the whole step, fewer GPUs by those of a micro-batch.
+Published score: 62.9 mIoU on ADE20K val, multi-scale. An evaluation takes ten forwards an image. In training,
+16 GPUs x 1 divide the losses of masks by the masks of the whole step, fewer GPUs by those of a micro-batch.
 
     deepspeed launch/test.py configs/intern_image/ade20k/mask2former_internimage_h_896_80k_cocostuff2ade20k_ms.py CHECKPOINT --eval mIoU
 """

@@ -1,9 +1,11 @@
-"""Mask2Former on InternImage-H, every parameter trained for 80,000 steps on ADE20K, from a model that was trained on COCO-Stuff-164k.
+"""Mask2Former on InternImage-H, every parameter trained for 80,000 steps on ADE20K, from a model that was
+trained on COCO-Stuff-164k.
 
-Published score: 62.6 mIoU on ADE20K val, single scale (62.9 multi-scale: mask2former_internimage_h_896_80k_cocostuff2ade20k_ms.py); 1.31 B parameters.
-Global batch: 16 images = 16 GPUs x 1; other numbers of GPUs accumulate gradients up to it. 16 GPUs x 1 divide the losses
-of masks by the masks of the whole step, fewer GPUs by those of a micro-batch, so their losses are not quite the same.
-The classes of COCO-Stuff are not ADE20K's: the layer that scores them starts from initial values.
+Published score: 62.6 mIoU on ADE20K val, single scale (62.9 multi-scale:
+mask2former_internimage_h_896_80k_cocostuff2ade20k_ms.py); 1.31 B parameters. Global batch: 16 images = 16
+GPUs x 1; other numbers of GPUs accumulate gradients up to it. 16 GPUs x 1 divide the losses of masks by the
+masks of the whole step, fewer GPUs by those of a micro-batch, so their losses are not quite the same. The
+classes of COCO-Stuff are not ADE20K's: the layer that scores them starts from initial values.
 
     deepspeed launch/train.py configs/intern_image/ade20k/mask2former_internimage_h_896_80k_cocostuff2ade20k_ss.py \
               --deepspeed_config ds_configs/zero3_bf16.json

@@ -1,7 +1,8 @@
 """UPerNet on InternImage-B, every parameter trained for 160,000 steps on ADE20K.
 
-Published score: 50.8 mIoU on ADE20K val, single scale (51.3 multi-scale: upernet_internimage_b_512_160k_ade20k_ms.py); 128 M parameters.
-Global batch: 16 images = 8 GPUs x 2; other numbers of GPUs accumulate gradients up to it.
+Published score: 50.8 mIoU on ADE20K val, single scale (51.3 multi-scale:
+upernet_internimage_b_512_160k_ade20k_ms.py); 128 M parameters. Global batch: 16 images = 8 GPUs x 2; other
+numbers of GPUs accumulate gradients up to it.
 
     deepspeed launch/train.py configs/intern_image/ade20k/upernet_internimage_b_512_160k_ade20k.py \
               --deepspeed_config ds_configs/zero1_bf16.json

@@ -1,6 +1,8 @@
-"""Multi-scale test of upernet_internimage_b_512_160k_ade20k.py: six scales from 0.5 to 1.75, each also mirrored.
+"""Multi-scale test of upernet_internimage_b_512_160k_ade20k.py: six scales from 0.5 to 1.75, each also
+mirrored.
 
-Published score: 51.3 mIoU on ADE20K val, multi-scale. The experiment is the same but for its test, which takes twelve forwards an image.
+Published score: 51.3 mIoU on ADE20K val, multi-scale. The experiment is the same but for its test, which
+takes twelve forwards an image.
 
     deepspeed launch/test.py configs/intern_image/ade20k/upernet_internimage_b_512_160k_ade20k_ms.py CHECKPOINT --eval mIoU
 """

@@ -1,4 +1,5 @@
-"""Multi-scale test of upernet_internimage_g_896_160k_ade20k.py: six scales from 0.5 to 1.75, each also mirrored.
+"""Multi-scale test of upernet_internimage_g_896_160k_ade20k.py: six scales from 0.5 to 1.75, each also
+mirrored.
 
 Published score: none. The experiment is the same but for its test, which takes twelve forwards an image.
 

@@ -1,7 +1,8 @@
 """UPerNet on InternImage-H, every parameter trained for 160,000 steps on ADE20K.
 
-Published score: 59.9 mIoU on ADE20K val, single scale (60.3 multi-scale: upernet_internimage_h_896_160k_ade20k_ms.py); 1.12 B parameters.
-Global batch: 16 images = 16 GPUs x 1; other numbers of GPUs accumulate gradients up to it.
+Published score: 59.9 mIoU on ADE20K val, single scale (60.3 multi-scale:
+upernet_internimage_h_896_160k_ade20k_ms.py); 1.12 B parameters. Global batch: 16 images = 16 GPUs x 1; other
+numbers of GPUs accumulate gradients up to it.
 
     deepspeed launch/train.py configs/intern_image/ade20k/upernet_internimage_h_896_160k_ade20k.py \
               --deepspeed_config ds_configs/zero3_bf16.json

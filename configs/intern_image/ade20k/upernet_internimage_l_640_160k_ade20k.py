@@ -1,7 +1,8 @@
 """UPerNet on InternImage-L, every parameter trained for 160,000 steps on ADE20K.
 
-Published score: 53.9 mIoU on ADE20K val, single scale (54.1 multi-scale: upernet_internimage_l_640_160k_ade20k_ms.py); 256 M parameters.
-Global batch: 16 images = 8 GPUs x 2; other numbers of GPUs accumulate gradients up to it.
+Published score: 53.9 mIoU on ADE20K val, single scale (54.1 multi-scale:
+upernet_internimage_l_640_160k_ade20k_ms.py); 256 M parameters. Global batch: 16 images = 8 GPUs x 2; other
+numbers of GPUs accumulate gradients up to it.
 
     deepspeed launch/train.py configs/intern_image/ade20k/upernet_internimage_l_640_160k_ade20k.py \
               --deepspeed_config ds_configs/zero1_bf16.json

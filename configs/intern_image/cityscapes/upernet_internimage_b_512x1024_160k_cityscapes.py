@@ -1,7 +1,8 @@
 """UPerNet on InternImage-B, every parameter trained for 160,000 steps on Cityscapes.
 
-Published score: 83.18 mIoU on Cityscapes val, single scale (83.97 multi-scale: upernet_internimage_b_512x1024_160k_cityscapes_ms.py); 128 M parameters.
-Global batch: 16 images = 8 GPUs x 2; other numbers of GPUs accumulate gradients up to it.
+Published score: 83.18 mIoU on Cityscapes val, single scale (83.97 multi-scale:
+upernet_internimage_b_512x1024_160k_cityscapes_ms.py); 128 M parameters. Global batch: 16 images = 8 GPUs x 2;
+other numbers of GPUs accumulate gradients up to it.
 
     deepspeed launch/train.py configs/intern_image/cityscapes/upernet_internimage_b_512x1024_160k_cityscapes.py \
               --deepspeed_config ds_configs/zero1_bf16.json

@@ -1,8 +1,9 @@
 """UPerNet on InternImage-G, every parameter trained for 160,000 steps on Cityscapes.
 
-Published score: none, for there is no such file: backbone and optimizer are those of InternImage-G on ADE20K, the rest that of the smaller sizes here.
-Multi-scale test: upernet_internimage_g_512x1024_160k_cityscapes_ms.py. 3.11 B parameters.
-Global batch: 16 images = 16 GPUs x 1; other numbers of GPUs accumulate gradients up to it.
+Published score: none, for there is no such file: backbone and optimizer are those of InternImage-G on ADE20K,
+the rest that of the smaller sizes here. Multi-scale test:
+upernet_internimage_g_512x1024_160k_cityscapes_ms.py. 3.11 B parameters. Global batch: 16 images = 16 GPUs x
+1; other numbers of GPUs accumulate gradients up to it.
 
     deepspeed launch/train.py configs/intern_image/cityscapes/upernet_internimage_g_512x1024_160k_cityscapes.py \
               --deepspeed_config ds_configs/zero3_bf16.json

@@ -1,4 +1,5 @@
-"""Multi-scale test of upernet_internimage_h_512x1024_160k_cityscapes.py: six scales from 0.5 to 1.75, each also mirrored.
+"""Multi-scale test of upernet_internimage_h_512x1024_160k_cityscapes.py: six scales from 0.5 to 1.75, each
+also mirrored.
 
 Published score: none. The experiment is the same but for its test, which takes twelve forwards an image.
 

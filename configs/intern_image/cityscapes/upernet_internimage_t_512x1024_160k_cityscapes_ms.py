@@ -1,6 +1,8 @@
-"""Multi-scale test of upernet_internimage_t_512x1024_160k_cityscapes.py: six scales from 0.5 to 1.75, each also mirrored.
+"""Multi-scale test of upernet_internimage_t_512x1024_160k_cityscapes.py: six scales from 0.5 to 1.75, each
+also mirrored.
 
-Published score: 83.4 mIoU on Cityscapes val, multi-scale. The experiment is the same but for its test, which takes twelve forwards an image.
+Published score: 83.4 mIoU on Cityscapes val, multi-scale. The experiment is the same but for its test, which
+takes twelve forwards an image.
 
     deepspeed launch/test.py configs/intern_image/cityscapes/upernet_internimage_t_512x1024_160k_cityscapes_ms.py CHECKPOINT --eval mIoU
 """

@@ -1,4 +1,5 @@
-"""Few-shot: InternViT-6B with a linear classifier, every parameter trained for 10,000 steps on 1/8 of ADE20K's training images.
+"""Few-shot: InternViT-6B with a linear classifier, every parameter trained for 10,000 steps on 1/8 of
+ADE20K's training images.
 
 Published score: 50.0 mIoU on ADE20K val, single scale.
 Global batch: 16 images = 8 GPUs x 2; other numbers of GPUs accumulate gradients up to it.
@@ -14,8 +15,7 @@ _base_ = [
     "../../_base_/default_runtime.py",
 ]
 model = dict(backbone=dict(drop_path_rate=0.4))
-data = dict(
-    train=dict(max_image_num=20210 // 8)
-)  # drawn by a seed: the same images on all ranks and in every restart
+# drawn by a seed: the same images on all ranks and in every restart
+data = dict(train=dict(max_image_num=20210 // 8))
 lr_config = dict(warmup_iters=200)
 runner = dict(max_iters=10000)

@@ -1,4 +1,5 @@
-"""The few-shot series' last: InternViT-6B with a linear classifier, every parameter trained for 80,000 steps on all of ADE20K.
+"""The few-shot series' last: InternViT-6B with a linear classifier, every parameter trained for 80,000 steps
+on all of ADE20K.
 
 Published score: 57.2 mIoU on ADE20K val, single scale.
 Global batch: 16 images = 8 GPUs x 2; other numbers of GPUs accumulate gradients up to it.

@@ -1,4 +1,5 @@
-"""Linear probing: batch norm and one linear classifier trained for 80,000 steps on block 45 of a frozen InternViT-6B.
+"""Linear probing: batch norm and one linear classifier trained for 80,000 steps on block 45 of a frozen
+InternViT-6B.
 
 Published score: 47.2 mIoU on ADE20K val, single scale.
 Global batch: 16 images = 8 GPUs x 2; other numbers of GPUs accumulate gradients up to it.

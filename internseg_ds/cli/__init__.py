@@ -1,0 +1,1 @@
+"""The command lines: what launch/ and the console scripts run."""

@@ -1,0 +1,68 @@
+"""Turns a ZeRO checkpoint into one ordinary file."""
+
+from pathlib import Path
+from typing import NoReturn
+
+from internseg_ds.cli import command_line
+
+
+def _main() -> None:
+    parser = command_line.parser(
+        "Turns a ZeRO checkpoint (any stage, any number of processes) into one mmseg .pth or into "
+        "safetensors. Needs no GPU.",
+        "python launch/consolidate.py work_dirs/demo/checkpoints work_dirs/demo/segmentor.pth",
+    )
+    parser.add_argument("source", type=Path, help="WORK_DIR/checkpoints, or one iter_N directory in it")
+    parser.add_argument(
+        "out",
+        type=Path,
+        help="file ending in .pth or .safetensors, or a folder for sharded safetensors with an index",
+    )
+    parser.add_argument(
+        "--tag",
+        metavar="iter_N",
+        help="which checkpoint of the folder (default: the latest; 'best' for the best score)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the backbone; heads stay float32 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--backbone",
+        metavar="LAYOUT",
+        help="the backbone alone, in a layout in which its weights are published, such as transformers; "
+        "another name is answered with the backbone's own list",
+    )
+    parser.add_argument("--ema", action="store_true", help="the averaged weights, of a run with engine.ema")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="write nothing: hold OUT against the checksums that were written with it",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT when it exists")
+    command_line.add_checksum_option(parser)
+    args = parser.parse_args()
+
+    from internseg_ds.checkpoints.checksum_files import sum_file, verify
+    from internseg_ds.checkpoints.consolidate import consolidate
+
+    settings = dict(
+        dtype=args.dtype, tag=args.tag, ema=args.ema, overwrite=args.overwrite, check=not args.skip_checksums
+    )
+    if args.verify:
+        verify(args.out)
+        print(f"{args.out} agrees with its checksums")
+    elif args.backbone:
+        from internseg_ds.evaluation.export import export_backbone
+
+        export_backbone(args.source, args.out, args.backbone, **settings)
+    else:
+        consolidate(args.source, args.out, **settings)
+        print(f"{args.out} is written, and its checksums are beside it ({sum_file(args.out).name})")
+
+
+def main() -> NoReturn:
+    """The command."""
+    command_line.run(_main)

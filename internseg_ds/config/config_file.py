@@ -1,0 +1,63 @@
+"""A config file loaded: found, executed by mmcv, and the modules imported that it asks for."""
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mmcv import Config
+from mmcv.utils import import_modules_from_strings
+
+from internseg_ds.config.config_text import config_dict
+from internseg_ds.errors import ConfigError, reason_of
+
+
+def load_config(config: str | os.PathLike | Config) -> tuple[str, Config]:
+    """(path for messages, config) of a file, or of a copy of a Config. Raises ConfigError for a missing or
+    broken file, and for a module that cannot be imported."""
+    if isinstance(config, Config):
+        return config.filename or "config", Config(config_dict(config), filename=config.filename)
+    if not Path(config).is_file():
+        raise _missing_file(Path(config))
+    import internseg_ds.data.datasets
+
+    # before the config's imports register theirs: a module that registers a name of ours gets an error
+    import internseg_ds.models  # noqa: F401 - registers ours
+
+    try:
+        cfg = Config.fromfile(str(config), import_custom_modules=False)
+    except Exception as error:  # a config is a program: whatever it raises, the user wrote it
+        raise ConfigError(f"config {config} cannot be read: {reason_of(error)}") from error
+    _import_modules(cfg.get("custom_imports") or {}, str(config))
+    return str(config), cfg
+
+
+def _missing_file(config: Path) -> ConfigError:
+    """Names the nearest config of configs/ or of the same folder."""
+    there = {path.name: path for path in (*Path("configs").rglob("*.py"), *config.parent.glob("*.py"))}
+    near = difflib.get_close_matches(config.name, there, n=1, cutoff=0.75)
+    hint = f"; did you mean {there[near[0]]}?" if near else f" as seen from {Path.cwd()}"
+    return ConfigError(f"there is no config file {config}{hint}")
+
+
+def _import_modules(section: Mapping[str, Any], path: str) -> None:
+    """Imports the modules of `custom_imports`, each by itself, so that the one at fault is named."""
+    if not isinstance(section, Mapping) or not {*section} <= {"imports", "allow_failed_imports"}:
+        raise ConfigError(
+            f"custom_imports={section!r} of {path} must be dict(imports=[...], allow_failed_imports=False)"
+        )
+    names = section.get("imports") or []
+    for name in [names] if isinstance(names, str) else names:
+        try:
+            import_modules_from_strings(name, allow_failed_imports=section.get("allow_failed_imports", False))
+        except Exception as error:  # of somebody's module
+            fix = "its folder must be on PYTHONPATH, or its package installed"
+            if "already registered" in str(error):
+                fix = (
+                    "mmcv, mmseg or internseg_ds have a class of that name; leave the import "
+                    "out, rename yours, or register it with force=True"
+                )
+            raise ConfigError(
+                f"custom_imports of {path}: {name!r} cannot be imported: {reason_of(error)}; {fix}"
+            ) from error

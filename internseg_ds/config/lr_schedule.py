@@ -1,0 +1,185 @@
+"""Learning rate over steps, per parameter group, as mmcv's `lr_config` describes it: any of mmcv's policies,
+with its warmup.
+
+The formulas are mmcv's own (1.7, `runner/hooks/lr_updater.py`), asked one step at a time; nothing of its
+runner is there.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import SimpleNamespace
+from typing import Any
+
+from mmcv import Config
+from mmcv.runner import HOOKS
+from mmcv.runner.hooks.lr_updater import LrUpdaterHook
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from internseg_ds.config.engine_options import whole_number
+from internseg_ds.errors import ConfigError, reason_of, unknown_key
+
+SUFFIX = "LrUpdaterHook"
+NOT_NEGATIVE = ("power", "min_lr", "min_lr_ratio", "warmup_ratio", "warmup_iters", "gamma")
+"""Settings of mmcv's hooks that are numbers of at least 0."""
+
+
+def policies() -> dict[str, type[LrUpdaterHook]]:
+    """mmcv's policies whose rate follows from the step and the group's base rate alone, by the names that
+    `lr_config.policy` has for them."""
+    hooks = {
+        name.removesuffix(SUFFIX): kind
+        for name, kind in HOOKS.module_dict.items()
+        if name.endswith(SUFFIX) and name != SUFFIX
+    }
+    # the restarting one has no rate after its last period, which torch's scheduler asks for
+    return {
+        name: kind
+        for name, kind in hooks.items()
+        if kind.before_run is LrUpdaterHook.before_run and name != "CosineRestart"
+    }
+
+
+def policy_name(policy: str) -> str:
+    """The name in `policies` that a config means: mmcv also takes all lower case."""
+    return policy.title() if policy == policy.lower() else policy
+
+
+def arguments(policy: str) -> set[str]:
+    """What mmcv's hook of a policy takes."""
+    kind = policies()[policy_name(policy)]
+    constructors = [vars(base).get("__init__") for base in kind.__mro__ if issubclass(base, LrUpdaterHook)]
+    return {
+        name
+        for constructor in constructors
+        if constructor is not None
+        for name in inspect.signature(constructor).parameters
+    } - {"self", "kwargs"}
+
+
+@dataclass(frozen=True)
+class LrSchedule:
+    """lr(step) of a group with base learning rate `base`: mmcv's hook `policy` with `settings` (power,
+    min_lr, warmup, warmup_iters, step, ...).
+
+    step counts optimizer updates from 0; learning rates are absolute. With the policy "poly" and linear
+    warmup:
+
+    poly(step)   = (base - min_lr) * (1 - step / max_steps) ** power + min_lr
+    lr(step)     = poly(step) * (1 - (1 - step / warmup_iters) * (1 - warmup_ratio))  if step < warmup_iters
+                 = poly(step)                                                          afterwards
+    """
+
+    max_steps: int
+    policy: str = "poly"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def _hook(self) -> LrUpdaterHook:
+        return policies()[policy_name(self.policy)](**{**self.settings, "by_epoch": False})
+
+    def check(self) -> None:
+        """Asks for the first rate and the last. Raises whatever mmcv's hook does, for settings that it does
+        not take."""
+        for step in (0, self.max_steps):
+            self.lr(step, base=1.0)
+
+    def lr(self, step: int, base: float) -> float:
+        """The learning rate that update number `step` (from 0) of a group with rate `base` uses; after the
+        last step it stays."""
+        hook = self._hook
+        try:
+            rate = hook.get_lr(self._runner_at(min(step, self.max_steps)), base)
+        except ZeroDivisionError:
+            # after the last step, where mmcv never asks: FlatCosineAnnealing may have no step to anneal in
+            if step < self.max_steps:
+                raise
+            rate = hook.get_lr(self._runner_at(self.max_steps - 1), base)
+        if hook.warmup is not None and step < hook.warmup_iters:
+            hook.regular_lr = [rate]
+            (rate,) = hook.get_warmup_lr(step)
+        return rate
+
+    def _runner_at(self, step: int) -> SimpleNamespace:
+        """What mmcv's hooks ask of a runner."""
+        return SimpleNamespace(iter=step, max_iters=self.max_steps)
+
+    def scheduler(self, optimizer: Optimizer) -> LambdaLR:
+        """The schedule as torch's scheduler over `optimizer`'s groups; each group keeps its own base rate
+        (`initial_lr` after a resume)."""
+        bases = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
+        return LambdaLR(optimizer, [self._factor(base) for base in bases])
+
+    def _factor(self, base: float) -> Callable[[int], float]:
+        """lr(step) / base, which torch multiplies base with."""
+        return lambda step: self.lr(step, base) / base if base else 0.0
+
+
+def read_schedule(cfg: Config, path: str) -> LrSchedule:
+    """The sections `runner` and `lr_config` of a config; path: for messages. Raises ConfigError for what
+    counts epochs, and for settings that the policy does not take."""
+    steps = _max_steps(cfg.runner, path)
+    section: Mapping[str, Any] = cfg.lr_config
+    policy = section.get("policy", "poly")
+    if not isinstance(policy, str) or policy_name(policy) not in policies():
+        raise ConfigError(
+            f"lr_config.policy={policy!r} of {path} is not known here; the policies are "
+            f"{', '.join(policies())}"
+        )
+    settings = {key: value for key, value in section.items() if key != "policy"}
+    counts = policy_name(policy) != "Fixed"  # which has the same rate whatever is counted
+    if (counts and settings.get("by_epoch", True)) or settings.get("warmup_by_epoch"):
+        raise ConfigError(
+            f"lr_config of {path} must have by_epoch=False (mmcv's default is True): steps are counted "
+            "here, not epochs"
+        )
+    _check_settings(settings, policy, path)
+    if not settings.get("warmup_iters", 0):  # mmcv wants at least one step of a warmup
+        settings.pop("warmup", None)
+    schedule = LrSchedule(steps, policy, settings)
+    try:
+        schedule.check()
+    except Exception as error:  # whatever mmcv's hook refuses with
+        raise ConfigError(f"lr_config = {dict(section)} of {path} cannot work: {reason_of(error)}") from error
+    return schedule
+
+
+def _max_steps(runner: Mapping[str, Any], path: str) -> int:
+    if runner.get("type", "IterBasedRunner") != "IterBasedRunner" or "max_iters" not in runner:
+        raise ConfigError(
+            f"runner = {dict(runner)} of {path}: steps are counted here, not epochs; "
+            "write runner = dict(type='IterBasedRunner', max_iters=...)"
+        )
+    return whole_number(runner["max_iters"], f"runner.max_iters of {path}", least=1)
+
+
+def _check_settings(settings: Mapping[str, Any], policy: str, path: str) -> None:
+    known = arguments(policy)
+    for key, value in settings.items():
+        if key not in known:
+            raise unknown_key(key, known, f"lr_config with policy {policy!r} of {path}")
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if key in NOT_NEGATIVE and value is not None and (not is_number or value < 0):
+            raise ConfigError(f"lr_config.{key}={value!r} of {path} must be a number of at least 0")
+
+
+def schedule_warnings(lr_config: Mapping[str, Any], lr: Any, steps: int, path: str) -> Iterator[str]:
+    """What is odd about a schedule. lr: the optimizer's."""
+    warmup = lr_config.get("warmup_iters") or 0
+    if warmup and lr_config.get("warmup") is None:
+        yield (
+            f"lr_config.warmup_iters={warmup} of {path} warms nothing up without warmup='linear' "
+            "(or 'constant', 'exp')"
+        )
+    elif warmup >= steps:
+        yield (
+            f"lr_config.warmup_iters={warmup} of {path} is as long as all of the training "
+            f"({steps} steps), which never gets to its learning rate"
+        )
+    least = lr_config.get("min_lr")
+    if lr == 0 and not least:
+        yield f"optimizer.lr={lr!r} of {path}, so no weight changes"
+    if isinstance(least, (int, float)) and isinstance(lr, (int, float)) and least > lr:
+        yield f"lr_config.min_lr={least:g} of {path} is above optimizer.lr={lr:g}, so the learning rate grows"

@@ -1,0 +1,200 @@
+"""Weights from files into a segmentor, whole or partitioned by ZeRO-3.
+
+Whether a file is the right one is decided on names and shapes alone, so a wrong file is refused before any
+memory is taken. Values are then read one tensor at a time, and under ZeRO-3 only this rank's shard of a
+tensor: a rank needs little more memory than its partition, and more ranks read faster.
+"""
+
+import logging
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.progress import track
+from torch import Tensor, nn
+
+from internseg_ds.checkpoints.key_matching import CanResize, KeyMatch, match_keys
+from internseg_ds.checkpoints.weights import Weights, recording_invalid, refuse_invalid, renamed
+from internseg_ds.distributed.construction import gathered
+from internseg_ds.distributed.process_group import gather_from_ranks
+from internseg_ds.distributed.zero_internals import (
+    full_shape,
+    is_partitioned,
+    shard_is_only_copy,
+    shard_range,
+    write_shard,
+)
+from internseg_ds.errors import CheckpointError, DamagedError
+from internseg_ds.torch_internals import persistent_buffers
+
+log = logging.getLogger(__name__)
+
+CLASSIFIERS = ("fc.", "head.", "head_dist.", "heads.", "classifier.")
+"""What weight files of classifiers hold beside a backbone; it may be left out."""
+
+
+def shapes_of(module: nn.Module) -> dict[str, torch.Size]:
+    """The names in the module's state dict, and the shapes before ZeRO-3's partitioning."""
+    persistent = persistent_buffers(module)
+    params = {name: full_shape(param) for name, param in module.named_parameters()}
+    return params | {name: buffer.shape for name, buffer in module.named_buffers() if name in persistent}
+
+
+def match_segmentor(model: nn.Module, weights: Weights, may_differ: tuple[str, ...] = ()) -> KeyMatch:
+    """Matches the weights of a whole segmentor with `model`; a batch norm's batch counter may be missing.
+
+    may_differ: prefixes of names that the file may lack or have in addition. Raises CheckpointError when
+    names or shapes do not match.
+    """
+    shapes = shapes_of(model)
+    counters = tuple(name for name in shapes if name.endswith("num_batches_tracked"))
+    return match_keys(
+        weights,
+        shapes,
+        resizable=_resizable(model, "backbone."),
+        ignore=may_differ,
+        may_miss=counters + may_differ,
+    )
+
+
+def match_backbone(model: nn.Module, weights: Weights, may_differ: tuple[str, ...] = ()) -> KeyMatch:
+    """Matches pretrained weights with the backbone of `model`: weights of the backbone alone, in any layout
+    that it knows, or of a whole model that has it.
+
+    may_differ: prefixes of names, the backbone's or the file's, that the file may lack or have in addition.
+    Raises CheckpointError when names or shapes do not match.
+    """
+    backbone: Any = model.backbone
+    _check_config(backbone, weights)
+    prefix = _backbone_prefix(weights)
+    if layout := getattr(backbone, "published_sources", lambda _: None)(weights.shapes):
+        tower, sources = layout
+        used = {name for names in sources.values() for name in names}
+        # beside a vision tower lies a language model
+        rest = [name for name in weights.shapes if name not in used and name.startswith(tower)]
+        weights = renamed(weights, sources, rest)
+    extras = CLASSIFIERS + tuple(getattr(backbone, "pretrained_extras", ()))
+    own = tuple(getattr(backbone, "not_pretrained", ()))
+    found = match_keys(
+        weights,
+        shapes_of(backbone),
+        prefix=prefix,
+        resizable=_resizable(model, ""),
+        ignore=extras + own + may_differ,
+        may_miss=own + may_differ,
+    )
+    found.sources = {f"backbone.{name}": source for name, source in found.sources.items()}
+    return found
+
+
+def match_part(model: nn.Module, part: str, weights: Weights, may_differ: tuple[str, ...] = ()) -> KeyMatch:
+    """Matches pretrained weights with one module inside the backbone, `part` by its name in the segmentor.
+    Raises CheckpointError when names or shapes do not match."""
+    found = match_keys(
+        weights,
+        shapes_of(model.get_submodule(part)),
+        prefix=_backbone_prefix(weights),
+        ignore=CLASSIFIERS + may_differ,
+        may_miss=may_differ,
+    )
+    found.sources = {f"{part}.{name}": source for name, source in found.sources.items()}
+    return found
+
+
+def _backbone_prefix(weights: Weights) -> str:
+    """What the names of a backbone begin with in a file."""
+    return "backbone." if any(name.startswith("backbone.") for name in weights.shapes) else ""
+
+
+def _check_config(backbone: Any, weights: Weights) -> None:
+    """The backbone must have the arguments that the config.json beside the weights asks for: not all of them
+    show in the shapes."""
+    if weights.config is None or not hasattr(backbone, "arguments_of"):
+        return
+    asked = {
+        name: value
+        for name, value in backbone.arguments_of(weights.config).items()
+        if backbone.arguments[name] != value
+    }
+    if asked:
+        ours = ", ".join(f"{name}={backbone.arguments[name]!r}" for name in asked)
+        settings = " ".join(f"model.backbone.{name}={value}" for name, value in asked.items())
+        raise CheckpointError(
+            f"{weights.path / 'config.json'} describes another backbone than the config, which has {ours}; "
+            f"write --cfg-options {settings}"
+        )
+
+
+def _resizable(model: nn.Module, prefix: str) -> dict[str, CanResize]:
+    resizable = getattr(model.backbone, "resizable", {})
+    return {prefix + name: can_resize for name, (can_resize, _) in resizable.items()}
+
+
+def resized(model: nn.Module, name: str, value: Tensor, shape: torch.Size) -> Tensor:
+    """The tensor in the file as the parameter `name` of the segmentor needs it: of `shape`, resized in the
+    way that the backbone defines. A tensor without dimensions becomes a vector of one element."""
+    if value.dim() == 0:
+        return value.view(shape)
+    if value.shape == shape:
+        return value
+    backbone: Any = model.backbone
+    _, resize = backbone.resizable[name.removeprefix("backbone.")]
+    return resize(value, shape)
+
+
+def watched(model: nn.Module, found: KeyMatch, invalid: dict[str, str]) -> Weights:
+    """The file's weights; reading values that no parameter of a model has (`recording_invalid`) records them in
+    `invalid`."""
+    names = {found.sources[name] for name, _ in model.named_parameters() if name in found.sources}
+    return recording_invalid(found.weights, names, invalid)
+
+
+def load(model: nn.Module, found: KeyMatch) -> None:
+    """Reads what `found` matched into the model. Under ZeRO-3 each rank reads its own shard of each
+    parameter. Collective where there is a process group.
+
+    Raises CheckpointError, on every rank, when some rank read values that no weights have (NaN, infinite, or
+    integers for numbers); DamagedError when some rank could not read, or read what was not written.
+    """
+    params, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    invalid: dict[str, str] = {}
+    damage: str | None = None
+    weights = watched(model, found, invalid)
+    quiet = dist.is_initialized() and dist.get_rank() != 0
+    for name, source in track(found.sources.items(), "loading weights", disable=quiet):
+        try:
+            with torch.no_grad():
+                if name in buffers:
+                    buffers[name].copy_(weights.read(source))
+                else:
+                    _load_param(model, name, params[name], weights, source)
+        except CheckpointError as error:  # the other ranks, which read elsewhere, go on
+            damage = damage or str(error)
+    of_ranks = gather_from_ranks((invalid, damage))
+    for _, their_damage in of_ranks:
+        if their_damage:
+            raise DamagedError(their_damage)
+    refuse_invalid(weights, {name: values for theirs, _ in of_ranks for name, values in theirs.items()})
+    log.info("%s: %s", weights.path, found.summary())
+
+
+def _load_param(model: nn.Module, name: str, param: nn.Parameter, weights: Weights, source: str) -> None:
+    """Collective where `param` is partitioned and its shard is not its only copy."""
+    if not is_partitioned(param):
+        param.copy_(resized(model, name, weights.read(source), param.shape))
+    elif shard_is_only_copy(param):
+        _load_shard(model, name, param, weights, source)
+    else:
+        with gathered([param], modifier_rank=0):
+            if dist.get_rank() == 0:
+                param.copy_(resized(model, name, weights.read(source), full_shape(param)))
+
+
+def _load_shard(model: nn.Module, name: str, param: nn.Parameter, weights: Weights, source: str) -> None:
+    """Reads this rank's shard alone from the file, unless the tensor in the file must be resized first."""
+    start, stop = shard_range(param)
+    if weights.shapes[source] == full_shape(param):
+        values = weights.read_slice(source, start, stop)
+    else:
+        values = resized(model, name, weights.read(source), full_shape(param)).flatten()[start:stop]
+    write_shard(param, values)

@@ -1,0 +1,1 @@
+"""Using trained segmentors: scores, evaluation on test sets, predictions on image files, exported weights."""

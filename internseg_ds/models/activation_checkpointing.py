@@ -1,0 +1,207 @@
+"""Activation checkpointing: which activations of a backbone's blocks are kept for the backward pass, and
+which are computed again in it.
+
+For any backbone with `with_cp` (mmseg's name of the switch) and a `recomputation` that it passes to
+`run_block`. No policy changes a loss or a gradient, not in the last bit: a block draws the same random
+numbers (drop-path) both times. Sources: Chen et al., "Training deep nets with sublinear memory cost" (2016);
+Korthikanti et al., "Reducing activation recomputation" (2022), section 5, for recomputing what is cheap and
+large.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from internseg_ds.torch_internals import TorchDispatchMode, operator_schema, storage_id, tree_leaves
+
+CheckpointingPolicy = Literal["none", "blocks", "all_but_matmuls"] | int
+"""What a backbone's blocks keep for the backward pass.
+
+none: everything. blocks: its input only; the block runs again in the backward pass. An integer k: every k-th
+block as under "blocks", the others everything. all_but_matmuls: its input and the results of matrix products,
+convolutions, DCNv3 and attention; what lies between them (norms, activations, scales) runs again."""
+NAMES = ("none", "blocks", "all_but_matmuls")
+
+
+@runtime_checkable
+class CheckpointingBackbone(Protocol):
+    """A backbone that runs its blocks through `run_block`."""
+
+    with_cp: bool
+    recomputation: CheckpointingPolicy
+
+
+def check_recomputation(value: Any) -> None:
+    """Raise ValueError unless `value` is a `CheckpointingPolicy`."""
+    if isinstance(value, str):
+        valid = value in NAMES
+    else:
+        valid = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    if not valid:
+        raise ValueError(
+            f"it is neither {', '.join(map(repr, NAMES))} nor a whole number k of at least 1, for every "
+            "k-th block"
+        )
+
+
+def checkpointing_backbones(model: nn.Module) -> list[CheckpointingBackbone]:
+    """The modules of `model` that can run their blocks under any `CheckpointingPolicy`."""
+    return [module for module in model.modules() if isinstance(module, CheckpointingBackbone)]
+
+
+def set_recomputation(model: nn.Module, recomputation: CheckpointingPolicy) -> None:
+    """Set the policy of every backbone in `model` that has one, in place of its config's `with_cp`. Works on
+    models on the meta device too.
+
+    Raises ValueError for what is no policy, or when the model holds no such backbone.
+    """
+    check_recomputation(recomputation)
+    backbones = checkpointing_backbones(model)
+    if not backbones:
+        raise ValueError("the backbone has no activation checkpointing")
+    for backbone in backbones:
+        backbone.with_cp = recomputation != "none"
+        if backbone.with_cp:
+            backbone.recomputation = recomputation
+
+
+def run_block(block: nn.Module, *inputs: Tensor, index: int, recomputation: CheckpointingPolicy) -> Any:
+    """Return block(*inputs), keeping for the backward pass what `recomputation` says.
+
+    inputs: tensors of any shapes and dtypes, the block's positional arguments. index: of the block in the
+    backbone, from 0; every k-th block is 0, k, 2 k, ... Nothing is recomputed where no gradients are
+    recorded.
+
+    Why whole blocks are wrapped, and from outside: the input of a block is its smallest activation that all
+    others follow from, and the block is what ZeRO-3 gathers at once, so its weights are gathered one more
+    time and not once for every layer in it. Called inside checkpoint(), the block's own hooks run in both
+    passes, and they are what gathers. Why the non-reentrant variant: it needs no input that requires a
+    gradient (an image, or the output of frozen blocks, does not), and works with hooks and keyword arguments.
+    """
+    if recomputation == "none" or not torch.is_grad_enabled():
+        return block(*inputs)
+    if isinstance(recomputation, int) and index % recomputation:
+        return block(*inputs)
+    if recomputation == "all_but_matmuls":
+        return checkpoint(block, *inputs, use_reentrant=False, context_fn=_keeping_matmuls)
+    return checkpoint(block, *inputs, use_reentrant=False)
+
+
+KEPT = frozenset(
+    {
+        "aten::mm",
+        "aten::addmm",
+        "aten::bmm",
+        "aten::baddbmm",
+        "aten::convolution",
+        "aten::_scaled_dot_product_flash_attention",
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "aten::_scaled_dot_product_efficient_attention",
+        "aten::_scaled_dot_product_cudnn_attention",
+        "aten::_scaled_dot_product_fused_attention_overrideable",
+        "flash_attn::_flash_attn_forward",
+        "flash_attn_3::fwd",
+        "flash_attn_3::_flash_attn_forward",
+        "internseg_ds::dcnv3",
+    }
+)
+"""Operations whose results `all_but_matmuls` keeps: they take hundreds of FLOPs per byte of result, all
+others a few. Deformable sampling lies between (36 FLOPs per byte in bf16 with 3 x 3 points), and reads
+addresses that no cache can prefetch. A backbone with an expensive operation of its own adds it here."""
+
+
+# torch.utils.checkpoint.create_selective_checkpoint_contexts does the same where both passes run the same
+# operations. Under ZeRO-3 they do not: hooks gather weights in one pass and find them gathered in the other,
+# and DeepSpeed's linear layer adds its bias in place to a product that was kept.
+
+
+def _keeping_matmuls() -> tuple[TorchDispatchMode, TorchDispatchMode]:
+    """The contexts of the first and of the second pass of one block."""
+    kept: list[Any] = []
+    return _KeepResults(kept), _ReturnKeptResults(kept)
+
+
+class _KeepResults(TorchDispatchMode):
+    """In the first pass: appends what the operations of `KEPT` return to `kept`.
+
+    Raises RuntimeError when such a result is changed in place after it was read. The second pass would give
+    the changed values to the operation that read the first ones, so gradients would be wrong.
+    """
+
+    def __init__(self, kept: list[Any]) -> None:
+        super().__init__()
+        self.kept = kept
+        self.kept_storages: set[int] = set()
+        self.read_storages: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if _storages(_written(func, args)) & self.read_storages:
+            raise RuntimeError(
+                f"engine.recomputation='all_but_matmuls' cannot be with this backbone: {func} changes the "
+                "result of a matrix product that was read before; use 'blocks'"
+            )
+        out = func(*args, **(kwargs or {}))
+        # an operation that returns the same storage is a view or a change in place: neither is a reading
+        read = _storages(tree_leaves((args, kwargs))) - _storages(tree_leaves(out))
+        self.read_storages |= read & self.kept_storages
+        if operator_schema(func).name in KEPT:
+            self.kept.append(_detached(out))
+            self.kept_storages |= _storages(tree_leaves(out))
+        return out
+
+
+class _ReturnKeptResults(TorchDispatchMode):
+    """In the second pass: returns the results in `kept`, in their order, instead of running these operations.
+
+    Operations that change a kept result in place are skipped, because they have changed it in the first pass.
+    """
+
+    def __init__(self, kept: list[Any]) -> None:
+        super().__init__()
+        self.kept = kept
+        self.remaining: Iterator[Any] = iter(())
+        self.kept_storages: set[int] = set()
+
+    def __enter__(self) -> "_ReturnKeptResults":
+        self.remaining = iter(self.kept)
+        self.kept_storages = set()
+        super().__enter__()
+        return self
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if operator_schema(func).name in KEPT:
+            out = _detached(next(self.remaining))
+            self.kept_storages |= _storages(tree_leaves(out))
+            return out
+        written = _written(func, args)
+        if written and _storages(written) <= self.kept_storages:
+            return written[0]
+        return func(*args, **(kwargs or {}))
+
+
+def _detached(out: Any) -> Any:
+    """The same tensors without their autograd graph: graph and kept result would hold each other alive."""
+    if isinstance(out, Tensor):
+        return out.detach()
+    return type(out)(map(_detached, out)) if isinstance(out, (tuple, list)) else out
+
+
+def _written(func: Callable[..., Any], args: tuple) -> list[Tensor]:
+    """The tensors among its positional arguments that an operation changes in place."""
+    return [
+        arg
+        for arg, argument in zip(args, operator_schema(func).arguments)
+        if isinstance(arg, Tensor) and argument.alias_info is not None and argument.alias_info.is_write
+    ]
+
+
+def _storages(values: list[Any]) -> set[int]:
+    """Identities of the storages of the tensors in `values`."""
+    return {storage_id(value) for value in values if isinstance(value, Tensor)}

@@ -1,0 +1,1 @@
+"""InternImage and its operator, DCNv3."""

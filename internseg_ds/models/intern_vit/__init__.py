@@ -1,0 +1,1 @@
+"""InternViT, plain and with a ViT-Adapter."""

@@ -1,0 +1,1 @@
+"""Mask2Former: a head that classifies masks instead of pixels."""

@@ -1,0 +1,54 @@
+"""Position embeddings and patch kernels of Vision Transformers at other sizes than they were trained at.
+
+In: tensors as weight files hold them. Out: the same in the shape that a model has. Whether a tensor can be
+resized is decided from the two shapes alone, before anything is read. Letters: c channels; (h, w) the patch
+grid; s the side of a square patch grid; p, q sides of a patch in pixels.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def resize_position_embedding(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Resize a position embedding, class token first, bicubically to a patch grid.
+
+    pos_embed: (1, 1 + s * s, c), any float dtype. grid: (h, w). Returns (1, 1 + h * w, c) in the same dtype,
+    and `pos_embed` itself when the grid is (s, s). Interpolates in fp32 with align_corners=False, as the
+    published InternViT code does.
+    """
+    side = math.isqrt(pos_embed.size(1) - 1)
+    if grid == (side, side):
+        return pos_embed
+    patches = pos_embed[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1, c, s, s)
+    patches = F.interpolate(patches, size=grid, mode="bicubic", align_corners=False)
+    return torch.cat([pos_embed[:, :1], patches.flatten(2).mT.to(pos_embed.dtype)], dim=1)
+
+
+def resize_patch_kernel(kernel: Tensor, shape: torch.Size) -> Tensor:
+    """Resize a patch kernel (c, 3, p, p) of any float dtype bicubically to `shape` (c, 3, q, q), float32."""
+    return F.interpolate(kernel.float(), size=shape[2:], mode="bicubic", align_corners=False)
+
+
+def resize_to_shape(pos_embed: Tensor, shape: torch.Size) -> Tensor:
+    """Resize a position embedding (1, 1 + s' * s', c) to the square grid of `shape` (1, 1 + s * s, c)."""
+    side = math.isqrt(shape[1] - 1)
+    return resize_position_embedding(pos_embed, (side, side))
+
+
+def is_square_embedding(in_file: torch.Size, in_model: torch.Size) -> bool:
+    """Whether `in_file` is (1, 1 + s * s, c), a class token and a square grid, with the c of `in_model`."""
+    return (
+        len(in_file) == 3
+        and in_file[0] == 1
+        and in_file[1] > 1
+        and math.isqrt(in_file[1] - 1) ** 2 == in_file[1] - 1
+        and in_file[2] == in_model[2]
+    )
+
+
+def is_patch_kernel(in_file: torch.Size, in_model: torch.Size) -> bool:
+    """Whether `in_file` (c, channels, p, p) differs from `in_model` in the patch size alone."""
+    return len(in_file) == 4 and in_file[:2] == in_model[:2]

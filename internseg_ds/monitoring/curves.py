@@ -1,0 +1,39 @@
+"""The curve of a run as a picture: loss and score over steps, from metrics.jsonl."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from internseg_ds.output_files import whole_file
+
+
+def draw_curves(metrics: Path, picture: Path, score: str = "mIoU") -> None:
+    """Draws the PNG `picture` from the records of `metrics` (JSON lines with step, loss, lr, and `score` where
+    the run evaluated). Skips lines that are no records. Raises OutputError."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    lines = metrics.read_text(errors="replace").splitlines()
+    records = [record for line in lines if (record := _record(line))]
+    losses = [(record["step"], record["loss"]) for record in records if record.get("loss") is not None]
+    scores = [(record["step"], 100 * record[score]) for record in records if record.get(score) is not None]
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(xlabel="step", ylabel="training loss")
+    axes.plot([step for step, _ in losses], [loss for _, loss in losses], color="tab:blue", label="loss")
+    axes.yaxis.label.set_color("tab:blue")
+    axes.grid(alpha=0.3)
+    if scores:
+        right = axes.twinx()
+        right.plot(*zip(*scores, strict=True), color="tab:orange", marker="o", label=score)
+        right.set_ylabel(f"{score} on the validation set, %", color="tab:orange")
+        right.set_ylim(bottom=0)
+    with whole_file(picture) as file:
+        figure.savefig(file, format="png")
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None  # half a line, of a disk that was full

@@ -1,0 +1,290 @@
+"""Where a run's metrics are logged: the console, WORK_DIR/metrics.jsonl, and TensorBoard and Weights & Biases
+where the config's `log_config.hooks` ask for them; and the log itself, WORK_DIR/train.log.
+
+In: flat dicts of floats with a step. Rank 0 writes; on other ranks `open_loggers` gives an empty list. Nothing
+here is collective.
+"""
+
+import errno
+import json
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from logging.handlers import MemoryHandler
+from pathlib import Path
+from typing import Any, Protocol
+
+from internseg_ds.errors import ConfigError
+from internseg_ds.monitoring.buffered_lines import BufferedLines
+from internseg_ds.output_files import whole_file
+
+log = logging.getLogger(__name__)
+
+WANDB_HOOKS = ("WandbLoggerHook", "MMSegWandbHook")
+SHARES = ("mfu", "hfu", "data_wait", "waits_for_slowest")
+"""Metrics that the console shows in percent; everywhere else they are fractions."""
+ROOM_FOR_EVENTS = 2**16
+"""Bytes that must be free before a record is given to TensorBoard."""
+EARLY_LINES = 1000
+"""Lines of the log that are kept for a work directory that is not there yet."""
+
+
+class MetricLogger(Protocol):
+    """Writes records: the metrics of one step, by their names."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """May raise OSError, after which the record is written with the next one."""
+
+    def close(self) -> None:
+        """Writes what waits. May raise OSError."""
+
+
+class ConsoleLogger:
+    """One line per record: step, progress, the values, time left."""
+
+    def __init__(self, max_steps: int, start: int) -> None:
+        self.max_steps = max_steps
+        self.start = start
+        self.began = time.monotonic()
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        done = step - self.start
+        left = (self.max_steps - step) * (time.monotonic() - self.began) / done if done else 0.0
+        numbers = "  ".join(
+            f"{name} {f'{value:.1%}' if name in SHARES else _readable(value)}"
+            for name, value in values.items()
+            if not name.startswith(("IoU.", "Acc."))
+        )
+        log.info(
+            "step %*d/%d  %s  eta %s",
+            len(str(self.max_steps)),
+            step,
+            self.max_steps,
+            numbers,
+            timedelta(seconds=round(left)),
+        )
+
+    def close(self) -> None:
+        pass
+
+
+def _readable(value: float) -> str:
+    return f"{value:.4g}" if abs(value) >= 1e-3 or value == 0 else f"{value:.2e}"
+
+
+class JsonlLogger:
+    """metrics.jsonl: one JSON object per record, flushed at once, appended to on resume. Records that a resumed
+    run writes again are dropped first."""
+
+    def __init__(self, path: Path, start: int, *, scores_again: bool = False) -> None:
+        """start: the step that the run goes on from. scores_again: whether it evaluates at that step once
+        more. Raises OutputError."""
+        rewind(path, start, scores_again=scores_again)
+        self.lines = BufferedLines(path)
+        self.lines.add("")
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        # JSON knows neither NaN nor infinity
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self.lines.add(json.dumps({"step": step, "time": time.time(), **finite}) + "\n")
+
+    def close(self) -> None:
+        self.lines.add("")
+
+
+def rewind(path: Path, start: int, *, scores_again: bool = False) -> None:
+    """Keeps the records of a file of JSON lines up to step `start`, those that a resumed run does not write
+    again; none where it starts at 0. Atomic.
+
+    scores_again: the scores of that step are written again, too. Raises OutputError where there is no room
+    for it.
+    """
+    if not path.exists():
+        return
+    lines = path.read_text(errors="replace").splitlines() if start > 0 else []
+    kept = []
+    for line in lines:
+        step = _step_of(line)
+        are_scores = step == start and "loss" not in json.loads(line)
+        if step <= start and not (scores_again and are_scores):
+            kept.append(line)
+    with whole_file(path) as file:
+        file.write("".join(f"{line}\n" for line in kept).encode())
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return float("inf")  # half a line, from a run that was killed while it wrote
+
+
+class TensorBoardLogger:
+    """Scalars in WORK_DIR/tensorboard. After a write that failed, what is not there yet goes into a new file
+    with the next record."""
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder = folder
+        self._open = lambda: SummaryWriter(str(folder))
+        self._writer: SummaryWriter | None = None
+        self._waiting: list[tuple[int, float, Mapping[str, float]]] = []
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Raises OSError where some records have to wait."""
+        self._waiting.append((step, time.time(), dict(values)))
+        self._write_waiting()
+
+    def close(self) -> None:
+        if self._waiting:
+            self._write_waiting()
+        if self._writer is not None:
+            self._writer.close()
+
+    def _write_waiting(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if shutil.disk_usage(self.folder).free < ROOM_FOR_EVENTS:
+                # before the writer's thread meets the full disk, and prints a traceback
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if self._writer is None:
+                self._writer = self._open()
+            for step, moment, values in self._waiting:
+                for name, value in values.items():
+                    self._writer.add_scalar(name, value, step, moment)
+            self._writer.flush()  # raises what its thread ran into
+        except OSError:
+            self._writer = None  # a writer that has failed raises the same error for ever
+            raise
+        self._waiting = []
+
+
+class WandbLogger:
+    """A Weights & Biases run; WANDB_MODE=offline keeps it in WORK_DIR/wandb and needs no account."""
+
+    def __init__(self, folder: Path, init: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+        import wandb
+
+        self.run = wandb.init(**{"dir": str(folder), "config": dict(config), **init})
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self.run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def check_loggers(hooks: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ConfigError when a wandb hook cannot work: wandb is not installed, or would ask for an account
+    that it does not know."""
+    for hook in hooks:
+        if hook["type"] not in WANDB_HOOKS:
+            continue
+        try:
+            import wandb
+        except ImportError:
+            raise ConfigError(
+                "log_config.hooks names a wandb hook, but wandb is not installed; pip install wandb, or "
+                "drop the hook"
+            ) from None
+        mode = (hook.get("init_kwargs") or {}).get("mode") or os.environ.get("WANDB_MODE", "online")
+        if mode == "online" and not wandb.api.api_key:
+            raise ConfigError(
+                "log_config.hooks names a wandb hook, but wandb knows no account here; run `wandb login`, "
+                "or set WANDB_MODE=offline"
+            )
+
+
+@contextmanager
+def open_loggers(
+    work_dir: Path,
+    hooks: Sequence[Mapping[str, Any]],
+    *,
+    max_steps: int,
+    start: int,
+    config: Mapping[str, Any],
+    is_main: bool,
+    scores_again: bool = False,
+) -> Iterator[list[MetricLogger]]:
+    """The metric loggers of one run, closed at the end of the block however it ends. start: the step that it
+    resumes from; scores_again: whether it evaluates at that step once more. config: what wandb shows as the
+    run's configuration."""
+    if not is_main:
+        yield []
+        return
+    loggers: list[MetricLogger] = [
+        ConsoleLogger(max_steps, start),
+        JsonlLogger(work_dir / "metrics.jsonl", start, scores_again=scores_again),
+    ]
+    for hook in hooks:
+        if hook["type"] == "TensorboardLoggerHook":
+            loggers.append(TensorBoardLogger(Path(hook.get("log_dir") or work_dir / "tensorboard")))
+        elif hook["type"] in WANDB_HOOKS:
+            loggers.append(WandbLogger(work_dir, hook.get("init_kwargs") or {}, config))
+    try:
+        yield loggers
+    finally:
+        for logger in loggers:
+            with suppress(OSError):  # of a full disk, which was warned of
+                logger.close()
+
+
+class LogFile(logging.Handler):
+    """Appends the lines of a log to a file."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.lines = BufferedLines(path)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.add(self.format(record) + "\n")
+
+
+def start_logging(work_dir: Path | None, *, level: str, is_main: bool, header: Sequence[str] = ()) -> None:
+    """Sends the log lines of this package on rank 0 to the console, and to WORK_DIR/train.log. level: of rank
+    0 ("INFO"); other ranks log warnings only.
+
+    header: what is logged first. A run calls this without a work directory at its start, when the folder may
+    not be made yet; the file gets the lines since then.
+    """
+    package = logging.getLogger("internseg_ds")
+    package.setLevel(level if is_main else logging.WARNING)
+    package.propagate = False
+    early = _taken_off(package)
+    if not is_main:
+        # all ranks build the same model: one logs what it found
+        logging.getLogger("internseg_ds.models").setLevel(logging.ERROR)
+    _add_handler(package, logging.StreamHandler())
+    to_file: logging.Handler | None = None
+    if is_main and work_dir is not None:
+        to_file = LogFile(work_dir / "train.log")
+        _add_handler(package, to_file)
+    elif is_main:
+        _add_handler(package, MemoryHandler(EARLY_LINES, flushLevel=logging.CRITICAL + 1))
+    for line in header:
+        log.info("%s", line)
+    if to_file is not None:
+        for record in early:
+            to_file.handle(record)
+
+
+def _taken_off(package: logging.Logger) -> list[logging.LogRecord]:
+    """Takes off the handlers of a start before; the records that waited in memory."""
+    early: list[logging.LogRecord] = []
+    for handler in list(package.handlers):
+        if isinstance(handler, MemoryHandler):
+            early += handler.buffer
+        package.removeHandler(handler)
+        handler.close()
+    return early
+
+
+def _add_handler(package: logging.Logger, handler: logging.Handler) -> None:
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    package.addHandler(handler)

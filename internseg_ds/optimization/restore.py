@@ -1,0 +1,64 @@
+"""Resuming from a ZeRO checkpoint of any stage and any number of processes: each rank reads its own slices of
+the files, without talking to another.
+
+In: an initialised DeepSpeed engine whose module holds the checkpoint's weights (`weight_loading.load`), and
+the checkpoint. Out: the same engine with the checkpoint's fp32 master weights, Adam moments, step counts and
+schedule, as if it had trained until there itself. DeepSpeed's own loading needs the same stage and number of
+processes; its universal checkpoints (0.19.8) need a converted copy on disk and give every group the first
+group's learning rate.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from internseg_ds.checkpoints.zero_checkpoint import What, ZeroCheckpoint
+from internseg_ds.config.lr_schedule import LrSchedule
+from internseg_ds.distributed.zero_internals import (
+    fp32_partitions,
+    fragment_of,
+    inner_optimizer,
+    set_step_counters,
+    step_count_in_state,
+)
+from internseg_ds.torch_internals import set_schedule_position
+
+MOMENTS: tuple[What, ...] = ("exp_avg", "exp_avg_sq")
+
+
+@torch.no_grad()
+def restore(engine: Any, checkpoint: ZeroCheckpoint, schedule: LrSchedule) -> None:
+    """Gives the engine's optimizer and schedule the state of `checkpoint`.
+
+    schedule: as the config defines it now. Raises CheckpointError where the checkpoint lacks part of the
+    state, or is damaged where this rank reads.
+    """
+    partitions, optimizer = fp32_partitions(engine), inner_optimizer(engine)
+    if checkpoint.updates:
+        for partition in partitions:
+            optimizer.state[partition] = _empty_adam_state(optimizer, partition, checkpoint.updates)
+    for name, param in engine.module.named_parameters():
+        fragment = fragment_of(engine, param)
+        if fragment is None:
+            continue
+        partition = partitions[fragment.partition]
+        targets: dict[What, Tensor] = {"fp32": partition.data}
+        if checkpoint.updates:
+            targets |= {what: optimizer.state[partition][what] for what in MOMENTS}
+        for what, target in targets.items():
+            target[fragment.in_partition] = checkpoint.read_slice(name, fragment.start, fragment.stop, what)
+    set_step_counters(engine, steps=checkpoint.steps, skipped=checkpoint.steps - checkpoint.scheduled)
+    scheduler = engine.lr_scheduler
+    rates = [schedule.lr(checkpoint.scheduled, base) for base in scheduler.base_lrs]
+    set_schedule_position(scheduler, checkpoint.scheduled, rates)
+
+
+def _empty_adam_state(
+    optimizer: torch.optim.Optimizer, partition: Tensor, updates: int
+) -> dict[str, int | Tensor]:
+    """Adam's state of one flat tensor after so many updates, with moments of zeros."""
+    return {
+        "step": step_count_in_state(optimizer, updates, partition.device),
+        **{what: torch.zeros_like(partition.data) for what in MOMENTS},
+    }

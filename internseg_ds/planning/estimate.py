@@ -1,0 +1,181 @@
+"""What one experiment needs under one ds_config on one cluster: memory, traffic, time, disk. A comparison of
+ds_configs is several of these estimates, and so is a table over clusters of several sizes.
+
+In: an `Estimator`, ds_configs, clusters. Out: `Estimate`s. Takes no accelerator and reads no data.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from internseg_ds.config.ds_config import DsConfig
+from internseg_ds.config.engine_options import EngineOptions
+from internseg_ds.config.experiment import Experiment
+from internseg_ds.errors import ConfigError
+from internseg_ds.models.activation_checkpointing import CheckpointingPolicy
+from internseg_ds.planning.auto_checkpointing import as_it_will_train
+from internseg_ds.planning.collectives import host_bytes, step_traffic
+from internseg_ds.planning.devices import Cluster
+from internseg_ds.planning.estimator import DsConfigSource, Estimator
+from internseg_ds.planning.flops import TrainingPass
+from internseg_ds.planning.memory_estimate import MemoryEstimate, Platform
+from internseg_ds.planning.step_time import Assumptions, MatmulKind, StepTime, StepWork, step_time
+from internseg_ds.planning.zero_settings import ZeroSettings
+
+
+@dataclass(frozen=True)
+class StepEstimate:
+    """One optimizer step. within_node, between_nodes: bytes that each GPU sends. hours: of the schedule, or of
+    as many images as it sees where the recipe's batch cannot be kept."""
+
+    time: StepTime
+    within_node: float
+    between_nodes: float
+    images_per_s: float
+    hours: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One experiment under one ds_config on one cluster. ds: the ds_config, with micro-batch and accumulation.
+    image: the work of one training image. crop: its height and width in pixels. keeps_batch: whether the
+    recipe's batch can be kept. step: None where its time is not modelled, and `untimed` says why."""
+
+    experiment: Experiment
+    ds: DsConfig
+    cluster: Cluster
+    assumed: Assumptions
+    checkpointing: CheckpointingPolicy
+    keeps_batch: bool
+    crop: tuple[int, int]
+    image: TrainingPass
+    memory: MemoryEstimate
+    step: StepEstimate | None
+    untimed: str = ""
+
+
+def estimate(
+    estimator: Estimator,
+    ds_config: DsConfigSource,
+    cluster: Cluster,
+    assumed: Assumptions,
+    *,
+    evaluates: bool = True,
+) -> Estimate:
+    """evaluates: whether the memory is that of a run that does.
+
+    Where `engine.recomputation` is "auto", it is of the activation checkpointing that would be chosen there.
+    Raises ConfigError where `resolve_ds_config` does for this number of processes, and for settings whose
+    memory is not modelled.
+    """
+    platform = Platform.of_cluster(cluster)
+    ds, keeps_batch = estimator.resolve(ds_config, cluster.world_size)
+    estimator = as_it_will_train(estimator, ds, platform)
+    step: StepEstimate | None = None
+    untimed = ""
+    try:
+        step = estimate_step(estimator, ds, cluster, assumed)
+    except ConfigError as error:
+        untimed = str(error)
+    return Estimate(
+        estimator.experiment,
+        ds,
+        cluster,
+        assumed,
+        checkpointing=estimator.checkpointing,
+        keeps_batch=keeps_batch,
+        crop=estimator.crop,
+        image=estimator.training_pass,
+        memory=estimator.memory(ds, platform, evaluates=evaluates),
+        step=step,
+        untimed=untimed,
+    )
+
+
+def estimate_step(estimator: Estimator, ds: DsConfig, cluster: Cluster, assumed: Assumptions) -> StepEstimate:
+    """Of the activation checkpointing that the estimator's model has. Raises ConfigError for settings whose
+    time or traffic is not modelled."""
+    experiment = estimator.experiment
+    if experiment.engine.backbone_dtype == "float32":
+        raise ConfigError(
+            "engine.backbone_dtype='float32' has no estimate of its time: the times are of a backbone that "
+            "computes in bfloat16; drop it"
+        )
+    if ds.precision == "fp32":
+        raise ConfigError(
+            f"{ds.source} trains in fp32, whose time the estimate does not know; enable bf16 or "
+            "torch_autocast"
+        )
+    settings = ZeroSettings.of(ds)
+    image = estimator.training_pass
+    traffic = step_traffic(estimator.model, settings, estimator.group_sizes(ds), image.uses)
+    work = StepWork(
+        image,
+        ds.micro_batch,
+        traffic,
+        trained=sum(estimator.setting_sizes),
+        host_bytes=host_bytes(estimator.model, settings, traffic),
+        heads=heads_matmul(experiment.engine),
+    )
+    time = step_time(work, settings, cluster, assumed)
+    within_node, between_nodes = traffic.sent_by_link(cluster.per_node)
+    images = experiment.max_steps * (experiment.engine.global_batch or ds.global_batch)
+    return StepEstimate(
+        time,
+        within_node,
+        between_nodes,
+        images_per_s=ds.global_batch / time.total,
+        hours=images / ds.global_batch * time.total / 3600,
+    )
+
+
+def heads_matmul(options: EngineOptions) -> MatmulKind:
+    """What a GPU multiplies the heads' matrices in."""
+    if options.heads_dtype == "bfloat16":
+        return "bf16"
+    return "tf32" if options.fp32_matmul == "tf32" else "fp32"
+
+
+def compare(
+    estimator: Estimator, ds_configs: Sequence[Path], cluster: Cluster, assumed: Assumptions
+) -> dict[Path, Estimate | str]:
+    """An estimate for each ds_config, or the error message where it cannot be used or estimated there."""
+    found: dict[Path, Estimate | str] = {}
+    for path in ds_configs:
+        try:
+            found[path] = estimate(estimator, path, cluster, assumed)
+        except ConfigError as error:
+            found[path] = str(error).splitlines()[0]
+    return found
+
+
+def estimate_scaling(
+    estimator: Estimator, ds_config: DsConfigSource, clusters: Sequence[Cluster], assumed: Assumptions
+) -> list[Estimate]:
+    """An estimate for each cluster, all with a time; memory is without evaluation. Raises ConfigError where
+    `estimate` and `estimate_step` do."""
+    found = []
+    for cluster in clusters:
+        one = estimate(estimator, ds_config, cluster, assumed, evaluates=False)
+        if one.step is None:
+            raise ConfigError(one.untimed)
+        found.append(one)
+    return found
+
+
+def fastest(found: Mapping[Path, Estimate | str]) -> Path | None:
+    """The ds_config that fits and takes least time, None where none has a time. Of those that take as long,
+    to two digits: first without offloading, then in bf16, then the one that leaves more memory."""
+    best: tuple[tuple[float, bool, bool, int], Path] | None = None
+    for path, one in found.items():
+        if isinstance(one, str) or not one.memory.fits or one.step is None:
+            continue
+        rank = (
+            float(f"{one.step.time.total:.2g}"),
+            one.memory.state_on_host > 0,
+            one.ds.precision != "bf16",
+            one.memory.peak,
+        )
+        if best is None or rank < best[0]:
+            best = rank, path
+    return best[1] if best is not None else None

@@ -1,0 +1,57 @@
+"""Sizes of training and evaluated images, read from the pipelines of an experiment."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from internseg_ds.config.experiment import Experiment, leaf_datasets
+from internseg_ds.errors import ConfigError
+
+
+def crop_size(experiment: Experiment) -> tuple[int, int]:
+    """Height and width of the training images, in pixels, from the last step of the pipeline that fixes them.
+    Raises ConfigError when none does."""
+    train = next(leaf_datasets(experiment.train))
+    for step in reversed(train.get("pipeline", ())):
+        for key in ("crop_size", "size"):
+            size = step.get(key)
+            if step.get("type") in ("RandomCrop", "Pad") and isinstance(size, (list, tuple)):
+                height, width = size
+                return height, width
+    raise ConfigError(
+        f"the size of a training image is not known: data.train.pipeline of {experiment.path} has neither "
+        "RandomCrop.crop_size nor Pad.size; add one"
+    )
+
+
+def evaluation_size(experiment: Experiment) -> tuple[int, int]:
+    """Height and width that an evaluated image may have, from the `img_scale` of its pipeline; a training
+    crop's where there is none."""
+    scales = [
+        scale
+        for leaf in leaf_datasets(experiment.val or [])
+        for scale in _scales_of_pipeline(leaf.get("pipeline", ()))
+    ]
+    if not scales:
+        return crop_size(experiment)
+    largest = max(scales, key=lambda scale: scale[0] * scale[1])
+    return min(largest), max(largest)
+
+
+def _scales_of_pipeline(pipeline: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, int]]:
+    """Every (width, height) that a step of the pipeline, or one inside it, may resize an image to."""
+    for step in pipeline:
+        yield from _scales_of_step(step)
+        yield from _scales_of_pipeline(step.get("transforms", ()))
+
+
+def _scales_of_step(step: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
+    """`img_scale` is one pair, a list of pairs, or None; `img_ratios` is one factor, or a list of them."""
+    scale = step.get("img_scale")
+    ratios = step.get("img_ratios") or (1.0,)
+    if not isinstance(ratios, (list, tuple)):
+        ratios = (ratios,)
+    if isinstance(scale, (list, tuple)) and scale and isinstance(scale[0], int):
+        scale = [scale]
+    for width, height in scale or ():
+        for ratio in ratios:
+            yield int(width * ratio), int(height * ratio)

@@ -1,0 +1,93 @@
+"""What `--dry-run` shows of a run that has passed every check."""
+
+from rich.console import Console
+from rich.table import Table
+
+from internseg_ds.errors import reason_of
+from internseg_ds.optimization.parameter_groups import parameter_groups
+from internseg_ds.planning.auto_checkpointing import as_it_will_train
+from internseg_ds.planning.estimator import Estimator
+from internseg_ds.planning.memory_estimate import Platform
+from internseg_ds.planning.tables import memory_table, verdict
+from internseg_ds.preflight.image_sizes import size_lines
+from internseg_ds.preflight.preflight import Plan
+
+
+def describe(plan: Plan, console: Console) -> None:
+    """Prints what the config says for nothing, parameters by part, groups, weights, batches, data, and the
+    memory of a process."""
+    sizes, warnings = size_lines(plan.experiment, plan.crop)
+    for line in (*plan.experiment.warnings, *warnings, *plan.experiment.notes):
+        console.print(f"config: {line}", markup=False, highlight=False, soft_wrap=True)
+    counts = Table("part", "parameters", "of which train", title=f"{plan.experiment.name}: model")
+    for name, child in [*plan.meta_model.named_children(), ("all", plan.meta_model)]:
+        params = list(child.parameters())
+        counts.add_row(
+            name,
+            f"{sum(p.numel() for p in params):,}",
+            f"{sum(p.numel() for p in params if p.requires_grad):,}",
+        )
+    console.print(counts)
+    groups = Table("group", "tensors", "parameters", "lr", "weight decay", title="parameter groups")
+    for group in parameter_groups(plan.meta_model, plan.experiment.optimizer):
+        groups.add_row(
+            group["name"],
+            str(len(group["params"])),
+            f"{sum(p.numel() for p in group['params']):,}",
+            f"{group['lr']:.3g}",
+            f"{group['weight_decay']:g}",
+        )
+    console.print(groups)
+    ds, experiment = plan.ds, plan.experiment
+    # a path is no markup, and stays in one piece
+    console.print(f"weights: {_weights(plan)}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"images: {sizes}", soft_wrap=True)
+    console.print(
+        f"batch: {ds.global_batch} images per step = {ds.world_size} processes x {ds.micro_batch} images x "
+        f"{ds.accumulation} accumulation steps"
+    )
+    console.print(
+        f"data: {len(plan.train_set):,} training images, "
+        f"{len(plan.val_set) if plan.val_set is not None else 0:,} validation images; "
+        f"{experiment.max_steps:,} steps = "
+        f"{experiment.max_steps * ds.global_batch / len(plan.train_set):.1f} epochs"
+    )
+    for note in plan.notes:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
+    for warning in plan.warnings:
+        console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True, style="yellow")
+    try:
+        platform = Platform.of_this_process(experiment, ds, plan.world)
+        estimator = as_it_will_train(Estimator(experiment, plan.meta_model, crop=plan.crop), ds, platform)
+        memory = estimator.memory(ds, platform, evaluates=plan.val_set is not None)
+    except Exception as error:  # an odd model is no reason not to train it
+        console.print(
+            f"the memory of this run cannot be planned: {reason_of(error)}; where that is of its forward, "
+            "training will end there too",
+            markup=False,
+            soft_wrap=True,
+        )
+        return
+    console.print(
+        memory_table(
+            memory,
+            f"{ds.source}: ZeRO-{ds.stage}, {ds.precision}, {ds.world_size} "
+            f"process{'es' * (ds.world_size > 1)}",
+        )
+    )
+    console.print(f"Recomputed in the backbone: {estimator.checkpointing}.")
+    console.print(f"{verdict(memory)} {memory.checkpoint / 2**30:.3g} GiB on disk per checkpoint.")
+    console.print(
+        "planned, not measured; nothing was taken from any accelerator. launch/plan.py compares "
+        "ds_configs, GPUs and their numbers"
+    )
+
+
+def _weights(plan: Plan) -> str:
+    if plan.resume_from is not None:
+        return f"those of {plan.resume_from}, where training goes on"
+    return (
+        "random"
+        if plan.weights is None
+        else f"{plan.weights.weights.path}: {plan.weights.summary('to load')}"
+    )

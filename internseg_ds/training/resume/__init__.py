@@ -1,0 +1,1 @@
+"""Going on from a checkpoint: which one, what differs from its run, and its values read into the model."""

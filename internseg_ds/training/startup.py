@@ -1,0 +1,132 @@
+"""The stages of a run's start before anything is built: validate, join the process group, take the work
+directory, and log what is about to be trained."""
+
+import logging
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from internseg_ds.config.experiment import Experiment
+from internseg_ds.distributed.process_group import World, adopt, gather_from_ranks, join
+from internseg_ds.distributed.watchdog import time_limit
+from internseg_ds.errors import UserError
+from internseg_ds.monitoring.environment import environment_lines
+from internseg_ds.monitoring.loggers import start_logging
+from internseg_ds.output_files import check_writable
+from internseg_ds.planning.estimator import Estimator
+from internseg_ds.planning.memory_warnings import no_room_to_save, shortfall
+from internseg_ds.preflight.image_sizes import size_lines
+from internseg_ds.preflight.preflight import Plan, check, survey_data
+from internseg_ds.training.resume.find_checkpoint import checkpoint_to_resume, compare_with_checkpoint
+from internseg_ds.training.run_options import RunOptions
+from internseg_ds.training.stop_requests import check_no_stop_file
+from internseg_ds.training.work_dir import check_unused
+
+log = logging.getLogger(__name__)
+
+
+def validate(
+    experiment: Experiment,
+    ds_config: str | os.PathLike | Mapping[str, Any],
+    options: RunOptions,
+    world: World,
+) -> Plan:
+    """All that one process can check by itself: work directory, checkpoint to resume, config, data, weights.
+
+    Takes no accelerator and talks to no other process. Raises UserError.
+    """
+    with time_limit(experiment.engine.io_timeout, "looking at the work directory, the weights and the data"):
+        check_writable(options.work_dir / "checkpoints", "--work-dir")
+        if options.profiled_steps:
+            check_writable(options.work_dir / "profile", "--profile")
+        check_no_stop_file(options.work_dir)
+        checksums = experiment.engine.checksums
+        resume_from = checkpoint_to_resume(options.resume, options.work_dir, check=checksums)
+        resumes = options.resume == "auto"
+        check_unused(options.work_dir, resume_from, overwrite=options.overwrite, resumes=resumes)
+        return checked_plan(
+            experiment,
+            ds_config,
+            world,
+            validate=options.validate,
+            load_from=options.load_from,
+            resume_from=resume_from,
+        )
+
+
+def checked_plan(
+    experiment: Experiment,
+    ds_config: str | os.PathLike | Mapping[str, Any],
+    world: World,
+    *,
+    validate: bool,
+    load_from: str | os.PathLike | None,
+    resume_from: Path | None,
+) -> Plan:
+    """The plan of a run, or of a dry run, that has passed every check: first those that every rank makes, then
+    those that only the main rank makes. Arguments and errors are those of `preflight.check`."""
+    plan = check(
+        experiment, ds_config, world, validate=validate, load_from=load_from, resume_from=resume_from
+    )
+    return survey_data(compare_with_checkpoint(plan))
+
+
+def validate_and_join(
+    experiment: Experiment,
+    ds_config: str | os.PathLike | Mapping[str, Any],
+    options: RunOptions,
+    world: World,
+) -> tuple[Plan, bool]:
+    """The plan of a run that every process agrees to, and whether this call made the process group (else the
+    one that was there is used). Collective.
+
+    Raises UserError on every rank where one rank cannot run, so that none waits for it.
+    """
+    owns_group = not dist.is_initialized()
+    timeout = options.collective_timeout(experiment.engine.io_timeout)
+    try:
+        plan = validate(experiment, ds_config, options, world)
+    except UserError as error:
+        if owns_group:
+            join(world, timeout, refusal=error)  # raises it, here and on the others
+        raise
+    if owns_group:
+        join(world, timeout)
+    else:
+        adopt()
+    return plan, owns_group
+
+
+def log_start(plan: Plan, options: RunOptions, estimator: Estimator) -> None:
+    """Opens the run's log, with its environment, and all that the checks have to say. Collective."""
+    experiment, is_main = plan.experiment, plan.world.is_main
+    header = environment_lines(options.seed, gather_from_ranks(socket.gethostname()))
+    start_logging(options.work_dir, level=experiment.logging.level, is_main=is_main, header=header)
+    sizes, size_warnings = size_lines(experiment, plan.crop)
+    if is_main:
+        for warning in (*experiment.warnings, *size_warnings):
+            log.warning("config: %s", warning)
+    for note in experiment.notes:
+        log.info("config: %s", note)
+    log.info("%s", sizes)
+    if is_main:
+        for warning in plan.warnings:
+            log.warning(warning)
+    for note in plan.notes:
+        log.info("%s", note)
+    if is_main:
+        for warning in _resource_warnings(plan, options, estimator):
+            log.warning(warning)
+
+
+def _resource_warnings(plan: Plan, options: RunOptions, estimator: Estimator) -> list[str]:
+    """What memory and disk will not hold, by the plan."""
+    if options.saves:
+        disk = no_room_to_save(estimator, plan.ds, options.work_dir)
+    else:
+        disk = "this run saves no checkpoint, not when it is asked to stop either (--no-save)"
+    return [warning for warning in (shortfall(estimator, plan.ds, plan.world), disk) if warning]

@@ -1,0 +1,131 @@
+"""What is measured of the steps of a training and written into its records. Changes nothing about them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
+
+from torch import Tensor
+
+from internseg_ds.config.config_text import config_dict
+from internseg_ds.distributed.hang_verdict import Doing
+from internseg_ds.monitoring.loggers import MetricLogger, open_loggers
+from internseg_ds.monitoring.profiler import StepProfile
+from internseg_ds.monitoring.step_metrics import Spikes, StepMetrics
+from internseg_ds.monitoring.stragglers import LayerClock, Stragglers
+from internseg_ds.output_files import unless_disk_full
+from internseg_ds.training.training_run import TrainingRun
+
+
+def record(loggers: Sequence[MetricLogger], step: int, values: Mapping[str, float]) -> None:
+    """Writes a record of a step; one that a full disk does not take waits in memory."""
+    for logger in loggers:
+        with unless_disk_full(f"a record of step {step} is not written yet"):
+            logger.write(step, values)
+
+
+class StepMonitors:
+    """Those of one training; a `with` block around the loop opens the records and the profile, and closes
+    them. Every rank makes the same calls."""
+
+    def __init__(self, run: TrainingRun, *, scores_again: bool) -> None:
+        """scores_again: whether the checkpoint that the run goes on from is evaluated first, so that an
+        earlier score of its step gives way."""
+        self._run, self._scores_again = run, scores_again
+        experiment, world = run.plan.experiment, run.world
+        self._metrics = StepMetrics()
+        self._spikes = Spikes()
+        self._stragglers = Stragglers(experiment.workers)
+        self._clock = LayerClock(run.deepspeed.module, world.device)
+        self._profile = StepProfile(
+            run.work_dir / "profile",
+            run.options.profiled_steps,
+            run.deepspeed.module,
+            world,
+            run.watch,
+            start=run.state.step,
+            last=experiment.max_steps,
+        )
+        self._loggers: list[MetricLogger] = []
+        self._opened = ExitStack()
+
+    def __enter__(self) -> "StepMonitors":
+        run, experiment = self._run, self._run.plan.experiment
+        loggers = open_loggers(
+            run.work_dir,
+            experiment.logging.hooks,
+            max_steps=experiment.max_steps,
+            start=run.state.step,
+            config=config_dict(experiment.cfg),
+            is_main=run.world.is_main,
+            scores_again=self._scores_again,
+        )
+        with ExitStack() as opened:
+            self._loggers = opened.enter_context(loggers)
+            opened.enter_context(self._profile)
+            self._opened = opened.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._opened.__exit__(kind, error, trace)
+
+    def restart(self) -> None:
+        """Measures anew from here, after a record, or after what was no training step."""
+        self._metrics = StepMetrics()
+
+    def at(self, step: int, doing: Doing, micro_batch: int = 0) -> None:
+        """This rank has come to this part of this step; the watchdog hears of it, too."""
+        self._profile.at(step, doing, micro_batch)
+
+    @contextmanager
+    def data_wait(self, step: int, micro_batch: int) -> Iterator[None]:
+        """Around the wait for a micro-batch."""
+        self.at(step, "data", micro_batch)
+        with self._metrics.waiting():
+            yield
+
+    @contextmanager
+    def layer_times(self, *, measured: bool) -> Iterator[None]:
+        """Around a step, whose layers are timed where it is logged: timing each step would slow them."""
+        if not measured:
+            yield
+            return
+        with self._clock:
+            yield
+
+    def add(self, losses: Mapping[str, Tensor]) -> None:
+        """The loss terms of a micro-batch (scalars)."""
+        self._metrics.add(losses)
+
+    def end_step(self, grad_norm: Tensor | float | None) -> None:
+        """grad_norm: before clipping; None of a step that was skipped."""
+        self._metrics.end_step(grad_norm)
+
+    def record(self, step: int, lr: float, extra: Mapping[str, float], *, logged: bool) -> None:
+        """Writes what was measured since `restart`. Collective.
+
+        extra: further values. logged: whether this is a step that the config wants logged; a record beside
+        those leaves out what needs the times of layers.
+        """
+        run, metrics = self._run, self._metrics
+        values, losses = metrics.means_over_ranks()
+        images = metrics.micro_batches * run.plan.ds.micro_batch * run.world.size
+        values |= {"lr": lr, **run.meter.values(metrics, images)}
+        values |= self._spikes.among(losses, step)
+        values |= extra
+        if logged:
+            values |= self._stragglers.values(metrics, self._clock.seconds)
+        self.write(step, values)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes a record of other values, such as scores."""
+        record(self._loggers, step, values)
+
+    @contextmanager
+    def paused(self, step: int, *, pauses: bool) -> Iterator[None]:
+        """Around what comes after a step: its time is not the training's. pauses: whether a save or an
+        evaluation comes."""
+        with self._metrics.paused():
+            self._profile.end_step(step, pauses=pauses)
+            yield

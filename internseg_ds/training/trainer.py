@@ -1,0 +1,181 @@
+"""The training loop, whole: next batch, forward, backward, step, log, maybe save, maybe stop, maybe evaluate.
+What happens each step is visible here."""
+
+import logging
+from collections.abc import Generator
+from contextlib import closing
+
+from internseg_ds.data.datasets import SegmentationDataset
+from internseg_ds.data.loading import Batch, training_batches
+from internseg_ds.data.sampler import GlobalBatchSampler
+from internseg_ds.distributed.process_group import Vote
+from internseg_ds.errors import CheckpointError
+from internseg_ds.evaluation.evaluator import Abandoned
+from internseg_ds.evaluation.report import write_report
+from internseg_ds.monitoring.curves import draw_curves
+from internseg_ds.output_files import unless_disk_full
+from internseg_ds.training.bad_images import BadImages
+from internseg_ds.training.nonfinite_steps import NonfiniteSteps, poisoned
+from internseg_ds.training.step_monitors import StepMonitors
+from internseg_ds.training.train_state import TrainState, due
+from internseg_ds.training.training_run import TrainingRun
+
+log = logging.getLogger(__name__)
+
+
+def train(run: TrainingRun) -> TrainState:
+    """Trains `run` from where its state stands to the last step, or until some rank is asked to stop
+    (`run.stopped`, after a save). Collective.
+
+    Raises Diverged when too many steps in a row, or all of them, were skipped for a loss or gradient that is
+    not finite, DataError when too many images are damaged, CheckpointError when there was no room for the
+    last save.
+    """
+    plan, state, deepspeed = run.plan, run.state, run.deepspeed
+    experiment, ds = plan.experiment, plan.ds
+    start, last = state.step, experiment.max_steps
+    evaluates = plan.val_set is not None
+    run.watch.at(start, "building")
+    if start >= last:
+        log.warning(
+            "nothing is left to train: the checkpoint is of step %d, and runner.max_iters is %d; raise it, "
+            "or start anew in another --work-dir",
+            start,
+            last,
+        )
+    limits = experiment.engine
+    bad_images = BadImages(run.work_dir / "data_faults.txt", limits.max_data_faults, start=start)
+    skips = run.work_dir / "skipped_steps.jsonl"
+    nonfinite = NonfiniteSteps(deepspeed, skips, limits.max_skipped_steps, start=start)
+    # of a run that was interrupted between save and evaluation
+    score_first = evaluates and run.resumed_unscored and due(start, experiment.evaluation.interval, last)
+    with closing(_batches(run)) as batches, StepMonitors(run, scores_again=score_first) as monitors:
+        if evaluates and start == 0 and experiment.engine.evaluate_before:
+            evaluate(run, monitors)
+        if score_first:
+            evaluate(run, monitors, scored=True)
+        monitors.restart()
+        deepspeed.train()
+        while state.step < last and not run.stopped:
+            step = state.step + 1
+            lr = max(deepspeed.lr_scheduler.get_last_lr())
+            logged = due(step, experiment.logging.interval, last)
+            micro_batches = []
+            with monitors.layer_times(measured=logged):
+                for number in range(ds.accumulation):
+                    with monitors.data_wait(step, number):
+                        batch = next(batches)
+                    monitors.at(step, "forward", number)
+                    losses = run.forward(batch)
+                    monitors.at(step, "backward", number)
+                    deepspeed.backward(poisoned(losses["loss"]))
+                    monitors.add(losses)
+                    bad_images.add(batch.faults)
+                    micro_batches.append((losses["loss"].detach(), batch.files))
+                    monitors.at(step, "update", number)
+                    if number == ds.accumulation - 1:
+                        # sent before DeepSpeed waits for the GPU once a step, and read after that: so the
+                        # vote costs no wait of its own
+                        vote = Vote((run.stop_requests(), bool(bad_images.pending)), run.world.device)
+                    deepspeed.step()  # clips, updates and moves the schedule on the last micro-batch only
+            monitors.at(step, "agreeing", ds.accumulation)
+            skipped = nonfinite.after_step(step, micro_batches)
+            monitors.end_step(None if skipped else deepspeed.get_global_grad_norm())
+            if run.ema is not None and not skipped:
+                run.ema.update()
+            state.step = step
+            state.images += ds.global_batch
+            stopping, faulty = vote.result()  # all ranks stop at the same step, or none
+            if faulty:
+                bad_images.share()
+
+            learned = nonfinite.in_a_row < step  # else every step was skipped: nothing to score or to save
+            scored = learned and evaluates and due(step, experiment.evaluation.interval, last)
+            # the best checkpoint can only be kept if there is one of each step that is scored
+            for_best = scored and experiment.evaluation.best_by is not None
+            wanted = for_best or due(step, experiment.checkpoints.interval, last)
+            saved = run.options.saves and learned and (stopping or wanted)
+            if saved or logged:  # at each save too: a resumed run's records are those of an unbroken one
+                monitors.record(step, lr, nonfinite.values(), logged=logged)
+                run.watch.at(step, "saving")
+                run.checkpoints.finish(wait=False)  # a save that is written in the background
+                monitors.restart()  # here: publishing that save is no training time
+            with monitors.paused(step, pauses=saved or scored):
+                if saved:
+                    run.save()  # before evaluating: an evaluation that dies costs no training
+                if stopping:
+                    run.stopped = True
+                elif scored:
+                    evaluate(run, monitors, scored=True)
+                    deepspeed.train()
+                    if run.stopped and run.options.saves and not saved:
+                        run.save()
+        run.watch.at(state.step, "saving")
+        run.checkpoints.finish()
+    _finish(run, nonfinite, start)
+    return state
+
+
+def _batches(run: TrainingRun) -> Generator[Batch, None, None]:
+    """This rank's micro-batches from where the state stands, without end."""
+    plan, state, world = run.plan, run.state, run.world
+    sampler = GlobalBatchSampler(
+        len(plan.train_set),
+        plan.ds.micro_batch,
+        rank=world.rank,
+        world_size=world.size,
+        seed=state.seed,
+        start=state.images,
+    )
+    workers = plan.experiment.workers
+    return training_batches(plan.train_set, sampler, workers=workers, seed=state.seed, device=world.device)
+
+
+def _finish(run: TrainingRun, nonfinite: NonfiniteSteps, start: int) -> None:
+    """Draws the curves, and says how the training ended. Raises Diverged and CheckpointError as `train`
+    does."""
+    state, experiment, newest = run.state, run.plan.experiment, run.checkpoints.newest
+    earlier = "the newest checkpoint that was there before, if any"
+    if run.stopped:
+        goes_on = (newest if run.options.saves else earlier) or "its beginning"
+        log.info("stopped at step %d, as asked to; --resume auto goes on from %s", state.step, goes_on)
+    if run.world.is_main:
+        records = run.work_dir / "metrics.jsonl"
+        with unless_disk_full("the curves are not drawn"):
+            draw_curves(records, run.work_dir / "curves.png", experiment.evaluation.metrics[0])
+    if run.stopped:
+        return
+    nonfinite.at_end(state.step)
+    if run.options.saves and state.step > start and newest != f"iter_{state.step}":
+        raise CheckpointError(
+            f"the training is done but its last step, {state.step}, could not be saved (the log says why); "
+            f"make room in {run.checkpoints.folder} and start it again with --resume auto, which goes on "
+            f"from {newest or earlier}"
+        )
+
+
+def evaluate(run: TrainingRun, monitors: StepMonitors, *, scored: bool = False) -> None:
+    """Evaluates and records the scores; sets `run.stopped` when a request to stop comes meanwhile.
+    Collective.
+
+    scored: marks the checkpoint of this step when it is the best so far, of which WORK_DIR/evaluation has a
+    report.
+    """
+    state, experiment = run.state, run.plan.experiment
+    try:
+        evaluation = run.evaluate(verbose=scored, stop=run.stop_requests)
+    except Abandoned:
+        run.stopped = True
+        return
+    metrics = evaluation.metrics
+    monitors.write(state.step, metrics)
+    if not scored:
+        return
+    run.watch.at(state.step, "saving")
+    best = run.checkpoints.score(state, metrics, experiment.evaluation.best_by)
+    name = experiment.evaluation.metrics[0]
+    log.info("step %d: %s %.2f%s", state.step, name, 100 * metrics[name], " (best so far)" if best else "")
+    if run.world.is_main and (best or experiment.evaluation.best_by is None or not run.options.saves):
+        with unless_disk_full("the report of this score is not written"):
+            val_set: SegmentationDataset = run.plan.val_set
+            write_report(evaluation, val_set.CLASSES, run.work_dir / "evaluation")

@@ -1,0 +1,117 @@
+"""Activation checkpointing under the ZeRO stages: DeepSpeed's hooks gather, release and reduce inside blocks
+that run a second time."""
+
+from pathlib import Path
+
+import deepspeed
+import pytest
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_set_full_fp32_param
+
+from internseg_ds import SegmentorEngine
+from internseg_ds.cli.command_line import quieten
+from internseg_ds.config.experiment import read_experiment
+from internseg_ds.data.loading import training_batches
+from internseg_ds.data.sampler import GlobalBatchSampler
+from internseg_ds.errors import ConfigError
+from internseg_ds.models.activation_checkpointing import set_recomputation
+from tests.conftest import ROOT, TINY, data_options
+from tests.distributed.ranks import spawn
+from tests.end_to_end.conftest import SMALL
+
+TIGHT = {
+    "stage3_param_persistence_threshold": 320,
+    "stage3_max_reuse_distance": 20_000,
+    "stage3_prefetch_bucket_size": 5_000,
+    "reduce_bucket_size": 30_000,
+}
+"""Most weights are gathered twice at this model's size, and gradients reduced in several buckets."""
+LEAF = {"leaf_module": "auto"}
+"""DeepSpeed's hooks sit on whole blocks, which are gathered as one."""
+
+
+def options(root: Path, **more: object) -> dict[str, object]:
+    import ast
+
+    given = dict(option.split("=", 1) for option in (*SMALL, *data_options(root)))
+    return {key: value if "data_root" in key else ast.literal_eval(value) for key, value in given.items()} | {
+        "data.workers_per_gpu": 0,
+        "optimizer.lr": 0.0,
+        "model.backbone.drop_path_rate": 0.5,
+        **more,
+    }
+
+
+def every_policy_is_equal(settings: list[tuple[dict, dict]], root: Path, work_dir: Path) -> None:
+    """On each rank, for (zero_optimization, options of the experiment): the loss and the norm of all
+    gradients of one batch, again and again under learning rate 0."""
+    quieten()
+    deepspeed.init_distributed("gloo", verbose=False)
+    by_layer = {}
+    for zero, more in settings:
+        experiment = read_experiment(ROOT / TINY, options(root, **more))
+        with SegmentorEngine(
+            experiment,
+            {"bf16": {"enabled": True}, "zero_optimization": zero},
+            work_dir=work_dir,
+            validate=False,
+        ) as engine:
+            sampler = GlobalBatchSampler(
+                len(engine.plan.train_set),
+                2,
+                rank=dist.get_rank(),
+                world_size=dist.get_world_size(),
+                seed=0,
+                start=0,
+            )
+            batch = next(
+                training_batches(
+                    engine.plan.train_set, sampler, workers=0, seed=0, device=torch.device("cpu")
+                )
+            )
+            engine.deepspeed.train()
+
+            def step(engine=engine, batch=batch) -> tuple[float, float]:
+                loss = engine.forward(batch)["loss"]
+                engine.deepspeed.backward(loss)
+                engine.deepspeed.step()
+                return loss.item(), float(engine.deepspeed.get_global_grad_norm())
+
+            for name, param in engine.deepspeed.module.named_parameters():
+                # they start from 0, which hides that one was added twice
+                if name.endswith(".bias") and param.requires_grad:
+                    safe_set_full_fp32_param(param, torch.full(getattr(param, "ds_shape", param.shape), 0.1))
+            step()
+            found = {}
+            for policy in ("none", "blocks", 2, "all_but_matmuls"):
+                set_recomputation(engine.deepspeed.module, policy)
+                # ZeRO-3 looks on in the first, records the second, and gathers ahead in the third
+                for _ in range(3):
+                    found.setdefault(policy, []).append(step())
+            assert len({pair for pairs in found.values() for pair in pairs}) == 1, f"{zero}, {more}: {found}"
+            assert found["none"][0][1] > 0
+            if not more:
+                by_layer = by_layer or found
+                assert found == by_layer, f"{zero}: {found}, {by_layer}"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [({"stage": 3, **TIGHT}, {}), ({"stage": 3, **TIGHT, **LEAF}, {})],
+        pytest.param(
+            [({"stage": 3, **TIGHT, **LEAF}, {"model.backbone.freeze_vit": True})], marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_every_policy_gives_the_same_losses_and_gradient_norms_with_hooks_on_layers_and_on_blocks(
+    settings, ade20k, tmp_path
+):
+    spawn(every_policy_is_equal, 2, settings, ade20k, tmp_path / "run")
+
+
+def test_a_policy_that_is_none_is_one_sentence(ade20k, tmp_path):
+    experiment = read_experiment(ROOT / TINY, options(ade20k, **{"engine.recomputation": "some"}))
+    with pytest.raises(ConfigError, match="recomputation='some' cannot be: it is neither 'none'"):
+        SegmentorEngine(experiment, {"zero_optimization": {"stage": 1}}, work_dir=tmp_path)

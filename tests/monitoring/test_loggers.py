@@ -1,0 +1,126 @@
+import json
+import logging
+
+import pytest
+
+from internseg_ds.errors import ConfigError
+from internseg_ds.monitoring.curves import draw_curves
+from internseg_ds.monitoring.environment import environment_lines
+from internseg_ds.monitoring.loggers import JsonlLogger, check_loggers, open_loggers, start_logging
+from internseg_ds.training.train_state import TrainState, due
+
+
+def steps(path):
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def test_records_of_steps_that_a_resumed_run_repeats_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    first = JsonlLogger(path, start=0)
+    for step in (1, 2, 3, 4):
+        first.write(step, {"loss": 1.0})
+    first.close()
+    path.write_text(path.read_text() + '{"step": 5, "lo')  # killed while writing
+    resumed = JsonlLogger(path, start=2)
+    resumed.write(3, {"loss": 2.0})
+    resumed.close()
+    assert steps(path) == [1, 2, 3]
+
+
+def test_a_new_run_in_an_old_work_directory_starts_its_metrics_anew(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 9}\n')
+    JsonlLogger(path, start=0).close()
+    assert steps(path) == []
+
+
+def test_the_log_starts_with_what_the_run_runs_on_and_has_what_was_said_before_its_folder_was_there(
+    tmp_path, capfd
+):
+    log = logging.getLogger("internseg_ds.training")
+    start_logging(None, level="INFO", is_main=True)
+    log.info("compiling something")
+    start_logging(tmp_path, level="INFO", is_main=True, header=environment_lines(7, ["a", "a", "b"]))
+    log.info("on we go")
+    start_logging(None, level="INFO", is_main=True)
+    log.info("another run")
+    lines = [line.split(" ", 1)[1] for line in (tmp_path / "train.log").read_text().splitlines()]
+    assert all(
+        f"{name} " in lines[0]
+        for name in ("python", "torch", "CUDA", "deepspeed", "mmcv-full", "mmsegmentation", "internseg_ds")
+    )
+    assert "seed 7, 3 processes: 2 on a, 1 on b" in lines[1] and lines[2].startswith("command: ")
+    assert lines[3:] == ["compiling something", "on we go"]
+    assert capfd.readouterr().err.count("compiling something") == 1
+
+
+def test_only_rank_0_writes(tmp_path):
+    with open_loggers(tmp_path, [], max_steps=1, start=0, config={}, is_main=False) as loggers:
+        assert loggers == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensorboard_holds_the_scalars(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with (
+        pytest.raises(RuntimeError),
+        open_loggers(
+            tmp_path, [{"type": "TensorboardLoggerHook"}], max_steps=3, start=0, config={}, is_main=True
+        ) as loggers,
+    ):
+        for logger in loggers:
+            logger.write(2, {"loss": 0.5})
+        raise RuntimeError("a run that dies")  # what was written must be on disk all the same
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(2, 0.5)]
+
+
+def test_wandb_works_offline_without_an_account(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    hooks = [{"type": "WandbLoggerHook", "init_kwargs": {"project": "test"}}]
+    check_loggers(hooks)
+    with open_loggers(tmp_path, hooks, max_steps=3, start=0, config={"lr": 1}, is_main=True) as loggers:
+        for logger in loggers:
+            logger.write(1, {"loss": 0.5})
+    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_wandb_without_an_account_is_refused_before_the_run(tmp_path, monkeypatch):
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "nothing"))
+    with pytest.raises(ConfigError, match="WANDB_MODE=offline"):
+        check_loggers([{"type": "TextLoggerHook"}, {"type": "WandbLoggerHook"}])
+
+
+def test_a_number_that_json_does_not_know_is_null(tmp_path):
+    logger = JsonlLogger(tmp_path / "metrics.jsonl", start=0)
+    logger.write(1, {"loss": 1.0, "grad_norm": float("inf")})
+    logger.close()
+    assert '"grad_norm": null' in (tmp_path / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("step", "every", "expected"), [(5, 5, True), (6, 5, False), (12, 5, True), (12, 0, True), (11, 0, False)]
+)
+def test_every_cadence_includes_the_last_step(step, every, expected):
+    assert due(step, every, last=12) is expected
+
+
+def test_curves_are_a_picture(tmp_path):
+    # a full disk
+    (tmp_path / "m.jsonl").write_text(
+        '{"step": 1, "loss": 3}\n{"step": 2, "loss": 2}\n{"step": 2, "mIoU": 0.5}\n{"step": 3, "lo'
+    )
+    draw_curves(tmp_path / "m.jsonl", tmp_path / "c.png")
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_state_survives_its_own_dict():
+    state = TrainState(step=3, images=24, seed=7, best=0.5, best_tag="iter_2")
+    copy = TrainState()
+    copy.load_state_dict(state.state_dict())
+    assert copy == state
