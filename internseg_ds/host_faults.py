@@ -19,6 +19,8 @@ DEAD_WORKER = re.compile(
 )
 NO_SHARED_MEMORY = re.compile(r"</torch_\w+>: (?:No space left on device|Cannot allocate memory)")
 TOO_MANY_FILES = "Too many open files"
+MORE_FILES = "raise `ulimit -n` (65536 is usual)"
+MORE_SHARED_MEMORY = "make it larger (docker run --shm-size=16g)"
 
 
 @contextmanager
@@ -46,8 +48,7 @@ def _meaning(error: OSError | RuntimeError) -> HostError | Lost | None:
     text, host = str(error), socket.gethostname()
     if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE) or TOO_MANY_FILES in text:
         return HostError(
-            f"host {host} allows a process no more open files; raise `ulimit -n` (65536 is usual), or "
-            "lower data.workers_per_gpu"
+            f"host {host} allows a process no more open files; {MORE_FILES}, or lower data.workers_per_gpu"
         )
     dead = DEAD_WORKER.search(text)
     if (
@@ -56,9 +57,8 @@ def _meaning(error: OSError | RuntimeError) -> HostError | Lost | None:
         or (dead is not None and dead[2] == "Bus error")
     ):
         return HostError(
-            f"/dev/shm of host {host} is full, through which data workers hand over their images; make it "
-            "larger (docker run --shm-size=16g), or "
-            "lower data.workers_per_gpu or data.samples_per_gpu"
+            f"/dev/shm of host {host} is full, through which data workers hand over their images; "
+            f"{MORE_SHARED_MEMORY}, or lower data.workers_per_gpu or data.samples_per_gpu"
         )
     if dead is not None:
         how = f"was killed by a signal ({dead[2]})" if dead[2] else "ended without a word"

@@ -29,6 +29,7 @@ from internseg_ds.data.label_maps import ground_truth
 from internseg_ds.data.orientation import turned_against
 from internseg_ds.data.sampler import GlobalBatchSampler
 from internseg_ds.errors import DataError, FaultError, HostError
+from internseg_ds.host_faults import MORE_FILES
 from internseg_ds.seeding import derived_seed
 from internseg_ds.torch_internals import tree_leaves
 
@@ -243,8 +244,7 @@ def _check_open_files(batch: Any) -> None:
     if len(os.listdir("/proc/self/fd")) + FILES_FOR_A_TENSOR * tensors + FILES_TO_SPARE > limit:
         raise HostError(
             f"host {socket.gethostname()} allows a process {limit} open files, too few for a data worker "
-            f"to hand over {tensors} tensors a batch; "
-            "raise `ulimit -n` (65536 is usual)"
+            f"to hand over {tensors} tensors a batch; {MORE_FILES}"
         )
 
 

@@ -24,8 +24,9 @@ from torch.distributed.rendezvous import rendezvous as make_stores
 
 from internseg_ds.device import VARIABLE, device_type
 from internseg_ds.distributed.extensions import build_extension, forget_shared_buffer
-from internseg_ds.distributed.zero_internals import SHARED_BUFFER_BYTES
+from internseg_ds.distributed.zero_internals import SHARED_BUFFER_BYTES, shared_buffer_file
 from internseg_ds.errors import ConfigError, HostError, Lost, UserError, reason_of
+from internseg_ds.host_faults import MORE_SHARED_MEMORY
 
 # variable names of (rank, world size, local rank); the first complete set counts. mpirun comes before srun:
 # in a Slurm job it sets its own and inherits Slurm's
@@ -164,7 +165,7 @@ def join(
     lacks the data.
     """
     os.environ.update(rendezvous(world))
-    store = _meet(world, timeout, refusal or _no_shared_memory(world))
+    store = _meet(world, timeout, refusal or _reason_against_joining(world))
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     else:
@@ -187,22 +188,33 @@ def join(
         ) from error
 
 
+def _reason_against_joining(world: World) -> UserError | None:
+    """Why this process cannot run, where the environment and the host alone tell: a device that cannot be
+    meant, or a /dev/shm without room."""
+    try:
+        kind = device_type()
+    except ConfigError as error:
+        return error
+    return _no_shared_memory(world) if kind == "cpu" and world.size > 1 else None
+
+
 def _no_shared_memory(world: World) -> HostError | None:
     """The refusal of a host whose /dev/shm has no room for the buffers of DeepSpeed's collectives on CPUs,
     which would end in a segmentation fault.
 
     Called before any process has taken its own buffer: each looks for the room of its own and of those with a
-    lower local rank, so the last process of the host looks for all of them.
+    lower local rank, so the last process of the host looks for all of them. What lies there under a buffer's
+    name, of a run that was killed while it joined, is used again and counts as room.
     """
-    if world.size == 1 or device_type() != "cpu":
-        return None
     free, needed = shutil.disk_usage("/dev/shm").free, (world.local_rank + 1) * SHARED_BUFFER_BYTES
+    for rank in range(world.rank - world.local_rank, world.rank + 1):
+        with suppress(FileNotFoundError):
+            free += shared_buffer_file(rank).stat().st_blocks * 512
     if free >= needed:
         return None
     return HostError(
         f"/dev/shm has {free / 2**20:.0f} MiB free and DeepSpeed's collectives on CPUs take "
-        f"{SHARED_BUFFER_BYTES / 2**20:.0f} for each process; make it larger (docker run --shm-size=16g), or "
-        "see what fills it"
+        f"{SHARED_BUFFER_BYTES / 2**20:.0f} for each process; {MORE_SHARED_MEMORY}, or see what fills it"
     )
 
 

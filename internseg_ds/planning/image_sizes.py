@@ -15,8 +15,7 @@ def crop_size(experiment: Experiment) -> tuple[int, int]:
         for key in ("crop_size", "size"):
             size = step.get(key)
             if step.get("type") in ("RandomCrop", "Pad") and isinstance(size, (list, tuple)):
-                height, width = size
-                return height, width
+                return size[0], size[1]
     raise ConfigError(
         f"the size of a training image is not known: data.train.pipeline of {experiment.path} has neither "
         "RandomCrop.crop_size nor Pad.size; add one"
@@ -52,6 +51,6 @@ def _scales_of_step(step: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
         ratios = (ratios,)
     if isinstance(scale, (list, tuple)) and scale and isinstance(scale[0], int):
         scale = [scale]
-    for width, height in scale or ():
+    for width, height, *_ in scale or ():
         for ratio in ratios:
             yield int(width * ratio), int(height * ratio)

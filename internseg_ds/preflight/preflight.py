@@ -20,6 +20,7 @@ from internseg_ds.data.checks.survey import survey
 from internseg_ds.data.datasets import SegmentationDataset
 from internseg_ds.distributed.construction import build_on_meta, freeze_parts, set_activation_checkpointing
 from internseg_ds.distributed.process_group import World
+from internseg_ds.distributed.zero_internals import leaf_class_names
 from internseg_ds.errors import shortened
 from internseg_ds.models.repeated_blocks import unhookable_blocks
 from internseg_ds.preflight.dataset_checks import (
@@ -136,6 +137,12 @@ def _pass_forward(model: nn.Module, sample: Mapping[str, Any], ds: DsConfig, wor
     with unhookable_blocks(model, leaf_classes) as unhookable:
         outputs, unchecked = check_forward(model, sample, ds.micro_batch, world.size)
     notes = [unchecked] if unchecked else []
+    names = {name for module in model.modules() for name in leaf_class_names(type(module))}
+    if absent := [name for name in leaf_classes if name not in names]:
+        notes.append(
+            f"zero_optimization.leaf_module.classes of the ds_config names {shortened(absent)}, of which this "
+            'model has no module; "auto" takes the block of any backbone'
+        )
     if unhookable:
         why = f"{shortened(sorted(unhookable))} takes or returns no single tensor, or runs twice"
     elif unchecked and leaf_classes:

@@ -144,7 +144,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
 
 
 def test_a_missing_file_and_a_file_without_weights_are_named(tmp_path):
-    with pytest.raises(CheckpointError, match=r"there is no weight file .*nowhere\.pth"):
+    with pytest.raises(CheckpointError, match=r"no weight file .*nowhere\.pth"):
         read(tmp_path / "nowhere.pth")
     torch.save({"epoch": 3}, tmp_path / "w.pth")
     with pytest.raises(CheckpointError, match="holds no weights, only epoch"):
@@ -175,9 +175,7 @@ def test_what_may_miss_and_what_may_be_resized_is_reported(tmp_path):
 
 
 def test_what_cannot_be_resized_is_refused(tmp_path):
-    with pytest.raises(
-        CheckpointError, match=r"backbone\.a is \[2, 3\] in the file and \[3, 5\] in the model"
-    ):
+    with pytest.raises(CheckpointError, match=r"backbone\.a is \[2, 3\] .* \[3, 5\]"):
         fitted(
             {"backbone.a": (3, 5), "decode_head.b": (4,)},
             tmp_path,
@@ -321,7 +319,7 @@ def test_millions_of_names_are_refused_before_they_are_read(tmp_path):
         )
     )
     began = time.monotonic()
-    with pytest.raises(CheckpointError, match=r"the header of .* would name more than 100,000 tensors"):
+    with pytest.raises(CheckpointError, match=r"header of .* 100,000 tensors"):
         read(tmp_path / "w.safetensors")
     with pytest.raises(CheckpointError, match=r"index\.json has more than 16 MiB"):
         read(tmp_path)
@@ -333,7 +331,7 @@ def test_a_pickle_of_millions_of_names_is_refused_before_it_is_read(compression,
     with zipfile.ZipFile(tmp_path / "w.pth", "w", compression) as archive:
         archive.writestr("w/version", "3\n")
         archive.writestr("w/data.pkl", bytes(LARGEST_PICKLE + 1))
-    with pytest.raises(CheckpointError, match=r"the pickle in .*w\.pth has 64 MiB.*more than 64"):
+    with pytest.raises(CheckpointError, match=r"w\.pth has 64 MiB"):
         read(tmp_path / "w.pth")
 
 

@@ -71,7 +71,7 @@ def test_deepspeeds_own_reader_agrees_where_it_can_read(name, toy_checkpoints):
 
 
 def test_a_frozen_weight_has_no_moments(toy_checkpoints):
-    with pytest.raises(CheckpointError, match=r"backbone\.0\.weight is frozen, so it has no exp_avg"):
+    with pytest.raises(CheckpointError, match=r"backbone\.0\.weight is frozen.* exp_avg"):
         ZeroCheckpoint.open(toy_checkpoints / "zero3_bf16").read_slice("backbone.0.weight", 0, 1, "exp_avg")
 
 
@@ -211,7 +211,7 @@ def test_a_host_with_its_own_files_alone_reads_what_its_process_saved(name, rank
     for file in path.glob(f"*zero_pp_rank_{1 - rank}_*"):
         file.unlink()
     write_manifest(path, SaveRecord(step=2, world_size=2, zero_stage=whole.stage, node_local=True))
-    with pytest.raises(CheckpointError, match="copy the folders of all hosts together into one"):
+    with pytest.raises(CheckpointError, match="folders of all hosts"):
         ZeroCheckpoint(path)
     here = ZeroCheckpoint(path, partial=True)
     assert here.ranks == (rank,) and here.trained == whole.trained

@@ -90,12 +90,12 @@ def test_whole_numbers_of_any_width_are_classes(data, dtype):
     ],
 )
 def test_a_number_that_is_no_class_is_named_as_it_stands_in_the_file(data, labels, words):
-    with pytest.raises(DataError, match=words + ", but there are classes 0 to 2 and 255 for none"):
+    with pytest.raises(DataError, match=words + "classes 0 to 2 and 255"):
         trained_on(data(labels, classes=list("abc"), palette=colours(3)))
 
 
 def test_numbers_that_are_not_whole_are_refused_and_whole_ones_in_floats_are_not(data):
-    with pytest.raises(DataError, match=r"has the value 0\.5, which is no whole number"):
+    with pytest.raises(DataError, match=r"has the value 0\.5"):
         trained_on(
             data(np.array([[0, 0.5]], np.float32), suffix=".tif", classes=list("abc"), palette=colours(3))
         )
@@ -208,9 +208,7 @@ def test_eight_hundred_classes_are_trained_and_scored(data, reduced):
 
 
 def test_more_than_255_classes_need_another_number_for_none(data):
-    with pytest.raises(
-        ConfigError, match="ignore_index=255 is a class of a data set with 300 classes; set another"
-    ):
+    with pytest.raises(ConfigError, match=r"ignore_index=255 is a class of .* 300 classes"):
         data(
             np.zeros((2, 2), np.uint8),
             classes=[f"class {index}" for index in range(300)],
@@ -249,7 +247,7 @@ def test_a_loader_of_the_users_own_stays_and_what_it_returns_is_checked(data):
     )
     assert [type(step) for step in dataset.pipeline.transforms][1:3] == [Doubling, CheckAnnotation]
     assert trained_on(dataset).tolist() == [[0, 2], [2, 2]]
-    with pytest.raises(DataError, match="has label 4, but there are classes 0 to 2"):
+    with pytest.raises(DataError, match=r"label 4, .* classes 0 to 2"):
         trained_on(
             data(np.array([[0, 2], [0, 0]], np.uint8), pipeline=own, classes=list("abc"), palette=colours(3))
         )

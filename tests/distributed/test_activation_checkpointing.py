@@ -113,5 +113,5 @@ def test_every_policy_gives_the_same_losses_and_gradient_norms_with_hooks_on_lay
 
 def test_a_policy_that_is_none_is_one_sentence(ade20k, tmp_path):
     experiment = read_experiment(ROOT / TINY, options(ade20k, **{"engine.recomputation": "some"}))
-    with pytest.raises(ConfigError, match="recomputation='some' cannot be: it is neither 'none'"):
+    with pytest.raises(ConfigError, match="recomputation='some' cannot be"):
         SegmentorEngine(experiment, {"zero_optimization": {"stage": 1}}, work_dir=tmp_path)

@@ -56,7 +56,7 @@ def test_of_several_that_wait_in_no_call_those_furthest_behind_are_named():
 
 def test_where_all_wait_nobody_is_blamed_and_the_last_to_come_stands_first():
     word, about = verdict(HERE, 20)
-    assert about.rank == 3 and "all wait, for each other or for a GPU that hangs" in word
+    assert about.rank == 3 and "all wait" in word
     assert (
         word.index("rank 3 (") < word.index("rank 2 (") < word.index("rank 0 (") and "there for 27 s" in word
     )

@@ -211,13 +211,11 @@ def looks_at_a_disk_that_does_not_answer(rank: int) -> None:
 
 def test_what_comes_before_the_watch_is_timed_too(tmp_path):
     codes, log = ranks(looks_at_a_disk_that_does_not_answer, 1, tmp_path)
-    assert codes == [LOST] and "looking at the weights took more than 1 s (engine.io_timeout)" in log
+    assert codes == [LOST] and "took more than 1 s (engine.io_timeout)" in log
 
 
 @pytest.mark.parametrize("limit", [-1, 5, True, "1h", float("inf"), float("nan")])
 def test_a_limit_that_healthy_disks_would_exceed_or_that_is_no_time_is_refused(limit):
-    with pytest.raises(
-        ConfigError, match=r"engine.io_timeout=.* must be at least 10 seconds, or 0 for no limit"
-    ):
+    with pytest.raises(ConfigError, match=r"engine.io_timeout=.* at least 10 seconds, or 0"):
         EngineOptions(io_timeout=limit)
     assert EngineOptions(io_timeout=0).io_timeout == 0

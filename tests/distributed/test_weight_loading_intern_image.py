@@ -77,9 +77,7 @@ def test_other_names_and_shapes_are_refused(state, tmp_path):
     with pytest.raises(CheckpointError, match=r"unexpected in the file: levels\.4\.norm\.0\.weight"):
         match_backbone(model, open_weights(tmp_path / "more.pth"))
     torch.save(state | {"levels.0.blocks.0.dcn.mask.bias": torch.ones(18)}, tmp_path / "wider.pth")
-    with pytest.raises(
-        CheckpointError, match=r"dcn\.mask\.bias is \[18\] in the file and \[9\] in the model"
-    ):
+    with pytest.raises(CheckpointError, match=r"dcn\.mask\.bias is \[18\] .* \[9\]"):
         match_backbone(model, open_weights(tmp_path / "wider.pth"))
 
 

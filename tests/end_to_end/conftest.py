@@ -2,12 +2,16 @@
 
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from internseg_ds.config.experiment import Experiment, read_experiment
+from internseg_ds.distributed.process_group import World
+from internseg_ds.preflight.preflight import Plan, check
 from tests.conftest import IMAGE, MASK2FORMER, ROOT, TINY, Launch, data_options
 
 SMALL = [
@@ -53,6 +57,18 @@ NO_NOISE = [
 
 STEPS = 20
 LONG = [f"runner.max_iters={STEPS}", f"checkpoint_config.interval={STEPS}", *NO_NOISE]
+
+
+def experiment_of(config: str, ade20k: Path, options: Mapping[str, Any] | None = None) -> Experiment:
+    """The experiment of a config file of the project, on the generated data."""
+    return read_experiment(
+        ROOT / config, dict(option.split("=") for option in data_options(ade20k)) | dict(options or {})
+    )
+
+
+def checked(experiment: Experiment, *, validate: bool = True) -> Plan:
+    """What the checks before a run of two processes under ZeRO-3 find."""
+    return check(experiment, ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0), validate=validate)
 
 
 @dataclass(frozen=True)

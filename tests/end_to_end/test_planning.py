@@ -64,10 +64,7 @@ def test_the_command_that_help_shows_estimates_the_six_billion_recipe(launch, pl
         [2 * state, 2 * state, 12 * state], abs=0.01
     )
     peaks = [float(cell) for cell in table["together"][:3]]
-    assert (
-        f"Peak: {max(peaks):.1f} GiB per GPU" in done.stdout
-        and "of 79.1, of which 4.7 should stay free: fits" in done.stdout
-    )
+    assert f"Peak: {max(peaks):.1f} GiB per GPU" in done.stdout and "of 79.1, of which 4.7" in done.stdout
     assert "1024: fits" in done.stdout
     assert float(table["zero3_bf16"][0]) == pytest.approx(max(peaks), abs=0.1)
     assert {path.stem for path in (ROOT / "ds_configs").glob("*.json")} <= set(table)
@@ -187,7 +184,7 @@ def test_what_trains_in_fp32_has_a_memory_and_no_time(plan, tmp_path):
     assert code == 0, err
     assert (
         "Peak: " in out
-        and "of 24.0, of which 1.4 should stay free: fits" in out
+        and "of 24.0, of which 1.4" in out
         and "Time: no estimate." in out
         and "These fit: fp32." in out
     )

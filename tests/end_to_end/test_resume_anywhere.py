@@ -108,10 +108,7 @@ def test_other_learning_rates_are_told_and_used(train, unbroken):
         "--no-validate",
         options=[*STEPS, "optimizer.paramwise_cfg.layer_decay_rate=0.01"],
     )
-    assert (
-        "another learning rate or weight decay for backbone." in run.output
-        and "layer_decay_rate" in run.output
-    )
+    assert "weight decay for backbone." in run.output and "layer_decay_rate" in run.output
     saves = [
         ZeroCheckpoint(unbroken.work_dir / "checkpoints" / "iter_5"),
         ZeroCheckpoint.open(unbroken.work_dir),

@@ -162,10 +162,7 @@ def test_a_run_that_stops_early_leaves_what_was_recorded(tmp_path, caplog, monke
     train(profile_of(tmp_path, 3), 4)
     assert "step 5" in (tmp_path / "summary.txt").read_text()
     train(profile_of(tmp_path / "none", 3), 2)
-    assert (
-        "there is no profile: the run stopped before step 5" in caplog.text
-        and not (tmp_path / "none").exists()
-    )
+    assert "stopped before step 5" in caplog.text and not (tmp_path / "none").exists()
 
 
 def test_a_failure_is_passed_on_and_the_next_profile_works(tmp_path):
@@ -195,13 +192,10 @@ def test_a_profile_that_cannot_be_written_costs_no_training(tmp_path, caplog, mo
 
 @pytest.mark.parametrize("steps", [-1, 21, True, 2.0])
 def test_a_number_of_steps_that_cannot_be_profiled_is_refused(steps):
-    with pytest.raises(ConfigError, match="must be a whole number of steps from 1 to 20"):
+    with pytest.raises(ConfigError, match="steps from 1 to 20"):
         check_profiled_steps(steps)
 
 
 def test_the_command_line_refuses_it_too(launch, tmp_path):
     done = launch("launch/train.py", "--profile", TINY, "--work-dir", tmp_path, processes=1, check=False)
-    assert (
-        done.returncode == 2
-        and "write --profile 3, and --profile alone at the end of the command only" in done.stderr
-    )
+    assert done.returncode == 2 and "write --profile 3" in done.stderr

@@ -111,7 +111,7 @@ def test_the_peak_is_measured_without_a_trace_in_random_numbers_and_threads(hear
 
 @pytest.mark.parametrize("peak", [0, -1.0, True, "989", float("nan"), float("inf")])
 def test_a_peak_that_is_no_number_of_tflops_is_refused(peak):
-    with pytest.raises(ConfigError, match=r"engine.peak_tflops=.* must be a number of TFLOP/s per device"):
+    with pytest.raises(ConfigError, match=r"engine.peak_tflops=.* TFLOP/s per device"):
         EngineOptions(peak_tflops=peak)
 
 

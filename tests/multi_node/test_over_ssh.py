@@ -108,10 +108,7 @@ def test_each_host_keeps_its_own_files_and_goes_on_from_what_all_have(shared, tw
     (folders[1] / "iter_4").rename(folders[1] / "iter_4.partial")
     (folders[1] / "latest").write_text("iter_2")
     run = two.train(two.local / "kept", "--deepspeed_config", ds_config, "--resume", "auto")
-    assert (
-        "the newest checkpoints of the hosts differ (node1 iter_4, node2 iter_2); going on from iter_2"
-        in run.output
-    )
+    assert "(node1 iter_4, node2 iter_2); going on from iter_2" in run.output
     assert "step 2, " in run.output and Run(records, "", 0).losses == shared.losses
     assert all(
         (folder / "latest").read_text() == "iter_4" and not list(folder.glob("*.partial"))
@@ -128,9 +125,7 @@ def test_each_host_keeps_its_own_files_and_goes_on_from_what_all_have(shared, tw
         )
 
     refused = consolidate(folders[1])
-    assert refused.returncode == 2 and "copy the folders of all hosts together into one" in refused.stderr, (
-        refused.stderr
-    )
+    assert refused.returncode == 2 and "folders of all hosts" in refused.stderr, refused.stderr
     shutil.copytree(folders[1] / "iter_4", two.folder / "together" / "iter_4")
     shutil.copytree(folders[0] / "iter_4", two.folder / "together" / "iter_4", dirs_exist_ok=True)
     assert consolidate(two.folder / "together" / "iter_4").returncode == 0

@@ -100,7 +100,7 @@ def test_classes_that_are_left_out_may_not_become_one_that_is_kept(ade20k):
         classes=["wall", "sky"],
         ignore_index=0,
     )
-    with pytest.raises(DataError, match=r"ignore_index=0 is one of those it keeps \(wall\)"):
+    with pytest.raises(DataError, match=r"ignore_index=0 .*\(wall\)"):
         build_datasets(entry, "data.train", [entry])
     entry["ignore_index"] = 255
     assert build_datasets(entry, "data.train", [entry]).CLASSES == ["wall", "sky"]

@@ -23,7 +23,7 @@ def the_same_run_twice(root: Path, work_dir: Path) -> None:
         assert (engine.state.step, engine.state.seed) == (1, 5)
     log = (work_dir / "train.log").read_text()
     assert log.count(f"--resume auto: there is no checkpoint in {work_dir}/checkpoints yet") == 1
-    assert log.count("nothing is left to train: the checkpoint is of step 1, and runner.max_iters is 1") == 1
+    assert log.count("of step 1, and runner.max_iters is 1") == 1
     assert log.count("seed 5, 1 process") == 2 and log.count("training images of 112 x 112") == 2
 
 

@@ -1,0 +1,29 @@
+"""What the checks find in a model's forward pass."""
+
+import json
+
+import pytest
+
+from internseg_ds.config.experiment import read_experiment
+from internseg_ds.distributed.process_group import World
+from internseg_ds.preflight.preflight import check
+from tests.conftest import ROOT
+from tests.small_experiment import small_experiment
+
+
+@pytest.mark.parametrize(
+    ("classes", "unknown"),
+    [
+        ("auto", None),
+        (["Block"], None),
+        (["internseg_ds.models.intern_vit.intern_vit_6b.Block"], None),
+        (["internseg_ds.models.intern_vit_6b.Block", "Block"], "internseg_ds.models.intern_vit_6b.Block"),
+    ],
+)
+def test_leaf_classes_that_the_model_does_not_have_are_a_note(classes, unknown, ade20k):
+    ds_config = json.loads((ROOT / "ds_configs/zero3_bf16.json").read_text())
+    leaf_module = classes if classes == "auto" else {"classes": classes}
+    ds_config["zero_optimization"]["leaf_module"] = leaf_module
+    plan = check(read_experiment(small_experiment(ade20k)), ds_config, World(0, 2, 0), validate=False)
+    said = [note for note in plan.notes if "leaf_module.classes" in note]
+    assert [unknown in note for note in said] == [True] * (unknown is not None)
