@@ -259,7 +259,6 @@ def test_a_constructor_that_cannot_work_is_one_sentence(model, optimizer, words)
 
 def test_custom_keys_that_no_name_holds_are_named(model):
     keys = {"cls_token": dict(decay_mult=0.0), "absolute_pos_embed": dict(decay_mult=0.0)}
-    assert unmatched_custom_keys(model, ADAMW | {"paramwise_cfg": {"custom_keys": keys}}) == [
-        "optimizer.paramwise_cfg.custom_keys: no parameter's name"
-    ]
+    (said,) = unmatched_custom_keys(model, ADAMW | {"paramwise_cfg": {"custom_keys": keys}})
+    assert "paramwise_cfg.custom_keys" in said and said.endswith(" absolute_pos_embed")
     assert unmatched_custom_keys(model, ADAMW) == []

@@ -127,7 +127,8 @@ def test_a_palette_that_opencv_would_read_as_colours_is_told_how_to_be_read(data
 
 def test_classes_that_never_occur_are_named(data):
     dataset = built(data([0, 1], [1, 0]), classes=list("abcd"), palette=colours(4))
-    assert survey(dataset, "data.train", training=True) == ["data.train: 2 of 4 classes"]
+    (said,) = survey(dataset, "data.train", training=True)
+    assert "2 of 4 classes" in said and said.endswith(": c, d")
 
 
 def test_a_large_data_set_is_looked_at_in_part_and_quickly(data):
@@ -136,10 +137,7 @@ def test_a_large_data_set_is_looked_at_in_part_and_quickly(data):
     dataset.img_infos = dataset.img_infos * 10_000
     began = time.monotonic()
     (said,) = survey(dataset, "data.train", training=True)
-    assert (
-        "1 of 3 classes occurs in none of the 200 (of 30,000) label maps looked at: c" in said
-        and time.monotonic() - began < 5
-    )
+    assert "1 of 3 classes" in said and "200 (of 30,000) label maps" in said and time.monotonic() - began < 5
 
 
 def test_numbers_of_no_class_in_a_validation_set_are_said_before_they_count_as_wrong(data):
