@@ -191,7 +191,7 @@ def write_weights(workload: Workload, path: Path) -> str:
     """Random weights, which every contender starts from."""
     from mmseg.models import build_segmentor
 
-    from internseg_ds.distributed.construction import initialise
+    from internseg_ds.distributed.initial_values import initialise
 
     model = build_segmentor(workload.experiment.model)
     initialise(model, 0, torch.float32)

@@ -24,7 +24,7 @@ def run(workload: Workload, work_dir: Path) -> Timed:
 def our_segmentor(workload: Workload) -> nn.Module:
     """Built whole, as a user without our engine would; in bf16 with our heads in fp32, else it could not
     run."""
-    from internseg_ds.distributed.construction import initialise
+    from internseg_ds.distributed.initial_values import initialise
     from internseg_ds.distributed.precision import apply_precision
 
     world = world_from_environment()

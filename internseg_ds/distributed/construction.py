@@ -7,15 +7,12 @@ the same under every stage, precision and number of processes.
 """
 
 import copy
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from mmcv import ConfigDict
-from mmcv.cnn import ConvModule
-from mmcv.runner import BaseModule
 from mmseg.models import build_segmentor
 from mmseg.models.builder import MODELS
 from torch import Tensor, nn
@@ -24,9 +21,9 @@ from torch.overrides import TorchFunctionMode
 
 import internseg_ds.models  # noqa: F401 - registers the backbones and heads
 from internseg_ds.config.ds_config import DsConfig
+from internseg_ds.distributed.initial_values import initialise
 from internseg_ds.distributed.precision import buffers_to_fp32
 from internseg_ds.distributed.sync_batch_norm import allow_any_device
-from internseg_ds.distributed.zero_internals import is_partitioned
 from internseg_ds.errors import ConfigError, nearest_argument, reason_of
 from internseg_ds.models.activation_checkpointing import CheckpointingPolicy, set_recomputation
 from internseg_ds.models.backbone import forget_pretrained
@@ -34,8 +31,6 @@ from internseg_ds.models.external_parameters import external_parameters
 from internseg_ds.models.freezing import freeze
 from internseg_ds.models.heads import evaluate_by_call
 from internseg_ds.models.pixel_losses import losses_without_waits
-from internseg_ds.seeding import derived_seed
-from internseg_ds.torch_internals import reset_parameters_of
 
 
 def build_on_meta(model: ConfigDict) -> nn.Module:
@@ -187,52 +182,6 @@ def _build_partitioned(model: ConfigDict, ds: DsConfig) -> nn.Module:
     return segmentor
 
 
-def initialise(segmentor: nn.Module, seed: int, dtype: torch.dtype) -> None:
-    """Draws the initial values in fp32 and rounds them to `dtype`, gathering the parameters of one module at
-    a time. Collective under ZeRO-3.
-
-    Three rounds, in mmcv's order: every module that owns parameters (`reset_parameters`), every ConvModule,
-    then every part of the segmentor that has an `init_cfg` or an `init_weights` of its own. A module with
-    none of these keeps the values that its constructor gave it.
-    """
-    for name, module in segmentor.named_modules():
-        if (reset := reset_parameters_of(module)) is not None:
-            torch.manual_seed(derived_seed(seed, name))
-            with _whole_fp32(list(module.parameters(recurse=False)), dtype):
-                reset()
-    for name, module in segmentor.named_modules():
-        if isinstance(module, ConvModule):
-            torch.manual_seed(derived_seed(seed, name + "#conv"))
-            with _whole_fp32(list(module.parameters()), dtype):
-                module.init_weights()
-    for name, part in _parts(segmentor):
-        if _initialises_itself(part):
-            init_weights: Any = part.init_weights
-            torch.manual_seed(derived_seed(seed, name + "#init"))
-            with _whole_fp32(list(part.parameters()), dtype):
-                logging.disable(logging.INFO)  # mmcv logs every parameter that it sets
-                try:
-                    init_weights()
-                finally:
-                    logging.disable(logging.NOTSET)
-
-
-def _parts(segmentor: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Backbone, neck and heads with their names; each head of a list by itself."""
-    for name, child in segmentor.named_children():
-        if isinstance(child, nn.ModuleList):
-            yield from ((f"{name}.{index}", part) for index, part in child.named_children())
-        else:
-            yield name, child
-
-
-def _initialises_itself(module: nn.Module) -> bool:
-    parts = [part for part in module.modules() if isinstance(part, BaseModule)]
-    return any(
-        part.init_cfg is not None or type(part).init_weights is not BaseModule.init_weights for part in parts
-    )
-
-
 def fill(
     model: nn.Module, parameter: Callable[[str, torch.Size], Tensor], buffer: Callable[[str, Tensor], Tensor]
 ) -> None:
@@ -248,34 +197,6 @@ def fill(
             setattr(owner, name, nn.Parameter(parameter(prefix + name, param.shape), requires_grad=False))
         for name, on_meta in owner.named_buffers(recurse=False):
             setattr(owner, name, buffer(prefix + name, on_meta))
-
-
-@contextmanager
-def gathered(params: Sequence[nn.Parameter], modifier_rank: int | None = None) -> Iterator[None]:
-    """Inside, the parameters are whole. Collective if ZeRO-3 has partitioned any of them.
-
-    modifier_rank: the rank whose changes every rank gets; None when nothing is changed.
-    """
-    partitioned = [param for param in params if is_partitioned(param)]
-    if not partitioned:
-        yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=modifier_rank):
-        yield
-
-
-@contextmanager
-def _whole_fp32(params: list[nn.Parameter], dtype: torch.dtype) -> Iterator[None]:
-    """Inside, the parameters are whole and fp32. Afterwards they are those of rank 0, rounded to `dtype`."""
-    with gathered(params, modifier_rank=0):
-        for param in params:
-            param.data = param.data.float()
-        with torch.no_grad():
-            yield
-        for param in params:
-            param.data = param.data.to(dtype)
 
 
 @contextmanager

@@ -18,8 +18,9 @@ import torch.distributed as dist
 from mmcv import ConfigDict
 from torch import Tensor, nn
 
-from internseg_ds.distributed.construction import build_on_meta, fill, gathered
+from internseg_ds.distributed.construction import build_on_meta, fill
 from internseg_ds.distributed.device_memory import free_memory, processes_here
+from internseg_ds.distributed.initial_values import gathered
 from internseg_ds.distributed.precision import apply_precision
 from internseg_ds.distributed.process_group import World
 from internseg_ds.distributed.zero_internals import full_shape, is_partitioned

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from internseg_ds.checkpoints.key_matching import CanResize, KeyMatch, match_keys
 from internseg_ds.checkpoints.weights import Weights, recording_invalid, refuse_invalid, renamed
-from internseg_ds.distributed.construction import gathered
+from internseg_ds.distributed.initial_values import gathered
 from internseg_ds.distributed.process_group import gather_from_ranks
 from internseg_ds.distributed.zero_internals import (
     full_shape,

@@ -1,6 +1,7 @@
 """Backbones and heads, registered in mmseg under their published names. Plain modules: they know nothing of
 DeepSpeed."""
 
+from internseg_ds.models.adapters.timm_backbone import TimmBackbone
 from internseg_ds.models.beit import MAE, BEiT
 from internseg_ds.models.fcn_head import FCNHead
 from internseg_ds.models.intern_image.intern_image import InternImage
@@ -16,4 +17,5 @@ __all__ = [
     "InternImage",
     "InternViT6B",
     "InternViTAdapter",
+    "TimmBackbone",
 ]

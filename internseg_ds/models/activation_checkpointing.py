@@ -8,13 +8,15 @@ Korthikanti et al., "Reducing activation recomputation" (2022), section 5, for r
 large.
 """
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from internseg_ds.models.derived_class import derived_class, once_per_class
 from internseg_ds.torch_internals import TorchDispatchMode, operator_schema, storage_id, tree_leaves
 
 CheckpointingPolicy = Literal["none", "blocks", "all_but_matmuls"] | int
@@ -68,11 +70,13 @@ def set_recomputation(model: nn.Module, recomputation: CheckpointingPolicy) -> N
             backbone.recomputation = recomputation
 
 
-def run_block(block: nn.Module, *inputs: Tensor, index: int, recomputation: CheckpointingPolicy) -> Any:
-    """Return block(*inputs), keeping for the backward pass what `recomputation` says.
+def run_block(
+    block: Callable[..., Any], *inputs: Any, index: int, recomputation: CheckpointingPolicy, **keywords: Any
+) -> Any:
+    """Return block(*inputs, **keywords), keeping for the backward pass what `recomputation` says.
 
-    inputs: tensors of any shapes and dtypes, the block's positional arguments. index: of the block in the
-    backbone, from 0; every k-th block is 0, k, 2 k, ... Nothing is recomputed where no gradients are
+    inputs: the block's positional arguments, tensors of any shapes and dtypes among them. index: of the block
+    in the backbone, from 0; every k-th block is 0, k, 2 k, ... Nothing is recomputed where no gradients are
     recorded.
 
     Why whole blocks are wrapped, and from outside: the input of a block is its smallest activation that all
@@ -82,12 +86,34 @@ def run_block(block: nn.Module, *inputs: Tensor, index: int, recomputation: Chec
     gradient (an image, or the output of frozen blocks, does not), and works with hooks and keyword arguments.
     """
     if recomputation == "none" or not torch.is_grad_enabled():
-        return block(*inputs)
+        return block(*inputs, **keywords)
     if isinstance(recomputation, int) and index % recomputation:
-        return block(*inputs)
+        return block(*inputs, **keywords)
     if recomputation == "all_but_matmuls":
-        return checkpoint(block, *inputs, use_reentrant=False, context_fn=_keeping_matmuls)
-    return checkpoint(block, *inputs, use_reentrant=False)
+        return checkpoint(block, *inputs, use_reentrant=False, context_fn=_keeping_matmuls, **keywords)
+    return checkpoint(block, *inputs, use_reentrant=False, **keywords)
+
+
+def checkpoint_calls(blocks: Sequence[nn.Module]) -> None:
+    """Make every call of these blocks go through `run_block`, whoever calls them: for backbones whose forward
+    pass is another library's.
+
+    Each block gets a subclass of its class, its index, and an attribute `recomputation`, "none" to begin with,
+    that its backbone sets before a forward pass.
+    """
+    for index, block in enumerate(blocks):
+        block.__class__ = _checkpointing_class(type(block))
+        block.block_index = index
+        block.recomputation = "none"
+
+
+@once_per_class
+def _checkpointing_class(owner: type[nn.Module]) -> type[nn.Module]:
+    def call(self: Any, *args: Any, **keywords: Any) -> Any:
+        run: Callable[..., Any] = functools.partial(owner.__call__, self)
+        return run_block(run, *args, index=self.block_index, recomputation=self.recomputation, **keywords)
+
+    return derived_class(owner, {"__call__": call})
 
 
 KEPT = frozenset(

@@ -62,6 +62,11 @@ class Backbone(Protocol):
     layouts: tuple[str, ...]
     """The published key layouts that `exported` knows. With `exported` only."""
 
+    def initial_values(self) -> None:
+        """Draws the initial values of all its parameters and buffers; each parameter is whole and fp32 while
+        a torch function has it. Without: `reset_parameters` of each module, then `init_weights` as mmcv
+        has it."""
+
     def layer_id(self, name: str) -> int:
         """The layer of a parameter, 0 to depth + 1; name is relative to the backbone. Without: layer-wise
         decay is an error, and all layers have the same learning rate."""

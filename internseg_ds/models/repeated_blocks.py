@@ -51,6 +51,13 @@ def repeated_block(backbone: nn.Module) -> RepeatedBlock | None:
     return largest
 
 
+def repeated_blocks(backbone: nn.Module) -> list[nn.Module]:
+    """The modules of `backbone` of the class that `repeated_block` finds, in their order; those of all stages,
+    whatever their sizes."""
+    block = repeated_block(backbone)
+    return [module for module in backbone.modules() if block and _class_name(module) == block.class_name]
+
+
 @contextmanager
 def unhookable_blocks(model: nn.Module, class_names: Collection[str]) -> Iterator[set[str]]:
     """Collect, during a forward pass inside the `with` block, the names of those classes on which hooks that

@@ -9,7 +9,8 @@ from mmcv import ConfigDict
 
 from internseg_ds.config.ds_config import BackboneSizes, DsConfig, resolve_ds_config
 from internseg_ds.distributed.block_hooks import require_input_gradients
-from internseg_ds.distributed.construction import build_for_training, build_on_meta, freeze_parts, gathered
+from internseg_ds.distributed.construction import build_for_training, build_on_meta, freeze_parts
+from internseg_ds.distributed.initial_values import gathered
 from internseg_ds.errors import ConfigError
 from internseg_ds.models.repeated_blocks import RepeatedBlock, repeated_block, unhookable_blocks
 from tests.distributed.ranks import spawn

@@ -8,7 +8,8 @@ from mmseg.models import build_segmentor
 
 from internseg_ds.checkpoints.weights import open_weights
 from internseg_ds.config.ds_config import resolve_ds_config
-from internseg_ds.distributed.construction import build_for_training, build_on_meta, gathered
+from internseg_ds.distributed.construction import build_for_training, build_on_meta
+from internseg_ds.distributed.initial_values import gathered
 from internseg_ds.distributed.weight_loading import load, match_segmentor
 from internseg_ds.models.backbone import pretrained_file
 from tests.conftest import ROOT, TINY

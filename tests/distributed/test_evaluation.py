@@ -15,8 +15,9 @@ from mmcv import Config
 from internseg_ds.config.ds_config import resolve_ds_config
 from internseg_ds.data.datasets import build_datasets
 from internseg_ds.distributed import gathering
-from internseg_ds.distributed.construction import build_for_training, gathered
+from internseg_ds.distributed.construction import build_for_training
 from internseg_ds.distributed.gathering import forwards
+from internseg_ds.distributed.initial_values import gathered
 from internseg_ds.distributed.precision import apply_precision
 from internseg_ds.distributed.process_group import World
 from internseg_ds.evaluation.evaluator import EvaluationOptions, evaluate

@@ -5,7 +5,8 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from internseg_ds.distributed.construction import build_for_training, gathered
+from internseg_ds.distributed.construction import build_for_training
+from internseg_ds.distributed.initial_values import gathered
 from internseg_ds.distributed.precision import apply_precision
 from tests.distributed.ranks import spawn
 from tests.distributed.test_construction import ds_config

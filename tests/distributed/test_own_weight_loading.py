@@ -7,7 +7,8 @@ from mmcv import ConfigDict
 from mmseg.models import build_backbone
 
 from internseg_ds.config.experiment import read_experiment
-from internseg_ds.distributed.construction import build_on_meta, initialise
+from internseg_ds.distributed.construction import build_on_meta
+from internseg_ds.distributed.initial_values import initialise
 from internseg_ds.distributed.weight_loading import load
 from internseg_ds.errors import CheckpointError
 from internseg_ds.models.beit import resize_bias_table

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from internseg_ds.checkpoints.key_matching import match_keys
 from internseg_ds.checkpoints.weights import open_weights
 from internseg_ds.config.ds_config import resolve_ds_config
-from internseg_ds.distributed.construction import build_for_training, build_on_meta, gathered
+from internseg_ds.distributed.construction import build_for_training, build_on_meta
+from internseg_ds.distributed.initial_values import gathered
 from internseg_ds.distributed.weight_loading import load, match_backbone, shapes_of
 from internseg_ds.errors import CheckpointError
 from internseg_ds.models.intern_vit.published_keys import OPENGVLAB

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from internseg_ds.checkpoints.weights import open_weights
 from internseg_ds.config.experiment import read_experiment
-from internseg_ds.distributed.construction import build_for_training, build_on_meta, gathered
+from internseg_ds.distributed.construction import build_for_training, build_on_meta
+from internseg_ds.distributed.initial_values import gathered
 from internseg_ds.distributed.weight_loading import load, match_backbone
 from internseg_ds.errors import CheckpointError
 from internseg_ds.preflight.starting_weights import starting_weights

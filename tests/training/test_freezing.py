@@ -8,7 +8,8 @@ import torch
 from mmseg.models.builder import BACKBONES
 
 from internseg_ds import SegmentorEngine
-from internseg_ds.distributed.construction import build_on_meta, gathered
+from internseg_ds.distributed.construction import build_on_meta
+from internseg_ds.distributed.initial_values import gathered
 from internseg_ds.errors import ConfigError
 from internseg_ds.models.intern_vit.intern_vit_6b import InternViT6B
 from internseg_ds.preflight.model_checks import check_classes

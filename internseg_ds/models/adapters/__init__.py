@@ -1,0 +1,1 @@
+"""Backbones of other libraries, each behind one mmseg backbone class."""

@@ -1,0 +1,248 @@
+"""Any vision backbone of timm as an mmseg backbone: DINOv3, DINOv2, Sapiens2, PE-spatial, SigLIP2, AIMv2, EVA-02,
+C-RADIO, ConvNeXt, Swin and others.
+
+In: images (b, 3, h, w). Out: feature maps of chosen blocks (plain transformers) or stages (hierarchical
+models). The classes are timm's own, as `timm.create_model` builds them; here stands what the engine wants of
+a backbone beside its forward pass. Letters: b images, (h, w) a size, n tokens, c channels.
+"""
+
+import difflib
+import inspect
+import logging
+import math
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from mmcv.runner import BaseModule
+from mmseg.models.builder import BACKBONES
+from torch import Tensor, nn
+
+from internseg_ds.models.activation_checkpointing import CheckpointingPolicy, checkpoint_calls
+from internseg_ds.models.repeated_blocks import repeated_blocks
+from internseg_ds.torch_internals import reset_parameters_of
+
+log = logging.getLogger(__name__)
+
+ANY_SIZE: tuple[dict[str, Any], ...] = (
+    {"dynamic_img_size": True},  # ViT, EVA: position embeddings follow each image
+    {"strict_img_size": False, "dynamic_mask": True},  # Swin: the masks of shifted windows do
+    {"strict_img_size": False},
+    {},  # convolutions
+)
+"""Arguments by which timm's models take images of other sizes than `img_size`; the first that a model has."""
+NEVER_TRAINED = ("mask_token",)
+"""Parameters for pretraining objectives, by the last part of their names: no loss here reaches them."""
+
+
+@BACKBONES.register_module()
+class TimmBackbone(BaseModule):
+    """A timm model without its classifier, and without the blocks behind the last of `out_indices`.
+
+    model_name: a name of `timm.list_models()`. out_indices: blocks, or stages of hierarchical models, whose
+    outputs become feature maps; default the ends of the four quarters, or all stages. img_size: side of the
+    images, or (height, width), that position embeddings are made for; other sizes are resized to in the
+    forward pass. final_norm: feature maps pass the model's last norm, as pretraining had it. with_cp:
+    activation checkpointing of each block, or what the attribute `recomputation` says. freeze: nothing
+    trains, nothing is dropped, and no graph is kept. pretrained (or mmcv's init_cfg): weight file or folder in
+    timm's layout that the engine loads. model_args: further arguments of the model's class.
+
+    Raises ValueError for a name that timm does not have, blocks that the model does not have, and models
+    that give no intermediate feature maps.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        out_indices: Sequence[int] | None = None,
+        img_size: int | tuple[int, int] | None = None,
+        drop_path_rate: float = 0.0,
+        final_norm: bool = False,
+        with_cp: bool = False,
+        freeze: bool = False,
+        pretrained: str | None = None,
+        model_args: Mapping[str, Any] | None = None,
+        init_cfg: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(init_cfg)
+        arguments = {"drop_path_rate": drop_path_rate, **(model_args or {})}
+        if img_size is not None:
+            arguments["img_size"] = img_size
+        self.model: Any = _create(model_name, arguments)
+        self.pretrained = pretrained
+        self.with_cp = with_cp
+        self.freeze = freeze
+        self.recomputation: CheckpointingPolicy = "blocks"
+        in_classifier = {name for name, _ in self.model.named_parameters()}
+        self.out_indices = _prune(self.model, model_name, out_indices, final_norm)
+        self.final_norm = final_norm
+        kept = {name for name, _ in self.model.named_parameters()}
+        self.pretrained_extras: tuple[str, ...] = tuple(sorted(in_classifier - kept))
+        self.channels: tuple[int, ...] = tuple(
+            self.model.feature_info[index]["num_chs"] for index in self.out_indices
+        )
+
+        # what these attributes mean: `Backbone` in models/backbone.py
+        self.patch_size: int | tuple[int, int] = getattr(
+            getattr(self.model, "patch_embed", None), "patch_size", 1
+        )
+        if not self._is_plain():
+            self.patch_size = 1  # hierarchical models round the sizes of their maps
+        self.follows_dtype = self._is_plain()
+        self._layer_ids = _layer_ids(self.model)
+        self.depth = max(self._layer_ids.values())
+        self.no_decay_words: tuple[str, ...] = tuple(sorted(getattr(self.model, "no_weight_decay", set)()))
+        self.resizable = _resizable(self.model)
+        self._blocks = repeated_blocks(self.model)
+        checkpoint_calls(self._blocks)
+        for name, param in self.named_parameters():
+            if freeze or name.rpartition(".")[2] in NEVER_TRAINED:
+                param.requires_grad_(False)
+
+    def _is_plain(self) -> bool:
+        """Whether it is a plain transformer: one width, one grid, tokens from end to end."""
+        return hasattr(self.model, "patch_embed") and isinstance(
+            getattr(self.model, "blocks", None), nn.Module
+        )
+
+    def initial_values(self) -> None:
+        """Draw the initial values as timm's class does; where it has no method for that, those of each module
+        by itself (torch's, and what constructors set)."""
+        init_weights = getattr(self.model, "init_weights", None)
+        if init_weights is not None and "needs_reset" in inspect.signature(init_weights).parameters:
+            init_weights(needs_reset=True)
+            return
+        for module in self.model.modules():
+            if (reset := reset_parameters_of(module)) is not None:
+                reset()
+
+    def published_sources(self, names: Collection[str]) -> tuple[str, dict[str, tuple[str, ...]]] | None:
+        """Where a file in timm's layout has each of our parameters; None for a file in another."""
+        own = [name for name, _ in self.model.named_parameters()]
+        own += [name for name, _ in self.model.named_buffers()]
+        found = {f"model.{name}": (name,) for name in own if name in names}
+        return ("", found) if found else None
+
+    layouts: tuple[str, ...] = ("timm",)
+
+    def exported(self, layout: str) -> tuple[dict[str, tuple[str, ...]], dict[str, Any] | None]:
+        """Our name -> timm's name of each parameter. timm's files have no config.json of their own."""
+        return {f"model.{name}": (name,) for name, _ in self.model.named_parameters()}, None
+
+    def layer_id(self, name: str) -> int:
+        """The layer of a parameter as timm groups them (`group_matcher`); 0 is what stands before the
+        blocks."""
+        return self._layer_ids[name.removeprefix("model.")]
+
+    def train(self, mode: bool = True) -> "TimmBackbone":
+        """Frozen, it stays in evaluation mode: nothing is dropped, and batch norms keep their statistics."""
+        super().train(mode and not self.freeze)
+        return self
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        """image: (b, 3, h, w) -> one map (b, c, h / s, w / s) for each of out_indices, s its stride, in the
+        dtype that the model computes in."""
+        policy: CheckpointingPolicy = self.recomputation if self.with_cp and self.training else "none"
+        for block in self._blocks:
+            block.recomputation = policy
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze):
+            maps = self.model.forward_intermediates(
+                image,
+                indices=list(self.out_indices),
+                norm=self.final_norm,
+                output_fmt="NCHW",
+                intermediates_only=True,
+            )
+        return tuple(features.contiguous() for features in maps)
+
+
+def _create(model_name: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """timm's model without a classifier, for images of any size where its class can be."""
+    import timm  # here: it takes a second, and most runs have no model of it
+
+    architecture = model_name.partition(".")[0]
+    if not timm.is_model(model_name):
+        near = difflib.get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.5)
+        raise ValueError(
+            f"timm {timm.__version__} has no model {model_name!r}"
+            + (f"; did you mean {' or '.join(map(repr, near))}?" if near else "; see timm.list_models()")
+        )
+    for any_size in ANY_SIZE:
+        try:
+            return timm.create_model(model_name, num_classes=0, **{**any_size, **arguments})
+        except TypeError as error:
+            if not any(f"'{name}'" in str(error) for name in any_size):
+                raise
+    raise AssertionError("the last of ANY_SIZE is empty")
+
+
+def _prune(
+    model: Any, model_name: str, out_indices: Sequence[int] | None, final_norm: bool
+) -> tuple[int, ...]:
+    """Removes what no feature map depends on; the indices of the feature maps."""
+    if not hasattr(model, "forward_intermediates") or not hasattr(model, "prune_intermediate_layers"):
+        raise ValueError(f"timm's {model_name} gives no intermediate feature maps")
+    count = len(model.feature_info)
+    if out_indices is None:
+        out_indices = range(count) if count <= 5 else [count * part // 4 - 1 for part in range(1, 5)]
+    wrong = [index for index in out_indices if not 0 <= index < count]
+    if wrong or not list(out_indices) or list(out_indices) != sorted(set(out_indices)):
+        raise ValueError(
+            f"out_indices={list(out_indices)} must be ascending numbers from 0 to {count - 1}, of the feature "
+            f"maps that timm's {model_name} has"
+        )
+    if final_norm and isinstance(getattr(model, "norm", nn.Identity()), nn.Identity):
+        raise ValueError(f"final_norm=True, but timm's {model_name} has no last norm; drop it")
+    model.prune_intermediate_layers(list(out_indices), prune_norm=not final_norm, prune_head=True)
+    return tuple(out_indices)
+
+
+def _layer_ids(model: Any) -> dict[str, int]:
+    """The layer of each parameter, from 0, as timm's layer-wise learning-rate decay has it."""
+    from timm.models import group_parameters
+
+    return group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+
+
+def _resizable(model: Any) -> dict[str, tuple[Any, Any]]:
+    """Position embedding and patch kernel, which timm's own functions resize at load."""
+    found: dict[str, tuple[Any, Any]] = {}
+    pos_embed = getattr(model, "pos_embed", None)
+    if isinstance(pos_embed, nn.Parameter) and hasattr(model, "num_prefix_tokens"):
+        prefix = 0 if getattr(model, "no_embed_class", False) else model.num_prefix_tokens
+        grid = tuple(model.patch_embed.grid_size)
+        found["model.pos_embed"] = (
+            partial(_is_square_embedding, prefix=prefix),
+            partial(_resize_embedding, grid=grid, prefix=prefix),
+        )
+    if isinstance(getattr(getattr(model, "patch_embed", None), "proj", None), nn.Conv2d):
+        found["model.patch_embed.proj.weight"] = (_is_patch_kernel, _resize_kernel)
+    return found
+
+
+def _is_square_embedding(in_file: torch.Size, in_model: torch.Size, prefix: int) -> bool:
+    """Whether `in_file` is (1, prefix + s * s, c) with the c of `in_model`."""
+    if len(in_file) != 3 or in_file[0] != 1 or in_file[2] != in_model[2] or in_file[1] <= prefix:
+        return False
+    return math.isqrt(in_file[1] - prefix) ** 2 == in_file[1] - prefix
+
+
+def _resize_embedding(pos_embed: Tensor, shape: torch.Size, grid: tuple[int, int], prefix: int) -> Tensor:
+    """pos_embed: (1, prefix + s * s, c) -> `shape` (1, prefix + h * w, c) with (h, w) = grid."""
+    from timm.layers import resample_abs_pos_embed
+
+    return resample_abs_pos_embed(pos_embed, list(grid), num_prefix_tokens=prefix).view(shape)
+
+
+def _is_patch_kernel(in_file: torch.Size, in_model: torch.Size) -> bool:
+    """Whether `in_file` (c, channels, p, p) differs from `in_model` in the patch size alone."""
+    return len(in_file) == 4 and in_file[:2] == in_model[:2]
+
+
+def _resize_kernel(kernel: Tensor, shape: torch.Size) -> Tensor:
+    """kernel: (c, channels, p, p) -> `shape` (c, channels, q, q), so that a resized image gives the same
+    tokens (Beyer et al., FlexiViT, 2023, section 3.4)."""
+    from timm.layers import resample_patch_embed
+
+    return resample_patch_embed(kernel.float(), list(shape[2:]))
