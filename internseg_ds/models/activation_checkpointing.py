@@ -101,6 +101,7 @@ def checkpoint_calls(blocks: Sequence[nn.Module]) -> None:
     Each block gets a subclass of its class, its index, and an attribute `recomputation`, "none" to begin with,
     that its backbone sets before a forward pass.
     """
+    block: Any
     for index, block in enumerate(blocks):
         block.__class__ = _checkpointing_class(type(block))
         block.block_index = index

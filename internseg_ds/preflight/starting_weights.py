@@ -11,9 +11,9 @@ from typing import Any
 from torch import nn
 
 from internseg_ds.checkpoints.key_matching import KeyMatch
+from internseg_ds.checkpoints.own_weight_loading import read_by_backbone
 from internseg_ds.checkpoints.weights import Weights, open_weights
 from internseg_ds.config.experiment import Experiment
-from internseg_ds.distributed.own_weight_loading import read_by_backbone
 from internseg_ds.distributed.weight_loading import match_backbone, match_part, match_segmentor
 from internseg_ds.errors import CheckpointError, ConfigError, shortened
 from internseg_ds.models.backbone import checkpoint_of, pretrained_elsewhere, pretrained_file

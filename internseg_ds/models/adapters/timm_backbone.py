@@ -79,9 +79,8 @@ class TimmBackbone(BaseModule):
         self.final_norm = final_norm
         kept = {name for name, _ in self.model.named_parameters()}
         self.pretrained_extras: tuple[str, ...] = tuple(sorted(in_classifier - kept))
-        self.channels: tuple[int, ...] = tuple(
-            self.model.feature_info[index]["num_chs"] for index in self.out_indices
-        )
+        levels: Any = self.model.feature_info
+        self.channels: tuple[int, ...] = tuple(levels[index]["num_chs"] for index in self.out_indices)
 
         # what these attributes mean: `Backbone` in models/backbone.py
         self.patch_size: int | tuple[int, int] = getattr(
@@ -119,9 +118,9 @@ class TimmBackbone(BaseModule):
 
     def published_sources(self, names: Collection[str]) -> tuple[str, dict[str, tuple[str, ...]]] | None:
         """Where a file in timm's layout has each of our parameters; None for a file in another."""
-        own = [name for name, _ in self.model.named_parameters()]
+        own: list[str] = [name for name, _ in self.model.named_parameters()]
         own += [name for name, _ in self.model.named_buffers()]
-        found = {f"model.{name}": (name,) for name in own if name in names}
+        found: dict[str, tuple[str, ...]] = {f"model.{name}": (name,) for name in own if name in names}
         return ("", found) if found else None
 
     layouts: tuple[str, ...] = ("timm",)
@@ -144,6 +143,7 @@ class TimmBackbone(BaseModule):
         """image: (b, 3, h, w) -> one map (b, c, h / s, w / s) for each of out_indices, s its stride, in the
         dtype that the model computes in."""
         policy: CheckpointingPolicy = self.recomputation if self.with_cp and self.training else "none"
+        block: Any
         for block in self._blocks:
             block.recomputation = policy
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze):
