@@ -4,6 +4,7 @@ DeepSpeed."""
 from internseg_ds.models.adapters.timm_backbone import TimmBackbone
 from internseg_ds.models.beit import MAE, BEiT
 from internseg_ds.models.fcn_head import FCNHead
+from internseg_ds.models.feature_pyramids import SimpleFeaturePyramid, ViTFeaturePyramid
 from internseg_ds.models.intern_image.intern_image import InternImage
 from internseg_ds.models.intern_vit.intern_vit_6b import InternViT6B
 from internseg_ds.models.intern_vit.vit_adapter import InternViTAdapter
@@ -17,5 +18,7 @@ __all__ = [
     "InternImage",
     "InternViT6B",
     "InternViTAdapter",
+    "SimpleFeaturePyramid",
     "TimmBackbone",
+    "ViTFeaturePyramid",
 ]

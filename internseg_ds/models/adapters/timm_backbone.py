@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from mmcv.runner import BaseModule
-from mmseg.models.builder import BACKBONES
+from mmseg.models.builder import BACKBONES, build_neck
 from torch import Tensor, nn
 
 from internseg_ds.models.activation_checkpointing import CheckpointingPolicy, checkpoint_calls
@@ -43,10 +43,12 @@ class TimmBackbone(BaseModule):
     model_name: a name of `timm.list_models()`. out_indices: blocks, or stages of hierarchical models, whose
     outputs become feature maps; default the ends of the four quarters, or all stages. img_size: side of the
     images, or (height, width), that position embeddings are made for; other sizes are resized to in the
-    forward pass. final_norm: feature maps pass the model's last norm, as pretraining had it. with_cp:
-    activation checkpointing of each block, or what the attribute `recomputation` says. freeze: nothing
-    trains, nothing is dropped, and no graph is kept. pretrained (or mmcv's init_cfg): weight file or folder in
-    timm's layout that the engine loads. model_args: further arguments of the model's class.
+    forward pass. final_norm: feature maps pass the model's last norm, as in pretraining. with_cp: activation
+    checkpointing of each block, or what the attribute `recomputation` says. freeze: nothing of timm's model
+    trains, nothing is dropped, and no graph is kept. neck: an mmseg neck, by its config or the name of its
+    class, that computes with the backbone, in its dtype; its in_channels are filled in. pretrained (or mmcv's
+    init_cfg): weight file or folder in timm's layout that the engine loads. model_args: further arguments of
+    the model's class.
 
     Raises ValueError for a name that timm does not have, blocks that the model does not have, and models
     that give no intermediate feature maps.
@@ -61,6 +63,7 @@ class TimmBackbone(BaseModule):
         final_norm: bool = False,
         with_cp: bool = False,
         freeze: bool = False,
+        neck: Mapping[str, Any] | str | None = None,
         pretrained: str | None = None,
         model_args: Mapping[str, Any] | None = None,
         init_cfg: Mapping[str, Any] | None = None,
@@ -98,6 +101,9 @@ class TimmBackbone(BaseModule):
         for name, param in self.named_parameters():
             if freeze or name.rpartition(".")[2] in NEVER_TRAINED:
                 param.requires_grad_(False)
+        self.neck = _neck(neck, self.channels)
+        if self.neck is not None:
+            self.channels = tuple(getattr(self.neck, "channels", self.channels))
 
     def _is_plain(self) -> bool:
         """Whether it is a plain transformer: one width, one grid, tokens from end to end."""
@@ -111,10 +117,10 @@ class TimmBackbone(BaseModule):
         init_weights = getattr(self.model, "init_weights", None)
         if init_weights is not None and "needs_reset" in inspect.signature(init_weights).parameters:
             init_weights(needs_reset=True)
-            return
-        for module in self.model.modules():
-            if (reset := reset_parameters_of(module)) is not None:
-                reset()
+        else:
+            _reset(self.model)
+        if self.neck is not None:
+            _reset(self.neck)
 
     def published_sources(self, names: Collection[str]) -> tuple[str, dict[str, tuple[str, ...]]] | None:
         """Where a file in timm's layout has each of our parameters; None for a file in another."""
@@ -123,6 +129,7 @@ class TimmBackbone(BaseModule):
         found: dict[str, tuple[str, ...]] = {f"model.{name}": (name,) for name in own if name in names}
         return ("", found) if found else None
 
+    not_pretrained: tuple[str, ...] = ("neck.",)
     layouts: tuple[str, ...] = ("timm",)
 
     def exported(self, layout: str) -> tuple[dict[str, tuple[str, ...]], dict[str, Any] | None]:
@@ -130,13 +137,16 @@ class TimmBackbone(BaseModule):
         return {f"model.{name}": (name,) for name, _ in self.model.named_parameters()}, None
 
     def layer_id(self, name: str) -> int:
-        """The layer of a parameter as timm groups them (`group_matcher`); 0 is what stands before the
-        blocks."""
-        return self._layer_ids[name.removeprefix("model.")]
+        """The layer of a parameter as timm groups them (`group_matcher`): 0 is what stands before the blocks,
+        depth + 1 the neck."""
+        return self.depth + 1 if name.startswith("neck.") else self._layer_ids[name.removeprefix("model.")]
 
     def train(self, mode: bool = True) -> "TimmBackbone":
-        """Frozen, it stays in evaluation mode: nothing is dropped, and batch norms keep their statistics."""
-        super().train(mode and not self.freeze)
+        """Frozen, timm's model stays in evaluation mode: nothing is dropped, and batch norms keep their
+        statistics."""
+        super().train(mode)
+        if self.freeze:
+            self.model.eval()
         return self
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
@@ -154,7 +164,23 @@ class TimmBackbone(BaseModule):
                 output_fmt="NCHW",
                 intermediates_only=True,
             )
+        if self.neck is not None:
+            maps = self.neck(maps)
         return tuple(features.contiguous() for features in maps)
+
+
+def _neck(neck: Mapping[str, Any] | str | None, channels: tuple[int, ...]) -> nn.Module | None:
+    """The neck of a config behind maps of these channels."""
+    if neck is None:
+        return None
+    settings = {"type": neck} if isinstance(neck, str) else dict(neck)
+    return build_neck({"in_channels": list(channels), **settings})
+
+
+def _reset(model: nn.Module) -> None:
+    for module in model.modules():
+        if (reset := reset_parameters_of(module)) is not None:
+            reset()
 
 
 def _create(model_name: str, arguments: Mapping[str, Any]) -> nn.Module:

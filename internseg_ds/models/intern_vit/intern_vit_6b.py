@@ -8,7 +8,6 @@ that they may be built in pieces. Source: Chen et al., "InternVL" (2023), and Op
 `segmentation/mmseg_custom/models/backbones/intern_vit_6b.py`.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from mmseg.models.builder import BACKBONES
 from torch import Tensor, nn
 
 from internseg_ds.models.activation_checkpointing import CheckpointingPolicy, run_block
+from internseg_ds.models.feature_pyramids import pyramid_stages
 from internseg_ds.models.intern_vit.attention import attention
 from internseg_ds.models.intern_vit.published_keys import (
     LAYOUTS,
@@ -29,7 +29,7 @@ from internseg_ds.models.intern_vit.published_keys import (
     published_sources,
 )
 from internseg_ds.models.layers import DropPath, TruncNormalLinear
-from internseg_ds.models.norms import NORMS, ChannelsFirstLayerNorm, RMSNorm
+from internseg_ds.models.norms import NORMS, RMSNorm
 from internseg_ds.models.weight_resizing import (
     is_patch_kernel,
     is_square_embedding,
@@ -37,31 +37,6 @@ from internseg_ds.models.weight_resizing import (
     resize_position_embedding,
     resize_to_shape,
 )
-
-
-class UpConv(nn.ConvTranspose2d):
-    """A 2x2 transposed convolution of stride 2, (b, c, h, w) -> (b, c, 2 h, 2 w), initialised from a
-    normal of variance 2 / (4 c), with zero bias."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, channels, kernel_size=2, stride=2)
-
-    def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=math.sqrt(2 / (4 * self.out_channels)))
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-
-
-class HalvingPool(nn.MaxPool2d):
-    """A 2x2 max pooling of stride 2 that keeps a side of one element, where torch's raises."""
-
-    def __init__(self) -> None:
-        super().__init__(kernel_size=2, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (b, c, h, w) -> (b, c, max(1, h // 2), max(1, w // 2)) in the same dtype."""
-        kernel = [min(2, side) for side in x.shape[2:]]
-        return F.max_pool2d(x, kernel, stride=kernel)
 
 
 class LayerScale(nn.Module):
@@ -294,19 +269,7 @@ class InternViT6B(BaseModule):
         if freeze_vit:
             self.requires_grad_(False)  # before the FPN layers, which train
         if with_fpn:
-            self._add_fpn(with_final_norm)
-
-    def _add_fpn(self, with_final_norm: bool) -> None:
-        """Add the layers that make maps at 4x, 2x, 1x and 1/2 of the patch grid of four maps of that grid."""
-        width = self.embed_dim
-
-        def stage(*layers: nn.Module) -> nn.Sequential:
-            return nn.Sequential(*layers, *([ChannelsFirstLayerNorm(width)] if with_final_norm else []))
-
-        self.up1 = stage(UpConv(width), ChannelsFirstLayerNorm(width), nn.GELU(), UpConv(width))
-        self.up2 = stage(UpConv(width))
-        self.up3 = stage(nn.Identity())
-        self.up4 = stage(HalvingPool())
+            self.up1, self.up2, self.up3, self.up4 = pyramid_stages(embed_dim, with_norm=with_final_norm)
 
     def reset_parameters(self) -> None:
         """Draw the class token and the position embedding; the other modules draw their own."""

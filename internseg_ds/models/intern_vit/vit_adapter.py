@@ -17,7 +17,8 @@ from mmseg.models.builder import BACKBONES
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from internseg_ds.models.intern_vit.intern_vit_6b import InternViT6B, UpConv
+from internseg_ds.models.feature_pyramids import UpConv
+from internseg_ds.models.intern_vit.intern_vit_6b import InternViT6B
 from internseg_ds.models.intern_vit.vit_adapter_modules import (
     AdapterSettings,
     Interaction,
