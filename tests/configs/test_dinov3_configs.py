@@ -1,0 +1,44 @@
+"""The DINOv3 recipes: each builds at its full size on the meta device and trains what it says."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from mmcv import Config
+
+from internseg_ds.config.experiment import read_experiment
+from internseg_ds.distributed.construction import build_on_meta
+from internseg_ds.optimization.parameter_groups import parameter_groups
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "dinov3"
+# file: (billions of parameters in the backbone's blocks, blocks, channels, drop path of the last block, frozen)
+RECIPES = {
+    "upernet_vit_7b_512_80k_ade20k_bs16_lr4e-5": (6.71, 40, 4096, 0.4, False),
+    "upernet_vit_huge_plus_512_80k_ade20k_bs16_lr4e-5": (0.84, 32, 1280, 0.4, False),
+    "linear_vit_7b_512_40k_ade20k_bs16_lr1e-3_frozen": (6.71, 40, 4096, 0.0, True),
+}
+
+
+def test_every_recipe_is_tested():
+    assert {path.stem for path in CONFIGS.glob("*.py")} == set(RECIPES)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_builds_and_trains_what_it_says(name):
+    billions, blocks, channels, drop_path, frozen = RECIPES[name]
+    experiment = read_experiment(Config.fromfile(CONFIGS / f"{name}.py"))
+    model = build_on_meta(experiment.model)
+    vit = model.backbone.model
+    assert len(vit.blocks) == blocks
+    assert sum(param.numel() for param in vit.parameters()) / 1e9 == pytest.approx(billions, abs=0.01)
+    assert getattr(vit.blocks[-1].drop_path1, "drop_prob", 0.0) == pytest.approx(drop_path)
+    assert {param.requires_grad for param in vit.parameters()} == {not frozen}
+    assert all(param.requires_grad for param in model.decode_head.parameters())
+    with torch.device("meta"):
+        maps = model.backbone.train()(torch.empty(2, 3, 512, 512))
+    sides = [32] if frozen else [128, 64, 32, 16]
+    assert [tuple(features.shape[1:]) for features in maps] == [(channels, side, side) for side in sides]
+    groups = {group["name"]: group["lr"] for group in parameter_groups(model, experiment.optimizer)}
+    if not frozen:
+        assert groups["layer 1, decay"] == pytest.approx(4e-5 * 0.95**blocks)
+        assert groups[f"layer {blocks + 1}, decay"] == pytest.approx(4e-5)
