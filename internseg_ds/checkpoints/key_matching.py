@@ -12,6 +12,8 @@ from internseg_ds.errors import CheckpointError, shortened
 CanResize = Callable[[torch.Size, torch.Size], bool]
 """(shape in the file, shape in the model) -> whether the backbone resizes the one to the other."""
 
+ALLOW = ", or let what differs keep its initial values with engine.weights_may_differ=[PREFIX, ...]"
+
 
 @dataclass
 class KeyMatch:
@@ -41,6 +43,7 @@ def match_keys(
     resizable: Mapping[str, CanResize] = {},
     ignore: tuple[str, ...] = (),
     may_miss: tuple[str, ...] = (),
+    advice: str = ALLOW,
 ) -> KeyMatch:
     """Matches the tensors of a file with those of a model.
 
@@ -48,7 +51,8 @@ def match_keys(
     ("backbone."); what does not start with it is ignored when the prefix is not empty. resizable: name ->
     whether a shape in the file can be brought to the model's. ignore: prefixes of names that the file may
     have and the model need not. may_miss: prefixes of names in the model that the file may lack; they keep
-    their values, and so do those that are under both and have another shape in the file.
+    their values, and so do those that are under both and have another shape in the file. advice: what to do
+    beside using the config that the weights were made with, for the error message.
 
     Raises CheckpointError naming the keys that are unexpected, missing, or of another shape.
     """
@@ -72,14 +76,13 @@ def match_keys(
             other_shape.append(name)
     match.missing = [name for name in shapes if name not in match.sources]
     if other_shape:
-        raise _other_shape_error(weights, shapes, prefix, other_shape)
+        raise _other_shape_error(weights, shapes, prefix, other_shape, advice)
     missing = [name for name in match.missing if not name.startswith(may_miss)]
     if unexpected or missing:
         raise CheckpointError(
             f"{weights.path} does not fit the model: unexpected in the file: "
             f"{shortened(unexpected) or 'nothing'}; missing from it: {shortened(missing) or 'nothing'}; use "
-            "the config that these weights were made with, or allow names with "
-            "engine.weights_may_differ=[PREFIX, ...]"
+            f"the config that these weights were made with{advice}"
         )
     return match
 
@@ -90,13 +93,12 @@ def _same_shape(in_file: torch.Size, in_model: torch.Size) -> bool:
 
 
 def _other_shape_error(
-    weights: Weights, shapes: Mapping[str, torch.Size], prefix: str, names: list[str]
+    weights: Weights, shapes: Mapping[str, torch.Size], prefix: str, names: list[str], advice: str
 ) -> CheckpointError:
     """names: in the model."""
     first = names[0]
     return CheckpointError(
         f"{weights.path} does not fit the model: {first} is {list(weights.shapes[prefix + first])} in the "
         f"file and {list(shapes[first])} in the model ({len(names)} tensors differ: {shortened(names)}); use "
-        "the config that these weights were made with, or let what differs keep its initial values with "
-        "engine.weights_may_differ=[PREFIX, ...]"
+        f"the config that these weights were made with{advice}"
     )

@@ -8,6 +8,7 @@ lead out of the folder are not followed.
 
 import logging
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -21,8 +22,19 @@ log = logging.getLogger(__name__)
 
 PARTIAL = ".partial"
 """The end of the names of what is being written, or taken away."""
+SAVE = re.compile(r"iter_\d+")
+"""The name of a save; other names that begin so are somebody's copies."""
 LONGEST = 255
 """Bytes of a pointer that are read."""
+
+
+def present_saves(folder: Path) -> list[Path]:
+    """All that may be a save in a folder, whether or not its note can be read: directories `iter_N` that hold
+    anything, and what `latest` names. For what must not be overwritten."""
+    found = [path for path in folder.glob("iter_*") if SAVE.fullmatch(path.name) and path.is_dir()]
+    if (latest := pointed_to(folder, "latest")) is not None and (folder / latest) not in found:
+        found.append(folder / latest)
+    return sorted(path for path in found if path.is_dir() and any(path.iterdir()))
 
 
 def complete_saves(folder: Path) -> list[Path]:
@@ -35,7 +47,7 @@ def noted_saves(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
     saves, and not of a clock, which may go back."""
     found = []
     for note in folder.glob(f"iter_*/{MANIFEST}"):
-        if not note.parent.name.endswith(PARTIAL):
+        if SAVE.fullmatch(note.parent.name):
             try:
                 manifest = read_manifest(note.parent) or {}
             except (CheckpointError, OSError) as error:

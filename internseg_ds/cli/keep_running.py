@@ -48,3 +48,7 @@ def main() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(USER_ERROR)
+
+
+if __name__ == "__main__":
+    main()

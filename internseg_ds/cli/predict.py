@@ -62,3 +62,7 @@ def _main() -> None:
 def main() -> NoReturn:
     """The command."""
     command_line.run(_main)
+
+
+if __name__ == "__main__":
+    main()

@@ -209,3 +209,7 @@ def main() -> NoReturn:
     from internseg_ds.cli import command_line
 
     command_line.run(_main)
+
+
+if __name__ == "__main__":
+    main()

@@ -233,6 +233,12 @@ def _check_zero(zero: Mapping[str, Any], world_size: int, name: str) -> None:
         )
 
 
+def _ours() -> Path:
+    """The folder of the ds_configs that come with the project: of a checkout, the absolute path."""
+    checkout = Path(__file__).parents[2] / "ds_configs"
+    return checkout if checkout.is_dir() else Path("ds_configs")
+
+
 def _read(source: str | os.PathLike | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     if isinstance(source, Mapping):
         return "ds_config", json.loads(json.dumps(dict(source)))  # a deep copy, and a check that it is JSON
@@ -241,8 +247,8 @@ def _read(source: str | os.PathLike | Mapping[str, Any]) -> tuple[str, dict[str,
         raw = json.loads(path.read_text())
     except FileNotFoundError:
         raise ConfigError(
-            f"there is no ds_config {path}; ours are in ds_configs/, the usual one is "
-            "ds_configs/zero3_bf16.json"
+            f"there is no ds_config {path} as seen from {Path.cwd()}; give one with --deepspeed_config PATH "
+            f"(ours are in {_ours()}, the usual one is zero3_bf16.json)"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"ds_config {path} cannot be read: {error}") from None

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from rich.progress import track
 from torch import Tensor, nn
 
-from internseg_ds.checkpoints.key_matching import CanResize, KeyMatch, match_keys
+from internseg_ds.checkpoints.key_matching import ALLOW, CanResize, KeyMatch, match_keys
 from internseg_ds.checkpoints.weights import Weights, recording_invalid, refuse_invalid, renamed
 from internseg_ds.distributed.initial_values import gathered
 from internseg_ds.distributed.process_group import gather_from_ranks
@@ -40,10 +40,13 @@ def shapes_of(module: nn.Module) -> dict[str, torch.Size]:
     return params | {name: buffer.shape for name, buffer in module.named_buffers() if name in persistent}
 
 
-def match_segmentor(model: nn.Module, weights: Weights, may_differ: tuple[str, ...] = ()) -> KeyMatch:
+def match_segmentor(
+    model: nn.Module, weights: Weights, may_differ: tuple[str, ...] | None = None
+) -> KeyMatch:
     """Matches the weights of a whole segmentor with `model`; a batch norm's batch counter may be missing.
 
-    may_differ: prefixes of names that the file may lack or have in addition. Raises CheckpointError when
+    may_differ: prefixes of names that the file may lack or have in addition; None where the caller has no
+    such setting. Raises CheckpointError when
     names or shapes do not match.
     """
     shapes = shapes_of(model)
@@ -52,8 +55,9 @@ def match_segmentor(model: nn.Module, weights: Weights, may_differ: tuple[str, .
         weights,
         shapes,
         resizable=_resizable(model, "backbone."),
-        ignore=may_differ,
-        may_miss=counters + may_differ,
+        ignore=may_differ or (),
+        may_miss=counters + (may_differ or ()),
+        advice="" if may_differ is None else ALLOW,
     )
 
 

@@ -51,6 +51,7 @@ def check_losses(model: nn.Module, train: Any, ignored: Sequence[int], path: str
             losses = losses_of(head)
             for loss in losses:
                 _check_weights(f"model.{name}.loss_decode", loss, head.out_channels)
+                _check_one_class(f"model.{name}", head.num_classes)
                 _check_one_channel(f"model.{name}", loss, head.out_channels)
             lines += _that_do_not_count(
                 f"model.{name}.loss_decode", [getattr(loss, "loss_name", "loss") for loss in losses]
@@ -84,6 +85,14 @@ def _check_weights(what: str, loss: nn.Module, channels: int) -> None:
         )
 
 
+def _check_one_class(what: str, classes: int) -> None:
+    if classes == 1:
+        raise ConfigError(
+            f"{what}.num_classes=1: a single class cannot be told from any other, and mmseg scores a sigmoid's "
+            "answer as class 1, which there is not; write num_classes=2, one for all else"
+        )
+
+
 def _check_one_channel(what: str, loss: nn.Module, channels: int) -> None:
     softmax = (
         (isinstance(loss, CrossEntropyLoss) and not loss.use_sigmoid)
@@ -94,8 +103,9 @@ def _check_one_channel(what: str, loss: nn.Module, channels: int) -> None:
         raise ConfigError(
             f"{what} has one output channel, and {type(loss).__name__} as it is set compares channels with "
             "each other, so nothing would be "
-            "learnt; write loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=True), or num_classes=2 "
-            "without out_channels=1"
+            "learnt; "
+            "write loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=True), or num_classes=2 without "
+            "out_channels=1"
         )
 
 

@@ -3,7 +3,7 @@ and shapes, before a value is read."""
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ def starting_weights(
     and for an address on the web: nothing is downloaded here. Raises ConfigError when another part than the
     backbone asks for weights of its own, or several do.
     """
+    fit: Callable[[Any, Weights, tuple[str, ...]], KeyMatch]
     if load_from is not None:
         setting, source, fit = "--load-from", load_from, match_segmentor
     elif experiment.load_from is not None:

@@ -60,7 +60,21 @@ def work_dir_of(command: Sequence[str]) -> Path:
             f"no --work-dir and no config can be found in: {shlex.join(command)}; "
             "name the script and the config, or give the script a --work-dir"
         )
-    return Path("work_dirs") / Path(programs[1]).stem
+    return _set_in_config(Path(programs[1]), command) or Path("work_dirs") / Path(programs[1]).stem
+
+
+def _set_in_config(config: Path, command: Sequence[str]) -> Path | None:
+    """The `work_dir` of a config, or of the options that override it; None where neither says."""
+    for word in command:
+        if word.startswith("work_dir="):
+            return Path(word.partition("=")[2])
+    from mmcv import Config  # here: it takes seconds
+
+    try:
+        named = Config.fromfile(str(config)).get("work_dir")
+    except Exception:  # a config may raise anything, and train.py says it better
+        return None
+    return Path(named) if isinstance(named, str) and named else None
 
 
 def resuming(command: Sequence[str], *, saved: bool) -> list[str]:

@@ -152,12 +152,11 @@ class SegmentorEngine:
         self.plan, self._owns_group = validate_and_join(experiment, ds_config, self.options, world)
         self._take_work_dir()
         self._estimator = Estimator(experiment, self.plan.meta_model, crop=self.plan.crop)
-        log_start(self.plan, self.options, self._estimator)
-        resume_point = self._agree_to_resume()
         self._watch_over_ranks()
         try:
             with host_errors_explained():
-                self._build(resume_point)
+                log_start(self.plan, self.options, self._estimator)
+                self._build(self._agree_to_resume())
         except BaseException as error:
             self._give_up(error)
             raise

@@ -10,9 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
-from internseg_ds.checkpoints.saves import complete_saves, to_disk
+from internseg_ds.checkpoints.saves import complete_saves, present_saves, to_disk
 from internseg_ds.distributed.process_group import World, gather_from_ranks, raise_on_every_rank
-from internseg_ds.errors import ConfigError
+from internseg_ds.errors import ConfigError, shortened
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +119,8 @@ def _of_a_run(folder: Path) -> str:
     saves = complete_saves(folder / "checkpoints")
     if saves:
         return f"{len(saves)} checkpoint{'s' * (len(saves) > 1)}, the newest is {saves[-1].name}"
+    if present := present_saves(folder / "checkpoints"):
+        return f"{shortened([path.name for path in present])} in checkpoints, without a readable note"
     records = folder / "metrics.jsonl"
     return f"records in {records.name}" if records.is_file() and records.stat().st_size else ""
 

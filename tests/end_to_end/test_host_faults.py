@@ -55,6 +55,21 @@ def test_a_data_worker_that_is_killed_is_one_sentence(ade20k, tmp_path):
     ), said[-3000:]
 
 
+def test_a_rank_that_is_killed_before_its_engine_is_built_is_named(ade20k, tmp_path):
+    work_dir, log = tmp_path / "run", tmp_path / "log"
+    ranks = start_ranks(script, 2, free_port(), "launch/train.py", options_of(ade20k, work_dir), log, log)
+    deadline = time.monotonic() + 120
+    while not log.exists() or "seed 0, 2 processes" not in log.read_text():
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.01)
+    ranks[1].kill()
+    ranks[0].join(60)
+    ranks[0].kill()
+    said = log.read_text()
+    assert ranks[0].exitcode == LOST and "rank 1 " in said and "died" in said, said[-3000:]
+    assert "Traceback" not in said, said[-3000:]
+
+
 def with_few_files(args: list[str], log: Path) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
     script("launch/train.py", args, log, log)

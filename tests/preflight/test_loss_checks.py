@@ -72,6 +72,7 @@ def test_what_agrees_passes_in_silence(settings):
             dict(classes=2, loss=CROSS_ENTROPY | dict(class_weight=[0.0, 0.0])),
             "must be numbers of at least 0, and not all 0",
         ),
+        (dict(classes=1, loss=CROSS_ENTROPY | dict(use_sigmoid=True)), r"num_classes=1.* num_classes=2"),
         (dict(classes=150, pad=254), "seg_pad_val of its pipeline is 254"),
         (dict(classes=150, pad=254, wrapped=True), "seg_pad_val of its pipeline is 254"),
     ],

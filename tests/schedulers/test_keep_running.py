@@ -115,6 +115,14 @@ def test_where_a_command_keeps_its_checkpoints(command, work_dir):
     assert work_dir_of(command.split()) == Path(work_dir)
 
 
+def test_the_work_directory_is_the_configs_where_it_names_one(tmp_path):
+    (tmp_path / "mine.py").write_text("work_dir = 'elsewhere'\n")
+    command = ["deepspeed", "launch/train.py", str(tmp_path / "mine.py")]
+    assert work_dir_of(command) == Path("elsewhere")
+    assert work_dir_of([*command, "--cfg-options", "work_dir=there"]) == Path("there")
+    assert work_dir_of([*command, "--work-dir", "here"]) == Path("here")
+
+
 def test_a_command_without_a_work_directory_is_refused():
     with pytest.raises(ConfigError, match="--work-dir"):
         work_dir_of(["bash", "run.sh"])

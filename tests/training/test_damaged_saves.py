@@ -1,6 +1,7 @@
 """Resuming where saves are damaged: all ranks say so, and go on from the one before, or from none."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,13 +9,16 @@ import torch
 import torch.distributed as dist
 
 from internseg_ds import SegmentorEngine
+from internseg_ds.checkpoints.manifest import MANIFEST
+from internseg_ds.checkpoints.saves import publish
 from internseg_ds.checkpoints.weights import open_weights
 from internseg_ds.checkpoints.zero_checkpoint import ZeroCheckpoint
 from internseg_ds.config.experiment import read_experiment
-from internseg_ds.errors import CheckpointError, DamagedError
+from internseg_ds.errors import CheckpointError, ConfigError, DamagedError
 from internseg_ds.training.checkpointer import Checkpointer
 from internseg_ds.training.resume.find_checkpoint import agree_to_resume, checkpoint_to_resume, one_before
 from internseg_ds.training.train_state import TrainState
+from internseg_ds.training.work_dir import check_unused
 from tests.conftest import ROOT
 from tests.distributed.ranks import spawn
 from tests.small_experiment import small_experiment
@@ -52,6 +56,28 @@ def what_opening_sees_is_passed_over(folder: Path) -> None:
     assert one_before(newest, 1) is None
     with pytest.raises(CheckpointError, match=r"iter_30.*none of the 3 checkpoints"):
         checkpoint_to_resume("auto", folder.parent)
+
+
+def saves_without_readable_notes_are_not_lost(folder: Path) -> None:
+    engine, checkpoints = toy_engine(), Checkpointer(folder, keep=-1)
+    for step in (10, 20):
+        checkpoints.save(engine, TrainState(step=step), {})
+    publish(folder / "latest", "iter_10")  # a full disk kept the newer from being named
+    assert checkpoint_to_resume("auto", folder.parent).name == "iter_20"
+    (folder / "latest").unlink()
+    for save in (folder / "iter_10", folder / "iter_20"):
+        (save / MANIFEST).write_text("")
+    with pytest.raises(CheckpointError, match=r"\(iter_10, iter_20\).*--resume PATH.*--overwrite"):
+        checkpoint_to_resume("auto", folder.parent)
+    with pytest.raises(ConfigError, match=r"holds a run \(iter_10, iter_20 "):
+        check_unused(folder.parent, None, overwrite=False, resumes=False)
+    for save in (folder / "iter_10", folder / "iter_20"):
+        shutil.rmtree(save)
+    assert checkpoint_to_resume("auto", folder.parent) is None
+
+
+def test_saves_without_readable_notes_are_not_lost(tmp_path):
+    spawn(saves_without_readable_notes_are_not_lost, 1, tmp_path / "checkpoints")
 
 
 def test_what_opening_sees_is_passed_over(tmp_path):

@@ -12,15 +12,15 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from internseg_ds.checkpoints.manifest import read_manifest, verify_manifest
-from internseg_ds.checkpoints.saves import complete_saves, noted_saves, place_of, pointed_to
+from internseg_ds.checkpoints.manifest import MANIFEST, read_manifest, verify_manifest
+from internseg_ds.checkpoints.saves import complete_saves, noted_saves, place_of, pointed_to, present_saves
 from internseg_ds.checkpoints.weights import weights_of
 from internseg_ds.checkpoints.zero_checkpoint import ZeroCheckpoint
 from internseg_ds.checkpoints.zero_files import find_save, missing_file_advice
 from internseg_ds.config.config_text import config_dict, config_text
 from internseg_ds.distributed.process_group import gather_from_ranks, raise_on_every_rank
 from internseg_ds.distributed.weight_loading import match_segmentor
-from internseg_ds.errors import CheckpointError
+from internseg_ds.errors import CheckpointError, shortened
 from internseg_ds.optimization.parameter_groups import named_groups, parameter_groups
 from internseg_ds.preflight.preflight import Plan
 from internseg_ds.training.resume.changed_settings import changed_classes, changed_groups, changed_settings
@@ -57,8 +57,8 @@ def checkpoint_to_resume(
     folder, trouble = work_dir / "checkpoints", None
     saves = complete_saves(folder)
     latest = folder / (pointed_to(folder, "latest") or "")  # plain DeepSpeed's have no note, but a pointer
-    if latest != folder and latest.is_dir() and latest not in saves[-1:]:
-        saves = [*(path for path in saves if path != latest), latest]
+    if latest != folder and latest.is_dir() and latest not in saves:
+        saves = [*saves, latest]
     for path in reversed(saves):
         try:
             return ZeroCheckpoint(find_checkpoint(path), partial=True, check=check).path
@@ -67,6 +67,12 @@ def checkpoint_to_resume(
             log.warning("%s; going on from the one before it", error)
     if trouble is not None:
         raise CheckpointError(f"{trouble}; none of the {len(saves)} checkpoints in {folder} is whole")
+    if present := present_saves(folder):
+        raise CheckpointError(
+            f"--resume auto: none of the checkpoints in {folder} ({shortened([path.name for path in present])}) "
+            f"has a note ({MANIFEST}) that can be read, and `latest` names none; name one to go on from "
+            "(--resume PATH), or set them aside and start anew (--overwrite)"
+        )
     return None
 
 
