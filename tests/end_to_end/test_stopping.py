@@ -4,6 +4,7 @@ weights of one that nobody disturbed."""
 import json
 import os
 import random
+import re
 import signal
 import socket
 import time
@@ -241,10 +242,10 @@ def test_a_signal_to_one_rank_while_it_builds_ends_all_with_its_code(number, cod
     os.kill(run.ranks[1].pid, number)
     assert run.codes() == [code, code], run.log.read_text()[-3000:]
     said = run.log.read_text()
-    assert (
-        f"rank 1 (host {socket.gethostname()}, process {run.ranks[1].pid}) at step 0, building ended with "
-        f"{number.name}, before training began" in said
-    )
+    rank = f"rank 1 (host {socket.gethostname()}, process {run.ranks[1].pid})"
+    # on a busy machine it is in its first step by the time that it ends
+    where = r"at step (0, building|1, \w+) ended with"
+    assert re.search(f"{re.escape(rank)} {where} {number.name}, before training began", said), said[-3000:]
     assert "Traceback" not in said
 
 
