@@ -38,13 +38,14 @@ def resize_to_shape(pos_embed: Tensor, shape: torch.Size) -> Tensor:
     return resize_position_embedding(pos_embed, (side, side))
 
 
-def is_square_embedding(in_file: torch.Size, in_model: torch.Size) -> bool:
-    """Whether `in_file` is (1, 1 + s * s, c), a class token and a square grid, with the c of `in_model`."""
+def is_square_embedding(in_file: torch.Size, in_model: torch.Size, prefix: int = 1) -> bool:
+    """Whether `in_file` is (1, prefix + s * s, c), so many tokens and a square grid, with the c of
+    `in_model`."""
     return (
         len(in_file) == 3
         and in_file[0] == 1
-        and in_file[1] > 1
-        and math.isqrt(in_file[1] - 1) ** 2 == in_file[1] - 1
+        and in_file[1] > prefix
+        and math.isqrt(in_file[1] - prefix) ** 2 == in_file[1] - prefix
         and in_file[2] == in_model[2]
     )
 

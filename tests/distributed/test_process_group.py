@@ -26,6 +26,7 @@ from internseg_ds.errors import ConfigError, Lost, UserError
 from tests.conftest import free_port
 from tests.distributed.ranks import spawn
 from tests.forks import start_ranks
+from tests.mounts import CLONE_NEWNS, skip_without_mounts
 
 
 @pytest.mark.parametrize(
@@ -172,15 +173,10 @@ def test_a_rank_that_is_killed_while_all_join_is_one_sentence(tmp_path):
     assert "another process ended while all met" in said and "MiB are free in /dev/shm" in said, said
 
 
-CLONE_NEWNS = 0x20000
-"""Of linux/sched.h: mounts of its own."""
-
-
 @contextmanager
 def mounts_of_its_own(commands: str) -> Iterator[int]:
     """A process whose mounts are its own, once it has run these shell commands."""
-    if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
-        pytest.skip("this machine allows no mounts of its own")
+    skip_without_mounts()
     script = f"set -e; {commands}; echo ready; exec sleep 600"
     with subprocess.Popen(["unshare", "--mount", "sh", "-c", script], stdout=subprocess.PIPE) as holder:
         try:

@@ -13,9 +13,7 @@ from internseg_ds.exit_codes import LOST, USER_ERROR
 from tests.conftest import TINY, data_options, free_port
 from tests.end_to_end.conftest import SMALL
 from tests.forks import script, start_ranks
-
-CLONE_NEWNS = 0x20000
-"""Of linux/sched.h: mounts of its own."""
+from tests.mounts import CLONE_NEWNS, skip_without_mounts
 
 
 def options_of(ade20k: Path, work_dir: Path) -> list[str]:
@@ -88,8 +86,7 @@ def with_little_shared_memory(args: list[str], log: Path) -> None:
 
 
 def test_too_little_shared_memory_for_all_ranks_of_a_host_is_one_sentence(ade20k, tmp_path):
-    if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
-        pytest.skip("this machine allows no mounts of its own")
+    skip_without_mounts()
     log = tmp_path / "log"
     ranks = start_ranks(with_little_shared_memory, 2, free_port(), options_of(ade20k, tmp_path / "run"), log)
     for rank in ranks:
@@ -113,11 +110,8 @@ def test_too_little_shared_memory_for_all_ranks_of_a_host_is_one_sentence(ade20k
     ],
 )
 def test_what_a_host_does_not_give_is_one_sentence(host, words, ade20k, tmp_path):
-    if (
-        host is with_little_shared_memory
-        and subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode
-    ):
-        pytest.skip("this machine allows no mounts of its own")
+    if host is with_little_shared_memory:
+        skip_without_mounts()
     log = tmp_path / "log"
     (rank,) = start_ranks(
         host,

@@ -8,8 +8,6 @@ a backbone beside its forward pass. Letters: b images, (h, w) a size, n tokens, 
 
 import difflib
 import inspect
-import logging
-import math
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -21,9 +19,8 @@ from torch import Tensor, nn
 
 from internseg_ds.models.activation_checkpointing import CheckpointingPolicy, checkpoint_calls
 from internseg_ds.models.repeated_blocks import repeated_blocks
+from internseg_ds.models.weight_resizing import is_patch_kernel, is_square_embedding
 from internseg_ds.torch_internals import reset_parameters_of
-
-log = logging.getLogger(__name__)
 
 ANY_SIZE: tuple[dict[str, Any], ...] = (
     {"dynamic_img_size": True},  # ViT, EVA: position embeddings follow each image
@@ -77,20 +74,18 @@ class TimmBackbone(BaseModule):
         self.with_cp = with_cp
         self.freeze = freeze
         self.recomputation: CheckpointingPolicy = "blocks"
-        in_classifier = {name for name, _ in self.model.named_parameters()}
+        whole = {name for name, _ in self.model.named_parameters()}
         self.out_indices = _prune(self.model, model_name, out_indices, final_norm)
         self.final_norm = final_norm
         kept = {name for name, _ in self.model.named_parameters()}
-        self.pretrained_extras: tuple[str, ...] = tuple(sorted(in_classifier - kept))
+        self.pretrained_extras: tuple[str, ...] = tuple(sorted(whole - kept))
         levels: Any = self.model.feature_info
         self.channels: tuple[int, ...] = tuple(levels[index]["num_chs"] for index in self.out_indices)
 
         # what these attributes mean: `Backbone` in models/backbone.py
-        self.patch_size: int | tuple[int, int] = getattr(
-            getattr(self.model, "patch_embed", None), "patch_size", 1
-        )
-        if not self._is_plain():
-            self.patch_size = 1  # hierarchical models round the sizes of their maps
+        self.patch_size: int | tuple[int, int] = 1  # hierarchical models round the sizes of their maps
+        if self._is_plain():
+            self.patch_size = getattr(self.model.patch_embed, "patch_size", 1)
         self.follows_dtype = self._is_plain()
         self._layer_ids = _layer_ids(self.model)
         self.depth = max(self._layer_ids.values())
@@ -239,19 +234,12 @@ def _resizable(model: Any) -> dict[str, tuple[Any, Any]]:
         prefix = 0 if getattr(model, "no_embed_class", False) else model.num_prefix_tokens
         grid = tuple(model.patch_embed.grid_size)
         found["model.pos_embed"] = (
-            partial(_is_square_embedding, prefix=prefix),
+            partial(is_square_embedding, prefix=prefix),
             partial(_resize_embedding, grid=grid, prefix=prefix),
         )
     if isinstance(getattr(getattr(model, "patch_embed", None), "proj", None), nn.Conv2d):
-        found["model.patch_embed.proj.weight"] = (_is_patch_kernel, _resize_kernel)
+        found["model.patch_embed.proj.weight"] = (is_patch_kernel, _resize_kernel)
     return found
-
-
-def _is_square_embedding(in_file: torch.Size, in_model: torch.Size, prefix: int) -> bool:
-    """Whether `in_file` is (1, prefix + s * s, c) with the c of `in_model`."""
-    if len(in_file) != 3 or in_file[0] != 1 or in_file[2] != in_model[2] or in_file[1] <= prefix:
-        return False
-    return math.isqrt(in_file[1] - prefix) ** 2 == in_file[1] - prefix
 
 
 def _resize_embedding(pos_embed: Tensor, shape: torch.Size, grid: tuple[int, int], prefix: int) -> Tensor:
@@ -259,11 +247,6 @@ def _resize_embedding(pos_embed: Tensor, shape: torch.Size, grid: tuple[int, int
     from timm.layers import resample_abs_pos_embed
 
     return resample_abs_pos_embed(pos_embed, list(grid), num_prefix_tokens=prefix).view(shape)
-
-
-def _is_patch_kernel(in_file: torch.Size, in_model: torch.Size) -> bool:
-    """Whether `in_file` (c, channels, p, p) differs from `in_model` in the patch size alone."""
-    return len(in_file) == 4 and in_file[:2] == in_model[:2]
 
 
 def _resize_kernel(kernel: Tensor, shape: torch.Size) -> Tensor:
