@@ -116,6 +116,8 @@ class StopRequests:
         """file: looked for, by the rank that is given it. watch: is told, and knows whether another rank was
         asked."""
         self.file, self.watch, self.launcher = file, watch, launcher
+        self.reason = ""
+        """Why this rank itself was asked to stop; empty when it was not."""
         self._training = False
         self._first, self._looked = 0.0, 0.0
         self._unlisten: Callable[[], None] | None = None
@@ -144,11 +146,14 @@ class StopRequests:
         if not self.watch.asked_to_stop and time.monotonic() - self._looked > LOOK_S:
             self._looked = time.monotonic()
             if self.launcher.gone():
-                log.warning("the launcher of this training has ended, so it stops, too")
-                self.watch.ask_to_stop()
+                self._ask("the launcher of this training has ended")
             elif self.file is not None and self.file.exists():
-                self.watch.ask_to_stop()
+                self._ask(f"{self.file} is there")
         return self.watch.asked_to_stop
+
+    def _ask(self, reason: str) -> None:
+        self.reason = self.reason or reason
+        self.watch.ask_to_stop()
 
     def _note(self, number: int) -> None:
         now = time.monotonic()
@@ -158,7 +163,7 @@ class StopRequests:
             os._exit(_code_before_training(number))
         if number == signal.SIGINT and self._first and now - self._first > SAME_REQUEST_S:
             os._exit(INTERRUPTED)
-        self.watch.ask_to_stop()
+        self._ask(f"rank {self.watch.world.rank} got {_name(number)}")
         if not self._first:
             self._first = now
             log.info(

@@ -8,7 +8,7 @@ from contextlib import closing
 from internseg_ds.data.datasets import SegmentationDataset
 from internseg_ds.data.loading import Batch, training_batches
 from internseg_ds.data.sampler import GlobalBatchSampler
-from internseg_ds.distributed.process_group import Vote
+from internseg_ds.distributed.process_group import Vote, gather_from_ranks
 from internseg_ds.errors import CheckpointError
 from internseg_ds.evaluation.evaluator import Abandoned
 from internseg_ds.evaluation.report import write_report
@@ -138,7 +138,10 @@ def _finish(run: TrainingRun, nonfinite: NonfiniteSteps, start: int) -> None:
     earlier = "the newest checkpoint that was there before, if any"
     if run.stopped:
         goes_on = (newest if run.options.saves else earlier) or "its beginning"
-        log.info("stopped at step %d, as asked to; --resume auto goes on from %s", state.step, goes_on)
+        # of every rank: rank 0, which writes the log, is often not the one that was asked
+        reasons = [reason for reason in gather_from_ranks(run.stop_requests.reason) if reason]
+        why = reasons[0] if reasons else "as asked to"
+        log.info("stopped at step %d: %s; --resume auto goes on from %s", state.step, why, goes_on)
     if run.world.is_main:
         records = run.work_dir / "metrics.jsonl"
         with unless_disk_full("the curves are not drawn"):

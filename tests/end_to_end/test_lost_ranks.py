@@ -134,7 +134,7 @@ def test_a_training_whose_launcher_was_terminated_saves_and_ends(ade20k, tmp_pat
         assert nothing_stays(tmp_path, within_s=60)
     said = (tmp_path / "train.log").read_text()
     tag = (tmp_path / "checkpoints/latest").read_text()
-    assert "the launcher of this training" in said and f"--resume auto goes on from {tag}" in said
+    assert "the launcher of this training has ended" in said and f"--resume auto goes on from {tag}" in said
 
 
 @pytest.mark.parametrize(
