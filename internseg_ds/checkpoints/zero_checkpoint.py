@@ -21,7 +21,7 @@ gradients is another optimizer of DeepSpeed's, whose files do not say their stag
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,12 +29,13 @@ from torch import Tensor
 from internseg_ds.checkpoints.manifest import checked_files, read_manifest, verify_manifest
 from internseg_ds.checkpoints.stored_tensors import Stored
 from internseg_ds.checkpoints.zero_files import COPY_ALL_HOSTS, find_files, find_save
-from internseg_ds.checkpoints.zero_shards import MOMENTS, ModelState, ZeroShards, read_shards
+from internseg_ds.checkpoints.zero_shards import ModelState, ZeroShards, read_shards
 from internseg_ds.errors import CheckpointError
 from internseg_ds.zero_partition import share_per_rank
 
-What = Literal["fp32", "exp_avg", "exp_avg_sq", "ema"]
-"""Of a parameter: its fp32 master weight, AdamW's moments, or its exponential moving average."""
+What = str
+"""Of a parameter: its fp32 master weight ("fp32"), its exponential moving average ("ema"), or what the optimizer
+keeps of each element, by the optimizer's name for it ("exp_avg")."""
 T = TypeVar("T")
 
 
@@ -89,7 +90,9 @@ class ZeroCheckpoint:
     Attributes: path, stage, world_size, manifest (this engine's note, or {}), shapes (name -> torch.Size of
     every parameter, frozen ones too), buffers (name -> Tensor), client_state; trained (names), steps and
     samples (of the engine, skipped ones too), scheduled (steps of the learning-rate schedule), updates (of
-    AdamW), has_ema; ranks (whose files are here: all of them, unless `partial`).
+    the optimizer, 0 where it does not count them), moments (names of what the optimizer keeps of each
+    element; none before its first step), counts (what it keeps once, by name), has_ema; ranks (whose files
+    are here: all of them, unless `partial`).
     """
 
     def __init__(self, path: Path, *, partial: bool = False, check: bool = True) -> None:
@@ -119,7 +122,10 @@ class ZeroCheckpoint:
         self.scheduled = int(
             self.steps - state.skipped_steps if state.scheduled_steps is None else state.scheduled_steps
         )
+        first = shards.optimizer[0]
         self.updates = next((shard.step for shard in shards.optimizer if shard.step is not None), 0)
+        self.moments = tuple(name for name, of_groups in first.moments.items() if of_groups)
+        self.counts = first.counts
         self.client_state = state.client_state
 
     def _index_parameters(self, shards: ZeroShards) -> None:
@@ -155,8 +161,8 @@ class ZeroCheckpoint:
     def _index_values(self, shards: ZeroShards) -> None:
         """Of each rank the flat vectors of trained parameters, and the fragments of frozen ones."""
         flat: dict[What, list[list[Stored]]] = {"fp32": [shard.master_weights for shard in shards.optimizer]}
-        for moment in MOMENTS:
-            flat[moment] = [shard.moments[moment] for shard in shards.optimizer]
+        for moment in self.moments:
+            flat[moment] = [shard.moments.get(moment, []) for shard in shards.optimizer]
         self.has_ema = shards.ema is not None
         if shards.ema is not None:
             flat["ema"] = shards.ema
@@ -198,7 +204,7 @@ class ZeroCheckpoint:
         return self.read_slice(name, 0, self.shapes[name].numel()).view(self.shapes[name])
 
     def read_slice(self, name: str, start: int, stop: int, what: What = "fp32") -> Tensor:
-        """Elements [start, stop) of a parameter laid out flat, of its AdamW moments, or of its average (EMA):
+        """Elements [start, stop) of a parameter laid out flat, of one of its moments, or of its average (EMA):
         (stop - start,) float32, a fresh tensor. Reads no more than these.
 
         This is what a rank of another number of processes, or of another stage, needs of an old checkpoint.

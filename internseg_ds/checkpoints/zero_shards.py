@@ -9,7 +9,7 @@ Written for the files of deepspeed 0.19.8.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -18,18 +18,16 @@ from internseg_ds.checkpoints.stored_tensors import Stored, load_stored
 from internseg_ds.checkpoints.zero_files import ZeroFiles, file_of_rank
 from internseg_ds.errors import CheckpointError
 
-MOMENTS: tuple[Literal["exp_avg", "exp_avg_sq"], ...] = ("exp_avg", "exp_avg_sq")
-"""AdamW's state, by the names that torch gives it."""
-
 
 @dataclass(frozen=True)
 class OptimizerShard:
     """One rank's optim_states file.
 
-    master_weights: flat partitions of the trained parameters, (n,) float32, one a group. moments: by name,
-    AdamW's moments, (n,) float32 each, cut like the master weights; [] before the first step. step:
-    updates that the optimizer had done, None where the file does not say. paddings: elements that ZeRO-1 and
-    2 put behind each parameter of each group, None for none.
+    master_weights: flat partitions of the trained parameters, (n,) float32, one a group. moments: by the
+    optimizer's names (exp_avg and exp_avg_sq of AdamW), what it keeps of each element, (n,) each, cut like the
+    master weights; empty before the first step. counts: by name, what it keeps once for each group (step).
+    step: updates that the optimizer had done, None where the file does not say. paddings: elements that ZeRO-1
+    and 2 put behind each parameter of each group, None for none.
     """
 
     file: Path
@@ -38,6 +36,7 @@ class OptimizerShard:
     step: int | None
     master_weights: list[Stored]
     moments: dict[str, list[Stored]]
+    counts: dict[str, Any]
     paddings: list[list[int]] | None
 
 
@@ -133,22 +132,37 @@ def _optimizer_shard(file: Path, content: Any) -> OptimizerShard:
     partitions = shard["partition_count"]  # of each group, or of all
     flat = shard["fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"]
     master_weights = [flat] if isinstance(flat, Stored) else list(flat)
-    states = _adam_states(shard)
+    states = _states(shard)
+    kept = states.get(0, {})
     return OptimizerShard(
         file=file,
         stage=stage,
         world_size=int(max(partitions) if isinstance(partitions, (list, tuple)) else partitions),
         step=_last_step(states),
         master_weights=master_weights,
-        moments={moment: _moment_of_every_group(states, moment, len(master_weights)) for moment in MOMENTS},
+        moments={
+            name: _moment_of_every_group(states, name, len(master_weights))
+            for name, value in kept.items()
+            if _is_moment(value)
+        },
+        counts={
+            name: value.read() if isinstance(value, Stored) else value
+            for name, value in kept.items()
+            if value is not None and not _is_moment(value)
+        },
         paddings=shard.get("param_alignment_paddings"),
     )
 
 
-def _adam_states(shard: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """Group -> AdamW's state of it, as torch's optimizer has it."""
+def _states(shard: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """Group -> the optimizer's state of it, as torch's optimizers have it."""
     base = shard.get("optimizer_state_dict") or shard.get("base_optimizer_state") or {}
     return base.get("state", {}) if isinstance(base, dict) else {}
+
+
+def _is_moment(value: Any) -> bool:
+    """Whether part of an optimizer's state is of each element: a flat tensor, and no count."""
+    return isinstance(value, Stored) and len(value.shape) == 1
 
 
 def _last_step(states: Mapping[int, Mapping[str, Any]]) -> int | None:

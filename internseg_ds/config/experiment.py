@@ -9,7 +9,7 @@ did and the engine does itself is interpreted; a key that has no effect here bec
 import difflib
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from internseg_ds.config.config_file import load_config
 from internseg_ds.config.config_variables import unused_crop_size, unused_variables
 from internseg_ds.config.engine_options import EngineOptions, read_options, whole_number
 from internseg_ds.config.known_keys import OPTIONAL, READ, REPLACED, SECTIONS
-from internseg_ds.config.lr_schedule import LrSchedule, read_schedule, schedule_warnings
+from internseg_ds.config.lr_schedule import LrSchedule, counts_epochs, read_schedule, schedule_warnings
 from internseg_ds.config.section_keys import hook_notes, near_misses, section_notes
 from internseg_ds.config.sections import (
     CheckpointSettings,
@@ -67,6 +67,32 @@ class Experiment:
     notes: tuple[str, ...] = ()
     """What has no effect here, and why."""
     warnings: tuple[str, ...] = ()
+    counts_epochs: bool = False
+    """Whether steps are epochs as yet, as the config counts them: `max_steps`, and the intervals of
+    evaluation and checkpoints that are by epoch. `in_steps` makes them steps."""
+
+    def in_steps(self, steps_per_epoch: int) -> "Experiment":
+        """The experiment with epochs of so many steps, where it counts epochs; else as it is."""
+        if not self.counts_epochs:
+            return self
+
+        def steps_of(interval: int, section: str) -> int:
+            by_epoch = (self.cfg.get(section) or {}).get("by_epoch", True)
+            return interval * steps_per_epoch if by_epoch and interval > 0 else interval
+
+        evaluation, checkpoints = self.evaluation, self.checkpoints
+        schedule = self.schedule.with_epochs_of(steps_per_epoch)
+        return replace(
+            self,
+            schedule=schedule,
+            evaluation=replace(evaluation, interval=steps_of(evaluation.interval, "evaluation")),
+            checkpoints=replace(checkpoints, interval=steps_of(checkpoints.interval, "checkpoint_config")),
+            notes=(
+                *self.notes,
+                f"an epoch is {steps_per_epoch:,} steps, so the run has {schedule.max_steps:,}",
+            ),
+            counts_epochs=False,
+        )
 
     @property
     def name(self) -> str:
@@ -88,8 +114,7 @@ def read_experiment(
     """Reads a config file (or an mmcv Config) and applies `--cfg-options`.
 
     Raises ConfigError for a missing or broken file, an option path that exists nowhere, an unknown key of
-    `engine`, and whatever the engine cannot run (an epoch-based runner, a policy without a rate for each
-    step).
+    `engine`, and whatever the engine cannot run (a policy without a rate for each step, say).
     """
     path, cfg = load_config(config)
     for option, value in (cfg_options or {}).items():
@@ -97,12 +122,16 @@ def read_experiment(
         cfg.merge_from_dict({option: value})
     if "runner" not in cfg and "total_iters" in cfg:  # as mmseg's own training reads old configs
         cfg.runner = dict(type="IterBasedRunner", max_iters=cfg.total_iters)
+    elif "runner" not in cfg and "total_epochs" in cfg:
+        cfg.runner = dict(type="EpochBasedRunner", max_epochs=cfg.total_epochs)
     _check_sections(cfg, path)
     _check_data(cfg.data, path)
     notes = [*_notes(cfg), *section_notes(cfg, path)]
-    if any((cfg.get(key) or {}).get("by_epoch") for key in ("checkpoint_config", "evaluation")):
-        notes.append("by_epoch is taken as False: intervals are in steps")
     schedule = read_schedule(cfg, path)
+    if not counts_epochs(cfg) and any(
+        (cfg.get(key) or {}).get("by_epoch") for key in ("checkpoint_config", "evaluation")
+    ):
+        notes.append("by_epoch is taken as False: the runner counts steps, and so do the intervals")
     engine = read_options(cfg.get("engine") or {}, path)
     gradient = read_gradient(cfg, path)
     _check_one_accumulation(engine, gradient, path)
@@ -134,8 +163,9 @@ def read_experiment(
             *near_misses(cfg, path),
             *unused_crop_size(cfg, path),
             *unused_variables(cfg, path),
-            *schedule_warnings(cfg.lr_config, cfg.optimizer.get("lr"), schedule.max_steps, path),
+            *schedule_warnings(cfg.lr_config, cfg.optimizer.get("lr"), schedule, path),
         ),
+        counts_epochs=counts_epochs(cfg),
     )
 
 
@@ -169,12 +199,12 @@ def _notes(cfg: Config) -> Iterator[str]:
             yield f"{key} = {short_repr(cfg[key])} has no effect: {why}"
     if cfg.data.get("val") is None and cfg.data.get("test") is not None:
         yield "data.val is not set: data.test is evaluated on"
-    steps = cfg.runner.get("max_iters")
-    if cfg.get("total_iters", steps) != steps:
-        yield (
-            f"total_iters = {short_repr(cfg.total_iters)} has no effect: runner.max_iters = {steps} says how "
-            "long a run is"
-        )
+    for old, key in (("total_iters", "max_iters"), ("total_epochs", "max_epochs")):
+        if old in cfg and cfg[old] != cfg.runner.get(key):
+            yield (
+                f"{old} = {short_repr(cfg[old])} has no effect: runner.{key} = {cfg.runner.get(key)} says how "
+                "long a run is"
+            )
 
 
 def _check_one_accumulation(engine: EngineOptions, gradient: GradientSettings, path: str) -> None:

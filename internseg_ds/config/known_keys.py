@@ -40,7 +40,7 @@ RUN = ("work_dir", "seed", "load_from", "resume_from", "auto_resume", "log_level
 """Single settings at the top of a config."""
 READ = (*SECTIONS, *RUN, *REPLACED)
 """All that is read of a file; the rest are variables of its own."""
-ELSEWHERE = ("custom_imports", "total_iters")
+ELSEWHERE = ("custom_imports", "total_iters", "total_epochs")
 """What mmcv and mmseg read at the top of a config while they load it, or read long ago."""
 
 KNOWN: dict[str, tuple[str, ...]] = {
@@ -52,7 +52,7 @@ KNOWN: dict[str, tuple[str, ...]] = {
     "optimizer_config.grad_clip": ("max_norm", "norm_type"),
     "lr_config": ("policy", *sorted(set().union(*map(arguments, policies())))),
     "log_config": ("interval", "hooks"),
-    "runner": ("type", "max_iters"),
+    "runner": ("type", "max_iters", "max_epochs"),
     "model.test_cfg": ("mode", "crop_size", "stride", "batch_size"),
     "model.train_cfg": (),
 }

@@ -7,7 +7,7 @@ runner is there.
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
@@ -75,10 +75,23 @@ class LrSchedule:
     max_steps: int
     policy: str = "poly"
     settings: Mapping[str, Any] = field(default_factory=dict)
+    steps_per_epoch: int | None = None
+    """Of a run whose length its config gives in epochs; with settings["by_epoch"], mmcv's default, its rate
+    then changes between epochs only (but for the warmup)."""
 
     @cached_property
     def _hook(self) -> LrUpdaterHook:
-        return policies()[policy_name(self.policy)](**{**self.settings, "by_epoch": False})
+        by_epoch = self.steps_per_epoch is not None and self.settings.get("by_epoch", True)
+        return policies()[policy_name(self.policy)](
+            **{**self.settings, "by_epoch": by_epoch, "warmup_by_epoch": False}
+        )
+
+    def with_epochs_of(self, steps: int) -> "LrSchedule":
+        """A schedule that was read with epochs of one step, with epochs of so many."""
+        settings = dict(self.settings)
+        if settings.pop("warmup_by_epoch", False):
+            settings["warmup_iters"] *= steps
+        return replace(self, max_steps=self.max_steps * steps, settings=settings, steps_per_epoch=steps)
 
     def check(self) -> None:
         """Asks for the first rate and the last. Raises whatever mmcv's hook does, for settings that it does
@@ -104,7 +117,13 @@ class LrSchedule:
 
     def _runner_at(self, step: int) -> SimpleNamespace:
         """What mmcv's hooks ask of a runner."""
-        return SimpleNamespace(iter=step, max_iters=self.max_steps)
+        length = self.steps_per_epoch or 1
+        return SimpleNamespace(
+            iter=step,
+            max_iters=self.max_steps,
+            epoch=step // length,
+            max_epochs=self.max_steps // length,
+        )
 
     def scheduler(self, optimizer: Optimizer) -> LambdaLR:
         """The schedule as torch's scheduler over `optimizer`'s groups; each group keeps its own base rate
@@ -118,9 +137,14 @@ class LrSchedule:
 
 
 def read_schedule(cfg: Config, path: str) -> LrSchedule:
-    """The sections `runner` and `lr_config` of a config; path: for messages. Raises ConfigError for what
-    counts epochs, and for settings that the policy does not take."""
-    steps = _max_steps(cfg.runner, path)
+    """The sections `runner` and `lr_config` of a config; path: for messages.
+
+    Where the runner counts epochs, each of them has one step, until `with_epochs_of` gives the true number.
+    Raises ConfigError for a runner that counts steps with a policy that counts epochs, and for settings that
+    the policy does not take.
+    """
+    in_epochs = counts_epochs(cfg)
+    steps = _max_steps(cfg.runner, path, "max_epochs" if in_epochs else "max_iters")
     section: Mapping[str, Any] = cfg.lr_config
     policy = section.get("policy", "poly")
     if not isinstance(policy, str) or policy_name(policy) not in policies():
@@ -130,15 +154,15 @@ def read_schedule(cfg: Config, path: str) -> LrSchedule:
         )
     settings = {key: value for key, value in section.items() if key != "policy"}
     counts = policy_name(policy) != "Fixed"  # which has the same rate whatever is counted
-    if (counts and settings.get("by_epoch", True)) or settings.get("warmup_by_epoch"):
+    if not in_epochs and ((counts and settings.get("by_epoch", True)) or settings.get("warmup_by_epoch")):
         raise ConfigError(
-            f"lr_config of {path} must have by_epoch=False (mmcv's default is True): steps are counted "
-            "here, not epochs"
+            f"lr_config of {path} must have by_epoch=False (mmcv's default is True): its runner counts steps, "
+            "not epochs"
         )
     _check_settings(settings, policy, path)
     if not settings.get("warmup_iters", 0):  # mmcv wants at least one step of a warmup
         settings.pop("warmup", None)
-    schedule = LrSchedule(steps, policy, settings)
+    schedule = LrSchedule(steps, policy, settings, steps_per_epoch=1 if in_epochs else None)
     try:
         schedule.check()
     except Exception as error:  # whatever mmcv's hook refuses with
@@ -146,13 +170,20 @@ def read_schedule(cfg: Config, path: str) -> LrSchedule:
     return schedule
 
 
-def _max_steps(runner: Mapping[str, Any], path: str) -> int:
-    if runner.get("type", "IterBasedRunner") != "IterBasedRunner" or "max_iters" not in runner:
+def counts_epochs(cfg: Mapping[str, Any]) -> bool:
+    """Whether a config gives the length of its run in epochs."""
+    return cfg["runner"].get("type") == "EpochBasedRunner"
+
+
+def _max_steps(runner: Mapping[str, Any], path: str, key: str) -> int:
+    kind = runner.get("type", "IterBasedRunner")
+    if kind not in ("IterBasedRunner", "EpochBasedRunner") or key not in runner:
         raise ConfigError(
-            f"runner = {dict(runner)} of {path}: steps are counted here, not epochs; "
-            "write runner = dict(type='IterBasedRunner', max_iters=...)"
+            f"runner = {dict(runner)} of {path} does not say how long a run is; write "
+            "runner = dict(type='IterBasedRunner', max_iters=...), or "
+            "dict(type='EpochBasedRunner', max_epochs=...)"
         )
-    return whole_number(runner["max_iters"], f"runner.max_iters of {path}", least=1)
+    return whole_number(runner[key], f"runner.{key} of {path}", least=1)
 
 
 def _check_settings(settings: Mapping[str, Any], policy: str, path: str) -> None:
@@ -165,18 +196,20 @@ def _check_settings(settings: Mapping[str, Any], policy: str, path: str) -> None
             raise ConfigError(f"lr_config.{key}={value!r} of {path} must be a number of at least 0")
 
 
-def schedule_warnings(lr_config: Mapping[str, Any], lr: Any, steps: int, path: str) -> Iterator[str]:
-    """What is odd about a schedule. lr: the optimizer's."""
+def schedule_warnings(
+    lr_config: Mapping[str, Any], lr: Any, schedule: LrSchedule, path: str
+) -> Iterator[str]:
+    """What is odd about the `schedule` that `lr_config` describes. lr: the optimizer's."""
     warmup = lr_config.get("warmup_iters") or 0
     if warmup and lr_config.get("warmup") is None:
         yield (
             f"lr_config.warmup_iters={warmup} of {path} warms nothing up without warmup='linear' "
             "(or 'constant', 'exp')"
         )
-    elif warmup >= steps:
+    elif schedule.steps_per_epoch is None and warmup >= schedule.max_steps:
         yield (
             f"lr_config.warmup_iters={warmup} of {path} is as long as all of the training "
-            f"({steps} steps), which never gets to its learning rate"
+            f"({schedule.max_steps} steps), which never gets to its learning rate"
         )
     least = lr_config.get("min_lr")
     if lr == 0 and not least:

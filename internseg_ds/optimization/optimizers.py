@@ -2,6 +2,7 @@
 state is offloaded."""
 
 import difflib
+import importlib
 import inspect
 import math
 import types
@@ -14,43 +15,51 @@ from mmcv.runner.optimizer import OPTIMIZERS
 from internseg_ds.config.ds_config import SUB_GROUP, DsConfig
 from internseg_ds.distributed.extensions import build_extension
 from internseg_ds.errors import ConfigError, reason_of, unknown_key
+from internseg_ds.optimization.optimizer_state import OptimizerState, optimizer_state
 from internseg_ds.optimization.ranged_adam import RangedAdam
 
-PACKAGES = {
-    "8bit": "bitsandbytes",
-    "lion": "lion-pytorch",
-    "lamb": "timm",
-    "adan": "timm",
-    "lars": "timm",
-    "prodigy": "prodigyopt",
-    "dadapt": "dadaptation",
-    "schedulefree": "schedulefree",
-}
-"""Packages of optimizers that neither torch nor mmcv have, by a part of the optimizers' names in lower
-case."""
+
+def optimizer_class(kind: Any) -> type[Any]:
+    """The class of optimizer.type: of mmcv's registry, in which all of torch's are; of timm (Lion); or, by its
+    whole path, of any package ("package.module.Class"). Raises ConfigError where there is none."""
+    module, _, name = str(kind).rpartition(".")
+    if not module and (registered := OPTIMIZERS.get(name)) is not None:
+        return registered
+    try:
+        found = getattr(importlib.import_module(module or "timm.optim"), name, None)
+    except ImportError as error:
+        raise ConfigError(f"optimizer.type={kind!r} cannot be imported: {reason_of(error)}") from None
+    if isinstance(found, type) and issubclass(found, torch.optim.Optimizer):
+        return found
+    known = {each.lower(): each for each in OPTIMIZERS.module_dict}
+    near = [known[each] for each in difflib.get_close_matches(str(kind).lower(), known, n=1)]
+    hint = f"did you mean {near[0]!r}?" if near else "AdamW is the usual one"
+    raise ConfigError(
+        f"optimizer.type={kind!r} is no optimizer of torch, mmcv or timm; {hint} (one of another package is "
+        "named by its path, 'package.module.Class')"
+    )
 
 
 def check_optimizer(section: Mapping[str, Any], ds: DsConfig) -> str:
     """The optimizer's type.
 
-    section: the config's `optimizer`. Raises ConfigError when mmcv knows no such type, when it does not take
-    these settings, or when an offloaded optimizer is not Adam or AdamW.
+    section: the config's `optimizer`. Raises ConfigError when there is no such type, when it does not take
+    these settings or cannot work on ZeRO's pieces of tensors, or when an offloaded optimizer is not Adam or AdamW.
     """
     kind = section.get("type", "AdamW")
-    if OPTIMIZERS.get(kind) is None:
-        raise ConfigError(f"optimizer.type={kind!r} is not registered in mmcv; {_where_it_may_be(str(kind))}")
+    of_kind = optimizer_class(kind)
     if ds.cpu_adam and kind not in ("Adam", "AdamW"):
         raise ConfigError(
             f"{ds.source} offloads the optimizer, which runs DeepSpeed's CPU Adam, but optimizer.type is "
             f"{kind!r}; use AdamW, or drop offload_optimizer"
         )
-    parameters = inspect.signature(OPTIMIZERS.get(kind)).parameters
+    parameters = inspect.signature(of_kind).parameters
     if not any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
         for key in _settings(section):
             if key not in parameters:
                 raise unknown_key(key, parameters.keys() - {"params"}, f"optimizer {kind}")
     try:
-        OPTIMIZERS.get(kind)([torch.zeros(1, requires_grad=True)], **_settings(section))
+        of_kind([torch.zeros(1, requires_grad=True)], **_settings(section))
         if ds.cpu_adam:
             from deepspeed.ops.adam import DeepSpeedCPUAdam
 
@@ -58,20 +67,14 @@ def check_optimizer(section: Mapping[str, Any], ds: DsConfig) -> str:
             inspect.signature(DeepSpeedCPUAdam).bind([], adamw_mode=True, **_settings(section))
     except Exception as error:  # constructors raise errors of all kinds
         raise ConfigError(f"optimizer {kind} does not take these settings: {reason_of(error)}") from None
+    kept_state(section)
     return kind
 
 
-def _where_it_may_be(kind: str) -> str:
-    """How to get an optimizer that is not registered."""
-    package = next((package for word, package in PACKAGES.items() if word in kind.lower()), None)
-    if package is not None:
-        return (
-            f"it is a class of the package {package}: pip install {package}, and register it in a module "
-            f"that custom_imports names, OPTIMIZERS.register_module(module={kind}) with mmcv.runner's "
-            "OPTIMIZERS"
-        )
-    near = difflib.get_close_matches(kind, OPTIMIZERS.module_dict, n=1)
-    return f"did you mean {near[0]!r}?" if near else "AdamW is the usual one"
+def kept_state(section: Mapping[str, Any]) -> OptimizerState:
+    """What the optimizer of a config keeps of its parameters. Raises ConfigError for one that does not work on
+    flat pieces of tensors."""
+    return optimizer_state(optimizer_class(section.get("type", "AdamW")), _settings(section))
 
 
 def _settings(section: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,7 +94,7 @@ def is_ranged(section: Mapping[str, Any], ds: DsConfig) -> bool:
         not ds.cpu_adam
         and not section.get("amsgrad")
         and kind in kinds
-        and OPTIMIZERS.get(kind) is kinds[kind]
+        and optimizer_class(kind) is kinds[kind]
     )
 
 
@@ -119,8 +122,8 @@ def build_optimizer(
     if kind in ("Adam", "AdamW") and not settings.get("foreach"):
         settings.setdefault("fused", True)
     if is_ranged(section, ds):
-        return RangedAdam(groups, OPTIMIZERS.get(kind), group_limit(ds), **settings)
-    optimizer = OPTIMIZERS.get(kind)(groups, **settings)
+        return RangedAdam(groups, optimizer_class(kind), group_limit(ds), **settings)
+    optimizer = optimizer_class(kind)(groups, **settings)
     # on the object, not by a subclass: DeepSpeed recognises its optimizers by their exact class
     optimizer.step = types.MethodType(_step_of_groups_with_parameters, optimizer)
     return optimizer

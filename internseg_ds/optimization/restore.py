@@ -2,10 +2,10 @@
 the files, without talking to another.
 
 In: an initialised DeepSpeed engine whose module holds the checkpoint's weights (`weight_loading.load`), and
-the checkpoint. Out: the same engine with the checkpoint's fp32 master weights, Adam moments, step counts and
-schedule, as if it had trained until there itself. DeepSpeed's own loading needs the same stage and number of
-processes; its universal checkpoints (0.19.8) need a converted copy on disk and give every group the first
-group's learning rate.
+the checkpoint. Out: the same engine with the checkpoint's fp32 master weights, moments of the optimizer, step
+counts and schedule, as if it had trained until there itself. DeepSpeed's own loading needs the same stage and
+number of processes; its universal checkpoints (0.19.8) need a converted copy on disk and give every group the
+first group's learning rate.
 """
 
 from typing import Any
@@ -24,8 +24,6 @@ from internseg_ds.distributed.zero_internals import (
 )
 from internseg_ds.torch_internals import set_schedule_position
 
-MOMENTS: tuple[What, ...] = ("exp_avg", "exp_avg_sq")
-
 
 @torch.no_grad()
 def restore(engine: Any, checkpoint: ZeroCheckpoint, schedule: LrSchedule) -> None:
@@ -35,17 +33,16 @@ def restore(engine: Any, checkpoint: ZeroCheckpoint, schedule: LrSchedule) -> No
     state, or is damaged where this rank reads.
     """
     partitions, optimizer = fp32_partitions(engine), inner_optimizer(engine)
-    if checkpoint.updates:
+    if checkpoint.moments or checkpoint.counts:
         for partition in partitions:
-            optimizer.state[partition] = _empty_adam_state(optimizer, partition, checkpoint.updates)
+            optimizer.state[partition] = _empty_state(optimizer, partition, checkpoint)
     for name, param in engine.module.named_parameters():
         fragment = fragment_of(engine, param)
         if fragment is None:
             continue
         partition = partitions[fragment.partition]
         targets: dict[What, Tensor] = {"fp32": partition.data}
-        if checkpoint.updates:
-            targets |= {what: optimizer.state[partition][what] for what in MOMENTS}
+        targets |= {what: optimizer.state[partition][what] for what in checkpoint.moments}
         for what, target in targets.items():
             target[fragment.in_partition] = checkpoint.read_slice(name, fragment.start, fragment.stop, what)
     set_step_counters(engine, steps=checkpoint.steps, skipped=checkpoint.steps - checkpoint.scheduled)
@@ -54,11 +51,14 @@ def restore(engine: Any, checkpoint: ZeroCheckpoint, schedule: LrSchedule) -> No
     set_schedule_position(scheduler, checkpoint.scheduled, rates)
 
 
-def _empty_adam_state(
-    optimizer: torch.optim.Optimizer, partition: Tensor, updates: int
-) -> dict[str, int | Tensor]:
-    """Adam's state of one flat tensor after so many updates, with moments of zeros."""
-    return {
-        "step": step_count_in_state(optimizer, updates, partition.device),
-        **{what: torch.zeros_like(partition.data) for what in MOMENTS},
+def _empty_state(
+    optimizer: torch.optim.Optimizer, partition: Tensor, checkpoint: ZeroCheckpoint
+) -> dict[str, Any]:
+    """The optimizer's state of one flat tensor when the checkpoint was saved, with moments of zeros."""
+    state: dict[str, Any] = {
+        name: value.clone() if isinstance(value, Tensor) else value
+        for name, value in checkpoint.counts.items()
     }
+    if "step" in state:
+        state["step"] = step_count_in_state(optimizer, checkpoint.updates, partition.device)
+    return state | {what: torch.zeros_like(partition.data) for what in checkpoint.moments}

@@ -26,13 +26,13 @@ from internseg_ds.planning.zero_settings import ZeroSettings
 @dataclass(frozen=True)
 class StepEstimate:
     """One optimizer step. within_node, between_nodes: bytes that each GPU sends. hours: of the schedule, or of
-    as many images as it sees where the recipe's batch cannot be kept."""
+    as many images as it sees where the recipe's batch cannot be kept; None where it counts epochs."""
 
     time: StepTime
     within_node: float
     between_nodes: float
     images_per_s: float
-    hours: float
+    hours: float | None
 
 
 @dataclass(frozen=True)
@@ -119,14 +119,21 @@ def estimate_step(estimator: Estimator, ds: DsConfig, cluster: Cluster, assumed:
     )
     time = step_time(work, settings, cluster, assumed)
     within_node, between_nodes = traffic.sent_by_link(cluster.per_node)
-    images = experiment.max_steps * (experiment.engine.global_batch or ds.global_batch)
     return StepEstimate(
         time,
         within_node,
         between_nodes,
         images_per_s=ds.global_batch / time.total,
-        hours=images / ds.global_batch * time.total / 3600,
+        hours=_hours(experiment, ds, time.total),
     )
+
+
+def _hours(experiment: Experiment, ds: DsConfig, step_s: float) -> float | None:
+    """For the images of the whole schedule; None where it counts epochs, since no data set is read here."""
+    if experiment.counts_epochs:
+        return None
+    images = experiment.max_steps * (experiment.engine.global_batch or ds.global_batch)
+    return images / ds.global_batch * step_s / 3600
 
 
 def heads_matmul(options: EngineOptions) -> MatmulKind:

@@ -126,8 +126,13 @@ def _step(estimate: Estimate, step: StepEstimate) -> str:
         f"computation {brief(time.compute)} s, communication {brief(time.communication)} s, "
         f"copies to and from the host {brief(time.host)} s, update {brief(time.update)} s. "
         f"Sent per GPU and step: {brief(step.within_node / GB)} GB within a node, "
-        f"{brief(step.between_nodes / GB)} GB between nodes. {brief(step.hours)} hours for the schedule."
+        f"{brief(step.between_nodes / GB)} GB between nodes. {_hours(step) or 'Not known how many'} hours for the "
+        "schedule" + ("." if step.hours is not None else ", which counts epochs: no data set is read here.")
     )
+
+
+def _hours(step: StepEstimate) -> str:
+    return "" if step.hours is None else brief(step.hours)
 
 
 def _batch_not_kept(estimate: Estimate) -> str:
@@ -168,7 +173,7 @@ def _comparison_cells(estimate: Estimate) -> list[str]:
         "yes" if memory.fits else "no",
         "" if step is None else brief(step.time.total),
         "" if step is None else brief(step.images_per_s),
-        "" if step is None else brief(step.hours),
+        "" if step is None else _hours(step),
     ]
 
 
@@ -233,7 +238,7 @@ SCALING_ROWS: dict[str, Callable[[Estimate, StepEstimate], str]] = {
     "step, s": lambda _, step: f"{step.time.total:.2f}",
     "waiting": lambda _, step: f"{step.time.not_computing:.0%}",
     "images/s": lambda _, step: f"{step.images_per_s:.0f}",
-    "hours": lambda _, step: f"{step.hours:.1f}",
+    "hours": lambda _, step: _hours(step),
     "recomputed": lambda one, _: f"{one.checkpointing}",
 }
 

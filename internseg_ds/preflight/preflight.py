@@ -80,6 +80,8 @@ def check(
     ds = check_settings(experiment, ds_config, model, world, resume_from)
     weights = starting_weights(experiment, model, load_from) if resume_from is None else None
     train_set, warnings = training_set(experiment, model)
+    # the last images of an epoch that make no whole batch begin the next one; mmseg's loader drops them
+    experiment = experiment.in_steps(max(1, len(train_set) // ds.global_batch))
     classes = train_set.CLASSES
     if weights is not None:
         warnings += check_starting_classes(model, weights, classes, experiment.engine.weights_may_differ)

@@ -370,3 +370,20 @@ def test_clipping_and_accumulation_that_mean_nothing_are_named(section, words):
     cfg.optimizer_config = section
     with pytest.raises(ConfigError, match=words):
         read_experiment(cfg)
+
+
+def test_a_run_that_counts_epochs_has_steps_once_its_data_are_known(tmp_path):
+    config = tmp_path / "epochs.py"
+    config.write_text(
+        f"_base_ = {str(ROOT / TINY)!r}\n"
+        "runner = dict(_delete_=True, type='EpochBasedRunner', max_epochs=30)\n"
+        "lr_config = dict(_delete_=True, policy='step', step=[20])\n"
+        "evaluation = dict(interval=5)\n"
+        "checkpoint_config = dict(by_epoch=False, interval=7)\n"
+    )
+    read = read_experiment(config)
+    assert read.counts_epochs and read.in_steps(11).in_steps(13).max_steps == 330
+    experiment = read.in_steps(11)
+    assert (experiment.evaluation.interval, experiment.checkpoints.interval) == (55, 7)
+    assert experiment.schedule.lr(219, 1.0) == 1.0 and experiment.schedule.lr(220, 1.0) == pytest.approx(0.1)
+    assert read_experiment(ROOT / TINY).in_steps(11).max_steps == 420

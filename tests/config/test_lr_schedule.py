@@ -1,9 +1,10 @@
 import pytest
 import torch
+from mmcv import Config
 from mmcv.runner import build_runner
 from mmcv.runner.hooks import HOOKS
 
-from internseg_ds.config.lr_schedule import LrSchedule, policies, policy_name
+from internseg_ds.config.lr_schedule import LrSchedule, policies, policy_name, read_schedule
 
 
 class Steps(torch.nn.Module):
@@ -12,20 +13,29 @@ class Steps(torch.nn.Module):
     def train_step(self) -> None: ...
 
 
-def mmcv_rates(bases: list[float], steps: int, policy: str, settings: dict) -> list[list[float]]:
-    """Learning rates per step and group that mmcv's own hook sets in its own runner."""
+def mmcv_rates(
+    bases: list[float], steps: int, policy: str, settings: dict, epoch: int | None = None
+) -> list[list[float]]:
+    """Learning rates per step and group that mmcv's own hook sets in its own runner. epoch: its steps, of a
+    runner that counts epochs."""
     params = [torch.nn.Parameter(torch.zeros(1)) for _ in bases]
     optimizer = torch.optim.SGD([{"params": [p], "lr": lr} for p, lr in zip(params, bases)], lr=1.0)
-    hook = HOOKS.get(policy_name(policy) + "LrUpdaterHook")(by_epoch=False, **settings)
+    hook = HOOKS.get(policy_name(policy) + "LrUpdaterHook")(**{"by_epoch": epoch is not None, **settings})
+    length = {"type": "IterBasedRunner", "max_iters": steps}
+    if epoch is not None:
+        length = {"type": "EpochBasedRunner", "max_epochs": steps // epoch}
     runner = build_runner(
-        {"type": "IterBasedRunner", "max_iters": steps},
+        length,
         {"model": Steps(), "optimizer": optimizer, "logger": __import__("logging").getLogger()},
     )
+    runner.data_loader = [None] * (epoch or steps)
+    runner._max_iters = steps
     hook.before_run(runner)
     rates = []
     for step in range(steps):
         runner._iter = step
-        if step == 0:
+        runner._epoch = step // (epoch or steps)
+        if step % (epoch or steps) == 0:
             hook.before_train_epoch(runner)
         hook.before_train_iter(runner)
         rates.append([group["lr"] for group in optimizer.param_groups])
@@ -63,6 +73,31 @@ def test_rates_are_those_of_mmcvs_hook_step_by_step_in_every_group(policy, setti
         assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(expected, rel=1e-9)
         optimizer.step()
         scheduler.step()
+
+
+@pytest.mark.parametrize(
+    ("policy", "settings"),
+    [
+        ("poly", dict(power=0.9, min_lr=1e-4, **WARM)),
+        ("poly", dict(power=0.9, by_epoch=False, **WARM)),
+        ("step", dict(step=[2, 4], warmup="linear", warmup_iters=2, warmup_by_epoch=True)),
+        ("CosineAnnealing", dict(min_lr=0.0)),
+        ("fixed", {}),
+    ],
+)
+def test_rates_of_a_run_in_epochs_are_those_of_mmcvs_runner_that_counts_them(policy, settings):
+    epochs, epoch, base = 5, 4, 1e-2
+    cfg = Config(
+        dict(
+            runner=dict(type="EpochBasedRunner", max_epochs=epochs), lr_config=dict(policy=policy, **settings)
+        )
+    )
+    schedule = read_schedule(cfg, "a config").with_epochs_of(epoch)
+    expected = mmcv_rates([base], epochs * epoch, policy, settings, epoch=epoch)
+    assert [schedule.lr(step, base) for step in range(epochs * epoch)] == pytest.approx(
+        [rate for (rate,) in expected], rel=1e-9
+    )
+    assert schedule.max_steps == epochs * epoch
 
 
 def test_the_rate_ends_at_min_lr_and_stays_there():

@@ -27,3 +27,13 @@ def test_leaf_classes_that_the_model_does_not_have_are_a_note(classes, unknown, 
     plan = check(read_experiment(small_experiment(ade20k)), ds_config, World(0, 2, 0), validate=False)
     said = [note for note in plan.notes if "leaf_module.classes" in note]
     assert [unknown in note for note in said] == [True] * (unknown is not None)
+
+
+def test_epochs_become_steps_of_the_data_and_the_batch(ade20k):
+    epochs = dict(_delete_=True, type="EpochBasedRunner", max_epochs=6)
+    experiment = read_experiment(small_experiment(ade20k), {"runner": epochs, "evaluation.interval": 2})
+    plan = check(experiment, ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0), validate=False)
+    length = len(plan.train_set) // plan.ds.global_batch
+    assert length > 1 and plan.experiment.max_steps == 6 * length
+    assert plan.experiment.evaluation.interval == 2 * length
+    assert any(f"an epoch is {length} steps" in note for note in plan.experiment.notes)

@@ -21,6 +21,7 @@ from internseg_ds.config.config_text import config_dict, config_text
 from internseg_ds.distributed.process_group import gather_from_ranks, raise_on_every_rank
 from internseg_ds.distributed.weight_loading import match_segmentor
 from internseg_ds.errors import CheckpointError, shortened
+from internseg_ds.optimization.optimizers import kept_state
 from internseg_ds.optimization.parameter_groups import named_groups, parameter_groups
 from internseg_ds.preflight.preflight import Plan
 from internseg_ds.training.resume.changed_settings import changed_classes, changed_groups, changed_settings
@@ -172,11 +173,15 @@ def _opened_here(path: Path, stage: int, check: bool) -> ZeroCheckpoint:
     return checkpoint
 
 
-def check_resumable(path: Path, model: nn.Module, *, check: bool = True) -> Mapping[str, Any]:
+def check_resumable(
+    path: Path, model: nn.Module, optimizer: Mapping[str, Any], *, check: bool = True
+) -> Mapping[str, Any]:
     """The manifest of the checkpoint, which says what its run was (`meta`: CLASSES, config text; `groups`).
-    Raises CheckpointError when it is of another model than `model`, or trained other parameters.
+    Raises CheckpointError when it is of another model than `model`, trained other parameters, or has the state
+    of another optimizer.
 
-    Stage, number of processes and parameter groups may differ. check: as for `checkpoint_to_resume`.
+    Stage, number of processes and parameter groups may differ. optimizer: the config's section. check: as for
+    `checkpoint_to_resume`.
     """
     checkpoint = ZeroCheckpoint(path, partial=True, check=check)
     match_segmentor(model, weights_of(checkpoint))
@@ -189,7 +194,21 @@ def check_resumable(path: Path, model: nn.Module, *, check: bool = True) -> Mapp
             f"({len(differ)} parameters differ); resume with the config that it was saved with, "
             f"or start anew from its weights with --load-from"
         )
+    _check_optimizer_state(checkpoint, optimizer)
     return checkpoint.manifest
+
+
+def _check_optimizer_state(checkpoint: ZeroCheckpoint, optimizer: Mapping[str, Any]) -> None:
+    """Raises CheckpointError when the checkpoint holds other moments than this run's optimizer has: they would
+    silently begin at zero."""
+    kept = kept_state(optimizer).moments
+    if checkpoint.scheduled and set(checkpoint.moments) != set(kept):
+        kind = optimizer.get("type", "AdamW")
+        raise CheckpointError(
+            f"{checkpoint.path} holds {', '.join(checkpoint.moments) or 'no state'} of its optimizer, and "
+            f"optimizer.type={kind!r} of this run keeps {', '.join(kept) or 'nothing'}; resume with the "
+            "optimizer that it was saved with, or start anew from its weights with --load-from"
+        )
 
 
 def compare_with_checkpoint(plan: Plan) -> Plan:
@@ -208,7 +227,8 @@ def changes_since(path: Path, plan: Plan) -> list[str]:
     """A line for each setting of the run that differs from those of the checkpoint's run. Raises
     CheckpointError where the checkpoint does not fit."""
     experiment = plan.experiment
-    manifest = check_resumable(path, plan.meta_model, check=experiment.engine.checksums)
+    check = experiment.engine.checksums
+    manifest = check_resumable(path, plan.meta_model, experiment.optimizer, check=check)
     saved = manifest.get("meta") or {}
     groups = named_groups(plan.meta_model, parameter_groups(plan.meta_model, experiment.optimizer))
     return [

@@ -1,0 +1,131 @@
+"""Which optimizers work on ZeRO's flat pieces, and that their state is found, saved and cut anew."""
+
+import copy
+from pathlib import Path
+
+import deepspeed
+import pytest
+import torch
+
+from internseg_ds.checkpoints.zero_checkpoint import ZeroCheckpoint
+from internseg_ds.config.ds_config import resolve_ds_config
+from internseg_ds.config.lr_schedule import LrSchedule
+from internseg_ds.errors import ConfigError
+from internseg_ds.optimization.optimizers import build_optimizer, kept_state
+from internseg_ds.optimization.restore import restore
+from tests.distributed.ranks import spawn
+
+LR = 1e-2
+
+
+@pytest.mark.parametrize(
+    ("section", "moments", "counts"),
+    [
+        (dict(type="AdamW", lr=LR), {"exp_avg", "exp_avg_sq"}, {"step"}),
+        (dict(type="Adam", lr=LR, amsgrad=True), {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"}, {"step"}),
+        (dict(type="SGD", lr=LR), set(), set()),
+        (dict(type="SGD", lr=LR, momentum=0.9), {"momentum_buffer"}, set()),
+        (dict(type="Lion", lr=LR), {"exp_avg"}, set()),
+        (dict(type="timm.optim.NAdamW", lr=LR), {"exp_avg", "exp_avg_sq"}, {"step"}),
+        (dict(type="RMSprop", lr=LR, momentum=0.9), {"square_avg", "momentum_buffer"}, {"step"}),
+    ],
+    ids=str,
+)
+def test_the_state_of_each_element_and_the_counts_are_told_apart(section, moments, counts):
+    state = kept_state(section)
+    assert (set(state.moments), set(state.counts)) == (moments, counts)
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        (dict(type="Lamb", lr=LR), "looks at tensors as a whole"),
+        (dict(type="Adafactor", lr=LR), "looks at tensors as a whole"),
+        (dict(type="Muon", lr=LR), "looks at tensors as a whole"),
+        (dict(type="Adan", lr=LR), "keeps 'step' beside the settings"),
+        (dict(type="LBFGS", lr=LR), "closure"),
+        (dict(type="SparseAdam", lr=LR), "gradients alone"),
+        (dict(type="Adamw", lr=LR), "did you mean 'AdamW'"),
+        (dict(type="nowhere.optim.Lion", lr=LR), "cannot be imported"),
+    ],
+    ids=str,
+)
+def test_an_optimizer_that_cannot_work_on_pieces_is_an_error(section, words):
+    with pytest.raises(ConfigError, match=words):
+        kept_state(section)
+
+
+def steps_of(
+    model: torch.nn.Module, section: dict, start: int, stop: int, folder: Path | None, stage: int
+) -> None:
+    """Trains `model` under ZeRO from step `start`, whose state is in `folder`, to `stop`, and saves there."""
+    ds = resolve_ds_config(
+        {"zero_optimization": {"stage": stage}},
+        experiment="",
+        micro_batch=1,
+        world_size=torch.distributed.get_world_size(),
+        optimizer=section,
+    )
+    groups = [{"params": list(model.parameters()), "lr": section["lr"], "weight_decay": 0.0}]
+    schedule = LrSchedule(100, "fixed")
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=build_optimizer(groups, section, ds),
+        lr_scheduler=schedule.scheduler,
+        config=ds.raw,
+    )
+    if start:
+        restore(engine, ZeroCheckpoint.open(folder), schedule)
+    for step in range(start, stop):
+        torch.manual_seed(step)
+        engine.backward(engine(torch.randn(3, 5)).square().mean())
+        engine.step()
+    engine.save_checkpoint(str(folder), tag=f"global_step{stop}")
+    torch.distributed.barrier()
+
+
+SECTIONS = [
+    dict(type="SGD", lr=LR, momentum=0.9),
+    dict(type="Lion", lr=LR),
+    dict(type="NAdam", lr=LR),
+]
+
+
+def halves(folder: Path, stages: tuple[int, int], part: int) -> None:
+    deepspeed.init_distributed(verbose=False)
+    torch.manual_seed(0)
+    model = torch.nn.Linear(5, 7)
+    for section in SECTIONS:
+        at = folder / section["type"]
+        start, stop = ((0, 3), (3, 6))[part]
+        engine_model = copy.deepcopy(model)
+        if part:
+            saved = ZeroCheckpoint.open(at)
+            with torch.no_grad():
+                for name, param in engine_model.named_parameters():
+                    param.copy_(saved.read(name))
+        steps_of(engine_model, section, start, stop, at, stages[part])
+
+
+@pytest.mark.parametrize("stages", [(1, 3), pytest.param((3, 2), marks=pytest.mark.slow)])
+def test_a_run_goes_on_under_another_stage_and_size_as_plain_pytorch_would(stages, tmp_path):
+    spawn(halves, 2, tmp_path, stages, 0)
+    spawn(halves, 3, tmp_path, stages, 1)
+    for section in SECTIONS:
+        torch.manual_seed(0)
+        model = torch.nn.Linear(5, 7)
+        kind = section["type"]
+        settings = {key: value for key, value in section.items() if key != "type"}
+        if kind == "Lion":
+            from timm.optim import Lion as of_kind
+        else:
+            of_kind = getattr(torch.optim, kind)
+        optimizer = of_kind(model.parameters(), **settings)
+        for step in range(6):
+            torch.manual_seed(step)
+            optimizer.zero_grad()
+            model(torch.randn(3, 5)).square().mean().backward()
+            optimizer.step()
+        saved = ZeroCheckpoint.open(tmp_path / kind)
+        for name, param in model.named_parameters():
+            torch.testing.assert_close(saved.read(name), param.detach(), rtol=1e-5, atol=1e-6)
