@@ -44,7 +44,7 @@ def main() -> None:
     if args.size == "6b":
         check_memory(args.world, workload)
     names = [name for name in args.contenders if args.published or not name.startswith("published")]
-    if not args.packages.is_dir() and set(names) - {"ours", "bare_deepspeed"}:
+    if not args.packages.is_dir() and set(names) - {"ours", "bare_deepspeed", "plain_timm"}:
         install(args.packages)
     with tempfile.TemporaryDirectory(prefix="train_step_") as folder:
         if args.size != "6b":
@@ -83,7 +83,7 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--size", choices=("tiny", "300m", "6b"), default="tiny")
+    parser.add_argument("--size", choices=("tiny", "300m", "dinov3", "6b"), default="tiny")
     parser.add_argument("--world", type=int, default=2, help="processes")
     parser.add_argument(
         "--deepspeed_config", "--deepspeed-config", default="ds_configs/zero3_bf16.json", metavar="JSON"
@@ -114,7 +114,7 @@ def options() -> argparse.Namespace:
         default=Path(tempfile.gettempdir(), "internseg_ds_contenders"),
         help="folder for MMEngine and timm",
     )
-    parser.add_argument("--contenders", nargs="+", choices=NAMES, default=list(NAMES))
+    parser.add_argument("--contenders", nargs="+", choices=NAMES, help="None: all that train this model")
     parser.add_argument(
         "--under",
         default="",
@@ -123,6 +123,11 @@ def options() -> argparse.Namespace:
     )
     parser.add_argument("--timeout", type=float, default=600, help="seconds for one contender in one round")
     args = parser.parse_args()
+    timm = ("ours", "plain_timm")
+    able = [name for name in NAMES if (name in timm if args.size == "dinov3" else name != "plain_timm")]
+    args.contenders = args.contenders or able
+    if wrong := set(args.contenders) - set(able):
+        parser.error(f"{', '.join(sorted(wrong))} cannot train --size {args.size}; {', '.join(able)} can")
     return (
         args
         if "ours" in args.contenders

@@ -27,6 +27,7 @@ from internseg_ds.data.sampler import GlobalBatchSampler
 
 ROOT = Path(__file__).parent.parent
 TINY = "configs/intern_vit_tiny/upernet_intern_vit_tiny_112_ade20k.py"
+TIMM = "configs/timm_tiny/upernet_dinov3_tiny_112_ade20k.py"
 FULL = "configs/intern_vit_6b/full_tuning/upernet_intern_vit_6b_504_80k_ade20k_bs16_lr4e-5.py"
 IMAGES = 16
 
@@ -257,9 +258,15 @@ def resolved_ds_config(workload: Workload, cfg: Config, world_size: int) -> dict
             micro_batch=workload.micro_batch,
             world_size=world_size,
             optimizer=optimizer,
-            sizes=BackboneSizes(cfg.model.backbone.embed_dim),
+            sizes=BackboneSizes(_width(cfg)),
         ).raw
     )
+
+
+def _width(cfg: Config) -> int:
+    """Of the backbone's tokens."""
+    width: int = cfg.model.backbone.get("embed_dim", cfg.model.auxiliary_head.in_channels)
+    return width
 
 
 def size_of(name: str, norm: str) -> dict[str, Any]:
@@ -279,6 +286,20 @@ def size_of(name: str, norm: str) -> dict[str, Any]:
                 "model.auxiliary_head.channels": 256,
                 "model.backbone.qkv_bias": True,
                 "model.backbone.qk_normalization": False,
+            },
+            image_px=224,
+            micro_batch=2,
+        )
+    if name == "dinov3":  # ViT-S/16, 22 M parameters
+        return dict(
+            config=TIMM,
+            options=norms
+            | {
+                "model.backbone.model_args": dict(_delete_=True),
+                "model.backbone.out_indices": [2, 5, 8, 11],
+                "model.decode_head.in_channels": [384] * 4,
+                "model.auxiliary_head.in_channels": 384,
+                "optimizer.paramwise_cfg.num_layers": 12,
             },
             image_px=224,
             micro_batch=2,
