@@ -196,6 +196,7 @@ def write_weights(workload: Workload, path: Path) -> str:
     """Random weights, which every contender starts from."""
     from mmseg.models import build_segmentor
 
+    import internseg_ds.models  # noqa: F401  which registers ours
     from internseg_ds.distributed.initial_values import initialise
 
     model = build_segmentor(workload.experiment.model)

@@ -295,7 +295,7 @@ def size_of(name: str, norm: str) -> dict[str, Any]:
             config=TIMM,
             options=norms
             | {
-                "model.backbone.model_args": dict(_delete_=True),
+                "model.backbone.model_args": dict(embed_dim=384, depth=12, num_heads=6),
                 "model.backbone.out_indices": [2, 5, 8, 11],
                 "model.decode_head.in_channels": [384] * 4,
                 "model.auxiliary_head.in_channels": 384,

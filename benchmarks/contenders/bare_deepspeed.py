@@ -24,6 +24,7 @@ def run(workload: Workload, work_dir: Path) -> Timed:
 def our_segmentor(workload: Workload) -> nn.Module:
     """Built whole, as a user without our engine would; in bf16 with our heads in fp32, else it could not
     run."""
+    import internseg_ds.models  # noqa: F401  which registers ours
     from internseg_ds.distributed.initial_values import initialise
     from internseg_ds.distributed.precision import apply_precision
 

@@ -13,9 +13,13 @@ from internseg_ds import SegmentorEngine
 
 def run(workload: Workload, work_dir: Path) -> Timed:
     with SegmentorEngine(
-        workload.experiment, workload.ds_config, work_dir=work_dir, validate=False, load_from=workload.weights
+        workload.experiment,
+        workload.ds_config,
+        work_dir=work_dir,
+        validate=False,
+        load_from=workload.weights,
+        saves=False,  # disks are not the subject
     ) as engine:
-        engine.save = lambda: None  # the last step saves; disks are not the subject
         train_on(engine, workload.warmup, log_every=1)
         stamps: list[float] = []
         engine.deepspeed.module.register_forward_pre_hook(lambda *_: stamps.append(time.process_time()))

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from contenders.bare_deepspeed import loop, our_segmentor
 from timing import Timed
 from torch import Tensor, nn
 from workload import Workload
 
+from contenders.bare_deepspeed import loop, our_segmentor
 from internseg_ds.distributed.construction import build_on_meta
 
 
