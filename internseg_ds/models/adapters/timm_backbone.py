@@ -17,6 +17,7 @@ from mmseg.models.builder import BACKBONES
 from torch import Tensor, nn
 
 from internseg_ds.models.adapters.library_backbone import LibraryBackbone, chosen_maps, reset_modules
+from internseg_ds.models.adapters.transformers_configs import timm_model_of
 from internseg_ds.models.weight_resizing import is_patch_kernel, is_square_embedding
 
 ANY_SIZE: tuple[dict[str, Any], ...] = (
@@ -26,6 +27,13 @@ ANY_SIZE: tuple[dict[str, Any], ...] = (
     {},  # convolutions
 )
 """Arguments by which timm's models take images of other sizes than `img_size`; the first that a model has."""
+LAYOUTS = (
+    ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "norm.weight"),
+    ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "fc_norm.weight"),
+    ("patch_embed.proj.weight", "layers.0.blocks.0.attn.qkv.weight", "norm.weight"),  # Swin
+    ("stem.0.weight", "stages.0.blocks.0.norm.weight"),  # ConvNeXt
+)
+"""Keys that weight files of timm have together, one line for each kind. InternVL's .pth has no last norm."""
 
 
 @BACKBONES.register_module()
@@ -114,6 +122,14 @@ class TimmBackbone(LibraryBackbone):
         own += [name for name, _ in self.model.named_buffers()]
         found: dict[str, tuple[str, ...]] = {f"model.{name}": (name,) for name in own if name in names}
         return ("", found) if found else None
+
+    @staticmethod
+    def recognises(names: Collection[str], config: Mapping[str, Any] | None) -> str | None:
+        """How a config names this backbone for a file in timm's layout."""
+        if config is not None and (name := timm_model_of(config)) is not None:
+            return f'type="TimmBackbone", model_name="{name}"'
+        found = any(set(marks) <= set(names) for marks in LAYOUTS)
+        return 'type="TimmBackbone", model_name=NAME' if found else None
 
     layouts: tuple[str, ...] = ("timm",)
 

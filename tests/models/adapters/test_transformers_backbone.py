@@ -1,0 +1,261 @@
+"""transformers' models as backbones: transformers' own features, layers and weights, at any size and in bf16."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import transformers
+from mmcv import ConfigDict
+from mmseg.models import build_backbone
+from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING, MODEL_MAPPING
+
+from internseg_ds.distributed.initial_values import initialise
+from internseg_ds.models.repeated_blocks import repeated_block
+
+SMALL = dict(hidden_size=48, num_attention_heads=3, num_hidden_layers=4)
+VIT = dict(SMALL, intermediate_size=96)
+PLAIN = {  # model type -> fields, and the sides of an image that is not square
+    "dinov3_vit": (dict(VIT, num_register_tokens=4), (48, 80)),
+    "dinov2": (dict(SMALL, mlp_ratio=2, image_size=56, use_swiglu_ffn=True), (42, 70)),
+    "dinov2_with_registers": (dict(SMALL, mlp_ratio=2, image_size=56, patch_size=14), (42, 70)),
+    "internvl_vision": (
+        dict(VIT, image_size=56, patch_size=14, use_qk_norm=True, norm_type="rms_norm"),
+        (42, 70),
+    ),
+    "siglip_vision_model": (dict(VIT, image_size=64), (48, 80)),
+    "siglip2_vision_model": (dict(VIT, num_patches=16), (48, 80)),
+    "aimv2_vision_model": (dict(VIT, patch_size=14, is_native=True), (42, 70)),
+    "radio": (dict(SMALL, max_img_size=64, layerscale_value=0.5), (48, 80)),
+    "clip_vision_model": (dict(VIT, image_size=64, patch_size=16), (48, 80)),
+    "vit": (dict(VIT, image_size=64), (48, 80)),
+}
+STAGED = {
+    "swin": dict(embed_dim=12, depths=[2, 2, 2, 2], num_heads=[1, 2, 4, 8]),
+    "convnext": dict(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 2, 1]),
+    "convnextv2": dict(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 2, 1]),
+    "dinov3_convnext": dict(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 2, 1]),
+}
+GIANTS = {  # name -> configuration, and billions of parameters without a pooling head
+    "DINOv3 ViT-7B/16": (
+        dict(
+            model_type="dinov3_vit",
+            hidden_size=4096,
+            intermediate_size=8192,
+            num_hidden_layers=40,
+            num_attention_heads=32,
+            num_register_tokens=4,
+            use_gated_mlp=True,
+            query_bias=False,
+            value_bias=False,
+            patch_size=16,
+        ),
+        6.716,
+    ),
+    "InternViT-6B V2.5": (
+        dict(
+            model_type="internvl_vision",
+            hidden_size=3200,
+            intermediate_size=12800,
+            num_hidden_layers=45,
+            num_attention_heads=25,
+            use_qk_norm=True,
+            norm_type="rms_norm",
+            image_size=[448, 448],
+            patch_size=[14, 14],
+        ),
+        5.536,
+    ),
+    "InternViT-300M V2.5": (
+        dict(
+            model_type="internvl_vision",
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            attention_bias=True,
+            image_size=[448, 448],
+            patch_size=[14, 14],
+        ),
+        0.304,
+    ),
+    "SigLIP2 giant-opt/16": (
+        dict(
+            model_type="siglip_vision_model",
+            hidden_size=1536,
+            intermediate_size=6144,
+            num_hidden_layers=40,
+            num_attention_heads=16,
+            image_size=384,
+        ),
+        1.135,
+    ),
+    "AIMv2 3B/14": (
+        dict(
+            model_type="aimv2_vision_model",
+            hidden_size=3072,
+            intermediate_size=8192,
+            num_hidden_layers=24,
+            num_attention_heads=24,
+            image_size=448,
+        ),
+        2.723,
+    ),
+}
+
+
+def backbone(config=None, **arguments) -> nn.Module:
+    return build_backbone(ConfigDict(type="TransformersBackbone", config=config, **arguments))
+
+
+def tiny(kind: str, **arguments) -> nn.Module:
+    """A small member of a family, with transformers' initial values."""
+    fields = PLAIN[kind][0] if kind in PLAIN else STAGED[kind]
+    model = backbone(dict(model_type=kind, **fields), **arguments)
+    initialise(nn.ModuleDict({"backbone": model}), 0, torch.float32)
+    return model
+
+
+def shaken(model: nn.Module) -> nn.Module:
+    """With other parameters: layer scales that begin near 0 hide what is inside a block."""
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.add_(0.1 * torch.randn_like(param))
+    return model
+
+
+def theirs(kind: str, **more) -> nn.Module:
+    """transformers' own model of the same configuration."""
+    fields = PLAIN[kind][0] if kind in PLAIN else STAGED[kind]
+    config = transformers.CONFIG_MAPPING[kind](**fields, **more)
+    mapping = MODEL_MAPPING if kind in PLAIN else MODEL_FOR_BACKBONE_MAPPING
+    return mapping[type(config)](config).eval()
+
+
+def hidden_states(model: nn.Module, kind: str, image: torch.Tensor) -> list[torch.Tensor]:
+    """The outputs of all blocks as maps, as transformers gives them for the same image."""
+    patch = model.config.patch_size
+    grid = (image.shape[2] // patch, image.shape[3] // patch) if isinstance(patch, int) else None
+    grid = grid or (image.shape[2] // patch[0], image.shape[3] // patch[1])
+    inputs = dict(pixel_values=image)
+    if kind == "siglip2_vision_model":
+        from transformers.models.siglip2.image_processing_siglip2 import convert_image_to_patches
+
+        inputs = dict(
+            pixel_values=torch.stack([convert_image_to_patches(each, patch) for each in image]),
+            pixel_attention_mask=torch.ones(len(image), grid[0] * grid[1]),
+            spatial_shapes=torch.tensor([grid] * len(image)),
+        )
+    elif kind in ("siglip_vision_model", "clip_vision_model", "vit"):
+        inputs["interpolate_pos_encoding"] = True
+    states = model(**inputs, output_hidden_states=True).hidden_states[1:]
+    return [state[:, -grid[0] * grid[1] :].mT.unflatten(2, grid) for state in states]
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_features_are_transformers_hidden_states_at_any_size(kind):
+    model = shaken(tiny(kind, out_indices=(0, 2))).eval()
+    image = torch.randn(2, 3, *PLAIN[kind][1])
+    reference = theirs(kind)
+    missing, unexpected = reference.load_state_dict(model.model.state_dict(), strict=False)
+    extras = {name.removeprefix("model.") for name in model.pretrained_extras}
+    assert not unexpected and set(missing) == extras & reference.state_dict().keys()
+    assert all(
+        name.startswith(("encoder.layer", "model.layer.3.", "layers.3.", "head", "pooler"))
+        for name in missing
+    )
+    with torch.no_grad():
+        expected = hidden_states(reference, kind, image)
+        found = model(image)
+    assert [features.shape for features in found] == [expected[0].shape, expected[2].shape]
+    assert torch.allclose(found[0], expected[0], atol=1e-5)
+    assert torch.allclose(found[1], expected[2], atol=1e-5)
+    assert float(found[-1].std()) > 0.1
+    assert model.channels == (48, 48)
+
+
+@pytest.mark.parametrize("kind", STAGED)
+def test_maps_of_stages_are_those_of_transformers_backbones(kind):
+    model = shaken(tiny(kind)).eval()
+    reference = theirs(kind, out_indices=[1, 2, 3, 4])
+    reference.load_state_dict(model.model.state_dict())
+    image = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        expected, found = reference(image).feature_maps, model(image)
+    assert len(found) == 4 and all(torch.equal(ours, its) for ours, its in zip(found, expected))
+    assert model.channels == tuple(features.shape[1] for features in found)
+
+
+@pytest.mark.parametrize("name", GIANTS)
+def test_giants_are_built_and_run_on_the_meta_device(name):
+    config, billions = GIANTS[name]
+    with torch.device("meta"):
+        model = backbone(config).train()
+        maps = model(torch.empty(1, 3, 448, 448))
+    assert len(maps) == 4 and {features.shape[1] for features in maps} == {config["hidden_size"]}
+    assert round(sum(param.numel() for param in model.parameters()) / 1e9, 3) == billions
+    block = repeated_block(model)
+    assert block is not None and len(model._blocks) == config["num_hidden_layers"] == model.depth
+
+
+def test_final_norm_is_transformers_last_norm():
+    model, reference = shaken(tiny("dinov3_vit", final_norm=True)).eval(), theirs("dinov3_vit")
+    reference.load_state_dict(model.model.state_dict())
+    image = torch.randn(1, 3, 48, 48)
+    with torch.no_grad():
+        expected = reference(image).last_hidden_state[:, 5:].mT.unflatten(2, (3, 3))
+        assert torch.allclose(model(image)[-1], expected, atol=1e-5)
+    assert model.model.norm.weight.requires_grad
+
+
+TIMM_BLOCK = {  # timm's DINOv3 -> transformers'
+    "norm1": "norm1",
+    "norm2": "norm2",
+    "attn.proj": "attention.o_proj",
+    "mlp.fc1": "mlp.up_proj",
+    "mlp.fc2": "mlp.down_proj",
+    "gamma_1": "layer_scale1.lambda1",
+    "gamma_2": "layer_scale2.lambda1",
+}
+
+
+def timm_weights(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights of transformers' DINOv3 under the names of timm's."""
+    found = {
+        "cls_token": state["embeddings.cls_token"],
+        "reg_token": state["embeddings.register_tokens"],
+        "patch_embed.proj.weight": state["embeddings.patch_embeddings.weight"],
+        "patch_embed.proj.bias": state["embeddings.patch_embeddings.bias"],
+        "norm.weight": state["norm.weight"],
+        "norm.bias": state["norm.bias"],
+    }
+    for n in range(4):
+        ours, theirs = f"blocks.{n}", f"model.layer.{n}"
+        qkv = [state[f"{theirs}.attention.{part}_proj.weight"] for part in "qkv"]
+        found[f"{ours}.attn.qkv.weight"] = torch.cat(qkv)
+        for a, b in TIMM_BLOCK.items():
+            for leaf in ("", ".weight", ".bias"):
+                if f"{theirs}.{b}{leaf}" in state:
+                    found[f"{ours}.{a}{leaf}"] = state[f"{theirs}.{b}{leaf}"]
+    return found
+
+
+def test_dinov3_of_transformers_and_of_timm_have_the_same_features():
+    fields = dict(VIT, num_register_tokens=4, query_bias=False, value_bias=False, layer_norm_eps=1e-5)
+    model = shaken(backbone(dict(model_type="dinov3_vit", **fields))).eval()
+    small = dict(embed_dim=48, depth=4, num_heads=3, mlp_ratio=2)
+    other = build_backbone(
+        ConfigDict(type="TimmBackbone", model_name="vit_small_patch16_dinov3", model_args=small)
+    ).eval()
+    weights = timm_weights(model.model.state_dict())
+    reference = timm.create_model("vit_small_patch16_dinov3", num_classes=0, **small)
+    reference.load_state_dict(weights)  # strict: the map above is complete
+    other.model.load_state_dict({name: weights[name] for name in other.model.state_dict()})
+    image = torch.randn(2, 3, 48, 80)
+    with torch.no_grad():
+        for ours, its in zip(model(image), other(image), strict=True):
+            assert torch.allclose(ours, its, atol=1e-5)
