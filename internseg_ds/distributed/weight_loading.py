@@ -26,6 +26,7 @@ from internseg_ds.distributed.zero_internals import (
     write_shard,
 )
 from internseg_ds.errors import CheckpointError, DamagedError
+from internseg_ds.models.backbone import Part
 from internseg_ds.torch_internals import persistent_buffers
 
 log = logging.getLogger(__name__)
@@ -101,7 +102,8 @@ def _match_backbone(model: nn.Module, weights: Weights, may_differ: tuple[str, .
     prefix = _backbone_prefix(weights)
     if layout := getattr(backbone, "published_sources", lambda _: None)(weights.shapes):
         tower, sources = layout
-        used = {name for names in sources.values() for name in names}
+        taken = [place for places in sources.values() for place in places]
+        used = {place.key if isinstance(place, Part) else place for place in taken}
         # beside a vision tower lies a language model
         rest = [name for name in weights.shapes if name not in used and name.startswith(tower)]
         weights = renamed(weights, sources, rest)

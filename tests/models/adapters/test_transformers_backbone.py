@@ -1,9 +1,5 @@
 """transformers' models as backbones: transformers' own features, layers and weights, at any size and in bf16."""
 
-import json
-import sys
-from pathlib import Path
-
 import pytest
 import timm
 import torch
