@@ -1,18 +1,23 @@
 """transformers' models under ZeRO-3: initial values and features as of a whole model, weights from sharded
 folders of transformers."""
 
+import json
 from pathlib import Path
 
 import deepspeed
 import pytest
+import timm
 import torch
 import transformers
 from mmcv import Config, ConfigDict
+from mmseg.models import build_backbone
+from safetensors.torch import load_file, save_file
 
 from internseg_ds.checkpoints.weights import open_weights
-from internseg_ds.distributed.construction import build_for_training
+from internseg_ds.distributed.construction import build_for_training, build_on_meta
 from internseg_ds.distributed.initial_values import gathered
 from internseg_ds.distributed.weight_loading import load, match_backbone
+from internseg_ds.errors import CheckpointError, ConfigError
 from tests.conftest import ROOT, TRANSFORMERS
 from tests.distributed.ranks import spawn
 from tests.distributed.test_construction import ds_config
@@ -91,3 +96,114 @@ def test_what_is_read_is_what_transformers_reads(family, tmp_path):
     expected = transformers.AutoModel.from_pretrained(folder).state_dict()
     state = kind.backbone.model.state_dict()
     assert state and all(torch.equal(value, expected[name]) for name, value in state.items())
+
+
+def in_a_larger_model(folder: Path, prefix: str) -> Path:
+    """The weights of a folder as a model of images and text has them."""
+    state = {f"{prefix}{name}": value for name, value in transformers_state(folder).items()}
+    state["language_model.layers.0.mlp.weight"] = torch.zeros(2, 2)
+    file = folder / "larger" / "model.safetensors"
+    file.parent.mkdir()
+    save_file(state, file)
+    vision = json.loads((folder / "config.json").read_text())
+    (file.parent / "config.json").write_text(json.dumps({"model_type": "siglip", "vision_config": vision}))
+    return file.parent
+
+
+def transformers_state(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
+
+
+@pytest.mark.parametrize(
+    "prefix", ["vision_model.", "model.vision_tower.", "model.vision_tower.vision_model."]
+)
+def test_the_vision_tower_of_a_larger_model_is_read(prefix, tmp_path):
+    folder = published("siglip", tmp_path, image_size=96)
+    larger = in_a_larger_model(folder, prefix)
+    model = segmentor("siglip", pretrained=str(larger), out_indices=(0, 1, 2, 3))
+    model.backbone.config = dict(image_size=64)
+    built = build_for_training(model, ds_config(1, bf16=False), torch.device("cpu"), 0)
+    found = match_backbone(built, open_weights(larger))
+    assert found.resized == ["model.embeddings.position_embedding.weight"] and not found.missing
+    load(built, found)
+    weight = built.backbone.model.encoder.layers[3].mlp.fc1.weight
+    assert torch.equal(weight, transformers_state(folder)["encoder.layers.3.mlp.fc1.weight"])
+
+
+def test_a_folder_that_is_of_another_configuration_is_refused(tmp_path):
+    folder = published("siglip", tmp_path)
+    model = segmentor("siglip", pretrained=str(folder))
+    model.backbone.config.num_attention_heads = 2
+    with pytest.raises(
+        CheckpointError, match=r"--cfg-options model\.backbone\.config\.num_attention_heads=4"
+    ):
+        match_backbone(build_on_meta(model), open_weights(folder))
+
+
+def timm_file(folder: Path) -> Path:
+    model = timm.create_model("vit_small_patch16_dinov3", embed_dim=48, depth=4, num_heads=3)
+    torch.save(model.state_dict(), folder / "timm.pth")
+    return folder / "timm.pth"
+
+
+def timm_folder(folder: Path) -> Path:
+    """As timm's pages on the hub have it."""
+    save_file(torch.load(timm_file(folder), weights_only=True), folder / "model.safetensors")
+    config = {"architecture": "vit_small_patch16_dinov3", "pretrained_cfg": {"tag": "lvd1689m"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def transformers_folder(folder: Path) -> Path:
+    return published("siglip", folder)
+
+
+def opengvlab_file(folder: Path) -> Path:
+    model = build_backbone(ConfigDict(INTERN))
+    names, _ = model.exported("opengvlab")
+    state = model.state_dict()
+    found = {theirs[0]: state[ours] for ours, theirs in names.items() if ours in state}
+    save_file(found, folder / "intern.safetensors")
+    return folder / "intern.safetensors"
+
+
+INTERN = dict(
+    type="InternViT6B", embed_dim=32, num_heads=2, depth=4, out_indices=(0, 1, 2, 3), use_flash_attn=False
+)
+BACKBONES = {
+    "timm": dict(type="TimmBackbone", model_name="vit_small_patch16_dinov3"),
+    "transformers": dict(type="TransformersBackbone", config=FAMILIES["siglip"]),
+    "InternViT": INTERN,
+}
+
+
+@pytest.mark.parametrize(
+    ("backbone", "write", "reader"),
+    [
+        ("timm", transformers_folder, 'dict(type="TransformersBackbone"'),
+        ("InternViT", transformers_folder, 'dict(type="TransformersBackbone"'),
+        ("transformers", timm_file, 'dict(type="TimmBackbone", model_name=NAME'),
+        ("transformers", timm_folder, 'dict(type="TimmBackbone", model_name="vit_small_patch16_dinov3"'),
+        ("InternViT", timm_file, 'dict(type="TimmBackbone"'),
+        ("timm", opengvlab_file, 'dict(type="InternViT6B"'),
+        ("transformers", opengvlab_file, 'dict(type="InternViT6B"'),
+        ("timm", timm_file, None),  # of another size: no other backbone would help
+        ("transformers", lambda folder: published("siglip", folder, hidden_size=32), None),
+    ],
+)
+def test_a_file_in_the_layout_of_another_backbone_names_it(backbone, write, reader, tmp_path):
+    model = segmentor("siglip")
+    model.backbone = ConfigDict(BACKBONES[backbone])
+    with pytest.raises(CheckpointError) as error:
+        match_backbone(build_on_meta(model), open_weights(write(tmp_path)))
+    if reader is None:
+        assert "another backbone: model.backbone" not in str(error.value)
+    else:
+        assert f"read by another backbone: model.backbone={reader}" in str(error.value)
+
+
+def test_timms_folder_is_told_from_its_config_alone(tmp_path):
+    model = segmentor("siglip", pretrained=str(timm_folder(tmp_path)))
+    del model.backbone.config
+    with pytest.raises(ConfigError, match='type="TimmBackbone", model_name="vit_small_patch16_dinov3"'):
+        build_on_meta(model)

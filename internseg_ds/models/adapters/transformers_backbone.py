@@ -9,6 +9,7 @@ c channels, p the side of a patch.
 
 import json
 import math
+import re
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -139,12 +140,11 @@ class TransformersBackbone(LibraryBackbone):
     def recognises(names: Collection[str], config: Mapping[str, Any] | None) -> str | None:
         """How to name this backbone for a file in transformers' layout."""
         if config is not None and isinstance(config.get("model_type"), str) and "auto_map" not in config:
-            return 'type="TransformersBackbone", without a model_name'
-        if any(".layer.0." in name or ".layers.0." in name for name in names) and any(
-            "embeddings." in name for name in names
-        ):
             return 'type="TransformersBackbone"'
-        return None
+        embedded = any("embeddings." in name for name in names)
+        numbered = any(re.search(r"\blayers?\.0\.", name) for name in names)
+        internvit = any("layers.0.attn.qkv" in name for name in names)
+        return 'type="TransformersBackbone"' if embedded and numbered and not internvit else None
 
     def exported(self, layout: str) -> tuple[dict[str, tuple[str | Part, ...]], dict[str, Any] | None]:
         """Our name -> the key of each parameter and buffer in the files that transformers itself would write,

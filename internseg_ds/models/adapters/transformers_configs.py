@@ -128,7 +128,7 @@ def _class(kind: str, fields: Mapping[str, Any], where: str) -> Any:
 
 def _check_fields(kind: str, fields: Mapping[str, Any]) -> None:
     """Raises ValueError for a field that the model type does not have: transformers would ignore it."""
-    defaults = _class(kind, {}, "config")()
+    defaults = _class(kind, fields, "config")()
     known = {*defaults.to_dict(), *defaults.attribute_map, "model_type"}
     for name in fields:
         if name not in known:

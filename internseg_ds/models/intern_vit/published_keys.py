@@ -113,7 +113,7 @@ def published_sources(names: Collection[str]) -> tuple[str, dict[str, tuple[str,
 def recognises(names: Collection[str], config: Mapping[str, Any] | None) -> str | None:
     """How a config names InternViT6B for a file of InternViT, in any layout but InternVL's .pth, whose keys
     other models have too."""
-    marks = (OPENGVLAB.mark, ".attention.projection_layer.weight")
+    marks = ("encoder.layers.0.attn.qkv.weight", "encoder.layer.0.attention.projection_layer.weight")
     return 'type="InternViT6B"' if any(name.endswith(marks) for name in names) else None
 
 
