@@ -69,6 +69,9 @@ class Backbone(Protocol):
     difference is an error."""
     arguments: Mapping[str, Any]
     """The constructor arguments that `arguments_of` is compared with."""
+    stated: Mapping[str, Any]
+    """Constructor arguments that saved configs have in place of the config's, so that it can be built where the
+    files that those name are gone. Without: those of the config."""
     layouts: tuple[str, ...]
     """The published key layouts that `exported` knows. With `exported` only."""
 

@@ -78,7 +78,7 @@ class TransformersBackbone(LibraryBackbone):
         init_cfg: Mapping[str, Any] | None = None,
     ) -> None:
         found = vision_config(config, pretrained or checkpoint_of(init_cfg))
-        published: dict[str, Any] = json.loads(found.to_json_string(use_diff=False))
+        published: dict[str, Any] = json.loads(found.to_json_string())
         kind = build(found, out_indices, drop_path_rate, final_norm=final_norm)
         super().__init__(
             kind.model,
@@ -104,7 +104,10 @@ class TransformersBackbone(LibraryBackbone):
         self.depth = kind.layers
         kept = {name for name, _ in self.model.named_parameters()} | persistent_buffers(self.model)
         self.pretrained_extras: tuple[str, ...] = tuple(f"model.{n}" for n in kind.whole if n not in kept)
-        self.arguments: dict[str, Any] = {f"config.{n}": published[n] for n in UNSEEN if n in published}
+        self.arguments: dict[str, Any] = {
+            f"config.{name}": getattr(found, name) for name in UNSEEN if hasattr(found, name)
+        }
+        self.stated: dict[str, Any] = {"config": published}
         self.resizable = _resizable(kind) if isinstance(kind, PlainModel) else {}
         if not any(param.is_meta or not param.numel() for param in self.model.parameters()):
             self.initial_values()  # whole; the engine draws those of partitioned parameters itself

@@ -1,6 +1,7 @@
 """transformers' models as backbones: transformers' own features, layers and weights, at any size and in bf16."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -470,3 +471,15 @@ def test_a_folder_alone_says_what_it_is_and_fields_replace_its_own(tmp_path):
     with torch.no_grad():
         expected = reference.interpolate_pos_encoding(torch.empty(1, 65, 48), 112, 112)
     assert torch.allclose(resize(embedding, in_model), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["dinov2", "siglip_vision_model", "swin"])
+def test_what_it_states_builds_it_without_its_folder(kind, tmp_path):
+    folder = folder_of(kind, tmp_path / "published")
+    model = backbone(pretrained=str(folder), out_indices=(0, 1))
+    shutil.rmtree(folder)
+    again = backbone(**json.loads(json.dumps(model.stated)), pretrained=str(folder), out_indices=(0, 1))
+    assert again.model.config.to_dict() == model.model.config.to_dict()
+    assert {n: p.shape for n, p in again.named_parameters()} == {
+        n: p.shape for n, p in model.named_parameters()
+    }
