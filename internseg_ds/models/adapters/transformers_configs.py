@@ -129,7 +129,7 @@ def _class(kind: str, fields: Mapping[str, Any], where: str) -> Any:
 def _check_fields(kind: str, fields: Mapping[str, Any]) -> None:
     """Raises ValueError for a field that the model type does not have: transformers would ignore it."""
     defaults = _class(kind, fields, "config")()
-    known = {*defaults.to_dict(), *defaults.attribute_map, "model_type"}
+    known = {*defaults.to_dict(), *defaults.attribute_map, "model_type", "torch_dtype"}
     for name in fields:
         if name not in known:
             near = difflib.get_close_matches(name, sorted(known), n=1)

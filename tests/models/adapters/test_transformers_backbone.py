@@ -483,3 +483,28 @@ def test_what_it_states_builds_it_without_its_folder(kind, tmp_path):
     assert {n: p.shape for n, p in again.named_parameters()} == {
         n: p.shape for n, p in model.named_parameters()
     }
+
+
+def test_internvit_of_transformers_has_the_features_of_ours():
+    ours = build_backbone(
+        ConfigDict(
+            type="InternViT6B",
+            **dict(embed_dim=48, num_heads=3, depth=4, mlp_ratio=2, img_size=56, out_indices=(0, 1, 2, 3)),
+            use_flash_attn=False,
+        )
+    )
+    shaken(ours).eval()
+    names, config = ours.exported("transformers")
+    model = backbone(config).eval()
+    state = ours.state_dict()
+    renamed = {
+        key: part
+        for own, keys in names.items()
+        if own in state
+        for key, part in zip(keys, state[own].chunk(len(keys)))
+    }
+    assert renamed.keys() == model.model.state_dict().keys()
+    model.model.load_state_dict(renamed)
+    image = torch.randn(2, 3, 42, 70)
+    with torch.no_grad():
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(model(image), ours(image), strict=True))
