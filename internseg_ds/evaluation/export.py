@@ -68,7 +68,7 @@ def export_backbone(
         ema=ema,
         overwrite=overwrite,
         check=check,
-        layout=Layout(partial(_renamed, names), files, bare=config is None),
+        layout=Layout(partial(renamed_entries, names), files, bare=config is None),
     )
 
 
@@ -84,7 +84,9 @@ def _backbone_in(source: Path, tag: str | None, *, check: bool) -> nn.Module:
     return segmentor.backbone
 
 
-def _renamed(names: Mapping[str, tuple[str | Part, ...]], entries: Mapping[str, Entry]) -> dict[str, Entry]:
+def renamed_entries(
+    names: Mapping[str, tuple[str | Part, ...]], entries: Mapping[str, Entry]
+) -> dict[str, Entry]:
     """The backbone's entries by the keys of a layout. names: our name -> their keys, into which the tensor
     is split along its first dimension, or the part of theirs that it is."""
     found: dict[str, Entry] = {}

@@ -19,9 +19,15 @@ from mmseg.models.builder import BACKBONES
 from torch import Tensor, nn
 
 from internseg_ds.models.adapters.library_backbone import LibraryBackbone, reset_modules
-from internseg_ds.models.adapters.transformers_configs import vision_config
+from internseg_ds.models.adapters.transformers_configs import MAPS, vision_config
 from internseg_ds.models.adapters.transformers_keys import places, published_keys, sources
-from internseg_ds.models.adapters.transformers_models import PlainModel, StagedModel, build, draw_values
+from internseg_ds.models.adapters.transformers_models import (
+    HEADS,
+    PlainModel,
+    StagedModel,
+    build,
+    draw_values,
+)
 from internseg_ds.models.backbone import Part, checkpoint_of
 from internseg_ds.models.weight_resizing import (
     is_patch_kernel,
@@ -155,10 +161,13 @@ class TransformersBackbone(LibraryBackbone):
         kept = {name for name, _ in self.model.named_parameters()} | persistent_buffers(self.model)
         names = [name for name in self._kind.whole if name in kept]
         found = places(published_keys(self.model, names))
-        config = self._published | {"architectures": [type(self.model).__name__]}
-        for field in ("num_hidden_layers", "vision_use_head", "use_head", "out_indices", "out_features"):
+        config = {name: value for name, value in self._published.items() if name not in MAPS}
+        config["architectures"] = [type(self.model).__name__]
+        for field in ("num_hidden_layers", *HEADS):
             if hasattr(self.model.config, field):
                 config[field] = getattr(self.model.config, field)
+        if self._kind.map_indices:
+            config["out_indices"] = self._kind.map_indices
         return {f"model.{name}": place for name, place in found.items()}, config
 
     def layer_id(self, name: str) -> int:

@@ -16,6 +16,8 @@ from typing import Any
 from internseg_ds.errors import reason_of
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+MAPS = ("out_features", "out_indices", "stage_names")
+"""Fields that say which maps transformers' own backbone classes give."""
 PRETRAINING = ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale")
 """Fields by which DINOv3 moves and scales its rotary positions at random in training: a part of its
 pretraining, which a config has to name to have it."""
@@ -53,7 +55,8 @@ def vision_config(config: Mapping[str, Any] | str | None, pretrained: str | None
     fields = dict(config) if isinstance(config, Mapping) else {}
     if fields:
         _check_fields(found.model_type, fields)
-        found = _parsed({**found.to_dict(), **fields}, str(file))
+        kept = {name: value for name, value in found.to_dict().items() if name not in MAPS}
+        found = _parsed({**kept, **fields}, str(file))
     return _without_pretraining(found, fields)
 
 

@@ -105,6 +105,7 @@ class PlainModel:
         self.depth = config.num_hidden_layers
         self.chosen = chosen_maps(out_indices, self.depth, f"transformers' {self.name}")
         self.channels = [config.hidden_size] * len(self.chosen)
+        self.map_indices = _map_indices(config, self.chosen, self.depth)
         self.patch = _pair(config.patch_size)
         self.model: Any = _undrawn(kind, config)
         self.whole = names_of(self.model)
@@ -249,8 +250,8 @@ class StagedModel:
         self.name = config.model_type
         count = len(config.depths)
         self.chosen = chosen_maps(out_indices, count, f"transformers' {self.name}")
-        stem = len(config.stage_names) - count  # that of some models has a name among them
-        config.out_indices = [index + stem for index in self.chosen]
+        self.map_indices = _map_indices(config, self.chosen, count)
+        config.out_indices = self.map_indices
         self.model: Any = _undrawn(kind, config)
         model: Any = self.model
         self.channels: list[int] = list(model.channels)
@@ -303,6 +304,13 @@ class StagedModel:
             layer = layer if inside is None else inside + 1
             found[name] = self.layers + 1 if name.startswith(f"{self.norms}.") else layer
         return found
+
+
+def _map_indices(config: Any, chosen: Sequence[int], count: int) -> list[int]:
+    """The numbers of the `chosen` of `count` maps in transformers' backbone class: those of a model whose stem
+    is one of them begin at 1. Empty where there is no such class."""
+    stages = getattr(config, "stage_names", None)
+    return [index + len(stages) - count for index in chosen] if stages else []
 
 
 class _Nothing(nn.Module):

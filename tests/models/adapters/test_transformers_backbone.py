@@ -193,7 +193,9 @@ def test_maps_of_stages_are_those_of_transformers_backbones(kind):
     assert model.channels == tuple(features.shape[1] for features in found)
 
 
-@pytest.mark.parametrize("name", GIANTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * ("300M" in name)) for name in GIANTS]
+)
 def test_giants_are_built_and_run_on_the_meta_device(name):
     config, billions = GIANTS[name]
     with torch.device("meta"):
@@ -460,6 +462,7 @@ def test_a_folder_alone_says_what_it_is_and_fields_replace_its_own(tmp_path):
     (folder / "config.json").write_text(json.dumps(config | {"pos_embed_rescale": 2.0}))
     model = backbone(pretrained=str(folder))
     assert model.model.config.use_swiglu_ffn and model.patch_size == (14, 14)
+    assert backbone(dict(num_hidden_layers=2), pretrained=str(folder)).depth == 2
     larger = backbone(dict(image_size=112), pretrained=str(folder), out_indices=(1,))
     assert larger.model.embeddings.position_embeddings.shape == (1, 65, 48) and larger.depth == 2
     in_file, in_model = torch.Size([1, 17, 48]), torch.Size([1, 65, 48])
