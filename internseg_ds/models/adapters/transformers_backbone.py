@@ -21,13 +21,9 @@ from torch import Tensor, nn
 from internseg_ds.models.adapters.library_backbone import LibraryBackbone, reset_modules
 from internseg_ds.models.adapters.transformers_configs import MAPS, vision_config
 from internseg_ds.models.adapters.transformers_keys import places, published_keys, sources
-from internseg_ds.models.adapters.transformers_models import (
-    HEADS,
-    PlainModel,
-    StagedModel,
-    build,
-    draw_values,
-)
+from internseg_ds.models.adapters.transformers_models import build, draw_values
+from internseg_ds.models.adapters.transformers_plain import HEADS, PlainModel
+from internseg_ds.models.adapters.transformers_staged import StagedModel
 from internseg_ds.models.backbone import Part, checkpoint_of
 from internseg_ds.models.weight_resizing import (
     is_patch_kernel,
