@@ -2,6 +2,7 @@
 DeepSpeed."""
 
 from internseg_ds.models.adapters.timm_backbone import TimmBackbone
+from internseg_ds.models.adapters.transformers_backbone import TransformersBackbone
 from internseg_ds.models.beit import MAE, BEiT
 from internseg_ds.models.fcn_head import FCNHead
 from internseg_ds.models.feature_pyramids import SimpleFeaturePyramid, ViTFeaturePyramid
@@ -20,5 +21,6 @@ __all__ = [
     "InternViTAdapter",
     "SimpleFeaturePyramid",
     "TimmBackbone",
+    "TransformersBackbone",
     "ViTFeaturePyramid",
 ]

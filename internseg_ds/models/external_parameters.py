@@ -22,4 +22,12 @@ def external_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
             f"kernel_generate_head.conv_seg.{name}": param
             for name, param in module.kernel_generate_head.conv_seg.named_parameters()
         }
+    if hasattr(module, "interpolate_pos_encoding") or hasattr(module, "resize_positional_embeddings"):
+        # transformers' SigLIP, SigLIP2 and CLIP resize the weights of this embedding
+        return {
+            f"{name}.{leaf}": param
+            for name, child in module.named_children()
+            if isinstance(child, nn.Embedding)
+            for leaf, param in child.named_parameters()
+        }
     return {}

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from internseg_ds.checkpoints.key_matching import KeyMatch
+from internseg_ds.config.config_text import config_dict, config_text
 from internseg_ds.config.ds_config import DsConfig
 from internseg_ds.config.experiment import Experiment
 from internseg_ds.data.checks.survey import survey
@@ -56,6 +57,13 @@ class Plan:
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     """What the log of the run is to say of these checks."""
+
+    @property
+    def config_text(self) -> str:
+        """The experiment as one config file, by which the model is built without the files of its weights."""
+        cfg = config_dict(self.experiment.cfg)
+        cfg["model"]["backbone"] |= getattr(self.meta_model.backbone, "stated", {})
+        return config_text(cfg)
 
 
 def check(

@@ -30,7 +30,6 @@ from mmcv import Config
 from torch import Tensor
 
 from internseg_ds.checkpoints.zero_checkpoint import ZeroCheckpoint
-from internseg_ds.config.config_text import config_dict, config_text
 from internseg_ds.config.experiment import Experiment, read_experiment
 from internseg_ds.data.loading import Batch
 from internseg_ds.distributed.checkpoint_engine import note_failed_writes
@@ -322,8 +321,7 @@ class SegmentorEngine:
 
     @cached_property
     def _config_text(self) -> str:
-        """The experiment as one config file."""
-        return config_text(config_dict(self.plan.experiment.cfg))
+        return self.plan.config_text
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The loss terms and accuracies of a micro-batch, as scalars; "loss" is the sum of the terms whose

@@ -1,10 +1,14 @@
-"""What the checks find in a model's forward pass."""
+"""What the checks find in a model's forward pass, and the config that a checked run saves."""
 
 import json
+import shutil
 
 import pytest
+import transformers
+from mmcv import Config
 
 from internseg_ds.config.experiment import read_experiment
+from internseg_ds.distributed.construction import build_on_meta
 from internseg_ds.distributed.process_group import World
 from internseg_ds.preflight.preflight import check
 from tests.conftest import ROOT
@@ -37,3 +41,18 @@ def test_epochs_become_steps_of_the_data_and_the_batch(ade20k):
     assert length > 1 and plan.experiment.max_steps == 6 * length
     assert plan.experiment.evaluation.interval == 2 * length
     assert any(f"an epoch is {length} steps" in note for note in plan.experiment.notes)
+
+
+def test_a_saved_config_builds_the_model_whose_folder_is_gone(ade20k, tmp_path):
+    fields = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64)
+    folder = tmp_path / "published"
+    transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**fields)).save_pretrained(folder)
+    cfg = small_experiment(ade20k)
+    cfg.model.backbone = dict(type="TransformersBackbone", pretrained=str(folder))
+    cfg.optimizer.paramwise_cfg.num_layers = 4
+    plan = check(read_experiment(cfg), ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0), validate=False)
+    assert plan.weights is not None and len(plan.weights.sources) > 60 and not plan.weights.missing
+    shutil.rmtree(folder)
+    again = build_on_meta(Config.fromstring(plan.config_text, ".py").model)
+    expected = {name: param.shape for name, param in plan.meta_model.named_parameters()}
+    assert {name: param.shape for name, param in again.named_parameters()} == expected

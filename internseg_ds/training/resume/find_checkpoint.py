@@ -17,7 +17,6 @@ from internseg_ds.checkpoints.saves import complete_saves, noted_saves, place_of
 from internseg_ds.checkpoints.weights import weights_of
 from internseg_ds.checkpoints.zero_checkpoint import ZeroCheckpoint
 from internseg_ds.checkpoints.zero_files import find_save, missing_file_advice
-from internseg_ds.config.config_text import config_dict, config_text
 from internseg_ds.distributed.process_group import gather_from_ranks, raise_on_every_rank
 from internseg_ds.distributed.weight_loading import match_segmentor
 from internseg_ds.errors import CheckpointError, shortened
@@ -232,7 +231,7 @@ def changes_since(path: Path, plan: Plan) -> list[str]:
     saved = manifest.get("meta") or {}
     groups = named_groups(plan.meta_model, parameter_groups(plan.meta_model, experiment.optimizer))
     return [
-        *changed_settings(saved.get("config"), config_text(config_dict(experiment.cfg))),
+        *changed_settings(saved.get("config"), plan.config_text),
         *changed_groups(manifest.get("groups"), groups),
         *changed_classes(path, saved.get("CLASSES"), plan.train_set.CLASSES),
     ]
