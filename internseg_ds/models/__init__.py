@@ -3,6 +3,7 @@ DeepSpeed."""
 
 from internseg_ds.models.adapters.timm_backbone import TimmBackbone
 from internseg_ds.models.beit import MAE, BEiT
+from internseg_ds.models.eomt.segmentor import EoMT
 from internseg_ds.models.fcn_head import FCNHead
 from internseg_ds.models.feature_pyramids import SimpleFeaturePyramid, ViTFeaturePyramid
 from internseg_ds.models.intern_image.intern_image import InternImage
@@ -14,6 +15,7 @@ __all__ = [
     "MAE",
     "BEiT",
     "EncoderDecoderMask2Former",
+    "EoMT",
     "FCNHead",
     "InternImage",
     "InternViT6B",

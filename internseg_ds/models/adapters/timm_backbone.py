@@ -18,6 +18,7 @@ from mmseg.models.builder import BACKBONES, build_neck
 from torch import Tensor, nn
 
 from internseg_ds.models.activation_checkpointing import CheckpointingPolicy, checkpoint_calls
+from internseg_ds.models.eomt.joined_queries import Attended, Tokens, with_queries
 from internseg_ds.models.repeated_blocks import repeated_blocks
 from internseg_ds.models.weight_resizing import is_patch_kernel, is_square_embedding
 from internseg_ds.torch_internals import reset_parameters_of
@@ -91,6 +92,8 @@ class TimmBackbone(BaseModule):
         self.depth = max(self._layer_ids.values())
         self.no_decay_words: tuple[str, ...] = tuple(sorted(getattr(self.model, "no_weight_decay", set)()))
         self.resizable = _resizable(self.model)
+        self.num_blocks = len(self.model.blocks) if _takes_masks(self.model) else 0
+        self.num_prefix_tokens = getattr(self.model, "num_prefix_tokens", 0)
         self._blocks = repeated_blocks(self.model)
         checkpoint_calls(self._blocks)
         for name, param in self.named_parameters():
@@ -144,13 +147,26 @@ class TimmBackbone(BaseModule):
             self.model.eval()
         return self
 
-    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        self,
+        image: Tensor,
+        queries: Tensor | None = None,
+        *,
+        last_blocks: int = 0,
+        attended: Attended | None = None,
+    ) -> tuple[Any, ...]:
         """image: (b, 3, h, w) -> one map (b, c, h / s, w / s) for each of out_indices, s its stride, in the
-        dtype that the model computes in."""
+        dtype that the model computes in.
+
+        Where queries (b, q, c) are given, they join the last blocks instead, and the result is that of
+        `with_queries`, whose arguments these are.
+        """
         policy: CheckpointingPolicy = self.recomputation if self.with_cp and self.training else "none"
         block: Any
         for block in self._blocks:
             block.recomputation = policy
+        if queries is not None:
+            return with_queries(self, image, queries, last_blocks, attended)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze):
             maps = self.model.forward_intermediates(
                 image,
@@ -162,6 +178,49 @@ class TimmBackbone(BaseModule):
         if self.neck is not None:
             maps = self.neck(maps)
         return tuple(features.contiguous() for features in maps)
+
+    def tokens(self, image: Tensor) -> Tokens:
+        """As of `QueryBackbone`. The context is the table of rotary positions, of each block where they
+        differ, or None."""
+        patches = self.model.patch_embed(image)
+        positioned = self.model._pos_embed(patches)  # timm has no public name for it
+        values, rope = positioned if isinstance(positioned, tuple) else (positioned, None)
+        height, width = image.shape[-2:]
+        return Tokens(
+            self.model.norm_pre(values), self.model.patch_embed.dynamic_feat_size((height, width)), rope
+        )
+
+    def run_block(self, index: int, values: Tensor, context: Any, mask: Tensor | None = None) -> Tensor:
+        """As of `QueryBackbone`."""
+        block = self.model.blocks[index]
+        if context is None:
+            return block(values, attn_mask=mask)
+        rope = context[index] if getattr(self.model, "rope_mixed", False) else context
+        return block(values, rope=_unturned(rope, values.size(1) - self.num_prefix_tokens), attn_mask=mask)
+
+    def last_norm(self, values: Tensor) -> Tensor:
+        """As of `QueryBackbone`."""
+        return self.model.norm(values)
+
+
+def _takes_masks(model: Any) -> bool:
+    """Whether it is a plain transformer whose tokens can be embedded and passed through its blocks one by one,
+    with a mask for the attention of each."""
+    if not all(hasattr(model, name) for name in ("patch_embed", "_pos_embed", "norm_pre", "norm", "blocks")):
+        return False
+    return all("attn_mask" in inspect.signature(type(block).forward).parameters for block in model.blocks)
+
+
+def _unturned(rope: Tensor, positions: int) -> Tensor:
+    """A table of rotary positions with rows for more tokens in front, which are not turned: the angle 0.
+
+    rope: (..., n, 2 d), sines and then cosines, as timm has them -> (..., positions, 2 d).
+    """
+    more = positions - rope.size(-2)
+    if not more:
+        return rope
+    sines = rope.new_zeros(*rope.shape[:-2], more, rope.size(-1) // 2)
+    return torch.cat((torch.cat((sines, torch.ones_like(sines)), dim=-1), rope), dim=-2)
 
 
 def _neck(neck: Mapping[str, Any] | str | None, channels: tuple[int, ...]) -> nn.Module | None:

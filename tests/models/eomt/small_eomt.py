@@ -1,0 +1,97 @@
+"""A small EoMT, and transformers' with the same weights."""
+
+import torch
+from mmcv import ConfigDict
+from mmseg.models import build_segmentor
+from torch import nn
+
+import internseg_ds.models  # noqa: F401 - registers the segmentor
+from internseg_ds.config.experiment import read_experiment
+from tests.conftest import ROOT
+
+CONFIG = ROOT / "configs/timm_tiny/eomt_dinov3_tiny_112_ade20k.py"
+CLASSES, QUERIES, POINTS = 5, 6, 40
+
+
+def config(**backbone) -> ConfigDict:
+    """The demo's segmentor, with few classes and points. backbone: further settings of it."""
+    model = read_experiment(CONFIG).model
+    for name, value in {"drop_path_rate": 0.0, "with_cp": False, **backbone}.items():
+        model.backbone[name] = value
+    model.decode_head.num_classes, model.decode_head.num_queries = CLASSES, QUERIES
+    model.decode_head.loss_cls.class_weight = [1.0] * CLASSES + [0.1]
+    model.train_cfg.num_points = POINTS
+    return model
+
+
+def build(model: ConfigDict) -> nn.Module:
+    """With weights that are all random: nothing stays at its starting one or zero."""
+    torch.manual_seed(0)
+    segmentor = build_segmentor(model)
+    for name, param in segmentor.named_parameters():
+        scale = name.endswith(("norm1.weight", "norm2.weight", "norm.weight"))
+        nn.init.normal_(param, mean=float(scale), std=0.2)
+    return segmentor
+
+
+LAYER = {
+    "norm1": "norm1",
+    "norm2": "norm2",
+    "attention.o_proj": "attn.proj",
+    "mlp.up_proj": "mlp.fc1",
+    "mlp.down_proj": "mlp.fc2",
+}
+"""transformers' name of each part of a block, and timm's."""
+WHOLE = {
+    "embeddings.cls_token": "backbone.model.cls_token",
+    "embeddings.register_tokens": "backbone.model.reg_token",
+    "embeddings.patch_embeddings": "backbone.model.patch_embed.proj",
+    "layernorm": "backbone.model.norm",
+    "query": "decode_head.query",
+    "class_predictor": "decode_head.class_head",
+    **{f"mask_head.fc{n + 1}": f"decode_head.mask_head.{2 * n}" for n in range(3)},
+    **{f"upscale_block.block.{n}.conv1": f"decode_head.upscale.{n}.0" for n in range(2)},
+    **{f"upscale_block.block.{n}.conv2": f"decode_head.upscale.{n}.2" for n in range(2)},
+    **{f"upscale_block.block.{n}.layernorm2d": f"decode_head.upscale.{n}.3.1" for n in range(2)},
+}
+"""The same of what is no block."""
+
+
+def transformers_eomt(segmentor: nn.Module, side: int) -> nn.Module:
+    """transformers' EoMT on DINOv3, with the weights of ours, for images of side x side pixels."""
+    from transformers import EomtDinov3Config, EomtDinov3ForUniversalSegmentation
+
+    vit = segmentor.backbone.model
+    theirs = EomtDinov3ForUniversalSegmentation(
+        EomtDinov3Config(
+            hidden_size=vit.embed_dim,
+            num_hidden_layers=len(vit.blocks),
+            num_attention_heads=vit.blocks[0].attn.num_heads,
+            intermediate_size=4 * vit.embed_dim,
+            layer_norm_eps=1e-5,
+            image_size=side,
+            num_queries=QUERIES,
+            num_blocks=segmentor.decode_head.num_blocks,
+            num_labels=CLASSES,
+            train_num_points=POINTS,
+            query_bias=False,
+            value_bias=False,
+            pos_embed_rescale=None,
+        )
+    )
+    ours, names = segmentor.state_dict(), dict(WHOLE)
+    weights = {}
+    for index in range(len(vit.blocks)):
+        their, our = f"layers.{index}", f"backbone.model.blocks.{index}"
+        names |= {f"{their}.{part}": f"{our}.{place}" for part, place in LAYER.items()}
+        for part, value in zip("qkv", ours[f"{our}.attn.qkv.weight"].chunk(3), strict=True):
+            weights[f"{their}.attention.{part}_proj.weight"] = value
+        for number in (1, 2):
+            weights[f"{their}.layer_scale{number}.lambda1"] = ours[f"{our}.gamma_{number}"]
+    for their, our in names.items():
+        weights |= {
+            their + end: ours[our + end] for end in ("", ".weight", ".bias") if our + end in ours
+        }
+    missing, unexpected = theirs.load_state_dict(weights, strict=False)
+    assert not unexpected and set(missing) <= {"attn_mask_probs", "criterion.empty_weight"}, missing
+    return theirs
