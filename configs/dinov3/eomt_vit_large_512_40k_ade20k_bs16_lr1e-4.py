@@ -2,12 +2,12 @@
 4 blocks, and there is no decoder.
 
 Published score of EoMT-L with DINOv3 at 512 x 512: 59.5 mIoU on ADE20K val, single scale. Not measured here.
-Learning rate, its decay of 0.8 a layer, weight decay, batch, crop and annealing of masks are the published ones,
-steps are 31 epochs' 39,150 rounded up. Otherwise here: one warmup of 1,500 steps for all parameters (published:
-heads for 500, then the backbone for 1,000), the last block at 0.8 of the learning rate, and not at all of it, no
-weight decay of vectors, no random scale of rotary positions in training, and mmseg's augmentation and windows.
+Published, too: learning rate and its decay of 0.8 a layer, weight decay, gradients clipped to a norm of 0.01,
+batch, crop, 40,000 steps (31 epochs), and when masked attention goes away. Otherwise here: one warmup of 1,500
+steps (published: 500 for the head, then 1,000 for the backbone), the last block at 0.8 of the learning rate and
+not at all of it, no weight decay of vectors, no random scale of rotary positions, mmseg's augmentation.
 Global batch: 16 images = 8 GPUs x 2; other numbers of GPUs accumulate gradients up to it.
-PLANNED
+Planned for 8 H100 of 80 GB: 11.0 GiB each, 0.022 s a step, 15 minutes in all (`launch/plan.py`).
 
     deepspeed launch/train.py configs/dinov3/eomt_vit_large_512_40k_ade20k_bs16_lr1e-4.py \
               --deepspeed_config ds_configs/zero1_bf16.json

@@ -17,9 +17,14 @@ OPTIONS = [
 
 @pytest.fixture(scope="module")
 def trained(train, fp32):
-    """6 steps under ZeRO-3 in fp32 on 2 processes: in the second, masks go away before block 3, in the fifth
-    before block 4."""
+    """6 steps under ZeRO-3 in fp32 on 2 processes: masks are gone from block 3 in the third and from block 4 in
+    the sixth."""
     return train("--deepspeed_config", fp32, config=EOMT, options=OPTIONS)
+
+
+def test_masked_attention_goes_away_block_after_block(trained):
+    shares = [record["decode.masked_share"] for record in trained.records if "loss" in record]
+    assert shares == pytest.approx([1.0, 1.0, 0.5, 0.5, 0.5, 0.0], abs=1e-6)
 
 
 def test_resumed_it_has_the_losses_and_scores_of_an_unbroken_run(trained, train, fp32):

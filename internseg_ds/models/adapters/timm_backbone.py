@@ -92,7 +92,7 @@ class TimmBackbone(BaseModule):
         self.depth = max(self._layer_ids.values())
         self.no_decay_words: tuple[str, ...] = tuple(sorted(getattr(self.model, "no_weight_decay", set)()))
         self.resizable = _resizable(self.model)
-        self.num_blocks = len(self.model.blocks) if _takes_masks(self.model) else 0
+        self.num_blocks = _blocks_that_take_masks(self.model)
         self.num_prefix_tokens = getattr(self.model, "num_prefix_tokens", 0)
         self._blocks = repeated_blocks(self.model)
         checkpoint_calls(self._blocks)
@@ -203,12 +203,15 @@ class TimmBackbone(BaseModule):
         return self.model.norm(values)
 
 
-def _takes_masks(model: Any) -> bool:
-    """Whether it is a plain transformer whose tokens can be embedded and passed through its blocks one by one,
-    with a mask for the attention of each."""
+def _blocks_that_take_masks(model: Any) -> int:
+    """The number of blocks of a plain transformer whose tokens can be embedded and passed through them one by
+    one, with a mask for the attention of each; 0 for other models."""
     if not all(hasattr(model, name) for name in ("patch_embed", "_pos_embed", "norm_pre", "norm", "blocks")):
-        return False
-    return all("attn_mask" in inspect.signature(type(block).forward).parameters for block in model.blocks)
+        return 0
+    takes_masks = all(
+        "attn_mask" in inspect.signature(type(block).forward).parameters for block in model.blocks
+    )
+    return len(model.blocks) if takes_masks else 0
 
 
 def _unturned(rope: Tensor, positions: int) -> Tensor:

@@ -131,6 +131,19 @@ class EoMTHead(MaskLosses, BaseModule):
         scores = [self.class_head(queries) for queries, _ in stages]
         return scores, [self._masks(queries, patches) for queries, patches in stages]
 
+    def forward_train(
+        self,
+        features: Sequence[Tensor],
+        img_metas: Any,
+        gt_semantic_seg: Tensor,
+        gt_labels: Sequence[Tensor],
+        gt_masks: Sequence[Tensor],
+    ) -> dict[str, Tensor]:
+        """As of `MaskLosses`, and for the log masked_share, the mean of `masked_shares`."""
+        losses = super().forward_train(features, img_metas, gt_semantic_seg, gt_labels, gt_masks)
+        share = sum(self.masked_shares) / self.num_blocks
+        return losses | {"masked_share": losses["loss_cls"].new_full((), share)}
+
     def forward_test(self, features: Sequence[Tensor], img_metas: Any = None, test_cfg: Any = None) -> Tensor:
         """As of `MaskLosses`, of the last stage: (b, num_classes, h_0, w_0)."""
         return super().forward_test(features[-2:], img_metas, test_cfg)

@@ -107,9 +107,7 @@ class MaskLosses:
             count,
             vector_on_device(self.class_weight, all_scores[0]),
         )
-        layers = [
-            self._losses(*layer, truth) for layer in zip(all_scores, all_masks, matches, strict=True)
-        ]
+        layers = [self._losses(*layer, truth) for layer in zip(all_scores, all_masks, matches, strict=True)]
         losses = dict(layers[-1])
         for index, layer in enumerate(layers[:-1]):
             losses |= {f"d{index}.{name}": loss for name, loss in layer.items()}

@@ -89,9 +89,7 @@ def transformers_eomt(segmentor: nn.Module, side: int) -> nn.Module:
         for number in (1, 2):
             weights[f"{their}.layer_scale{number}.lambda1"] = ours[f"{our}.gamma_{number}"]
     for their, our in names.items():
-        weights |= {
-            their + end: ours[our + end] for end in ("", ".weight", ".bias") if our + end in ours
-        }
+        weights |= {their + end: ours[our + end] for end in ("", ".weight", ".bias") if our + end in ours}
     missing, unexpected = theirs.load_state_dict(weights, strict=False)
     assert not unexpected and set(missing) <= {"attn_mask_probs", "criterion.empty_weight"}, missing
     return theirs

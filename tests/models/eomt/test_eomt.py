@@ -106,6 +106,7 @@ def test_every_parameter_learns_and_every_stage_has_losses(segmentor):
     losses = segmentor.train().forward_train(
         image(), [{}] * 2, torch.zeros(2, 1, SIDE, SIDE), gt_labels=gt_labels, gt_masks=gt_masks
     )
+    assert losses.pop("decode.masked_share") == 1.0
     sum(losses.values()).backward()
     names = ("loss_cls", "loss_mask", "loss_dice")
     assert set(losses) == {f"decode.{stage}{name}" for stage in ("", "d0.", "d1.") for name in names}
@@ -170,9 +171,7 @@ def test_queries_that_all_ignore_change_no_token_of_any_family(model_name, monke
     segmentor.decode_head.masked_shares = (1.0, 1.0)
     with torch.no_grad():
         queries = segmentor.decode_head.queries_for(pixels)
-        stages = segmentor.backbone(
-            pixels, queries, last_blocks=2, attended=segmentor.decode_head.attended
-        )
+        stages = segmentor.backbone(pixels, queries, last_blocks=2, attended=segmentor.decode_head.attended)
         (expected,) = segmentor.backbone(pixels)
     torch.testing.assert_close(stages[-1][1], expected, rtol=1e-4, atol=1e-4)
 
@@ -193,7 +192,9 @@ def test_activation_checkpointing_changes_no_gradient(policy):
 BACKBONES = {
     "queries through the backbone's blocks; write freeze=False": dict(freeze=True),
     "passed the last norm; write final_norm=True": dict(final_norm=False),
-    "no feature maps for a neck; write neck=None": dict(neck=dict(type="SimpleFeaturePyramid", out_channels=8)),
+    "no feature maps for a neck; write neck=None": dict(
+        neck=dict(type="SimpleFeaturePyramid", out_channels=8)
+    ),
     "needs a plain transformer .* TimmBackbone is none": dict(
         model_name="convnext_atto", model_args={}, final_norm=False
     ),
