@@ -9,7 +9,7 @@ format's specification.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -49,6 +49,23 @@ class Entry:
             Entry(shape, self.dtype, partial(self._read_from, index * shape.numel()))
             for index in range(parts)
         ]
+
+    @classmethod
+    def joined(cls, parts: Sequence["Entry"]) -> "Entry":
+        """Equal tensors as one, along their first dimension."""
+        first = parts[0]
+        numel = first.shape.numel()
+
+        def read_slice(start: int, stop: int) -> Tensor:
+            return torch.cat(
+                [
+                    part.read_slice(max(start - index * numel, 0), min(stop - index * numel, numel))
+                    for index, part in enumerate(parts)
+                    if start < (index + 1) * numel and stop > index * numel
+                ]
+            )
+
+        return cls(torch.Size([len(parts) * first.shape[0], *first.shape[1:]]), first.dtype, read_slice)
 
     def _read_from(self, first: int, start: int, stop: int) -> Tensor:
         return self.read_slice(first + start, first + stop)

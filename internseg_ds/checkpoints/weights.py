@@ -22,6 +22,7 @@ from internseg_ds.checkpoints.stored_tensors import HeldTensor, Stored, load_sto
 from internseg_ds.checkpoints.zero_checkpoint import What, ZeroCheckpoint
 from internseg_ds.checkpoints.zero_files import is_zero_checkpoint
 from internseg_ds.errors import CheckpointError, shortened
+from internseg_ds.models.backbone import Part
 
 WRAPPERS = ("state_dict", "module", "model")
 INDEX = "model.safetensors.index.json"
@@ -194,24 +195,35 @@ def refuse_invalid(weights: Weights, noted: Mapping[str, str]) -> None:
         )
 
 
-def renamed(weights: Weights, sources: Mapping[str, tuple[str, ...]], rest: Collection[str] = ()) -> Weights:
-    """A view of `weights` with other names: new name -> old names, several of which are joined along the
-    first dimension. rest: old names that stay."""
-    sources = {**sources, **{name: (name,) for name in rest}}
+def renamed(
+    weights: Weights, sources: Mapping[str, tuple[str | Part, ...]], rest: Collection[str] = ()
+) -> Weights:
+    """A view of `weights` with other names: new name -> old names, or parts of their tensors, several of which
+    are joined along the first dimension. rest: old names that stay."""
+    taken = {
+        name: [part if isinstance(part, Part) else Part(part, 0, 1) for part in parts]
+        for name, parts in {**sources, **{name: (name,) for name in rest}}.items()
+    }
+
+    def shape_of(part: Part) -> torch.Size:
+        shape = weights.shapes[part.key]
+        return torch.Size([shape[0] // part.parts, *shape[1:]]) if part.parts > 1 else shape
+
     shapes = {
-        name: torch.Size([sum(weights.shapes[part][0] for part in parts), *weights.shapes[parts[0]][1:]])
+        name: torch.Size([sum(shape_of(part)[0] for part in parts), *shape_of(parts[0])[1:]])
         if len(parts) > 1
-        else weights.shapes[parts[0]]
-        for name, parts in sources.items()
+        else shape_of(parts[0])
+        for name, parts in taken.items()
     }
 
     def read_slice(name: str, start: int, stop: int) -> Tensor:
         found, begin = [], 0
-        for part in sources[name]:
-            numel = weights.shapes[part].numel()
+        for part in taken[name]:
+            numel = shape_of(part).numel()
             first, last = max(start - begin, 0), min(stop - begin, numel)
             if first < last:
-                found.append(weights.read_slice(part, first, last))
+                offset = part.index * numel
+                found.append(weights.read_slice(part.key, offset + first, offset + last))
             begin += numel
         return torch.cat(found) if found else torch.empty(0)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from mmseg.models.builder import BACKBONES
 from rich.progress import track
 from torch import Tensor, nn
 
@@ -25,6 +26,7 @@ from internseg_ds.distributed.zero_internals import (
     write_shard,
 )
 from internseg_ds.errors import CheckpointError, DamagedError
+from internseg_ds.models.backbone import Part
 from internseg_ds.torch_internals import persistent_buffers
 
 log = logging.getLogger(__name__)
@@ -66,14 +68,42 @@ def match_backbone(model: nn.Module, weights: Weights, may_differ: tuple[str, ..
     that it knows, or of a whole model that has it.
 
     may_differ: prefixes of names, the backbone's or the file's, that the file may lack or have in addition.
-    Raises CheckpointError when names or shapes do not match.
+    Raises CheckpointError when names or shapes do not match, and names the backbone that would read the file
+    where it is in the layout of another.
     """
+    try:
+        return _match_backbone(model, weights, may_differ)
+    except CheckpointError as error:
+        if reader := _other_reader(model.backbone, weights):
+            raise CheckpointError(
+                f"{error}; its layout is read by another backbone: model.backbone=dict({reader}, ...)"
+            ) from error
+        raise
+
+
+def _other_reader(backbone: Any, weights: Weights) -> str | None:
+    """How a config names a backbone that reads the layout of a file; None where `backbone` itself does, or
+    none."""
+    own = type(backbone)
+    if _recognised(own, weights):
+        return None
+    found = (_recognised(kind, weights) for kind in BACKBONES.module_dict.values() if kind is not own)
+    return next((reader for reader in found if reader), None)
+
+
+def _recognised(kind: type, weights: Weights) -> str | None:
+    """What a backbone's class says of a file (`Backbone.recognises`)."""
+    return getattr(kind, "recognises", lambda *_: None)(weights.shapes, weights.config)
+
+
+def _match_backbone(model: nn.Module, weights: Weights, may_differ: tuple[str, ...]) -> KeyMatch:
     backbone: Any = model.backbone
     _check_config(backbone, weights)
     prefix = _backbone_prefix(weights)
     if layout := getattr(backbone, "published_sources", lambda _: None)(weights.shapes):
         tower, sources = layout
-        used = {name for names in sources.values() for name in names}
+        taken = [place for places in sources.values() for place in places]
+        used = {place.key if isinstance(place, Part) else place for place in taken}
         # beside a vision tower lies a language model
         rest = [name for name in weights.shapes if name not in used and name.startswith(tower)]
         weights = renamed(weights, sources, rest)

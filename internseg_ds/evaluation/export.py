@@ -19,6 +19,7 @@ from internseg_ds.checkpoints.streaming import Entry
 from internseg_ds.checkpoints.zero_checkpoint import ZeroCheckpoint
 from internseg_ds.distributed.construction import build_on_meta
 from internseg_ds.errors import CheckpointError
+from internseg_ds.models.backbone import Part
 
 
 def export_backbone(
@@ -83,12 +84,18 @@ def _backbone_in(source: Path, tag: str | None, *, check: bool) -> nn.Module:
     return segmentor.backbone
 
 
-def _renamed(names: Mapping[str, tuple[str, ...]], entries: Mapping[str, Entry]) -> dict[str, Entry]:
+def _renamed(names: Mapping[str, tuple[str | Part, ...]], entries: Mapping[str, Entry]) -> dict[str, Entry]:
     """The backbone's entries by the keys of a layout. names: our name -> their keys, into which the tensor
-    is split along its first dimension."""
-    return {
-        theirs: entry
-        for ours, keys in names.items()
-        if f"backbone.{ours}" in entries
-        for theirs, entry in zip(keys, entries[f"backbone.{ours}"].split(len(keys)), strict=True)
-    }
+    is split along its first dimension, or the part of theirs that it is."""
+    found: dict[str, Entry] = {}
+    parts: dict[str, dict[int, Entry]] = {}
+    for ours, keys in names.items():
+        if (entry := entries.get(f"backbone.{ours}")) is None:
+            continue
+        for theirs, piece in zip(keys, entry.split(len(keys)), strict=True):
+            if isinstance(theirs, Part):
+                parts.setdefault(theirs.key, {})[theirs.index] = piece
+            else:
+                found[theirs] = piece
+    joined = {theirs: Entry.joined([of[index] for index in sorted(of)]) for theirs, of in parts.items()}
+    return found | joined

@@ -2,6 +2,7 @@
 DeepSpeed."""
 
 from internseg_ds.models.adapters.timm_backbone import TimmBackbone
+from internseg_ds.models.adapters.transformers_backbone import TransformersBackbone
 from internseg_ds.models.beit import MAE, BEiT
 from internseg_ds.models.eomt.segmentor import EoMT
 from internseg_ds.models.fcn_head import FCNHead
@@ -22,5 +23,6 @@ __all__ = [
     "InternViTAdapter",
     "SimpleFeaturePyramid",
     "TimmBackbone",
+    "TransformersBackbone",
     "ViTFeaturePyramid",
 ]

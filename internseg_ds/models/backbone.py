@@ -9,6 +9,7 @@ name. docs/adding_a_backbone.md goes through the attributes with an example.
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +21,15 @@ CanResize = Callable[[torch.Size, torch.Size], bool]
 """Whether a tensor can be resized: (its shape in the file, the parameter's shape in the model)."""
 Resize = Callable[[Tensor, torch.Size], Tensor]
 """Resizes: (the tensor in the file, the parameter's shape in the model) -> a tensor of that shape."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of `parts` equal parts of a tensor in a weight file, along its first dimension."""
+
+    key: str
+    index: int
+    parts: int
 
 
 class Backbone(Protocol):
@@ -76,9 +86,9 @@ class Backbone(Protocol):
         other than 1 is an error."""
 
     @staticmethod
-    def published_sources(names: Collection[str]) -> tuple[str, dict[str, tuple[str, ...]]] | None:
-        """Where a file with these keys holds the backbone: (prefix of its keys, our name -> their keys;
-        several of theirs are concatenated along the first dimension).
+    def published_sources(names: Collection[str]) -> tuple[str, dict[str, tuple[str | Part, ...]]] | None:
+        """Where a file with these keys holds the backbone: (prefix of its keys, our name -> their keys, or
+        parts of their tensors; several of theirs are concatenated along the first dimension).
 
         None, or no such method: under the backbone's own names.
         """
@@ -88,9 +98,16 @@ class Backbone(Protocol):
         """Constructor arguments that a weight folder's config.json states; a backbone with others is an
         error. Without: only the shapes must match."""
 
-    def exported(self, layout: str) -> tuple[dict[str, tuple[str, ...]], dict[str, Any] | None]:
-        """Our name -> their keys in a published layout, and the layout's config.json or None. Without:
-        consolidate.py --backbone is an error."""
+    @staticmethod
+    def recognises(names: Collection[str], config: Mapping[str, Any] | None) -> str | None:
+        """How a config names this backbone for a weight file with these keys, and this config.json beside
+        it (None: there is none); None where the file is in a layout that it does not read. For the error of
+        another backbone that was given the file. Without: no error names this backbone."""
+
+    def exported(self, layout: str) -> tuple[dict[str, tuple[str | Part, ...]], dict[str, Any] | None]:
+        """Our name -> their keys in a published layout, into which our tensor is split, or the one part of
+        theirs that it is; and the layout's config.json or None. Without: consolidate.py --backbone is an
+        error."""
 
 
 def patch_size(backbone: nn.Module) -> int:

@@ -27,4 +27,12 @@ def external_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     if isinstance(module, TimmBackbone):
         # of timm's model other methods are called than its forward: tokens and position embeddings
         return {f"model.{name}": param for name, param in module.model.named_parameters(recurse=False)}
+    if hasattr(module, "interpolate_pos_encoding") or hasattr(module, "resize_positional_embeddings"):
+        # transformers' SigLIP, SigLIP2 and CLIP resize the weights of this embedding
+        return {
+            f"{name}.{leaf}": param
+            for name, child in module.named_children()
+            if isinstance(child, nn.Embedding)
+            for leaf, param in child.named_parameters()
+        }
     return {}

@@ -12,19 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def resize_position_embedding(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Resize a position embedding, class token first, bicubically to a patch grid.
+def resize_position_embedding(pos_embed: Tensor, grid: tuple[int, int], prefix: int = 1) -> Tensor:
+    """Resize a position embedding, `prefix` tokens (the class token) first, bicubically to a patch grid.
 
-    pos_embed: (1, 1 + s * s, c), any float dtype. grid: (h, w). Returns (1, 1 + h * w, c) in the same dtype,
-    and `pos_embed` itself when the grid is (s, s). Interpolates in fp32 with align_corners=False, as the
+    pos_embed: (1, prefix + s * s, c), any float dtype. grid: (h, w). Returns (1, prefix + h * w, c) in the same
+    dtype, and `pos_embed` itself when the grid is (s, s). Interpolates in fp32 with align_corners=False, as the
     published InternViT code does.
     """
-    side = math.isqrt(pos_embed.size(1) - 1)
+    side = math.isqrt(pos_embed.size(1) - prefix)
     if grid == (side, side):
         return pos_embed
-    patches = pos_embed[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1, c, s, s)
+    patches = pos_embed[:, prefix:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1, c, s, s)
     patches = F.interpolate(patches, size=grid, mode="bicubic", align_corners=False)
-    return torch.cat([pos_embed[:, :1], patches.flatten(2).mT.to(pos_embed.dtype)], dim=1)
+    return torch.cat([pos_embed[:, :prefix], patches.flatten(2).mT.to(pos_embed.dtype)], dim=1)
 
 
 def resize_patch_kernel(kernel: Tensor, shape: torch.Size) -> Tensor:

@@ -13,15 +13,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from mmcv.runner import BaseModule
-from mmseg.models.builder import BACKBONES, build_neck
+from mmseg.models.builder import BACKBONES
 from torch import Tensor, nn
 
-from internseg_ds.models.activation_checkpointing import CheckpointingPolicy, checkpoint_calls
-from internseg_ds.models.eomt.joined_queries import Attended, Tokens, with_queries
-from internseg_ds.models.repeated_blocks import repeated_blocks
+from internseg_ds.models.adapters.library_backbone import LibraryBackbone, chosen_maps, reset_modules
+from internseg_ds.models.adapters.transformers_configs import timm_model_of
+from internseg_ds.models.eomt.joined_queries import Attended, Stages, Tokens, with_queries
 from internseg_ds.models.weight_resizing import is_patch_kernel, is_square_embedding
-from internseg_ds.torch_internals import reset_parameters_of
 
 ANY_SIZE: tuple[dict[str, Any], ...] = (
     {"dynamic_img_size": True},  # ViT, EVA: position embeddings follow each image
@@ -30,12 +28,17 @@ ANY_SIZE: tuple[dict[str, Any], ...] = (
     {},  # convolutions
 )
 """Arguments by which timm's models take images of other sizes than `img_size`; the first that a model has."""
-NEVER_TRAINED = ("mask_token",)
-"""Parameters for pretraining objectives, by the last part of their names: no loss here reaches them."""
+LAYOUTS = (
+    ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "norm.weight"),
+    ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "fc_norm.weight"),
+    ("patch_embed.proj.weight", "layers.0.blocks.0.attn.qkv.weight", "norm.weight"),  # Swin
+    ("stem.0.weight", "stages.0.blocks.0.norm.weight"),  # ConvNeXt
+)
+"""Keys that weight files of timm have together, one line for each kind. InternVL's .pth has no last norm."""
 
 
 @BACKBONES.register_module()
-class TimmBackbone(BaseModule):
+class TimmBackbone(LibraryBackbone):
     """A timm model without its classifier, and without the blocks behind the last of `out_indices`.
 
     model_name: a name of `timm.list_models()`. out_indices: blocks, or stages of hierarchical models, whose
@@ -66,24 +69,28 @@ class TimmBackbone(BaseModule):
         model_args: Mapping[str, Any] | None = None,
         init_cfg: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(init_cfg)
         arguments = {"drop_path_rate": drop_path_rate, **(model_args or {})}
         if img_size is not None:
             arguments["img_size"] = img_size
-        self.model: Any = _create(model_name, arguments)
-        self.pretrained = pretrained
-        self.with_cp = with_cp
-        self.freeze = freeze
-        self.recomputation: CheckpointingPolicy = "blocks"
-        whole = {name for name, _ in self.model.named_parameters()}
-        self.out_indices = _prune(self.model, model_name, out_indices, final_norm)
+        model: Any = _create(model_name, arguments)
+        whole = {name for name, _ in model.named_parameters()}
+        chosen = _prune(model, model_name, out_indices, final_norm)
+        kept = {name for name, _ in model.named_parameters()}
+        channels = [model.feature_info[index]["num_chs"] for index in chosen]
+        super().__init__(
+            model,
+            channels,
+            with_cp=with_cp,
+            freeze=freeze,
+            neck=neck,
+            pretrained=pretrained,
+            init_cfg=init_cfg,
+        )
+        self.out_indices = chosen
         self.final_norm = final_norm
-        kept = {name for name, _ in self.model.named_parameters()}
-        self.pretrained_extras: tuple[str, ...] = tuple(sorted(whole - kept))
-        levels: Any = self.model.feature_info
-        self.channels: tuple[int, ...] = tuple(levels[index]["num_chs"] for index in self.out_indices)
 
         # what these attributes mean: `Backbone` in models/backbone.py
+        self.pretrained_extras: tuple[str, ...] = tuple(sorted(whole - kept))
         self.patch_size: int | tuple[int, int] = 1  # hierarchical models round the sizes of their maps
         if self._is_plain():
             self.patch_size = getattr(self.model.patch_embed, "patch_size", 1)
@@ -94,14 +101,6 @@ class TimmBackbone(BaseModule):
         self.resizable = _resizable(self.model)
         self.num_blocks = _blocks_that_take_masks(self.model)
         self.num_prefix_tokens = getattr(self.model, "num_prefix_tokens", 0)
-        self._blocks = repeated_blocks(self.model)
-        checkpoint_calls(self._blocks)
-        for name, param in self.named_parameters():
-            if freeze or name.rpartition(".")[2] in NEVER_TRAINED:
-                param.requires_grad_(False)
-        self.neck = _neck(neck, self.channels)
-        if self.neck is not None:
-            self.channels = tuple(getattr(self.neck, "channels", self.channels))
 
     def _is_plain(self) -> bool:
         """Whether it is a plain transformer: one width, one grid, tokens from end to end."""
@@ -116,9 +115,9 @@ class TimmBackbone(BaseModule):
         if init_weights is not None and "needs_reset" in inspect.signature(init_weights).parameters:
             init_weights(needs_reset=True)
         else:
-            _reset(self.model)
+            reset_modules(self.model)
         if self.neck is not None:
-            _reset(self.neck)
+            reset_modules(self.neck)
 
     def published_sources(self, names: Collection[str]) -> tuple[str, dict[str, tuple[str, ...]]] | None:
         """Where a file in timm's layout has each of our parameters; None for a file in another."""
@@ -127,7 +126,14 @@ class TimmBackbone(BaseModule):
         found: dict[str, tuple[str, ...]] = {f"model.{name}": (name,) for name in own if name in names}
         return ("", found) if found else None
 
-    not_pretrained: tuple[str, ...] = ("neck.",)
+    @staticmethod
+    def recognises(names: Collection[str], config: Mapping[str, Any] | None) -> str | None:
+        """How a config names this backbone for a file in timm's layout."""
+        if config is not None and (name := timm_model_of(config)) is not None:
+            return f'type="TimmBackbone", model_name="{name}"'
+        found = any(set(marks) <= set(names) for marks in LAYOUTS)
+        return 'type="TimmBackbone", model_name=NAME' if found else None
+
     layouts: tuple[str, ...] = ("timm",)
 
     def exported(self, layout: str) -> tuple[dict[str, tuple[str, ...]], dict[str, Any] | None]:
@@ -139,45 +145,21 @@ class TimmBackbone(BaseModule):
         depth + 1 the neck."""
         return self.depth + 1 if name.startswith("neck.") else self._layer_ids[name.removeprefix("model.")]
 
-    def train(self, mode: bool = True) -> "TimmBackbone":
-        """Frozen, timm's model stays in evaluation mode: nothing is dropped, and batch norms keep their
-        statistics."""
-        super().train(mode)
-        if self.freeze:
-            self.model.eval()
-        return self
+    def feature_maps(self, image: Tensor) -> Sequence[Tensor]:
+        """image: (b, 3, h, w) -> one map (b, c, h / s, w / s) for each of out_indices, s its stride."""
+        return self.model.forward_intermediates(
+            image,
+            indices=list(self.out_indices),
+            norm=self.final_norm,
+            output_fmt="NCHW",
+            intermediates_only=True,
+        )
 
-    def forward(
-        self,
-        image: Tensor,
-        queries: Tensor | None = None,
-        *,
-        last_blocks: int = 0,
-        attended: Attended | None = None,
-    ) -> tuple[Any, ...]:
-        """image: (b, 3, h, w) -> one map (b, c, h / s, w / s) for each of out_indices, s its stride, in the
-        dtype that the model computes in.
-
-        Where queries (b, q, c) are given, they join the last blocks instead, and the result is that of
-        `with_queries`, whose arguments these are.
-        """
-        policy: CheckpointingPolicy = self.recomputation if self.with_cp and self.training else "none"
-        block: Any
-        for block in self._blocks:
-            block.recomputation = policy
-        if queries is not None:
-            return with_queries(self, image, queries, last_blocks, attended)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze):
-            maps = self.model.forward_intermediates(
-                image,
-                indices=list(self.out_indices),
-                norm=self.final_norm,
-                output_fmt="NCHW",
-                intermediates_only=True,
-            )
-        if self.neck is not None:
-            maps = self.neck(maps)
-        return tuple(features.contiguous() for features in maps)
+    def query_stages(
+        self, image: Tensor, queries: Tensor, last_blocks: int, attended: Attended | None
+    ) -> Stages:
+        """As of `with_queries`, of timm's blocks one by one."""
+        return with_queries(self, image, queries, last_blocks, attended)
 
     def tokens(self, image: Tensor) -> Tokens:
         """As of `QueryBackbone`. The context is the table of rotary positions, of each block where they
@@ -226,20 +208,6 @@ def _unturned(rope: Tensor, positions: int) -> Tensor:
     return torch.cat((torch.cat((sines, torch.ones_like(sines)), dim=-1), rope), dim=-2)
 
 
-def _neck(neck: Mapping[str, Any] | str | None, channels: tuple[int, ...]) -> nn.Module | None:
-    """The neck of a config behind maps of these channels."""
-    if neck is None:
-        return None
-    settings = {"type": neck} if isinstance(neck, str) else dict(neck)
-    return build_neck({"in_channels": list(channels), **settings})
-
-
-def _reset(model: nn.Module) -> None:
-    for module in model.modules():
-        if (reset := reset_parameters_of(module)) is not None:
-            reset()
-
-
 def _create(model_name: str, arguments: Mapping[str, Any]) -> nn.Module:
     """timm's model without a classifier, for images of any size where its class can be."""
     import timm  # here: it takes a second, and most runs have no model of it
@@ -267,18 +235,11 @@ def _prune(
     if not hasattr(model, "forward_intermediates") or not hasattr(model, "prune_intermediate_layers"):
         raise ValueError(f"timm's {model_name} gives no intermediate feature maps")
     count = len(model.feature_info)
-    if out_indices is None:
-        out_indices = range(count) if count <= 5 else [count * part // 4 - 1 for part in range(1, 5)]
-    wrong = [index for index in out_indices if not 0 <= index < count]
-    if wrong or not list(out_indices) or list(out_indices) != sorted(set(out_indices)):
-        raise ValueError(
-            f"out_indices={list(out_indices)} must be ascending numbers from 0 to {count - 1}, of the feature "
-            f"maps that timm's {model_name} has"
-        )
+    chosen = chosen_maps(out_indices, count, f"timm's {model_name}")
     if final_norm and isinstance(getattr(model, "norm", nn.Identity()), nn.Identity):
         raise ValueError(f"final_norm=True, but timm's {model_name} has no last norm; drop it")
-    model.prune_intermediate_layers(list(out_indices), prune_norm=not final_norm, prune_head=True)
-    return tuple(out_indices)
+    model.prune_intermediate_layers(list(chosen), prune_norm=not final_norm, prune_head=True)
+    return chosen
 
 
 def _layer_ids(model: Any) -> dict[str, int]:

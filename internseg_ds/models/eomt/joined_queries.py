@@ -17,6 +17,9 @@ from torch import Tensor
 Attended = Callable[[int, Tensor, Tensor], Tensor | None]
 """Which patches the queries attend to in a block: (number of the block among the last ones, queries (b, q, c),
 patches (b, c, h, w)) -> (b, q, n) bool, true where a query attends; None where all attend to all."""
+Stages = tuple[tuple[Tensor, Tensor], ...]
+"""Queries (b, q, c) and patches (b, c, h, w) behind the last norm: before each of the last blocks, and behind
+all."""
 
 
 class Tokens(NamedTuple):
@@ -31,15 +34,21 @@ class Tokens(NamedTuple):
 
 
 class QueryBackbone(Protocol):
-    """What is needed of a backbone. Its `forward(image, queries, last_blocks=, attended=)` returns
-    `with_queries(self, ...)`, so that hooks of the backbone see the image and all that comes out."""
+    """What is needed of a backbone. Called as `backbone(image, queries, last_blocks=, attended=)` it returns
+    `Stages`: hooks of the backbone see the image, the queries, and all that comes out."""
 
     num_blocks: int
     """Blocks that queries could pass; 0 where the model is no plain transformer whose attention takes
     masks."""
-    num_prefix_tokens: int
     final_norm: bool
-    """Whether `last_norm` is the model's own norm."""
+    """Whether it has the model's last norm, and maps pass it."""
+
+
+class SteppedBackbone(Protocol):
+    """A backbone that can run its blocks one by one, for `with_queries`."""
+
+    num_blocks: int
+    num_prefix_tokens: int
 
     def tokens(self, image: Tensor) -> Tokens:
         """image: (b, 3, h', w')."""
@@ -52,45 +61,77 @@ class QueryBackbone(Protocol):
         """(b, m, c) -> the same shape."""
 
 
+class JoinedQueries:
+    """The queries on their way through the last blocks of one forward pass.
+
+    queries: (b, q, c). norm: the model's last. grid: (h, w) in patches. attended: asked before each block; None:
+    all attend to all.
+    """
+
+    def __init__(
+        self,
+        queries: Tensor,
+        norm: Callable[[Tensor], Tensor],
+        grid: tuple[int, int],
+        attended: Attended | None,
+    ) -> None:
+        self._queries = queries
+        self._norm = norm
+        self._grid = grid
+        self._attended = attended
+        self._stages: list[tuple[Tensor, Tensor]] = []
+
+    def before_block(self, values: Tensor) -> tuple[Tensor, Tensor | None]:
+        """values: the input of the next of the last blocks, (b, p + n, c) of the first of them and (b, q + p + n,
+        c) of others. Returns what the block is to be given instead, (b, m, c) with m = q + p + n, and the mask
+        of its attention, (b, 1, m, m) bool or None."""
+        if not self._stages:
+            values = torch.cat((self._queries.to(values.dtype), values), dim=1)
+        self._split(values)
+        if self._attended is None:
+            return values, None
+        inside = self._attended(len(self._stages) - 1, *self._stages[-1])
+        return values, None if inside is None else attention_mask(inside, values.size(1))
+
+    def stages(self, values: Tensor) -> Stages:
+        """values: the output of the last block, (b, q + p + n, c)."""
+        self._split(values)
+        return tuple(self._stages)
+
+    def _split(self, values: Tensor) -> None:
+        """Appends the queries (b, q, c) and the patches (b, c, h, w) among the tokens."""
+        values = self._norm(values)
+        height, width = self._grid
+        patches = values[:, values.size(1) - height * width :]
+        queries = values[:, : self._queries.size(1)]
+        self._stages.append((queries, patches.mT.unflatten(2, (height, width)).contiguous()))
+
+
 def with_queries(
-    backbone: QueryBackbone,
+    backbone: SteppedBackbone,
     image: Tensor,
     queries: Tensor,
     last_blocks: int,
     attended: Attended | None,
-) -> tuple[tuple[Tensor, Tensor], ...]:
-    """Run all blocks of the backbone, the last ones with queries in front of the tokens.
+) -> Stages:
+    """Run all blocks of the backbone, the last ones with queries (b, q, c) in front of the tokens.
 
-    image: (b, 3, h', w'). queries: (b, q, c). attended: asked before each of the last blocks; None: all attend
-    to all. Returns the queries (b, q, c) and the patches (b, c, h, w), in the dtype that the backbone computes
-    in: last_blocks + 1 pairs.
+    image: (b, 3, h', w'). Returns last_blocks + 1 stages, in the dtype that the backbone computes in.
     """
     values, grid, context = backbone.tokens(image)
+    joined = JoinedQueries(queries, backbone.last_norm, grid, attended)
     first = backbone.num_blocks - last_blocks
-    for index in range(first):
-        values = backbone.run_block(index, values, context)
-    values = torch.cat((queries.to(values.dtype), values), dim=1)
-    count = queries.size(1)
-    stages = []
-    for number in range(last_blocks):
-        stages.append(_split(backbone.last_norm(values), count, grid))
-        inside = attended(number, *stages[-1]) if attended is not None else None
-        mask = attention_mask(inside, backbone.num_prefix_tokens) if inside is not None else None
-        values = backbone.run_block(first + number, values, context, mask)
-    stages.append(_split(backbone.last_norm(values), count, grid))
-    return tuple(stages)
+    for index in range(backbone.num_blocks):
+        mask = None
+        if index >= first:
+            values, mask = joined.before_block(values)
+        values = backbone.run_block(index, values, context, mask)
+    return joined.stages(values)
 
 
-def attention_mask(inside: Tensor, prefix: int) -> Tensor:
-    """inside: (b, q, n) bool, where a query attends to a patch -> (b, 1, m, m) for all m = q + p + n tokens:
-    queries attend to queries and prefix tokens too, all others to everything."""
+def attention_mask(inside: Tensor, tokens: int) -> Tensor:
+    """inside: (b, q, n) bool, where a query attends to a patch; tokens: m = q + p + n -> (b, 1, m, m): queries
+    attend to queries and prefix tokens too, all others to everything."""
     queries, patches = inside.shape[1:]
-    of_queries = F.pad(inside, (queries + prefix, 0), value=True)
-    return F.pad(of_queries, (0, 0, 0, prefix + patches), value=True)[:, None]
-
-
-def _split(values: Tensor, queries: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """values: (b, q + p + n, c) -> (b, q, c), (b, c, h, w)."""
-    height, width = grid
-    patches = values[:, values.size(1) - height * width :]
-    return values[:, :queries], patches.mT.unflatten(2, (height, width)).contiguous()
+    of_queries = F.pad(inside, (tokens - patches, 0), value=True)
+    return F.pad(of_queries, (0, 0, 0, tokens - queries), value=True)[:, None]

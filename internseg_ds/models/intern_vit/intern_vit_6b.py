@@ -27,6 +27,7 @@ from internseg_ds.models.intern_vit.published_keys import (
     exported_config,
     exported_names,
     published_sources,
+    recognises,
 )
 from internseg_ds.models.layers import DropPath, TruncNormalLinear
 from internseg_ds.models.norms import NORMS, RMSNorm
@@ -181,6 +182,7 @@ class InternViT6B(BaseModule):
     not_pretrained: tuple[str, ...] = ("up1.", "up2.", "up3.", "up4.")
     published_sources = staticmethod(published_sources)
     arguments_of = staticmethod(arguments_of)
+    recognises = staticmethod(recognises)
     layouts: tuple[str, ...] = ("internvl", *LAYOUTS)
 
     def __init__(

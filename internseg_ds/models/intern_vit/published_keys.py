@@ -110,6 +110,13 @@ def published_sources(names: Collection[str]) -> tuple[str, dict[str, tuple[str,
     return None
 
 
+def recognises(names: Collection[str], config: Mapping[str, Any] | None) -> str | None:
+    """How a config names InternViT6B for a file of InternViT, in any layout but InternVL's .pth, whose keys
+    other models have too."""
+    marks = ("encoder.layers.0.attn.qkv.weight", "encoder.layer.0.attention.projection_layer.weight")
+    return 'type="InternViT6B"' if any(name.endswith(marks) for name in names) else None
+
+
 def _depth(names: Collection[str], prefix: str) -> int:
     """Number of blocks of the vision tower: keys are encoder.layer.N... or encoder.layers.N... behind the
     prefix."""

@@ -34,6 +34,27 @@ def build(model: ConfigDict) -> nn.Module:
     return segmentor
 
 
+def config_of_transformers(**fields) -> ConfigDict:
+    """The same with the same DINOv3, as transformers has it. fields: of its configuration."""
+    model = config()
+    dinov3 = dict(
+        model_type="dinov3_vit",
+        patch_size=16,
+        intermediate_size=256,
+        num_register_tokens=4,
+        layer_norm_eps=1e-5,
+        query_bias=False,
+        value_bias=False,
+    )
+    model.backbone = ConfigDict(
+        type="TransformersBackbone",
+        config={**dinov3, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, **fields},
+        out_indices=[3],
+        final_norm=True,
+    )
+    return model
+
+
 LAYER = {
     "norm1": "norm1",
     "norm2": "norm2",
