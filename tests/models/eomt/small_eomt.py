@@ -1,5 +1,7 @@
 """A small EoMT, and transformers' with the same weights."""
 
+import re
+
 import torch
 from mmcv import ConfigDict
 from mmseg.models import build_segmentor
@@ -63,11 +65,13 @@ LAYER = {
     "mlp.down_proj": "mlp.fc2",
 }
 """transformers' name of each part of a block, and timm's."""
-WHOLE = {
+STEM = {
     "embeddings.cls_token": "backbone.model.cls_token",
     "embeddings.register_tokens": "backbone.model.reg_token",
     "embeddings.patch_embeddings": "backbone.model.patch_embed.proj",
     "layernorm": "backbone.model.norm",
+}
+HEAD = {
     "query": "decode_head.query",
     "class_predictor": "decode_head.class_head",
     **{f"mask_head.fc{n + 1}": f"decode_head.mask_head.{2 * n}" for n in range(3)},
@@ -76,19 +80,19 @@ WHOLE = {
     **{f"upscale_block.block.{n}.layernorm2d": f"decode_head.upscale.{n}.3.1" for n in range(2)},
 }
 """The same of what is no block."""
+ENDS = ("", ".weight", ".bias")
 
 
 def transformers_eomt(segmentor: nn.Module, side: int) -> nn.Module:
     """transformers' EoMT on DINOv3, with the weights of ours, for images of side x side pixels."""
     from transformers import EomtDinov3Config, EomtDinov3ForUniversalSegmentation
 
-    vit = segmentor.backbone.model
     theirs = EomtDinov3ForUniversalSegmentation(
         EomtDinov3Config(
-            hidden_size=vit.embed_dim,
-            num_hidden_layers=len(vit.blocks),
-            num_attention_heads=vit.blocks[0].attn.num_heads,
-            intermediate_size=4 * vit.embed_dim,
+            hidden_size=64,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            intermediate_size=256,
             layer_norm_eps=1e-5,
             image_size=side,
             num_queries=QUERIES,
@@ -100,9 +104,23 @@ def transformers_eomt(segmentor: nn.Module, side: int) -> nn.Module:
             pos_embed_rescale=None,
         )
     )
-    ours, names = segmentor.state_dict(), dict(WHOLE)
-    weights = {}
-    for index in range(len(vit.blocks)):
+    ours = segmentor.state_dict()
+    weights = {} if hasattr(segmentor.backbone.model, "blocks") else _of_transformers(ours)
+    weights = weights or _of_timm(ours)
+    for their, our in HEAD.items():
+        weights |= {their + end: ours[our + end] for end in ENDS if our + end in ours}
+    missing, unexpected = theirs.load_state_dict(weights, strict=False)
+    assert not unexpected and set(missing) <= {"attn_mask_probs", "criterion.empty_weight"}, missing
+    return theirs
+
+
+THEIRS = {"model.layer.": "layers.", "norm.": "layernorm."}
+RENAMED = re.compile(r"^(model\.layer\.|norm\.)")
+
+
+def _of_timm(ours: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    names, weights = dict(STEM), {}
+    for index in range(4):
         their, our = f"layers.{index}", f"backbone.model.blocks.{index}"
         names |= {f"{their}.{part}": f"{our}.{place}" for part, place in LAYER.items()}
         for part, value in zip("qkv", ours[f"{our}.attn.qkv.weight"].chunk(3), strict=True):
@@ -110,7 +128,15 @@ def transformers_eomt(segmentor: nn.Module, side: int) -> nn.Module:
         for number in (1, 2):
             weights[f"{their}.layer_scale{number}.lambda1"] = ours[f"{our}.gamma_{number}"]
     for their, our in names.items():
-        weights |= {their + end: ours[our + end] for end in ("", ".weight", ".bias") if our + end in ours}
-    missing, unexpected = theirs.load_state_dict(weights, strict=False)
-    assert not unexpected and set(missing) <= {"attn_mask_probs", "criterion.empty_weight"}, missing
-    return theirs
+        weights |= {their + end: ours[our + end] for end in ENDS if our + end in ours}
+    return weights
+
+
+def _of_transformers(ours: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    prefix = "backbone.model."
+    own = {name.removeprefix(prefix): value for name, value in ours.items() if name.startswith(prefix)}
+    return {
+        RENAMED.sub(lambda found: THEIRS[found[0]], name): value
+        for name, value in own.items()
+        if "mask_token" not in name and "inv_freq" not in name
+    }

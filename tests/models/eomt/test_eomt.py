@@ -8,15 +8,22 @@ from mmseg.models import build_segmentor
 from torch import nn
 
 from internseg_ds.models.eomt.mask_annealing import masked_share
-from tests.models.eomt.small_eomt import CLASSES, QUERIES, build, config, transformers_eomt
+from tests.models.eomt.small_eomt import (
+    CLASSES,
+    QUERIES,
+    build,
+    config,
+    config_of_transformers,
+    transformers_eomt,
+)
 from tests.models.mask2former.small_mask2former import targets
 
 SIDE = 64
 
 
-@pytest.fixture(scope="module")
-def segmentor() -> nn.Module:
-    return build(config())
+@pytest.fixture(scope="module", params=[config, config_of_transformers], ids=["timm", "transformers"])
+def segmentor(request) -> nn.Module:
+    return build(request.param())
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +48,8 @@ def stages_of(theirs: nn.Module, pixels: torch.Tensor) -> list[tuple[torch.Tenso
 
 
 def test_it_has_transformers_parameters_and_no_others(segmentor, theirs):
-    count = sum(param.numel() for param in segmentor.parameters())
+    # but for the token of masked pretraining, which does not train
+    count = sum(param.numel() for param in segmentor.parameters() if param.requires_grad)
     assert count == sum(param.numel() for param in theirs.parameters())
 
 
@@ -110,8 +118,9 @@ def test_every_parameter_learns_and_every_stage_has_losses(segmentor):
     sum(losses.values()).backward()
     names = ("loss_cls", "loss_mask", "loss_dice")
     assert set(losses) == {f"decode.{stage}{name}" for stage in ("", "d0.", "d1.") for name in names}
-    assert [name for name, param in segmentor.named_parameters() if param.grad is None] == []
-    assert all(float(param.grad.abs().max()) > 0 for param in segmentor.parameters())
+    trained = {name: param for name, param in segmentor.named_parameters() if param.requires_grad}
+    assert [name for name, param in trained.items() if param.grad is None] == []
+    assert all(float(param.grad.abs().max()) > 0 for param in trained.values())
     segmentor.zero_grad()
 
 
@@ -150,21 +159,32 @@ def test_the_loop_says_how_far_it_is_and_so_many_queries_are_masked(segmentor):
 
 @pytest.mark.parametrize(
     "model_name",
-    ["vit_small_patch16_dinov3", "vit_small_patch14_reg4_dinov2", "vit_base_patch16_siglip_224"],
+    [
+        "vit_small_patch16_dinov3",
+        "vit_small_patch14_reg4_dinov2",
+        "vit_base_patch16_siglip_224",
+        "dinov3_vit",
+        "dinov2",
+        "siglip_vision_model",
+    ],
 )
 def test_queries_that_all_ignore_change_no_token_of_any_family(model_name, monkeypatch):
-    """Positions, prefix tokens and norms are those of timm's own forward pass."""
+    """Positions, prefix tokens and norms are those of the library's own forward pass."""
     small = dict(embed_dim=64, depth=4, num_heads=4)
-    segmentor = build(config(model_name=model_name, model_args=small)).eval()
-    side = 3 * segmentor.backbone.patch_size[0]
+    fields = dict(model_type=model_name, hidden_size=64, num_hidden_layers=4, num_attention_heads=4)
+    own = config(model_name=model_name, model_args=small)
+    if "patch" not in model_name:
+        own = config_of_transformers()
+        own.backbone.config = {**fields, "patch_size": 16, "image_size": 96}
+    segmentor = build(own).eval()
+    side = 48 if "patch14" not in model_name else 42
     pixels = image(side, 2 * side)
 
     from internseg_ds.models.eomt import joined_queries
 
-    def none_sees_queries(inside, prefix):
-        queries, patches = inside.shape[1:]
-        mask = torch.ones(len(inside), 1, *[queries + prefix + patches] * 2, dtype=torch.bool)
-        mask[..., queries:, :queries] = False
+    def none_sees_queries(inside, tokens):
+        mask = torch.ones(len(inside), 1, tokens, tokens, dtype=torch.bool)
+        mask[..., QUERIES:, :QUERIES] = False
         return mask
 
     monkeypatch.setattr(joined_queries, "attention_mask", none_sees_queries)
@@ -176,16 +196,18 @@ def test_queries_that_all_ignore_change_no_token_of_any_family(model_name, monke
     torch.testing.assert_close(stages[-1][1], expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("policy", ["blocks", "all_but_matmuls"])
-def test_activation_checkpointing_changes_no_gradient(policy):
+@pytest.mark.parametrize(("policy", "own"), [("all_but_matmuls", config), ("blocks", config_of_transformers)])
+def test_activation_checkpointing_changes_no_gradient(policy, own):
     gradients = []
     for with_cp in (False, True):
-        segmentor = build(config(with_cp=with_cp, drop_path_rate=0.3)).train()
+        model = own()
+        model.backbone.with_cp, model.backbone.drop_path_rate = with_cp, 0.3
+        segmentor = build(model).train()
         segmentor.backbone.recomputation = policy
         segmentor.at_step(3, 12)
         torch.manual_seed(1)
         sum(tensor.square().mean() for tensor in segmentor.extract_feat(image())).backward()
-        gradients.append([param.grad for name, param in segmentor.backbone.named_parameters()])
+        gradients.append([param.grad for param in segmentor.backbone.parameters() if param.requires_grad])
     assert all(torch.equal(plain, again) for plain, again in zip(*gradients, strict=True))
 
 
