@@ -19,6 +19,7 @@ GPU = {"INTERNSEG_DEVICE": "cuda", "DS_ACCELERATOR": "cuda"}
 TINY = "configs/intern_vit_tiny/upernet_intern_vit_tiny_112_ade20k.py"
 IMAGE = "configs/intern_image_tiny/upernet_intern_image_tiny_112_ade20k.py"
 TIMM = "configs/timm_tiny/upernet_dinov3_tiny_112_ade20k.py"
+EOMT = "configs/timm_tiny/eomt_dinov3_tiny_112_ade20k.py"
 TRANSFORMERS = "configs/transformers_tiny/upernet_dinov3_tiny_112_ade20k.py"
 MASK2FORMER = "configs/intern_vit_tiny/mask2former_intern_vit_tiny_112_ade20k.py"
 

@@ -4,6 +4,7 @@ DeepSpeed."""
 from internseg_ds.models.adapters.timm_backbone import TimmBackbone
 from internseg_ds.models.adapters.transformers_backbone import TransformersBackbone
 from internseg_ds.models.beit import MAE, BEiT
+from internseg_ds.models.eomt.segmentor import EoMT
 from internseg_ds.models.fcn_head import FCNHead
 from internseg_ds.models.feature_pyramids import SimpleFeaturePyramid, ViTFeaturePyramid
 from internseg_ds.models.intern_image.intern_image import InternImage
@@ -15,6 +16,7 @@ __all__ = [
     "MAE",
     "BEiT",
     "EncoderDecoderMask2Former",
+    "EoMT",
     "FCNHead",
     "InternImage",
     "InternViT6B",

@@ -10,6 +10,8 @@ registers what it names.
 from mmseg.models.decode_heads.knet_head import IterativeDecodeHead
 from torch import nn
 
+from internseg_ds.models.adapters.timm_backbone import TimmBackbone
+
 
 def external_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """The external parameters of `module` by their names in it; empty for most modules."""
@@ -22,6 +24,9 @@ def external_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
             f"kernel_generate_head.conv_seg.{name}": param
             for name, param in module.kernel_generate_head.conv_seg.named_parameters()
         }
+    if isinstance(module, TimmBackbone):
+        # of timm's model other methods are called than its forward: tokens and position embeddings
+        return {f"model.{name}": param for name, param in module.model.named_parameters(recurse=False)}
     if hasattr(module, "interpolate_pos_encoding") or hasattr(module, "resize_positional_embeddings"):
         # transformers' SigLIP, SigLIP2 and CLIP resize the weights of this embedding
         return {

@@ -328,8 +328,12 @@ class SegmentorEngine:
         names hold "loss", as in mmseg.
 
         The noise of dropout and drop-path is drawn from (seed, stream position of the batch): a resumed run
-        repeats it, and so does another split of the same micro-batches over ranks and accumulation steps.
+        repeats it, and so does another split of the same micro-batches over ranks and accumulation steps. A
+        segmentor that changes as it trains has a method `at_step(steps done, all steps)`.
         """
+        at_step = getattr(self.deepspeed.module, "at_step", None)
+        if at_step is not None:
+            at_step(self.state.step, self.plan.experiment.max_steps)
         torch.manual_seed(derived_seed(self.state.seed, "noise", batch.position))
         return loss_terms(self.deepspeed, batch.inputs)
 

@@ -13,7 +13,8 @@ from internseg_ds.distributed.construction import build_on_meta
 from internseg_ds.optimization.parameter_groups import parameter_groups
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-RECIPES = sorted(path for folder in ("dinov3", "timm") for path in (CONFIGS / folder).glob("*.py"))
+FILES = sorted(path for folder in ("dinov3", "timm") for path in (CONFIGS / folder).glob("*.py"))
+RECIPES = [path for path in FILES if not path.stem.startswith("eomt")]
 # part of a file's name: (billions of parameters in the backbone, blocks, channels)
 MODELS = {"vit_7b": (6.71, 40, 4096), "vit_huge_plus": (0.84, 32, 1280), "vit_5b_sapiens2": (5.07, 56, 2432)}
 CLASSES = {"ade20k": 150, "cocostuff164k": 171, "cityscapes": 19, "loveda": 7}
@@ -51,14 +52,13 @@ def test_a_recipe_builds_and_trains_what_it_says(path):
         assert groups[f"layer {blocks + 1}, decay"] == pytest.approx(4e-5)
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_images_are_normalised_as_in_pretraining(path):
     experiment = read_experiment(Config.fromfile(path))
     backbone = experiment.model.backbone
     tag = Path(backbone.pretrained).name
     pretrained = timm.get_pretrained_cfg(tag)
     assert tag.split(".")[0] == backbone.model_name
-    assert CLASSES[word(path.stem, CLASSES)] == experiment.model.decode_head.num_classes
     for entry in (experiment.train, experiment.val):
         for data_set in leaf_datasets(entry):
             steps = [step for step in data_set.pipeline if step["type"] in ("Normalize", "MultiScaleFlipAug")]

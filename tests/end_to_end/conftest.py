@@ -12,7 +12,7 @@ import pytest
 from internseg_ds.config.experiment import Experiment, read_experiment
 from internseg_ds.distributed.process_group import World
 from internseg_ds.preflight.preflight import Plan, check
-from tests.conftest import IMAGE, MASK2FORMER, ROOT, TIMM, TINY, TRANSFORMERS, Launch, data_options
+from tests.conftest import EOMT, IMAGE, MASK2FORMER, ROOT, TIMM, TINY, TRANSFORMERS, Launch, data_options
 
 SMALL = [
     "model.backbone.embed_dim=32",
@@ -47,12 +47,14 @@ SMALL_MASK2FORMER = [
     if not option.startswith(("model.auxiliary_head.", "model.decode_head.channels"))
 ]
 SMALL_LIBRARY = [option for option in SMALL if "backbone" not in option and "in_channels" not in option]
+SMALL_EOMT = [option for option in SMALL_MASK2FORMER if option in SMALL_LIBRARY]
 SMALLER = {
     TINY: SMALL,
     IMAGE: SMALL_IMAGE,
     MASK2FORMER: SMALL_MASK2FORMER,
     TIMM: SMALL_LIBRARY,
     TRANSFORMERS: SMALL_LIBRARY,
+    EOMT: SMALL_EOMT,
 }
 
 NO_NOISE = [

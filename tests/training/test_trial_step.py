@@ -12,7 +12,7 @@ from internseg_ds.errors import ConfigError
 from internseg_ds.preflight.preflight import Plan, check
 from internseg_ds.training import trial_step
 from internseg_ds.training.trial_step import try_step
-from tests.conftest import MASK2FORMER, ROOT, TINY, data_options
+from tests.conftest import EOMT, MASK2FORMER, ROOT, TINY, data_options
 
 BACKBONE = """
 from mmseg.models import BACKBONES
@@ -57,11 +57,12 @@ def test_a_backward_that_fails_is_refused_though_every_shape_fits(ade20k, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_corner_of_larger_images_is_tried_with_its_masks(ade20k, tmp_path, monkeypatch):
-    plan, settings = planned(MASK2FORMER, ade20k, tmp_path)
-    monkeypatch.setattr(trial_step, "_corner_side", lambda _: 56)
+@pytest.mark.parametrize(("config", "side"), [(MASK2FORMER, 56), (EOMT, 48)])
+def test_a_corner_of_larger_images_is_tried_with_its_masks(config, side, ade20k, tmp_path, monkeypatch):
+    plan, settings = planned(config, ade20k, tmp_path)
+    monkeypatch.setattr(trial_step, "_corner_side", lambda _: side)
     assert re.match(
-        r"one step of 2 images of 56 x 56 pixels, in one process .* under ZeRO-3, and a window of an "
+        rf"one step of 2 images of {side} x {side} pixels, in one process .* under ZeRO-3, and a window of an "
         r"evaluation: ran in \d+ s",
         try_step(plan, settings),
     )

@@ -10,6 +10,7 @@ from mmseg.models.builder import build_neck
 from torch import Tensor, nn
 
 from internseg_ds.models.activation_checkpointing import CheckpointingPolicy, checkpoint_calls
+from internseg_ds.models.eomt.joined_queries import Attended, Stages
 from internseg_ds.models.repeated_blocks import repeated_blocks
 from internseg_ds.torch_internals import reset_parameters_of
 
@@ -63,13 +64,32 @@ class LibraryBackbone(BaseModule):
             self.model.eval()
         return self
 
-    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+    def query_stages(
+        self, image: Tensor, queries: Tensor, last_blocks: int, attended: Attended | None
+    ) -> Stages:
+        """Run the model with queries (b, q, c) in front of the tokens of its last blocks; as of
+        `models.eomt.joined_queries`."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        image: Tensor,
+        queries: Tensor | None = None,
+        *,
+        last_blocks: int = 0,
+        attended: Attended | None = None,
+    ) -> tuple[Any, ...]:
         """image: (b, 3, h, w) -> one map (b, c, h / s, w / s) for each of out_indices, s its stride, or the
-        neck's maps, in the dtype that the model computes in."""
+        neck's maps, in the dtype that the model computes in.
+
+        Where queries (b, q, c) are given, they join the last blocks, and the result is `Stages`.
+        """
         policy: CheckpointingPolicy = self.recomputation if self.with_cp and self.training else "none"
         block: Any
         for block in self._blocks:
             block.recomputation = policy
+        if queries is not None:
+            return self.query_stages(image, queries, last_blocks, attended)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze):
             maps = self.feature_maps(image)
         if self.neck is not None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from internseg_ds.models.adapters.library_backbone import LibraryBackbone, chosen_maps, reset_modules
 from internseg_ds.models.adapters.transformers_configs import timm_model_of
+from internseg_ds.models.eomt.joined_queries import Attended, Stages, Tokens, with_queries
 from internseg_ds.models.weight_resizing import is_patch_kernel, is_square_embedding
 
 ANY_SIZE: tuple[dict[str, Any], ...] = (
@@ -98,6 +99,8 @@ class TimmBackbone(LibraryBackbone):
         self.depth = max(self._layer_ids.values())
         self.no_decay_words: tuple[str, ...] = tuple(sorted(getattr(self.model, "no_weight_decay", set)()))
         self.resizable = _resizable(self.model)
+        self.num_blocks = _blocks_that_take_masks(self.model)
+        self.num_prefix_tokens = getattr(self.model, "num_prefix_tokens", 0)
 
     def _is_plain(self) -> bool:
         """Whether it is a plain transformer: one width, one grid, tokens from end to end."""
@@ -151,6 +154,58 @@ class TimmBackbone(LibraryBackbone):
             output_fmt="NCHW",
             intermediates_only=True,
         )
+
+    def query_stages(
+        self, image: Tensor, queries: Tensor, last_blocks: int, attended: Attended | None
+    ) -> Stages:
+        """As of `with_queries`, of timm's blocks one by one."""
+        return with_queries(self, image, queries, last_blocks, attended)
+
+    def tokens(self, image: Tensor) -> Tokens:
+        """As of `QueryBackbone`. The context is the table of rotary positions, of each block where they
+        differ, or None."""
+        patches = self.model.patch_embed(image)
+        positioned = self.model._pos_embed(patches)  # timm has no public name for it
+        values, rope = positioned if isinstance(positioned, tuple) else (positioned, None)
+        height, width = image.shape[-2:]
+        return Tokens(
+            self.model.norm_pre(values), self.model.patch_embed.dynamic_feat_size((height, width)), rope
+        )
+
+    def run_block(self, index: int, values: Tensor, context: Any, mask: Tensor | None = None) -> Tensor:
+        """As of `QueryBackbone`."""
+        block = self.model.blocks[index]
+        if context is None:
+            return block(values, attn_mask=mask)
+        rope = context[index] if getattr(self.model, "rope_mixed", False) else context
+        return block(values, rope=_unturned(rope, values.size(1) - self.num_prefix_tokens), attn_mask=mask)
+
+    def last_norm(self, values: Tensor) -> Tensor:
+        """As of `QueryBackbone`."""
+        return self.model.norm(values)
+
+
+def _blocks_that_take_masks(model: Any) -> int:
+    """The number of blocks of a plain transformer whose tokens can be embedded and passed through them one by
+    one, with a mask for the attention of each; 0 for other models."""
+    if not all(hasattr(model, name) for name in ("patch_embed", "_pos_embed", "norm_pre", "norm", "blocks")):
+        return 0
+    takes_masks = all(
+        "attn_mask" in inspect.signature(type(block).forward).parameters for block in model.blocks
+    )
+    return len(model.blocks) if takes_masks else 0
+
+
+def _unturned(rope: Tensor, positions: int) -> Tensor:
+    """A table of rotary positions with rows for more tokens in front, which are not turned: the angle 0.
+
+    rope: (..., n, 2 d), sines and then cosines, as timm has them -> (..., positions, 2 d).
+    """
+    more = positions - rope.size(-2)
+    if not more:
+        return rope
+    sines = rope.new_zeros(*rope.shape[:-2], more, rope.size(-1) // 2)
+    return torch.cat((torch.cat((sines, torch.ones_like(sines)), dim=-1), rope), dim=-2)
 
 
 def _create(model_name: str, arguments: Mapping[str, Any]) -> nn.Module:

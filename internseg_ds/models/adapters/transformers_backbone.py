@@ -25,6 +25,7 @@ from internseg_ds.models.adapters.transformers_models import build, draw_values
 from internseg_ds.models.adapters.transformers_plain import HEADS, PlainModel
 from internseg_ds.models.adapters.transformers_staged import StagedModel
 from internseg_ds.models.backbone import Part, checkpoint_of
+from internseg_ds.models.eomt.joined_queries import Attended, Stages
 from internseg_ds.models.weight_resizing import (
     is_patch_kernel,
     is_square_embedding,
@@ -98,7 +99,9 @@ class TransformersBackbone(LibraryBackbone):
 
         # what these attributes mean: `Backbone` in models/backbone.py
         self.patch_size: int | tuple[int, int] = 1  # hierarchical models round the sizes of their maps
+        self.num_blocks = 0
         if isinstance(kind, PlainModel):
+            self.num_blocks = kind.layers if kind.takes_masks() else 0
             kind.watch_blocks()
             self.patch_size = kind.patch
         self.follows_dtype = isinstance(kind, PlainModel)
@@ -174,6 +177,14 @@ class TransformersBackbone(LibraryBackbone):
     def feature_maps(self, image: Tensor) -> Sequence[Tensor]:
         """image: (b, 3, h, w) -> one map (b, c, h / s, w / s) for each of out_indices, s its stride."""
         return self._kind.maps(image)
+
+    def query_stages(
+        self, image: Tensor, queries: Tensor, last_blocks: int, attended: Attended | None
+    ) -> Stages:
+        """As of `PlainModel`."""
+        if not isinstance(self._kind, PlainModel):
+            raise TypeError("queries can join plain transformers only")  # num_blocks is 0
+        return self._kind.query_stages(image, queries, last_blocks, attended)
 
 
 def _resizable(kind: PlainModel) -> dict[str, tuple[Any, Any]]:

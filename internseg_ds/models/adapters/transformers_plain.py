@@ -8,13 +8,17 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from internseg_ds.models.adapters.library_backbone import chosen_maps
 from internseg_ds.models.adapters.transformers_parts import map_indices, names_of, other_size, pair, undrawn
 from internseg_ds.models.derived_class import derived_class, once_per_class
+from internseg_ds.models.eomt.joined_queries import Attended, JoinedQueries, Stages
 from internseg_ds.models.layers import DropPath
 
+MASK = "attention_mask"
+"""The argument of a block by which its attention is masked."""
 HEADS = ("vision_use_head", "use_head")
 """Fields of a configuration that say whether the model has a pooling head."""
 BRANCHES = {
@@ -106,7 +110,7 @@ class PlainModel:
         block: Any
         for block in self._blocks:
             block.__class__ = _recording_class(type(block))
-            block.results = None
+            block.results = block.joined = None
 
     def position_grid(self) -> tuple[int, int] | None:
         """(h, w) of the patches that an absolute position embedding is made for."""
@@ -122,15 +126,52 @@ class PlainModel:
 
         Raises ValueError for images of a size that the model cannot take.
         """
+        grid = self._grid(image)
+        results = self._results(image, grid, self.chosen)
+        norm = self._last_norm()
+        tokens = grid[0] * grid[1]
+        # class and register tokens stand in front
+        return [norm(results[index])[:, -tokens:].mT.unflatten(2, grid) for index in self.chosen]
+
+    def takes_masks(self) -> bool:
+        """Whether queries can join its blocks: all take a mask of their attention."""
+        return all(MASK in inspect.signature(type(block).forward).parameters for block in self._blocks)
+
+    def query_stages(
+        self, image: Tensor, queries: Tensor, last_blocks: int, attended: Attended | None
+    ) -> Stages:
+        """As of `models.eomt.joined_queries`: the model runs as ever, and its last blocks are given queries (b,
+        q, c) beside what it gives them. Raises ValueError as `maps` does."""
+        grid = self._grid(image)
+        joined = JoinedQueries(queries, self._last_norm(), grid, attended)
+        last = len(self._blocks) - 1
+        entered: list[Any] = self._blocks[-last_blocks:]
+        for block in entered:
+            block.joined = joined
+        try:
+            results = self._results(image, grid, [last])
+        finally:
+            for block in entered:
+                block.joined = None
+        return joined.stages(results[last])
+
+    def _grid(self, image: Tensor) -> tuple[int, int]:
+        """(h, w) in patches. Raises ValueError where an image is no whole patches."""
         height, width = image.shape[2:]
         if height % self.patch[0] or width % self.patch[1]:
             raise ValueError(
                 f"image of {height} x {width} pixels is not a multiple of the patch size "
                 f"{self.patch[0]} x {self.patch[1]}"
             )
-        grid = (height // self.patch[0], width // self.patch[1])
+        return height // self.patch[0], width // self.patch[1]
+
+    def _last_norm(self) -> nn.Module:
+        return self.model.get_submodule(self.norm) if self.final_norm else nn.Identity()
+
+    def _results(self, image: Tensor, grid: tuple[int, int], wanted: Sequence[int]) -> dict[int, Tensor]:
+        """Runs the model; the output of each of the blocks `wanted`, by its index."""
         results: dict[int, Tensor] = {}
-        for index in self.chosen:
+        for index in wanted:
             block: Any = self._blocks[index]
             block.results, block.result_index = results, index
         for clear in self._caches:
@@ -140,10 +181,7 @@ class PlainModel:
         finally:
             for block in self._blocks:
                 block.results = None
-        norm = self.model.get_submodule(self.norm) if self.final_norm else nn.Identity()
-        tokens = grid[0] * grid[1]
-        # class and register tokens stand in front
-        return [norm(results[index])[:, -tokens:].mT.unflatten(2, grid) for index in self.chosen]
+        return results
 
     def _inputs(self, image: Tensor, grid: tuple[int, int]) -> dict[str, Any]:
         """The arguments of the model's forward pass."""
@@ -192,16 +230,30 @@ def _drop(branch: Any, _: Any, output: Any) -> Any:
 
 @once_per_class
 def _recording_class(owner: type[nn.Module]) -> type[nn.Module]:
-    """A subclass that notes what a call returns in `results`, where there is one. From outside of the call, so
-    that a block which runs again in the backward pass notes nothing."""
+    """A subclass that notes what a call returns in `results`, where there is one, and gives the call the queries
+    of `joined`, where there are any. From outside of the call, so that a block which runs again in the backward
+    pass notes nothing."""
+    names = list(inspect.signature(owner.forward).parameters)[1:]
 
     def call(self: Any, *args: Any, **keywords: Any) -> Any:
+        if self.joined is not None:
+            values, mask = self.joined.before_block(args[0])
+            given = dict(zip(names, args)) | keywords  # the mask is given by position or by name
+            given |= {names[0]: values, MASK: None if mask is None else _added(mask, values)}
+            args, keywords = (given.pop(names[0]),), given
         output = owner.__call__(self, *args, **keywords)
         if self.results is not None:
             self.results[self.result_index] = output[0] if isinstance(output, tuple) else output
         return output
 
     return derived_class(owner, {"__call__": call})
+
+
+def _added(mask: Tensor, like: Tensor) -> Tensor:
+    """mask: bool, true where a token attends -> what is added to the scores of attention, in the dtype of
+    `like`: all implementations of transformers take that."""
+    least = torch.finfo(like.dtype).min
+    return torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill(~mask, least)
 
 
 def _blocks(model: nn.Module, depth: int) -> tuple[str, nn.ModuleList]:

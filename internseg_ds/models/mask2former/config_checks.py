@@ -1,5 +1,5 @@
-"""Checks of the settings of `Mask2FormerHead` that mmdet would ignore, or fail with in the first training
-step. Each raises ValueError."""
+"""Checks of the settings of heads that classify masks (`Mask2FormerHead`, `EoMTHead`) that mmdet would ignore,
+or fail with in the first training step. Each raises ValueError."""
 
 import inspect
 from collections.abc import Mapping
@@ -8,22 +8,25 @@ from typing import Any
 from mmdet.models.dense_heads import Mask2FormerHead as MmdetHead
 
 TRAIN_KEYS = ("num_points", "oversample_ratio", "importance_sample_ratio", "assigner", "sampler")
-"""Keys that mmdet's head reads of train_cfg."""
+"""Keys that these heads read of train_cfg."""
 BOUNDS = {"num_points": (1, None), "oversample_ratio": (1, None), "importance_sample_ratio": (0, 1)}
 """Least and greatest value, None for any."""
 
 
-def check_train_cfg(train_cfg: Mapping[str, Any] | None) -> None:
-    """train_cfg: the segmentor's, which EncoderDecoderMask2Former passes to the head."""
+def check_train_cfg(
+    train_cfg: Mapping[str, Any] | None, head: str, *, segmentor: str, required: str, example: str
+) -> None:
+    """train_cfg: that of the segmentor, which passes it to the head. head, segmentor: the names of their
+    classes. required: the keys that it cannot do without, in words. example: a config that has
+    them."""
     if not train_cfg or "assigner" not in train_cfg:
         raise ValueError(
-            "Mask2FormerHead needs model.type='EncoderDecoderMask2Former', and model.train_cfg with "
-            "num_points, assigner and sampler; take those of "
-            "configs/_base_/models/mask2former_intern_image_h.py"
+            f"{head} needs model.type={segmentor!r}, and model.train_cfg with {required}; take those of "
+            f"{example}"
         )
     if unknown := sorted(set(train_cfg) - set(TRAIN_KEYS)):
         raise ValueError(
-            f"model.train_cfg has {', '.join(unknown)}, which Mask2FormerHead does not know; it knows "
+            f"model.train_cfg has {', '.join(unknown)}, which {head} does not know; it knows "
             f"{', '.join(TRAIN_KEYS)}"
         )
     for name, (least, most) in BOUNDS.items():
@@ -65,6 +68,12 @@ def check_arguments(arguments: Mapping[str, Any], num_classes: int) -> None:
     if unknown := sorted(set(arguments) - set(inspect.signature(MmdetHead.__init__).parameters)):
         # mmdet takes any keyword, and ignores it
         raise ValueError(f"Mask2FormerHead has no argument {', '.join(unknown)}")
+    check_losses(arguments, num_classes)
+
+
+def check_losses(arguments: Mapping[str, Any], num_classes: int) -> None:
+    """arguments: of a head, with loss_cls, loss_mask and, where it is not 100, num_queries. num_classes:
+    without "no object"."""
     queries = arguments.get("num_queries", 100)
     if isinstance(queries, bool) or not isinstance(queries, int) or queries < 1:
         raise ValueError(f"num_queries={queries!r} must be a whole number of at least 1")

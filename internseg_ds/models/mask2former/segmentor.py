@@ -62,16 +62,22 @@ class EncoderDecoderMask2Former(EncoderDecoder):
         return losses
 
 
-@HEADS.register_module(force=True)
-def Mask2FormerHead(**arguments: Any) -> nn.Module:  # the name that published configs use
-    """Build `mask2former.head.Mask2FormerHead`. Raises ImportError, with what to install, where mmdet is
-    missing."""
+def require_mmdet(head: str) -> None:
+    """Raise ImportError, with what to install, where mmdet is missing. head: the name of the class that is
+    built on it."""
     try:
         import mmdet  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            f"Mask2FormerHead is built on mmdet, which is not there ({error}); pip install mmdet==2.28.2"
+            f"{head} is built on mmdet, which is not there ({error}); pip install mmdet==2.28.2"
         ) from error
+
+
+@HEADS.register_module(force=True)
+def Mask2FormerHead(**arguments: Any) -> nn.Module:  # the name that published configs use
+    """Build `mask2former.head.Mask2FormerHead`. Raises ImportError, with what to install, where mmdet is
+    missing."""
+    require_mmdet("Mask2FormerHead")
     from internseg_ds.models.mask2former.head import Mask2FormerHead as Head
 
     return Head(**arguments)
