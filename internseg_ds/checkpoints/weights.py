@@ -22,7 +22,7 @@ from internseg_ds.checkpoints.stored_tensors import HeldTensor, Stored, load_sto
 from internseg_ds.checkpoints.zero_checkpoint import What, ZeroCheckpoint
 from internseg_ds.checkpoints.zero_files import is_zero_checkpoint
 from internseg_ds.errors import CheckpointError, shortened
-from internseg_ds.models.backbone import Part
+from internseg_ds.tensor_part import Part
 
 WRAPPERS = ("state_dict", "module", "model")
 INDEX = "model.safetensors.index.json"

@@ -19,7 +19,7 @@ from internseg_ds.checkpoints.streaming import Entry
 from internseg_ds.checkpoints.zero_checkpoint import ZeroCheckpoint
 from internseg_ds.distributed.construction import build_on_meta
 from internseg_ds.errors import CheckpointError
-from internseg_ds.models.backbone import Part
+from internseg_ds.tensor_part import Part
 
 
 def export_backbone(

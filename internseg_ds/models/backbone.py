@@ -9,27 +9,18 @@ name. docs/adding_a_backbone.md goes through the attributes with an example.
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from internseg_ds.models.activation_checkpointing import CheckpointingPolicy
+from internseg_ds.tensor_part import Part
 
 CanResize = Callable[[torch.Size, torch.Size], bool]
 """Whether a tensor can be resized: (its shape in the file, the parameter's shape in the model)."""
 Resize = Callable[[Tensor, torch.Size], Tensor]
 """Resizes: (the tensor in the file, the parameter's shape in the model) -> a tensor of that shape."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """One of `parts` equal parts of a tensor in a weight file, along its first dimension."""
-
-    key: str
-    index: int
-    parts: int
 
 
 class Backbone(Protocol):

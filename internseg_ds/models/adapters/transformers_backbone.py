@@ -24,7 +24,7 @@ from internseg_ds.models.adapters.transformers_keys import places, published_key
 from internseg_ds.models.adapters.transformers_models import build, draw_values
 from internseg_ds.models.adapters.transformers_plain import HEADS, PlainModel
 from internseg_ds.models.adapters.transformers_staged import StagedModel
-from internseg_ds.models.backbone import Part, checkpoint_of
+from internseg_ds.models.backbone import checkpoint_of
 from internseg_ds.models.eomt.joined_queries import Attended, Stages
 from internseg_ds.models.weight_resizing import (
     is_patch_kernel,
@@ -32,6 +32,7 @@ from internseg_ds.models.weight_resizing import (
     resize_patch_kernel,
     resize_position_embedding,
 )
+from internseg_ds.tensor_part import Part
 from internseg_ds.torch_internals import persistent_buffers
 
 NO_DECAY = ("cls_token", "cls_register_token", "position_embedding", "register_tokens", "relative_position")

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from internseg_ds.models.backbone import Part
+from internseg_ds.tensor_part import Part
 
 Keys = Mapping[str, tuple[str, ...]]
 """A key of a file -> the names in the model that it holds, one after the other along the first dimension."""
