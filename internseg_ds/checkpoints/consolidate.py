@@ -28,6 +28,7 @@ from rich.progress import (
 )
 
 from internseg_ds.checkpoints.checksum_files import FileSummer, FileSums, sum_file, written_sums
+from internseg_ds.checkpoints.merged_checkpoint import MergedCheckpoint, merged
 from internseg_ds.checkpoints.stored_tensors import HeldTensor
 from internseg_ds.checkpoints.streaming import Advance, Entry, write_pth, write_safetensors
 from internseg_ds.checkpoints.weights import INDEX
@@ -65,8 +66,8 @@ def consolidate(
     source: WORK_DIR, WORK_DIR/checkpoints, or one save. tag: which save ("best", "iter_N"; default the
     latest). dtype: of the backbone's parameters; the rest stays float32. ema: the averaged weights. check:
     what is read is held against the checksums of its save. layout: default the whole segmentor under its own
-    names. The .pth is mmseg's: {"meta": {CLASSES, PALETTE, config, iter, metrics}, "state_dict": ...},
-    loadable with weights_only.
+    names, with low-rank adapters merged into its weights. The .pth is mmseg's: {"meta": {CLASSES, PALETTE,
+    config, iter, metrics}, "state_dict": ...}, loadable with weights_only.
 
     Raises CheckpointError for a damaged source, an existing `out` (unless overwrite), and a target without
     enough space, before the first byte.
@@ -78,7 +79,7 @@ def consolidate(
     out = Path(out)
     unfinished = out.with_name(out.name + ".partial")
     place = _check_target(out, unfinished, layout.files, overwrite)
-    entries = layout.select(_entries(checkpoint, getattr(torch, dtype), what))
+    entries = layout.select(_entries(merged(checkpoint), getattr(torch, dtype), what))
     total = sum(entry.nbytes for entry in entries.values())
     _check_space(out, place, total)
 
@@ -192,7 +193,9 @@ def _write(
     return {f"{out.name}/{name}": digest for name, digest in sums.items()}
 
 
-def _entries(checkpoint: ZeroCheckpoint, dtype: torch.dtype, what: What) -> dict[str, Entry]:
+def _entries(
+    checkpoint: ZeroCheckpoint | MergedCheckpoint, dtype: torch.dtype, what: What
+) -> dict[str, Entry]:
     """Every parameter and buffer of the checkpoint; the backbone's parameters in `dtype`, the rest as it was
     computed, in fp32."""
     entries = {
