@@ -89,9 +89,7 @@ def with_pefts_own_adapters(values: dict[str, torch.Tensor]) -> torch.nn.Module:
 def step_of(model: torch.nn.Module, step: int) -> torch.Tensor:
     torch.manual_seed(10 * step + dist.get_rank())
     labels = torch.randint(0, 3, (2, 1, 28, 28))
-    terms = model(
-        return_loss=True, img=torch.randn(2, 3, 28, 28), img_metas=[{}] * 2, gt_semantic_seg=labels
-    )
+    terms = model(return_loss=True, img=torch.randn(2, 3, 28, 28), img_metas=[{}] * 2, gt_semantic_seg=labels)
     return terms["decode.loss_ce"]
 
 

@@ -126,7 +126,13 @@ def test_slices_of_merged_weights_are_those_of_the_whole_ones(unbroken):
 
 @pytest.mark.parametrize(
     "tune",
-    ["all", "head", {"last_blocks": 2}, {"lora": {"rank": 4, "alpha": 12}}, {"lora": {"rank": 3, "alpha": 3}}],
+    [
+        "all",
+        "head",
+        {"last_blocks": 2},
+        {"lora": {"rank": 4, "alpha": 12}},
+        {"lora": {"rank": 3, "alpha": 3}},
+    ],
 )
 def test_a_run_that_would_train_other_parts_is_not_gone_on_with(tune, unbroken, ade20k):
     plan = check(
