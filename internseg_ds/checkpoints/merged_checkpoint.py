@@ -51,14 +51,20 @@ def merged(checkpoint: ZeroCheckpoint) -> "ZeroCheckpoint | MergedCheckpoint":
     return MergedCheckpoint(checkpoint) if any(map(is_factor, checkpoint.shapes)) else checkpoint
 
 
-def _scale_of(checkpoint: ZeroCheckpoint) -> float:
-    """alpha / rank, of the settings that the save notes."""
+def lora_settings(checkpoint: ZeroCheckpoint) -> dict[str, Any]:
+    """`engine.tune.lora` of the run, as its save notes it: rank, alpha, dropout, targets. Raises CheckpointError
+    where there is no such note."""
     settings: Any = (checkpoint.manifest.get("meta") or {}).get("tune")
     lora = settings.get("lora") if isinstance(settings, dict) else None
     rank, alpha = (lora.get("rank"), lora.get("alpha")) if isinstance(lora, dict) else (None, None)
     if not isinstance(rank, int) or not isinstance(alpha, (int, float)) or rank < 1:
         raise CheckpointError(
-            f"{checkpoint.path} holds low-rank adapters, and its note does not say their rank and alpha, so they "
-            "cannot be merged; copy the checkpoint again, with all its files"
+            f"{checkpoint.path} has no note that says rank and alpha of low-rank adapters, so they can neither be "
+            "merged nor exported; copy the checkpoint again, with all its files"
         )
-    return alpha / rank
+    return lora
+
+
+def _scale_of(checkpoint: ZeroCheckpoint) -> float:
+    lora = lora_settings(checkpoint)
+    return lora["alpha"] / lora["rank"]

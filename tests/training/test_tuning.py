@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from mmcv import Config
-from mmseg.models import build_segmentor
+from mmseg.models import build_backbone, build_segmentor
 
 from internseg_ds import SegmentorEngine
+from internseg_ds.checkpoints.adapter_export import export_adapters
+from internseg_ds.checkpoints.checksum_files import verify
 from internseg_ds.checkpoints.consolidate import consolidate
 from internseg_ds.checkpoints.weights import open_weights, weights_of
 from internseg_ds.checkpoints.zero_checkpoint import ZeroCheckpoint
@@ -108,6 +110,33 @@ def test_the_merged_file_and_the_checkpoint_itself_predict_what_the_adapters_do(
     state = torch.load(file, weights_only=True)["state_dict"]
     mmsegs_own = build_segmentor(plain.model)
     mmsegs_own.load_state_dict(state)  # strictly
+
+
+def test_peft_reads_the_exported_adapters(unbroken, ade20k, tmp_path):
+    from peft import PeftModel
+
+    folder = export_adapters(unbroken, tmp_path / "adapters")
+    assert {path.name for path in folder.iterdir()} == {"adapter_model.safetensors", "adapter_config.json"}
+    verify(folder)
+    cfg = experiment(ade20k)
+    raw = weights_of(ZeroCheckpoint.open(unbroken))
+    backbone = build_backbone(cfg.model.backbone)
+    base = {name.replace(".base_layer.", "."): name for name in raw.shapes if ".lora_" not in name}
+    backbone.load_state_dict(
+        {
+            name.removeprefix("backbone."): raw.read(base[name])
+            for name in base
+            if name.startswith("backbone.")
+        }
+    )
+    image = torch.randn(1, 3, 112, 112)
+    merged = load_trained(read_experiment(cfg), unbroken, CPU).backbone
+    with torch.no_grad():
+        adapted = PeftModel.from_pretrained(backbone.eval(), folder).eval()
+        for found, expected in zip(adapted(image), merged(image), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(CheckpointError, match="a folder, whose name has no ending"):
+        export_adapters(unbroken, tmp_path / "adapters.pth")
 
 
 def test_slices_of_merged_weights_are_those_of_the_whole_ones(unbroken):
