@@ -52,11 +52,11 @@ def main() -> None:
         folder = Path(name)
         scenes = folder / "scenes"
         write_scenes(scenes, args.scenes)
-        pretrained = train(scenes_experiment(scenes, args.pretraining_steps), folder / "pretraining", args)
+        pretrained = train(scenes_experiment(scenes, args.pretraining_steps), folder / "pretraining")
         rows = {}
         for mode, tune in modes.items():
             cfg = camvid_experiment(args.data, args.steps, tune, folder / "pretraining/checkpoints")
-            records = train(cfg, folder / mode.replace(" ", "_"), args)
+            records = train(cfg, folder / mode.replace(" ", "_"))
             rows[mode] = {
                 "mIoU": 100 * next(record["mIoU"] for record in reversed(records) if "mIoU" in record),
                 "trained": trained_parameters(cfg),
@@ -77,7 +77,6 @@ def options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=120, help="on CamVid (default: %(default)s)")
     parser.add_argument("--rank", type=int, default=8, help="of the adapters (default: %(default)s)")
     parser.add_argument("--last-blocks", type=int, default=2, help="of 4 (default: %(default)s)")
-    parser.add_argument("--deepspeed_config", default="ds_configs/zero1_bf16.json")
     args = parser.parse_args()
     if not (args.data / "images/training").is_dir():
         parser.error(f"--data {args.data} is no folder with CamVid's images/training")
@@ -132,12 +131,14 @@ def scheduled(cfg: Config, steps: int, interval: int) -> Config:
     return cfg
 
 
-def train(cfg: Config, work_dir: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Trains in a process of its own; returns its records."""
+def train(cfg: Config, work_dir: Path) -> list[dict[str, Any]]:
+    """Trains in a process of its own, under ZeRO-1 in fp32; returns its records."""
     config = work_dir.with_suffix(".py")
     config.write_text(cfg.pretty_text)
+    ds_config = work_dir.with_suffix(".json")
+    ds_config.write_text(json.dumps({"zero_optimization": {"stage": 1}}))  # fp32, on any device
     command = [sys.executable, "launch/train.py", config, "--work-dir", work_dir]
-    command += ["--deepspeed_config", args.deepspeed_config]
+    command += ["--deepspeed_config", ds_config]
     done = subprocess.run(
         list(map(str, command)),
         cwd=ROOT,

@@ -55,7 +55,7 @@ def lora_settings(checkpoint: ZeroCheckpoint) -> dict[str, Any]:
     """`engine.tune.lora` of the run, as its save notes it: rank, alpha, dropout, targets. Raises CheckpointError
     where there is no such note."""
     settings: Any = (checkpoint.manifest.get("meta") or {}).get("tune")
-    lora = settings.get("lora") if isinstance(settings, dict) else None
+    lora: Any = settings.get("lora") if isinstance(settings, dict) else None
     rank, alpha = (lora.get("rank"), lora.get("alpha")) if isinstance(lora, dict) else (None, None)
     if not isinstance(rank, int) or not isinstance(alpha, (int, float)) or rank < 1:
         raise CheckpointError(
