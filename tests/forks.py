@@ -39,6 +39,7 @@ forks.set_forkserver_preload(
         "deepspeed.runtime.zero.muon.muon_optimizer",
         "torch.utils.tensorboard",
         "matplotlib.backends.backend_agg",
+        "peft",
     ]
 )
 

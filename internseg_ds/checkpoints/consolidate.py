@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from rich.progress import (
 )
 
 from internseg_ds.checkpoints.checksum_files import FileSummer, FileSums, sum_file, written_sums
+from internseg_ds.checkpoints.merged_checkpoint import MergedCheckpoint, merged
 from internseg_ds.checkpoints.stored_tensors import HeldTensor
 from internseg_ds.checkpoints.streaming import Advance, Entry, write_pth, write_safetensors
 from internseg_ds.checkpoints.weights import INDEX
@@ -42,11 +43,18 @@ SHARD_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 class Layout:
     """What a result holds, and by which names. select: picks and renames what is written (default: all).
     files: texts that go into a folder of safetensors, by name. bare: a .pth is the state dict alone, without
-    mmseg's `meta`."""
+    mmseg's `meta`. merged: low-rank adapters are. single: a folder's only weight file, in place of shards."""
 
     select: Callable[[Mapping[str, Entry]], dict[str, Entry]] = dict
     files: Mapping[str, str] = field(default_factory=dict)
     bare: bool = False
+    merged: bool = True
+    single: str | None = None
+
+    @property
+    def file_names(self) -> tuple[str, ...]:
+        """Of a folder, beside shards and their index."""
+        return (*self.files, self.single) if self.single else tuple(self.files)
 
 
 def consolidate(
@@ -65,8 +73,8 @@ def consolidate(
     source: WORK_DIR, WORK_DIR/checkpoints, or one save. tag: which save ("best", "iter_N"; default the
     latest). dtype: of the backbone's parameters; the rest stays float32. ema: the averaged weights. check:
     what is read is held against the checksums of its save. layout: default the whole segmentor under its own
-    names. The .pth is mmseg's: {"meta": {CLASSES, PALETTE, config, iter, metrics}, "state_dict": ...},
-    loadable with weights_only.
+    names, with low-rank adapters merged into its weights. The .pth is mmseg's: {"meta": {CLASSES, PALETTE,
+    config, iter, metrics}, "state_dict": ...}, loadable with weights_only.
 
     Raises CheckpointError for a damaged source, an existing `out` (unless overwrite), and a target without
     enough space, before the first byte.
@@ -77,8 +85,9 @@ def consolidate(
     checkpoint.check_holds(what)
     out = Path(out)
     unfinished = out.with_name(out.name + ".partial")
-    place = _check_target(out, unfinished, layout.files, overwrite)
-    entries = layout.select(_entries(checkpoint, getattr(torch, dtype), what))
+    place = _check_target(out, unfinished, layout.file_names, overwrite)
+    read = merged(checkpoint) if layout.merged else checkpoint
+    entries = layout.select(_entries(read, getattr(torch, dtype), what))
     total = sum(entry.nbytes for entry in entries.values())
     _check_space(out, place, total)
 
@@ -95,7 +104,7 @@ def consolidate(
     return out
 
 
-def _check_target(out: Path, unfinished: Path, files: Mapping[str, str], overwrite: bool) -> Path:
+def _check_target(out: Path, unfinished: Path, files: Collection[str], overwrite: bool) -> Path:
     """The folder that exists already under which `out` comes to lie. Raises CheckpointError where `out`
     cannot be written, or something would be lost.
 
@@ -128,7 +137,7 @@ def _check_target(out: Path, unfinished: Path, files: Mapping[str, str], overwri
     return place
 
 
-def _not_ours(folder: Path, files: Mapping[str, str]) -> list[str]:
+def _not_ours(folder: Path, files: Collection[str]) -> list[str]:
     """The names in a folder that no consolidation writes; none where it is no folder."""
     if not folder.is_dir():
         return []
@@ -185,14 +194,21 @@ def _write(
     metadata = {"format": "pt", "meta": json.dumps(meta)}
     if out.suffix == ".safetensors":
         return {out.name: write_safetensors(unfinished, entries, metadata, advance)}
-    sums = write_sharded(unfinished, entries, metadata, advance)
+    if layout.single:
+        unfinished.mkdir()
+        file = layout.single
+        sums = {file: write_safetensors(unfinished / file, entries, metadata, advance)}
+    else:
+        sums = write_sharded(unfinished, entries, metadata, advance)
     for name, text in layout.files.items():
         (unfinished / name).write_text(text)
         sums[name] = _of_text(text)
     return {f"{out.name}/{name}": digest for name, digest in sums.items()}
 
 
-def _entries(checkpoint: ZeroCheckpoint, dtype: torch.dtype, what: What) -> dict[str, Entry]:
+def _entries(
+    checkpoint: ZeroCheckpoint | MergedCheckpoint, dtype: torch.dtype, what: What
+) -> dict[str, Entry]:
     """Every parameter and buffer of the checkpoint; the backbone's parameters in `dtype`, the rest as it was
     computed, in fp32."""
     entries = {

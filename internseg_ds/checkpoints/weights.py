@@ -18,6 +18,7 @@ from torch import Tensor
 from internseg_ds.checkpoints.checksum_files import checked_beside
 from internseg_ds.checkpoints.checksums import CheckedFile
 from internseg_ds.checkpoints.json_files import object_in, read_object
+from internseg_ds.checkpoints.merged_checkpoint import MergedCheckpoint, merged
 from internseg_ds.checkpoints.stored_tensors import HeldTensor, Stored, load_stored, load_stored_safetensors
 from internseg_ds.checkpoints.zero_checkpoint import What, ZeroCheckpoint
 from internseg_ds.checkpoints.zero_files import is_zero_checkpoint
@@ -49,7 +50,7 @@ class Weights:
 
 def open_weights(path: Path, *, ema: bool = False, check: bool = True) -> Weights:
     """Opens a weight file, or a folder of them, or a ZeRO checkpoint (WORK_DIR, its checkpoints folder, or
-    one save), whatever it is.
+    one save), whatever it is. Low-rank adapters of a ZeRO checkpoint are merged into the weights.
 
     ema: of a ZeRO checkpoint, the averaged weights. check: what is read is held against the checksums that
     were noted when it was written: of a save in its manifest, of other weights in the NAME.xxh128 beside
@@ -60,7 +61,7 @@ def open_weights(path: Path, *, ema: bool = False, check: bool = True) -> Weight
     if not path.exists():
         raise CheckpointError(f"there is no weight file {path}")
     if is_zero_checkpoint(path):
-        return weights_of(ZeroCheckpoint.open(path, check=check), "ema" if ema else "fp32")
+        return weights_of(merged(ZeroCheckpoint.open(path, check=check)), "ema" if ema else "fp32")
     if ema:
         raise CheckpointError(
             f"{path} is no ZeRO checkpoint, which alone keeps averaged weights beside the others"
@@ -79,7 +80,7 @@ def open_weights(path: Path, *, ema: bool = False, check: bool = True) -> Weight
     )
 
 
-def weights_of(checkpoint: ZeroCheckpoint, what: What = "fp32") -> Weights:
+def weights_of(checkpoint: ZeroCheckpoint | MergedCheckpoint, what: What = "fp32") -> Weights:
     """The weights (or their average, what="ema") of a ZeRO checkpoint that is open already, and its buffers.
     Raises CheckpointError where it has no average."""
     checkpoint.check_holds(what)

@@ -35,6 +35,12 @@ def _main() -> None:
         help="the backbone alone, in a layout in which its weights are published, such as transformers; "
         "another name is answered with the backbone's own list",
     )
+    parser.add_argument(
+        "--adapters",
+        action="store_true",
+        help="the low-rank adapters alone, of a run with engine.tune=dict(lora=...), as a folder that peft "
+        "reads; without it they are merged into the weights",
+    )
     parser.add_argument("--ema", action="store_true", help="the averaged weights, of a run with engine.ema")
     parser.add_argument(
         "--verify",
@@ -54,6 +60,12 @@ def _main() -> None:
     if args.verify:
         verify(args.out)
         print(f"{args.out} agrees with its checksums")
+    elif args.adapters:
+        if args.backbone:
+            parser.error("--adapters and --backbone write different things; give one of them")
+        from internseg_ds.checkpoints.adapter_export import export_adapters
+
+        export_adapters(args.source, args.out, **settings)
     elif args.backbone:
         from internseg_ds.evaluation.export import export_backbone
 

@@ -5,8 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from internseg_ds.config.tuning_options import read_tuning
 from internseg_ds.errors import ConfigError, unknown_key
 from internseg_ds.models.activation_checkpointing import CheckpointingPolicy
+from internseg_ds.models.tuning import TuningMode
 
 LEAST_IO_TIMEOUT = 10.0
 """Less would end runs that only build their model."""
@@ -64,6 +66,10 @@ class EngineOptions:
     """Names of modules (backbone.layer1, or backbone for all of it) and parameters that do not train. A
     module that is named runs as in an evaluation: its batch norms use the statistics that they start with,
     and keep them, and it drops nothing."""
+    tune: TuningMode = "all"
+    """What of the backbone trains: "all"; "head": nothing of it, only necks and heads; dict(last_blocks=N): its
+    last N blocks and what follows them; dict(lora=dict(rank=16, alpha=None, dropout=0, targets=None)):
+    low-rank adapters in its blocks (docs/tuning.md)."""
     peak_tflops: float | None = None
     """Peak of matrix products in the backbone's compute dtype, in TFLOP/s per device, which mfu and hfu are
     relative to. None: measured at the start on GPUs; on CPUs there are no mfu and hfu then."""
@@ -75,6 +81,7 @@ class EngineOptions:
             if not isinstance(names, (list, tuple)) or not all(isinstance(part, str) for part in names):
                 raise ConfigError(f"engine.{name}={names!r} must be a list of {what}")
             object.__setattr__(self, name, tuple(names))
+        object.__setattr__(self, "tune", read_tuning(self.tune))
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(

@@ -21,7 +21,9 @@ from torch.overrides import TorchFunctionMode
 
 import internseg_ds.models  # noqa: F401 - registers the backbones and heads
 from internseg_ds.config.ds_config import DsConfig
-from internseg_ds.distributed.initial_values import initialise
+from internseg_ds.config.engine_options import EngineOptions
+from internseg_ds.config.tuning_options import described
+from internseg_ds.distributed.initial_values import initialise, initialise_adapters
 from internseg_ds.distributed.precision import buffers_to_fp32
 from internseg_ds.distributed.sync_batch_norm import allow_any_device
 from internseg_ds.errors import ConfigError, nearest_argument, reason_of
@@ -31,6 +33,7 @@ from internseg_ds.models.external_parameters import external_parameters
 from internseg_ds.models.freezing import freeze
 from internseg_ds.models.heads import evaluate_by_call
 from internseg_ds.models.pixel_losses import losses_without_waits
+from internseg_ds.models.tuning import TuningMode, tune, tune_like
 
 
 def build_on_meta(model: ConfigDict) -> nn.Module:
@@ -137,6 +140,44 @@ def set_activation_checkpointing(segmentor: nn.Module, recomputation: str | int)
             f'engine.recomputation={recomputation!r} cannot be: {error}; "config" leaves it to the '
             'backbone\'s with_cp, and "auto" to the memory estimate'
         ) from None
+
+
+def choose_trained(segmentor: nn.Module, options: EngineOptions) -> None:
+    """Applies `engine.tune` and `engine.freeze` to a segmentor on the meta device, before its parameter groups
+    are made.
+
+    Raises ConfigError for blocks, layers or names that it does not have, and where `engine.freeze` leaves
+    nothing of what `engine.tune` trains.
+    """
+    asked = described(options.tune)
+    try:
+        tune(segmentor, options.tune)
+    except ValueError as error:
+        raise ConfigError(f"engine.tune={asked!r} cannot be: {error}") from None
+    freeze_parts(segmentor, options.freeze)
+    backbone = segmentor.get_submodule("backbone")
+    if not isinstance(options.tune, str) and not any(param.requires_grad for param in backbone.parameters()):
+        raise ConfigError(f"engine.tune={asked!r}, but engine.freeze={list(options.freeze)!r} freezes it all")
+
+
+def tune_for_training(
+    segmentor: nn.Module, mode: TuningMode, meta_model: nn.Module, ds: DsConfig, seed: int
+) -> None:
+    """Applies `engine.tune` to a segmentor of `build_for_training`, as `choose_trained` did to `meta_model`.
+    Initial values of adapters depend on seed and names alone. Collective under ZeRO-3.
+
+    Adapters are added after all other initial values were drawn, which they therefore do not change.
+    """
+    if mode == "all":
+        return
+    if ds.stage == 3:
+        import deepspeed
+
+        with deepspeed.zero.Init(config_dict_or_path=ds.raw):
+            tune_like(segmentor, meta_model)
+    else:
+        tune_like(segmentor, meta_model)
+    initialise_adapters(segmentor, seed, ds.param_dtype)
 
 
 def freeze_parts(segmentor: nn.Module, names: Sequence[str]) -> None:

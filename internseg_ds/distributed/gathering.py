@@ -24,6 +24,7 @@ from internseg_ds.distributed.initial_values import gathered
 from internseg_ds.distributed.precision import apply_precision
 from internseg_ds.distributed.process_group import World
 from internseg_ds.distributed.zero_internals import full_shape, is_partitioned
+from internseg_ds.models.lora import add_same_adapters
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +137,8 @@ def whole_segmentor(
             with gathered([trained[name]]):
                 return trained[name].data.to(device, copy=True)
 
-        module = build_on_meta(model)
+        partitioned, module = module, build_on_meta(model)
+        add_same_adapters(module.get_submodule("backbone"), partitioned.get_submodule("backbone"))
         fill(module, whole, lambda name, _: buffers[name].detach().clone())
         apply_precision(module, compute, heads=heads, autocast=autocast)
     with _evaluating(module, device, autocast):

@@ -15,6 +15,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from internseg_ds.distributed.zero_internals import is_partitioned
+from internseg_ds.models.lora import adapters, is_factor, reset_adapter
 from internseg_ds.seeding import derived_seed
 from internseg_ds.torch_internals import reset_parameters_of, tree_leaves
 
@@ -57,6 +58,16 @@ def initialise(segmentor: nn.Module, seed: int, dtype: torch.dtype) -> None:
                     init_weights()
                 finally:
                     logging.disable(logging.NOTSET)
+
+
+def initialise_adapters(segmentor: nn.Module, seed: int, dtype: torch.dtype) -> None:
+    """Draws the initial values of low-rank adapters in the same way, one layer at a time. Collective under
+    ZeRO-3."""
+    for name, layer in adapters(segmentor).items():
+        torch.manual_seed(derived_seed(seed, name))
+        factors = [param for inner, param in layer.named_parameters() if is_factor(f".{inner}")]
+        with _whole_fp32(factors, dtype):
+            reset_adapter(layer)
 
 
 def _parts(segmentor: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -26,6 +26,7 @@ from internseg_ds.distributed.zero_internals import (
     write_shard,
 )
 from internseg_ds.errors import CheckpointError, DamagedError
+from internseg_ds.models.lora import is_factor, plain_name
 from internseg_ds.tensor_part import Part
 from internseg_ds.torch_internals import persistent_buffers
 
@@ -42,16 +43,43 @@ def shapes_of(module: nn.Module) -> dict[str, torch.Size]:
     return params | {name: buffer.shape for name, buffer in module.named_buffers() if name in persistent}
 
 
+def plain_names(module: nn.Module) -> dict[str, str]:
+    """Names in the module's state dict, as they are in a model without adapters -> as they are here. The
+    adapters' own parameters have none."""
+    return {plain_name(name): name for name in shapes_of(module) if not is_factor(name)}
+
+
+def _plain_shapes(module: nn.Module) -> dict[str, torch.Size]:
+    shapes = shapes_of(module)
+    return {plain: shapes[name] for plain, name in plain_names(module).items()}
+
+
 def match_segmentor(
     model: nn.Module, weights: Weights, may_differ: tuple[str, ...] | None = None
 ) -> KeyMatch:
     """Matches the weights of a whole segmentor with `model`; a batch norm's batch counter may be missing.
+    The adapters of a model keep their values: weights are of a model without (`open_weights` merges them).
 
     may_differ: prefixes of names that the file may lack or have in addition; None where the caller has no
-    such setting. Raises CheckpointError when
-    names or shapes do not match.
+    such setting. Raises CheckpointError when names or shapes do not match.
     """
-    shapes = shapes_of(model)
+    found = _match_whole(model, weights, _plain_shapes(model), may_differ)
+    found.sources = _by_own_names(model, found.sources)
+    return found
+
+
+def match_saved(model: nn.Module, weights: Weights) -> KeyMatch:
+    """As `match_segmentor`, of a ZeRO checkpoint as it is with the `model` of a run that goes on from it: the
+    parameters of adapters too."""
+    return _match_whole(model, weights, shapes_of(model), None)
+
+
+def _match_whole(
+    model: nn.Module,
+    weights: Weights,
+    shapes: dict[str, torch.Size],
+    may_differ: tuple[str, ...] | None,
+) -> KeyMatch:
     counters = tuple(name for name in shapes if name.endswith("num_batches_tracked"))
     return match_keys(
         weights,
@@ -61,6 +89,13 @@ def match_segmentor(
         may_miss=counters + (may_differ or ()),
         advice="" if may_differ is None else ALLOW,
     )
+
+
+def _by_own_names(module: nn.Module, sources: dict[str, str], prefix: str = "") -> dict[str, str]:
+    """`sources` of a match with plain names, by the names that the parameters have in the module, behind
+    `prefix`."""
+    own = plain_names(module)
+    return {prefix + own[name]: source for name, source in sources.items()}
 
 
 def match_backbone(model: nn.Module, weights: Weights, may_differ: tuple[str, ...] = ()) -> KeyMatch:
@@ -111,27 +146,28 @@ def _match_backbone(model: nn.Module, weights: Weights, may_differ: tuple[str, .
     own = tuple(getattr(backbone, "not_pretrained", ()))
     found = match_keys(
         weights,
-        shapes_of(backbone),
+        _plain_shapes(backbone),
         prefix=prefix,
         resizable=_resizable(model, ""),
         ignore=extras + own + may_differ,
         may_miss=own + may_differ,
     )
-    found.sources = {f"backbone.{name}": source for name, source in found.sources.items()}
+    found.sources = _by_own_names(backbone, found.sources, "backbone.")
     return found
 
 
 def match_part(model: nn.Module, part: str, weights: Weights, may_differ: tuple[str, ...] = ()) -> KeyMatch:
     """Matches pretrained weights with one module inside the backbone, `part` by its name in the segmentor.
     Raises CheckpointError when names or shapes do not match."""
+    module = model.get_submodule(part)
     found = match_keys(
         weights,
-        shapes_of(model.get_submodule(part)),
+        _plain_shapes(module),
         prefix=_backbone_prefix(weights),
         ignore=CLASSIFIERS + may_differ,
         may_miss=may_differ,
     )
-    found.sources = {f"{part}.{name}": source for name, source in found.sources.items()}
+    found.sources = _by_own_names(module, found.sources, f"{part}.")
     return found
 
 

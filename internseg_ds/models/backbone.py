@@ -53,8 +53,8 @@ class Backbone(Protocol):
     """Key prefixes that weight files hold beside the backbone, other than those of the usual classifiers
     (fc., head., classifier., ...)."""
     not_pretrained: tuple[str, ...]
-    """Key prefixes that weight files lack; these parameters keep their initial values. Without: a missing
-    key is an error."""
+    """Key prefixes that weight files lack; these parameters keep their initial values, and train under every
+    `engine.tune`. Without: a missing key is an error."""
     resizable: Mapping[str, tuple[CanResize, Resize]]
     """Parameters whose shape in a file may differ: whether it can be resized, and how. Without: a
     difference is an error."""

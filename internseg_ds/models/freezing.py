@@ -2,11 +2,12 @@
 too."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from torch import nn
 
 from internseg_ds.models.derived_class import ModuleClass, derived_class, once_per_class
+from internseg_ds.torch_internals import NORM_WITH_MOMENTS
 
 
 def freeze(segmentor: nn.Module, names: Sequence[str]) -> None:
@@ -22,14 +23,35 @@ def freeze(segmentor: nn.Module, names: Sequence[str]) -> None:
         if name in params:
             params[name].requires_grad_(False)
         elif name and name in modules:  # "" is the segmentor itself
-            module = modules[name]
-            module.requires_grad_(False)
-            # eval() alone would be undone by the segmentor's train(), which every evaluation ends with
-            module.__class__ = _frozen_class(type(module))
-            module.eval()
+            modules[name].requires_grad_(False)
+            _stay_in_eval(modules[name])
         else:
             near = difflib.get_close_matches(name, [*modules, *params], n=1, cutoff=0.0)
             raise ValueError(f"the model has no part {name!r}; did you mean {near[0]!r}?")
+
+
+def keep_in_eval(module: nn.Module, units: Collection[nn.Module]) -> None:
+    """Keep each part of `module` in eval mode, whatever mode the rest is in, of whose parameters none trains.
+
+    Parts without parameters follow the part around them, and so does what lies in one of `units` (blocks)
+    that trains in part: dropout is the same all over a block. Its norms with moments keep theirs.
+    """
+    params = list(module.parameters())
+    if params and not any(param.requires_grad for param in params):
+        _stay_in_eval(module)
+    elif module not in units:
+        for child in module.children():
+            keep_in_eval(child, units)
+    else:
+        for norm in module.modules():
+            if isinstance(norm, NORM_WITH_MOMENTS):
+                keep_in_eval(norm, ())
+
+
+def _stay_in_eval(module: nn.Module) -> None:
+    # eval() alone would be undone by the segmentor's train(), which every evaluation ends with
+    module.__class__ = _frozen_class(type(module))
+    module.eval()
 
 
 @once_per_class

@@ -11,6 +11,7 @@ from torch import nn
 
 from internseg_ds.distributed.zero_internals import full_shape
 from internseg_ds.errors import ConfigError, unknown_key
+from internseg_ds.models.lora import plain_name
 
 HEADS_OFFSETS = ("sampling_offsets", "reference_points")
 """Parts of names: the offsets of deformable attention in heads."""
@@ -102,7 +103,8 @@ class LayerDecayOptimizerConstructor(DefaultOptimizerConstructor):
     `LayerDecay` has for offsets and the like.
 
     The layer ids of a backbone are its own (`layer_id(name)`), and so may be a head's (None: after the
-    backbone); every other parameter counts as layer num_layers + 1. Weight decay is 0 for 1-d parameters and
+    backbone); every other parameter counts as layer num_layers + 1. Those of an adapter count as the weight
+    that it changes. Weight decay is 0 for 1-d parameters and
     biases, and for names with one of the backbone's `no_decay_words`. (The code for InternViT also exempts
     names that equal `pos_embed` or `cls_token`; as segmentors have them under `backbone.`, they do decay,
     there and here.)
@@ -146,7 +148,7 @@ class LayerDecayOptimizerConstructor(DefaultOptimizerConstructor):
 def _layer_of(segmentor: nn.Module, name: str, settings: LayerDecay) -> int:
     part, _, inner = name.partition(".")
     layer_id = getattr(getattr(segmentor, part), "layer_id", lambda _: None)
-    layer: int | None = layer_id(inner)
+    layer: int | None = layer_id(plain_name(inner))
     return settings.num_layers + 1 if layer is None else layer
 
 
@@ -154,7 +156,7 @@ def _kind_of(backbone: Any, name: str, layer: int, settings: LayerDecay) -> str 
     """The setting of `LayerDecay` that scales the learning rate of this parameter in addition."""
     part, _, inner = name.partition(".")
     if part == "backbone":
-        is_offset = getattr(backbone, "is_offset", lambda _: False)(inner)
+        is_offset = getattr(backbone, "is_offset", lambda _: False)(plain_name(inner))
         return "offset_lr_scale" if settings.offset_lr_scale != 1 and is_offset else None
     behind_backbone = layer > settings.num_layers
     is_offset = any(word in name for word in HEADS_OFFSETS)

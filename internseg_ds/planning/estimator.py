@@ -17,7 +17,7 @@ from torch import nn
 
 from internseg_ds.config.ds_config import BackboneSizes, BatchPerStep, DsConfig, Precision, resolve_ds_config
 from internseg_ds.config.experiment import Experiment
-from internseg_ds.distributed.construction import build_on_meta, freeze_parts, set_activation_checkpointing
+from internseg_ds.distributed.construction import build_on_meta, choose_trained, set_activation_checkpointing
 from internseg_ds.distributed.gathering import WINDOWS_PER_FORWARD
 from internseg_ds.distributed.precision import apply_precision, heads_dtype
 from internseg_ds.errors import ConfigError
@@ -62,7 +62,7 @@ class Estimator:
         if model is None:
             model = build_on_meta(experiment.model)
             set_activation_checkpointing(model, experiment.engine.recomputation)
-            freeze_parts(model, experiment.engine.freeze)
+            choose_trained(model, experiment.engine)
         self.model = model
         self.crop = crop or crop_size(experiment)
         self.setting_sizes = [

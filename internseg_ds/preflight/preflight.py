@@ -19,11 +19,12 @@ from internseg_ds.config.ds_config import DsConfig
 from internseg_ds.config.experiment import Experiment
 from internseg_ds.data.checks.survey import survey
 from internseg_ds.data.datasets import SegmentationDataset
-from internseg_ds.distributed.construction import build_on_meta, freeze_parts, set_activation_checkpointing
+from internseg_ds.distributed.construction import build_on_meta, choose_trained, set_activation_checkpointing
 from internseg_ds.distributed.process_group import World
 from internseg_ds.distributed.zero_internals import leaf_class_names
 from internseg_ds.errors import shortened
 from internseg_ds.models.repeated_blocks import unhookable_blocks
+from internseg_ds.models.tuning import TuningMode
 from internseg_ds.preflight.dataset_checks import (
     checked_validation_set,
     ignored_labels,
@@ -34,6 +35,7 @@ from internseg_ds.preflight.loss_trial import try_losses
 from internseg_ds.preflight.model_checks import check_forward, image_shape
 from internseg_ds.preflight.settings_checks import check_settings, settings_notes
 from internseg_ds.preflight.starting_weights import check_starting_classes, starting_weights
+from internseg_ds.preflight.tuning_checks import calls_of, check_tuned_parts
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def check(
     """
     model = build_on_meta(experiment.model)
     set_activation_checkpointing(model, experiment.engine.recomputation)
-    freeze_parts(model, experiment.engine.freeze)
+    choose_trained(model, experiment.engine)
     ds = check_settings(experiment, ds_config, model, world, resume_from)
     weights = starting_weights(experiment, model, load_from) if resume_from is None else None
     train_set, warnings = training_set(experiment, model)
@@ -94,7 +96,7 @@ def check(
     if weights is not None:
         warnings += check_starting_classes(model, weights, classes, experiment.engine.weights_may_differ)
     sample, *_ = training_samples(experiment, train_set, model)
-    passed = _pass_forward(model, sample, ds, world)
+    passed = _pass_forward(model, sample, ds, world, experiment.engine.tune)
     notes = settings_notes(experiment, ds, model) + passed.notes
     warnings += try_losses(passed.outputs, len(classes), ignored_labels(train_set), ds.micro_batch)
     val_set: SegmentationDataset | None = None
@@ -140,12 +142,16 @@ class _Passed:
     notes: list[str]
 
 
-def _pass_forward(model: nn.Module, sample: Mapping[str, Any], ds: DsConfig, world: World) -> _Passed:
+def _pass_forward(
+    model: nn.Module, sample: Mapping[str, Any], ds: DsConfig, world: World, mode: TuningMode
+) -> _Passed:
     """Runs a forward pass on the meta device; it shows, too, whether ZeRO-3 can have its hooks on blocks.
-    Raises ConfigError where the pass fails."""
+    Raises ConfigError where the pass fails, or does not reach what `engine.tune` trains."""
     leaf_classes = ds.raw["zero_optimization"].get("leaf_module", {}).get("classes", ())
-    with unhookable_blocks(model, leaf_classes) as unhookable:
+    with unhookable_blocks(model, leaf_classes) as unhookable, calls_of(model) as called:
         outputs, unchecked = check_forward(model, sample, ds.micro_batch, world.size)
+    if not unchecked:
+        check_tuned_parts(model, mode, called)
     notes = [unchecked] if unchecked else []
     names = {name for module in model.modules() for name in leaf_class_names(type(module))}
     if absent := [name for name in leaf_classes if name not in names]:

@@ -14,7 +14,12 @@ from internseg_ds.checkpoints.key_matching import KeyMatch
 from internseg_ds.checkpoints.own_weight_loading import read_by_backbone
 from internseg_ds.checkpoints.weights import Weights, open_weights
 from internseg_ds.config.experiment import Experiment
-from internseg_ds.distributed.weight_loading import match_backbone, match_part, match_segmentor
+from internseg_ds.distributed.weight_loading import (
+    match_backbone,
+    match_part,
+    match_segmentor,
+    plain_names,
+)
 from internseg_ds.errors import CheckpointError, ConfigError, shortened
 from internseg_ds.models.backbone import checkpoint_of, pretrained_elsewhere, pretrained_file
 from internseg_ds.models.heads import heads
@@ -89,11 +94,7 @@ def starting_weights(
             raise CheckpointError(f"{error} ({reason})") from None
         if own is None:
             raise
-        kept = tuple(
-            name
-            for name, _ in (*model.backbone.named_parameters(), *model.backbone.named_buffers())
-            if name not in own.shapes
-        )
+        kept = tuple(name for name in plain_names(model.backbone) if name not in own.shapes)
         found = match_backbone(model, own, kept)
         log.warning(
             "%s does not fit by its names alone, and %s reads it in its own way; %d tensors keep their "

@@ -18,6 +18,7 @@ from internseg_ds.distributed.construction import (
     build_for_training,
     freeze_parts,
     set_activation_checkpointing,
+    tune_for_training,
 )
 from internseg_ds.distributed.precision import apply_precision
 from internseg_ds.distributed.threads import take_share_of_cores
@@ -40,7 +41,7 @@ def build_deepspeed_engine(
 ) -> Any:
     """The DeepSpeedEngine of a run. Collective.
 
-    meta_model: the experiment's segmentor on the meta device, with frozen parts chosen: parameter groups are
+    meta_model: the experiment's segmentor on the meta device, after `choose_trained`: parameter groups are
     made on it, since ZeRO-3 hides shapes. seed: of the initial values. compute, heads: dtypes in which the
     backbone and the heads compute. load_weights: is given the segmentor after its initial values and before
     its optimizer.
@@ -49,6 +50,7 @@ def build_deepspeed_engine(
 
     model = build_for_training(experiment.model, ds, device, seed)
     set_activation_checkpointing(model, recomputation)
+    tune_for_training(model, experiment.engine.tune, meta_model, ds, seed)
     freeze_parts(model, experiment.engine.freeze)
     load_weights(model)
     apply_precision(model, compute, heads=heads, autocast=ds.precision == "autocast")

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from internseg_ds.checkpoints.zero_checkpoint import ZeroCheckpoint
 from internseg_ds.config.experiment import Experiment, read_experiment
+from internseg_ds.config.tuning_options import described
 from internseg_ds.data.loading import Batch
 from internseg_ds.distributed.checkpoint_engine import note_failed_writes
 from internseg_ds.distributed.construction import set_activation_checkpointing
@@ -400,6 +401,7 @@ class SegmentorEngine:
             "CLASSES": list(dataset.CLASSES),
             "PALETTE": [list(map(int, colour)) for colour in dataset.PALETTE],
             "config": self._config_text,
+            "tune": described(self.plan.experiment.engine.tune),
         }
         with self.watch.during(self.state.step, "saving"):
             return self.checkpoints.save(self.deepspeed, self.state, meta, self._named_groups, self.ema)

@@ -189,7 +189,7 @@ def _step(trial: Trial) -> None:
     from internseg_ds.data.datasets import build_datasets
     from internseg_ds.data.loading import training_batches
     from internseg_ds.data.sampler import GlobalBatchSampler
-    from internseg_ds.distributed.construction import build_on_meta, freeze_parts
+    from internseg_ds.distributed.construction import build_on_meta, choose_trained
     from internseg_ds.distributed.gathering import forwards
     from internseg_ds.distributed.precision import heads_dtype
     from internseg_ds.distributed.process_group import join, leave, world_from_environment
@@ -200,7 +200,7 @@ def _step(trial: Trial) -> None:
     # "auto": as GPUs will
     compute = torch.float32 if asked == "float32" or ds.precision == "fp32" else torch.bfloat16
     meta_model = build_on_meta(experiment.model)
-    freeze_parts(meta_model, experiment.engine.freeze)
+    choose_trained(meta_model, experiment.engine)
     heads = heads_dtype(experiment.engine.heads_dtype, meta_model, ds.precision)
     dataset = build_datasets(experiment.train, "data.train", list(leaf_datasets(experiment.train)))
     batch = next(

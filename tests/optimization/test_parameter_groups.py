@@ -4,7 +4,8 @@ from mmcv import Config, ConfigDict
 from mmseg.models import build_segmentor
 from torch import nn
 
-from internseg_ds.distributed.construction import build_on_meta
+from internseg_ds.config.engine_options import EngineOptions
+from internseg_ds.distributed.construction import build_on_meta, choose_trained
 from internseg_ds.errors import ConfigError
 from internseg_ds.optimization.parameter_groups import groups_in, parameter_groups, unmatched_custom_keys
 from tests.conftest import ROOT, TINY
@@ -262,3 +263,14 @@ def test_custom_keys_that_no_name_holds_are_named(model):
     (said,) = unmatched_custom_keys(model, ADAMW | {"paramwise_cfg": {"custom_keys": keys}})
     assert "paramwise_cfg.custom_keys" in said and said.endswith(" absolute_pos_embed")
     assert unmatched_custom_keys(model, ADAMW) == []
+
+
+def test_adapters_have_the_learning_rate_of_their_block_and_weight_decay():
+    model = build_on_meta(Config.fromfile(ROOT / TINY).model)
+    plain = settings(model, **LAYER_DECAY)
+    choose_trained(model, EngineOptions(tune={"lora": {"rank": 2}}))
+    found = {name: rates for name, rates in settings(model, **LAYER_DECAY).items() if ".lora_" in name}
+    assert len(found) == 4 * 4 * 2
+    assert {rates[0] for rates in found.values()} == {0.5**4, 0.5**3, 0.5**2, 0.5}
+    for name, rates in found.items():
+        assert rates == plain[name.split(".lora_")[0] + ".weight"]

@@ -17,8 +17,9 @@ from internseg_ds.checkpoints.saves import complete_saves, noted_saves, place_of
 from internseg_ds.checkpoints.weights import weights_of
 from internseg_ds.checkpoints.zero_checkpoint import ZeroCheckpoint
 from internseg_ds.checkpoints.zero_files import find_save, missing_file_advice
+from internseg_ds.config.tuning_options import described
 from internseg_ds.distributed.process_group import gather_from_ranks, raise_on_every_rank
-from internseg_ds.distributed.weight_loading import match_segmentor
+from internseg_ds.distributed.weight_loading import match_saved
 from internseg_ds.errors import CheckpointError, shortened
 from internseg_ds.optimization.optimizers import kept_state
 from internseg_ds.optimization.parameter_groups import named_groups, parameter_groups
@@ -183,7 +184,7 @@ def check_resumable(
     `checkpoint_to_resume`.
     """
     checkpoint = ZeroCheckpoint(path, partial=True, check=check)
-    match_segmentor(model, weights_of(checkpoint))
+    match_saved(model, weights_of(checkpoint))
     trains = {name for name, param in model.named_parameters() if param.requires_grad}
     if differ := sorted(trains ^ checkpoint.trained):
         name = differ[0]
@@ -226,6 +227,7 @@ def changes_since(path: Path, plan: Plan) -> list[str]:
     """A line for each setting of the run that differs from those of the checkpoint's run. Raises
     CheckpointError where the checkpoint does not fit."""
     experiment = plan.experiment
+    _check_same_tuning(path, described(experiment.engine.tune))
     check = experiment.engine.checksums
     manifest = check_resumable(path, plan.meta_model, experiment.optimizer, check=check)
     saved = manifest.get("meta") or {}
@@ -235,6 +237,18 @@ def changes_since(path: Path, plan: Plan) -> list[str]:
         *changed_groups(manifest.get("groups"), groups),
         *changed_classes(path, saved.get("CLASSES"), plan.train_set.CLASSES),
     ]
+
+
+def _check_same_tuning(path: Path, now: Any) -> None:
+    """now: `engine.tune` of this run, as `described`. Raises CheckpointError where the checkpoint's run says
+    that it had another: its parameters are others, or mean something else. Notes of saves before that setting
+    say nothing."""
+    then = ((read_manifest(path) or {}).get("meta") or {}).get("tune", now)
+    if then != now:
+        raise CheckpointError(
+            f"{path} was saved with engine.tune={then!r} and this run has engine.tune={now!r}, which trains other "
+            "parameters; resume with that of the checkpoint, or start anew from its weights with --load-from"
+        )
 
 
 def state_of(checkpoint: ZeroCheckpoint, seed: int) -> TrainState:

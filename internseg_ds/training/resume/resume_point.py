@@ -11,7 +11,7 @@ from torch import nn
 from internseg_ds.checkpoints.weights import weights_of
 from internseg_ds.checkpoints.zero_checkpoint import ZeroCheckpoint
 from internseg_ds.distributed.process_group import raise_on_every_rank
-from internseg_ds.distributed.weight_loading import load, match_segmentor
+from internseg_ds.distributed.weight_loading import load, match_saved
 from internseg_ds.errors import CheckpointError, DamagedError
 from internseg_ds.optimization.ema import ShardedEma
 from internseg_ds.optimization.restore import restore
@@ -63,7 +63,7 @@ class ResumePoint:
         self.checkpoint = earlier
 
     def _load_weights(self, model: nn.Module, checkpoint: ZeroCheckpoint) -> None:
-        load(model, match_segmentor(model, weights_of(checkpoint)))
+        load(model, match_saved(model, weights_of(checkpoint)))
         self._loaded = checkpoint
 
     def _restore(self, deepspeed_engine: Any, ema: ShardedEma | None, checkpoint: ZeroCheckpoint) -> None:

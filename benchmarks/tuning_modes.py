@@ -1,0 +1,198 @@
+"""What `engine.tune` trains, side by side: a small backbone learns the generated scenes, and is transferred to
+CamVid frozen, with low-rank adapters, with its last blocks, and whole.
+
+    python benchmarks/tuning_modes.py --data data/camvid
+
+A stand-in for pretrained weights: 0.9 M parameters that have seen 19 kinds of drawn things. It shows that every
+mode trains, what it costs, and in which order they come on this transfer, and says nothing of published
+backbones. CamVid is expected as configs/intern_vit_tiny/upernet_intern_vit_tiny_224_camvid.py describes it. All
+runs have one learning rate, one schedule and one seed. Prints per mode mIoU on the validation set after
+the last step, the parameters that train, and seconds per step over those of full tuning; ends with a line of
+JSON.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from mmcv import Config
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+SCENES = ROOT / "configs/intern_vit_tiny/upernet_intern_vit_tiny_112_ade20k.py"
+CAMVID = ROOT / "configs/intern_vit_tiny/upernet_intern_vit_tiny_224_camvid.py"
+BACKBONE = dict(
+    embed_dim=128, depth=4, num_heads=4, img_size=112, pretrain_size=112, out_indices=[0, 1, 2, 3]
+)
+"""Of the config of the generated scenes."""
+SIDE = 112
+"""Of a crop, in pixels; half that of the CamVid config."""
+IMAGE = (240, 180)
+BATCH = 4
+LEARNING_RATE = 1e-3
+LOG_EVERY = 5
+
+
+def main() -> None:
+    args = options()
+    modes: dict[str, Any] = {
+        "frozen": "head",
+        "LoRA": {"lora": {"rank": args.rank}},
+        "last blocks": {"last_blocks": args.last_blocks},
+        "full": "all",
+    }
+    with tempfile.TemporaryDirectory(prefix="tuning_modes_") as name:
+        folder = Path(name)
+        scenes = folder / "scenes"
+        write_scenes(scenes, args.scenes)
+        pretrained = train(scenes_experiment(scenes, args.pretraining_steps), folder / "pretraining")
+        rows = {}
+        for mode, tune in modes.items():
+            cfg = camvid_experiment(args.data, args.steps, tune, folder / "pretraining/checkpoints")
+            records = train(cfg, folder / mode.replace(" ", "_"))
+            rows[mode] = {
+                "mIoU": 100 * next(record["mIoU"] for record in reversed(records) if "mIoU" in record),
+                "trained": trained_parameters(cfg),
+                "step_s": seconds_per_step(records, cfg.engine.global_batch),
+            }
+    report(rows, pretrained, args)
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, default=Path("data/camvid"), help="CamVid's folder")
+    parser.add_argument(
+        "--scenes", type=int, default=200, help="generated training images (default: %(default)s)"
+    )
+    parser.add_argument("--pretraining-steps", type=int, default=200, help="(default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=120, help="on CamVid (default: %(default)s)")
+    parser.add_argument("--rank", type=int, default=8, help="of the adapters (default: %(default)s)")
+    parser.add_argument("--last-blocks", type=int, default=2, help="of 4 (default: %(default)s)")
+    args = parser.parse_args()
+    if not (args.data / "images/training").is_dir():
+        parser.error(f"--data {args.data} is no folder with CamVid's images/training")
+    return args
+
+
+def write_scenes(folder: Path, count: int) -> None:
+    """The generated data set in ADE20K's layout."""
+    from internseg_ds.data.generated_ade20k import write_generated_ade20k
+
+    write_generated_ade20k(folder, training=count, validation=8)
+
+
+def scenes_experiment(root: Path, steps: int) -> Config:
+    """The demo's experiment, saved after its last step."""
+    cfg = Config.fromfile(SCENES)
+    for split in ("train", "val", "test"):
+        cfg.data[split].data_root = str(root)
+    return scheduled(cfg, steps, interval=steps)
+
+
+def camvid_experiment(root: Path, steps: int, tune: Any, pretrained: Path) -> Config:
+    """CamVid at half its size, on the backbone of the demo with the weights that it has learned."""
+    cfg = Config.fromfile(CAMVID)
+    cfg.model.backbone.update(BACKBONE, pretrained=str(pretrained))
+    cfg.model.decode_head.in_channels = [BACKBONE["embed_dim"]] * 4
+    cfg.model.auxiliary_head.in_channels = BACKBONE["embed_dim"]
+    cfg.model.test_cfg = dict(mode="whole")
+    for split in ("train", "val", "test"):
+        cfg.data[split].data_root = str(root)
+        for step in cfg.data[split].pipeline:
+            if "img_scale" in step:
+                step.img_scale = IMAGE
+            if step.type == "RandomCrop":
+                step.crop_size = (SIDE, SIDE)
+            if step.type == "Pad":
+                step.size = (SIDE, SIDE)
+    cfg.engine.tune = tune
+    cfg.optimizer.lr = LEARNING_RATE
+    return scheduled(cfg, steps, interval=0)
+
+
+def scheduled(cfg: Config, steps: int, interval: int) -> Config:
+    """cfg with so many steps and one evaluation, at the end. interval: of saves; 0: none."""
+    cfg.runner.max_iters = steps
+    cfg.lr_config.warmup_iters = min(20, steps // 2)
+    cfg.evaluation = dict(interval=steps, metric="mIoU")
+    cfg.checkpoint_config = dict(by_epoch=False, interval=interval)
+    cfg.log_config = dict(interval=LOG_EVERY, hooks=[dict(type="TextLoggerHook", by_epoch=False)])
+    cfg.data.samples_per_gpu = cfg.engine.global_batch = BATCH
+    cfg.engine.peak_tflops = 1.0  # not measured: nobody asks for a utilization here
+    return cfg
+
+
+def train(cfg: Config, work_dir: Path) -> list[dict[str, Any]]:
+    """Trains in a process of its own, under ZeRO-1 in fp32; returns its records."""
+    config = work_dir.with_suffix(".py")
+    config.write_text(cfg.pretty_text)
+    ds_config = work_dir.with_suffix(".json")
+    ds_config.write_text(json.dumps({"zero_optimization": {"stage": 1}}))  # fp32, on any device
+    command = [sys.executable, "launch/train.py", config, "--work-dir", work_dir]
+    command += ["--deepspeed_config", ds_config]
+    done = subprocess.run(
+        list(map(str, command)),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    if done.returncode:
+        raise SystemExit(f"{' '.join(map(str, command))} ended with {done.returncode}\n{done.stderr[-3000:]}")
+    print(f"{work_dir.name} is done", flush=True)
+    return [json.loads(line) for line in (work_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def trained_parameters(cfg: Config) -> dict[str, int]:
+    """Of the backbone alone, and of the whole segmentor."""
+    from internseg_ds.config.experiment import read_experiment
+    from internseg_ds.distributed.construction import build_on_meta, choose_trained
+
+    experiment = read_experiment(cfg)
+    model = build_on_meta(experiment.model)
+    choose_trained(model, experiment.engine)
+    return {
+        what: sum(param.numel() for param in part.parameters() if param.requires_grad)
+        for what, part in (("backbone", model.get_submodule("backbone")), ("all", model))
+    }
+
+
+def seconds_per_step(records: list[dict[str, Any]], batch: int) -> float:
+    """The median of the records of training, without the first one."""
+    rates = [record["images_per_s"] for record in records if "images_per_s" in record][1:]
+    return batch / statistics.median(rates)
+
+
+def report(
+    rows: dict[str, dict[str, Any]], pretraining: list[dict[str, Any]], args: argparse.Namespace
+) -> None:
+    full = rows["full"]["step_s"]
+    table = Table(
+        "mode", "mIoU", "trained", "of the backbone", "step over full", title="CamVid, tiny stand-in"
+    )
+    for mode, row in rows.items():
+        row["step_over_full"] = row.pop("step_s") / full
+        table.add_row(
+            mode,
+            f"{row['mIoU']:.1f}",
+            f"{row['trained']['all']:,}",
+            f"{row['trained']['backbone']:,}",
+            f"{row['step_over_full']:.2f}",
+        )
+    Console().print(table)
+    score = 100 * next(record["mIoU"] for record in reversed(pretraining) if "mIoU" in record)
+    print(f"the backbone comes from {args.pretraining_steps} steps on generated scenes: mIoU {score:.1f}")
+    print(json.dumps({"steps": args.steps, "pretraining_mIoU": score, "modes": rows}))
+
+
+if __name__ == "__main__":
+    main()
