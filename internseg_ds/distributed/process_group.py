@@ -302,10 +302,12 @@ def raise_on_every_rank(error: UserError | None) -> None:
         raise kind(text)
 
 
-class Vote:
-    """Facts of which each rank learns whether they hold on any rank: `Vote(...)` sends them, without waiting
-    for the GPU; `result` waits until they are exchanged, and for what the GPU was given before, not for what
-    it was given since. Collective, both."""
+class AnyRankFlags:
+    """Facts of which each rank learns whether they hold on any rank.
+
+    `AnyRankFlags(...)` sends this rank's, without waiting for the GPU; `result` waits until they are exchanged,
+    and for what the GPU was given before, not for what it was given since. Collective, both.
+    """
 
     def __init__(self, facts: Sequence[bool], device: torch.device) -> None:
         # filled on the device: a copy from the host would wait for the GPU
@@ -325,7 +327,7 @@ class Vote:
 
 def any_rank(facts: Sequence[bool], device: torch.device) -> list[bool]:
     """For each fact, whether it holds on any rank. Collective."""
-    return Vote(facts, device).result()
+    return AnyRankFlags(facts, device).result()
 
 
 def leave() -> None:

@@ -78,7 +78,7 @@ class EvaluationOptions:
     """Asked before each image whether to end the evaluation."""
 
 
-def evaluate(
+def evaluate_dataset(
     forwards: Forwards, dataset: Any, options: EvaluationOptions, observers: Sequence[ImageObserver] = ()
 ) -> Evaluation:
     """Score a segmentor on `dataset` (an mmseg data set in test mode), split over the ranks. Collective at
@@ -166,26 +166,26 @@ def _warn_of_unknown_classes(confusion: Tensor, ignore_index: int) -> None:
         )
 
 
-def evaluate_each(
+def evaluate_datasets(
     forwards: Forwards,
     dataset: Any,
     options: EvaluationOptions,
     observers: Callable[[int, Any], Sequence[ImageObserver]] = lambda _, __: (),
 ) -> Evaluation:
-    """`evaluate` one data set, or each of several that are joined: their scores under mmseg's names for them
-    (0_mIoU, 1_mIoU, ...), and without a number those of all pixels together.
+    """`evaluate_dataset` for one data set, or for each of several that are joined: their scores under mmseg's names
+    for them (0_mIoU, 1_mIoU, ...), and without a number those of all pixels together.
 
     observers(number, data set): those of each.
     """
     if not isinstance(dataset, ConcatDataset):
-        return evaluate(forwards, dataset, options, observers(0, dataset))
+        return evaluate_dataset(forwards, dataset, options, observers(0, dataset))
     parts: list[Any] = dataset.datasets
     found = []
     for number, part in enumerate(parts):
         if options.verbose and options.world.is_main:
             name = getattr(part, "img_dir", type(part).__name__)
             log.info("data set %d of %d: %s", number, len(parts), name)
-        found.append(evaluate(forwards, part, options, observers(number, part)))
+        found.append(evaluate_dataset(forwards, part, options, observers(number, part)))
     confusion = torch.stack([each.confusion for each in found]).sum(0)
     scores = _scores(parts[0], confusion, options.metrics, silent=True)
     scores |= {

@@ -26,7 +26,7 @@ from internseg_ds.evaluation.evaluator import (
     EvaluationOptions,
     ImageObserver,
     ReadableImages,
-    evaluate_each,
+    evaluate_datasets,
 )
 from internseg_ds.evaluation.inference import InferenceRun, trained_segmentor
 from internseg_ds.evaluation.report import BestAndWorst, FirstImages, write_report
@@ -71,7 +71,7 @@ def test(
             log.warning(warning)
     options = EvaluationOptions(run.world, run.experiment.workers, metrics=names, strict=strict)
     with trained_segmentor(run) as forwards:
-        result = evaluate_each(forwards, dataset, options, observers=pictures.observers)
+        result = evaluate_datasets(forwards, dataset, options, observers=pictures.observers)
         if run.world.is_main:
             totals = {name: value for name, value in result.metrics.items() if "." not in name}
             scores = ", ".join(f"{name} {100 * value:.2f}" for name, value in totals.items())

@@ -27,7 +27,7 @@ from internseg_ds.torch_internals import copy_tensors
 log = logging.getLogger(__name__)
 
 
-def poisoned(loss: Tensor) -> Tensor:
+def nan_gradients_unless_finite(loss: Tensor) -> Tensor:
     """`loss`; one that is not finite makes every gradient NaN, so that the step is skipped. Does not wait for
     the device."""
     return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
@@ -39,12 +39,10 @@ class NonfiniteSteps:
     def __init__(self, deepspeed_engine: Any, file: Path, limit: int, *, start: int = 0) -> None:
         """file: a line of JSON is added for each skipped step. limit: skipped steps in a row that end the
         run. start: the step that the run goes on from."""
-        self.deepspeed, self.file, self.limit, self._lines = (
-            deepspeed_engine,
-            file,
-            limit,
-            BufferedLines(file),
-        )
+        self.deepspeed = deepspeed_engine
+        self.file = file
+        self.limit = limit
+        self._lines = BufferedLines(file)
         self.in_a_row = 0
         self._seen = skipped_steps(deepspeed_engine)
         self._buffers = [buffer for buffer in deepspeed_engine.module.buffers() if buffer.numel()]

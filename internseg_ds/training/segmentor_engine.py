@@ -46,7 +46,7 @@ from internseg_ds.distributed.process_group import (
 from internseg_ds.distributed.watchdog import Watchdog
 from internseg_ds.distributed.weight_loading import load
 from internseg_ds.errors import ConfigError, of_one_rank
-from internseg_ds.evaluation.evaluator import Evaluation, EvaluationOptions, evaluate_each
+from internseg_ds.evaluation.evaluator import Evaluation, EvaluationOptions, evaluate_datasets
 from internseg_ds.host_faults import host_errors_explained
 from internseg_ds.models.activation_checkpointing import CheckpointingPolicy
 from internseg_ds.monitoring.loggers import start_logging
@@ -374,7 +374,7 @@ class SegmentorEngine:
             return stop()
 
         with self.watch.during(self.state.step, "evaluating"), averaged, ready as segmentor:
-            return evaluate_each(
+            return evaluate_datasets(
                 segmentor,
                 self.plan.val_set,
                 EvaluationOptions(
