@@ -60,8 +60,8 @@ OF_ONE_RANK = (FaultError, OutputError, HostError)
 """Errors of the user, or of a host, that come late, and that the other ranks know nothing of."""
 
 
-def of_one_rank(error: BaseException) -> BaseException | None:
-    """An error that the other ranks may know nothing of; None for one that all ranks raise."""
+def unless_on_every_rank(error: BaseException) -> BaseException | None:
+    """`error`, where the other ranks may know nothing of it; None for one that all ranks raise."""
     of_all = isinstance(error, (UserError, Diverged)) and not isinstance(error, OF_ONE_RANK)
     return None if of_all else error
 

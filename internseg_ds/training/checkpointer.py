@@ -67,7 +67,7 @@ class Checkpointer:
 
     def __init__(self, folder: Path, keep: int, leaders: Sequence[int] | None = None) -> None:
         """keep: how many of the newest stay (`max_keep_ckpts`); 0 or less keeps all. The best one stays
-        beside them. leaders: for each rank, the one that looks after its folder (`work_dir.leaders`); rank 0
+        beside them. leaders: for each rank, the one that looks after its folder (`find_leaders`); rank 0
         after all by default."""
         self.folder, self.keep = folder, keep
         self.leaders = list(leaders or [0] * dist.get_world_size())
