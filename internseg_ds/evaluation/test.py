@@ -27,10 +27,11 @@ from internseg_ds.evaluation.evaluator import (
     ImageObserver,
     ReadableImages,
     evaluate_datasets,
+    is_of_one_class,
 )
 from internseg_ds.evaluation.inference import InferenceRun, trained_segmentor
 from internseg_ds.evaluation.report import BestAndWorst, FirstImages, write_report
-from internseg_ds.evaluation.sliding_window import Segmenter
+from internseg_ds.evaluation.sliding_window import SlidingWindowInference
 from internseg_ds.output_files import output_folder
 from internseg_ds.preflight.dataset_checks import odd_about, validation_set
 from internseg_ds.preflight.model_checks import check_classes, check_same_classes
@@ -71,9 +72,9 @@ def test(
             log.warning(warning)
     options = EvaluationOptions(run.world, run.experiment.workers, metrics=names, strict=strict)
     with trained_segmentor(run) as forwards:
-        result = evaluate_datasets(forwards, dataset, options, observers=pictures.observers)
+        result = evaluate_datasets(forwards, dataset, options, observers_of=pictures.observers)
         if run.world.is_main:
-            totals = {name: value for name, value in result.metrics.items() if "." not in name}
+            totals = {name: value for name, value in result.metrics.items() if not is_of_one_class(name)}
             scores = ", ".join(f"{name} {100 * value:.2f}" for name, value in totals.items())
             log.info("%s: %s", checkpoint, scores)
             if report is not None:
@@ -160,13 +161,13 @@ def write_submission(
             truth=False,
             doing="segmenting",
         )
-        segmenter = Segmenter(forwards)
-        published = published_classes(dataset, segmenter.outputs)
+        inference = SlidingWindowInference(forwards)
+        published = published_classes(dataset, inference.outputs)
         written = 0
-        for segmented in segmenter.segment((image.index, image.inputs) for image in images):
-            labels = published[segmented.labels.cpu().numpy()]
+        for prediction in inference.predict((image.index, image.inputs) for image in images):
+            labels = published[prediction.labels.cpu().numpy()]
             try:
-                dataset.format_results([labels], str(folder), indices=[segmented.key])
+                dataset.format_results([labels], str(folder), indices=[prediction.key])
             except OSError as error:
                 raise OutputError(
                     f"the submission files in {folder} cannot be written: {error.strerror or error}; "
