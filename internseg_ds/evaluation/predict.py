@@ -26,7 +26,7 @@ from internseg_ds.evaluation.evaluator import ReadableImages
 from internseg_ds.evaluation.inference import InferenceRun, trained_segmentor
 from internseg_ds.evaluation.sliding_window import ImagePrediction, SlidingWindowInference
 from internseg_ds.evaluation.visualization import Palette, side_by_side
-from internseg_ds.output_files import output_folder, whole_file, write_picture
+from internseg_ds.output_files import make_folder, output_folder, whole_file, write_picture
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +97,7 @@ class _PredictionWriter:
 
     def write(self, name: str, image: np.ndarray, prediction: ImagePrediction) -> None:
         """name: prefix of the files. image: (h, w, 3) uint8 BGR."""
+        make_folder(self.folder)
         labels = prediction.labels.cpu().numpy()
         write_picture(self.folder / f"{name}_labels.png", labels.astype(self.label_dtype))
         overlay = side_by_side(image, [("prediction", labels)], self.classes, self.palette)

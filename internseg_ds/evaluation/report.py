@@ -109,10 +109,10 @@ class FirstImages:
         self.dataset = dataset
         self.folder = folder
         self.count = count
-        make_folder(folder)
 
     def observe(self, index: int, labels: np.ndarray, score: float | None) -> None:
         if index < self.count:
+            make_folder(self.folder)
             path = Path(self.dataset.img_infos[index]["filename"]).with_suffix(".png")
             # with its folders: images of several folders may have one name, and paths may be absolute
             name = "_".join(part for part in path.parts if part not in (path.anchor, ".."))

@@ -32,7 +32,7 @@ from internseg_ds.evaluation.evaluator import (
 from internseg_ds.evaluation.inference import InferenceRun, trained_segmentor
 from internseg_ds.evaluation.report import BestAndWorst, FirstImages, write_report
 from internseg_ds.evaluation.sliding_window import SlidingWindowInference
-from internseg_ds.output_files import output_folder
+from internseg_ds.output_files import make_folder, output_folder
 from internseg_ds.preflight.dataset_checks import odd_about, validation_set
 from internseg_ds.preflight.model_checks import check_classes, check_same_classes
 
@@ -166,6 +166,7 @@ def write_submission(
         written = 0
         for prediction in inference.predict((image.index, image.inputs) for image in images):
             labels = published[prediction.labels.cpu().numpy()]
+            make_folder(folder)
             try:
                 dataset.format_results([labels], str(folder), indices=[prediction.key])
             except OSError as error:
