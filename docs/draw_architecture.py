@@ -4,6 +4,7 @@ training.
     python -m docs.draw_architecture
 """
 
+import argparse
 import ast
 import textwrap
 from pathlib import Path
@@ -168,5 +169,8 @@ def draw_step(file: Path) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     draw_rooms(FOLDER / "rooms.png")
     draw_step(FOLDER / "step.png")

@@ -8,6 +8,7 @@ import os
 
 os.environ["INTERNSEG_DEVICE"] = os.environ["DS_ACCELERATOR"] = "cpu"  # before any import asks
 
+import argparse
 import tempfile
 from pathlib import Path
 
@@ -27,6 +28,9 @@ All of it again: `python -m docs.tabulate_supported_models`; `make test-slow` ho
 """
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "ade"
         write_generated_ade20k(data, training=8, validation=3)

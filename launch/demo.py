@@ -5,6 +5,7 @@ Each step is the command that a user would type; this script only puts them in o
 out.
 """
 
+import argparse
 import json
 import shlex
 import subprocess
@@ -32,6 +33,7 @@ def step(title: str, command: str) -> None:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()  # --help; it takes no arguments
     began = time.monotonic()
     python = sys.executable
     # on CPUs, two share the machine
