@@ -75,7 +75,7 @@ def test(
         result = evaluate_datasets(forwards, dataset, options, observers_of=pictures.observers)
         if run.world.is_main:
             totals = {name: value for name, value in result.metrics.items() if not is_of_one_class(name)}
-            scores = ", ".join(f"{name} {100 * value:.2f}" for name, value in totals.items())
+            scores = ", ".join(f"{name} {value:.2%}" for name, value in totals.items())
             log.info("%s: %s", checkpoint, scores)
             if report is not None:
                 write_report(result, dataset.CLASSES, report)

@@ -6,7 +6,7 @@ resume.
     config = "configs/intern_vit_tiny/upernet_intern_vit_tiny_112_ade20k.py"
     with SegmentorEngine(config, "ds_configs/zero3_bf16.json", work_dir="work_dirs/mine") as engine:
         engine.train()
-        print(engine.evaluate().metrics["mIoU"])
+        print(f"mIoU {engine.evaluate().metrics['mIoU']:.2%}")
 
 Run it under deepspeed, torchrun, srun or mpirun, or as a plain `python` process. Constructing, training,
 evaluating and saving are collective: every rank makes the same calls.

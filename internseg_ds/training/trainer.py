@@ -184,7 +184,7 @@ def evaluate_and_record(run: TrainingRun, monitors: StepMonitors, *, of_checkpoi
     run.watch.at(state.step, "saving")
     best = run.checkpoints.score(state, metrics, experiment.evaluation.best_by)
     name = experiment.evaluation.metrics[0]
-    log.info("step %d: %s %.2f%s", state.step, name, 100 * metrics[name], " (best so far)" if best else "")
+    log.info("step %d: %s %.2f%%%s", state.step, name, 100 * metrics[name], " (best so far)" if best else "")
     if run.world.is_main and (best or experiment.evaluation.best_by is None or not run.options.saves):
         with unless_disk_full("the report of this score is not written"):
             val_set: SegmentationDataset = run.plan.val_set
