@@ -130,6 +130,20 @@ def shortened(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def counted(number: int, one: str, several: str = "") -> str:
+    """A number and what it counts, for a message: "1 image", "2 images", "2 processes".
+
+    several: the words for any number but 1, where they are not those for one with "s" or "es" at the end.
+    """
+    plural = several or one + ("es" if one.endswith("s") else "s")
+    return f"{number} {one if number == 1 else plural}"
+
+
+def are(number: int) -> str:
+    """ "is" or "are", behind so many things."""
+    return "is" if number == 1 else "are"
+
+
 def short_repr(value: object, limit: int = 60) -> str:
     """A value as Python writes it, cut to `limit` characters."""
     text = repr(value)

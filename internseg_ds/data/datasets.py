@@ -26,7 +26,7 @@ from internseg_ds.data.joined import joining
 from internseg_ds.data.label_maps import CheckAnnotation, read_label_maps_of
 from internseg_ds.data.other_endings import instead_of, there_are
 from internseg_ds.data.palettes import check_decoder
-from internseg_ds.errors import DataError, UserError, nearest_argument, reason_of, shortened
+from internseg_ds.errors import DataError, UserError, are, counted, nearest_argument, reason_of, shortened
 
 SegmentationDataset: TypeAlias = Any
 """One of mmseg's data sets, or a wrapper around some of them: `len`, `[index]` for the results of its
@@ -277,7 +277,8 @@ def _check_files(part: SegmentationDataset, what: str) -> None:
     names = [info["ann"]["seg_map"] for info in part.img_infos if "ann" in info]
     if missing := _missing(part.ann_dir, names):
         raise DataError(
-            f"{what}: {len(missing)} of {len(names)} label maps are missing, the first is "
+            f"{what}: {len(missing)} of {counted(len(names), 'label map')} "
+            f"{are(len(missing))} missing, the first is "
             f"{missing[0]}{instead_of(missing[0])}; put them there, or take their images away"
         )
 
@@ -292,7 +293,8 @@ def _check_images(part: SegmentationDataset, what: str) -> None:
     if missing[0].endswith(2 * part.img_suffix):
         why = f"; its lines end in {part.img_suffix} already, which img_suffix adds once more"
     raise DataError(
-        f"{what}: {len(missing)} of {len(names)} images of the split file {part.split} are missing, "
+        f"{what}: {len(missing)} of {counted(len(names), 'image')} of the split file {part.split} "
+        f"{are(len(missing))} missing, "
         f"the first is {missing[0]}{why}; put them there, or take their lines out"
     )
 

@@ -25,7 +25,7 @@ from torch.distributed.rendezvous import rendezvous as make_stores
 from internseg_ds.device import VARIABLE, device_type
 from internseg_ds.distributed.extensions import build_extension, forget_shared_buffer
 from internseg_ds.distributed.zero_internals import SHARED_BUFFER_BYTES, shared_buffer_file
-from internseg_ds.errors import ConfigError, HostError, Lost, UserError, reason_of
+from internseg_ds.errors import ConfigError, HostError, Lost, UserError, counted, reason_of
 from internseg_ds.host_faults import MORE_SHARED_MEMORY
 
 # variable names of (rank, world size, local rank); the first complete set counts. mpirun comes before srun:
@@ -68,7 +68,7 @@ class World:
         if self.local_rank >= count:
             raise ConfigError(
                 f"process {self.local_rank} of this host has no GPU of its own, {count} can be seen; start "
-                f"at most {count} processes per host"
+                f"at most {counted(count, 'process')} per host"
             )
         return torch.device("cuda", self.local_rank)
 

@@ -21,7 +21,7 @@ from torch.utils.data import ConcatDataset
 from internseg_ds.data.loading import EvaluationImage, evaluation_images
 from internseg_ds.distributed.gathering import Forwards
 from internseg_ds.distributed.process_group import World, gather_from_ranks
-from internseg_ds.errors import DataError, FaultError
+from internseg_ds.errors import DataError, FaultError, are, counted
 from internseg_ds.evaluation.sliding_window import SlidingWindowInference
 
 log = logging.getLogger(__name__)
@@ -100,8 +100,8 @@ def evaluate_dataset(
     pixels_of_a_class = confusion[:-1]  # the last row: labels of no class
     if not pixels_of_a_class.any():
         raise DataError(
-            f"no pixel of the {image_count} images has the label of a class; are reduce_zero_label and the "
-            "classes of the data set right?"
+            f"no pixel of the {counted(image_count, 'image')} has the label of a class; are "
+            "reduce_zero_label and the classes of the data set right?"
         )
     if options.world.is_main:
         _warn_of_unknown_classes(confusion, dataset.ignore_index)
@@ -153,17 +153,17 @@ def _warn_of_unknown_classes(confusion: Tensor, ignore_index: int) -> None:
     unknown_labels = int(confusion[-1].sum())
     if unknown_labels:
         log.warning(
-            "%d labelled pixels are of no class (0 to %d) and not %d either; they count as wrong",
-            unknown_labels,
+            "%s of no class (0 to %d) and not %d either, which counts as wrong",
+            counted(unknown_labels, "labelled pixel is", "labelled pixels are"),
             classes - 1,
             ignore_index,
         )
     unknown_predictions = int(confusion[:, -1].sum())
     if unknown_predictions:
         log.warning(
-            "%d pixels got an output of the model that is no class of the data set (%d and above); they "
-            "count as wrong",
-            unknown_predictions,
+            "%s an output of the model that is no class of the data set (%d and above), which counts as "
+            "wrong",
+            counted(unknown_predictions, "pixel got", "pixels got"),
             classes,
         )
 
@@ -277,12 +277,15 @@ class ReadableImages:
         total = sum(number for number, _ in by_rank)
         faults = sorted(fault for _, some in by_rank for fault in some)
         if faults and not total:
-            raise DataError(f"none of the {len(faults)} images can be read; the first: {faults[0]}")
+            raise DataError(
+                f"none of the {counted(len(faults), 'image')} can be read; the first: {faults[0]}"
+            )
         if faults and self.world.is_main:
             log.warning(
-                "%d of %d images are left out, for they cannot be read:\n  %s",
+                "%d of %s cannot be read and %s left out:\n  %s",
                 len(faults),
-                len(faults) + total,
+                counted(len(faults) + total, "image"),
+                are(len(faults)),
                 "\n  ".join(faults),
             )
         return total, faults

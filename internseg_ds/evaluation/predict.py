@@ -21,7 +21,7 @@ from internseg_ds.data.image_files import ImageFiles, find_images, picture
 from internseg_ds.data.loading import EvaluationImage
 from internseg_ds.distributed.construction import build_on_meta
 from internseg_ds.distributed.process_group import gather_from_ranks
-from internseg_ds.errors import ConfigError, DataError, shortened
+from internseg_ds.errors import ConfigError, DataError, are, counted, shortened
 from internseg_ds.evaluation.evaluator import ReadableImages
 from internseg_ds.evaluation.inference import InferenceRun, trained_segmentor
 from internseg_ds.evaluation.sliding_window import ImagePrediction, SlidingWindowInference
@@ -82,7 +82,7 @@ def predict_files(
             done += 1
         total, _ = readable.totals(done)
         downscaled.log_summary()
-        log.info("%d images: overlays and label maps are in %s", total, folder)
+        log.info("%s: overlays and label maps are in %s", counted(total, "image"), folder)
 
 
 @dataclass(frozen=True)
@@ -151,10 +151,11 @@ class DownscaledImages:
         downscaled = [name for _, names in by_rank for name in names]
         if downscaled:
             log.info(
-                "%d of %d images are segmented at a smaller size than theirs, as the resizing of "
+                "%d of %s %s segmented at a smaller size than the original, as the resizing of "
                 "data.test.pipeline says (img_scale): %s; labels are brought back to the size of the image",
                 len(downscaled),
-                sum(count for count, _ in by_rank),
+                counted(sum(count for count, _ in by_rank), "image"),
+                are(len(downscaled)),
                 shortened(downscaled, 1),
             )
 

@@ -20,7 +20,7 @@ from internseg_ds.config.experiment import leaf_datasets
 from internseg_ds.config.sections import known_metrics
 from internseg_ds.data.checks.survey import compare_zero_labels, survey
 from internseg_ds.distributed.construction import build_on_meta
-from internseg_ds.errors import ConfigError, OutputError
+from internseg_ds.errors import ConfigError, OutputError, counted
 from internseg_ds.evaluation.evaluator import (
     Evaluation,
     EvaluationOptions,
@@ -176,7 +176,9 @@ def write_submission(
                 ) from error
             written += 1
         total, _ = images.totals(written)
-        log.info("%d images: submission files of %s are in %s", total, type(dataset).__name__, folder)
+        log.info(
+            "%s: submission files of %s are in %s", counted(total, "image"), type(dataset).__name__, folder
+        )
 
 
 def published_classes(dataset: Any, outputs: int) -> np.ndarray:
@@ -199,8 +201,8 @@ def _check_format(dataset: Any) -> None:
     image gets a file of its own. Raises ConfigError."""
     if isinstance(dataset, ConcatDataset):
         raise ConfigError(
-            f"data.test joins {len(dataset.datasets)} data sets, and submission files are of one; keep one "
-            "of them"
+            f"data.test joins {counted(len(dataset.datasets), 'data set')}, and submission files are of "
+            "one; keep one of them"
         )
     name, times = Counter(Path(info["filename"]).stem for info in dataset.img_infos).most_common(1)[0]
     if times > 1:

@@ -10,7 +10,7 @@ from mmcv.runner.optimizer import OPTIMIZER_BUILDERS, DefaultOptimizerConstructo
 from torch import nn
 
 from internseg_ds.distributed.zero_internals import full_shape
-from internseg_ds.errors import ConfigError, unknown_key
+from internseg_ds.errors import ConfigError, counted, unknown_key
 
 HEADS_OFFSETS = ("sampling_offsets", "reference_points")
 """Parts of names: the offsets of deformable attention in heads."""
@@ -92,7 +92,7 @@ class LayerDecay:
         )
         raise ConfigError(
             f"optimizer.paramwise_cfg.num_layers={self.num_layers!r}, but the backbone has "
-            f"{backbone.depth} layers ({source}); make them equal"
+            f"{counted(backbone.depth, 'layer')} ({source}); make them equal"
         )
 
 

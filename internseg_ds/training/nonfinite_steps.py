@@ -19,7 +19,7 @@ from torch import Tensor
 
 from internseg_ds.distributed.process_group import gather_from_ranks
 from internseg_ds.distributed.zero_internals import skipped_steps
-from internseg_ds.errors import Diverged
+from internseg_ds.errors import Diverged, counted
 from internseg_ds.monitoring.buffered_lines import BufferedLines
 from internseg_ds.monitoring.loggers import rewind
 from internseg_ds.torch_internals import copy_tensors
@@ -86,9 +86,9 @@ class NonfiniteSteps:
             self._lines.add(json.dumps({"step": step, "ranks": ranks}) + "\n")
         if self.in_a_row >= self.limit:
             raise Diverged(
-                f"{self.in_a_row} steps in a row, up to step {step}, were skipped; at the last {reason}. "
-                f"{self.file} names the images of all of "
-                "them. Lower the learning rate, or clip the gradients with "
+                f"{counted(self.in_a_row, 'step')} in a row, up to step {step}, "
+                f"{'was' if self.in_a_row == 1 else 'were'} skipped; at the last {reason}. {self.file} names the "
+                "images of all of them. Lower the learning rate, or clip the gradients with "
                 "optimizer_config=dict(grad_clip=dict(max_norm=...))"
             )
         if is_main:
@@ -100,7 +100,7 @@ class NonfiniteSteps:
         limit though they are."""
         if self.in_a_row and self.in_a_row == steps:
             raise Diverged(
-                f"all {steps} steps of this training were skipped, so it changed no weight; {self.file} "
+                f"every step of this training ({steps}) was skipped, so it changed no weight; {self.file} "
                 "names their images; look at "
                 "these, start from other weights, or lower the learning rate"
             )

@@ -40,7 +40,7 @@ from internseg_ds.distributed.precision import backbone_dtype, heads_dtype, set_
 from internseg_ds.distributed.process_group import World, gather_from_ranks, leave, world_from_environment
 from internseg_ds.distributed.watchdog import Watchdog
 from internseg_ds.distributed.weight_loading import load
-from internseg_ds.errors import ConfigError, unless_on_every_rank
+from internseg_ds.errors import ConfigError, counted, unless_on_every_rank
 from internseg_ds.evaluation.evaluator import Evaluation, EvaluationOptions, evaluate_datasets
 from internseg_ds.host_faults import host_errors_explained
 from internseg_ds.models.activation_checkpointing import CheckpointingPolicy
@@ -241,17 +241,17 @@ class SegmentorEngine:
         dtypes = (ds.param_dtype, self.compute_dtype, self.heads_dtype)
         log.info(
             "%s on %s, ZeRO-%d, %s parameters, backbone computes in %s, heads in %s",
-            "1 process" if self.world.size == 1 else f"{self.world.size} processes",
+            counted(self.world.size, "process"),
             device.type,
             ds.stage,
             *(str(dtype).removeprefix("torch.") for dtype in dtypes),
         )
         log.info(
-            "%d images per step = %d processes x %d images x %d accumulation steps",
-            ds.global_batch,
-            ds.world_size,
-            ds.micro_batch,
-            ds.accumulation,
+            "%s per step = %s x %s x %s",
+            counted(ds.global_batch, "image"),
+            counted(ds.world_size, "process"),
+            counted(ds.micro_batch, "image"),
+            counted(ds.accumulation, "accumulation step"),
         )
         set_fp32_matmul(experiment.engine.fp32_matmul, device)
         deterministic = torch.are_deterministic_algorithms_enabled()
@@ -291,9 +291,9 @@ class SegmentorEngine:
             self.checkpoints.newest = checkpoint.path.name
         self.checkpoints.recall_best(self.state, self.plan.experiment.evaluation.best_by)
         log.info(
-            "resumed from %s (%d processes, ZeRO-%d): step %d, %d images seen",
+            "resumed from %s (%s, ZeRO-%d): step %d, %d images seen",
             checkpoint.path,
-            checkpoint.world_size,
+            counted(checkpoint.world_size, "process"),
             checkpoint.stage,
             self.state.step,
             self.state.images,

@@ -12,7 +12,7 @@ from typing import TextIO
 
 from internseg_ds.checkpoints.saves import complete_saves, present_saves, to_disk
 from internseg_ds.distributed.process_group import World, gather_from_ranks, raise_on_every_rank
-from internseg_ds.errors import ConfigError, shortened
+from internseg_ds.errors import ConfigError, counted, shortened
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ def _of_a_run(folder: Path) -> str:
     """What a run has left in a folder; "" for nothing."""
     saves = complete_saves(folder / "checkpoints")
     if saves:
-        return f"{len(saves)} checkpoint{'s' * (len(saves) > 1)}, the newest is {saves[-1].name}"
+        return f"{counted(len(saves), 'checkpoint')}, the newest is {saves[-1].name}"
     if present := present_saves(folder / "checkpoints"):
         return f"{shortened([path.name for path in present])} in checkpoints, without a readable note"
     records = folder / "metrics.jsonl"
