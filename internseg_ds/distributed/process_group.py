@@ -246,7 +246,9 @@ def _meet(world: World, timeout: timedelta, refusal: UserError | None) -> Store:
             raise refusal from None  # whether the others have come or not
         raise _not_met(world, error) from error
     if first_refusal:
-        raise refusal or UserError(first_refusal)
+        # a HostError would be printed by every rank that raises one, and rank 0 prints the first already
+        own = None if isinstance(refusal, HostError) else refusal
+        raise own or UserError(first_refusal)
     return store
 
 
