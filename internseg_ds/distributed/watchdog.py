@@ -139,9 +139,8 @@ class Watchdog:
             self._thread = None
             return
         self._status = replace(self._status, failure=reason_of(failure)[:300], code=_exit_code(failure))
-        time.sleep(
-            GRACE_S
-        )  # meanwhile the thread sends it, or ends the process if another rank is the reason
+        # meanwhile the thread sends it, or ends the process if another rank is the reason
+        time.sleep(GRACE_S)
 
     def status(self) -> RankStatus:
         """Where this rank stands now."""

@@ -83,9 +83,10 @@ def test_scores_are_those_of_mmsegs_test_loop(tiny, ade20k):
         EvaluationOptions(World(), workers=0, metrics=["mIoU", "mDice", "mFscore"], verbose=False),
     )
     assert found.images == 7 and not found.faults
+    # theirs are rounded in fp32
     assert found.metrics == pytest.approx(
         {name: float(value) for name, value in expected.items() if not np.isnan(value)}, abs=1e-6
-    )  # theirs are rounded in fp32
+    )
     assert {"mIoU", "mDice", "mFscore", "aAcc", "mAcc"} <= set(found.metrics)
 
 
