@@ -13,7 +13,8 @@ import tempfile
 from pathlib import Path
 
 from internseg_ds.data.generated_ade20k import write_generated_ade20k
-from tests.end_to_end.every_model import CASES, sweep, table
+from tests.end_to_end.every_model.cases import CASES, table
+from tests.end_to_end.every_model.runs import sweep
 
 OPENING = """# What trains as it is
 
