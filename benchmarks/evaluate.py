@@ -77,10 +77,10 @@ def theirs(segmentor: nn.Module, entry: object, world: World, workers: int, fold
 
 def ours(segmentor: nn.Module, dataset: object, world: World, workers: int) -> torch.Tensor:
     from internseg_ds.distributed.gathering import Forwards
-    from internseg_ds.evaluation.evaluator import EvaluationOptions, evaluate
+    from internseg_ds.evaluation.evaluator import EvaluationOptions, evaluate_dataset
 
     options = EvaluationOptions(world, workers, verbose=False)
-    return evaluate(Forwards(segmentor), dataset, options).areas
+    return evaluate_dataset(Forwards(segmentor), dataset, options).areas
 
 
 def timed(function: Callable[[], object], world: World) -> tuple[float, object]:

@@ -7,10 +7,10 @@ Rank 0 writes {seconds, losses, peak_bytes, cpu_seconds, start_bytes, matmul_flo
 not run, to RESULT.json.
 """
 
+import argparse
 import importlib
 import json
 import os
-import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +24,14 @@ from internseg_ds.distributed.process_group import join, leave, world_from_envir
 
 
 def main() -> None:
-    name, workload, result = sys.argv[1], Workload.read(Path(sys.argv[2])), Path(sys.argv[3])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("name", metavar="NAME", help="a module of benchmarks/contenders")
+    parser.add_argument("workload", metavar="WORKLOAD.json", type=Path)
+    parser.add_argument("result", metavar="RESULT.json", type=Path)
+    args = parser.parse_args()
+    name, workload, result = args.name, Workload.read(args.workload), args.result
     quieten()
     world = world_from_environment()
     # one for all ranks

@@ -4,6 +4,7 @@ training.
     python -m docs.draw_architecture
 """
 
+import argparse
 import ast
 import textwrap
 from pathlib import Path
@@ -113,8 +114,8 @@ STEP = [
         "blocks computed again where chosen; gradients reduced",
         "models/ activation_ checkpointing",
     ),
-    ("update", "vote sent; clipping; Adam on this rank's elements", "optimization/ ranged_adam"),
-    ("agree", "vote read: stop? bad images? step skipped?", "training/ nonfinite_steps, stop_requests"),
+    ("update", "flags sent; clipping; Adam on this rank's elements", "optimization/ ranged_adam"),
+    ("agree", "flags read: stop? bad images? step skipped?", "training/ nonfinite_steps, stop_requests"),
     ("record", "means over ranks, speed, stragglers, spikes", "training/ step_monitors, monitoring/"),
     ("save", "each rank its files; manifest; rename; `latest`", "training/ checkpointer, checkpoints/"),
     ("evaluate", "windows, confusion matrix, `best`, report", "evaluation/"),
@@ -168,5 +169,8 @@ def draw_step(file: Path) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     draw_rooms(FOLDER / "rooms.png")
     draw_step(FOLDER / "step.png")

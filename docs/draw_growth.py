@@ -4,8 +4,8 @@ over processes, else seconds of CPU work.
 python docs/draw_growth.py points.jsonl
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -21,14 +21,18 @@ TITLES = {
 
 
 def main() -> None:
-    rows = [json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("points", type=Path, metavar="points.jsonl")
+    points: Path = parser.parse_args().points
+    rows = [json.loads(line) for line in points.read_text().splitlines()]
     figure, axes = plt.subplots(2, len(CURVES), figsize=(15, 5.5), sharex="col")
     for column, curve in enumerate(CURVES):
         found = [row for row in rows if row["curve"] == curve]
         if not found:
             raise SystemExit(
-                f"{sys.argv[1]} has no points of {curve!r}; run benchmarks/growth.py {curve} --out "
-                f"{sys.argv[1]}"
+                f"{points} has no points of {curve!r}; run benchmarks/growth.py {curve} --out {points}"
             )
         for colour, name in enumerate(dict.fromkeys(row["series"] for row in found)):
             series = [row for row in found if row["series"] == name]

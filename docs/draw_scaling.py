@@ -4,6 +4,7 @@ on 1 to 64 nodes of 8 H100s.
 python docs/draw_scaling.py
 """
 
+import argparse
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -27,6 +28,9 @@ NETWORKS = {"400 Gbit/s per GPU": (50.0, "-"), "100 Gbit/s per node": (100 / 8 /
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     estimator = Estimator(read_experiment(CONFIG))
     figure, (times, shares) = plt.subplots(1, 2, figsize=(12, 4.5))
     for colour, (label, ds_config) in enumerate(DS_CONFIGS.items()):

@@ -8,11 +8,13 @@ import os
 
 os.environ["INTERNSEG_DEVICE"] = os.environ["DS_ACCELERATOR"] = "cpu"  # before any import asks
 
+import argparse
 import tempfile
 from pathlib import Path
 
 from internseg_ds.data.generated_ade20k import write_generated_ade20k
-from tests.end_to_end.every_model import CASES, sweep, table
+from tests.end_to_end.every_model.cases import CASES, table
+from tests.end_to_end.every_model.runs import sweep
 
 OPENING = """# What trains as it is
 
@@ -27,6 +29,9 @@ All of it again: `python -m docs.tabulate_supported_models`; `make test-slow` ho
 """
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "ade"
         write_generated_ade20k(data, training=8, validation=3)

@@ -4,6 +4,7 @@ estimated. The README has some of its rows.
 python docs/tabulate_what_fits.py
 """
 
+import argparse
 from pathlib import Path
 
 from internseg_ds.config.experiment import read_experiment
@@ -78,6 +79,9 @@ def best(found: dict[Path, Estimate | str]) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     published = Estimator(read_experiment(RECIPE, {"engine.recomputation": "config"}))
     auto = Estimator(read_experiment(RECIPE))
     short = [

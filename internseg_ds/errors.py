@@ -60,8 +60,8 @@ OF_ONE_RANK = (FaultError, OutputError, HostError)
 """Errors of the user, or of a host, that come late, and that the other ranks know nothing of."""
 
 
-def of_one_rank(error: BaseException) -> BaseException | None:
-    """An error that the other ranks may know nothing of; None for one that all ranks raise."""
+def unless_on_every_rank(error: BaseException) -> BaseException | None:
+    """`error`, where the other ranks may know nothing of it; None for one that all ranks raise."""
     of_all = isinstance(error, (UserError, Diverged)) and not isinstance(error, OF_ONE_RANK)
     return None if of_all else error
 
@@ -128,6 +128,20 @@ def _without_text(error: BaseException) -> bool:
 def shortened(names: list[str], most: int = 5) -> str:
     """The first names of a list, and how many more there are, for a message."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def counted(number: int, one: str, several: str = "") -> str:
+    """A number and what it counts, for a message: "1 image", "2 images", "2 processes".
+
+    several: the words for any number but 1, where they are not those for one with "s" or "es" at the end.
+    """
+    plural = several or one + ("es" if one.endswith("s") else "s")
+    return f"{number} {one if number == 1 else plural}"
+
+
+def are(number: int) -> str:
+    """ "is" or "are", behind so many things."""
+    return "is" if number == 1 else "are"
 
 
 def short_repr(value: object, limit: int = 60) -> str:

@@ -70,9 +70,8 @@ def check_writable(folder: Path, option: str) -> None:
 
 
 def output_folder(path: str | os.PathLike, option: str) -> Path:
-    """A folder that can be written, made where there is none. Raises ConfigError or OutputError when there is
-    something else in its place."""
+    """A folder that can be written, or made (`make_folder`) once there is something to write: what is refused
+    later leaves no empty one. Raises ConfigError naming the option where something else is in its place."""
     folder = Path(path)
     check_writable(folder, option)
-    make_folder(folder)
     return folder

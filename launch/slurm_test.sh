@@ -4,6 +4,7 @@
 # GRES: what a node is asked for (default gpu:GPUS_PER_NODE); GRES= asks for nothing.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail
+if [ "${1:-}" = --help ]; then sed -n '2,4s/^# //p' "$0"; exit; fi
 if [ $# -lt 4 ]; then sed -n '2,4s/^# //p' "$0" >&2; exit 2; fi
 
 partition=$1 job=$2 config=$3 checkpoint=$4

@@ -5,6 +5,7 @@
 # GRES: what a node is asked for (default gpu:GPUS_PER_NODE); GRES= asks for nothing.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail
+if [ "${1:-}" = --help ]; then sed -n '2,5s/^# //p' "$0"; exit; fi
 if [ $# -lt 3 ]; then sed -n '2,5s/^# //p' "$0" >&2; exit 2; fi
 
 partition=$1 job=$2 config=$3

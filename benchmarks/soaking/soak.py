@@ -165,11 +165,8 @@ class Soak:
                 self._ended(attempt, event, fault)
                 event.seconds = time.monotonic() - began
             next(act, None)
-        except (
-            IndexError,
-            OSError,
-            psutil.Error,
-        ) as error:  # what was to be harmed has just gone: no fault, then
+        except (IndexError, OSError, psutil.Error) as error:
+            # what was to be harmed has just gone: no fault, then
             event.problem.append(f"not injected: {error!r}")
             self.disk.thaw()
         if fault.ends or attempt.ended():

@@ -33,7 +33,7 @@ from internseg_ds.checkpoints.stored_tensors import HeldTensor
 from internseg_ds.checkpoints.streaming import Advance, Entry, write_pth, write_safetensors
 from internseg_ds.checkpoints.weights import INDEX
 from internseg_ds.checkpoints.zero_checkpoint import What, ZeroCheckpoint
-from internseg_ds.errors import CheckpointError, shortened
+from internseg_ds.errors import CheckpointError, counted, shortened
 
 SHARD_BYTES = 4 * 2**30
 SHARD_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
@@ -93,7 +93,7 @@ def consolidate(
 
     out.parent.mkdir(parents=True, exist_ok=True)
     _remove(unfinished)
-    with _progress(f"consolidating {checkpoint.path.name}, {len(entries)} tensors") as progress:
+    with _progress(f"consolidating {checkpoint.path.name}, {counted(len(entries), 'tensor')}") as progress:
         task = progress.add_task("", total=total)
 
         def advance(written: int) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from internseg_ds.checkpoints.weights import Weights
-from internseg_ds.errors import CheckpointError, shortened
+from internseg_ds.errors import CheckpointError, counted, shortened
 
 CanResize = Callable[[torch.Size, torch.Size], bool]
 """(shape in the file, shape in the model) -> whether the backbone resizes the one to the other."""
@@ -28,7 +28,7 @@ class KeyMatch:
 
     def summary(self, done: str = "loaded") -> str:
         """How many tensors are `done`, and which are not, for the log."""
-        parts = [f"{len(self.sources)} tensors {done}"]
+        parts = [f"{counted(len(self.sources), 'tensor')} {done}"]
         for what in ("resized", "missing", "ignored"):
             if names := getattr(self, what):
                 parts.append(f"{len(names)} {what} ({shortened(names)})")
@@ -99,6 +99,7 @@ def _other_shape_error(
     first = names[0]
     return CheckpointError(
         f"{weights.path} does not fit the model: {first} is {list(weights.shapes[prefix + first])} in the "
-        f"file and {list(shapes[first])} in the model ({len(names)} tensors differ: {shortened(names)}); use "
+        f"file and {list(shapes[first])} in the model "
+        f"({counted(len(names), 'tensor differs', 'tensors differ')}: {shortened(names)}); use "
         f"the config that these weights were made with{advice}"
     )

@@ -16,7 +16,7 @@ import torch
 from internseg_ds.checkpoints.checksums import CheckedFile
 from internseg_ds.checkpoints.stored_tensors import Stored, load_stored
 from internseg_ds.checkpoints.zero_files import ZeroFiles, file_of_rank
-from internseg_ds.errors import CheckpointError
+from internseg_ds.errors import CheckpointError, counted
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def read_shards(
         first = optimizer[0].file
         raise CheckpointError(
             f"{file_of_rank(first, len(optimizer))} is missing: {first.name} was saved by "
-            f"{optimizer[0].world_size} processes; {files.advice}"
+            f"{counted(optimizer[0].world_size, 'process')}; {files.advice}"
         )
     _check_same_step(path, "optimizer step", {shard.file: shard.step for shard in optimizer})
     stage = optimizer[0].stage
@@ -222,7 +222,8 @@ def _check_layout(path: Path, shards: list[OptimizerShard]) -> None:
         same = (shard.stage, shard.world_size) == (first.stage, first.world_size)
         if not same or len(shards) > first.world_size:
             raise CheckpointError(
-                f"{path} mixes runs: {shard.file.name} was saved by {shard.world_size} processes under "
+                f"{path} mixes runs: {shard.file.name} was saved by "
+                f"{counted(shard.world_size, 'process')} under "
                 f"ZeRO-{shard.stage}, but there are {len(shards)} such files and {first.file.name} was saved "
                 f"by {first.world_size} under ZeRO-{first.stage}; copy the checkpoint again, with all its "
                 "files"
@@ -238,8 +239,8 @@ def _check_count_of_model_states(path: Path, files: ZeroFiles, stage: int) -> No
     if found < ranks:
         missing = f": {file_of_rank(next(iter(files.model_states.values())), found).name} is missing"
     raise CheckpointError(
-        f"{path} has {found} model_states files for {ranks} processes under ZeRO-{stage}{missing}; "
-        f"{files.advice}"
+        f"{path} has {counted(found, 'model_states file')} for {counted(ranks, 'process')} under "
+        f"ZeRO-{stage}{missing}; {files.advice}"
     )
 
 

@@ -9,8 +9,11 @@ from typing import Any
 from mmcv import Config
 from mmcv.utils import import_modules_from_strings
 
+import internseg_ds
 from internseg_ds.config.config_text import config_dict
 from internseg_ds.errors import ConfigError, reason_of
+
+PACKAGE = Path(internseg_ds.__file__).parent
 
 
 def load_config(config: str | os.PathLike | Config) -> tuple[str, Config]:
@@ -52,7 +55,7 @@ def _import_modules(section: Mapping[str, Any], path: str) -> None:
         try:
             import_modules_from_strings(name, allow_failed_imports=section.get("allow_failed_imports", False))
         except Exception as error:  # of somebody's module
-            fix = "its folder must be on PYTHONPATH, or its package installed"
+            fix = _moved(name) or "its folder must be on PYTHONPATH, or its package installed"
             if "already registered" in str(error):
                 fix = (
                     "mmcv, mmseg or internseg_ds have a class of that name; leave the import "
@@ -61,3 +64,20 @@ def _import_modules(section: Mapping[str, Any], path: str) -> None:
             raise ConfigError(
                 f"custom_imports of {path}: {name!r} cannot be imported: {reason_of(error)}; {fix}"
             ) from error
+
+
+def _moved(name: object) -> str:
+    """What to do about a module of this package that does not exist, or not any more; "" for any other."""
+    if not isinstance(name, str) or name.partition(".")[0] != PACKAGE.name:
+        return ""
+    modules = sorted(
+        ".".join((PACKAGE.name, *file.relative_to(PACKAGE).with_suffix("").parts))
+        for file in PACKAGE.rglob("*.py")
+        if not file.name.startswith("_")
+    )
+    if name in modules:
+        return ""
+    same_file = [module for module in modules if module.rpartition(".")[2] == name.rpartition(".")[2]]
+    near = same_file or difflib.get_close_matches(name, modules, n=1)
+    hint = f"; the nearest module that there is: {near[0]}" if near else ""
+    return f"leave it out, for {PACKAGE.name} registers all of its own by itself{hint}"

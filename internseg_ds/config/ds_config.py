@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from internseg_ds.errors import ConfigError, reason_of, unknown_key
+from internseg_ds.errors import ConfigError, counted, reason_of, unknown_key
 
 if TYPE_CHECKING:
     from internseg_ds.models.repeated_blocks import RepeatedBlock
@@ -196,8 +196,8 @@ def _fill_batch(
     product = world_size * micro_batch * accumulation
     if raw.get("train_batch_size", "auto") not in ("auto", product):
         raise ConfigError(
-            f"train_batch_size={raw['train_batch_size']} images is not {world_size} processes x "
-            f"{micro_batch} images x {accumulation} accumulation steps = {product}.\n"
+            f"train_batch_size={raw['train_batch_size']} is not {counted(world_size, 'process')} x "
+            f"{counted(micro_batch, 'image')} x {counted(accumulation, 'accumulation step')} = {product}.\n"
             f"  from: {sources.ds}: train_batch_size; {sources.experiment}: "
             f"data.samples_per_gpu={micro_batch}\n"
             f"  fix:  drop train_batch_size from {sources.ds}, it is derived; to keep the recipe's batch set "
@@ -226,7 +226,7 @@ def _check_zero(zero: Mapping[str, Any], world_size: int, name: str) -> None:
         raise ConfigError(f"zero_optimization.stage={zero['stage']!r} of {name} must be 1, 2 or 3")
     node = zero.get("zero_hpz_partition_size", 1)
     if not isinstance(node, int) or node < 1 or world_size % node:
-        processes = "1 process" if world_size == 1 else f"{world_size} processes"
+        processes = counted(world_size, "process")
         raise ConfigError(
             f"zero_hpz_partition_size={node!r} of {name} must be the number of GPUs of a node, "
             f"which divides the {processes}"
@@ -304,8 +304,8 @@ def _accumulation(
         wanted, rest = divmod(per_step.images, world_size * micro_batch)
         if rest:
             raise ConfigError(
-                f"engine.global_batch={per_step.images} images cannot be made of {world_size} processes x "
-                f"{micro_batch} images.\n"
+                f"engine.global_batch={counted(per_step.images, 'image')} cannot be made of "
+                f"{counted(world_size, 'process')} x {counted(micro_batch, 'image')}.\n"
                 f"  from: {sources.experiment}: engine.global_batch={per_step.images}, "
                 f"data.samples_per_gpu={micro_batch}\n"
                 "  fix:  choose data.samples_per_gpu and the number of processes so that their product "
@@ -326,8 +326,8 @@ def _accumulation(
             else "optimizer_config.cumulative_iters"
         )
         raise ConfigError(
-            f"gradient_accumulation_steps={given} contradicts the {wanted} steps that {setting} "
-            f"means for {world_size} processes x {micro_batch} images.\n"
+            f"gradient_accumulation_steps={given} contradicts the {counted(wanted, 'step')} that {setting} "
+            f"means for {counted(world_size, 'process')} x {counted(micro_batch, 'image')}.\n"
             f"  from: {sources.ds}: gradient_accumulation_steps; {sources.experiment}: {setting}\n"
             f'  fix:  set gradient_accumulation_steps to "auto" in {sources.ds}'
         )

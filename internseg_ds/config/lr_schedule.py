@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from internseg_ds.config.engine_options import whole_number
-from internseg_ds.errors import ConfigError, reason_of, unknown_key
+from internseg_ds.errors import ConfigError, counted, reason_of, unknown_key
 
 SUFFIX = "LrUpdaterHook"
 NOT_NEGATIVE = ("power", "min_lr", "min_lr_ratio", "warmup_ratio", "warmup_iters", "gamma")
@@ -209,7 +209,7 @@ def schedule_warnings(
     elif schedule.steps_per_epoch is None and warmup >= schedule.max_steps:
         yield (
             f"lr_config.warmup_iters={warmup} of {path} is as long as all of the training "
-            f"({schedule.max_steps} steps), which never gets to its learning rate"
+            f"({counted(schedule.max_steps, 'step')}), which never gets to its learning rate"
         )
     least = lr_config.get("min_lr")
     if lr == 0 and not least:

@@ -26,7 +26,7 @@ from internseg_ds.data.joined import joining
 from internseg_ds.data.label_maps import CheckAnnotation, read_label_maps_of
 from internseg_ds.data.other_endings import instead_of, there_are
 from internseg_ds.data.palettes import check_decoder
-from internseg_ds.errors import DataError, UserError, nearest_argument, reason_of
+from internseg_ds.errors import DataError, UserError, are, counted, nearest_argument, reason_of, shortened
 
 SegmentationDataset: TypeAlias = Any
 """One of mmseg's data sets, or a wrapper around some of them: `len`, `[index]` for the results of its
@@ -65,16 +65,36 @@ def build_datasets(entry: Any, what: str, leaves: list[Any], **default_args: Any
 
 def _check_folders(leaves: list[Any], what: str) -> None:
     for leaf in leaves:
-        root = Path(leaf.get("data_root") or "")
         for key in ("img_dir", "ann_dir"):
             folders = leaf.get(key) or []
             # a data set for each of several folders
             for folder in folders if isinstance(folders, (list, tuple)) else [folders]:
-                if not (root / folder).is_dir():
-                    raise DataError(
-                        f"{what}: there is no folder {root / folder} ({key} = {folder!r} under data_root = "
-                        f"{leaf.get('data_root')!r}); put the data there, or set {what}.data_root"
-                    )
+                _check_folder(leaf.get("data_root"), key, folder, what)
+
+
+def _check_folder(root: str | None, key: str, folder: str, what: str) -> None:
+    """Raises DataError for a folder that is not there, which says whether `data_root` is wrong or what stands
+    below it.
+
+    root: `data_root`. key: img_dir or ann_dir, whose value is `folder`.
+    """
+    path = Path(root or "", folder)
+    if path.is_dir():
+        return
+    if not root or Path(folder).is_absolute():
+        reason = f"({key} = {folder!r}); put the data there, or set {what}.{key}"
+    elif not Path(root).is_dir():
+        reason = (
+            f"({key} = {folder!r} under data_root = {root!r}), for there is no data_root; put the data there, "
+            f"or set {what}.data_root"
+        )
+    else:
+        there = shortened(sorted(item.name for item in Path(root).iterdir())) or "nothing"
+        reason = (
+            f"(data_root = {root!r} is there, {key} = {folder!r} under it is not: it holds {there}); set "
+            f"{what}.{key}, or {what}.data_root if that is not the folder you mean"
+        )
+    raise DataError(f"{what}: there is no folder {path} {reason}")
 
 
 def _built(entry: Any, what: str, default_args: dict[str, Any]) -> SegmentationDataset:
@@ -257,7 +277,8 @@ def _check_files(part: SegmentationDataset, what: str) -> None:
     names = [info["ann"]["seg_map"] for info in part.img_infos if "ann" in info]
     if missing := _missing(part.ann_dir, names):
         raise DataError(
-            f"{what}: {len(missing)} of {len(names)} label maps are missing, the first is "
+            f"{what}: {len(missing)} of {counted(len(names), 'label map')} "
+            f"{are(len(missing))} missing, the first is "
             f"{missing[0]}{instead_of(missing[0])}; put them there, or take their images away"
         )
 
@@ -272,7 +293,8 @@ def _check_images(part: SegmentationDataset, what: str) -> None:
     if missing[0].endswith(2 * part.img_suffix):
         why = f"; its lines end in {part.img_suffix} already, which img_suffix adds once more"
     raise DataError(
-        f"{what}: {len(missing)} of {len(names)} images of the split file {part.split} are missing, "
+        f"{what}: {len(missing)} of {counted(len(names), 'image')} of the split file {part.split} "
+        f"{are(len(missing))} missing, "
         f"the first is {missing[0]}{why}; put them there, or take their lines out"
     )
 

@@ -8,6 +8,8 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 
+from internseg_ds.errors import counted
+
 SAME = ({".jpg", ".jpeg"}, {".tif", ".tiff"})
 """Endings of one format."""
 
@@ -42,7 +44,7 @@ def there_are(folder: str, suffix: str, setting: str) -> str:
     ((ending, count),) = Counter(ending for _, ending in found).most_common(1)
     first = min(path for path, its in found if its == ending)
     meant = f"if these are meant, set {setting}={ending!r}, or rename them"
-    return f"; {count} files there end in {ending!r} ({first}): {meant}"
+    return f"; {counted(count, 'file there ends', 'files there end')} in {ending!r} ({first}): {meant}"
 
 
 def instead_of(path: str) -> str:

@@ -25,7 +25,7 @@ from torch.distributed.rendezvous import rendezvous as make_stores
 from internseg_ds.device import VARIABLE, device_type
 from internseg_ds.distributed.extensions import build_extension, forget_shared_buffer
 from internseg_ds.distributed.zero_internals import SHARED_BUFFER_BYTES, shared_buffer_file
-from internseg_ds.errors import ConfigError, HostError, Lost, UserError, reason_of
+from internseg_ds.errors import ConfigError, HostError, Lost, UserError, counted, reason_of
 from internseg_ds.host_faults import MORE_SHARED_MEMORY
 
 # variable names of (rank, world size, local rank); the first complete set counts. mpirun comes before srun:
@@ -68,7 +68,7 @@ class World:
         if self.local_rank >= count:
             raise ConfigError(
                 f"process {self.local_rank} of this host has no GPU of its own, {count} can be seen; start "
-                f"at most {count} processes per host"
+                f"at most {counted(count, 'process')} per host"
             )
         return torch.device("cuda", self.local_rank)
 
@@ -246,7 +246,9 @@ def _meet(world: World, timeout: timedelta, refusal: UserError | None) -> Store:
             raise refusal from None  # whether the others have come or not
         raise _not_met(world, error) from error
     if first_refusal:
-        raise refusal or UserError(first_refusal)
+        # a HostError would be printed by every rank that raises one, and rank 0 prints the first already
+        own = None if isinstance(refusal, HostError) else refusal
+        raise own or UserError(first_refusal)
     return store
 
 
@@ -302,10 +304,12 @@ def raise_on_every_rank(error: UserError | None) -> None:
         raise kind(text)
 
 
-class Vote:
-    """Facts of which each rank learns whether they hold on any rank: `Vote(...)` sends them, without waiting
-    for the GPU; `result` waits until they are exchanged, and for what the GPU was given before, not for what
-    it was given since. Collective, both."""
+class AnyRankFlags:
+    """Facts of which each rank learns whether they hold on any rank.
+
+    `AnyRankFlags(...)` sends this rank's, without waiting for the GPU; `result` waits until they are exchanged,
+    and for what the GPU was given before, not for what it was given since. Collective, both.
+    """
 
     def __init__(self, facts: Sequence[bool], device: torch.device) -> None:
         # filled on the device: a copy from the host would wait for the GPU
@@ -325,7 +329,7 @@ class Vote:
 
 def any_rank(facts: Sequence[bool], device: torch.device) -> list[bool]:
     """For each fact, whether it holds on any rank. Collective."""
-    return Vote(facts, device).result()
+    return AnyRankFlags(facts, device).result()
 
 
 def leave() -> None:

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from internseg_ds.distributed.hang_verdict import Doing, RankStatus, line_of, verdict
 from internseg_ds.distributed.process_group import World, join, leave
 from internseg_ds.distributed.rank_connections import connect_ranks
-from internseg_ds.errors import ConfigError, Lost, UserError, of_one_rank, reason_of
+from internseg_ds.errors import ConfigError, Lost, UserError, reason_of, unless_on_every_rank
 from internseg_ds.exit_codes import FAILED, LOST, USER_ERROR
 from internseg_ds.host_faults import host_errors_explained
 
@@ -139,9 +139,8 @@ class Watchdog:
             self._thread = None
             return
         self._status = replace(self._status, failure=reason_of(failure)[:300], code=_exit_code(failure))
-        time.sleep(
-            GRACE_S
-        )  # meanwhile the thread sends it, or ends the process if another rank is the reason
+        # meanwhile the thread sends it, or ends the process if another rank is the reason
+        time.sleep(GRACE_S)
 
     def status(self) -> RankStatus:
         """Where this rank stands now."""
@@ -344,7 +343,7 @@ def joined(world: World) -> Iterator[World]:
             with host_errors_explained():
                 yield world
         except BaseException as error:
-            watchdog.close(of_one_rank(error))
+            watchdog.close(unless_on_every_rank(error))
             raise
         dist.barrier()
         watchdog.close()

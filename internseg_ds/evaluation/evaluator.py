@@ -21,8 +21,8 @@ from torch.utils.data import ConcatDataset
 from internseg_ds.data.loading import EvaluationImage, evaluation_images
 from internseg_ds.distributed.gathering import Forwards
 from internseg_ds.distributed.process_group import World, gather_from_ranks
-from internseg_ds.errors import DataError, FaultError
-from internseg_ds.evaluation.sliding_window import Segmenter
+from internseg_ds.errors import DataError, FaultError, are, counted
+from internseg_ds.evaluation.sliding_window import SlidingWindowInference
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class EvaluationOptions:
     """Asked before each image whether to end the evaluation."""
 
 
-def evaluate(
+def evaluate_dataset(
     forwards: Forwards, dataset: Any, options: EvaluationOptions, observers: Sequence[ImageObserver] = ()
 ) -> Evaluation:
     """Score a segmentor on `dataset` (an mmseg data set in test mode), split over the ranks. Collective at
@@ -86,26 +86,28 @@ def evaluate(
 
     Raises Abandoned, on all ranks, when `options.stop` returned true on one of them; DataError, on all ranks,
     when no image can be read or none is labelled; and FaultError, on the rank that finds it, when one cannot
-    be read under `options.strict`.
+    be read under `options.strict`. observers: are called with each image that this rank has scored.
     """
     device = next(forwards.segmentor.parameters()).device
     images = ReadableImages(dataset, options.world, options.workers, device, strict=options.strict)
-    confusion, scored, stopped = _score_images(forwards, dataset, images, options.stop, observers)
+    confusion, own_count, stopped = _score_images(forwards, dataset, images, options.stop, observers)
     if any(gather_from_ranks(stopped)):
         raise Abandoned
     if dist.is_initialized():
         dist.all_reduce(confusion)
     confusion = confusion.cpu()
-    scored, faults = images.totals(scored)
-    if not confusion[:-1].any():
+    image_count, faults = images.totals(own_count)
+    pixels_of_a_class = confusion[:-1]  # the last row: labels of no class
+    if not pixels_of_a_class.any():
         raise DataError(
-            f"no pixel of the {scored} images has the label of a class; are reduce_zero_label and the "
-            "classes of the data set right?"
+            f"no pixel of the {counted(image_count, 'image')} has the label of a class; are "
+            "reduce_zero_label and the classes of the data set right?"
         )
     if options.world.is_main:
         _warn_of_unknown_classes(confusion, dataset.ignore_index)
     silent = not (options.verbose and options.world.is_main)
-    return Evaluation(_scores(dataset, confusion, options.metrics, silent=silent), confusion, scored, faults)
+    scores = _scores(dataset, confusion, options.metrics, silent=silent)
+    return Evaluation(scores, confusion, image_count, faults)
 
 
 def _score_images(
@@ -116,10 +118,10 @@ def _score_images(
     observers: Sequence[ImageObserver],
 ) -> tuple[Tensor, int, bool]:
     """Segment this rank's images until `stop` returns true. Returns the confusion matrix as of
-    `Evaluation.confusion`, on the device, the number of images, and whether it was stopped."""
+    `Evaluation.confusion`, on the device, the number of images that were scored, and whether it was stopped."""
     classes = len(dataset.CLASSES)
     confusion = torch.zeros(classes + 1, classes + 1, dtype=torch.int64, device=images.device)
-    scored = 0
+    image_count = 0
     stopped = False
 
     def until_stopped() -> Iterator[tuple[EvaluationImage, dict[str, Any]]]:
@@ -130,19 +132,19 @@ def _score_images(
                 return
             yield image, image.inputs
 
-    for segmented in Segmenter(forwards).segment(until_stopped()):
-        image: EvaluationImage = segmented.key
+    for prediction in SlidingWindowInference(forwards).predict(until_stopped()):
+        image: EvaluationImage = prediction.key
         if image.truth is None:
             raise ValueError("an evaluation needs images with their ground truth")
-        of_image = confusion_matrix(segmented.labels, image.truth, classes, dataset.ignore_index)
+        of_image = confusion_matrix(prediction.labels, image.truth, classes, dataset.ignore_index)
         confusion += of_image
-        scored += 1
+        image_count += 1
         if observers:
             score = image_score(of_image)
-            labels = segmented.labels.cpu().numpy()
+            labels = prediction.labels.cpu().numpy()
             for observer in observers:
                 observer.observe(image.index, labels, score)
-    return confusion, scored, stopped
+    return confusion, image_count, stopped
 
 
 def _warn_of_unknown_classes(confusion: Tensor, ignore_index: int) -> None:
@@ -151,41 +153,41 @@ def _warn_of_unknown_classes(confusion: Tensor, ignore_index: int) -> None:
     unknown_labels = int(confusion[-1].sum())
     if unknown_labels:
         log.warning(
-            "%d labelled pixels are of no class (0 to %d) and not %d either; they count as wrong",
-            unknown_labels,
+            "%s of no class (0 to %d) and not %d either, which counts as wrong",
+            counted(unknown_labels, "labelled pixel is", "labelled pixels are"),
             classes - 1,
             ignore_index,
         )
     unknown_predictions = int(confusion[:, -1].sum())
     if unknown_predictions:
         log.warning(
-            "%d pixels got an output of the model that is no class of the data set (%d and above); they "
-            "count as wrong",
-            unknown_predictions,
+            "%s an output of the model that is no class of the data set (%d and above), which counts as "
+            "wrong",
+            counted(unknown_predictions, "pixel got", "pixels got"),
             classes,
         )
 
 
-def evaluate_each(
+def evaluate_datasets(
     forwards: Forwards,
     dataset: Any,
     options: EvaluationOptions,
-    observers: Callable[[int, Any], Sequence[ImageObserver]] = lambda _, __: (),
+    observers_of: Callable[[int, Any], Sequence[ImageObserver]] = lambda _, __: (),
 ) -> Evaluation:
-    """`evaluate` one data set, or each of several that are joined: their scores under mmseg's names for them
-    (0_mIoU, 1_mIoU, ...), and without a number those of all pixels together.
+    """`evaluate_dataset` for one data set, or for each of several that are joined: their scores under mmseg's names
+    for them (0_mIoU, 1_mIoU, ...), and without a number those of all pixels together.
 
-    observers(number, data set): those of each.
+    observers_of(number, data set): the observers of each data set.
     """
     if not isinstance(dataset, ConcatDataset):
-        return evaluate(forwards, dataset, options, observers(0, dataset))
+        return evaluate_dataset(forwards, dataset, options, observers_of(0, dataset))
     parts: list[Any] = dataset.datasets
     found = []
     for number, part in enumerate(parts):
         if options.verbose and options.world.is_main:
             name = getattr(part, "img_dir", type(part).__name__)
             log.info("data set %d of %d: %s", number, len(parts), name)
-        found.append(evaluate(forwards, part, options, observers(number, part)))
+        found.append(evaluate_dataset(forwards, part, options, observers_of(number, part)))
     confusion = torch.stack([each.confusion for each in found]).sum(0)
     scores = _scores(parts[0], confusion, options.metrics, silent=True)
     scores |= {
@@ -208,8 +210,13 @@ def _scores(dataset: Any, confusion: Tensor, metrics: Sequence[str], *, silent: 
     return {
         name: round(float(value), 6)
         for name, value in scores.items()
-        if "." not in name or not np.isnan(value)
+        if not (is_of_one_class(name) and np.isnan(value))
     }
+
+
+def is_of_one_class(metric: str) -> bool:
+    """Whether mmseg's name of a score is that of one class (IoU.wall), and not of all (mIoU)."""
+    return "." in metric
 
 
 class ReadableImages:
@@ -270,12 +277,15 @@ class ReadableImages:
         total = sum(number for number, _ in by_rank)
         faults = sorted(fault for _, some in by_rank for fault in some)
         if faults and not total:
-            raise DataError(f"none of the {len(faults)} images can be read; the first: {faults[0]}")
+            raise DataError(
+                f"none of the {counted(len(faults), 'image')} can be read; the first: {faults[0]}"
+            )
         if faults and self.world.is_main:
             log.warning(
-                "%d of %d images are left out, for they cannot be read:\n  %s",
+                "%d of %s cannot be read and %s left out:\n  %s",
                 len(faults),
-                len(faults) + total,
+                counted(len(faults) + total, "image"),
+                are(len(faults)),
                 "\n  ".join(faults),
             )
         return total, faults

@@ -21,12 +21,12 @@ from internseg_ds.data.image_files import ImageFiles, find_images, picture
 from internseg_ds.data.loading import EvaluationImage
 from internseg_ds.distributed.construction import build_on_meta
 from internseg_ds.distributed.process_group import gather_from_ranks
-from internseg_ds.errors import ConfigError, DataError, shortened
+from internseg_ds.errors import ConfigError, DataError, are, counted, shortened
 from internseg_ds.evaluation.evaluator import ReadableImages
 from internseg_ds.evaluation.inference import InferenceRun, trained_segmentor
-from internseg_ds.evaluation.sliding_window import Segmented, Segmenter
+from internseg_ds.evaluation.sliding_window import ImagePrediction, SlidingWindowInference
 from internseg_ds.evaluation.visualization import Palette, side_by_side
-from internseg_ds.output_files import output_folder, whole_file, write_picture
+from internseg_ds.output_files import make_folder, output_folder, whole_file, write_picture
 
 log = logging.getLogger(__name__)
 
@@ -68,21 +68,21 @@ def predict_files(
             doing="segmenting",
         )
         downscaled = DownscaledImages(files)
-        segmenter = Segmenter(forwards, logits=logits)
+        inference = SlidingWindowInference(forwards, logits=logits)
         writer = _PredictionWriter(
             folder,
             classes,
             palette,
-            np.dtype(np.uint8 if max(len(classes), segmenter.outputs) <= 256 else np.uint16),
+            np.dtype(np.uint8 if max(len(classes), inference.outputs) <= 256 else np.uint16),
         )
         done = 0
-        for segmented in segmenter.segment(downscaled.record(readable)):
-            image = picture(dataset, segmented.key)
-            writer.write(names[files[segmented.key]], image, segmented)
+        for prediction in inference.predict(downscaled.record(readable)):
+            image = picture(dataset, prediction.key)
+            writer.write(names[files[prediction.key]], image, prediction)
             done += 1
         total, _ = readable.totals(done)
         downscaled.log_summary()
-        log.info("%d images: overlays and label maps are in %s", total, folder)
+        log.info("%s: overlays and label maps are in %s", counted(total, "image"), folder)
 
 
 @dataclass(frozen=True)
@@ -95,15 +95,16 @@ class _PredictionWriter:
     label_dtype: np.dtype
     """Of the label maps: uint8 where it has a value for every output of the model, else uint16."""
 
-    def write(self, name: str, image: np.ndarray, segmented: Segmented) -> None:
+    def write(self, name: str, image: np.ndarray, prediction: ImagePrediction) -> None:
         """name: prefix of the files. image: (h, w, 3) uint8 BGR."""
-        labels = segmented.labels.cpu().numpy()
+        make_folder(self.folder)
+        labels = prediction.labels.cpu().numpy()
         write_picture(self.folder / f"{name}_labels.png", labels.astype(self.label_dtype))
         overlay = side_by_side(image, [("prediction", labels)], self.classes, self.palette)
         write_picture(self.folder / f"{name}_overlay.png", overlay)
-        if segmented.logits is not None:
+        if prediction.logits is not None:
             with whole_file(self.folder / f"{name}_logits.npy") as file:
-                np.save(file, segmented.logits.numpy())
+                np.save(file, prediction.logits.numpy())
 
 
 def _check_no_input_is_overwritten(files: Sequence[Path], names: Mapping[Path, str], folder: Path) -> None:
@@ -150,10 +151,11 @@ class DownscaledImages:
         downscaled = [name for _, names in by_rank for name in names]
         if downscaled:
             log.info(
-                "%d of %d images are segmented at a smaller size than theirs, as the resizing of "
+                "%d of %s %s segmented at a smaller size than the original, as the resizing of "
                 "data.test.pipeline says (img_scale): %s; labels are brought back to the size of the image",
                 len(downscaled),
-                sum(count for count, _ in by_rank),
+                counted(sum(count for count, _ in by_rank), "image"),
+                are(len(downscaled)),
                 shortened(downscaled, 1),
             )
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from internseg_ds.data.image_files import picture
 from internseg_ds.data.label_maps import ground_truth
 from internseg_ds.distributed.process_group import World, gather_from_ranks
-from internseg_ds.evaluation.evaluator import Evaluation
+from internseg_ds.evaluation.evaluator import Evaluation, is_of_one_class
 from internseg_ds.evaluation.visualization import side_by_side
 from internseg_ds.output_files import make_folder, whole_file, write_picture
 
@@ -37,7 +37,7 @@ def write_report(evaluation: Evaluation, classes: Sequence[str], folder: Path) -
         if name:
             per_class[name][score] = value
     results = {
-        **{name: value for name, value in evaluation.metrics.items() if "." not in name},
+        **{name: value for name, value in evaluation.metrics.items() if not is_of_one_class(name)},
         "images": evaluation.images,
         "pixels_of_no_class": int(evaluation.confusion[-1].sum()),
         "predictions_of_no_class": int(evaluation.confusion[:, -1].sum()),
@@ -53,7 +53,7 @@ def write_report(evaluation: Evaluation, classes: Sequence[str], folder: Path) -
 
 def _table(evaluation: Evaluation, classes: Sequence[str], per_class: dict[str, dict[str, float]]) -> str:
     """CSV with one row per class: its scores, and how many pixels are labelled and predicted as it."""
-    scores = list(dict.fromkeys(key.partition(".")[0] for key in evaluation.metrics if "." in key))
+    scores = list(dict.fromkeys(key.partition(".")[0] for key in evaluation.metrics if is_of_one_class(key)))
     _, _, predicted, labelled = evaluation.areas.long().tolist()
     table = io.StringIO(newline="")
     writer = csv.writer(table)
@@ -109,10 +109,10 @@ class FirstImages:
         self.dataset = dataset
         self.folder = folder
         self.count = count
-        make_folder(folder)
 
     def observe(self, index: int, labels: np.ndarray, score: float | None) -> None:
         if index < self.count:
+            make_folder(self.folder)
             path = Path(self.dataset.img_infos[index]["filename"]).with_suffix(".png")
             # with its folders: images of several folders may have one name, and paths may be absolute
             name = "_".join(part for part in path.parts if part not in (path.anchor, ".."))

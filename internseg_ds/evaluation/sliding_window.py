@@ -144,7 +144,7 @@ class PendingImage:
 
 
 @dataclass(frozen=True)
-class Segmented:
+class ImagePrediction:
     """The result for one image."""
 
     key: Any
@@ -155,7 +155,7 @@ class Segmented:
     their mean probability."""
 
 
-class Segmenter:
+class SlidingWindowInference:
     """Runs a segmentor over a stream of images. Settings are those of `model.test_cfg`: mode, crop_size,
     stride, and batch_size (windows per forward).
 
@@ -180,9 +180,9 @@ class Segmenter:
         self.batch_size: int = self.test_cfg.get("batch_size", default)
 
     @torch.no_grad()
-    def segment(self, images: Iterable[tuple[Any, Mapping[str, Any]]]) -> Iterator[Segmented]:
-        """Segment each (key, inputs), and yield the results in their order. Collective at the end where the
-        forwards are.
+    def predict(self, images: Iterable[tuple[Any, Mapping[str, Any]]]) -> Iterator[ImagePrediction]:
+        """Predict the labels of each (key, inputs), and yield the results in their order. Collective at the end
+        where the forwards are.
 
         inputs: img, a list over augmentations of (1, 3, h, w) float32, and img_metas, a list over
         augmentations of lists of one dict.
@@ -206,16 +206,16 @@ class Segmenter:
             return [Window(0, height, 0, width)]
         return windows(height, width, self.test_cfg.crop_size, self.test_cfg.stride)
 
-    def _run(self, batch: list[tuple[PendingImage, View, Window]]) -> Iterator[Segmented]:
+    def _run(self, batch: list[tuple[PendingImage, View, Window]]) -> Iterator[ImagePrediction]:
         """Run one forward for all windows of a batch, and yield the images that it completes."""
         pixels = [view.pixels[:, w.top : w.bottom, w.left : w.right] for _, view, w in batch]
         logits = self._forward(torch.stack(pixels), [view.meta for _, view, _ in batch])
         for (image, view, window), part in zip(batch, logits, strict=True):
             view.add(window, part)
             if view.complete:
-                segmented = self._finish_view(image, view)
-                if segmented is not None:
-                    yield segmented
+                prediction = self._finish_view(image, view)
+                if prediction is not None:
+                    yield prediction
 
     def _forward(self, pixels: Tensor, metas: list[Mapping[str, Any]]) -> Tensor:
         """pixels: (b, 3, h, w) float32 -> logits (b, classes, h, w). Where the device's memory does not
@@ -246,7 +246,7 @@ class Segmenter:
             ]
         )
 
-    def _finish_view(self, image: PendingImage, view: View) -> Segmented | None:
+    def _finish_view(self, image: PendingImage, view: View) -> ImagePrediction | None:
         """Add a complete view to its image; the result when it was the image's last. Views of an image become
         complete in their order."""
         image.done += 1
@@ -254,9 +254,9 @@ class Segmenter:
         if image.views == 1 and not self.binary:
             labels = self._labels(logits, view.meta)
             if not self.with_logits:
-                return Segmented(image.key, labels, None)
+                return ImagePrediction(image.key, labels, None)
             chunks = at_original_size(logits, view.meta, self.align_corners)
-            return Segmented(image.key, labels, torch.cat([chunk.cpu() for _, chunk in chunks]))
+            return ImagePrediction(image.key, labels, torch.cat([chunk.cpu() for _, chunk in chunks]))
         if image.total is None:
             image.total = logits.new_zeros(len(logits), *view.meta["ori_shape"][:2])
         self._add_probabilities(image.total, logits, view.meta)
@@ -265,8 +265,8 @@ class Segmenter:
         mean = image.total.div_(image.views)
         labels = (mean[0] > self.threshold).long() if self.binary else mean.argmax(dim=0)
         if not self.with_logits:
-            return Segmented(image.key, labels, None)
-        return Segmented(image.key, labels, (mean.logit() if self.binary else mean.log()).cpu())
+            return ImagePrediction(image.key, labels, None)
+        return ImagePrediction(image.key, labels, (mean.logit() if self.binary else mean.log()).cpu())
 
     def _labels(self, logits: Tensor, meta: Mapping[str, Any]) -> Tensor:
         """logits: (classes, h, w) of a view -> the class of the largest logit, which is also that of the

@@ -20,18 +20,19 @@ from internseg_ds.config.experiment import leaf_datasets
 from internseg_ds.config.sections import known_metrics
 from internseg_ds.data.checks.survey import compare_zero_labels, survey
 from internseg_ds.distributed.construction import build_on_meta
-from internseg_ds.errors import ConfigError, OutputError
+from internseg_ds.errors import ConfigError, OutputError, counted
 from internseg_ds.evaluation.evaluator import (
     Evaluation,
     EvaluationOptions,
     ImageObserver,
     ReadableImages,
-    evaluate_each,
+    evaluate_datasets,
+    is_of_one_class,
 )
 from internseg_ds.evaluation.inference import InferenceRun, trained_segmentor
 from internseg_ds.evaluation.report import BestAndWorst, FirstImages, write_report
-from internseg_ds.evaluation.sliding_window import Segmenter
-from internseg_ds.output_files import output_folder
+from internseg_ds.evaluation.sliding_window import SlidingWindowInference
+from internseg_ds.output_files import make_folder, output_folder
 from internseg_ds.preflight.dataset_checks import odd_about, validation_set
 from internseg_ds.preflight.model_checks import check_classes, check_same_classes
 
@@ -71,10 +72,10 @@ def test(
             log.warning(warning)
     options = EvaluationOptions(run.world, run.experiment.workers, metrics=names, strict=strict)
     with trained_segmentor(run) as forwards:
-        result = evaluate_each(forwards, dataset, options, observers=pictures.observers)
+        result = evaluate_datasets(forwards, dataset, options, observers_of=pictures.observers)
         if run.world.is_main:
-            totals = {name: value for name, value in result.metrics.items() if "." not in name}
-            scores = ", ".join(f"{name} {100 * value:.2f}" for name, value in totals.items())
+            totals = {name: value for name, value in result.metrics.items() if not is_of_one_class(name)}
+            scores = ", ".join(f"{name} {value:.2%}" for name, value in totals.items())
             log.info("%s: %s", checkpoint, scores)
             if report is not None:
                 write_report(result, dataset.CLASSES, report)
@@ -160,13 +161,14 @@ def write_submission(
             truth=False,
             doing="segmenting",
         )
-        segmenter = Segmenter(forwards)
-        published = published_classes(dataset, segmenter.outputs)
+        inference = SlidingWindowInference(forwards)
+        published = published_classes(dataset, inference.outputs)
         written = 0
-        for segmented in segmenter.segment((image.index, image.inputs) for image in images):
-            labels = published[segmented.labels.cpu().numpy()]
+        for prediction in inference.predict((image.index, image.inputs) for image in images):
+            labels = published[prediction.labels.cpu().numpy()]
+            make_folder(folder)
             try:
-                dataset.format_results([labels], str(folder), indices=[segmented.key])
+                dataset.format_results([labels], str(folder), indices=[prediction.key])
             except OSError as error:
                 raise OutputError(
                     f"the submission files in {folder} cannot be written: {error.strerror or error}; "
@@ -174,7 +176,9 @@ def write_submission(
                 ) from error
             written += 1
         total, _ = images.totals(written)
-        log.info("%d images: submission files of %s are in %s", total, type(dataset).__name__, folder)
+        log.info(
+            "%s: submission files of %s are in %s", counted(total, "image"), type(dataset).__name__, folder
+        )
 
 
 def published_classes(dataset: Any, outputs: int) -> np.ndarray:
@@ -197,8 +201,8 @@ def _check_format(dataset: Any) -> None:
     image gets a file of its own. Raises ConfigError."""
     if isinstance(dataset, ConcatDataset):
         raise ConfigError(
-            f"data.test joins {len(dataset.datasets)} data sets, and submission files are of one; keep one "
-            "of them"
+            f"data.test joins {counted(len(dataset.datasets), 'data set')}, and submission files are of "
+            "one; keep one of them"
         )
     name, times = Counter(Path(info["filename"]).stem for info in dataset.img_infos).most_common(1)[0]
     if times > 1:

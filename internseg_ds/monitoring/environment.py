@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 import internseg_ds
+from internseg_ds.errors import counted
 
 PACKAGES = ("deepspeed", "mmcv-full", "mmsegmentation")
 
@@ -29,8 +30,8 @@ def environment_lines(seed: int, hosts: Sequence[str]) -> list[str]:
     places = ", ".join(f"{count} on {host}" for host, count in Counter(hosts).items())
     return [
         ", ".join(versions),
-        f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}, seed {seed}, {len(hosts)} "
-        f"{'processes' if len(hosts) > 1 else 'process'}: {places}",
+        f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}, seed {seed}, "
+        f"{counted(len(hosts), 'process')}: {places}",
         f"command: {shlex.join([sys.executable, *sys.argv])}",
     ]
 

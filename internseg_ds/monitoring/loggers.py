@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +28,11 @@ log = logging.getLogger(__name__)
 
 WANDB_HOOKS = ("WandbLoggerHook", "MMSegWandbHook")
 SHARES = ("mfu", "hfu", "data_wait", "waits_for_slowest")
-"""Metrics that the console shows in percent; everywhere else they are fractions."""
+"""Metrics that the console shows in percent, as it does scores; in all files they are fractions."""
+SCORE = re.compile(r"(?:\d+_)?(?:aAcc|m[A-Z]\w*)")
+"""mmseg's names of scores of all classes together; of several data sets, with the number of theirs."""
+SCORE_OF_A_CLASS = re.compile(r"(?:\d+_)?[A-Z]\w*\..*")
+"""mmseg's names of scores of one class, such as IoU.wall, which the console leaves out."""
 ROOM_FOR_EVENTS = 2**16
 """Bytes that must be free before a record is given to TensorBoard."""
 EARLY_LINES = 1000
@@ -56,9 +61,9 @@ class ConsoleLogger:
         done = step - self.start
         left = (self.max_steps - step) * (time.monotonic() - self.began) / done if done else 0.0
         numbers = "  ".join(
-            f"{name} {f'{value:.1%}' if name in SHARES else _readable(value)}"
+            f"{name} {_readable(name, value)}"
             for name, value in values.items()
-            if not name.startswith(("IoU.", "Acc."))
+            if not SCORE_OF_A_CLASS.fullmatch(name)
         )
         log.info(
             "step %*d/%d  %s  eta %s",
@@ -73,7 +78,11 @@ class ConsoleLogger:
         pass
 
 
-def _readable(value: float) -> str:
+def _readable(name: str, value: float) -> str:
+    if SCORE.fullmatch(name):
+        return f"{value:.2%}"
+    if name in SHARES:
+        return f"{value:.1%}"
     return f"{value:.4g}" if abs(value) >= 1e-3 or value == 0 else f"{value:.2e}"
 
 

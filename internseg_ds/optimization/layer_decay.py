@@ -10,7 +10,7 @@ from mmcv.runner.optimizer import OPTIMIZER_BUILDERS, DefaultOptimizerConstructo
 from torch import nn
 
 from internseg_ds.distributed.zero_internals import full_shape
-from internseg_ds.errors import ConfigError, unknown_key
+from internseg_ds.errors import ConfigError, counted, unknown_key
 from internseg_ds.models.lora import plain_name
 
 HEADS_OFFSETS = ("sampling_offsets", "reference_points")
@@ -93,7 +93,7 @@ class LayerDecay:
         )
         raise ConfigError(
             f"optimizer.paramwise_cfg.num_layers={self.num_layers!r}, but the backbone has "
-            f"{backbone.depth} layers ({source}); make them equal"
+            f"{counted(backbone.depth, 'layer')} ({source}); make them equal"
         )
 
 

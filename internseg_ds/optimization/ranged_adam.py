@@ -148,9 +148,8 @@ def divide_by_settings(engine: Any, optimizer: RangedAdam, groups: Sequence[Mapp
     engine: DeepSpeed's, initialised with `optimizer`. groups: those that `optimizer` was made with.
     """
     partitions = fp32_partitions(engine)
-    settings: list[dict[int, int]] = [
-        {} for _ in partitions
-    ]  # of each: first element of a fragment -> setting
+    # of each partition: first element of a fragment -> setting
+    settings: list[dict[int, int]] = [{} for _ in partitions]
     for number, group in enumerate(groups):
         for param in group["params"]:
             if (fragment := fragment_of(engine, param)) is not None:

@@ -1,6 +1,6 @@
 """Which weights ZeRO-3 gathers during one micro-batch, and in how many collectives.
 
-In: the order in which modules use their weights (`training_pass`) and DeepSpeed's settings. Out: the gathers,
+In: the order in which modules use their weights (`TrainingPass` of `flops`) and DeepSpeed's settings. Out: the gathers,
 in order, and how many elements are there at once. The rules are those of DeepSpeed 0.19.8,
 `runtime/zero/partitioned_param_coordinator.py`, once it has recorded a whole micro-batch: weights are gathered
 when they are needed and not there, and some ahead of their use; they are released after use, unless they are

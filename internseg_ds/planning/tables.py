@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from internseg_ds.errors import counted
 from internseg_ds.planning.estimate import Estimate, StepEstimate, fastest, heads_matmul
 from internseg_ds.planning.memory_estimate import MemoryEstimate, Platform
 from internseg_ds.planning.zero_memory import Part, Phase
@@ -90,7 +91,7 @@ def print_estimate(estimate: Estimate, console: Console) -> None:
         memory_table(
             estimate.memory,
             f"{estimate.experiment.name}\n{ds.source}: ZeRO-{ds.stage}, {ds.precision}, "
-            f"{cluster.world_size} x {cluster.device.name}, {ds.micro_batch} images per GPU",
+            f"{cluster.world_size} x {cluster.device.name}, {counted(ds.micro_batch, 'image')} per GPU",
         )
     )
     console.print(verdict(estimate.memory))
@@ -120,8 +121,8 @@ def _work(estimate: Estimate) -> str:
 def _step(estimate: Estimate, step: StepEstimate) -> str:
     ds, time = estimate.ds, step.time
     return (
-        f"Step: {ds.global_batch} images = {estimate.cluster.world_size} GPUs x {ds.micro_batch} x "
-        f"{ds.accumulation} accumulation steps "
+        f"Step: {counted(ds.global_batch, 'image')} = {counted(estimate.cluster.world_size, 'GPU')} x "
+        f"{ds.micro_batch} x {counted(ds.accumulation, 'accumulation step')} "
         f"in {brief(time.total)} s ({brief(step.images_per_s)} images/s); floor {brief(time.floor)} s, "
         f"computation {brief(time.compute)} s, communication {brief(time.communication)} s, "
         f"copies to and from the host {brief(time.host)} s, update {brief(time.update)} s. "
@@ -137,8 +138,8 @@ def _hours(step: StepEstimate) -> str:
 
 def _batch_not_kept(estimate: Estimate) -> str:
     return (
-        f"The recipe's {estimate.experiment.engine.global_batch} images per step cannot be kept; hours are "
-        f"for as many images as its {estimate.experiment.max_steps:,} steps see."
+        f"The recipe's {estimate.experiment.engine.global_batch} images per step cannot be kept; "
+        f"hours are for as many images as its {estimate.experiment.max_steps:,} steps see."
     )
 
 

@@ -3,7 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
-from internseg_ds.errors import reason_of
+from internseg_ds.errors import counted, reason_of
 from internseg_ds.optimization.parameter_groups import parameter_groups
 from internseg_ds.planning.auto_checkpointing import as_it_will_train
 from internseg_ds.planning.estimator import Estimator
@@ -43,8 +43,8 @@ def describe(plan: Plan, console: Console) -> None:
     console.print(f"weights: {_weights(plan)}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"images: {sizes}", soft_wrap=True)
     console.print(
-        f"batch: {ds.global_batch} images per step = {ds.world_size} processes x {ds.micro_batch} images x "
-        f"{ds.accumulation} accumulation steps"
+        f"batch: {counted(ds.global_batch, 'image')} per step = {counted(ds.world_size, 'process')} x "
+        f"{counted(ds.micro_batch, 'image')} x {counted(ds.accumulation, 'accumulation step')}"
     )
     console.print(
         f"data: {len(plan.train_set):,} training images, "

@@ -14,7 +14,7 @@ from mmseg.models.losses import CrossEntropyLoss, DiceLoss, FocalLoss, LovaszLos
 from torch import nn
 
 from internseg_ds.config.pipeline_entries import steps_of
-from internseg_ds.errors import ConfigError, short_repr
+from internseg_ds.errors import ConfigError, counted, short_repr
 from internseg_ds.models.heads import losses_of
 from internseg_ds.models.pixel_losses import BinaryCrossEntropyOfAnyImages, LovaszOfAnyImages
 
@@ -80,7 +80,7 @@ def _check_weights(what: str, loss: nn.Module, channels: int) -> None:
     if len(weights) != channels and not (isinstance(loss, LovaszLoss) and channels == 1):
         raise ConfigError(
             f"{what}: {type(loss).__name__} has class_weight of {len(weights)} numbers, and the head "
-            f"predicts {channels} classes; "
+            f"predicts {counted(channels, 'class')}; "
             "give one number for each class"
         )
 
@@ -142,7 +142,7 @@ def _check_ignored(
             raise ConfigError(
                 f"{what}.ignore_index is {head.ignore_index} and {source} (of {path}): a pixel of that "
                 f"label {trained} the "
-                f"{head.num_classes} classes; make both the same, "
+                f"{counted(head.num_classes, 'class')}; make both the same, "
                 f"ignore_index={max(value, head.ignore_index)} of each head, say"
             )
         yield f"{source}, which {what} learns as class {value}, since its ignore_index is {head.ignore_index}"

@@ -16,7 +16,7 @@ from torch import nn
 
 from internseg_ds.config.experiment import Experiment, leaf_datasets
 from internseg_ds.data.datasets import SegmentationDataset
-from internseg_ds.errors import ConfigError, reason_of, shortened
+from internseg_ds.errors import ConfigError, counted, reason_of, shortened
 from internseg_ds.models.backbone import patch_size
 from internseg_ds.models.heads import head_outputs, heads
 from internseg_ds.models.pixel_losses import has_mmsegs_losses
@@ -143,23 +143,25 @@ def check_classes(model: Any, dataset: SegmentationDataset, what: str) -> list[s
     colours = getattr(dataset, "PALETTE", None)  # drawn by mmseg for a CustomDataset that is given none
     if colours is None or len(colours) != len(classes):
         raise ConfigError(
-            f"{what} has {len(classes)} classes and {0 if colours is None else len(colours)} colours; give "
-            "it a palette=[...] of one each"
+            f"{what} has {counted(len(classes), 'class')} and {0 if colours is None else len(colours)} "
+            "colours; give it a palette=[...] of one each"
         )
     deciding = model.decode_head[-1] if isinstance(model.decode_head, nn.ModuleList) else model.decode_head
-    counted: list[Any] = [
+    predicting: list[Any] = [
         head
         for head in heads(model)
         if head is deciding or (isinstance(head, BaseDecodeHead) and has_mmsegs_losses(head))
     ]
-    for head in counted:
+    for head in predicting:
         if head.num_classes < len(classes):
             raise ConfigError(
-                f"{type(head).__name__} predicts num_classes={head.num_classes} classes but {what} has "
-                f"{len(classes)}; raise num_classes"
+                f"{type(head).__name__} predicts num_classes={head.num_classes} but "
+                f"{what} has {counted(len(classes), 'class')}; raise num_classes"
             )
     more = [
-        f"{type(head).__name__} ({head.num_classes})" for head in counted if head.num_classes > len(classes)
+        f"{type(head).__name__} ({head.num_classes})"
+        for head in predicting
+        if head.num_classes > len(classes)
     ]
     return (
         [
@@ -176,8 +178,8 @@ def compare_classes(trained: SegmentationDataset, scored: SegmentationDataset) -
     where that cannot be meant."""
     if len(trained.CLASSES) != len(scored.CLASSES):
         raise ConfigError(
-            f"data.train has {len(trained.CLASSES)} classes and data.val has {len(scored.CLASSES)}, so "
-            "their numbers cannot mean the same; give "
+            f"data.train has {counted(len(trained.CLASSES), 'class')} and data.val has "
+            f"{len(scored.CLASSES)}, so their numbers cannot mean the same; give "
             "both the same classes=(...)"
         )
     return check_same_classes(trained.CLASSES, scored.CLASSES, "data.train", "data.val")
@@ -199,12 +201,12 @@ def check_same_classes(ours: Sequence[str] | None, theirs: Sequence[str], what: 
     ]
     if not differing:
         return [
-            f"{what} has {len(ours)} classes and {other} {len(theirs)}; the first "
+            f"{what} has {counted(len(ours), 'class')} and {other} {len(theirs)}; the first "
             f"{min(len(ours), len(theirs))} are the same"
         ]
     return [
-        f"{what} and {other} call {len(differing)} classes differently, and their numbers are taken to "
-        f"mean the same: {shortened(differing, 3)}"
+        f"{what} and {other} call {counted(len(differing), 'class')} differently, and their numbers are "
+        f"taken to mean the same: {shortened(differing, 3)}"
     ]
 
 

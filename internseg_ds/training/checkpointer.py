@@ -49,6 +49,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+FILES_OF_A_RANK = 4
+"""At most, with the folder and the manifest of a save."""
+
 
 @dataclass(frozen=True)
 class Started:
@@ -67,7 +70,7 @@ class Checkpointer:
 
     def __init__(self, folder: Path, keep: int, leaders: Sequence[int] | None = None) -> None:
         """keep: how many of the newest stay (`max_keep_ckpts`); 0 or less keeps all. The best one stays
-        beside them. leaders: for each rank, the one that looks after its folder (`work_dir.leaders`); rank 0
+        beside them. leaders: for each rank, the one that looks after its folder (`find_leaders`); rank 0
         after all by default."""
         self.folder, self.keep = folder, keep
         self.leaders = list(leaders or [0] * dist.get_world_size())
@@ -155,15 +158,14 @@ class Checkpointer:
                 give_name_back(final, replaced)  # on another host it could not be taken
         if not fine:
             if self.leads:
+                # before what was written is taken away
+                shortage = _shortage(self.folder, started.needed, FILES_OF_A_RANK * dist.get_world_size())
                 shutil.rmtree(partial, ignore_errors=True)
                 log.warning(
-                    "%s could not be saved: it needs %s MiB and %s MiB are free in %s (%s); training goes "
-                    "on, the newest checkpoint is %s",
+                    "%s could not be saved (%s): %s; training goes on, the newest checkpoint is %s",
                     started.tag,
-                    f"{started.needed / 2**20:,.0f}",
-                    _free_mib(self.folder),
-                    self.folder,
                     failure or "another rank failed",
+                    shortage,
                     self.newest or "none",
                 )
             dist.barrier()
@@ -301,9 +303,17 @@ def _named(
     take_name(partial, final, replaced)
 
 
-def _free_mib(folder: Path) -> str:
-    """MiB, for a log message."""
+def _shortage(folder: Path, needed: int, files: int) -> str:
+    """What is short on the disk of `folder` for a save of `needed` bytes in so many files, as a part of a
+    message: space, inodes, or neither."""
     try:
-        return f"{shutil.disk_usage(folder).free / 2**20:,.0f}"
-    except OSError:
-        return "?"
+        free, disk = shutil.disk_usage(folder).free, os.statvfs(folder)
+    except OSError as error:
+        return f"nothing can be told of the disk of {folder} ({error.strerror})"
+    mib = f"it needs {needed / 2**20:,.0f} MiB and {free / 2**20:,.0f} MiB are free in {folder}"
+    if free <= needed:
+        return mib
+    # a file system without a limit has 0 in all
+    if disk.f_files > 0 and disk.f_favail < files:
+        return f"it needs up to {files} files and {folder} has inodes for {disk.f_favail} (df -i)"
+    return f"not for want of space: {mib}"

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from internseg_ds.distributed.process_group import gather_from_ranks
 from internseg_ds.distributed.zero_internals import skipped_steps
-from internseg_ds.errors import Diverged
+from internseg_ds.errors import Diverged, counted
 from internseg_ds.monitoring.buffered_lines import BufferedLines
 from internseg_ds.monitoring.loggers import rewind
 from internseg_ds.torch_internals import copy_tensors
@@ -27,7 +27,7 @@ from internseg_ds.torch_internals import copy_tensors
 log = logging.getLogger(__name__)
 
 
-def poisoned(loss: Tensor) -> Tensor:
+def nan_gradients_unless_finite(loss: Tensor) -> Tensor:
     """`loss`; one that is not finite makes every gradient NaN, so that the step is skipped. Does not wait for
     the device."""
     return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
@@ -39,12 +39,10 @@ class NonfiniteSteps:
     def __init__(self, deepspeed_engine: Any, file: Path, limit: int, *, start: int = 0) -> None:
         """file: a line of JSON is added for each skipped step. limit: skipped steps in a row that end the
         run. start: the step that the run goes on from."""
-        self.deepspeed, self.file, self.limit, self._lines = (
-            deepspeed_engine,
-            file,
-            limit,
-            BufferedLines(file),
-        )
+        self.deepspeed = deepspeed_engine
+        self.file = file
+        self.limit = limit
+        self._lines = BufferedLines(file)
         self.in_a_row = 0
         self._seen = skipped_steps(deepspeed_engine)
         self._buffers = [buffer for buffer in deepspeed_engine.module.buffers() if buffer.numel()]
@@ -88,9 +86,9 @@ class NonfiniteSteps:
             self._lines.add(json.dumps({"step": step, "ranks": ranks}) + "\n")
         if self.in_a_row >= self.limit:
             raise Diverged(
-                f"{self.in_a_row} steps in a row, up to step {step}, were skipped; at the last {reason}. "
-                f"{self.file} names the images of all of "
-                "them. Lower the learning rate, or clip the gradients with "
+                f"{counted(self.in_a_row, 'step')} in a row, up to step {step}, "
+                f"{'was' if self.in_a_row == 1 else 'were'} skipped; at the last {reason}. {self.file} names the "
+                "images of all of them. Lower the learning rate, or clip the gradients with "
                 "optimizer_config=dict(grad_clip=dict(max_norm=...))"
             )
         if is_main:
@@ -102,7 +100,7 @@ class NonfiniteSteps:
         limit though they are."""
         if self.in_a_row and self.in_a_row == steps:
             raise Diverged(
-                f"all {steps} steps of this training were skipped, so it changed no weight; {self.file} "
+                f"every step of this training ({steps}) was skipped, so it changed no weight; {self.file} "
                 "names their images; look at "
                 "these, start from other weights, or lower the learning rate"
             )

@@ -6,7 +6,7 @@ resume.
     config = "configs/intern_vit_tiny/upernet_intern_vit_tiny_112_ade20k.py"
     with SegmentorEngine(config, "ds_configs/zero3_bf16.json", work_dir="work_dirs/mine") as engine:
         engine.train()
-        print(engine.evaluate().metrics["mIoU"])
+        print(f"mIoU {engine.evaluate().metrics['mIoU']:.2%}")
 
 Run it under deepspeed, torchrun, srun or mpirun, or as a plain `python` process. Constructing, training,
 evaluating and saving are collective: every rank makes the same calls.
@@ -37,16 +37,11 @@ from internseg_ds.distributed.checkpoint_engine import note_failed_writes
 from internseg_ds.distributed.construction import set_activation_checkpointing
 from internseg_ds.distributed.gathering import forwards
 from internseg_ds.distributed.precision import backbone_dtype, heads_dtype, set_fp32_matmul
-from internseg_ds.distributed.process_group import (
-    World,
-    gather_from_ranks,
-    leave,
-    world_from_environment,
-)
+from internseg_ds.distributed.process_group import World, gather_from_ranks, leave, world_from_environment
 from internseg_ds.distributed.watchdog import Watchdog
 from internseg_ds.distributed.weight_loading import load
-from internseg_ds.errors import ConfigError, of_one_rank
-from internseg_ds.evaluation.evaluator import Evaluation, EvaluationOptions, evaluate_each
+from internseg_ds.errors import ConfigError, counted, unless_on_every_rank
+from internseg_ds.evaluation.evaluator import Evaluation, EvaluationOptions, evaluate_datasets
 from internseg_ds.host_faults import host_errors_explained
 from internseg_ds.models.activation_checkpointing import CheckpointingPolicy
 from internseg_ds.monitoring.loggers import start_logging
@@ -61,17 +56,14 @@ from internseg_ds.seeding import derived_seed
 from internseg_ds.training.checkpointer import Checkpointer
 from internseg_ds.training.deepspeed_engine import build_deepspeed_engine, loss_terms
 from internseg_ds.training.launcher import Launcher
-from internseg_ds.training.resume.find_checkpoint import (
-    agree_to_resume,
-    state_of,
-)
+from internseg_ds.training.resume.find_checkpoint import agree_to_resume, state_of
 from internseg_ds.training.resume.resume_point import ResumePoint
 from internseg_ds.training.run_options import RunOptions
 from internseg_ds.training.startup import log_start, validate_and_join
 from internseg_ds.training.stop_requests import StopRequests, stop_file
 from internseg_ds.training.train_state import TrainState
 from internseg_ds.training.trainer import train
-from internseg_ds.training.work_dir import claim, leaders, set_aside
+from internseg_ds.training.work_dir import claim, find_leaders, set_aside
 
 log = logging.getLogger(__name__)
 
@@ -89,16 +81,16 @@ def _experiment_of(
 class SegmentorEngine:
     """One experiment under one ds_config.
 
-    plan: experiment, ds_config, data sets and model, as they were checked.
-    options: what the run was asked for beside them.
-    deepspeed: DeepSpeed's engine around the segmentor.
-    ema: the average of the weights; None without `engine.ema`.
-    state: step, images seen, best score.
-    checkpoints: those of the work directory.
-    watch: over the other ranks.
-    meter: of speed and memory.
-    resumed_unscored: whether the checkpoint that the run went on from was never evaluated.
-    stopped: whether training ended early, on request.
+    plan: the experiment, ds_config, data sets and model that this engine was built from, after all checks.
+    options: the constructor's other arguments, with the config's values where they were None.
+    deepspeed: DeepSpeed's engine, which holds the segmentor, the optimizer and the schedule.
+    ema: the running average of the weights; None without `engine.ema`.
+    state: how far the training has come: step, images seen, best score.
+    checkpoints: saves, lists and removes the checkpoints of the work directory.
+    watch: the thread that ends the run when a rank dies or hangs.
+    meter: computes images per second, FLOPs and memory for the records.
+    resumed_unscored: whether the checkpoint that the run goes on from was never evaluated.
+    stopped: whether the training ended before its last step because somebody asked for it.
     """
 
     stopped = False
@@ -120,16 +112,24 @@ class SegmentorEngine:
         heartbeat_timeout: float = 600.0,
         profiled_steps: int = 0,
     ) -> None:
-        """config: an experiment config; ds_config: a DeepSpeed JSON. work_dir, seed: None as the config says
-        (work_dirs/NAME_OF_CONFIG, 0). load_from: weights of a whole segmentor to start from (over the
-        config's `load_from`). resume: "auto" (the newest checkpoint of work_dir, if any) or a checkpoint to
-        go on from exactly (over the config's `resume_from` and `auto_resume`). validate: False leaves the
-        validation set alone. saves: False has the training write no checkpoint, for a measurement that has no
-        room for one. overwrite: what an earlier run left in work_dir is moved into a folder beside it;
-        without, a run that would start anew there is refused. A run that resumes takes its weights from the
-        checkpoint, whatever load_from says. heartbeat_timeout: seconds in which no rank gets on that end the
-        run (`distributed.watchdog`); 0: any. profiled_steps: how many steps of a training are recorded
-        (`monitoring.profiler`). Joins the process group if there is none yet.
+        """Builds the engine; joins the process group if there is none yet. Collective.
+
+        config: an experiment config, as a path, read by mmcv, or as `read_experiment` returns it.
+        ds_config: a DeepSpeed JSON, as a path or as a dict.
+        work_dir: where checkpoints, logs and curves go; None: the config's, or work_dirs/NAME_OF_CONFIG.
+        seed: of data order, augmentation, initial weights and noise; None: the config's, or 0.
+        load_from: weights of a whole segmentor to start from, over the config's `load_from`. A run that resumes
+            takes those of its checkpoint instead.
+        resume: "auto" (the newest checkpoint of work_dir, if there is one) or the path of a checkpoint to go
+            on from exactly, over the config's `resume_from` and `auto_resume`.
+        cfg_options: settings that replace those of the config, by dotted names.
+        validate: False: the validation set is neither read nor evaluated.
+        saves: False: the training writes no checkpoint, for measurements.
+        overwrite: whether what an earlier run left in work_dir is moved into a folder beside it. Without, a run
+            that would start anew there is refused.
+        heartbeat_timeout: seconds without progress on any rank after which the run ends
+            (`distributed.watchdog`); 0: no limit.
+        profiled_steps: how many steps of a training are recorded (`monitoring.profiler`).
 
         Raises UserError before any accelerator memory is taken when anything in these contradicts itself or
         is missing.
@@ -150,7 +150,7 @@ class SegmentorEngine:
         )
         start_logging(None, level=experiment.logging.level, is_main=world.is_main)
         self.plan, self._owns_group = validate_and_join(experiment, ds_config, self.options, world)
-        self._take_work_dir()
+        self._claim_work_dir()
         self._estimator = Estimator(experiment, self.plan.meta_model, crop=self.plan.crop)
         self._watch_over_ranks()
         try:
@@ -162,16 +162,16 @@ class SegmentorEngine:
             raise
         self.watch.at(self.state.step, "idle")
 
-    def _take_work_dir(self) -> None:
+    def _claim_work_dir(self) -> None:
         """Keeps other runs out of the work directory, and clears what interrupted ones left. Collective."""
         ds = self.plan.ds
         node_local = (ds.raw.get("checkpoint") or {}).get("use_node_local_storage", False)
-        in_charge = leaders(self.work_dir, self.world, node_local=node_local, ds_config=ds.source)
-        self._claimed = claim(self.work_dir, self.world, in_charge)
+        leaders = find_leaders(self.work_dir, self.world, node_local=node_local, ds_config=ds.source)
+        self._claimed = claim(self.work_dir, self.world, leaders)
         if self.options.overwrite:
-            set_aside(self.work_dir, in_charge, self.world.rank)
+            set_aside(self.work_dir, leaders, self.world.rank)
         keep = self.plan.experiment.checkpoints.max_keep
-        self.checkpoints = Checkpointer(self.work_dir / "checkpoints", keep, in_charge)
+        self.checkpoints = Checkpointer(self.work_dir / "checkpoints", keep, leaders)
         self.checkpoints.tidy()
         self.state = TrainState(seed=self.options.seed, run=gather_from_ranks(uuid.uuid4().hex)[0])
 
@@ -227,7 +227,7 @@ class SegmentorEngine:
         scored = True
         if resume_point is not None:
             resume_point.restore(self.deepspeed, self.ema)
-            self._take_up(resume_point.checkpoint)
+            self._restore_state(resume_point.checkpoint)
             scored = bool(resume_point.checkpoint.manifest.get("metrics"))
         self.resumed_unscored = not all(gather_from_ranks(scored))  # the hosts' manifests may differ
         if self.world.is_main:
@@ -241,17 +241,17 @@ class SegmentorEngine:
         dtypes = (ds.param_dtype, self.compute_dtype, self.heads_dtype)
         log.info(
             "%s on %s, ZeRO-%d, %s parameters, backbone computes in %s, heads in %s",
-            "1 process" if self.world.size == 1 else f"{self.world.size} processes",
+            counted(self.world.size, "process"),
             device.type,
             ds.stage,
             *(str(dtype).removeprefix("torch.") for dtype in dtypes),
         )
         log.info(
-            "%d images per step = %d processes x %d images x %d accumulation steps",
-            ds.global_batch,
-            ds.world_size,
-            ds.micro_batch,
-            ds.accumulation,
+            "%s per step = %s x %s x %s",
+            counted(ds.global_batch, "image"),
+            counted(ds.world_size, "process"),
+            counted(ds.micro_batch, "image"),
+            counted(ds.accumulation, "accumulation step"),
         )
         set_fp32_matmul(experiment.engine.fp32_matmul, device)
         deterministic = torch.are_deterministic_algorithms_enabled()
@@ -274,7 +274,7 @@ class SegmentorEngine:
             self.plan = replace(self.plan, weights=None)  # tensors of an old file format are all in memory
         self.watch.mark()
 
-    def _take_up(self, checkpoint: ZeroCheckpoint) -> None:
+    def _restore_state(self, checkpoint: ZeroCheckpoint) -> None:
         """Step, images, seed and best score of the checkpoint that this run goes on from. Collective."""
         seed, batch = self.options.seed, self.plan.ds.global_batch
         self.state = state_of(checkpoint, seed)
@@ -291,9 +291,9 @@ class SegmentorEngine:
             self.checkpoints.newest = checkpoint.path.name
         self.checkpoints.recall_best(self.state, self.plan.experiment.evaluation.best_by)
         log.info(
-            "resumed from %s (%d processes, ZeRO-%d): step %d, %d images seen",
+            "resumed from %s (%s, ZeRO-%d): step %d, %d images seen",
             checkpoint.path,
-            checkpoint.world_size,
+            counted(checkpoint.world_size, "process"),
             checkpoint.stage,
             self.state.step,
             self.state.images,
@@ -377,7 +377,7 @@ class SegmentorEngine:
             return stop()
 
         with self.watch.during(self.state.step, "evaluating"), averaged, ready as segmentor:
-            return evaluate_each(
+            return evaluate_datasets(
                 segmentor,
                 self.plan.val_set,
                 EvaluationOptions(
@@ -438,11 +438,11 @@ class SegmentorEngine:
             error.add_note(
                 after_out_of_memory(self._estimator, self.plan.ds, self.world, self._recomputation)
             )
-        alone = of_one_rank(error)
-        if alone is None:
+        error_of_this_rank = unless_on_every_rank(error)
+        if error_of_this_rank is None:
             self.watch.at(self.state.step, "saving")
             self.checkpoints.finish()
-        self.watch.close(alone)
+        self.watch.close(error_of_this_rank)
         if self._owns_group:
             leave()
         self._claimed.close()  # whoever catches it may try again in this process

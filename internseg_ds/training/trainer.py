@@ -8,14 +8,14 @@ from contextlib import closing
 from internseg_ds.data.datasets import SegmentationDataset
 from internseg_ds.data.loading import Batch, training_batches
 from internseg_ds.data.sampler import GlobalBatchSampler
-from internseg_ds.distributed.process_group import Vote, gather_from_ranks
+from internseg_ds.distributed.process_group import AnyRankFlags, gather_from_ranks
 from internseg_ds.errors import CheckpointError
 from internseg_ds.evaluation.evaluator import Abandoned
 from internseg_ds.evaluation.report import write_report
 from internseg_ds.monitoring.curves import draw_curves
 from internseg_ds.output_files import unless_disk_full
 from internseg_ds.training.bad_images import BadImages
-from internseg_ds.training.nonfinite_steps import NonfiniteSteps, poisoned
+from internseg_ds.training.nonfinite_steps import NonfiniteSteps, nan_gradients_unless_finite
 from internseg_ds.training.step_monitors import StepMonitors
 from internseg_ds.training.train_state import TrainState, due
 from internseg_ds.training.training_run import TrainingRun
@@ -34,9 +34,10 @@ def train(run: TrainingRun) -> TrainState:
     plan, state, deepspeed = run.plan, run.state, run.deepspeed
     experiment, ds = plan.experiment, plan.ds
     start, last = state.step, experiment.max_steps
-    evaluates = plan.val_set is not None
+    has_val_set = plan.val_set is not None
     run.watch.at(start, "building")
     if start >= last:
+        # no return: the loop below makes no step, but a checkpoint that was never evaluated still is
         log.warning(
             "nothing is left to train: the checkpoint is of step %d, and runner.max_iters is %d; raise it, "
             "or start anew in another --work-dir",
@@ -47,36 +48,40 @@ def train(run: TrainingRun) -> TrainState:
     bad_images = BadImages(run.work_dir / "data_faults.txt", limits.max_data_faults, start=start)
     skips = run.work_dir / "skipped_steps.jsonl"
     nonfinite = NonfiniteSteps(deepspeed, skips, limits.max_skipped_steps, start=start)
-    # of a run that was interrupted between save and evaluation
-    score_first = evaluates and run.resumed_unscored and due(start, experiment.evaluation.interval, last)
-    with closing(_batches(run)) as batches, StepMonitors(run, scores_again=score_first) as monitors:
-        if evaluates and start == 0 and experiment.engine.evaluate_before:
-            evaluate(run, monitors)
-        if score_first:
-            evaluate(run, monitors, scored=True)
+    # each step is saved before it is evaluated: a run that was interrupted in between left a checkpoint
+    # without scores, which are made up for here
+    evaluate_checkpoint = (
+        has_val_set and run.resumed_unscored and due(start, experiment.evaluation.interval, last)
+    )
+    with closing(_batches(run)) as batches, StepMonitors(run, scores_again=evaluate_checkpoint) as monitors:
+        if has_val_set and start == 0 and experiment.engine.evaluate_before:
+            evaluate_and_record(run, monitors, of_checkpoint=False)
+        if evaluate_checkpoint:
+            evaluate_and_record(run, monitors)
         monitors.restart()
         deepspeed.train()
         while state.step < last and not run.stopped:
             step = state.step + 1
             lr = max(deepspeed.lr_scheduler.get_last_lr())
-            logged = due(step, experiment.logging.interval, last)
+            log_now = due(step, experiment.logging.interval, last)
             micro_batches = []
-            with monitors.layer_times(measured=logged):
+            with monitors.layer_times(measured=log_now):
                 for number in range(ds.accumulation):
                     with monitors.data_wait(step, number):
                         batch = next(batches)
                     monitors.at(step, "forward", number)
                     losses = run.forward(batch)
                     monitors.at(step, "backward", number)
-                    deepspeed.backward(poisoned(losses["loss"]))
+                    deepspeed.backward(nan_gradients_unless_finite(losses["loss"]))
                     monitors.add(losses)
                     bad_images.add(batch.faults)
                     micro_batches.append((losses["loss"].detach(), batch.files))
                     monitors.at(step, "update", number)
                     if number == ds.accumulation - 1:
-                        # sent before DeepSpeed waits for the GPU once a step, and read after that: so the
-                        # vote costs no wait of its own
-                        vote = Vote((run.stop_requests(), bool(bad_images.pending)), run.world.device)
+                        # sent here, before DeepSpeed waits for the GPU once a step, and read after that, so
+                        # that the exchange costs no wait of its own
+                        own_flags = (run.stop_requests(), bool(bad_images.pending))
+                        flags = AnyRankFlags(own_flags, run.world.device)
                     deepspeed.step()  # clips, updates and moves the schedule on the last micro-batch only
             monitors.at(step, "agreeing", ds.accumulation)
             skipped = nonfinite.after_step(step, micro_batches)
@@ -85,30 +90,32 @@ def train(run: TrainingRun) -> TrainState:
                 run.ema.update()
             state.step = step
             state.images += ds.global_batch
-            stopping, faulty = vote.result()  # all ranks stop at the same step, or none
-            if faulty:
+            stop_now, any_bad_image = flags.result()  # the same on all ranks: all stop at this step, or none
+            if any_bad_image:
                 bad_images.share()
 
-            learned = nonfinite.in_a_row < step  # else every step was skipped: nothing to score or to save
-            scored = learned and evaluates and due(step, experiment.evaluation.interval, last)
-            # the best checkpoint can only be kept if there is one of each step that is scored
-            for_best = scored and experiment.evaluation.best_by is not None
-            wanted = for_best or due(step, experiment.checkpoints.interval, last)
-            saved = run.options.saves and learned and (stopping or wanted)
-            if saved or logged:  # at each save too: a resumed run's records are those of an unbroken one
-                monitors.record(step, lr, nonfinite.values(), logged=logged)
+            # when every step so far was skipped, there is nothing to evaluate or to save
+            has_learned = nonfinite.in_a_row < step
+            evaluate_now = has_learned and has_val_set and due(step, experiment.evaluation.interval, last)
+            # the best step can only be kept where each step that is evaluated is saved, too
+            save_for_best = evaluate_now and experiment.evaluation.best_by is not None
+            save_due = save_for_best or stop_now or due(step, experiment.checkpoints.interval, last)
+            save_now = run.options.saves and has_learned and save_due
+            if save_now or log_now:  # at each save too: a resumed run's records are those of an unbroken one
+                monitors.record(step, lr, nonfinite.values(), logged=log_now)
                 run.watch.at(step, "saving")
                 run.checkpoints.finish(wait=False)  # a save that is written in the background
                 monitors.restart()  # here: publishing that save is no training time
-            with monitors.paused(step, pauses=saved or scored):
-                if saved:
+            with monitors.paused(step, pauses=save_now or evaluate_now):
+                if save_now:
                     run.save()  # before evaluating: an evaluation that dies costs no training
-                if stopping:
+                if stop_now:
                     run.stopped = True
-                elif scored:
-                    evaluate(run, monitors, scored=True)
+                elif evaluate_now:
+                    evaluate_and_record(run, monitors)
                     deepspeed.train()
-                    if run.stopped and run.options.saves and not saved:
+                    # asked to stop during the evaluation
+                    if run.stopped and run.options.saves and not save_now:
                         run.save()
         run.watch.at(state.step, "saving")
         run.checkpoints.finish()
@@ -157,27 +164,27 @@ def _finish(run: TrainingRun, nonfinite: NonfiniteSteps, start: int) -> None:
         )
 
 
-def evaluate(run: TrainingRun, monitors: StepMonitors, *, scored: bool = False) -> None:
+def evaluate_and_record(run: TrainingRun, monitors: StepMonitors, *, of_checkpoint: bool = True) -> None:
     """Evaluates and records the scores; sets `run.stopped` when a request to stop comes meanwhile.
     Collective.
 
-    scored: marks the checkpoint of this step when it is the best so far, of which WORK_DIR/evaluation has a
-    report.
+    of_checkpoint: whether the scores are those of the checkpoint of this step, which is marked when it is the
+    best so far, of which WORK_DIR/evaluation has a report; False before the first step.
     """
     state, experiment = run.state, run.plan.experiment
     try:
-        evaluation = run.evaluate(verbose=scored, stop=run.stop_requests)
+        evaluation = run.evaluate(verbose=of_checkpoint, stop=run.stop_requests)
     except Abandoned:
         run.stopped = True
         return
     metrics = evaluation.metrics
     monitors.write(state.step, metrics)
-    if not scored:
+    if not of_checkpoint:
         return
     run.watch.at(state.step, "saving")
     best = run.checkpoints.score(state, metrics, experiment.evaluation.best_by)
     name = experiment.evaluation.metrics[0]
-    log.info("step %d: %s %.2f%s", state.step, name, 100 * metrics[name], " (best so far)" if best else "")
+    log.info("step %d: %s %.2f%%%s", state.step, name, 100 * metrics[name], " (best so far)" if best else "")
     if run.world.is_main and (best or experiment.evaluation.best_by is None or not run.options.saves):
         with unless_disk_full("the report of this score is not written"):
             val_set: SegmentationDataset = run.plan.val_set

@@ -7,6 +7,7 @@ backward, update, and one window of an evaluation. It runs on a corner of the im
 whole training images decide.
 """
 
+import argparse
 import json
 import logging
 import math
@@ -262,4 +263,9 @@ def _corner(value: Any, size: tuple[int, int], side: int) -> Any:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    parser = argparse.ArgumentParser(
+        description="What `launch/train.py --dry-run` starts: one training step on the CPU."
+    )
+    parser.add_argument("task", type=Path)
+    parser.add_argument("result", type=Path)
+    main(**vars(parser.parse_args()))

@@ -12,7 +12,7 @@ from typing import TextIO
 
 from internseg_ds.checkpoints.saves import complete_saves, present_saves, to_disk
 from internseg_ds.distributed.process_group import World, gather_from_ranks, raise_on_every_rank
-from internseg_ds.errors import ConfigError, shortened
+from internseg_ds.errors import ConfigError, counted, shortened
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ ROOM = 2**16
 """Bytes that must be free: what a run writes at its start."""
 
 
-def leaders(folder: Path, world: World, *, node_local: bool, ds_config: str) -> list[int]:
+def find_leaders(folder: Path, world: World, *, node_local: bool, ds_config: str) -> list[int]:
     """For each rank, the one that makes, renames and removes what lies in `folder` as that rank sees it: 0
     for all where the hosts share it. Collective.
 
@@ -64,7 +64,7 @@ def claim(folder: Path, world: World, leaders: Sequence[int]) -> TextIO:
     happens. Collective.
 
     Raises ConfigError, on every rank, when another run has it. File systems without locks (some are mounted
-    so) let everybody in.
+    so) let everybody in. leaders: as `find_leaders` returns them.
     """
     trouble: ConfigError | None = None
     try:
@@ -104,13 +104,16 @@ def check_unused(folder: Path, resume_from: Path | None, *, overwrite: bool, res
     resumes: whether the run was to go on from the folder's newest checkpoint, if any. Raises ConfigError.
     """
     if overwrite and (resumes or resume_from is not None):
-        raise ConfigError("--overwrite starts anew and --resume goes on; keep one of them")
+        raise ConfigError(
+            "--overwrite starts anew and --resume goes on; keep one of them (from Python: overwrite=True, "
+            "resume=...)"
+        )
     here = resume_from is not None and (folder / "checkpoints").resolve() in resume_from.resolve().parents
     if not (overwrite or resumes or here) and (what := _of_a_run(folder)):
         raise ConfigError(
             f"the work directory {folder} holds a run ({what}), which would be lost; go on with it "
-            "(--resume auto), choose another directory "
-            "(--work-dir), or set it aside and start anew (--overwrite)"
+            "(--resume auto), choose another directory (--work-dir), or set it aside and start anew "
+            '(--overwrite); from Python these are resume="auto", work_dir=... and overwrite=True'
         )
 
 
@@ -118,7 +121,7 @@ def _of_a_run(folder: Path) -> str:
     """What a run has left in a folder; "" for nothing."""
     saves = complete_saves(folder / "checkpoints")
     if saves:
-        return f"{len(saves)} checkpoint{'s' * (len(saves) > 1)}, the newest is {saves[-1].name}"
+        return f"{counted(len(saves), 'checkpoint')}, the newest is {saves[-1].name}"
     if present := present_saves(folder / "checkpoints"):
         return f"{shortened([path.name for path in present])} in checkpoints, without a readable note"
     records = folder / "metrics.jsonl"
@@ -127,7 +130,9 @@ def _of_a_run(folder: Path) -> str:
 
 def set_aside(folder: Path, leaders: Sequence[int], rank: int) -> None:
     """Moves all that lies in `folder`, which this run has claimed, into a new folder beside it. Collective.
-    Raises ConfigError, on every rank."""
+
+    leaders: as `find_leaders` returns them. Raises ConfigError, on every rank, where it cannot be moved.
+    """
     trouble: ConfigError | None = None
     if leaders[rank] == rank and any(item.name != LOCK for item in folder.iterdir()):
         number = 1

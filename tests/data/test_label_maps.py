@@ -220,14 +220,8 @@ def test_a_number_of_no_class_counts_as_wrong_in_scores(data):
     raw = np.array([[0, 1, 40, 255]], np.uint8)
     truth = ground_truth(data(raw, pipeline=TEST, test_mode=True, classes=list("abc"), palette=colours(3)), 0)
     assert truth.tolist() == [[0, 1, 3, 255]]
-    assert confusion_matrix(torch.zeros(1, 4, dtype=torch.long), torch.from_numpy(truth), 3, 255)[
-        -1
-    ].tolist() == [
-        1,
-        0,
-        0,
-        0,
-    ]
+    confusion = confusion_matrix(torch.zeros(1, 4, dtype=torch.long), torch.from_numpy(truth), 3, 255)
+    assert confusion[-1].tolist() == [1, 0, 0, 0]
 
 
 def test_a_loader_of_the_users_own_stays_and_what_it_returns_is_checked(data):

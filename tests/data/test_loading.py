@@ -109,8 +109,17 @@ def test_more_ranks_than_images_leaves_some_without_any(data):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"img_dir": "nowhere"}, "there is no folder .*nowhere"),
-        ({"data_root": "/nowhere"}, "data_root = '/nowhere'"),
+        (
+            {"img_dir": "nowhere"},
+            "there is no folder .*ade/nowhere .data_root = '.*ade' is there, img_dir = 'nowhere' under it is not: "
+            r"it holds .*annotations, images\); set data\.train\.img_dir, or",
+        ),
+        ({"ann_dir": "/nowhere"}, r"no folder /nowhere \(ann_dir = .*set data\.train\.ann_dir$"),
+        (
+            {"data_root": "/nowhere"},
+            r"no folder /nowhere/images/training .*data_root = '/nowhere'\), for there is no data_root; .*"
+            r"set data\.train\.data_root$",
+        ),
         ({"img_dir": ["images/training", "elsewhere"]}, "there is no folder .*elsewhere"),
         ({"split": "few.txt"}, r"few\.txt"),
         ({"pipeline": [{"type": "RandomFlip", "prob": 1.5}]}, "AssertionError"),

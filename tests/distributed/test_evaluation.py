@@ -20,7 +20,7 @@ from internseg_ds.distributed.gathering import forwards
 from internseg_ds.distributed.initial_values import gathered
 from internseg_ds.distributed.precision import apply_precision
 from internseg_ds.distributed.process_group import World
-from internseg_ds.evaluation.evaluator import EvaluationOptions, evaluate
+from internseg_ds.evaluation.evaluator import EvaluationOptions, evaluate_dataset
 from internseg_ds.optimization.parameter_groups import parameter_groups
 from tests.conftest import ROOT, TINY
 from tests.distributed.ranks import spawn
@@ -120,7 +120,7 @@ def evaluated(engine, config, dataset, way: str, autocast: bool = False):
         assert not ready.segmentor.training and ready.in_step == (
             way in ("partitioned", "auto without room") and engine.zero_optimization_partition_weights()
         )
-        return evaluate(ready, dataset, EvaluationOptions(world, workers=0, verbose=False))
+        return evaluate_dataset(ready, dataset, EvaluationOptions(world, workers=0, verbose=False))
 
 
 def confusions(root: Path, out: Path) -> None:

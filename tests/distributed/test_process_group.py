@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from internseg_ds.distributed.process_group import (
-    Vote,
+    AnyRankFlags,
     World,
     first_host,
     join,
@@ -110,15 +110,17 @@ def test_single_processes_on_one_machine_take_different_ports():
     assert len({rendezvous(World(), {})["MASTER_PORT"] for _ in range(4)}) > 1
 
 
-def votes_of_two_ranks() -> None:
+def exchange_of_two_ranks() -> None:
     mine = dist.get_rank() == 1
     # the second is told before the first is read
-    votes = [Vote(facts, torch.device("cpu")) for facts in ([mine, not mine, False, True], [False, mine])]
-    assert [vote.result() for vote in votes] == [[True, True, False, True], [False, True]]
+    exchanges = [
+        AnyRankFlags(facts, torch.device("cpu")) for facts in ([mine, not mine, False, True], [False, mine])
+    ]
+    assert [flags.result() for flags in exchanges] == [[True, True, False, True], [False, True]]
 
 
 def test_a_fact_of_one_rank_is_a_fact_for_all():
-    spawn(votes_of_two_ranks, 2)
+    spawn(exchange_of_two_ranks, 2)
 
 
 def test_a_port_in_use_is_named_with_the_option_that_chooses_another(monkeypatch):

@@ -369,9 +369,8 @@ def test_leaf_class_names():
 
 
 def has_a_buffer_of_this_name_and_size() -> None:
-    os.environ["LOCAL_SIZE"] = str(
-        dist.get_world_size()
-    )  # as deepspeed's launcher does: all ranks are on this host
+    # as deepspeed's launcher does: all ranks are on this host
+    os.environ["LOCAL_SIZE"] = str(dist.get_world_size())
     build_extension("ShareMemCommBuilder")
     deepspeed.init_distributed(verbose=False)
     dist.barrier()

@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.end_to_end.every_model import BACKBONES, CASES, HEADS, NOT_RUN, sweep, table
+from tests.end_to_end.every_model.backbones import BACKBONES
+from tests.end_to_end.every_model.cases import CASES, NOT_RUN, table
+from tests.end_to_end.every_model.heads import HEADS
+from tests.end_to_end.every_model.runs import sweep
 
 TELLING = [
     "setting ResNet, frozen_stages",

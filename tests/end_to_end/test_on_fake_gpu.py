@@ -15,11 +15,11 @@ from internseg_ds.config.experiment import read_experiment
 from internseg_ds.distributed.construction import build_on_meta, set_activation_checkpointing
 from internseg_ds.distributed.gathering import Forwards, copy_fits
 from internseg_ds.distributed.precision import apply_precision
-from internseg_ds.distributed.process_group import Vote
+from internseg_ds.distributed.process_group import AnyRankFlags
 from internseg_ds.distributed.sync_batch_norm import AnyDeviceSyncBatchNorm
 from internseg_ds.monitoring.step_metrics import StepMetrics
 from internseg_ds.planning.image_sizes import crop_size
-from internseg_ds.training.nonfinite_steps import poisoned
+from internseg_ds.training.nonfinite_steps import nan_gradients_unless_finite
 from tests.conftest import ROOT
 from tests.waits import Waits, fake_gpu
 
@@ -89,7 +89,7 @@ def test_a_forward_pass_stays_on_the_gpu_in_its_dtypes_and_waits_for_nothing(con
         )
         with Waits() as waits:
             terms = model(return_loss=True, **inputs)
-            loss = poisoned(total(terms))
+            loss = nan_gradients_unless_finite(total(terms))
             interval = StepMetrics()
             interval.add({**{name: value.mean() for name, value in terms.items()}, "loss": loss})
             interval.end_step(loss.detach())
@@ -138,7 +138,7 @@ def test_what_our_own_collectives_send_lies_on_the_gpu(monkeypatch):
     with fake_gpu() as waits:
         norm = AnyDeviceSyncBatchNorm(3, device=device)
         waits.found.clear()  # its counter comes from the host
-        Vote([True, False], device)
+        AnyRankFlags([True, False], device)
         interval, one = StepMetrics(), torch.ones((), device=device)
         interval.add({"loss": one, "acc": one})
         interval.end_step(one)

@@ -127,6 +127,7 @@ def test_a_run_disturbed_at_random_moments_ends_with_the_weights_of_an_undisturb
 
 def test_an_evaluation_is_left_and_made_up_for(options, ade20k, tmp_path):
     work_dir = tmp_path / "run"
+    # some seconds for each evaluation
     options = [
         *options,
         "data.val.img_dir=images/training",
@@ -137,7 +138,7 @@ def test_an_evaluation_is_left_and_made_up_for(options, ade20k, tmp_path):
         "checkpoint_config.interval=4",
         "evaluation.interval=2",
         "engine.ema=0.9",
-    ]  # some seconds for each
+    ]
     stopped_in = set()
     for _ in range(8):
         run = Run(work_dir, options, validate=True)

@@ -241,7 +241,7 @@ def test_predict_takes_globs_and_names_what_it_cannot_read(one_file, launch, ade
     ]
     done = launch(*arguments, processes=1)
     assert (
-        "1 of 4 images are left out" in done.stdout + done.stderr
+        "1 of 4 images cannot be read and is left out" in done.stdout + done.stderr
         and "frame_3.jpg" in done.stdout + done.stderr
     )
     assert len(list((tmp_path / "out").glob("*_overlay.png"))) == 3

@@ -24,8 +24,8 @@ from internseg_ds.evaluation.evaluator import (
     EvaluationOptions,
     areas,
     confusion_matrix,
-    evaluate,
-    evaluate_each,
+    evaluate_dataset,
+    evaluate_datasets,
     image_score,
 )
 from internseg_ds.evaluation.predict import DownscaledImages
@@ -77,15 +77,16 @@ def test_scores_are_those_of_mmsegs_test_loop(tiny, ade20k):
         metric=["mIoU", "mDice", "mFscore"],
         logger="silent",
     )
-    found = evaluate(
+    found = evaluate_dataset(
         Forwards(tiny),
         dataset,
         EvaluationOptions(World(), workers=0, metrics=["mIoU", "mDice", "mFscore"], verbose=False),
     )
     assert found.images == 7 and not found.faults
+    # theirs are rounded in fp32
     assert found.metrics == pytest.approx(
         {name: float(value) for name, value in expected.items() if not np.isnan(value)}, abs=1e-6
-    )  # theirs are rounded in fp32
+    )
     assert {"mIoU", "mDice", "mFscore", "aAcc", "mAcc"} <= set(found.metrics)
 
 
@@ -104,7 +105,9 @@ def damaged(ade20k, tmp_path):
 def test_images_that_cannot_be_read_are_left_out_counted_and_named(tiny, damaged, caplog):
     root, images = damaged
     caplog.set_level(logging.WARNING)
-    found = evaluate(Forwards(tiny), validation(root), EvaluationOptions(World(), workers=1, verbose=False))
+    found = evaluate_dataset(
+        Forwards(tiny), validation(root), EvaluationOptions(World(), workers=1, verbose=False)
+    )
     assert found.images == 5 and len(found.faults) == 2
     for image in images[1:3]:
         assert sum(image.name in fault for fault in found.faults) == 1 and image.name in caplog.text
@@ -113,14 +116,16 @@ def test_images_that_cannot_be_read_are_left_out_counted_and_named(tiny, damaged
     whole.img_infos = [info for number, info in enumerate(whole.img_infos) if number not in (1, 2)]
     assert (
         found.metrics
-        == evaluate(Forwards(tiny), whole, EvaluationOptions(World(), workers=0, verbose=False)).metrics
+        == evaluate_dataset(
+            Forwards(tiny), whole, EvaluationOptions(World(), workers=0, verbose=False)
+        ).metrics
     )
 
 
 def test_strict_makes_the_first_of_them_an_error(tiny, damaged):
     root, images = damaged
     with pytest.raises(DataError, match=images[1].name):
-        evaluate(
+        evaluate_dataset(
             Forwards(tiny),
             validation(root),
             EvaluationOptions(World(), workers=0, strict=True, verbose=False),
@@ -132,7 +137,9 @@ def test_no_image_at_all_is_an_error(tiny, damaged):
     for image in images:
         image.write_bytes(b"")
     with pytest.raises(DataError, match="7 images"):
-        evaluate(Forwards(tiny), validation(root), EvaluationOptions(World(), workers=0, verbose=False))
+        evaluate_dataset(
+            Forwards(tiny), validation(root), EvaluationOptions(World(), workers=0, verbose=False)
+        )
 
 
 def test_a_report_holds_the_scores_and_the_best_and_worst_images(tiny, ade20k, tmp_path):
@@ -143,7 +150,7 @@ def test_a_report_holds_the_scores_and_the_best_and_worst_images(tiny, ade20k, t
             scores[index] = score
 
     extremes = BestAndWorst(dataset, 2)
-    found = evaluate(
+    found = evaluate_dataset(
         Forwards(tiny),
         dataset,
         EvaluationOptions(World(), workers=0, verbose=False),
@@ -179,7 +186,7 @@ def test_labels_that_are_no_class_count_as_wrong_and_are_told(tiny, ade20k, tmp_
     changed = cv2.imread(str(labels), cv2.IMREAD_UNCHANGED)
     changed[:5] = 200
     cv2.imwrite(str(labels), changed)
-    found = evaluate(
+    found = evaluate_dataset(
         Forwards(tiny), validation(tmp_path / "ade"), EvaluationOptions(World(), workers=0, verbose=False)
     )
     assert (
@@ -194,7 +201,7 @@ def test_images_without_any_label_have_no_score(tiny, ade20k, tmp_path):
     for file in files[1:]:
         cv2.imwrite(str(file), np.zeros_like(cv2.imread(str(file), cv2.IMREAD_UNCHANGED)))
     extremes = BestAndWorst(validation(tmp_path / "ade"), 3)
-    evaluate(
+    evaluate_dataset(
         Forwards(tiny),
         validation(tmp_path / "ade"),
         EvaluationOptions(World(), workers=0, verbose=False),
@@ -204,7 +211,7 @@ def test_images_without_any_label_have_no_score(tiny, ade20k, tmp_path):
     assert len(list((tmp_path / "worst").iterdir())) == 1
     cv2.imwrite(str(files[0]), np.zeros_like(cv2.imread(str(files[0]), cv2.IMREAD_UNCHANGED)))
     with pytest.raises(DataError, match=r"7 images .*reduce_zero_label"):
-        evaluate(
+        evaluate_dataset(
             Forwards(tiny), validation(tmp_path / "ade"), EvaluationOptions(World(), workers=0, verbose=False)
         )
 
@@ -213,7 +220,7 @@ def test_a_pipeline_without_augmentation_and_a_choice_of_classes_work(tiny, ade2
     cfg = Config.fromfile(ROOT / TINY)
     entry = cfg.data.val
     entry.data_root = str(ade20k)
-    expected = evaluate(
+    expected = evaluate_dataset(
         Forwards(tiny),
         build_datasets(entry, "data.val", [entry], test_mode=True),
         EvaluationOptions(World(), workers=0, verbose=False),
@@ -225,7 +232,7 @@ def test_a_pipeline_without_augmentation_and_a_choice_of_classes_work(tiny, ade2
     ]
     flat[3] = dict(type="RandomFlip", prob=0.0)
     plain = Config(dict(entry, pipeline=flat))._cfg_dict
-    found = evaluate(
+    found = evaluate_dataset(
         Forwards(tiny),
         build_datasets(plain, "data.val", [plain], test_mode=True),
         EvaluationOptions(World(), workers=0, verbose=False),
@@ -290,7 +297,7 @@ def test_a_model_with_more_outputs_than_the_data_set_has_classes_is_scored_and_t
     entry.classes = ["wall", "building", "sky"]  # the first three of the model's 150 outputs
     dataset = build_datasets(entry, "data.val", [entry], test_mode=True)
     caplog.set_level(logging.WARNING)
-    found = evaluate(Forwards(tiny), dataset, EvaluationOptions(World(), workers=0, verbose=False))
+    found = evaluate_dataset(Forwards(tiny), dataset, EvaluationOptions(World(), workers=0, verbose=False))
     write_report(found, dataset.CLASSES, tmp_path)
     beyond = json.loads((tmp_path / "results.json").read_text())["predictions_of_no_class"]
     assert beyond == found.confusion[:, -1].sum() > 0 and f"{beyond} pixels" in caplog.text
@@ -301,14 +308,14 @@ def test_joined_data_sets_are_scored_each_and_together(tiny, ade20k):
     whole = validation(ade20k)
     names = [info["filename"] for info in whole.img_infos]
     alone = [
-        evaluate(
+        evaluate_dataset(
             Forwards(tiny), some_of(entry, names[part]), EvaluationOptions(World(), workers=0, verbose=False)
         )
         for part in (slice(3), slice(3, 7))
     ]
     joined = ConcatDataset([some_of(entry, names[part]) for part in (slice(3), slice(3, 7))])
-    found = evaluate_each(Forwards(tiny), joined, EvaluationOptions(World(), workers=0, verbose=False))
-    together = evaluate(Forwards(tiny), whole, EvaluationOptions(World(), workers=0, verbose=False))
+    found = evaluate_datasets(Forwards(tiny), joined, EvaluationOptions(World(), workers=0, verbose=False))
+    together = evaluate_dataset(Forwards(tiny), whole, EvaluationOptions(World(), workers=0, verbose=False))
     assert found.images == 7 and torch.equal(found.confusion, together.confusion)
     assert {name: value for name, value in found.metrics.items() if name[0] not in "01"} == together.metrics
     for number, each in enumerate(alone):

@@ -14,7 +14,7 @@ from mmcv import Config
 import internseg_ds.evaluation.sliding_window as segmenting
 from internseg_ds.distributed.gathering import Forwards
 from internseg_ds.distributed.precision import apply_precision
-from internseg_ds.evaluation.sliding_window import Segmenter, windows
+from internseg_ds.evaluation.sliding_window import SlidingWindowInference, windows
 
 SIZES = [(112, 112), (140, 182), (126, 322), (252, 112), (140, 182), (280, 266)]
 """Sides of whole patches, so that mmseg can take them too."""
@@ -60,7 +60,8 @@ STREAM = [
 
 def ours(model, stream):
     return {
-        segmented.key: segmented.labels for segmented in Segmenter(Forwards(model)).segment(enumerate(stream))
+        prediction.key: prediction.labels
+        for prediction in SlidingWindowInference(Forwards(model)).predict(enumerate(stream))
     }
 
 
@@ -163,13 +164,13 @@ def test_in_bf16_labels_differ_from_mmsegs_only_where_two_classes_are_level(tiny
 
 def test_logits_are_those_of_mmseg(tiny):
     model = with_test_cfg(tiny)
-    for segmented in Segmenter(Forwards(model), logits=True).segment(enumerate(STREAM)):
+    for prediction in SlidingWindowInference(Forwards(model), logits=True).predict(enumerate(STREAM)):
         with torch.no_grad():
             expected = model.slide_inference(
-                STREAM[segmented.key]["img"][0], STREAM[segmented.key]["img_metas"][0], True
+                STREAM[prediction.key]["img"][0], STREAM[prediction.key]["img_metas"][0], True
             )[0]
-        torch.testing.assert_close(segmented.logits, expected, rtol=1e-5, atol=1e-4)
-        assert torch.equal(segmented.logits.argmax(0), segmented.labels)
+        torch.testing.assert_close(prediction.logits, expected, rtol=1e-5, atol=1e-4)
+        assert torch.equal(prediction.logits.argmax(0), prediction.labels)
 
 
 @pytest.mark.parametrize("size", [(112, 113), (61, 200), (9, 5), (301, 14)])
@@ -198,7 +199,7 @@ def test_windows_of_several_images_share_forwards(tiny):
             return super().__call__(images, metas)
 
     model = with_test_cfg(tiny, batch_size=4)
-    list(Segmenter(Counted(model)).segment(enumerate(STREAM)))
+    list(SlidingWindowInference(Counted(model)).predict(enumerate(STREAM)))
     count = sum(len(windows(*size, (112, 112), (70, 70))) for size in SIZES)
     assert count > 20 and len(sizes) == -(-count // 4)
 
@@ -233,7 +234,9 @@ def test_the_logits_of_one_augmentation_are_held_at_a_time(tiny, mode):
         )
         for seed in range(5)
     ]
-    found = [segmented.key for segmented in Segmenter(Watched(model)).segment(enumerate(stream))]
+    found = [
+        prediction.key for prediction in SlidingWindowInference(Watched(model)).predict(enumerate(stream))
+    ]
     assert found == [0, 1, 2, 3, 4]
 
 
@@ -245,12 +248,12 @@ def test_a_device_without_room_gets_smaller_batches(tiny, of_mmseg):
             return super().__call__(images, metas)
 
     model = with_test_cfg(tiny, batch_size=7)
-    segmenter = Segmenter(Small(model))
+    inference = SlidingWindowInference(Small(model))
     equal(
-        {segmented.key: segmented.labels for segmented in segmenter.segment(enumerate(STREAM))},
+        {prediction.key: prediction.labels for prediction in inference.predict(enumerate(STREAM))},
         of_mmseg("slide"),
     )
-    assert segmenter.batch_size == 1
+    assert inference.batch_size == 1
 
 
 def test_one_channel_for_two_classes_is_a_threshold(tiny):
@@ -266,8 +269,8 @@ def test_one_channel_for_two_classes_is_a_threshold(tiny):
     found = ours(model, STREAM)
     for key, expected in theirs(model, STREAM).items():
         assert torch.equal(found[key], expected.long())
-    for segmented in Segmenter(Forwards(model), logits=True).segment(enumerate(STREAM)):
-        assert torch.equal(segmented.logits.sigmoid()[0] > 0.45, segmented.labels.bool())
+    for prediction in SlidingWindowInference(Forwards(model), logits=True).predict(enumerate(STREAM)):
+        assert torch.equal(prediction.logits.sigmoid()[0] > 0.45, prediction.labels.bool())
     assert 0.05 < np.mean([labels.float().mean() for labels in found.values()]) < 0.95
 
 

@@ -6,7 +6,13 @@ import pytest
 from internseg_ds.errors import ConfigError
 from internseg_ds.monitoring.curves import draw_curves
 from internseg_ds.monitoring.environment import environment_lines
-from internseg_ds.monitoring.loggers import JsonlLogger, check_loggers, open_loggers, start_logging
+from internseg_ds.monitoring.loggers import (
+    ConsoleLogger,
+    JsonlLogger,
+    check_loggers,
+    open_loggers,
+    start_logging,
+)
 from internseg_ds.training.train_state import TrainState, due
 
 
@@ -52,6 +58,15 @@ def test_the_log_starts_with_what_the_run_runs_on_and_has_what_was_said_before_i
     assert "seed 7, 3 processes: 2 on a, 1 on b" in lines[1] and lines[2].startswith("command: ")
     assert lines[3:] == ["compiling something", "on we go"]
     assert capfd.readouterr().err.count("compiling something") == 1
+
+
+def test_the_console_shows_scores_in_percent_and_none_of_single_classes(caplog):
+    values = {"mIoU": 0.76408, "0_mIoU": 1.0, "aAcc": 0.0, "IoU.wall": 0.3, "1_Fscore.sky": 0.5}
+    with caplog.at_level(logging.INFO, "internseg_ds"):
+        ConsoleLogger(10, 0).write(5, values | {"mfu": 0.4123, "decode.loss_ce": 0.76408})
+    assert (
+        "5/10  mIoU 76.41%  0_mIoU 100.00%  aAcc 0.00%  mfu 41.2%  decode.loss_ce 0.7641  eta" in caplog.text
+    )
 
 
 def test_only_rank_0_writes(tmp_path):

@@ -43,7 +43,7 @@ def warnings_of(small, weights, classes, may_differ=()):
     plan = check(
         changed, ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0), validate=False, load_from=weights
     )
-    return [said for said in plan.warnings if "classes" in said and str(weights) in said]
+    return [said for said in plan.warnings if "class" in said and str(weights) in said]
 
 
 def test_the_same_classes_in_another_order_are_refused_unless_the_scores_may_differ(small, weights, names):
@@ -67,7 +67,7 @@ def test_other_names_for_some_classes_are_a_line(small, weights, names):
     )
     (said,) = warnings_of(other, weights, ["a wall", *names[1:]])
     assert (
-        "whole.pth and data.train call 1 classes differently, and their numbers are taken to mean the "
+        "whole.pth and data.train call 1 class differently, and their numbers are taken to mean the "
         f"same: 0: {names[0]} and a wall" in said
     )
     assert warnings_of(other, weights, names) == []

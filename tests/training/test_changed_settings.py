@@ -92,7 +92,7 @@ def test_each_change_of_a_rate_is_a_line():
     ]
     new, line = changed_groups(before, now)
     assert (
-        new.startswith("1 parameters")
+        new.startswith("1 parameter stands")
         and "for a and 1 more: lr 0.0001 -> 5e-05, weight_decay 0.05 -> 0.05" in line
     )
     assert changed_groups(before, before) == [] == changed_groups(None, now)

@@ -15,7 +15,7 @@ from internseg_ds.models.intern_vit.intern_vit_6b import InternViT6B
 from internseg_ds.preflight.model_checks import check_classes
 from tests.conftest import ROOT
 from tests.distributed.ranks import spawn
-from tests.end_to_end.every_model import HEADS
+from tests.end_to_end.every_model.heads import HEADS
 from tests.small_experiment import small_experiment
 
 ZERO3 = ROOT / "ds_configs/zero3_bf16.json"

@@ -26,7 +26,7 @@ from internseg_ds.checkpoints.zero_checkpoint import ZeroCheckpoint
 from internseg_ds.distributed.checkpoint_engine import note_failed_writes
 from internseg_ds.errors import CheckpointError
 from internseg_ds.monitoring.loggers import open_loggers, start_logging
-from internseg_ds.training.checkpointer import Checkpointer
+from internseg_ds.training.checkpointer import Checkpointer, _shortage
 from internseg_ds.training.segmentor_engine import SegmentorEngine
 from internseg_ds.training.step_monitors import record
 from internseg_ds.training.train_state import TrainState
@@ -131,6 +131,14 @@ def saves_while_the_disk_fills(disk: Path, background: bool, fills: list[dict[st
     assert len(fills) / 2 < lost < len(fills)
     step, _ = save()
     assert (checkpoints.folder / "latest").read_text() == f"iter_{step}"
+
+
+def test_what_is_short_is_named_bytes_or_inodes(small_disk):
+    disk = small_disk(inodes=20)
+    assert _shortage(disk, 5 * 2**20, 8) == f"it needs 5 MiB and 4 MiB are free in {disk}"
+    assert _shortage(disk, 2**20, 8).startswith("not for want of space: it needs 1 MiB and 4 MiB")
+    leave(disk, free_inodes=6)
+    assert _shortage(disk, 2**20, 8) == f"it needs up to 8 files and {disk} has inodes for 6 (df -i)"
 
 
 @pytest.mark.parametrize("background", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -289,5 +297,5 @@ def test_a_training_goes_on_while_its_disk_is_full(for_good, small_disk, ade20k)
     assert [entry["step"] for entry in records if "loss" in entry] == [1, 2, 3, 4, 5, 6]
     assert [entry["step"] for entry in records if "mIoU" in entry] == [2, 4, 6]
     said = (disk / "run/train.log").read_text()
-    assert " could not be saved: it needs " in said and "a record of step" in said
+    assert " could not be saved (" in said and ": it needs " in said and "a record of step" in said
     assert {path.name for path in complete_saves(disk / "run/checkpoints")} >= {"iter_6"}

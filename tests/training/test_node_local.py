@@ -17,7 +17,7 @@ from internseg_ds.errors import CheckpointError, ConfigError
 from internseg_ds.training.checkpointer import Checkpointer
 from internseg_ds.training.resume.find_checkpoint import agree_to_resume, checkpoint_to_resume
 from internseg_ds.training.train_state import TrainState
-from internseg_ds.training.work_dir import leaders
+from internseg_ds.training.work_dir import find_leaders
 from tests.distributed.ranks import spawn
 from tests.training.test_checkpointer import there
 
@@ -29,16 +29,20 @@ def world(ranks_per_host: int = 1) -> World:
 
 def who_looks_after_which_folder(place: Path) -> None:
     rank = dist.get_rank()
-    assert leaders(place / "shared", world(), node_local=False, ds_config="ds.json") == [0, 0, 0]
+    assert find_leaders(place / "shared", world(), node_local=False, ds_config="ds.json") == [0, 0, 0]
     # allowed, but not so
-    assert leaders(place / "shared", world(), node_local=True, ds_config="ds.json") == [0, 0, 0]
-    assert leaders(place / f"host{rank // 2}", world(2), node_local=True, ds_config="ds.json") == [0, 0, 2]
+    assert find_leaders(place / "shared", world(), node_local=True, ds_config="ds.json") == [0, 0, 0]
+    assert find_leaders(place / f"host{rank // 2}", world(2), node_local=True, ds_config="ds.json") == [
+        0,
+        0,
+        2,
+    ]
     with pytest.raises(
         ConfigError,
         match=r"every host must see the same folder; put it on a shared file system "
         r'.*"use_node_local_storage": true.* into ds\.json',
     ):
-        leaders(place / f"host{rank // 2}", world(2), node_local=False, ds_config="ds.json")
+        find_leaders(place / f"host{rank // 2}", world(2), node_local=False, ds_config="ds.json")
     dist.barrier()
     assert not list(place.glob("*/.*"))  # no marks are left
 
@@ -67,7 +71,7 @@ def engine_of_a_host() -> deepspeed.DeepSpeedEngine:
 def checkpoints_of(place: Path, keep: int = -1) -> tuple[Checkpointer, Path]:
     mine = place / f"host{dist.get_rank()}"
     return Checkpointer(
-        mine / "checkpoints", keep, leaders(mine, world(), node_local=True, ds_config="")
+        mine / "checkpoints", keep, find_leaders(mine, world(), node_local=True, ds_config="")
     ), mine
 
 

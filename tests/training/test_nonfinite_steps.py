@@ -10,7 +10,7 @@ import torch
 from mmseg.datasets.builder import PIPELINES
 
 from internseg_ds.errors import Diverged
-from internseg_ds.training.nonfinite_steps import poisoned
+from internseg_ds.training.nonfinite_steps import nan_gradients_unless_finite
 from internseg_ds.training.segmentor_engine import SegmentorEngine
 from tests.conftest import ROOT
 from tests.distributed.ranks import spawn
@@ -99,10 +99,10 @@ def test_a_loss_that_is_not_finite_spoils_every_gradient_and_one_that_is_none():
     weight = torch.tensor([1.0, 2.0], requires_grad=True)
     loss = weight[0] * 3 + torch.tensor(math.inf)  # a constant: the gradient alone would be finite
     assert loss.isinf()
-    poisoned(loss).backward()
+    nan_gradients_unless_finite(loss).backward()
     assert weight.grad[0].isnan()  # the other has no part in it
     weight.grad = None
     finite = (weight * 3).sum()
-    assert poisoned(finite) == finite
-    poisoned(finite).backward()
+    assert nan_gradients_unless_finite(finite) == finite
+    nan_gradients_unless_finite(finite).backward()
     assert torch.equal(weight.grad, torch.tensor([3.0, 3.0]))

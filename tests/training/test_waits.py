@@ -44,7 +44,7 @@ def reads_of_a_step(root, work_dir, name) -> None:
     steps = STEPS - 1 - FIRST
     found = {place: count / steps for place, count in (seen[STEPS - 1] - seen[FIRST]).items()}
     of_data = ("sampler.py:", "loading.py:")  # which never was on a device
-    # the vote's result was copied to the host before, behind what DeepSpeed waits for
+    # the ranks' flags were copied to the host before, behind what DeepSpeed waits for
     expected = {"process_group.py:result": 1, **dict.fromkeys(DEEPSPEED[name], 1)}
     assert {place: count for place, count in found.items() if not place.startswith(of_data)} == expected, (
         found

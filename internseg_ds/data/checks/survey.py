@@ -23,7 +23,7 @@ from internseg_ds.data.datasets import SegmentationDataset, plain_parts
 from internseg_ds.data.label_maps import LoadLabelMap, annotation_of, loader_in
 from internseg_ds.data.orientation import FIX, TURNS, is_square, orientation
 from internseg_ds.data.other_endings import files_alike
-from internseg_ds.errors import ConfigError, DataError, shortened
+from internseg_ds.errors import ConfigError, DataError, are, counted, shortened
 from internseg_ds.seeding import derived_seed
 
 log = logging.getLogger(__name__)
@@ -185,8 +185,8 @@ def _misfits(counts: Counts, what: str, everything: str, refused_above: int | No
     if not counts.misfits:
         return
     misfit = (
-        f"{what}: {len(counts.misfits)} of {everything} label maps looked at have other sides than their "
-        f"images: {shortened(counts.misfits, 2)}"
+        f"{what}: of {everything} label maps looked at, {counted(len(counts.misfits), 'has', 'have')} other "
+        f"sides than their images: {shortened(counts.misfits, 2)}"
     )
     if refused_above is not None and len(counts.misfits) > refused_above:
         raise DataError(f"{misfit}; there must be one class per pixel")
@@ -198,8 +198,9 @@ def _unknown_labels(
 ) -> Iterator[str]:
     if counts.unknown_labels:
         yield (
-            f"{what}: {len(counts.unknown_labels)} of {everything} label maps looked at hold a number that "
-            f"is no class, and not {part.ignore_index} for none either; its pixels "
+            f"{what}: of {everything} label maps looked at, "
+            f"{counted(len(counts.unknown_labels), 'holds', 'hold')} a number that is no class, "
+            f"and not {part.ignore_index} for none either; its pixels "
             f"{'would end the run' if training else 'count as wrong'}: {shortened(counts.unknown_labels, 2)}"
         )
 
@@ -273,10 +274,10 @@ def _left_out(part: CustomDataset, what: str) -> Iterator[str]:
     if not found:
         return
     warning = (
-        f"{what}: {len(found)} files of {part.img_dir} are left out, for their names end in "
-        f"{shortened(sorted({os.path.splitext(path)[1] for path, _ in found}))} and not in "
+        f"{what}: {counted(len(found), 'file')} of {part.img_dir} {are(len(found))} left out, for the "
+        f"ending is {shortened(sorted({os.path.splitext(path)[1] for path, _ in found}))} and not "
         f"img_suffix={part.img_suffix!r} "
-        f"({shortened(sorted(path for path, _ in found), 2)}); {len(used)} are taken"
+        f"({shortened(sorted(path for path, _ in found), 2)}); {len(used)} {are(len(used))} taken"
     )
     stems = {name[: -len(part.img_suffix)] for name in used}
     labelled = part.ann_dir is not None and all(

@@ -133,13 +133,11 @@ class InternViTAdapter(InternViT6B):
             )
         finest, *coarse = self.spm(image)
         shapes = [(features.size(2), features.size(3)) for features in coarse]
-        pyramid = torch.cat(
-            [
-                features.flatten(2).mT + level.to(features.dtype)
-                for features, level in zip(coarse, self.level_embed, strict=True)
-            ],
-            1,
-        )  # (b, N, c)
+        levels = [
+            features.flatten(2).mT + level.to(features.dtype)
+            for features, level in zip(coarse, self.level_embed, strict=True)
+        ]
+        pyramid = torch.cat(levels, 1)  # (b, N, c)
         patches = self.patch_embed(image)
         grid = (patches.size(2), patches.size(3))
         position = resize_position_embedding(self.pos_embed, grid)[:, 1:]  # without the class token's

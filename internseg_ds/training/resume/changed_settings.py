@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from internseg_ds.errors import CheckpointError, short_repr
+from internseg_ds.errors import CheckpointError, counted, short_repr
 
 SECTIONS = ("model", "data", "optimizer", "optimizer_config", "lr_config", "runner", "engine")
 """Of a config, which have a part in what is trained, and on what. `data.test` has none, nor have workers."""
@@ -75,7 +75,11 @@ def changed_groups(before: Any, now: Sequence[Mapping[str, Any]]) -> list[str]:
         if name in then and then[name] != here[name]:
             changes.setdefault((then[name], here[name]), []).append(name)
     unknown = sum(name not in then for name in here)
-    lines = [f"{unknown} parameters stand in no group of the checkpoint's note"] if unknown else []
+    lines = (
+        [f"{counted(unknown, 'parameter stands', 'parameters stand')} in no group of the checkpoint's note"]
+        if unknown
+        else []
+    )
     lines += [
         "the checkpoint's run had another learning rate or weight decay for "
         f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: "
@@ -98,7 +102,8 @@ def changed_classes(path: Path, before: Any, now: Sequence[str]) -> list[str]:
     )
     if len(before) != len(now):
         raise CheckpointError(
-            f"{path} was trained on {len(before)} classes, data.train of this run has {len(now)}; {fix}"
+            f"{path} was trained on {counted(len(before), 'class')}, data.train of this run has "
+            f"{len(now)}; {fix}"
         )
     number_of = {name: number for number, name in enumerate(now)}
     if moved := [
@@ -110,7 +115,7 @@ def changed_classes(path: Path, before: Any, now: Sequence[str]) -> list[str]:
         raise CheckpointError(
             f"{path} was trained on the same classes in another order: class {number} was {name!r} and is "
             f"{now[number]!r} in data.train of "
-            f"this run ({len(moved)} classes moved); its weights would mean other classes; {fix}"
+            f"this run ({counted(len(moved), 'class')} moved); its weights would mean other classes; {fix}"
         )
     return [
         f"the checkpoint's run had another name for class {number}: {then!r} -> {here!r}"

@@ -20,7 +20,7 @@ from internseg_ds.checkpoints.zero_files import find_save, missing_file_advice
 from internseg_ds.config.tuning_options import described
 from internseg_ds.distributed.process_group import gather_from_ranks, raise_on_every_rank
 from internseg_ds.distributed.weight_loading import match_saved
-from internseg_ds.errors import CheckpointError, shortened
+from internseg_ds.errors import CheckpointError, counted, shortened
 from internseg_ds.optimization.optimizers import kept_state
 from internseg_ds.optimization.parameter_groups import named_groups, parameter_groups
 from internseg_ds.preflight.preflight import Plan
@@ -67,7 +67,9 @@ def checkpoint_to_resume(
             trouble = trouble or error
             log.warning("%s; going on from the one before it", error)
     if trouble is not None:
-        raise CheckpointError(f"{trouble}; none of the {len(saves)} checkpoints in {folder} is whole")
+        raise CheckpointError(
+            f"{trouble}; none of the {counted(len(saves), 'checkpoint')} in {folder} is whole"
+        )
     if present := present_saves(folder):
         raise CheckpointError(
             f"--resume auto: none of the checkpoints in {folder} ({shortened([path.name for path in present])}) "
@@ -166,7 +168,7 @@ def _opened_here(path: Path, stage: int, check: bool) -> ZeroCheckpoint:
         (size, stage) != (checkpoint.world_size, checkpoint.stage) or dist.get_rank() not in checkpoint.ranks
     ):
         raise CheckpointError(
-            f"{path} of {host} lacks files that {size} processes under ZeRO-{stage} need, "
+            f"{path} of {host} lacks files that {counted(size, 'process')} under ZeRO-{stage} need, "
             f"{checkpoint.world_size} saved it under ZeRO-{checkpoint.stage}; "
             f"{missing_file_advice(checkpoint.manifest)}"
         )
@@ -191,7 +193,7 @@ def check_resumable(
         raise CheckpointError(
             f"{path} {'froze' if name in trains else 'trained'} {name} and this run "
             f"{'trains' if name in trains else 'freezes'} it "
-            f"({len(differ)} parameters differ); resume with the config that it was saved with, "
+            f"({counted(len(differ), 'parameter')} differ); resume with the config that it was saved with, "
             f"or start anew from its weights with --load-from"
         )
     _check_optimizer_state(checkpoint, optimizer)

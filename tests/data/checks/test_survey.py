@@ -81,7 +81,7 @@ def test_a_folder_whose_images_end_otherwise_is_not_called_empty_alone(data):
     with pytest.raises(DataError, match=r"; 2 files there end in '\.JPG'"):
         built(root, img_suffix=".tif")
     (root / "images/0.JPG").rename(root / "images/0_left.JPG")
-    with pytest.raises(DataError, match=r"; 1 files there end in '_left\.JPG' \(0_left\.JPG\)"):
+    with pytest.raises(DataError, match=r"; 1 file there ends in '_left\.JPG' \(0_left\.JPG\)"):
         built(root, img_suffix="_left.jpg")
     (root / "images/0_left.JPG").rename(root / "images/0.JPG")
     first, second = entry_of(root, img_suffix=".JPG"), entry_of(root)
@@ -144,15 +144,15 @@ def test_numbers_of_no_class_in_a_validation_set_are_said_before_they_count_as_w
     (said,) = survey(
         built(data([0, 1, 7], [0, 1, 1]), pipeline=TEST, test_mode=True), "data.val", training=False
     )
-    assert "1 of all 2 label maps" in said and "7 in " in said and "labels/0.png" in said
+    assert "of all 2 label maps looked at, 1 holds" in said and "7 in " in said and "labels/0.png" in said
 
 
 def test_images_left_out_for_their_suffix_although_labelled_are_an_error(data):
     root = data([0, 1], [1, 0])
     (root / "images/1.jpg").rename(root / "images/1.JPG")
     words = (
-        r"1 files of .*images are left out, for their names end in \.JPG and not in "
-        r"img_suffix='\.jpg' \(1\.JPG\); 1 are taken"
+        r"1 file of .*images is left out, for the ending is \.JPG and not "
+        r"img_suffix='\.jpg' \(1\.JPG\); 1 is taken"
     )
     with pytest.raises(DataError, match=words):
         survey(built(root), "data.train", training=True)
@@ -162,7 +162,7 @@ def test_images_left_out_without_label_maps_are_a_warning(data):
     root = data([0, 1], [1, 0])
     (root / "images/other.jpeg").write_bytes(b"")
     (said,) = survey(built(root), "data.train", training=True)
-    assert "1 files" in said and "other.jpeg" in said
+    assert "1 file of" in said and "other.jpeg" in said
 
 
 def test_a_subset_is_no_image_left_out(data):
@@ -194,7 +194,7 @@ def test_label_maps_of_other_sides_than_their_images_are_an_error_or_said(data):
     Image.fromarray(np.zeros((2, 3), np.uint8)).save(root / "labels/1.png")
     with pytest.raises(
         DataError,
-        match=r"1 of all 2 label maps looked at have other sides than their images: .*1.png has 2 x 3 "
+        match=r"of all 2 label maps looked at, 1 has other sides than their images: .*1.png has 2 x 3 "
         r"pixels and its image 4 x 3",
     ):
         survey(built(root), "data.train", training=True)
@@ -261,7 +261,7 @@ def test_empty_lines_and_a_byte_order_mark_of_a_split_file_are_no_images(data, t
     [
         (
             "0\n7\n",
-            r"1 of 2 images of the split file .*some\.txt are missing, the first is .*images/7\.jpg; put",
+            r"1 of 2 images of the split file .*some\.txt is missing, the first is .*images/7\.jpg; put",
         ),
         ("0.jpg\n1.jpg", r"2 of 2 images .*the first is .*0\.jpg\.jpg; its lines end in \.jpg already"),
     ],
