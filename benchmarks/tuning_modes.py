@@ -4,10 +4,10 @@ CamVid frozen, with low-rank adapters, with its last blocks, and whole.
     python benchmarks/tuning_modes.py --data data/camvid
 
 A stand-in for pretrained weights: 1 M parameters that have seen some drawn things. It shows that every mode
-trains and what it costs, and says nothing of published backbones. CamVid is expected as configs/intern_vit_tiny/upernet_intern_vit_tiny_224_camvid.py describes it. All
-runs have one learning rate, one schedule and one seed. Prints per mode mIoU on the validation set after
-the last step, the parameters that train, and CPU seconds of a step of plain PyTorch over those of full tuning;
-ends with a line of JSON.
+trains and what it costs, and says nothing of published backbones. CamVid is expected as
+configs/intern_vit_tiny/upernet_intern_vit_tiny_224_camvid.py describes it. All runs have one learning rate, one
+schedule and one seed. Prints per mode mIoU on the validation set after the last step, the parameters that
+train, and CPU seconds of a step of plain PyTorch over those of full tuning; ends with a line of JSON.
 """
 
 import argparse
