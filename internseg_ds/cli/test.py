@@ -1,11 +1,12 @@
 """Evaluates a trained segmentor with mmseg's metrics."""
 
+import argparse
 from typing import NoReturn
 
 from internseg_ds.cli import command_line
 
 
-def _main() -> None:
+def _parser() -> argparse.ArgumentParser:
     parser = command_line.parser(
         "Evaluates a trained segmentor with mmseg's metrics, in one process or split over many (deepspeed, "
         "torchrun, srun).",
@@ -66,6 +67,11 @@ def _main() -> None:
     )
     command_line.add_checksum_option(parser)
     command_line.add_config_options(parser)
+    return parser
+
+
+def _main() -> None:
+    parser = _parser()
     args = parser.parse_args()
 
     from internseg_ds.evaluation.test import test, write_submission

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
 
@@ -20,12 +20,15 @@ from internseg_ds.distributed.weight_loading import (
     match_segmentor,
     plain_names,
 )
-from internseg_ds.errors import CheckpointError, ConfigError, shortened
+from internseg_ds.errors import CheckpointError, ConfigError, counted, shortened
 from internseg_ds.models.backbone import checkpoint_of, pretrained_elsewhere, pretrained_file
 from internseg_ds.models.heads import heads
 from internseg_ds.preflight.model_checks import check_same_classes
 
 log = logging.getLogger(__name__)
+
+Fit: TypeAlias = Callable[[Any, Weights, tuple[str, ...]], KeyMatch]
+"""Of a model, its weights, and the names of `engine.weights_may_differ`."""
 
 
 def starting_weights(
@@ -38,7 +41,27 @@ def starting_weights(
     and for an address on the web: nothing is downloaded here. Raises ConfigError when another part than the
     backbone asks for weights of its own, or several do.
     """
-    fit: Callable[[Any, Weights, tuple[str, ...]], KeyMatch]
+    setting, source, fit = _chosen(experiment, model, load_from)
+    if source is None:
+        return None
+    path = _existing_file(setting, source)
+    weights = open_weights(path, check=experiment.engine.checksums)
+    try:
+        return fit(model, weights, experiment.engine.weights_may_differ)
+    except CheckpointError as error:
+        try:
+            own = read_by_backbone(experiment.model.backbone, path) if fit is match_backbone else None
+        except ValueError as reason:
+            raise CheckpointError(f"{error} ({reason})") from None
+        if own is None:
+            raise
+    return _fit_of_backbones_own_reading(model, own, path)
+
+
+def _chosen(experiment: Experiment, model: Any, load_from: str | os.PathLike | None) -> tuple[str, Any, Fit]:
+    """The setting that names the weights, its value (None for random weights), and how they are fitted to the
+    model. Raises ConfigError as `starting_weights` does."""
+    fit: Fit
     if load_from is not None:
         setting, source, fit = "--load-from", load_from, match_segmentor
     elif experiment.load_from is not None:
@@ -64,11 +87,14 @@ def starting_weights(
                 "for one module inside it; drop it, and start from weights of a whole segmentor with "
                 "load_from=PATH"
             )
-    if source is None:
-        return None
+    return setting, source, fit
+
+
+def _existing_file(setting: str, source: Any) -> Path:
+    """`source` as a path. Raises ConfigError and CheckpointError where it is none, or nothing is there."""
     with_file, without = (
         (f"--cfg-options {setting}=PATH", f"--cfg-options {setting}=None")
-        if load_from is None
+        if setting != "--load-from"
         else ("--load-from PATH", "no --load-from")
     )
     if not isinstance(source, (str, os.PathLike)) or not str(source):
@@ -84,27 +110,22 @@ def starting_weights(
             f"{setting}={str(source)!r}: there is no such file; put the weights there, or start from "
             f"random weights with {without}"
         )
-    weights = open_weights(Path(source), check=experiment.engine.checksums)
-    try:
-        return fit(model, weights, experiment.engine.weights_may_differ)
-    except CheckpointError as error:
-        try:
-            own = read_by_backbone(experiment.model.backbone, Path(source)) if fit is match_backbone else None
-        except ValueError as reason:
-            raise CheckpointError(f"{error} ({reason})") from None
-        if own is None:
-            raise
-        kept = tuple(name for name in plain_names(model.backbone) if name not in own.shapes)
-        found = match_backbone(model, own, kept)
-        log.warning(
-            "%s does not fit by its names alone, and %s reads it in its own way; %d tensors keep their "
-            "initial values: %s",
-            source,
-            type(model.backbone).__name__,
-            len(found.missing),
-            shortened(found.missing) or "none",
-        )
-        return found
+    return Path(source)
+
+
+def _fit_of_backbones_own_reading(model: Any, own: Weights, path: Path) -> KeyMatch:
+    """Of weights that the backbone's class reads in its own way; what they lack keeps its initial values, which
+    a warning names."""
+    kept = tuple(name for name in plain_names(model.backbone) if name not in own.shapes)
+    found = match_backbone(model, own, kept)
+    log.warning(
+        "%s does not fit by its names alone, and %s reads it in its own way; %s initial values: %s",
+        path,
+        type(model.backbone).__name__,
+        counted(len(found.missing), "tensor keeps its", "tensors keep their"),
+        shortened(found.missing) or "none",
+    )
+    return found
 
 
 def _fit_inside(part: str, model: Any, weights: Weights, may_differ: tuple[str, ...]) -> KeyMatch:

@@ -112,8 +112,8 @@ class KeptRunning:
         self._signal, self._again, self._asked_at = signal.SIGTERM, False, -AGAIN_S
 
     def run(self) -> int:
-        """Runs it until it is done, cannot be mended, or was asked to end; returns its last exit code, 128 +
-        n for signal n. For the main thread."""
+        """Runs it until it is done, ends for a reason that a restart cannot cure, or was asked to end. Returns
+        its last exit code, 128 + n for signal n. For the main thread."""
         # what a killed launcher leaves behind becomes our child, and can be found
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
         for number in SIGNALS:
