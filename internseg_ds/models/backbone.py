@@ -52,6 +52,9 @@ class Backbone(Protocol):
     pretrained_extras: tuple[str, ...]
     """Key prefixes that weight files hold beside the backbone, other than those of the usual classifiers
     (fc., head., classifier., ...)."""
+    left_out: tuple[str, ...]
+    """Parameters of a library's model that no feature map depends on and that it was built without, by their
+    names there. For a line in the log."""
     not_pretrained: tuple[str, ...]
     """Key prefixes that weight files lack; these parameters keep their initial values, and train under every
     `engine.tune`. Without: a missing key is an error."""

@@ -1,7 +1,7 @@
 """Whether the settings of a run can work together: ds_config, precision, offloading, optimizer, trackers."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from internseg_ds.config.ds_config import DsConfig
 from internseg_ds.config.experiment import Experiment
 from internseg_ds.distributed.precision import backbone_dtype, heads_dtype
 from internseg_ds.distributed.process_group import World
-from internseg_ds.errors import ConfigError
+from internseg_ds.errors import ConfigError, counted, shortened
 from internseg_ds.monitoring.loggers import check_loggers
 from internseg_ds.optimization.optimizers import check_optimizer
 from internseg_ds.optimization.parameter_groups import (
@@ -73,7 +73,19 @@ def settings_notes(experiment: Experiment, ds: DsConfig, model: nn.Module) -> li
             f"{frozen:,} parameters are frozen: they are kept and saved in bf16, in which the model computes "
             "with them; only what trains has fp32 master weights"
         )
-    return notes
+    return [*notes, *_unused_notes(experiment, model)]
+
+
+def _unused_notes(experiment: Experiment, model: Any) -> Iterator[str]:
+    """Which parameters of another library's model are not there, or do not train, though all should."""
+    if left_out := getattr(model.backbone, "left_out", ()):
+        yield (
+            f"{counted(len(left_out), 'parameter')} of the backbone's library that no feature map depends on: "
+            f"not built ({shortened(list(left_out))})"
+        )
+        still = [name for name, param in model.backbone.named_parameters() if not param.requires_grad]
+        if still and experiment.engine.tune == "all" and not model.backbone.freeze:
+            yield f"no gradient reaches {shortened(still)} of the backbone, which stays as it is"
 
 
 def check_offload(experiment: Experiment, ds: DsConfig, resume_from: Path | None) -> None:

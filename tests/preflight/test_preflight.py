@@ -56,3 +56,18 @@ def test_a_saved_config_builds_the_model_whose_folder_is_gone(ade20k, tmp_path):
     again = build_on_meta(Config.fromstring(plan.config_text, ".py").model)
     expected = {name: param.shape for name, param in plan.meta_model.named_parameters()}
     assert {name: param.shape for name, param in again.named_parameters()} == expected
+
+
+def test_what_a_librarys_model_leaves_out_and_does_not_train_is_a_line(ade20k):
+    cfg = small_experiment(ade20k)
+    fields = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64)
+    config = dict(model_type="dinov3_vit", **fields)
+    cfg.model.backbone = dict(type="TransformersBackbone", config=config, out_indices=[0, 1, 2])
+    cfg.model.decode_head.update(in_channels=[32] * 3, in_index=[0, 1, 2])
+    cfg.model.auxiliary_head.update(in_channels=32)
+    cfg.optimizer.paramwise_cfg.num_layers = 3
+    plan = check(read_experiment(cfg), ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0), validate=False)
+    (left_out,) = [note for note in plan.notes if "no feature map depends on" in note]
+    assert "layer.3." in left_out and "not built" in left_out
+    (stays,) = [note for note in plan.notes if "no gradient reaches" in note]
+    assert "embeddings.mask_token, model.norm.weight, model.norm.bias of the backbone" in stays

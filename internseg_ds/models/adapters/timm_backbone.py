@@ -90,7 +90,7 @@ class TimmBackbone(LibraryBackbone):
         self.final_norm = final_norm
 
         # what these attributes mean: `Backbone` in models/backbone.py
-        self.pretrained_extras: tuple[str, ...] = tuple(sorted(whole - kept))
+        self.left_out = self.pretrained_extras = tuple(sorted(whole - kept))
         self.patch_size: int | tuple[int, int] = 1  # hierarchical models round the sizes of their maps
         if self._is_plain():
             self.patch_size = getattr(self.model.patch_embed, "patch_size", 1)

@@ -109,7 +109,8 @@ class TransformersBackbone(LibraryBackbone):
         self._layer_ids = kind.layer_ids()
         self.depth = kind.layers
         kept = {name for name, _ in self.model.named_parameters()} | persistent_buffers(self.model)
-        self.pretrained_extras: tuple[str, ...] = tuple(f"model.{n}" for n in kind.whole if n not in kept)
+        self.left_out = tuple(name for name in kind.whole if name not in kept)
+        self.pretrained_extras: tuple[str, ...] = tuple(f"model.{name}" for name in self.left_out)
         self.arguments: dict[str, Any] = {
             f"config.{name}": getattr(found, name) for name in UNSEEN if hasattr(found, name)
         }
