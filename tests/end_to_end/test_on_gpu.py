@@ -177,7 +177,7 @@ def test_two_processes_on_one_gpu_are_refused(train):
         env=GPU,
         check=False,
     )
-    assert "at most 1 processes per host" in done.output and done.returncode
+    assert "at most 1 process per host" in done.output and done.returncode
 
 
 @needs_gpu
