@@ -17,6 +17,11 @@ MEMBERS = {  # model -> arguments, and the sides of an image that is not square
     "vit_base_patch16_siglip_224": (dict(embed_dim=48, depth=4, num_heads=3), (48, 80)),
     "aimv2_large_patch14_224": (dict(embed_dim=48, depth=4, num_heads=3), (42, 70)),
     "eva02_tiny_patch14_224": (dict(embed_dim=48, depth=4, num_heads=3), (42, 70)),
+    "vit_base_patch16_sapiens2": (
+        dict(embed_dim=64, depth=4, num_heads=4, num_kv_heads=(4, 2, 2, 4)),
+        (48, 80),
+    ),
+    "vit_base_patch16_radio_v3": (dict(embed_dim=48, depth=4, num_heads=3), (48, 80)),
     "convnext_atto": (dict(dims=(8, 16, 24, 32), depths=(1, 1, 2, 1)), (64, 96)),
     "swin_tiny_patch4_window7_224": (
         dict(embed_dim=12, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8)),
