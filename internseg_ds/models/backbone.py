@@ -52,6 +52,9 @@ class Backbone(Protocol):
     pretrained_extras: tuple[str, ...]
     """Key prefixes that weight files hold beside the backbone, other than those of the usual classifiers
     (fc., head., classifier., ...)."""
+    normalizations: tuple[tuple[tuple[float, ...], tuple[float, ...]], ...]
+    """Mean and standard deviation, of RGB from 0 to 255, that the images of pretraining were normalised with;
+    several where weights of one model differ. Without, or empty: images are not compared with them."""
     left_out: tuple[str, ...]
     """Parameters of a library's model that no feature map depends on and that it was built without, by their
     names there. For a line in the log."""

@@ -17,6 +17,7 @@ from internseg_ds.checkpoints.key_matching import KeyMatch
 from internseg_ds.config.config_text import config_dict, config_text
 from internseg_ds.config.ds_config import DsConfig
 from internseg_ds.config.experiment import Experiment
+from internseg_ds.data.checks.normalization import compare_with_pretraining
 from internseg_ds.data.checks.survey import survey
 from internseg_ds.data.datasets import SegmentationDataset
 from internseg_ds.distributed.construction import build_on_meta, choose_trained, set_activation_checkpointing
@@ -92,6 +93,8 @@ def check(
     train_set, warnings = training_set(experiment, model)
     # the last images of an epoch that make no whole batch begin the next one; mmseg's loader drops them
     experiment = experiment.in_steps(max(1, len(train_set) // ds.global_batch))
+    backbone: Any = model.backbone
+    warnings += compare_with_pretraining(train_set, getattr(backbone, "normalizations", ()))
     classes = train_set.CLASSES
     if weights is not None:
         warnings += check_starting_classes(model, weights, classes, experiment.engine.weights_may_differ)

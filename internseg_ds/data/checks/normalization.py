@@ -1,8 +1,9 @@
-"""Whether images are normalised alike where a model is trained and where it is scored."""
+"""Whether images are normalised alike where a model was pretrained, where it is trained and where it is scored."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 from mmseg.datasets.pipelines import Normalize
 
 from internseg_ds.data.checks.pipeline_steps import flat
@@ -19,6 +20,31 @@ def compare_normalization(train_set: SegmentationDataset, val_set: SegmentationD
         "of both pipelines the same mean, std and to_rgb"
         for other in sorted(scored - trained, key=str)
     ]
+
+
+def compare_with_pretraining(
+    train_set: SegmentationDataset, pretrained: Collection[tuple[Sequence[float], Sequence[float]]]
+) -> list[str]:
+    """A warning where training images are normalised as no image of the weights' pretraining was.
+
+    pretrained: mean and standard deviation of each, of RGB from 0 to 255; empty where nothing is known.
+    """
+    usual = [(tuple(mean), tuple(std), True) for mean, std in pretrained]
+    odd = {
+        settings
+        for settings in map(_settings, pipelines(train_set))
+        if usual and not any(_are_close(settings, each) for each in usual)
+    }
+    return [
+        f"images of data.train are normalised {_words(settings)}, those that the backbone's weights were "
+        f"pretrained on {' or '.join(map(_words, usual))}; write that into img_norm_cfg of both pipelines"
+        for settings in sorted(odd, key=str)
+    ]
+
+
+def _are_close(settings: tuple[Any, ...] | None, usual: tuple[Any, ...]) -> bool:
+    """Within what no feature shows: published values differ in their last digits."""
+    return settings is not None and settings[2] == usual[2] and np.allclose(settings[:2], usual[:2], atol=2)
 
 
 def _settings(steps: Iterable[Any]) -> tuple[Any, ...] | None:

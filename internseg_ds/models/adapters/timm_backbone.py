@@ -17,7 +17,9 @@ from mmseg.models.builder import BACKBONES
 from torch import Tensor, nn
 
 from internseg_ds.models.adapters.library_backbone import LibraryBackbone, chosen_maps, reset_modules
+from internseg_ds.models.adapters.pretraining_images import timm_normalizations
 from internseg_ds.models.adapters.transformers_configs import timm_model_of
+from internseg_ds.models.backbone import checkpoint_of
 from internseg_ds.models.eomt.joined_queries import Attended, Stages, Tokens, with_queries
 from internseg_ds.models.weight_resizing import is_patch_kernel, is_square_embedding
 
@@ -90,6 +92,7 @@ class TimmBackbone(LibraryBackbone):
         self.final_norm = final_norm
 
         # what these attributes mean: `Backbone` in models/backbone.py
+        self.normalizations = timm_normalizations(model_name, pretrained or checkpoint_of(init_cfg))
         self.left_out = self.pretrained_extras = tuple(sorted(whole - kept))
         self.patch_size: int | tuple[int, int] = 1  # hierarchical models round the sizes of their maps
         if self._is_plain():

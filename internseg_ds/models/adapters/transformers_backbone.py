@@ -19,6 +19,7 @@ from mmseg.models.builder import BACKBONES
 from torch import Tensor, nn
 
 from internseg_ds.models.adapters.library_backbone import LibraryBackbone, reset_modules
+from internseg_ds.models.adapters.pretraining_images import transformers_normalizations
 from internseg_ds.models.adapters.transformers_configs import MAPS, vision_config
 from internseg_ds.models.adapters.transformers_keys import places, published_keys, sources
 from internseg_ds.models.adapters.transformers_models import build, draw_values
@@ -109,6 +110,7 @@ class TransformersBackbone(LibraryBackbone):
         self._layer_ids = kind.layer_ids()
         self.depth = kind.layers
         kept = {name for name, _ in self.model.named_parameters()} | persistent_buffers(self.model)
+        self.normalizations = transformers_normalizations(pretrained or checkpoint_of(init_cfg))
         self.left_out = tuple(name for name in kind.whole if name not in kept)
         self.pretrained_extras: tuple[str, ...] = tuple(f"model.{name}" for name in self.left_out)
         self.arguments: dict[str, Any] = {
