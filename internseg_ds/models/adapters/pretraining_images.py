@@ -43,10 +43,8 @@ def _object_beside(weights: Any, name: str) -> dict[str, Any]:
 
 
 def _normalizations(known: Iterable[Mapping[str, Any]], mean: str, std: str) -> Normalizations:
-    pairs = [(each.get(mean), each.get(std)) for each in known]
-    return tuple(
-        sorted({(_of_255(one), _of_255(two)) for one, two in pairs if _is_rgb(one) and _is_rgb(two)})
-    )
+    complete = [each for each in known if _is_rgb(each.get(mean)) and _is_rgb(each.get(std))]
+    return tuple(sorted({(_of_255(each[mean]), _of_255(each[std])) for each in complete}))
 
 
 def _is_rgb(values: Any) -> bool:
