@@ -2,8 +2,10 @@
 and torch.load + load_state_dict in every rank.
 
     python benchmarks/load_pretrained.py [--depth 24] [--width 1024] [--ranks 1 2 4] [--rounds 3]
+    python benchmarks/load_pretrained.py --timm vit_huge_plus_patch16_dinov3 --ranks 2
 
-The backbone is an InternViT of 300 M parameters by default, in fp32 in one .pth. Prints, for each number of
+The backbone is an InternViT of 300 M parameters by default, or a model of timm, in fp32 in one .pth. Prints, for
+each number of
 ranks, the seconds that loading took on the slowest rank and by how much it raised the peak resident memory of
 a rank above that of the built model. Ends with a line of JSON: ratio = our seconds over theirs at the largest
 number of ranks, memory = the same of peaks.
@@ -23,7 +25,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def model_config(width: int, depth: int) -> dict:
+def model_config(width: int, depth: int, timm: str | None) -> dict:
+    if timm:
+        backbone = dict(type="TimmBackbone", model_name=timm)
+        head = dict(type="FCNHead", in_channels=1, channels=1, num_convs=0, concat_input=False, num_classes=2)
+        return dict(type="EncoderDecoder", backbone=backbone, decode_head=head, test_cfg=dict(mode="whole"))
     backbone = dict(
         type="InternViT6B",
         embed_dim=width,
@@ -45,7 +51,7 @@ def model_config(width: int, depth: int) -> dict:
     return dict(type="EncoderDecoder", backbone=backbone, decode_head=head, test_cfg=dict(mode="whole"))
 
 
-def one_rank(how: str, path: Path, width: int, depth: int) -> None:
+def one_rank(how: str, path: Path, config: dict) -> None:
     """Builds the model, loads the weights, and prints seconds and growth of the peak in bytes."""
     import torch
     import torch.distributed as dist
@@ -64,13 +70,14 @@ def one_rank(how: str, path: Path, width: int, depth: int) -> None:
     ds = resolve_ds_config(
         raw, experiment="", micro_batch=1, world_size=world.size, optimizer={"type": "AdamW", "lr": 1.0}
     )
-    model = build_for_training(ConfigDict(model_config(width, depth)), ds, torch.device("cpu"), seed=0)
+    model = build_for_training(ConfigDict(config), ds, torch.device("cpu"), seed=0)
     dist.barrier()
     before, began = peak(), time.perf_counter()
     if how == "ours":
         load(model, match_backbone(model, open_weights(path)))
     else:
-        model.backbone.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        published = getattr(model.backbone, "model", model.backbone)
+        published.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     seconds, grown = time.perf_counter() - began, peak() - before
     found: list[tuple[float, int]] = [(0.0, 0)] * world.size
     dist.all_gather_object(found, (seconds, grown))
@@ -86,7 +93,7 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def measure(how: str, path: Path, ranks: int, width: int, depth: int) -> dict[str, float]:
+def measure(how: str, path: Path, ranks: int, args: argparse.Namespace) -> dict[str, float]:
     command = [
         sys.executable,
         "-m",
@@ -100,9 +107,10 @@ def measure(how: str, path: Path, ranks: int, width: int, depth: int) -> dict[st
         "--file",
         str(path),
         "--width",
-        str(width),
+        str(args.width),
         "--depth",
-        str(depth),
+        str(args.depth),
+        *(["--timm", args.timm] if args.timm else []),
     ]
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}
@@ -120,13 +128,14 @@ def main() -> None:
     )
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--depth", type=int, default=24)
+    parser.add_argument("--timm", metavar="MODEL", help="of timm's, in place of an InternViT")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--role", choices=("ours", "torch.load"), help=argparse.SUPPRESS)
     parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.role:
-        one_rank(args.role, args.file, args.width, args.depth)
+        one_rank(args.role, args.file, model_config(args.width, args.depth, args.timm))
         return
     import torch
     from mmcv import ConfigDict
@@ -136,8 +145,8 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "weights.pth"
-        backbone = build_backbone(ConfigDict(model_config(args.width, args.depth)["backbone"]))
-        torch.save(backbone.state_dict(), path)
+        backbone = build_backbone(ConfigDict(model_config(args.width, args.depth, args.timm)["backbone"]))
+        torch.save(getattr(backbone, "model", backbone).state_dict(), path)
         print(
             f"{sum(p.numel() for p in backbone.parameters()):,} parameters, "
             f"{path.stat().st_size / 2**30:.2f} GiB"
@@ -146,7 +155,7 @@ def main() -> None:
         ratios = {}
         for ranks in args.ranks:
             runs = {
-                how: [measure(how, path, ranks, args.width, args.depth) for _ in range(args.rounds)]
+                how: [measure(how, path, ranks, args) for _ in range(args.rounds)]
                 for how in ("ours", "torch.load")
             }
             median = {
