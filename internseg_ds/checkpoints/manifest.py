@@ -48,7 +48,8 @@ SUM = "xxh128"
 class SaveRecord:
     """What a save records about itself and its run.
 
-    meta: CLASSES, PALETTE, config text. groups: parameter groups as dicts of names, lr, weight_decay.
+    meta: CLASSES, PALETTE, config text, and what else a resume compares. groups: parameter groups as dicts of
+    names, lr, weight_decay.
     saved_at: seconds since 1970, the time of writing if None. node_local: other hosts have written the files
     of their ranks into folders of their own. run: an identity that a run keeps when it is resumed; number: of
     this save in it.

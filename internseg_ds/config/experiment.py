@@ -91,6 +91,7 @@ class Experiment:
                 *self.notes,
                 f"an epoch is {steps_per_epoch:,} steps, so the run has {schedule.max_steps:,}",
             ),
+            warnings=(*self.warnings, *schedule.warmup_warning(self.path)),
             counts_epochs=False,
         )
 

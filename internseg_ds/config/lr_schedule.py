@@ -89,9 +89,18 @@ class LrSchedule:
     def with_epochs_of(self, steps: int) -> "LrSchedule":
         """A schedule that was read with epochs of one step, with epochs of so many."""
         settings = dict(self.settings)
-        if settings.pop("warmup_by_epoch", False):
+        if settings.pop("warmup_by_epoch", False) and settings.get("warmup_iters"):
             settings["warmup_iters"] *= steps
         return replace(self, max_steps=self.max_steps * steps, settings=settings, steps_per_epoch=steps)
+
+    def warmup_warning(self, path: str) -> Iterator[str]:
+        """A warning where the warmup never ends."""
+        warmup = self.settings.get("warmup_iters") or 0
+        if warmup >= self.max_steps:
+            yield (
+                f"lr_config.warmup_iters={warmup} of {path} is not shorter than all of the training "
+                f"({counted(self.max_steps, 'step')}), which never gets to its learning rate"
+            )
 
     def check(self) -> None:
         """Asks for the first rate and the last. Raises whatever mmcv's hook does, for settings that it does
@@ -206,11 +215,8 @@ def schedule_warnings(
             f"lr_config.warmup_iters={warmup} of {path} warms nothing up without warmup='linear' "
             "(or 'constant', 'exp')"
         )
-    elif schedule.steps_per_epoch is None and warmup >= schedule.max_steps:
-        yield (
-            f"lr_config.warmup_iters={warmup} of {path} is as long as all of the training "
-            f"({counted(schedule.max_steps, 'step')}), which never gets to its learning rate"
-        )
+    elif schedule.steps_per_epoch is None:
+        yield from schedule.warmup_warning(path)
     least = lr_config.get("min_lr")
     if lr == 0 and not least:
         yield f"optimizer.lr={lr!r} of {path}, so no weight changes"

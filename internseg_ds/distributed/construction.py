@@ -26,6 +26,7 @@ from internseg_ds.config.tuning_options import described
 from internseg_ds.distributed.initial_values import initialise, initialise_adapters
 from internseg_ds.distributed.precision import buffers_to_fp32
 from internseg_ds.distributed.sync_batch_norm import allow_any_device
+from internseg_ds.distributed.zero_internals import full_shape
 from internseg_ds.errors import ConfigError, nearest_argument, reason_of
 from internseg_ds.models.activation_checkpointing import CheckpointingPolicy, set_recomputation
 from internseg_ds.models.backbone import forget_pretrained
@@ -34,6 +35,7 @@ from internseg_ds.models.freezing import freeze
 from internseg_ds.models.heads import evaluate_by_call
 from internseg_ds.models.pixel_losses import losses_without_waits
 from internseg_ds.models.tuning import TuningMode, tune, tune_like
+from internseg_ds.seeding import derived_seed
 
 
 def build_on_meta(model: ConfigDict) -> nn.Module:
@@ -46,6 +48,7 @@ def build_on_meta(model: ConfigDict) -> nn.Module:
         segmentor = _on_meta(model)
     except Exception as error:  # constructors raise errors of all kinds
         raise _construction_error(model, error) from error
+    _freeze_empty(segmentor)
     allow_any_device(segmentor)
     losses_without_waits(segmentor)
     return segmentor
@@ -194,11 +197,14 @@ def freeze_parts(segmentor: nn.Module, names: Sequence[str]) -> None:
 def build_for_training(model: ConfigDict, ds: DsConfig, device: torch.device, seed: int) -> nn.Module:
     """The segmentor with initial values, in `ds.param_dtype`, on `device`, in training mode. Collective under
     ZeRO-3, where each rank has its shard of every parameter only."""
+    # constructors that draw values which nothing draws again
+    torch.manual_seed(derived_seed(seed, "constructors"))
     if ds.stage == 3:
         segmentor = _build_partitioned(model, ds)
     else:
         with torch.device(device), _default_dtype(ds.param_dtype), _NumbersOnHost(), _vectors_for_scalars():
             segmentor = build_segmentor(copy.deepcopy(model)).to(device)
+    _freeze_empty(segmentor)
     segmentor.train()  # some backbones freeze their stages in `train`; as in `build_on_meta`
     forget_pretrained(segmentor)
     allow_any_device(segmentor)
@@ -208,19 +214,49 @@ def build_for_training(model: ConfigDict, ds: DsConfig, device: torch.device, se
     return segmentor
 
 
+def _freeze_empty(segmentor: nn.Module) -> None:
+    """No gradient comes to parameters without elements (register tokens, of which a model has none)."""
+    for param in segmentor.parameters():
+        if not full_shape(param).numel():
+            param.requires_grad_(False)
+
+
 def _build_partitioned(model: ConfigDict, ds: DsConfig) -> nn.Module:
     """Under ZeRO-3, with the values that constructors give. Collective."""
     import deepspeed
 
     # no dtype argument: deepspeed 0.19.8 turns dtype=torch.float32 into bf16 where fp16 is not supported
     # (CPUs); the config has the same dtype
-    with deepspeed.zero.Init(config_dict_or_path=ds.raw), _vectors_for_scalars():
-        segmentor = build_segmentor(copy.deepcopy(model))
+    try:
+        with deepspeed.zero.Init(config_dict_or_path=ds.raw), _vectors_for_scalars():
+            segmentor = build_segmentor(copy.deepcopy(model))
+    except (RuntimeError, ValueError) as error:  # of sizes: a partitioned parameter has none
+        raise ConfigError(
+            f"the model cannot be built under ZeRO-3, whose parameters are partitioned as soon as they are made: "
+            f"{reason_of(error)}; where a constructor computes with them, use ZeRO-1 or 2"
+        ) from error
     evaluate_by_call(segmentor)
     for module in segmentor.modules():
         for param in external_parameters(module).values():
             deepspeed.zero.register_external_parameter(module, param)
     return segmentor
+
+
+def constructed_buffers(model: ConfigDict) -> dict[str, Tensor]:
+    """The buffers of a segmentor with the values that constructors give (tables of positions, which files do not
+    hold), on the CPU. Its parameters take no memory."""
+
+    def on_meta(_: nn.Module, __: str, param: nn.Parameter | None) -> nn.Parameter | None:
+        return None if param is None else nn.Parameter(param.data.to("meta"), param.requires_grad)
+
+    register: Any = register_module_parameter_registration_hook
+    hook = register(on_meta)
+    try:
+        with torch.device("cpu"), _vectors_for_scalars():
+            segmentor = build_segmentor(copy.deepcopy(model))
+    finally:
+        hook.remove()
+    return dict(segmentor.named_buffers())
 
 
 def fill(

@@ -20,7 +20,12 @@ from torch import Tensor, nn
 from internseg_ds.checkpoints.weights import open_weights, refuse_invalid
 from internseg_ds.config.ds_config import resolve_ds_config
 from internseg_ds.config.experiment import Experiment, read_experiment
-from internseg_ds.distributed.construction import build_for_training, build_on_meta, fill
+from internseg_ds.distributed.construction import (
+    build_for_training,
+    build_on_meta,
+    constructed_buffers,
+    fill,
+)
 from internseg_ds.distributed.gathering import Forwards, runs_on_whole_weights
 from internseg_ds.distributed.precision import apply_precision, backbone_dtype, heads_dtype, set_fp32_matmul
 from internseg_ds.distributed.process_group import World, world_from_environment
@@ -149,11 +154,14 @@ def load_trained(
         value = resized(model, name, weights.read(found.sources[name]), shape)
         return value.to(device, _stored_dtype(name, compute))
 
-    def buffer(name: str, meta_tensor: Tensor) -> Tensor:
+    def buffer(name: str, _: Tensor) -> Tensor:
         if name in found.sources:
             return weights.read(found.sources[name]).to(device)
-        return torch.zeros_like(meta_tensor, device=device)  # a batch norm's counter, which files may lack
+        return constructed[name].to(device)
 
+    lacking = [name for name, _ in model.named_buffers() if name not in found.sources]
+    # tables of positions, and the counters of batch norms, which files may lack
+    constructed = constructed_buffers(experiment.model) if lacking else {}
     fill(model, parameter, buffer)
     refuse_invalid(weights, invalid)
     apply_precision(model, compute, heads=heads_dtype(experiment.engine.heads_dtype, model))

@@ -51,7 +51,17 @@ def optimizer_state(kind: type[torch.optim.Optimizer], settings: Mapping[str, An
             f"optimizer {kind.__name__} looks at tensors as a whole (their norm, their rows and columns), and "
             "ZeRO gives it flat pieces of them; use one that updates each element by itself, such as AdamW or SGD"
         )
-    return _state_of(whole_optimizer, kind, settings)
+    state = _state_of(whole_optimizer, kind, settings)
+    slower = {**settings, "lr": 0.5 * whole_optimizer.defaults.get("lr", 1.0)}
+    _, other = _updated([weight], [[gradient] for gradient in gradients], kind, slower)
+    others = _state_of(other, kind, slower).counts
+    for name, value in state.counts.items():
+        if value != others[name]:
+            raise ConfigError(
+                f"optimizer {kind.__name__} keeps {name!r}, which follows the learning rate of each group; a "
+                "resumed run would have that of one group in all; use AdamW or SGD"
+            )
+    return state
 
 
 def _tensors() -> tuple[Tensor, list[Tensor]]:

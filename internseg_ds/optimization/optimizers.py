@@ -27,7 +27,7 @@ def optimizer_class(kind: Any) -> type[Any]:
         return registered
     try:
         found = getattr(importlib.import_module(module or "timm.optim"), name, None)
-    except ImportError as error:
+    except (ImportError, TypeError, ValueError) as error:  # the last two of names that are no paths
         raise ConfigError(f"optimizer.type={kind!r} cannot be imported: {reason_of(error)}") from None
     if isinstance(found, type) and issubclass(found, torch.optim.Optimizer):
         return found
@@ -67,6 +67,11 @@ def check_optimizer(section: Mapping[str, Any], ds: DsConfig) -> str:
             inspect.signature(DeepSpeedCPUAdam).bind([], adamw_mode=True, **_settings(section))
     except Exception as error:  # constructors raise errors of all kinds
         raise ConfigError(f"optimizer {kind} does not take these settings: {reason_of(error)}") from None
+    if issubclass(of_kind, torch.optim.Adagrad):
+        raise ConfigError(
+            "optimizer Adagrad cannot be: DeepSpeed puts one of a single group in its place, which follows no "
+            "schedule; use RMSprop or AdamW"
+        )
     kept_state(section)
     return kind
 

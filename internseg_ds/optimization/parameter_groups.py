@@ -11,12 +11,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmcv.runner.optimizer import OPTIMIZERS
 from mmseg.core.builder import build_optimizer_constructor  # builds mmcv's constructors too
 from torch import nn
 
 import internseg_ds.optimization.layer_decay  # noqa: F401 - registers its constructor
 from internseg_ds.errors import ConfigError, UserError, reason_of, shortened, unknown_key
+from internseg_ds.optimization.optimizers import optimizer_class
 
 PARAMWISE = (
     "custom_keys",
@@ -112,10 +112,8 @@ def default_weight_decay(optimizer: Mapping[str, Any]) -> float:
 
 
 def _parameters(optimizer: Mapping[str, Any]) -> Mapping[str, inspect.Parameter]:
-    """Those of the constructor of the optimizer's class."""
-    kind = optimizer.get("type", "AdamW")
-    found = OPTIMIZERS.get(kind) if isinstance(kind, str) else None
-    return {} if found is None else inspect.signature(found).parameters
+    """Those of the constructor of the optimizer's class. Raises ConfigError where there is no such class."""
+    return inspect.signature(optimizer_class(optimizer.get("type", "AdamW"))).parameters
 
 
 def _check_own_settings(constructor: str, settings: Mapping[str, Any], groups: Sequence[Group]) -> None:

@@ -401,6 +401,7 @@ class SegmentorEngine:
             "CLASSES": list(dataset.CLASSES),
             "PALETTE": [list(map(int, colour)) for colour in dataset.PALETTE],
             "config": self._config_text,
+            "steps_per_epoch": self.plan.experiment.schedule.steps_per_epoch,
             "tune": described(self.plan.experiment.engine.tune),
         }
         with self.watch.during(self.state.step, "saving"):

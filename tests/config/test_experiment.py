@@ -396,3 +396,17 @@ def test_a_run_that_counts_epochs_has_steps_once_its_data_are_known(tmp_path):
     assert (experiment.evaluation.interval, experiment.checkpoints.interval) == (55, 7)
     assert experiment.schedule.lr(219, 1.0) == 1.0 and experiment.schedule.lr(220, 1.0) == pytest.approx(0.1)
     assert read_experiment(ROOT / TINY).in_steps(11).max_steps == 420
+
+
+def test_a_warmup_that_outlasts_the_epochs_of_a_run_is_a_warning(tmp_path):
+    config = tmp_path / "epochs.py"
+    config.write_text(
+        f"_base_ = {str(ROOT / TINY)!r}\n"
+        "runner = dict(_delete_=True, type='EpochBasedRunner', max_epochs=3)\n"
+        "lr_config = dict(_delete_=True, policy='step', step=[2], warmup='linear', warmup_iters=40)\n"
+    )
+    assert not any("warmup_iters=40" in warning for warning in read_experiment(config).warnings)
+    assert any("as long as all" in warning for warning in read_experiment(config).in_steps(10).warnings)
+    assert not any("as long as all" in warning for warning in read_experiment(config).in_steps(20).warnings)
+    without = {"lr_config": dict(_delete_=True, policy="step", step=[2], warmup_by_epoch=True)}
+    assert read_experiment(config, without).in_steps(20).max_steps == 60

@@ -94,6 +94,7 @@ def refusal(config: str, options: dict, ade20k: Path) -> str:
             ["num_layers=7", "4 layers"],
         ),
         ({"optimizer.type": "AdamWW"}, ["AdamWW", "did you mean 'AdamW'"]),
+        ({"optimizer": dict(_delete_=True, type="Adagrad", lr=0.1)}, ["Adagrad cannot be", "RMSprop"]),
         ({"optimizer.type": "Lamb"}, ["Lamb looks at tensors as a whole", "AdamW or SGD"]),
         (
             {"optimizer.type": "PagedAdamW8bit"},

@@ -108,7 +108,10 @@ def test_a_learning_rate_that_is_not_written_down_is_asked_for(model):
         parameter_groups(model, dict(type="AdamW", weight_decay=0.05))
 
 
-@pytest.mark.parametrize(("kind", "default"), [("AdamW", 0.01), ("Adam", 0.0), ("SGD", 0.0)])
+@pytest.mark.parametrize(
+    ("kind", "default"),
+    [("AdamW", 0.01), ("Adam", 0.0), ("SGD", 0.0), ("torch.optim.AdamW", 0.01), ("timm.optim.NAdamW", 0.01)],
+)
 def test_a_weight_decay_that_is_not_written_down_is_the_optimizers_own(kind, default, model):
     assert {group["weight_decay"] for group in parameter_groups(model, dict(type=kind, lr=1.0))} == {default}
     optimizer = dict(type=kind, lr=1.0, paramwise_cfg=dict(norm_decay_mult=0.0))

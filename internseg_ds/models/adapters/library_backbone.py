@@ -49,12 +49,22 @@ class LibraryBackbone(BaseModule):
         for name, param in self.named_parameters():
             if freeze or name.rpartition(".")[2] in NEVER_TRAINED:
                 param.requires_grad_(False)
-        self.neck = _neck(neck, tuple(channels))
+        self.model_channels = tuple(channels)
+        self.neck = _neck(neck, self.model_channels)
         self.channels: tuple[int, ...] = tuple(getattr(self.neck, "channels", channels))
 
     def feature_maps(self, image: Tensor) -> Sequence[Tensor]:
         """image: (b, 3, h, w) -> maps (b, c, h / s, w / s), before the neck."""
         raise NotImplementedError
+
+    def _check_maps(self, image: Tensor, maps: Sequence[Tensor]) -> None:
+        """Raises ValueError unless there is a map of each image, of the channels that the library names."""
+        expected = [(len(image), channels) for channels in self.model_channels]
+        if (found := [tuple(features.shape[:2]) for features in maps]) != expected:
+            raise ValueError(
+                f"{type(self.model).__name__} gives maps of (images, channels) {found} where {expected} are due; "
+                "it is no backbone for segmentation"
+            )
 
     def train(self, mode: bool = True) -> "LibraryBackbone":
         """Frozen, the library's model stays in evaluation mode: nothing is dropped, and batch norms keep their
@@ -92,6 +102,7 @@ class LibraryBackbone(BaseModule):
             return self.query_stages(image, queries, last_blocks, attended)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze):
             maps = self.feature_maps(image)
+        self._check_maps(image, maps)
         if self.neck is not None:
             maps = self.neck(maps)
         return tuple(features.contiguous() for features in maps)

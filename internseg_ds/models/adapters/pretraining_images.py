@@ -29,7 +29,13 @@ def transformers_normalizations(pretrained: Any) -> Normalizations:
     if pretrained is None:
         return ()
     stated = _object_beside(pretrained, "preprocessor_config.json")
-    return _normalizations([stated] if stated.get("do_normalize", True) else [], "image_mean", "image_std")
+    # images that are not scaled to 0..1 before; other scales are rare, and not compared
+    of_1 = (
+        stated.get("do_rescale", True) and abs(255 * float(stated.get("rescale_factor", 1 / 255)) - 1) < 0.01
+    )
+    if not of_1 or not stated.get("do_normalize", True):
+        return ()
+    return _normalizations([stated], "image_mean", "image_std")
 
 
 def _object_beside(weights: Any, name: str) -> dict[str, Any]:

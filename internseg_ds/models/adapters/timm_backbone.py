@@ -21,6 +21,7 @@ from internseg_ds.models.adapters.pretraining_images import timm_normalizations
 from internseg_ds.models.adapters.transformers_configs import timm_model_of
 from internseg_ds.models.backbone import checkpoint_of
 from internseg_ds.models.eomt.joined_queries import Attended, Stages, Tokens, with_queries
+from internseg_ds.models.layers import DropPath
 from internseg_ds.models.weight_resizing import is_patch_kernel, is_square_embedding
 
 ANY_SIZE: tuple[dict[str, Any], ...] = (
@@ -71,10 +72,11 @@ class TimmBackbone(LibraryBackbone):
         model_args: Mapping[str, Any] | None = None,
         init_cfg: Mapping[str, Any] | None = None,
     ) -> None:
-        arguments = {"drop_path_rate": drop_path_rate, **(model_args or {})}
+        DropPath(drop_path_rate)  # raises for what is no probability
+        arguments = dict(model_args or {})
         if img_size is not None:
             arguments["img_size"] = img_size
-        model: Any = _create(model_name, arguments)
+        model: Any = _create(model_name, arguments, drop_path_rate)
         whole = {name for name, _ in model.named_parameters()}
         chosen = _prune(model, model_name, out_indices, final_norm)
         kept = {name for name, _ in model.named_parameters()}
@@ -88,6 +90,7 @@ class TimmBackbone(LibraryBackbone):
             pretrained=pretrained,
             init_cfg=init_cfg,
         )
+        self.model_name = model_name
         self.out_indices = chosen
         self.final_norm = final_norm
 
@@ -96,10 +99,10 @@ class TimmBackbone(LibraryBackbone):
         self.left_out = self.pretrained_extras = tuple(sorted(whole - kept))
         self.patch_size: int | tuple[int, int] = 1  # hierarchical models round the sizes of their maps
         if self._is_plain():
-            self.patch_size = getattr(self.model.patch_embed, "patch_size", 1)
+            self.patch_size = self.model.patch_embed.feat_ratio(as_scalar=False)
         self.follows_dtype = self._is_plain()
         self._layer_ids = _layer_ids(self.model)
-        self.depth = max(self._layer_ids.values())
+        self.depth = max(self._layer_ids.values(), default=0)
         self.no_decay_words: tuple[str, ...] = tuple(sorted(getattr(self.model, "no_weight_decay", set)()))
         self.resizable = _resizable(self.model)
         self.num_blocks = _blocks_that_take_masks(self.model)
@@ -145,18 +148,34 @@ class TimmBackbone(LibraryBackbone):
 
     def layer_id(self, name: str) -> int:
         """The layer of a parameter as timm groups them (`group_matcher`): 0 is what stands before the blocks,
-        depth + 1 the neck."""
+        depth + 1 the neck. Raises ValueError for a model that timm does not group."""
+        if not self._layer_ids:
+            raise ValueError(f"timm has no layers of {type(self.model).__name__}; use layer_decay_rate=1.0")
         return self.depth + 1 if name.startswith("neck.") else self._layer_ids[name.removeprefix("model.")]
 
     def feature_maps(self, image: Tensor) -> Sequence[Tensor]:
-        """image: (b, 3, h, w) -> one map (b, c, h / s, w / s) for each of out_indices, s its stride."""
-        return self.model.forward_intermediates(
-            image,
-            indices=list(self.out_indices),
-            norm=self.final_norm,
-            output_fmt="NCHW",
-            intermediates_only=True,
-        )
+        """image: (b, 3, h, w) -> one map (b, c, h / s, w / s) for each of out_indices, s its stride.
+
+        Raises ValueError for an image without values, as the checks before a run have it, of a size that the
+        model cannot take.
+        """
+        try:
+            return self.model.forward_intermediates(
+                image,
+                indices=list(self.out_indices),
+                norm=self.final_norm,
+                output_fmt="NCHW",
+                intermediates_only=True,
+            )
+        except (AssertionError, RuntimeError) as error:
+            if not image.is_meta:
+                raise
+            size = self.model.pretrained_cfg.get("input_size", ("", "its own"))[1:]
+            raise ValueError(
+                f"timm's {self.model_name} cannot take images of {image.size(2)} x {image.size(3)} "
+                f"({' '.join(str(error).split())[:160]}); it was made for {' x '.join(map(str, size))}: train and "
+                "test in such crops, or write img_size=(HEIGHT, WIDTH) of yours where its class has that argument"
+            ) from error
 
     def query_stages(
         self, image: Tensor, queries: Tensor, last_blocks: int, attended: Attended | None
@@ -211,8 +230,9 @@ def _unturned(rope: Tensor, positions: int) -> Tensor:
     return torch.cat((torch.cat((sines, torch.ones_like(sines)), dim=-1), rope), dim=-2)
 
 
-def _create(model_name: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """timm's model without a classifier, for images of any size where its class can be."""
+def _create(model_name: str, arguments: Mapping[str, Any], drop_path_rate: float) -> nn.Module:
+    """timm's model without a classifier, for images of any size where its class can be. Raises ValueError for a
+    name that timm does not have, and for a drop-path rate of a model that has none."""
     import timm  # here: it takes a second, and most runs have no model of it
 
     architecture = model_name.partition(".")[0]
@@ -222,12 +242,21 @@ def _create(model_name: str, arguments: Mapping[str, Any]) -> nn.Module:
             f"timm {timm.__version__} has no model {model_name!r}"
             + (f"; did you mean {' or '.join(map(repr, near))}?" if near else "; see timm.list_models()")
         )
+    optional = {"drop_path_rate": drop_path_rate}
     for any_size in ANY_SIZE:
-        try:
-            return timm.create_model(model_name, num_classes=0, **{**any_size, **arguments})
-        except TypeError as error:
-            if not any(f"'{name}'" in str(error) for name in any_size):
-                raise
+        for more in (optional, {}):
+            try:
+                return timm.create_model(model_name, num_classes=0, **{**any_size, **more, **arguments})
+            except TypeError as error:
+                if more and "'drop_path_rate'" in str(error):
+                    if drop_path_rate:
+                        raise ValueError(
+                            f"drop_path_rate={drop_path_rate:g}, but timm's {model_name} has none"
+                        ) from None
+                elif any(f"'{name}'" in str(error) for name in any_size):
+                    break
+                else:
+                    raise
     raise AssertionError("the last of ANY_SIZE is empty")
 
 
@@ -246,8 +275,12 @@ def _prune(
 
 
 def _layer_ids(model: Any) -> dict[str, int]:
-    """The layer of each parameter, from 0, as timm's layer-wise learning-rate decay has it."""
+    """The layer of each parameter, from 0, as timm's layer-wise learning-rate decay has it; empty where timm
+    has no groups of a model."""
     from timm.models import group_parameters
+
+    if not hasattr(model, "group_matcher"):
+        return {}
 
     return group_parameters(model, model.group_matcher(coarse=False), reverse=True)
 

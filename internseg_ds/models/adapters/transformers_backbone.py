@@ -23,6 +23,7 @@ from internseg_ds.models.adapters.pretraining_images import transformers_normali
 from internseg_ds.models.adapters.transformers_configs import MAPS, vision_config
 from internseg_ds.models.adapters.transformers_keys import places, published_keys, sources
 from internseg_ds.models.adapters.transformers_models import build, draw_values
+from internseg_ds.models.adapters.transformers_parts import names_of
 from internseg_ds.models.adapters.transformers_plain import HEADS, PlainModel
 from internseg_ds.models.adapters.transformers_staged import StagedModel
 from internseg_ds.models.backbone import checkpoint_of
@@ -111,14 +112,15 @@ class TransformersBackbone(LibraryBackbone):
         self.depth = kind.layers
         kept = {name for name, _ in self.model.named_parameters()} | persistent_buffers(self.model)
         self.normalizations = transformers_normalizations(pretrained or checkpoint_of(init_cfg))
-        self.left_out = tuple(name for name in kind.whole if name not in kept)
-        self.pretrained_extras: tuple[str, ...] = tuple(f"model.{name}" for name in self.left_out)
+        self.left_out = tuple(name for name in kind.whole if name not in names_of(self.model))
+        self.pretrained_extras: tuple[str, ...] = tuple(f"model.{n}" for n in kind.whole if n not in kept)
         self.arguments: dict[str, Any] = {
             f"config.{name}": getattr(found, name) for name in UNSEEN if hasattr(found, name)
         }
         self.stated: dict[str, Any] = {"config": published}
         self.resizable = _resizable(kind) if isinstance(kind, PlainModel) else {}
-        if not any(param.is_meta or not param.numel() for param in self.model.parameters()):
+        params = list(self.model.parameters())
+        if not any(param.is_meta for param in params) and any(param.numel() for param in params):
             self.initial_values()  # whole; the engine draws those of partitioned parameters itself
 
     no_decay_words: tuple[str, ...] = NO_DECAY

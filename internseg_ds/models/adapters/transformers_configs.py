@@ -131,7 +131,14 @@ def _class(kind: str, fields: Mapping[str, Any], where: str) -> Any:
 
 def _check_fields(kind: str, fields: Mapping[str, Any]) -> None:
     """Raises ValueError for a field that the model type does not have: transformers would ignore it."""
-    defaults = _class(kind, fields, "config")()
+    of_kind = _class(kind, fields, "config")
+    try:
+        defaults = of_kind()
+    except Exception as error:  # transformers checks its own defaults by code of its own
+        raise ValueError(
+            f"transformers' {kind} has no configuration by default ({type(error).__name__}); give the folder of "
+            "a config.json"
+        ) from error
     known = {*defaults.to_dict(), *defaults.attribute_map, "model_type", "torch_dtype"}
     for name in fields:
         if name not in known:

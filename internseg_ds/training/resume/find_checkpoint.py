@@ -203,13 +203,27 @@ def check_resumable(
 def _check_optimizer_state(checkpoint: ZeroCheckpoint, optimizer: Mapping[str, Any]) -> None:
     """Raises CheckpointError when the checkpoint holds other moments than this run's optimizer has: they would
     silently begin at zero."""
-    kept = kept_state(optimizer).moments
-    if checkpoint.scheduled and set(checkpoint.moments) != set(kept):
+    state = kept_state(optimizer)
+    kept, held = [*state.moments, *state.counts], [*checkpoint.moments, *checkpoint.counts]
+    if checkpoint.scheduled and set(held) != set(kept):
         kind = optimizer.get("type", "AdamW")
         raise CheckpointError(
-            f"{checkpoint.path} holds {', '.join(checkpoint.moments) or 'no state'} of its optimizer, and "
+            f"{checkpoint.path} holds {', '.join(held) or 'no state'} of its optimizer, and "
             f"optimizer.type={kind!r} of this run keeps {', '.join(kept) or 'nothing'}; resume with the "
             "optimizer that it was saved with, or start anew from its weights with --load-from"
+        )
+
+
+def _check_same_epochs(path: Path, saved: int | None, now: int | None) -> None:
+    """Raises CheckpointError where the steps of a run that counts epochs would be another number of epochs.
+
+    saved, now: steps of an epoch; None where steps are counted, or the save does not say.
+    """
+    if saved is not None and now is not None and saved != now:
+        raise CheckpointError(
+            f"an epoch of the run of {path} has {saved} steps, one of this run {now}, so it would not train its "
+            "epochs; keep batch and data, or count steps from now on: runner=dict(type='IterBasedRunner', "
+            "max_iters=...), and by_epoch=False in lr_config"
         )
 
 
@@ -233,6 +247,7 @@ def changes_since(path: Path, plan: Plan) -> list[str]:
     check = experiment.engine.checksums
     manifest = check_resumable(path, plan.meta_model, experiment.optimizer, check=check)
     saved = manifest.get("meta") or {}
+    _check_same_epochs(path, saved.get("steps_per_epoch"), experiment.schedule.steps_per_epoch)
     groups = named_groups(plan.meta_model, parameter_groups(plan.meta_model, experiment.optimizer))
     return [
         *changed_settings(saved.get("config"), plan.config_text),

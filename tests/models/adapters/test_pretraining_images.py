@@ -32,6 +32,9 @@ def test_of_transformers_what_a_folder_states_if_anything(text, tmp_path):
     assert transformers_normalizations(tmp_path) == ()
     file.write_text(json.dumps({"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}))
     assert transformers_normalizations(tmp_path) == (((127.5,) * 3, (127.5,) * 3),)
+    stated = {"image_mean": [120.0] * 3, "image_std": [60.0] * 3, "do_rescale": False}
+    file.write_text(json.dumps(stated))
+    assert transformers_normalizations(tmp_path) == ()
 
 
 @pytest.mark.parametrize(("tag", "warns"), [("lvd1689m", False), ("sat493m", True)])

@@ -204,3 +204,39 @@ def test_frozen_it_neither_trains_nor_drops():
     image = torch.randn(1, 3, 48, 48)
     assert not any(param.requires_grad for param in model.parameters())
     assert torch.equal(model(image)[0], model(image)[0]) and not model(image)[0].requires_grad
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "words"),
+    [
+        ("vit_tiny_patch16_224", dict(drop_path_rate=2.0), "drop-path rate of 2"),
+        ("vgg11", dict(drop_path_rate=0.1), "timm's vgg11 has none"),
+        ("vit_small_r26_s32_224", dict(out_indices=[99]), "ascending numbers"),
+    ],
+)
+def test_a_setting_that_a_model_cannot_have_is_an_error(name, arguments, words):
+    with torch.device("meta"), pytest.raises(ValueError, match=words):
+        backbone(name, **arguments)
+
+
+@pytest.mark.parametrize("name", ["vgg11", "densenet121", "repvit_m1", "caformer_s18"])
+def test_models_without_drop_path_or_groups_of_layers_give_maps(name):
+    with torch.device("meta"):
+        model = backbone(name)
+        maps = model(torch.empty(2, 3, 64, 96))
+    assert [features.size(1) for features in maps] == list(model.channels)
+    if name == "caformer_s18":
+        with pytest.raises(ValueError, match=r"layer_decay_rate=1\.0"):
+            model.layer_id("model.stem.conv.weight")
+
+
+def test_a_size_that_a_model_cannot_take_is_named_before_a_run():
+    with torch.device("meta"):
+        model = backbone("efficientformer_l1", img_size=None)
+        with pytest.raises(ValueError, match=r"cannot take images of 64 x 96 .* made for 224 x 224"):
+            model(torch.empty(1, 3, 64, 96))
+
+
+def test_the_patch_of_a_hybrid_is_what_its_tokens_stand_for():
+    with torch.device("meta"):
+        assert backbone("vit_small_r26_s32_224").patch_size == (32, 32)
