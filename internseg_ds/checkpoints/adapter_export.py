@@ -12,7 +12,7 @@ from internseg_ds.checkpoints.merged_checkpoint import lora_settings
 from internseg_ds.checkpoints.streaming import Entry
 from internseg_ds.checkpoints.zero_checkpoint import ZeroCheckpoint
 from internseg_ds.errors import CheckpointError
-from internseg_ds.models.lora import is_factor, plain_name
+from internseg_ds.lora_names import is_factor, plain_name
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 """Names that peft expects."""

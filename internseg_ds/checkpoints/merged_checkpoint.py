@@ -12,7 +12,7 @@ from torch import Tensor
 
 from internseg_ds.checkpoints.zero_checkpoint import What, ZeroCheckpoint
 from internseg_ds.errors import CheckpointError
-from internseg_ds.models.lora import factor_names, is_factor, plain_name
+from internseg_ds.lora_names import factor_names, is_factor, plain_name
 
 
 class MergedCheckpoint:

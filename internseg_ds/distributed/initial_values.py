@@ -15,7 +15,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from internseg_ds.distributed.zero_internals import is_partitioned
-from internseg_ds.models.lora import adapters, is_factor, reset_adapter
+from internseg_ds.lora_names import is_factor
+from internseg_ds.models.lora import adapters, reset_adapter
 from internseg_ds.seeding import derived_seed
 from internseg_ds.torch_internals import reset_parameters_of, tree_leaves
 

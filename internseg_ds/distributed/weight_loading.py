@@ -26,7 +26,7 @@ from internseg_ds.distributed.zero_internals import (
     write_shard,
 )
 from internseg_ds.errors import CheckpointError, DamagedError
-from internseg_ds.models.lora import is_factor, plain_name
+from internseg_ds.lora_names import is_factor, plain_name
 from internseg_ds.tensor_part import Part
 from internseg_ds.torch_internals import persistent_buffers
 

@@ -3,7 +3,7 @@
 y = W x + (alpha / rank) B A x with W frozen, A (rank, in) and B (out, rank), which starts as zeros: training
 begins at the pretrained model. Source: Hu et al., "LoRA" (2021), section 4.1. In peft's module tree a layer
 `qkv` becomes `qkv.base_layer`, and beside it lie `qkv.lora_A.default` and `qkv.lora_B.default`; the names of
-weight files stay those without adapters, which `plain_name` finds. Works on models on the meta device too.
+weight files stay those without adapters (`lora_names`). Works on models on the meta device too.
 """
 
 import copy
@@ -17,11 +17,6 @@ from torch import nn
 
 from internseg_ds.models.repeated_blocks import repeated_blocks
 
-BASE = ".base_layer."
-"""Between the name of an adapted layer and those of its own parameters, as peft names them."""
-FACTOR = re.compile(r"\.lora_([AB])\.default\.weight$")
-"""The end of the names of A and B."""
-
 
 @dataclass(frozen=True)
 class Lora:
@@ -33,23 +28,6 @@ class Lora:
     alpha: float
     dropout: float = 0.0
     targets: tuple[str, ...] | None = None
-
-
-def is_factor(name: str) -> bool:
-    """Whether a parameter, by its name, is A or B of an adapter."""
-    return FACTOR.search(name) is not None
-
-
-def plain_name(name: str) -> str:
-    """The name that a parameter of an adapted layer has in the model without adapters. A and B have that of
-    the weight which they change."""
-    return FACTOR.sub(".weight", name).replace(BASE, ".")
-
-
-def factor_names(name: str) -> tuple[str, str]:
-    """The names of A and B of the layer whose weight has the plain name `name`."""
-    layer = name.removesuffix(".weight")
-    return f"{layer}.lora_A.default.weight", f"{layer}.lora_B.default.weight"
 
 
 def adapters(model: nn.Module) -> dict[str, Any]:

@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 from torch import nn
 
+from internseg_ds.lora_names import is_factor
 from internseg_ds.models.freezing import keep_in_eval
-from internseg_ds.models.lora import Lora, add_adapters, add_same_adapters, is_factor, target_names
+from internseg_ds.models.lora import Lora, add_adapters, add_same_adapters, target_names
 from internseg_ds.models.repeated_blocks import repeated_blocks
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from internseg_ds.distributed.zero_internals import full_shape
 from internseg_ds.errors import ConfigError, counted, unknown_key
-from internseg_ds.models.lora import plain_name
+from internseg_ds.lora_names import plain_name
 
 HEADS_OFFSETS = ("sampling_offsets", "reference_points")
 """Parts of names: the offsets of deformable attention in heads."""

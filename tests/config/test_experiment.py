@@ -165,7 +165,10 @@ def test_a_key_at_the_top_that_is_nearly_one_that_is_read_is_a_warning():
     ("options", "words"),
     [
         ({"lr_config.warmup": None}, ["warmup_iters=", "warms nothing up"]),
-        ({"lr_config.warmup_iters": 420}, ["warmup_iters=420", "as long as all of the training (420 steps)"]),
+        (
+            {"lr_config.warmup_iters": 420},
+            ["warmup_iters=420", "not shorter than all of the training (420 steps)"],
+        ),
         ({"optimizer.lr": 0}, ["optimizer.lr=0", "no weight changes"]),
         ({"lr_config.min_lr": 1.0}, ["min_lr=1", "is above optimizer.lr"]),
     ],
@@ -406,7 +409,9 @@ def test_a_warmup_that_outlasts_the_epochs_of_a_run_is_a_warning(tmp_path):
         "lr_config = dict(_delete_=True, policy='step', step=[2], warmup='linear', warmup_iters=40)\n"
     )
     assert not any("warmup_iters=40" in warning for warning in read_experiment(config).warnings)
-    assert any("as long as all" in warning for warning in read_experiment(config).in_steps(10).warnings)
-    assert not any("as long as all" in warning for warning in read_experiment(config).in_steps(20).warnings)
+    assert any("not shorter than all" in warning for warning in read_experiment(config).in_steps(10).warnings)
+    assert not any(
+        "not shorter than all" in warning for warning in read_experiment(config).in_steps(20).warnings
+    )
     without = {"lr_config": dict(_delete_=True, policy="step", step=[2], warmup_by_epoch=True)}
     assert read_experiment(config, without).in_steps(20).max_steps == 60

@@ -97,7 +97,7 @@ def damaged(source, target, damage):
         (lambda path: next(path.glob("*zero_pp_rank_1_*optim*")).unlink(), "mixes runs|model_states"),
         (
             lambda path: next(path.glob("*zero_pp_rank_1_*model*")).unlink(),
-            "1 model_states files for 2 processes",
+            "1 model_states file for 2 processes",
         ),
         (lambda path: [file.unlink() for file in path.glob("*.pt")], "no ZeRO checkpoint"),
         (

@@ -284,3 +284,14 @@ def test_one_channel_for_two_classes_is_a_threshold(tiny):
 )
 def test_windows_are_where_they_should_be(size, crop, stride, expected):
     assert [tuple(window) for window in windows(*size, crop, stride)] == expected
+
+
+def test_logits_that_are_not_finite_are_a_warning(tiny, caplog):
+    ours(tiny, STREAM)
+    assert not caplog.records
+    broken = copy.deepcopy(tiny)
+    with torch.no_grad():
+        broken.decode_head.conv_seg.bias[0] = float("nan")
+    ours(broken, STREAM)
+    (record,) = caplog.records
+    assert "NaN or infinite" in record.getMessage()

@@ -9,7 +9,8 @@ from torch import nn
 from internseg_ds.config.engine_options import EngineOptions
 from internseg_ds.distributed.construction import build_on_meta, choose_trained
 from internseg_ds.errors import ConfigError
-from internseg_ds.models.lora import Lora, adapters, plain_name
+from internseg_ds.lora_names import plain_name
+from internseg_ds.models.lora import Lora, adapters
 from internseg_ds.models.tuning import LastBlocks, tune
 from internseg_ds.preflight.tuning_checks import calls_of, check_tuned_parts
 from tests.distributed.test_block_hooks import RESNET, VIT, model_of
