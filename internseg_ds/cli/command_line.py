@@ -130,7 +130,13 @@ def add_config_options(made: argparse.ArgumentParser) -> None:
             for value in values:
                 if "=" not in value:
                     parser.error(f"--cfg-options {value}: write KEY=VALUE")
-            super().__call__(parser, namespace, values, option_string)
+            try:
+                super().__call__(parser, namespace, values, option_string)
+            except RecursionError:  # mmcv's reader of lists and tuples, of what is neither
+                parser.error(
+                    f"--cfg-options {' '.join(values)}: a dict(...) with a list cannot be written here; write "
+                    "KEY.SUBKEY=VALUE for each setting, or put it into a config file"
+                )
 
     made.add_argument(
         "--cfg-options",

@@ -55,5 +55,8 @@ KNOWN: dict[str, tuple[str, ...]] = {
     "runner": ("type", "max_iters", "max_epochs"),
     "model.test_cfg": ("mode", "crop_size", "stride", "batch_size"),
     "model.train_cfg": (),
+    "engine.tune": ("last_blocks", "lora"),
+    "engine.tune.lora": ("rank", "alpha", "dropout", "targets"),
 }
-"""What the engine reads of the sections that configured mmcv's runner, and mmseg of `test_cfg`."""
+"""What the engine reads of the sections that configured mmcv's runner, mmseg of `test_cfg`, and what sections of
+`engine` hold."""

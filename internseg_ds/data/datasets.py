@@ -85,8 +85,8 @@ def _check_folder(root: str | None, key: str, folder: str, what: str) -> None:
         reason = f"({key} = {folder!r}); put the data there, or set {what}.{key}"
     elif not Path(root).is_dir():
         reason = (
-            f"({key} = {folder!r} under data_root = {root!r}), for there is no data_root; put the data there, "
-            f"or set {what}.data_root"
+            f"({key} = {folder!r} under data_root = {root!r}), for there is no folder {root!r} either; "
+            f"put the data there, or set {what}.data_root"
         )
     else:
         there = shortened(sorted(item.name for item in Path(root).iterdir())) or "nothing"

@@ -415,3 +415,15 @@ def test_a_warmup_that_outlasts_the_epochs_of_a_run_is_a_warning(tmp_path):
     )
     without = {"lr_config": dict(_delete_=True, policy="step", step=[2], warmup_by_epoch=True)}
     assert read_experiment(config, without).in_steps(20).max_steps == 60
+
+
+def test_settings_of_lora_can_be_added_one_by_one():
+    options = {
+        "engine.tune.lora.rank": 4,
+        "engine.tune.lora.targets": ["qkv"],
+        "engine.tune.lora.dropout": 0.1,
+    }
+    lora = read_experiment(ROOT / TINY, options).engine.tune
+    assert (lora.rank, lora.targets, lora.dropout) == (4, ("qkv",), 0.1)
+    with pytest.raises(ConfigError, match=r"did you mean engine\.tune\.lora\.targets"):
+        read_experiment(ROOT / TINY, {"engine.tune.lora.rank": 4, "engine.tune.lora.target": ["qkv"]})

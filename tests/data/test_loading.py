@@ -117,8 +117,8 @@ def test_more_ranks_than_images_leaves_some_without_any(data):
         ({"ann_dir": "/nowhere"}, r"no folder /nowhere \(ann_dir = .*set data\.train\.ann_dir$"),
         (
             {"data_root": "/nowhere"},
-            r"no folder /nowhere/images/training .*data_root = '/nowhere'\), for there is no data_root; .*"
-            r"set data\.train\.data_root$",
+            r"no folder /nowhere/images/training .*data_root = '/nowhere'\), for there is no folder '/nowhere' "
+            r"either; .*set data\.train\.data_root$",
         ),
         ({"img_dir": ["images/training", "elsewhere"]}, "there is no folder .*elsewhere"),
         ({"split": "few.txt"}, r"few\.txt"),
