@@ -230,7 +230,10 @@ def _build_partitioned(model: ConfigDict, ds: DsConfig) -> nn.Module:
     try:
         with deepspeed.zero.Init(config_dict_or_path=ds.raw), _vectors_for_scalars():
             segmentor = build_segmentor(copy.deepcopy(model))
-    except (RuntimeError, ValueError) as error:  # of sizes: a partitioned parameter has none
+    except (RuntimeError, ValueError) as error:
+        # a partitioned parameter has neither size nor dimensions
+        if not any(mark in str(error) for mark in ("Fan in and fan out", "size of tensor a (0)")):
+            raise
         raise ConfigError(
             f"the model cannot be built under ZeRO-3, whose parameters are partitioned as soon as they are made: "
             f"{reason_of(error)}; where a constructor computes with them, use ZeRO-1 or 2"
