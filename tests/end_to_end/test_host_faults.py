@@ -51,7 +51,7 @@ def test_a_data_worker_that_is_killed_is_one_sentence(ade20k, tmp_path):
     assert (
         "Traceback" not in said
         and f"error: data worker {children[0].pid} of host " in said
-        and "was killed by a signal (Killed)" in said
+        and ("was killed by a signal (Killed)" in said or "ended without a word" in said)  # who sees it first
     ), said[-3000:]
 
 
