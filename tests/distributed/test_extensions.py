@@ -27,6 +27,7 @@ def heard(caplog, monkeypatch):
     return caplog
 
 
+@pytest.mark.slow  # of seconds that a busy machine does not keep
 def test_whoever_loads_it_slowly_and_whoever_waits_for_that_say_so(heard):
     lock = extension_folder(NAME).parent / f"{NAME}.flock"
     with lock.open("w") as other:
