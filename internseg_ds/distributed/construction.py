@@ -8,7 +8,7 @@ the same under every stage, precision and number of processes.
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import torch
@@ -110,22 +110,27 @@ class _NumbersOnHost(TorchFunctionMode):
 
 
 @contextmanager
-def _vectors_for_scalars() -> Iterator[None]:
-    """Inside, a parameter without dimensions (mmcv's `Scale`), which ZeRO-3 cannot partition, is registered
-    as a vector of one element."""
+def _registered_as(change: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """Inside, modules register a parameter of `change(its data)` in place of one; where that is None, the
+    parameter as it is."""
 
-    def one_element(_: nn.Module, __: str, param: nn.Parameter | None) -> nn.Parameter | None:
-        if param is None or param.dim() > 0:
-            return None  # leaves it as it is
-        return nn.Parameter(param.data.view(1), param.requires_grad)
+    def changed(_: nn.Module, __: str, param: nn.Parameter | None) -> nn.Parameter | None:
+        data = None if param is None else change(param.data)
+        return None if param is None or data is None else nn.Parameter(data, param.requires_grad)
 
     # torch's annotation leaves out the result of the hook, which its documentation defines
     register: Any = register_module_parameter_registration_hook
-    hook = register(one_element)
+    hook = register(changed)
     try:
         yield
     finally:
         hook.remove()
+
+
+def _vectors_for_scalars() -> AbstractContextManager[None]:
+    """Inside, a parameter without dimensions (mmcv's `Scale`), which ZeRO-3 cannot partition, is registered
+    as a vector of one element."""
+    return _registered_as(lambda data: None if data.dim() > 0 else data.view(1))
 
 
 def set_activation_checkpointing(segmentor: nn.Module, recomputation: str | int) -> None:
@@ -248,17 +253,8 @@ def _build_partitioned(model: ConfigDict, ds: DsConfig) -> nn.Module:
 def constructed_buffers(model: ConfigDict) -> dict[str, Tensor]:
     """The buffers of a segmentor with the values that constructors give (tables of positions, which files do not
     hold), on the CPU. Its parameters take no memory."""
-
-    def on_meta(_: nn.Module, __: str, param: nn.Parameter | None) -> nn.Parameter | None:
-        return None if param is None else nn.Parameter(param.data.to("meta"), param.requires_grad)
-
-    register: Any = register_module_parameter_registration_hook
-    hook = register(on_meta)
-    try:
-        with torch.device("cpu"), _vectors_for_scalars():
-            segmentor = build_segmentor(copy.deepcopy(model))
-    finally:
-        hook.remove()
+    with torch.device("cpu"), _registered_as(lambda data: data.to("meta")), _vectors_for_scalars():
+        segmentor = build_segmentor(copy.deepcopy(model))
     return dict(segmentor.named_buffers())
 
 

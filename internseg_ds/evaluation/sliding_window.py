@@ -178,8 +178,9 @@ class SlidingWindowInference:
         self.patch = patch_size(segmentor.backbone)
         default = 1 if forwards.in_step else WINDOWS_PER_FORWARD
         self.batch_size: int = self.test_cfg.get("batch_size", default)
-        self._not_finite: list[Tensor] = []
-        """Of each forward, whether one of its logits is NaN or infinite; on the device, read at the end."""
+        self._passes = 0
+        self._not_finite: Tensor | int = 0
+        """Forward passes with a logit that is NaN or infinite; on the device, read at the end."""
 
     @torch.no_grad()
     def predict(self, images: Iterable[tuple[Any, Mapping[str, Any]]]) -> Iterator[ImagePrediction]:
@@ -202,14 +203,13 @@ class SlidingWindowInference:
         if batch:
             yield from self._run(batch)
         self.forwards.finish()
-        if self._not_finite and (bad := int(torch.stack(self._not_finite).sum())):
+        if bad := int(self._not_finite):
             log.warning(
                 "%d of %d forward passes of this rank gave logits that are NaN or infinite: the labels of these "
                 "images mean nothing; look at the weights, and try engine.backbone_dtype='float32'",
                 bad,
-                len(self._not_finite),
+                self._passes,
             )
-        self._not_finite.clear()
 
     def _windows(self, height: int, width: int) -> list[Window]:
         if self.test_cfg.mode == "whole":
@@ -220,7 +220,8 @@ class SlidingWindowInference:
         """Run one forward for all windows of a batch, and yield the images that it completes."""
         pixels = [view.pixels[:, w.top : w.bottom, w.left : w.right] for _, view, w in batch]
         logits = self._forward(torch.stack(pixels), [view.meta for _, view, _ in batch])
-        self._not_finite.append(~torch.isfinite(logits).all())
+        self._passes += 1
+        self._not_finite = self._not_finite + (~torch.isfinite(logits).all()).int()
         for (image, view, window), part in zip(batch, logits, strict=True):
             view.add(window, part)
             if view.complete:
