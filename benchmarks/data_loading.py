@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from mmseg.datasets import build_dataloader
 
-from internseg_ds.config.experiment import leaf_datasets, read_experiment
+from internseg_ds.config.experiment import read_experiment
 from internseg_ds.data.datasets import build_datasets
 from internseg_ds.data.loading import training_batches
 from internseg_ds.data.sampler import GlobalBatchSampler
@@ -42,7 +42,7 @@ def main() -> None:
     args = parser.parse_args()
     experiment = read_experiment(args.config)
     dataset, size = (
-        build_datasets(experiment.train, "data.train", list(leaf_datasets(experiment.train))),
+        build_datasets(experiment.train, "data.train"),
         experiment.micro_batch,
     )
 

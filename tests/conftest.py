@@ -5,12 +5,15 @@ import os
 # of all tests and what they start, before any import asks; some ask for a GPU again
 os.environ["INTERNSEG_DEVICE"] = os.environ["DS_ACCELERATOR"] = "cpu"
 
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from internseg_ds.torch_internals import build_was_interrupted, extension_folder
 from tests.forks import PATH, ROOT, run_script
@@ -24,15 +27,40 @@ TRANSFORMERS = "configs/transformers_tiny/upernet_dinov3_tiny_112_ade20k.py"
 MASK2FORMER = "configs/intern_vit_tiny/mask2former_intern_vit_tiny_112_ade20k.py"
 
 
+OnceForAllWorkers = Callable[[str, Callable[[], Any]], Any]
+
+
 @pytest.fixture(scope="session")
-def ade20k(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def once_for_all_workers(tmp_path_factory: pytest.TempPathFactory) -> OnceForAllWorkers:
+    """once_for_all_workers(name, make): what `make` returns, made in one of pytest-xdist's processes and read by
+    the others; files that it names stay as they are made."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # of all workers
+
+    def made(name: str, make: Callable[[], Any]) -> Any:
+        file = root / f"{name}.pickle"
+        with FileLock(f"{file}.lock"):
+            if not file.exists():
+                value = make()  # what it raises, each worker sees
+                file.write_bytes(pickle.dumps(value))
+            return pickle.loads(file.read_bytes())
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def ade20k(tmp_path_factory: pytest.TempPathFactory, once_for_all_workers: OnceForAllWorkers) -> Path:
     """A small generated data set in ADE20K's layout: 23 training and 7 validation images of different
     sizes."""
     from internseg_ds.data.generated_ade20k import write_generated_ade20k
 
-    root = tmp_path_factory.mktemp("data") / "ade"
-    write_generated_ade20k(root, training=23, validation=7)
-    return root
+    def make() -> Path:
+        root = tmp_path_factory.mktemp("data") / "ade"
+        write_generated_ade20k(root, training=23, validation=7)
+        return root
+
+    return once_for_all_workers("ade20k", make)
 
 
 def data_options(root: Path) -> list[str]:
@@ -133,10 +161,17 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="session")
-def toy_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def toy_checkpoints(
+    tmp_path_factory: pytest.TempPathFactory, once_for_all_workers: OnceForAllWorkers
+) -> Path:
     """A folder with one checkpoints folder per setting of `write_toy_checkpoints.py`, all written by one job
     of two processes (some 20 s)."""
-    out = tmp_path_factory.mktemp("toy")
-    done = run_script(str(ROOT / "tests/checkpoints/write_toy_checkpoints.py"), [str(out)], 2, free_port())
-    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    return out
+
+    def make() -> Path:
+        out = tmp_path_factory.mktemp("toy")
+        script = str(ROOT / "tests/checkpoints/write_toy_checkpoints.py")
+        done = run_script(script, [str(out)], 2, free_port())
+        assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        return out
+
+    return once_for_all_workers("toy_checkpoints", make)

@@ -110,7 +110,7 @@ def test_the_local_rank_that_deepspeed_reads_is_the_number_of_the_gpu_that_is_ta
 def test_more_processes_than_gpus_are_refused(gpus):
     gpus(1)
     second = World(1, 2, 1, "deepspeed, torchrun")
-    with pytest.raises(ConfigError, match="process 1 of this host has no GPU of its own"):
+    with pytest.raises(ConfigError, match="process 1 of this host"):
         _ = second.device
     assert rendezvous(second, {"MASTER_ADDR": "node1"})["RANK"] == "1"  # it meets the others, to tell them
 

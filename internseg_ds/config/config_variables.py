@@ -14,7 +14,7 @@ from mmcv import Config
 
 from internseg_ds.config.config_text import config_dict
 from internseg_ds.config.known_keys import ELSEWHERE, READ, SECTIONS
-from internseg_ds.config.pipeline_entries import steps_of
+from internseg_ds.data.entries import steps_of
 from internseg_ds.errors import short_repr
 
 

@@ -32,6 +32,7 @@ from internseg_ds.config.sections import (
     read_gradient,
     read_logging,
 )
+from internseg_ds.data.entries import leaf_datasets
 from internseg_ds.errors import ConfigError, short_repr
 
 
@@ -259,22 +260,3 @@ def _check_data_set(entry: Any, split: str, path: str) -> None:
         for folder in value if isinstance(value, (list, tuple)) else [value]:
             if not isinstance(folder, (str, type(None))):
                 raise ConfigError(f"data.{split}.{key}={value!r} of {path} must be a path")
-
-
-def leaf_datasets(entry: Any) -> Iterator[ConfigDict]:
-    """The plain data sets inside wrappers (RepeatDataset, ConcatDataset, MultiImageMixDataset, lists, ...) of
-    a `data.train` or `data.val` entry.
-
-    Raises ConfigError for a ConcatDataset of nothing.
-    """
-    if isinstance(entry, (list, tuple)):
-        for item in entry:
-            yield from leaf_datasets(item)
-    elif isinstance(entry, Mapping) and entry.get("type") == "ConcatDataset":
-        if not isinstance(entry.get("datasets"), (list, tuple)) or not entry["datasets"]:
-            raise ConfigError("a ConcatDataset of the config needs datasets=[dict(...), dict(...)]")
-        yield from leaf_datasets(entry["datasets"])
-    elif isinstance(entry, Mapping) and "dataset" in entry:
-        yield from leaf_datasets(entry["dataset"])
-    else:
-        yield entry

@@ -24,10 +24,11 @@ from mmcv.parallel import DataContainer, collate
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, get_worker_info
 
-from internseg_ds.data.datasets import SegmentationDataset, sample
+from internseg_ds.data.dataset_parts import SegmentationDataset
 from internseg_ds.data.label_maps import ground_truth
 from internseg_ds.data.orientation import turned_against
 from internseg_ds.data.sampler import GlobalBatchSampler
+from internseg_ds.data.samples import sample
 from internseg_ds.errors import DataError, FaultError, HostError
 from internseg_ds.host_faults import MORE_FILES
 from internseg_ds.seeding import derived_seed

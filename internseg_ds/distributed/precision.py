@@ -16,12 +16,13 @@ parameters stay as they are, and gradients are cast back to that dtype.
 import functools
 import logging
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from internseg_ds.config.ds_config import Precision
+from internseg_ds.config.engine_options import EngineOptions
 from internseg_ds.errors import ConfigError
 from internseg_ds.models.derived_class import derived_class
 from internseg_ds.models.heads import heads as heads_of
@@ -36,6 +37,23 @@ def computes_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return cpu_multiplies_bf16()
+
+
+class ComputeDtypes(NamedTuple):
+    """The dtypes in which the parts of a segmentor compute."""
+
+    backbone: torch.dtype
+    heads: torch.dtype
+
+
+def compute_dtypes(
+    options: EngineOptions, segmentor: nn.Module, device: torch.device, precision: Precision = "bf16"
+) -> ComputeDtypes:
+    """Both dtypes of a run. precision: of its ds_config. Raises ConfigError where they are not possible."""
+    return ComputeDtypes(
+        backbone_dtype(options.backbone_dtype, device, precision),
+        heads_dtype(options.heads_dtype, segmentor, precision),
+    )
 
 
 def backbone_dtype(

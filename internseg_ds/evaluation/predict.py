@@ -16,7 +16,8 @@ import numpy as np
 from mmcv import ConfigDict
 from mmseg.datasets import DATASETS
 
-from internseg_ds.config.experiment import Experiment, leaf_datasets
+from internseg_ds.config.experiment import Experiment
+from internseg_ds.data.entries import leaf_datasets
 from internseg_ds.data.image_files import ImageFiles, find_images, picture
 from internseg_ds.data.loading import EvaluationImage
 from internseg_ds.distributed.construction import build_on_meta

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 from torch.utils.data import ConcatDataset
 
-from internseg_ds.config.experiment import leaf_datasets
 from internseg_ds.config.sections import known_metrics
 from internseg_ds.data.checks.survey import compare_zero_labels, survey
 from internseg_ds.distributed.construction import build_on_meta
@@ -93,7 +92,7 @@ def _check(run: InferenceRun, dataset: Any) -> list[str]:
     origin = f"checkpoint {run.checkpoint}"
     return [
         *check_same_classes(meta.get("CLASSES"), dataset.CLASSES, origin, "data.test"),
-        *compare_zero_labels(list(leaf_datasets(run.experiment.train)), dataset, "data.test"),
+        *compare_zero_labels(run.experiment.train, dataset, "data.test"),
         *odd_about(dataset, "data.test"),
         *survey(dataset, "data.test", training=False),
     ]

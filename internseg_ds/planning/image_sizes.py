@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from internseg_ds.config.experiment import Experiment, leaf_datasets
+from internseg_ds.config.experiment import Experiment
+from internseg_ds.data.entries import leaf_datasets
 from internseg_ds.errors import ConfigError
 
 

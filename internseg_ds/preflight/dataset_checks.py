@@ -7,20 +7,16 @@ from mmseg.datasets import CustomDataset
 from torch import nn
 from torch.utils.data import ConcatDataset
 
-from internseg_ds.config.experiment import Experiment, leaf_datasets
+from internseg_ds.config.experiment import Experiment
 from internseg_ds.config.sections import split_score
 from internseg_ds.data.checks.normalization import compare_normalization
 from internseg_ds.data.checks.pipeline_steps import odd_steps
 from internseg_ds.data.checks.survey import compare_zero_labels
-from internseg_ds.data.datasets import (
-    SegmentationDataset,
-    build_datasets,
-    first_sample,
-    parts,
-    pipelines,
-    plain_parts,
-)
+from internseg_ds.data.dataset_parts import SegmentationDataset, parts, pipelines, plain_parts
+from internseg_ds.data.datasets import build_datasets
+from internseg_ds.data.entries import leaf_datasets
 from internseg_ds.data.joined import wrapper_in
+from internseg_ds.data.samples import first_sample
 from internseg_ds.errors import ConfigError, DataError
 from internseg_ds.preflight.loss_checks import check_losses
 from internseg_ds.preflight.model_checks import (
@@ -40,7 +36,7 @@ def training_set(experiment: Experiment, model: nn.Module) -> tuple[Segmentation
 
     Raises DataError where it is missing or empty, ConfigError where it does not fit the model or its losses.
     """
-    dataset = build_datasets(experiment.train, "data.train", list(leaf_datasets(experiment.train)))
+    dataset = build_datasets(experiment.train, "data.train")
     warnings = check_classes(model, dataset, "data.train") + check_thresholds(model)
     for steps in pipelines(dataset):
         warnings += odd_steps(steps, "data.train", evaluates=False)
@@ -75,7 +71,7 @@ def checked_validation_set(
     check_classes(model, dataset, "data.val")
     first_sample(dataset, "data.val", tolerated=TOLERATED)
     warnings = compare_classes(train_set, dataset)
-    warnings += compare_zero_labels(list(leaf_datasets(experiment.train)), dataset, "data.val")
+    warnings += compare_zero_labels(experiment.train, dataset, "data.val")
     warnings += compare_normalization(train_set, dataset)
     warnings += odd_about(dataset, "data.val")
     _check_best_by(experiment, dataset)
@@ -138,11 +134,10 @@ def validation_set(experiment: Experiment, split: str = "val", *, truth: bool = 
         entry = copy.deepcopy(entry)
         for leaf in leaf_datasets(entry):
             leaf["ann_dir"] = None
-    leaves = list(leaf_datasets(entry))
-    if truth and any(leaf.get("ann_dir") is None for leaf in leaves):
+    if truth and any(leaf.get("ann_dir") is None for leaf in leaf_datasets(entry)):
         raise ConfigError(
             f"data.{split} of {experiment.path} has no ann_dir, so there is no ground truth to score "
             "against; set it (or train with "
             "--no-validate, or write labels with launch/test.py --format-only DIR)"
         )
-    return build_datasets(entry, f"data.{split}", leaves, test_mode=True)
+    return build_datasets(entry, f"data.{split}", test_mode=True)

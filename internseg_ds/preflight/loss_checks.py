@@ -13,7 +13,7 @@ from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from mmseg.models.losses import CrossEntropyLoss, DiceLoss, FocalLoss, LovaszLoss, TverskyLoss
 from torch import nn
 
-from internseg_ds.config.pipeline_entries import steps_of
+from internseg_ds.data.entries import steps_of
 from internseg_ds.errors import ConfigError, counted, short_repr
 from internseg_ds.models.heads import losses_of
 from internseg_ds.models.pixel_losses import BinaryCrossEntropyOfAnyImages, LovaszOfAnyImages

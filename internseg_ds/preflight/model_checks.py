@@ -14,8 +14,9 @@ from mmcv.parallel import DataContainer
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from torch import nn
 
-from internseg_ds.config.experiment import Experiment, leaf_datasets
-from internseg_ds.data.datasets import SegmentationDataset
+from internseg_ds.config.experiment import Experiment
+from internseg_ds.data.dataset_parts import SegmentationDataset
+from internseg_ds.data.entries import leaf_datasets
 from internseg_ds.errors import ConfigError, counted, reason_of, shortened
 from internseg_ds.models.backbone import patch_size
 from internseg_ds.models.heads import head_outputs, heads

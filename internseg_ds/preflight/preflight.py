@@ -19,7 +19,7 @@ from internseg_ds.config.ds_config import DsConfig
 from internseg_ds.config.experiment import Experiment
 from internseg_ds.data.checks.normalization import compare_with_pretraining
 from internseg_ds.data.checks.survey import survey
-from internseg_ds.data.datasets import SegmentationDataset
+from internseg_ds.data.dataset_parts import SegmentationDataset
 from internseg_ds.distributed.construction import build_on_meta, choose_trained, set_activation_checkpointing
 from internseg_ds.distributed.process_group import World
 from internseg_ds.distributed.zero_internals import leaf_class_names

@@ -20,7 +20,7 @@ from internseg_ds.distributed.construction import (
     set_activation_checkpointing,
     tune_for_training,
 )
-from internseg_ds.distributed.precision import apply_precision
+from internseg_ds.distributed.precision import ComputeDtypes, apply_precision
 from internseg_ds.distributed.threads import take_share_of_cores
 from internseg_ds.optimization.optimizers import build_optimizer, scheduled
 from internseg_ds.optimization.parameter_groups import groups_in, parameter_groups
@@ -34,17 +34,15 @@ def build_deepspeed_engine(
     device: torch.device,
     *,
     seed: int,
-    compute: torch.dtype,
-    heads: torch.dtype,
+    dtypes: ComputeDtypes,
     recomputation: str | int,
     load_weights: Callable[[nn.Module], None] = lambda _: None,
 ) -> Any:
     """The DeepSpeedEngine of a run. Collective.
 
     meta_model: the experiment's segmentor on the meta device, after `choose_trained`: parameter groups are
-    made on it, since ZeRO-3 hides shapes. seed: of the initial values. compute, heads: dtypes in which the
-    backbone and the heads compute. load_weights: is given the segmentor after its initial values and before
-    its optimizer.
+    made on it, since ZeRO-3 hides shapes. seed: of the initial values. load_weights: is given the segmentor
+    after its initial values and before its optimizer.
     """
     import deepspeed
 
@@ -53,7 +51,7 @@ def build_deepspeed_engine(
     tune_for_training(model, experiment.engine.tune, meta_model, ds, seed)
     freeze_parts(model, experiment.engine.freeze)
     load_weights(model)
-    apply_precision(model, compute, heads=heads, autocast=ds.precision == "autocast")
+    apply_precision(model, dtypes.backbone, heads=dtypes.heads, autocast=ds.precision == "autocast")
     groups = groups_in(model, parameter_groups(meta_model, experiment.optimizer), meta_model)
     if ds.cpu_adam:
         take_share_of_cores()

@@ -36,7 +36,7 @@ from internseg_ds.data.loading import Batch
 from internseg_ds.distributed.checkpoint_engine import note_failed_writes
 from internseg_ds.distributed.construction import set_activation_checkpointing
 from internseg_ds.distributed.gathering import forwards
-from internseg_ds.distributed.precision import backbone_dtype, heads_dtype, set_fp32_matmul
+from internseg_ds.distributed.precision import compute_dtypes, set_fp32_matmul
 from internseg_ds.distributed.process_group import World, gather_from_ranks, leave, world_from_environment
 from internseg_ds.distributed.watchdog import Watchdog
 from internseg_ds.distributed.weight_loading import load
@@ -206,7 +206,7 @@ class SegmentorEngine:
             self.plan.meta_model,
             self.plan.crop,
             self.world,
-            self.compute_dtype,
+            self.dtypes.backbone,
         )
         self.deepspeed = build_deepspeed_engine(
             experiment,
@@ -214,8 +214,7 @@ class SegmentorEngine:
             self.plan.meta_model,
             self.world.device,
             seed=self.options.seed,
-            compute=self.compute_dtype,
-            heads=self.heads_dtype,
+            dtypes=self.dtypes,
             recomputation=self._recomputation,
             load_weights=partial(self._load_weights, resume_point),
         )
@@ -236,15 +235,13 @@ class SegmentorEngine:
     def _choose_precision(self) -> None:
         """The dtypes that the parts of the model compute in."""
         experiment, ds, device = self.plan.experiment, self.plan.ds, self.world.device
-        self.compute_dtype = backbone_dtype(experiment.engine.backbone_dtype, device, ds.precision)
-        self.heads_dtype = heads_dtype(experiment.engine.heads_dtype, self.plan.meta_model, ds.precision)
-        dtypes = (ds.param_dtype, self.compute_dtype, self.heads_dtype)
+        self.dtypes = compute_dtypes(experiment.engine, self.plan.meta_model, device, ds.precision)
         log.info(
             "%s on %s, ZeRO-%d, %s parameters, backbone computes in %s, heads in %s",
             counted(self.world.size, "process"),
             device.type,
             ds.stage,
-            *(str(dtype).removeprefix("torch.") for dtype in dtypes),
+            *(str(dtype).removeprefix("torch.") for dtype in (ds.param_dtype, *self.dtypes)),
         )
         log.info(
             "%s per step = %s x %s x %s",
@@ -260,7 +257,7 @@ class SegmentorEngine:
     def _choose_activation_checkpointing(self) -> None:
         """What `engine.recomputation` comes to on this run's devices. Collective where it is "auto"."""
         self._recomputation = agreed_checkpointing(
-            self._estimator, self.plan.ds, self.world, self.compute_dtype
+            self._estimator, self.plan.ds, self.world, self.dtypes.backbone
         )
         set_activation_checkpointing(self.plan.meta_model, self._recomputation)
 
@@ -364,9 +361,9 @@ class SegmentorEngine:
         ready = forwards(
             self.deepspeed.module,
             experiment.model,
-            self.compute_dtype,
+            self.dtypes.backbone,
             self.world.device,
-            heads=self.heads_dtype,
+            heads=self.dtypes.heads,
             autocast=self.plan.ds.precision == "autocast",
             weights=experiment.engine.evaluation_weights,
         )

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Generator
 from contextlib import closing
 
-from internseg_ds.data.datasets import SegmentationDataset
+from internseg_ds.data.dataset_parts import SegmentationDataset
 from internseg_ds.data.loading import Batch, training_batches
 from internseg_ds.data.sampler import GlobalBatchSampler
 from internseg_ds.distributed.process_group import AnyRankFlags, gather_from_ranks

@@ -186,13 +186,13 @@ def main(task: Path, result: Path) -> None:
 
 
 def _step(trial: Trial) -> None:
-    from internseg_ds.config.experiment import leaf_datasets, read_experiment
+    from internseg_ds.config.experiment import read_experiment
     from internseg_ds.data.datasets import build_datasets
     from internseg_ds.data.loading import training_batches
     from internseg_ds.data.sampler import GlobalBatchSampler
     from internseg_ds.distributed.construction import build_on_meta, choose_trained
     from internseg_ds.distributed.gathering import forwards
-    from internseg_ds.distributed.precision import heads_dtype
+    from internseg_ds.distributed.precision import ComputeDtypes, heads_dtype
     from internseg_ds.distributed.process_group import join, leave, world_from_environment
     from internseg_ds.training.deepspeed_engine import build_deepspeed_engine, loss_terms
 
@@ -203,7 +203,7 @@ def _step(trial: Trial) -> None:
     meta_model = build_on_meta(experiment.model)
     choose_trained(meta_model, experiment.engine)
     heads = heads_dtype(experiment.engine.heads_dtype, meta_model, ds.precision)
-    dataset = build_datasets(experiment.train, "data.train", list(leaf_datasets(experiment.train)))
+    dataset = build_datasets(experiment.train, "data.train")
     batch = next(
         training_batches(
             dataset,
@@ -223,8 +223,7 @@ def _step(trial: Trial) -> None:
         meta_model,
         world.device,
         seed=0,
-        compute=compute,
-        heads=heads,
+        dtypes=ComputeDtypes(compute, heads),
         recomputation=experiment.engine.recomputation,
     )
     engine.train()

@@ -175,7 +175,7 @@ def test_what_may_miss_and_what_may_be_resized_is_reported(tmp_path):
 
 
 def test_what_cannot_be_resized_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match=r"backbone\.a is \[2, 3\] .* \[3, 5\]"):
+    with pytest.raises(CheckpointError, match=r"backbone\.a.*\[2, 3\].*\[3, 5\]"):
         fitted(
             {"backbone.a": (3, 5), "decode_head.b": (4,)},
             tmp_path,
@@ -214,7 +214,7 @@ def test_a_manifest_notices_files_that_changed_or_vanished(tmp_path):
     update_metrics(tmp_path, {"mIoU": 0.5})
     assert read_manifest(tmp_path)["metrics"] == {"mIoU": 0.5} and read_manifest(tmp_path)["step"] == 7
     (tmp_path / "shard.pt").write_bytes(b"1234")
-    with pytest.raises(CheckpointError, match=r"shard\.pt has 4 bytes, its save wrote 5"):
+    with pytest.raises(CheckpointError, match=r"shard\.pt has 4 bytes.* 5\b"):
         verify_manifest(tmp_path)
     (tmp_path / "shard.pt").unlink()
     with pytest.raises(CheckpointError, match=r"shard\.pt is missing"):
@@ -250,7 +250,7 @@ def test_an_index_that_names_files_outside_of_its_folder_is_refused(name, index,
     (folder / index).write_text(
         json.dumps({"weight_map": {"backbone.a": name.format(kind=kind, folder=tmp_path)}})
     )
-    with pytest.raises(CheckpointError, match=r"index\.json names .* no file in its folder"):
+    with pytest.raises(CheckpointError, match=r"index\.json names"):
         read(folder)
 
 
@@ -288,7 +288,7 @@ def test_a_damaged_index_is_one_sentence(text, tmp_path):
 @pytest.mark.parametrize("text", [DEEP, "[1]", "5", "{"])
 def test_damaged_metadata_and_a_damaged_config_are_one_sentence(text, tmp_path):
     save_file(STATE, tmp_path / "w.safetensors", {"meta": text})
-    with pytest.raises(CheckpointError, match=r"the metadata 'meta' of .*w\.safetensors is damaged"):
+    with pytest.raises(CheckpointError, match=r"'meta'.*w\.safetensors is damaged"):
         read(tmp_path / "w.safetensors")
     save_file(STATE, tmp_path / "w.safetensors")
     (tmp_path / "config.json").write_text(text)
@@ -299,7 +299,7 @@ def test_damaged_metadata_and_a_damaged_config_are_one_sentence(text, tmp_path):
 @pytest.mark.parametrize("header", ['{"a":%s}' % DEEP, "null", '{"a":5}'])  # noqa: UP031 - braces
 def test_a_damaged_header_is_one_sentence(header, tmp_path):
     (tmp_path / "w.safetensors").write_bytes(len(header).to_bytes(8, "little") + header.encode())
-    with pytest.raises(CheckpointError, match="is truncated or no safetensors file"):
+    with pytest.raises(CheckpointError, match="truncated"):
         read(tmp_path / "w.safetensors")
 
 
@@ -321,7 +321,7 @@ def test_millions_of_names_are_refused_before_they_are_read(tmp_path):
     began = time.monotonic()
     with pytest.raises(CheckpointError, match=r"header of .* 100,000 tensors"):
         read(tmp_path / "w.safetensors")
-    with pytest.raises(CheckpointError, match=r"index\.json has more than 16 MiB"):
+    with pytest.raises(CheckpointError, match=r"index\.json.*16 MiB"):
         read(tmp_path)
     assert time.monotonic() - began < 1
 
@@ -369,6 +369,6 @@ def test_pytorch_model_bin_of_transformers_is_read_in_one_piece_and_in_shards(tm
     (sharded / "pytorch_model-1.bin").unlink()
     with pytest.raises(
         CheckpointError,
-        match=r"pytorch_model-1\.bin is missing, but pytorch_model\.bin\.index\.json names it",
+        match=r"pytorch_model-1\.bin is missing.*pytorch_model\.bin\.index\.json",
     ):
         read(sharded)

@@ -85,7 +85,7 @@ def test_a_work_directory_its_checkpoints_its_pointer_and_one_save_name_the_same
 
 
 def test_a_missing_directory_pointer_or_tag_is_one_sentence(toy_checkpoints, tmp_path):
-    with pytest.raises(CheckpointError, match=r"there is no checkpoint directory .*nowhere"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint directory .*nowhere"):
         ZeroCheckpoint.open(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match=r"there is no .*latest"):
         ZeroCheckpoint.open(tmp_path)
@@ -197,7 +197,7 @@ def test_sizes_are_held_against_the_manifest_where_there_is_one(toy_checkpoints,
     )
     assert ZeroCheckpoint(path).manifest["meta"] == {"CLASSES": ["sky"]}
     cut(only(path, "*rank_1*optim*"))
-    with pytest.raises(CheckpointError, match=r"rank_1.*optim_states\.pt has .* bytes, its save wrote"):
+    with pytest.raises(CheckpointError, match=r"rank_1.*optim_states\.pt has \d+ bytes"):
         ZeroCheckpoint(path)
 
 

@@ -1,3 +1,4 @@
+import re
 import sys
 from pathlib import Path
 
@@ -158,7 +159,8 @@ def test_a_key_that_mmcv_or_mmseg_know_is_a_line(sections, line):
 
 def test_a_key_at_the_top_that_is_nearly_one_that_is_read_is_a_warning():
     said = read_experiment(_with(evalution=dict(interval=3), norm_layer=1)).warnings
-    assert said == (f"evalution of {ROOT / TINY} is read by nobody; did you mean evaluation?",)
+    (line,) = said
+    assert re.search(rf"^evalution of {ROOT / TINY} .* evaluation\?$", line)
 
 
 @pytest.mark.parametrize(
@@ -294,7 +296,7 @@ def test_a_broken_config_is_one_sentence(tmp_path, text, words):
 
 
 def test_a_missing_config_names_the_nearest():
-    with pytest.raises(ConfigError, match=rf"there is no config file .*; did you mean {TINY}\?"):
+    with pytest.raises(ConfigError, match=rf"did you mean {TINY}\?"):
         read_experiment(TINY.replace("112", "113"))
 
 
@@ -306,9 +308,7 @@ def test_total_iters_of_old_configs_is_the_number_of_steps(tmp_path):
 
 
 def test_a_missing_config_that_is_like_none_names_none():
-    with pytest.raises(
-        ConfigError, match=rf"there is no config file mine/experiment\.py as seen from {Path.cwd()}"
-    ):
+    with pytest.raises(ConfigError, match=rf"mine/experiment\.py.*{Path.cwd()}"):
         read_experiment("mine/experiment.py")
 
 

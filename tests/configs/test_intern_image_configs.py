@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from mmcv import Config
 
-from internseg_ds.config.experiment import leaf_datasets, read_experiment
-from internseg_ds.data.datasets import build_datasets, first_sample
+from internseg_ds.config.experiment import read_experiment
+from internseg_ds.data.datasets import build_datasets
+from internseg_ds.data.samples import first_sample
 from internseg_ds.distributed.construction import build_on_meta
 from internseg_ds.distributed.weight_loading import shapes_of
 from internseg_ds.optimization.parameter_groups import parameter_groups
@@ -295,7 +296,7 @@ def test_cityscapes_is_read_as_it_is_distributed(cityscapes):
         str(CONFIGS / f"{name}.py"),
         {f"data.{split}.data_root": str(cityscapes) for split in ("train", "val")},
     )
-    train = build_datasets(experiment.train, "data.train", list(leaf_datasets(experiment.train)))
+    train = build_datasets(experiment.train, "data.train")
     assert len(train) == 2
     check_classes(build_on_meta(experiment.model), train, "data.train")
     sample = first_sample(train, "data.train")

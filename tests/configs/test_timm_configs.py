@@ -8,7 +8,8 @@ import timm
 import torch
 from mmcv import Config
 
-from internseg_ds.config.experiment import leaf_datasets, read_experiment
+from internseg_ds.config.experiment import read_experiment
+from internseg_ds.data.entries import leaf_datasets
 from internseg_ds.distributed.construction import build_on_meta
 from internseg_ds.optimization.parameter_groups import parameter_groups
 

@@ -182,9 +182,7 @@ def test_a_folder_with_a_foreign_file_is_refused_and_untouched(tmp_path, generat
     foreign.parent.mkdir(parents=True, exist_ok=True)
     foreign.write_bytes(b"a real photograph")
     before = contents(root)
-    with pytest.raises(
-        DataError, match=r"not generated here \(1, such as images/training/ADE_train_00020210\.jpg\)"
-    ):
+    with pytest.raises(DataError, match=r"\(1, such as images/training/ADE_train_00020210\.jpg\)"):
         write_generated_ade20k(root, training=2, validation=2, size=48)
     assert contents(root) == before
 
@@ -216,7 +214,7 @@ def test_a_damaged_marker_protects_the_files_beside_it(tmp_path):
 
 def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
     (tmp_path / "ade").write_text("")
-    with pytest.raises(DataError, match="is a file, not a folder"):
+    with pytest.raises(DataError, match="not a folder"):
         write_generated_ade20k(tmp_path / "ade", **SMALL)
 
 

@@ -7,9 +7,10 @@ from mmseg.core import intersect_and_union
 from mmseg.datasets import CustomDataset
 from PIL import Image
 
-from internseg_ds.data.datasets import build_datasets, sample
+from internseg_ds.data.datasets import build_datasets
 from internseg_ds.data.label_maps import CheckAnnotation, LoadLabelMap, ground_truth
 from internseg_ds.data.loading import evaluation_images
+from internseg_ds.data.samples import sample
 from internseg_ds.errors import ConfigError, DataError
 from internseg_ds.evaluation.evaluator import areas, confusion_matrix
 
@@ -56,7 +57,7 @@ def data(tmp_path):
             pipeline=pipeline,
             **arguments,
         )
-        return build_datasets(entry, "data.train", [entry], test_mode=test_mode)
+        return build_datasets(entry, "data.train", test_mode=test_mode)
 
     return make
 
@@ -105,7 +106,7 @@ def test_numbers_that_are_not_whole_are_refused_and_whole_ones_in_floats_are_not
 
 
 def test_a_coloured_label_map_says_so(data):
-    with pytest.raises(DataError, match="1 x 2 x 3: a picture with 3 numbers for each pixel"):
+    with pytest.raises(DataError, match=r"1 x 2 x 3:.*3 numbers"):
         trained_on(data(np.zeros((1, 2, 3), np.uint8), classes=list("abc"), palette=colours(3)))
 
 
@@ -208,7 +209,7 @@ def test_eight_hundred_classes_are_trained_and_scored(data, reduced):
 
 
 def test_more_than_255_classes_need_another_number_for_none(data):
-    with pytest.raises(ConfigError, match=r"ignore_index=255 is a class of .* 300 classes"):
+    with pytest.raises(ConfigError, match=r"ignore_index=255 is a class.*300"):
         data(
             np.zeros((2, 2), np.uint8),
             classes=[f"class {index}" for index in range(300)],
@@ -241,7 +242,7 @@ def test_a_loader_of_the_users_own_stays_and_what_it_returns_is_checked(data):
     )
     assert [type(step) for step in dataset.pipeline.transforms][1:3] == [Doubling, CheckAnnotation]
     assert trained_on(dataset).tolist() == [[0, 2], [2, 2]]
-    with pytest.raises(DataError, match=r"label 4, .* classes 0 to 2"):
+    with pytest.raises(DataError, match=r"label 4,.*0 to 2"):
         trained_on(
             data(np.array([[0, 2], [0, 0]], np.uint8), pipeline=own, classes=list("abc"), palette=colours(3))
         )
@@ -256,8 +257,7 @@ def test_a_label_map_that_is_not_turned_with_its_image_is_an_error_that_says_exi
     picture.save(tmp_path / "images/0.jpg", exif=exif)
     with pytest.raises(
         DataError,
-        match=r"has 4 x 6 pixels and its image 6 x 4.*EXIF of .*0\.jpg turns it by "
-        r".*color_ignore_orientation",
+        match=r"4 x 6.*6 x 4.*EXIF of .*0\.jpg.*color_ignore_orientation",
     ):
         sample(dataset, 0)
     unturned = [dict(TRAIN[0], color_type="color_ignore_orientation"), *TRAIN[1:]]

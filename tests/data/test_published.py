@@ -6,8 +6,9 @@ from mmseg.datasets import CityscapesDataset
 from PIL import Image
 
 from internseg_ds.data.checks.survey import survey
-from internseg_ds.data.datasets import build_datasets, sample
+from internseg_ds.data.datasets import build_datasets
 from internseg_ds.data.published import MapillaryDataset, MapillaryHack, NYUDepthV2Dataset
+from internseg_ds.data.samples import sample
 from tests.data.test_label_maps import REDUCED, TRAIN
 
 THEIRS = [
@@ -51,7 +52,7 @@ def test_mapillarys_labels_become_those_of_cityscapes(root):
         ann_dir="l",
         pipeline=[*TRAIN[:2], dict(type="MapillaryHack"), *TRAIN[2:]],
     )
-    dataset = build_datasets(entry, "data.train", [entry])
+    dataset = build_datasets(entry, "data.train")
     found = sample(dataset, 0)["gt_semantic_seg"].data[0].flatten().tolist()
     assert found == [
         next((ours for ours, some in enumerate(THEIRS) if label in some), 255) for label in range(66)
@@ -78,7 +79,7 @@ def test_the_classes_of_the_relabelling_are_those_of_wrappers_too(root, wrap):
         ann_dir="l",
         pipeline=[*TRAIN[:2], dict(type="MapillaryHack"), *TRAIN[2:]],
     )
-    dataset = build_datasets(wrap(entry), "data.train", [entry])
+    dataset = build_datasets(wrap(entry), "data.train")
     assert len(dataset) == 2 and dataset.CLASSES == CityscapesDataset.CLASSES and len(dataset.PALETTE) == 19
 
 
@@ -101,7 +102,7 @@ def test_nyu_depth_takes_one_from_its_labels(root):
         split="train.txt",
         pipeline=REDUCED,
     )
-    dataset = build_datasets(entry, "data.train", [entry])
+    dataset = build_datasets(entry, "data.train")
     assert sample(dataset, 0)["gt_semantic_seg"].data[0].tolist() == [[255, 0, 39]]
     assert len(NYUDepthV2Dataset.CLASSES) == len(
         NYUDepthV2Dataset.PALETTE

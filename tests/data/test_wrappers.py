@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from internseg_ds.config.experiment import leaf_datasets
-from internseg_ds.data.datasets import build_datasets, sample
+from internseg_ds.data.datasets import build_datasets
+from internseg_ds.data.samples import sample
 from internseg_ds.errors import ConfigError, DataError
 from tests.data.test_label_maps import TRAIN, colours
 
@@ -40,7 +40,7 @@ def folder(tmp_path):
 
 
 def built(entry):
-    return build_datasets(entry, "data.train", list(leaf_datasets(entry)))
+    return build_datasets(entry, "data.train")
 
 
 def test_a_concat_dataset_of_a_config_is_its_parts_one_after_the_other(folder):
@@ -121,7 +121,7 @@ def test_cityscapes_in_several_folders_is_trained_on(folder):
 def test_folders_that_cannot_be_paired_are_refused(folder, folders):
     with pytest.raises(
         ConfigError,
-        match=f"data.train has {len(folders['img_dir'])} img_dir, .* ann_dir, which cannot be paired",
+        match=f"data.train has {len(folders['img_dir'])} img_dir,.*ann_dir",
     ):
         built(folder("some", 0) | folders)
 
@@ -131,7 +131,7 @@ def test_a_data_set_that_is_repeated_no_times_is_an_error(folder):
         type="ConcatDataset",
         datasets=[folder("first", 0), dict(type="RepeatDataset", times=0, dataset=folder("second", 1))],
     )
-    with pytest.raises(DataError, match="repeats a data set 0 times"):
+    with pytest.raises(DataError, match=r"repeats.* 0 times"):
         built(entry)
 
 

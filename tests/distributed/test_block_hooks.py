@@ -213,5 +213,5 @@ def test_a_frozen_module_neither_trains_nor_moves_its_statistics_and_a_wrong_nam
         for name, _ in model.named_parameters()
         if name.startswith(("backbone.layer1.", "decode_head.conv_seg.bias"))
     }
-    with pytest.raises(ConfigError, match=r"no part 'backbone.layer_1'; did you mean 'backbone.layer1'"):
+    with pytest.raises(ConfigError, match=r"'backbone\.layer_1'.*'backbone\.layer1'"):
         freeze_parts(model, ["backbone.layer_1"])

@@ -11,6 +11,7 @@ from internseg_ds.config.ds_config import resolve_ds_config
 from internseg_ds.distributed.construction import build_for_training, build_on_meta
 from internseg_ds.distributed.initial_values import gathered
 from internseg_ds.distributed.weight_loading import load, match_segmentor
+from internseg_ds.errors import ConfigError
 from internseg_ds.models.backbone import pretrained_file
 from tests.conftest import ROOT, TINY
 from tests.distributed.ranks import spawn
@@ -171,3 +172,37 @@ def test_a_config_that_names_weights_in_either_of_mmsegs_ways_can_be_built_again
     for _ in range(2):
         assert pretrained_file(build_on_meta(model).backbone) == "vit.pth"
     assert model == before
+
+
+def test_values_that_only_constructors_draw_depend_on_the_seed_alone():
+    model = small()
+    model.auxiliary_head = dict(
+        type="EncHead",
+        in_channels=(32, 32, 32),
+        in_index=(1, 2, 3),
+        channels=16,
+        num_codes=4,
+        num_classes=3,
+        loss_decode=dict(type="CrossEntropyLoss"),
+        loss_se_decode=dict(type="CrossEntropyLoss", use_sigmoid=True),
+    )
+
+    def codewords(seed: int) -> torch.Tensor:
+        built = build_for_training(model, ds_config(1, bf16=False), torch.device("cpu"), seed)
+        return built.auxiliary_head.enc_module.encoding[-2].codewords
+
+    first = codewords(0)
+    torch.rand(7)  # whatever else was drawn meanwhile
+    assert torch.equal(first, codewords(0)) and not torch.equal(first, codewords(1))
+
+
+def cannot_be_partitioned() -> None:
+    deepspeed.init_distributed(verbose=False)
+    model = small()
+    model.backbone = dict(type="TimmBackbone", model_name="convit_tiny", out_indices=(2, 5, 8, 11))
+    with pytest.raises(ConfigError, match=r"ZeRO-3.* ZeRO-1 or 2"):
+        build_for_training(model, ds_config(3), torch.device("cpu"), 0)
+
+
+def test_a_constructor_that_computes_with_its_parameters_is_an_error_under_zero3():
+    spawn(cannot_be_partitioned, 1)

@@ -62,7 +62,7 @@ def dataset_of(root: Path, count: int):
             pipeline=pipeline,
         )
     )._cfg_dict
-    dataset = build_datasets(entry, "data.val", [entry], test_mode=True)
+    dataset = build_datasets(entry, "data.val", test_mode=True)
     dataset.img_infos = dataset.img_infos[:count]
     return dataset
 

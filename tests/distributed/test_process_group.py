@@ -130,9 +130,7 @@ def test_a_port_in_use_is_named_with_the_option_that_chooses_another(monkeypatch
         port = other.getsockname()[1]
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         monkeypatch.setenv("MASTER_PORT", str(port))
-        with pytest.raises(
-            ConfigError, match=rf"port {port} of this host.* is in use.* --master_port N of deepspeed"
-        ):
+        with pytest.raises(ConfigError, match=rf"port {port}.*in use.*--master_port N"):
             join(World(0, 2, 0, "deepspeed, torchrun"))
 
 
@@ -152,9 +150,7 @@ def test_a_rank_that_ends_before_all_have_met_is_one_sentence(tmp_path):
         process.join(60)
         process.kill()
     said = (tmp_path / "said").read_text()
-    assert (
-        "rank 1 on host " in said and "has not met the others at 127.0.0.1:" in said and "\n" not in said
-    ), said
+    assert "rank 1 on host " in said and "at 127.0.0.1:" in said and "\n" not in said, said
 
 
 def joins_a_rank_that_is_killed(folder: Path) -> None:
@@ -172,7 +168,7 @@ def test_a_rank_that_is_killed_while_all_join_is_one_sentence(tmp_path):
         process.join(60)
         process.kill()
     said = (tmp_path / "said").read_text()
-    assert "another process ended while all met" in said and "MiB are free in /dev/shm" in said, said
+    assert "another process ended" in said and "MiB are free in /dev/shm" in said, said
 
 
 @contextmanager

@@ -172,7 +172,7 @@ def test_unexpected_and_missing_names_are_errors_unless_they_are_allowed(state, 
     weights, model = open_weights(tmp_path / "w.pth"), build_on_meta(segmentor())
     with pytest.raises(
         CheckpointError,
-        match=r"unexpected in the file: tail\.weight; missing from it: blocks\.3\.norm2\.weight",
+        match=r"unexpected.*tail\.weight.*missing.*blocks\.3\.norm2\.weight",
     ):
         match_backbone(model, weights)
     found = match_backbone(model, weights, ("tail.", "blocks.3.norm2"))
@@ -229,7 +229,7 @@ def one_bad_element_is_refused_by_all(path, values: str) -> None:
         )
         with pytest.raises(
             CheckpointError,
-            match=rf"w\.pth holds values that no weights have: blocks\.1\.mlp\.fc1\.weight \({values}\); "
+            match=rf"w\.pth.*blocks\.1\.mlp\.fc1\.weight \({values}\)"
             r"take",
         ):
             load(model, match_backbone(model, open_weights(path)))

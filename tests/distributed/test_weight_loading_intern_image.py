@@ -116,8 +116,7 @@ def test_an_address_is_answered_with_what_to_do(setting):
     experiment = read_experiment(ROOT / IMAGE, {setting: "https://somewhere.org/w.pth"})
     with pytest.raises(
         CheckpointError,
-        match=f"^{setting}='https://somewhere.org/w.pth' is an address, .* --cfg-options {setting}=PATH, "
-        f".* {setting}=None$",
+        match=f"^{setting}='https://somewhere.org/w.pth'.*--cfg-options {setting}=PATH, .* {setting}=None$",
     ):
         starting_weights(experiment, build_on_meta(experiment.model), None)
 
@@ -128,5 +127,5 @@ def test_the_file_of_init_cfg_is_what_a_run_starts_from_and_not_the_resnet_of_a_
     experiment = read_experiment(
         ROOT / IMAGE, {"model.pretrained": "open-mmlab://resnet50_v1c", INIT_CFG: "nowhere.pth"}
     )
-    with pytest.raises(CheckpointError, match=f"^{INIT_CFG}='nowhere.pth': there is no such file"):
+    with pytest.raises(CheckpointError, match=f"^{INIT_CFG}='nowhere.pth': .*no such file"):
         starting_weights(experiment, build_on_meta(experiment.model), None)

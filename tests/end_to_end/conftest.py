@@ -1,6 +1,5 @@
 """Trained runs that several tests look at: each is made once a session, with 2 processes."""
 
-import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -134,16 +133,19 @@ def train(launch: Launch, ade20k: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture(scope="session")
-def long_run(train):
+def long_run(train, once_for_all_workers):
     """long_run(name) -> Run: STEPS steps under ds_configs/NAME.json without noise, saved at the end; each
     made once."""
-    return functools.cache(
-        lambda name: train("--deepspeed_config", f"ds_configs/{name}.json", "--no-validate", options=LONG)
-    )
+
+    def made(name: str) -> Run:
+        arguments = ("--deepspeed_config", f"ds_configs/{name}.json", "--no-validate")
+        return once_for_all_workers(f"long_run_{name}", lambda: train(*arguments, options=LONG))
+
+    return made
 
 
 @pytest.fixture(scope="session")
-def trained(train) -> Run:
+def trained(train, once_for_all_workers) -> Run:
     """12 steps under ZeRO-3, saved and evaluated at step 6 and 12, with all the noise that training has;
     started and measured as users do."""
     options = [
@@ -153,7 +155,7 @@ def trained(train) -> Run:
         "engine.evaluate_before=True",
         "engine.peak_tflops=None",
     ]
-    return train(options=options, launcher="deepspeed")
+    return once_for_all_workers("trained", lambda: train(options=options, launcher="deepspeed"))
 
 
 @pytest.fixture(scope="session")

@@ -47,7 +47,7 @@ def test_each_of_several_training_sets_must_do(ade20k):
     others = [ConfigDict(experiment.train, classes=names), ConfigDict(experiment.train, classes=names[::-1])]
     mixed = ConfigDict(type="MultiImageMixDataset", dataset=others, pipeline=[])
     for train in (others, mixed):
-        with pytest.raises(DataError, match="a label must mean one class"):
+        with pytest.raises(DataError, match="must mean one class"):
             checked(replace(experiment, train=train))
 
 
@@ -56,7 +56,7 @@ def test_a_part_without_images_is_named(ade20k, tmp_path):
     nothing = ConfigDict(experiment.train, data_root=str(tmp_path))
     for key in ("img_dir", "ann_dir"):
         (tmp_path / nothing[key]).mkdir(parents=True)
-    with pytest.raises(DataError, match=rf"joins several data sets.*{tmp_path}/images/training has no image"):
+    with pytest.raises(DataError, match=rf"{tmp_path}/images/training has no image"):
         checked(replace(experiment, train=[experiment.train, nothing]))
 
 
@@ -79,8 +79,7 @@ def test_a_data_set_that_is_not_mmsegs_is_told_what_it_lacks(ade20k):
     mine = replace(experiment, train=ConfigDict(type="PlainTorchDataset", pipeline=experiment.train.pipeline))
     with pytest.raises(
         DataError,
-        match=r"data\.train: PlainTorchDataset is no data set of mmseg, it lacks pipeline, CLASSES, "
-        r"img_infos; derive it from",
+        match=r"data\.train: PlainTorchDataset.*pipeline, CLASSES, img_infos;",
     ):
         checked(mine)
 
@@ -191,7 +190,6 @@ def test_a_validation_set_that_repeats_its_images_is_refused(wrapper, ade20k):
     repeated = replace(experiment, val=[experiment.val, dict(**wrapper, dataset=experiment.val)])
     with pytest.raises(
         ConfigError,
-        match=rf"data\.val of .* is a {wrapper['type']} of a data set, but an evaluation scores each image "
-        r"once",
+        match=rf"data\.val of .* is a {wrapper['type']}",
     ):
         checked(repeated)

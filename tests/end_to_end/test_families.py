@@ -126,3 +126,11 @@ def test_its_backbone_comes_out_as_a_file_that_its_own_code_reads(trained, famil
     other = "transformers" if family == "intern_image" else "internimage"
     with pytest.raises(CheckpointError, match=f"no layout '{other}'"):
         export_backbone(trained.work_dir, tmp_path / "other", other)
+
+
+@pytest.mark.slow
+def test_a_dinov3_without_register_tokens_trains_like_plain_pytorch(train, fp32, ade20k):
+    options = [*OPTIONS, "runner.max_iters=2", "checkpoint_config.interval=2"]
+    options.append("model.backbone.config.num_register_tokens=0")  # a parameter without elements
+    run = train("--deepspeed_config", fp32, "--no-validate", config=TRANSFORMERS, options=options)
+    assert run.losses == pytest.approx(plain_losses(ade20k, 2, *options, config=TRANSFORMERS), abs=1e-4)

@@ -15,7 +15,8 @@ from mmcv import Config
 from mmseg.datasets import CustomDataset, build_dataset
 from PIL import Image
 
-from internseg_ds.config.experiment import leaf_datasets, read_experiment
+from internseg_ds.config.experiment import read_experiment
+from internseg_ds.data.entries import leaf_datasets
 from internseg_ds.distributed.process_group import World
 from internseg_ds.errors import UserError
 from internseg_ds.preflight.preflight import check

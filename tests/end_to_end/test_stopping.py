@@ -180,6 +180,7 @@ def test_a_stop_file_stops_all_ranks_and_must_be_removed_to_go_on(options, tmp_p
     assert refused.returncode == 2 and f"{work_dir / 'STOP'} is there" in refused.stderr
 
 
+@pytest.mark.slow
 def test_what_a_launcher_passes_on_later_is_the_same_request(options, tmp_path):
     run = Run(tmp_path / "run", options)
     run.wait_for("  eta")

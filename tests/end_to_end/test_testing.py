@@ -212,7 +212,7 @@ def test_a_submission_numbers_chosen_classes_as_the_benchmark_does(ade20k, tmp_p
         pipeline=[],
         classes=["sky", "wall"],
     )
-    dataset = build_datasets(entry, "data.test", [entry], test_mode=True)
+    dataset = build_datasets(entry, "data.test", test_mode=True)
     numbers = published_classes(dataset, 3)
     assert [ADE20KDataset.CLASSES[number] for number in numbers[:2]] == ["sky", "wall"] and numbers[2] == 2
     dataset.format_results([numbers[np.array([[0, 1]])]], str(tmp_path), indices=[0])
@@ -240,10 +240,8 @@ def test_predict_takes_globs_and_names_what_it_cannot_read(one_file, launch, ade
         *data_options(ade20k),
     ]
     done = launch(*arguments, processes=1)
-    assert (
-        "1 of 4 images cannot be read and is left out" in done.stdout + done.stderr
-        and "frame_3.jpg" in done.stdout + done.stderr
-    )
+    said = done.stdout + done.stderr
+    assert "1 of 4 images cannot be read" in said and "frame_3.jpg" in said
     assert len(list((tmp_path / "out").glob("*_overlay.png"))) == 3
     for path in (tmp_path / "out").glob("*_logits.npy"):
         logits, labels = (

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from internseg_ds.config.ds_config import resolve_ds_config
-from internseg_ds.config.experiment import leaf_datasets, read_experiment
+from internseg_ds.config.experiment import read_experiment
 from internseg_ds.data.datasets import build_datasets
 from internseg_ds.data.loading import training_batches
 from internseg_ds.data.sampler import GlobalBatchSampler
@@ -62,7 +62,7 @@ def plain_losses(
     model = build_for_training(experiment.model, ds, torch.device("cpu"), seed=0).train()
     optimizer = torch.optim.AdamW(parameter_groups(model, experiment.optimizer), lr=1.0, betas=(0.9, 0.999))
     bases = [group["lr"] for group in optimizer.param_groups]
-    dataset = build_datasets(experiment.train, "data.train", list(leaf_datasets(experiment.train)))
+    dataset = build_datasets(experiment.train, "data.train")
     batches = training_batches(
         dataset, GlobalBatchSampler(len(dataset), micro_batch), workers=0, seed=0, device=torch.device("cpu")
     )
@@ -104,7 +104,9 @@ def test_accumulated_and_clipped_gradients_follow_plain_pytorch_within_1e_4(trai
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.slow) if name == "zero3_bf16_offload_optimizer" else name
+        pytest.param(name, marks=pytest.mark.slow)
+        if name in ("zero3_bf16_offload_optimizer", "zero2_bf16")
+        else name
         for name in DS_CONFIGS
     ],
 )
@@ -192,7 +194,7 @@ def test_losses_that_are_not_finite_end_with_3_and_name_step_rank_and_images(tra
         check=False,
     )
     assert run.returncode == 3 and re.search(
-        r"3 steps in a row, up to step 3, were skipped; .*rank 1: \S+ADE_train_", run.output
+        r"3 steps in a row, .*step 3, .*rank 1: \S+ADE_train_", run.output
     )
     noted = [json.loads(line) for line in (run.work_dir / "skipped_steps.jsonl").read_text().splitlines()]
     assert [note["step"] for note in noted] == [1, 2, 3]
@@ -212,7 +214,7 @@ def test_a_run_leaves_checkpoints_metrics_log_curve_and_its_configs(trained):
     assert set(trained.losses) == set(range(1, 13))
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "python"])
+@pytest.mark.parametrize("launcher", [pytest.param("torchrun", marks=pytest.mark.slow), "python"])
 def test_other_launchers_train_too(launcher, train):
     run = train(
         "--no-validate", options=["runner.max_iters=2", "checkpoint_config.interval=0"], launcher=launcher

@@ -251,7 +251,7 @@ def test_one_channel_needs_a_sigmoid(ade20k):
     )
     with pytest.raises(
         ConfigError,
-        match=r"model\.decode_head has one output channel, and CrossEntropyLoss .* use_sigmoid=True",
+        match=r"model\.decode_head.*CrossEntropyLoss.*use_sigmoid=True",
     ):
         checked(two, validate=False)
 
@@ -272,7 +272,7 @@ BINARY = dict(out_channels=1, loss_decode=dict(type="CrossEntropyLoss", use_sigm
 
 @pytest.mark.parametrize("threshold", [7, 0, 1.0, "0.5", True])
 def test_a_threshold_that_no_sigmoid_can_pass_is_refused(threshold, ade20k):
-    with pytest.raises(ConfigError, match=rf"model\.decode_head\.threshold={threshold!r} .* between 0 and 1"):
+    with pytest.raises(ConfigError, match=rf"model\.decode_head\.threshold={threshold!r} "):
         checked(two_classes(ade20k, threshold=threshold, **BINARY), validate=False)
 
 
@@ -337,9 +337,7 @@ def test_a_batch_norm_over_one_value_is_refused_before_it_fails(ade20k):
         | {"data.samples_per_gpu": 1, "engine.global_batch": None},
     )
     checked(experiment)  # two processes have two values
-    with pytest.raises(
-        ConfigError, match=r"decode_head\.psp_modules.* one value per channel .* raise data\.samples_per_gpu"
-    ):
+    with pytest.raises(ConfigError, match=r"decode_head\.psp_modules.*data\.samples_per_gpu"):
         check(experiment, ROOT / "ds_configs/zero3_bf16.json", World(0, 1, 0))
 
 
@@ -399,10 +397,25 @@ def test_a_run_does_not_go_on_with_its_classes_in_another_order(trained, ade20k)
     save = trained.work_dir / "checkpoints" / "iter_12"
     with pytest.raises(
         CheckpointError,
-        match=r"iter_12.* the same classes in another order: class 0 was 'wall' and is 'building'",
+        match=r"iter_12.*class 0.*'wall'.*'building'",
     ):
         plan = check(
             swapped, ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0), validate=False, resume_from=save
+        )
+        compare_with_checkpoint(plan)
+
+
+@pytest.mark.parametrize(("kind", "kept"), [("NAdam", "exp_avg, exp_avg_sq, mu_product"), ("SGD", "nothing")])
+def test_a_checkpoint_of_another_optimizer_is_refused(kind, kept, trained, ade20k):
+    options = dict(option.split("=", 1) for option in (*SMALL, *data_options(ade20k)))
+    experiment = read_experiment(
+        ROOT / TINY, {key: DictAction._parse_iterable(value) for key, value in options.items()}
+    )
+    other = replace(experiment, optimizer={"type": kind, "lr": 1e-3})
+    save = trained.work_dir / "checkpoints" / "iter_12"
+    with pytest.raises(CheckpointError, match=rf"iter_12.*exp_avg.*'{kind}'.*{kept};"):
+        plan = check(
+            other, ROOT / "ds_configs/zero3_bf16.json", World(0, 2, 0), validate=False, resume_from=save
         )
         compare_with_checkpoint(plan)
 

@@ -41,7 +41,7 @@ def validation_entry(root):
 
 def validation(root):
     entry = validation_entry(root)
-    return build_datasets(entry, "data.val", [entry], test_mode=True)
+    return build_datasets(entry, "data.val", test_mode=True)
 
 
 def test_counts_are_those_of_mmseg():
@@ -222,7 +222,7 @@ def test_a_pipeline_without_augmentation_and_a_choice_of_classes_work(tiny, ade2
     entry.data_root = str(ade20k)
     expected = evaluate_dataset(
         Forwards(tiny),
-        build_datasets(entry, "data.val", [entry], test_mode=True),
+        build_datasets(entry, "data.val", test_mode=True),
         EvaluationOptions(World(), workers=0, verbose=False),
     )
     flat = [
@@ -234,12 +234,12 @@ def test_a_pipeline_without_augmentation_and_a_choice_of_classes_work(tiny, ade2
     plain = Config(dict(entry, pipeline=flat))._cfg_dict
     found = evaluate_dataset(
         Forwards(tiny),
-        build_datasets(plain, "data.val", [plain], test_mode=True),
+        build_datasets(plain, "data.val", test_mode=True),
         EvaluationOptions(World(), workers=0, verbose=False),
     )
     assert torch.equal(found.confusion, expected.confusion)
     chosen = Config(dict(entry, classes=["sky", "tree", "grass"]))._cfg_dict
-    dataset = build_datasets(chosen, "data.val", [chosen], test_mode=True)
+    dataset = build_datasets(chosen, "data.val", test_mode=True)
     assert set(np.unique(dataset.get_gt_seg_map_by_idx(0))) <= {0, 1, 2, 255}
 
 
@@ -295,7 +295,7 @@ def test_a_model_with_more_outputs_than_the_data_set_has_classes_is_scored_and_t
 ):
     entry = validation_entry(ade20k)
     entry.classes = ["wall", "building", "sky"]  # the first three of the model's 150 outputs
-    dataset = build_datasets(entry, "data.val", [entry], test_mode=True)
+    dataset = build_datasets(entry, "data.val", test_mode=True)
     caplog.set_level(logging.WARNING)
     found = evaluate_dataset(Forwards(tiny), dataset, EvaluationOptions(World(), workers=0, verbose=False))
     write_report(found, dataset.CLASSES, tmp_path)
@@ -327,6 +327,6 @@ def test_joined_data_sets_are_scored_each_and_together(tiny, ade20k):
 
 
 def some_of(entry, names):
-    dataset = build_datasets(entry, "data.val", [entry], test_mode=True)
+    dataset = build_datasets(entry, "data.val", test_mode=True)
     dataset.img_infos = [info for info in dataset.img_infos if info["filename"] in names]
     return dataset

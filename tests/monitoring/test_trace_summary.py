@@ -1,6 +1,7 @@
 """On traces made by hand, whose shares are known; times are in microseconds."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -169,9 +170,7 @@ def test_a_gpus_time_goes_to_its_kernels_by_what_launched_them_and_the_rest_is_i
         (REST, "update"): 15,
     }
     assert found.collectives == pytest.approx(0.32)
-    assert "Collectives ran for 32.0% of it; 12.0% was not hidden behind other kernels." in summarise(
-        {"traceEvents": on_gpu()}
-    )
+    assert re.search(r"Collectives.* 32\.0%.* 12\.0%", summarise({"traceEvents": on_gpu()}))
 
 
 def test_a_trace_without_steps_is_refused():

@@ -139,7 +139,7 @@ def test_a_constructor_may_not_give_groups_other_settings_than_rate_and_decay(mo
     )
     with pytest.raises(
         ConfigError,
-        match=r"'SlowMoments' gives a group betas=\(0.9, 0.95\), where the optimizer has \(0.9, 0.999\)",
+        match=r"'SlowMoments'.*betas=\(0\.9, 0\.95\).*\(0\.9, 0\.999\)",
     ):
         parameter_groups(
             model, ADAMW | dict(constructor="SlowMoments", paramwise_cfg=dict(betas=(0.9, 0.95)))

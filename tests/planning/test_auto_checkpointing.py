@@ -117,7 +117,7 @@ def test_a_backbone_without_our_policies_is_left_to_its_with_cp(ade20k):
     assert agreed_checkpointing(estimator, plan.ds, World(), torch.float32) == "config"
     assert as_it_will_train(estimator, plan.ds, Platform(1.0)) is estimator
     experiment = replace(experiment, engine=replace(experiment.engine, recomputation="blocks"))
-    with pytest.raises(ConfigError, match="the backbone has no activation checkpointing"):
+    with pytest.raises(ConfigError, match="no activation checkpointing"):
         check(experiment, DS, World(0, 2, 0), validate=False)
 
 
@@ -129,7 +129,7 @@ def a_run_ends_for_lack_of_memory(root, work_dir) -> None:
 
     options = dict(option.split("=") for option in data_options(root)) | LARGER | {"data.workers_per_gpu": 0}
     with (
-        pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory") as caught,
+        pytest.raises(torch.OutOfMemoryError, match="out of memory") as caught,
         SegmentorEngine(
             read_experiment(ROOT / TINY, options), DS, work_dir=work_dir, validate=False
         ) as engine,

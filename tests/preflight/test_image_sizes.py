@@ -1,5 +1,7 @@
 """Sizes that were changed in one place and not in another are named at the start."""
 
+import re
+
 from mmcv import Config
 
 from internseg_ds.config.experiment import read_experiment
@@ -17,17 +19,13 @@ def test_sizes_that_agree_are_one_line():
     experiment = read_experiment(ROOT / TINY)
     assert experiment.warnings == ()
     line, warnings = size_lines(experiment, (112, 112))
-    assert (
-        line
-        == "training images of 112 x 112, tested on windows of 112 x 112, stride 70 x 70, img_size of the "
-        "backbone 112 x 112"
-        and not warnings
-    )
+    sizes = r"training images.* 112 x 112,.* windows.* 112 x 112, stride 70 x 70, img_size.* 112 x 112"
+    assert re.fullmatch(sizes, line) and not warnings
 
 
 def test_a_test_window_of_another_size_than_the_crop_is_a_warning():
     experiment = read_experiment(Config.fromfile(ROOT / TINY))
     (said,) = size_lines(experiment, (224, 224))[1]
-    assert "training images have 224 x 224 pixels and test windows 112 x 112" in said
+    assert re.search(r"training images.* 224 x 224 .*test windows 112 x 112", said)
     experiment.model.test_cfg = dict(mode="whole")
     assert not size_lines(experiment, (224, 224))[1]

@@ -1,5 +1,7 @@
 """Labels for "no class", which data set, padding, heads and losses must agree on."""
 
+import re
+
 import pytest
 from mmseg.models import build_head
 from torch import nn
@@ -85,10 +87,7 @@ def test_what_does_not_agree_is_an_error(settings, words):
 
 def test_padding_that_is_a_class_is_said():
     (said,) = said_of(150, pad=0)
-    assert (
-        said == "Pad.seg_pad_val of its pipeline is 0, which model.decode_head learns as class 0, since its "
-        "ignore_index is 255"
-    )
+    assert re.fullmatch(r"Pad\.seg_pad_val.* 0, .*model\.decode_head .*class 0, .*ignore_index is 255", said)
 
 
 def test_classes_that_are_left_out_may_not_become_one_that_is_kept(ade20k):
@@ -102,6 +101,6 @@ def test_classes_that_are_left_out_may_not_become_one_that_is_kept(ade20k):
         ignore_index=0,
     )
     with pytest.raises(DataError, match=r"ignore_index=0 .*\(wall\)"):
-        build_datasets(entry, "data.train", [entry])
+        build_datasets(entry, "data.train")
     entry["ignore_index"] = 255
-    assert build_datasets(entry, "data.train", [entry]).CLASSES == ["wall", "sky"]
+    assert build_datasets(entry, "data.train").CLASSES == ["wall", "sky"]

@@ -8,8 +8,9 @@ from mmcv import ConfigDict
 from mmcv.parallel import DataContainer
 from torch import nn
 
-from internseg_ds.config.experiment import leaf_datasets, read_experiment
-from internseg_ds.data.datasets import build_datasets, first_sample
+from internseg_ds.config.experiment import read_experiment
+from internseg_ds.data.datasets import build_datasets
+from internseg_ds.data.samples import first_sample
 from internseg_ds.distributed.construction import build_on_meta
 from internseg_ds.errors import ConfigError
 from internseg_ds.preflight.model_checks import check_forward, check_sample
@@ -44,7 +45,7 @@ def formatted(small, *steps):
         *map(ConfigDict, steps),
         entry.pipeline[-1],
     ]
-    return first_sample(build_datasets(entry, "data.train", list(leaf_datasets(entry))), "data.train")
+    return first_sample(build_datasets(entry, "data.train"), "data.train")
 
 
 def test_an_ordinary_training_image_passes(small, model):
@@ -87,9 +88,7 @@ def test_a_training_image_that_is_no_tensor_for_the_model_is_told_the_step_that_
 
 def test_whole_numbers_are_no_image(small, model):
     sample = formatted(small, dict(type="DefaultFormatBundle"))
-    with pytest.raises(
-        ConfigError, match=r"tensor of uint8, \(3, 112, 112\), and must be of float32; put a Normalize before"
-    ):
+    with pytest.raises(ConfigError, match=r"uint8, \(3, 112, 112\),.*float32.*Normalize"):
         check_sample(model, sample | {"img": DataContainer(sample["img"].data.to(torch.uint8), stack=True)})
 
 
@@ -142,8 +141,7 @@ def swin(frozen_stages):
 def test_stages_that_cannot_be_frozen_are_named(small, backbone):
     with pytest.raises(
         ConfigError,
-        match=rf"model\.backbone\.frozen_stages={backbone['frozen_stages']!r} is not for this "
-        rf"{backbone['type']}",
+        match=rf"model\.backbone\.frozen_stages={backbone['frozen_stages']!r}.*{backbone['type']}",
     ):
         build_on_meta(ConfigDict(small.model, backbone=backbone))
 

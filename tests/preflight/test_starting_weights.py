@@ -1,6 +1,7 @@
 """Weights of a whole segmentor that were trained on the same classes in another order, or on others."""
 
 import copy
+import re
 from dataclasses import replace
 
 import pytest
@@ -24,7 +25,7 @@ def small(ade20k):
 
 @pytest.fixture(scope="module")
 def names(small):
-    return list(build_datasets(small.train, "data.train", [small.train]).CLASSES)
+    return list(build_datasets(small.train, "data.train").CLASSES)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def test_the_same_classes_in_another_order_are_refused_unless_the_scores_may_dif
     with pytest.raises(ConfigError, match=words):
         warnings_of(small, weights, swapped, ("decode_head.conv_seg",))
     (said,) = warnings_of(small, weights, swapped, ("decode_head.conv_seg", "auxiliary_head"))
-    assert "start as those of other classes" in said
+    assert "those of other classes" in said
 
 
 def test_other_names_for_some_classes_are_a_line(small, weights, names):
@@ -66,8 +67,5 @@ def test_other_names_for_some_classes_are_a_line(small, weights, names):
         small, train=ConfigDict(small.train, type="CustomDataset", img_suffix=".jpg", seg_map_suffix=".png")
     )
     (said,) = warnings_of(other, weights, ["a wall", *names[1:]])
-    assert (
-        "whole.pth and data.train call 1 class differently, and their numbers are taken to mean the "
-        f"same: 0: {names[0]} and a wall" in said
-    )
+    assert re.search(rf"whole\.pth and data\.train.* 1 class .*: 0: {names[0]} and a wall", said)
     assert warnings_of(other, weights, names) == []

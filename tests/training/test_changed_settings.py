@@ -102,11 +102,10 @@ def test_each_change_of_a_rate_is_a_line():
 def test_classes_that_moved_are_refused():
     with pytest.raises(
         CheckpointError,
-        match=r"same classes in another order: class 0 was 'sky' and is 'road' .*\(2 classes moved\).* "
-        r"--load-from",
+        match=r"class 0.*'sky'.*'road'.*\(2 classes moved\).*--load-from",
     ):
         changed_classes(PATH, ["sky", "road", "tree"], ["road", "sky", "tree"])
-    with pytest.raises(CheckpointError, match=r"3 classes, data\.train of this run has 2"):
+    with pytest.raises(CheckpointError, match=r"3 classes.*data\.train.* 2"):
         changed_classes(PATH, ["sky", "road", "tree"], ["sky", "road"])
 
 

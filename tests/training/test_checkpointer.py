@@ -164,7 +164,7 @@ def auto_goes_on_from_the_one_before_a_damaged_newest(folder: Path) -> None:
     (folder / "iter_20" / MANIFEST).write_text("{")
     assert checkpoint_to_resume("auto", folder.parent) == folder / "iter_10"
     next((folder / "iter_10").glob("*optim_states.pt")).write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"iter_30.* missing.*none of the 2 checkpoints"):
+    with pytest.raises(CheckpointError, match=r"iter_30.*missing.*2 checkpoints"):
         checkpoint_to_resume("auto", folder.parent)
 
 
@@ -177,7 +177,7 @@ def a_pointer_is_not_followed_out_of_its_folder(folder: Path) -> None:
     for name in ("../outside", str(outside), "..", "", "iter_10\niter_11", "x" * 300):
         (folder / "latest").write_text(name)
         assert checkpoint_to_resume("auto", folder.parent) == folder / "iter_10"
-        with pytest.raises(CheckpointError, match="no name of a checkpoint beside it"):
+        with pytest.raises(CheckpointError, match="no name of a checkpoint"):
             find_checkpoint(folder)
 
 

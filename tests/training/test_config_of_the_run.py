@@ -1,7 +1,11 @@
 """A run from Python goes where its config says, with its seed, and says what `auto_resume` came to."""
 
+import re
 from pathlib import Path
 
+import pytest
+
+from internseg_ds.errors import CheckpointError
 from internseg_ds.training.segmentor_engine import SegmentorEngine
 from tests.conftest import ROOT
 from tests.distributed.ranks import spawn
@@ -22,10 +26,34 @@ def the_same_run_twice(root: Path, work_dir: Path) -> None:
             engine.train()
         assert (engine.state.step, engine.state.seed) == (1, 5)
     log = (work_dir / "train.log").read_text()
-    assert log.count(f"--resume auto: there is no checkpoint in {work_dir}/checkpoints yet") == 1
+    assert len(re.findall(rf"--resume auto:.* {work_dir}/checkpoints\b", log)) == 1
     assert log.count("of step 1, and runner.max_iters is 1") == 1
     assert log.count("seed 5, 1 process") == 2 and log.count("training images of 112 x 112") == 2
 
 
 def test_work_dir_seed_and_auto_resume_of_a_config_are_the_runs(ade20k, tmp_path):
     spawn(the_same_run_twice, 1, ade20k, tmp_path / "run")
+
+
+def goes_on_with_another_batch(root: Path, work_dir: Path) -> None:
+    cfg = small_experiment(
+        root, "lr_config.warmup_iters=0", "lr_config.by_epoch=True", "checkpoint_config.interval=1"
+    )
+    cfg.runner = dict(type="EpochBasedRunner", max_epochs=1)
+    zero3 = ROOT / "ds_configs/zero3_bf16.json"
+    with SegmentorEngine(cfg, zero3, work_dir=work_dir, validate=False) as engine:
+        steps = len(engine.plan.train_set) // cfg.data.samples_per_gpu
+        assert engine.plan.experiment.max_steps == steps
+        engine.train()
+        assert engine.state.step == steps
+    cfg.runner.max_epochs = 2
+    with SegmentorEngine(cfg, zero3, work_dir=work_dir, resume="auto", validate=False) as engine:
+        engine.train()
+        assert engine.state.step == 2 * steps
+    cfg.data.samples_per_gpu *= 2
+    with pytest.raises(CheckpointError, match=rf"\b{steps} steps.* {steps // 2},"):
+        SegmentorEngine(cfg, zero3, work_dir=work_dir, resume="auto", validate=False)
+
+
+def test_epochs_of_another_length_are_not_gone_on_with(ade20k, tmp_path):
+    spawn(goes_on_with_another_batch, 1, ade20k, tmp_path)

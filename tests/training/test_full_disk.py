@@ -7,6 +7,7 @@ The tests need leave to mount.
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -135,10 +136,10 @@ def saves_while_the_disk_fills(disk: Path, background: bool, fills: list[dict[st
 
 def test_what_is_short_is_named_bytes_or_inodes(small_disk):
     disk = small_disk(inodes=20)
-    assert _shortage(disk, 5 * 2**20, 8) == f"it needs 5 MiB and 4 MiB are free in {disk}"
-    assert _shortage(disk, 2**20, 8).startswith("not for want of space: it needs 1 MiB and 4 MiB")
+    assert re.search(rf"5 MiB and 4 MiB .*{disk}$", _shortage(disk, 5 * 2**20, 8))
+    assert re.search(r"^not .*: .*1 MiB and 4 MiB", _shortage(disk, 2**20, 8))
     leave(disk, free_inodes=6)
-    assert _shortage(disk, 2**20, 8) == f"it needs up to 8 files and {disk} has inodes for 6 (df -i)"
+    assert re.search(rf" 8 files .*{disk} .*inodes.* 6 \(df -i\)$", _shortage(disk, 2**20, 8))
 
 
 @pytest.mark.parametrize("background", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -283,7 +284,7 @@ def test_a_training_goes_on_while_its_disk_is_full(for_good, small_disk, ade20k)
         "evaluation.interval=2",
     )
     cfg.data.train.pipeline.insert(-2, dict(type="FillDiskInStep", disk=str(disk), for_good=for_good))
-    unsaved = pytest.raises(CheckpointError, match=r"last step, 6, .* --resume auto")
+    unsaved = pytest.raises(CheckpointError, match=r"step, 6,.*--resume auto")
     with (
         unsaved if for_good else nullcontext(),
         SegmentorEngine(cfg, ROOT / "ds_configs/zero1_bf16.json", work_dir=disk / "run") as engine,

@@ -39,8 +39,7 @@ def who_looks_after_which_folder(place: Path) -> None:
     ]
     with pytest.raises(
         ConfigError,
-        match=r"every host must see the same folder; put it on a shared file system "
-        r'.*"use_node_local_storage": true.* into ds\.json',
+        match=r'shared file system.*"use_node_local_storage": true.*ds\.json',
     ):
         find_leaders(place / f"host{rank // 2}", world(2), node_local=False, ds_config="ds.json")
     dist.barrier()
@@ -116,8 +115,7 @@ def hosts_whose_newest_differ_agree(place: Path) -> None:
         shutil.rmtree(mine / "checkpoints")
     with pytest.raises(
         CheckpointError,
-        match=r"hosts have different checkpoints to go on from \(\S+ iter_30, \S+ none\) and none that all "
-        r"have",
+        match=r"\(\S+ iter_30, \S+ none\)",
     ):
         agree_to_resume(checkpoint_to_resume("auto", mine), 1)
 

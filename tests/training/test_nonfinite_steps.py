@@ -79,7 +79,7 @@ def nothing_but_bad_images(root: Path, work_dir: Path) -> None:
         SegmentorEngine(
             cfg, ROOT / "ds_configs/zero1_bf16.json", work_dir=work_dir, validate=False
         ) as engine,
-        pytest.raises(Diverged, match=r"every step of this training \(2\) was skipped"),
+        pytest.raises(Diverged, match=r"every step.*\(2\)"),
     ):
         engine.train()
     assert not list(work_dir.glob("checkpoints/*"))  # or a run that goes on from there would be done

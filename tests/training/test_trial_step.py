@@ -50,8 +50,7 @@ def test_a_backward_that_fails_is_refused_though_every_shape_fits(ade20k, tmp_pa
     )
     with pytest.raises(
         ConfigError,
-        match=r"this model cannot train under .*zero3_bf16\.json: RuntimeError: .*modified by an inplace "
-        r"operation",
+        match=r"zero3_bf16\.json: RuntimeError: .*inplace operation",
     ):
         try_step(plan, settings)
 
@@ -61,17 +60,14 @@ def test_a_backward_that_fails_is_refused_though_every_shape_fits(ade20k, tmp_pa
 def test_a_corner_of_larger_images_is_tried_with_its_masks(config, side, ade20k, tmp_path, monkeypatch):
     plan, settings = planned(config, ade20k, tmp_path)
     monkeypatch.setattr(trial_step, "_corner_side", lambda _: side)
-    assert re.match(
-        rf"one step of 2 images of {side} x {side} pixels, in one process .* under ZeRO-3, and a window of an "
-        r"evaluation: ran in \d+ s",
-        try_step(plan, settings),
-    )
+    tried = rf"one step of 2 images of {side} x {side} pixels, .*ZeRO-3, .*window.*: ran in \d+ s"
+    assert re.match(tried, try_step(plan, settings))
 
 
 def test_a_model_beyond_this_machine_is_not_tried(ade20k, tmp_path, monkeypatch):
     plan, settings = planned(TINY, ade20k, tmp_path)
     monkeypatch.setattr(trial_step, "LARGEST", 1000)
-    assert re.match(r"no step was tried on the CPU: [\d,]+ parameters would take", try_step(plan, settings))
+    assert re.match(r"no step was tried.*: [\d,]+ parameters", try_step(plan, settings))
 
 
 def test_maps_are_cut_and_other_tensors_are_not():

@@ -135,7 +135,7 @@ def test_peft_reads_the_exported_adapters(unbroken, ade20k, tmp_path):
         adapted = PeftModel.from_pretrained(backbone.eval(), folder).eval()
         for found, expected in zip(adapted(image), merged(image), strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    with pytest.raises(CheckpointError, match="a folder, whose name has no ending"):
+    with pytest.raises(CheckpointError, match="a folder"):
         export_adapters(unbroken, tmp_path / "adapters.pth")
 
 
@@ -171,9 +171,7 @@ def test_a_run_that_would_train_other_parts_is_not_gone_on_with(tune, unbroken, 
         validate=False,
         resume_from=unbroken / "checkpoints/iter_2",
     )
-    with pytest.raises(
-        CheckpointError, match=r"was saved with engine.tune=\{'lora'.*and this run has engine.tune="
-    ):
+    with pytest.raises(CheckpointError, match=r"engine\.tune=\{'lora'.*engine\.tune="):
         compare_with_checkpoint(plan)
 
 

@@ -19,7 +19,7 @@ def test_what_a_run_left_is_not_overwritten(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(
         ConfigError,
-        match=r"holds a run \(records in metrics\.jsonl\).*--resume auto.*--work-dir.*--overwrite",
+        match=r"metrics\.jsonl.*--resume auto.*--work-dir.*--overwrite",
     ):
         check_unused(tmp_path, None, overwrite=False, resumes=False)
     check_unused(tmp_path, None, overwrite=True, resumes=False)
@@ -50,7 +50,7 @@ def test_a_finished_run_is_gone_on_with_or_set_aside(ade20k, tmp_path):
 
     first = run()
     records = (work_dir / "metrics.jsonl").read_text()
-    with pytest.raises(ConfigError, match=r"holds a run \(1 checkpoint, the newest is iter_2\)"):
+    with pytest.raises(ConfigError, match=r"1 checkpoint, .*iter_2\b"):
         run()
     assert (work_dir / "metrics.jsonl").read_text() == records
     assert run(resume="auto") == first

@@ -7,7 +7,7 @@ import numpy as np
 from mmseg.datasets.pipelines import Normalize
 
 from internseg_ds.data.checks.pipeline_steps import flat
-from internseg_ds.data.datasets import SegmentationDataset, pipelines
+from internseg_ds.data.dataset_parts import SegmentationDataset, pipelines
 
 
 def compare_normalization(train_set: SegmentationDataset, val_set: SegmentationDataset) -> list[str]:

@@ -9,7 +9,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,10 +19,11 @@ from mmseg.datasets import DATASETS, CustomDataset
 from mmseg.datasets.pipelines import LoadImageFromFile
 from PIL import Image
 
-from internseg_ds.data.datasets import SegmentationDataset, plain_parts
+from internseg_ds.data.checks.other_endings import files_alike
+from internseg_ds.data.dataset_parts import SegmentationDataset, plain_parts
+from internseg_ds.data.entries import leaf_datasets
 from internseg_ds.data.label_maps import LoadLabelMap, annotation_of, loader_in
 from internseg_ds.data.orientation import FIX, TURNS, is_square, orientation
-from internseg_ds.data.other_endings import files_alike
 from internseg_ds.errors import ConfigError, DataError, are, counted, shortened
 from internseg_ds.seeding import derived_seed
 
@@ -71,17 +72,15 @@ def survey(dataset: SegmentationDataset, what: str, *, training: bool, tolerated
     return warnings
 
 
-def compare_zero_labels(
-    train_entries: Iterable[Mapping[str, Any]], val_set: SegmentationDataset, what: str
-) -> list[str]:
+def compare_zero_labels(train_entry: Any, val_set: SegmentationDataset, what: str) -> list[str]:
     """Label maps that are trained on and scored against must be read alike: warnings where two data sets of
     different kinds are not.
 
-    train_entries: plain data sets of the config, which need not be on this machine. val_set: built; what: its
-    name in messages. Raises ConfigError where two of one kind are not.
+    train_entry: of the config; its data need not be on this machine. val_set: built; what: its name in
+    messages. Raises ConfigError where two of one kind are not.
     """
     warnings = []
-    for train, val in ((train, val) for train in train_entries for val in plain_parts(val_set)):
+    for train, val in ((train, val) for train in leaf_datasets(train_entry) for val in plain_parts(val_set)):
         trained = [
             bool(step.get("reduce_zero_label"))
             for step in train.get("pipeline") or ()

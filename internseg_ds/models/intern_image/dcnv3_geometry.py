@@ -12,6 +12,9 @@ from torch import Tensor
 
 Pair = tuple[int, int]
 """(vertical, horizontal), as in torch's convolutions."""
+Settings = tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int], int, float, bool]
+"""kernel, stride, pad, dilation, group, offset_scale, remove_center: the fields of `Geometry`, as torch hands
+them to an operator."""
 
 
 class Geometry(NamedTuple):
@@ -85,23 +88,13 @@ def check_center(kernel: Sequence[int], remove_center: bool) -> None:
         raise ValueError("remove_center=True leaves a kernel of 1 x 1 no point")
 
 
-def geometry(
-    x: Tensor,
-    offset: Tensor,
-    mask: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    pad: Sequence[int],
-    dilation: Sequence[int],
-    group: int,
-    offset_scale: float,
-    remove_center: bool,
-) -> Geometry:
+def geometry(x: Tensor, offset: Tensor, mask: Tensor, settings: Settings) -> Geometry:
     """Make the geometry of a call of the operator `dcnv3`, whose arguments these are.
 
     Raises ValueError where the tensors' shapes do not match it or each other: kernels read memory without
     checking bounds.
     """
+    kernel, stride, pad, dilation, group, offset_scale, remove_center = settings
     made = Geometry(
         _pair(kernel), _pair(stride), _pair(pad), _pair(dilation), group, offset_scale, remove_center
     )

@@ -64,7 +64,8 @@ def dcnv3(
     lie zeros; samples are bilinear. An offset that is not finite makes the result NaN, so that the training
     step is skipped. Raises ValueError where shapes do not match.
     """
-    made = geometry(x, offset, mask, kernel, stride, pad, dilation, group, offset_scale, remove_center)
+    settings = (kernel, stride, pad, dilation, group, offset_scale, remove_center)
+    made = geometry(x, offset, mask, settings)
     return implementation(x, offset, mask).forward(x, offset, mask, made)
 
 
@@ -84,13 +85,14 @@ def dcnv3_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """grad: (n, h', w', c), of the result of `dcnv3`, whose arguments follow. Returns the gradients of x,
     offset and mask, each in its shape and dtype."""
-    made = geometry(x, offset, mask, kernel, stride, pad, dilation, group, offset_scale, remove_center)
+    settings = (kernel, stride, pad, dilation, group, offset_scale, remove_center)
+    made = geometry(x, offset, mask, settings)
     return implementation(x, offset, mask).backward(grad, x, offset, mask, made)
 
 
 @dcnv3.register_fake
 def _(x: Tensor, offset: Tensor, mask: Tensor, *settings: Any) -> Tensor:
-    geometry(x, offset, mask, *settings)
+    geometry(x, offset, mask, settings)
     return x.new_empty(*mask.shape[:3], x.size(3))
 
 

@@ -98,7 +98,7 @@ ZERO_STD = dict(NORMALIZE, std=[58.0, 0.0, 57.0])
     ("steps", "evaluates"), [([LOAD, LABELS, ZERO_STD], False), ([LOAD, augmented(FLIP, ZERO_STD)], True)]
 )
 def test_a_std_of_0_is_an_error(steps, evaluates):
-    with pytest.raises(ConfigError, match=r"std=\[58.0, 0.0, 57.0\] of Normalize .* data.val.* above 0"):
+    with pytest.raises(ConfigError, match=r"std=\[58\.0, 0\.0, 57\.0\] of Normalize.*data\.val"):
         check_steps(built(steps), "data.val", evaluates=evaluates)
 
 
@@ -112,7 +112,7 @@ def test_a_std_of_0_ends_an_evaluation_and_a_prediction_before_any_weights_are_r
         lambda: evaluate(cfg, weights),
         lambda: predict_files(cfg, weights, [image], tmp_path / "out"),
     ):
-        with pytest.raises(ConfigError, match=r"std=\[58.0, 0.0, 57.0\] of Normalize .* data.test.* above 0"):
+        with pytest.raises(ConfigError, match=r"std=\[58\.0, 0\.0, 57\.0\] of Normalize.*data\.test"):
             act()
 
 

@@ -2,6 +2,7 @@
 that it is quick."""
 
 import os
+import re
 import time
 
 import cv2
@@ -32,7 +33,7 @@ def entry_of(root, **arguments):
 
 def built(root, *, test_mode=False, **arguments):
     entry = entry_of(root, **arguments)
-    return build_datasets(entry, "data.train", [entry], test_mode=test_mode)
+    return build_datasets(entry, "data.train", test_mode=test_mode)
 
 
 @pytest.fixture
@@ -63,9 +64,7 @@ def test_sound_data_are_passed_in_silence(data):
 def test_masks_of_0_and_255_for_two_classes_have_nothing_to_learn(data):
     with pytest.raises(
         DataError,
-        match=r"nothing to learn: of 2 classes all 2 label maps hold road alone\. They hold no number but "
-        r"0 and 255, and 255 "
-        r"stands for no class; if 255 is meant to be car, write 1 in its place",
+        match=r"all 2 label maps hold road alone.*0 and 255.*255 is meant to be car",
     ):
         survey(built(data([0, 255], [255, 0])), "data.train", training=True)
 
@@ -74,33 +73,30 @@ def test_a_folder_whose_images_end_otherwise_is_not_called_empty_alone(data):
     root = data([0, 1], [1, 0], ending=".JPG")
     with pytest.raises(
         DataError,
-        match=r"data\.train is empty: .*; 2 files there end in '\.JPG' \(0\.JPG\): if these are meant, set "
-        r"img_suffix='\.JPG'",
+        match=r"data\.train is empty:.*2 files.*\(0\.JPG\).*img_suffix='\.JPG'",
     ):
         built(root)
-    with pytest.raises(DataError, match=r"; 2 files there end in '\.JPG'"):
+    with pytest.raises(DataError, match=r"2 files there.*'\.JPG'"):
         built(root, img_suffix=".tif")
     (root / "images/0.JPG").rename(root / "images/0_left.JPG")
-    with pytest.raises(DataError, match=r"; 1 file there ends in '_left\.JPG' \(0_left\.JPG\)"):
+    with pytest.raises(DataError, match=r"1 file there.*'_left\.JPG' \(0_left\.JPG\)"):
         built(root, img_suffix="_left.jpg")
     (root / "images/0_left.JPG").rename(root / "images/0.JPG")
     first, second = entry_of(root, img_suffix=".JPG"), entry_of(root)
     with pytest.raises(
         DataError,
-        match=r"joins several data sets, and that of .*images has no image; 2 files there end in '\.JPG'",
+        match=r"images has no image.*2 files.*'\.JPG'",
     ):
-        build_datasets([first, second], "data.train", [first, second])
+        build_datasets([first, second], "data.train")
     assert len(built(root, img_suffix=".JPG")) == 2
 
 
 def test_label_maps_that_end_otherwise_are_named(data):
     root = data([0, 1], [1, 0])
-    with pytest.raises(
-        DataError, match=r"2 of 2 label maps are missing, the first is .*0\.PNG \(there is 0\.png\)"
-    ):
+    with pytest.raises(DataError, match=r"2 of 2 label maps.*0\.PNG.*0\.png"):
         built(root, seg_map_suffix=".PNG")
     (root / "split.txt").write_text("0\n1\n")
-    with pytest.raises(DataError, match=r"images of the split file .*0\.jpeg \(there is 0\.jpg\)"):
+    with pytest.raises(DataError, match=r"split file .*0\.jpeg.*0\.jpg"):
         built(root, img_suffix=".jpeg", split="split.txt")
 
 
@@ -118,7 +114,7 @@ def test_a_palette_that_opencv_would_read_as_colours_is_told_how_to_be_read(data
     )
     with pytest.raises(
         ConfigError,
-        match=r"0\.png has a palette, of which imdecode_backend='cv2' .* leave imdecode_backend out",
+        match=r"0\.png.*palette.*imdecode_backend='cv2'",
     ):
         built(root, **by_opencv)
     assert survey(built(root), "data.train", training=True) == []
@@ -144,7 +140,7 @@ def test_numbers_of_no_class_in_a_validation_set_are_said_before_they_count_as_w
     (said,) = survey(
         built(data([0, 1, 7], [0, 1, 1]), pipeline=TEST, test_mode=True), "data.val", training=False
     )
-    assert "of all 2 label maps looked at, 1 holds" in said and "7 in " in said and "labels/0.png" in said
+    assert re.search(r"2 label maps.*, 1 holds", said) and "7 in " in said and "labels/0.png" in said
 
 
 def test_images_left_out_for_their_suffix_although_labelled_are_an_error(data):
@@ -194,8 +190,7 @@ def test_label_maps_of_other_sides_than_their_images_are_an_error_or_said(data):
     Image.fromarray(np.zeros((2, 3), np.uint8)).save(root / "labels/1.png")
     with pytest.raises(
         DataError,
-        match=r"of all 2 label maps looked at, 1 has other sides than their images: .*1.png has 2 x 3 "
-        r"pixels and its image 4 x 3",
+        match=r"all 2 label maps.*1\.png has 2 x 3.*4 x 3",
     ):
         survey(built(root), "data.train", training=True)
     (said,) = survey(built(root), "data.train", training=True, tolerated=1)
@@ -209,7 +204,7 @@ def test_sixteen_bits_and_four_channels_are_said(data):
     cv2.imwrite(str(root / "images/0.png"), np.zeros((4, 2, 4), np.uint16))
     cv2.imwrite(str(root / "images/1.png"), np.zeros((4, 2, 4), np.uint16))
     (said,) = [said for said in survey(built(root, img_suffix=".png"), "data.train", training=True)]
-    assert "has 4 channels of uint16, and is read as 3 of uint8" in said
+    assert re.search(r"4 channels of uint16.* 3 of uint8", said)
 
 
 @pytest.mark.parametrize(("pipeline", "scored"), [(REDUCED, False), (TRAIN, True)])
@@ -218,7 +213,7 @@ def test_zero_reduced_on_one_side_only_is_an_error(data, pipeline, scored):
     val = built(root, pipeline=TEST, test_mode=True, reduce_zero_label=scored)
     with pytest.raises(
         ConfigError,
-        match=f"reduce_zero_label={not scored} of LoadAnnotations .* reduce_zero_label={scored} of data.val",
+        match=f"={not scored} of LoadAnnotations.*={scored} of data.val",
     ):
         compare_zero_labels([entry_of(root, pipeline=pipeline)], val, "data.val")
 
@@ -331,9 +326,7 @@ def test_an_evaluation_normalises_as_the_training_does(data):
         == []
     )
     (said,) = compare_normalization(train, normalized(to_rgb=False)[1])
-    assert (
-        "data.val are normalised with mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], "
-        "to_rgb=False, those of data.train with" in said
-    )
+    settings = "mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=False"
+    assert re.search(rf"data\.val.* {re.escape(settings)}, .*data\.train", said)
     (said,) = compare_normalization(train, built(root, pipeline=TEST, test_mode=True))
     assert "data.val are normalised by no Normalize" in said

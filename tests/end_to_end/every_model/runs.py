@@ -75,9 +75,9 @@ def run(name: str, data: Path, work_dir: Path) -> str:
             with forwards(
                 engine.deepspeed.module,
                 engine.plan.experiment.model,
-                engine.compute_dtype,
+                engine.dtypes.backbone,
                 engine.world.device,
-                heads=engine.heads_dtype,
+                heads=engine.dtypes.heads,
                 weights=weights,
             ) as ready:
                 logits.append(ready(image, [{}]))

@@ -233,7 +233,7 @@ def test_models_without_drop_path_or_groups_of_layers_give_maps(name):
 def test_a_size_that_a_model_cannot_take_is_named_before_a_run():
     with torch.device("meta"):
         model = backbone("efficientformer_l1", img_size=None)
-        with pytest.raises(ValueError, match=r"cannot take images of 64 x 96 .* made for 224 x 224"):
+        with pytest.raises(ValueError, match=r"64 x 96 .* 224 x 224"):
             model(torch.empty(1, 3, 64, 96))
 
 

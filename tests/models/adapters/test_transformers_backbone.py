@@ -342,7 +342,7 @@ def test_drop_path_grows_with_depth_whether_transformers_has_it_or_not(kind):
 
 
 def test_drop_path_is_refused_where_a_model_has_none():
-    with pytest.raises(ValueError, match=r"drop_path_rate=0\.1, but transformers' resnet has none"):
+    with pytest.raises(ValueError, match=r"drop_path_rate=0\.1,.*resnet"):
         backbone(dict(model_type="resnet"), drop_path_rate=0.1)
 
 
@@ -438,9 +438,9 @@ def test_what_transformers_does_not_have_is_said(arguments, words):
 def test_images_of_sizes_that_a_model_cannot_take_are_refused():
     fixed = backbone(dict(model_type="aimv2_vision_model", **dict(VIT, patch_size=14, image_size=56)))
     assert fixed(torch.randn(1, 3, 56, 56))[0].shape == (1, 48, 4, 4)
-    with pytest.raises(ValueError, match="images of 56 x 56 pixels alone, not of 70 x 56"):
+    with pytest.raises(ValueError, match=r"56 x 56 pixels.* 70 x 56"):
         fixed(torch.randn(1, 3, 70, 56))
-    with pytest.raises(ValueError, match="not a multiple of the patch size 14 x 14"):
+    with pytest.raises(ValueError, match="patch size 14 x 14"):
         fixed(torch.randn(1, 3, 60, 56))
 
 

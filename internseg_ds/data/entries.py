@@ -1,0 +1,39 @@
+"""What a `data.train` or `data.val` entry of a config holds, before anything is built of it: data sets inside
+wrappers, and steps of pipelines."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mmcv import ConfigDict
+
+from internseg_ds.errors import ConfigError
+
+
+def leaf_datasets(entry: Any) -> Iterator[ConfigDict]:
+    """The plain data sets inside wrappers (RepeatDataset, ConcatDataset, MultiImageMixDataset, lists, ...) of
+    a `data.train` or `data.val` entry.
+
+    Raises ConfigError for a ConcatDataset of nothing.
+    """
+    if isinstance(entry, (list, tuple)):
+        for item in entry:
+            yield from leaf_datasets(item)
+    elif isinstance(entry, Mapping) and entry.get("type") == "ConcatDataset":
+        if not isinstance(entry.get("datasets"), (list, tuple)) or not entry["datasets"]:
+            raise ConfigError("a ConcatDataset of the config needs datasets=[dict(...), dict(...)]")
+        yield from leaf_datasets(entry["datasets"])
+    elif isinstance(entry, Mapping) and "dataset" in entry:
+        yield from leaf_datasets(entry["dataset"])
+    else:
+        yield entry
+
+
+def steps_of(entry: Any) -> Iterator[Mapping[str, Any]]:
+    """Each step of each data set in lists and wrappers (RepeatDataset, ConcatDataset, MultiImageMixDataset,
+    ...), and of wrappers with a pipeline."""
+    if isinstance(entry, (list, tuple)):
+        for part in entry:
+            yield from steps_of(part)
+    elif isinstance(entry, Mapping):
+        yield from (step for step in entry.get("pipeline") or () if isinstance(step, Mapping))
+        yield from steps_of([entry.get("dataset"), *(entry.get("datasets") or ())])
