@@ -189,7 +189,7 @@ def test_values_that_only_constructors_draw_depend_on_the_seed_alone():
 
     def codewords(seed: int) -> torch.Tensor:
         built = build_for_training(model, ds_config(1, bf16=False), torch.device("cpu"), seed)
-        return built.auxiliary_head.enc_module.encoding[-2].codewords
+        return built.auxiliary_head.enc_module.encoding[-3].codewords
 
     first = codewords(0)
     torch.rand(7)  # whatever else was drawn meanwhile

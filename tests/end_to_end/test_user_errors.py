@@ -405,7 +405,9 @@ def test_a_run_does_not_go_on_with_its_classes_in_another_order(trained, ade20k)
         compare_with_checkpoint(plan)
 
 
-@pytest.mark.parametrize(("kind", "kept"), [("NAdam", "exp_avg, exp_avg_sq, mu_product"), ("SGD", "nothing")])
+@pytest.mark.parametrize(
+    ("kind", "kept"), [("NAdam", "exp_avg, exp_avg_sq, step, mu_product"), ("SGD", "nothing")]
+)
 def test_a_checkpoint_of_another_optimizer_is_refused(kind, kept, trained, ade20k):
     options = dict(option.split("=", 1) for option in (*SMALL, *data_options(ade20k)))
     experiment = read_experiment(

@@ -42,7 +42,7 @@ def goes_on_with_another_batch(root: Path, work_dir: Path) -> None:
     cfg.runner = dict(type="EpochBasedRunner", max_epochs=1)
     zero3 = ROOT / "ds_configs/zero3_bf16.json"
     with SegmentorEngine(cfg, zero3, work_dir=work_dir, validate=False) as engine:
-        steps = len(engine.plan.train_set) // cfg.data.samples_per_gpu
+        steps = len(engine.plan.train_set) // cfg.engine.global_batch
         assert engine.plan.experiment.max_steps == steps
         engine.train()
         assert engine.state.step == steps
@@ -50,7 +50,7 @@ def goes_on_with_another_batch(root: Path, work_dir: Path) -> None:
     with SegmentorEngine(cfg, zero3, work_dir=work_dir, resume="auto", validate=False) as engine:
         engine.train()
         assert engine.state.step == 2 * steps
-    cfg.data.samples_per_gpu *= 2
+    cfg.engine.global_batch *= 2
     with pytest.raises(CheckpointError, match=rf"\b{steps} steps.* {steps // 2},"):
         SegmentorEngine(cfg, zero3, work_dir=work_dir, resume="auto", validate=False)
 
