@@ -140,7 +140,7 @@ def _dry_run(args: argparse.Namespace, experiment: "Experiment") -> None:
     from internseg_ds.preflight.dry_run import describe
     from internseg_ds.training.resume.find_checkpoint import checkpoint_to_resume
     from internseg_ds.training.startup import checked_plan
-    from internseg_ds.training.trial_step import try_step
+    from internseg_ds.training.trial_step import try_step, why_untried
     from internseg_ds.training.work_dir import check_unused
 
     world = world_from_environment()
@@ -168,6 +168,9 @@ def _dry_run(args: argparse.Namespace, experiment: "Experiment") -> None:
     plain = {"markup": False, "highlight": False, "soft_wrap": True}  # paths stay in one piece
     if refusal is not None:
         console.print(f"a run would be refused: {refusal}", style="yellow", **plain)
+    if (reason := why_untried(plan)) is not None:
+        console.print(reason, **plain)
+        return
     console.print(
         "trying one step on the CPU (half a minute; minutes where DeepSpeed's extension is not compiled yet) ..."
     )

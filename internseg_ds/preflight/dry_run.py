@@ -1,5 +1,9 @@
 """What `--dry-run` shows of a run that has passed every check."""
 
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from rich.console import Console
 from rich.table import Table
 
@@ -28,16 +32,7 @@ def describe(plan: Plan, console: Console) -> None:
             f"{sum(p.numel() for p in params if p.requires_grad):,}",
         )
     console.print(counts)
-    groups = Table("group", "tensors", "parameters", "lr", "weight decay", title="parameter groups")
-    for group in parameter_groups(plan.meta_model, plan.experiment.optimizer):
-        groups.add_row(
-            group["name"],
-            str(len(group["params"])),
-            f"{sum(p.numel() for p in group['params']):,}",
-            f"{group['lr']:.3g}",
-            f"{group['weight_decay']:g}",
-        )
-    console.print(groups)
+    console.print(groups_table(parameter_groups(plan.meta_model, plan.experiment.optimizer)))
     ds, experiment = plan.ds, plan.experiment
     # a path is no markup, and stays in one piece
     console.print(f"weights: {_weights(plan)}", markup=False, highlight=False, soft_wrap=True)
@@ -81,6 +76,51 @@ def describe(plan: Plan, console: Console) -> None:
         "planned, not measured; nothing was taken from any accelerator. launch/plan.py compares "
         "ds_configs, GPUs and their numbers"
     )
+
+
+def groups_table(groups: Sequence[Mapping[str, Any]]) -> Table:
+    """A row for each parameter group, and one for layers in a row that differ in their learning rate alone.
+
+    groups: as of `parameter_groups`.
+    """
+    table = Table("group", "tensors", "parameters", "lr", "weight decay", title="parameter groups")
+    for run in _layers_in_a_row(groups):
+        first, last = run[0], run[-1]
+        name, rate, each = first["name"], f"{first['lr']:.3g}", ""
+        if len(run) > 1:
+            (start, kind), (end, _) = _layer_and_kind(first), _layer_and_kind(last)
+            name, rate, each = f"layers {start}-{end}{kind}", f"{rate} - {last['lr']:.3g}", " each"
+        tensors, parameters, weight_decay = _sizes(first)
+        table.add_row(name, f"{tensors}{each}", f"{parameters:,}{each}", rate, f"{weight_decay:g}")
+    return table
+
+
+def _layers_in_a_row(groups: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    runs: list[list[Mapping[str, Any]]] = []
+    for group in groups:
+        layer, kind = _layer_and_kind(group)
+        for run in runs:
+            if (
+                layer is not None
+                and _layer_and_kind(run[-1]) == (layer - 1, kind)
+                and _sizes(run[-1]) == _sizes(group)
+            ):
+                run.append(group)
+                break
+        else:
+            runs.append([group])
+    return runs
+
+
+def _layer_and_kind(group: Mapping[str, Any]) -> tuple[int, str] | tuple[None, str]:
+    """The number in the name of a group of layer-wise decay, and what follows it; None for other groups."""
+    found = re.match(r"layer (\d+)(.*)", group["name"])
+    return (int(found[1]), found[2]) if found else (None, group["name"])
+
+
+def _sizes(group: Mapping[str, Any]) -> tuple[int, int, float]:
+    """Tensors, elements and weight decay of a group."""
+    return len(group["params"]), sum(param.numel() for param in group["params"]), group["weight_decay"]
 
 
 def _weights(plan: Plan) -> str:

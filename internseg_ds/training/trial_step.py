@@ -71,22 +71,23 @@ class Trial:
     validates: bool
 
 
+def why_untried(plan: Plan) -> str | None:
+    """Why a step of this run is not tried here; None where it can be."""
+    params = sum(param.numel() for param in plan.meta_model.parameters())
+    available = psutil.virtual_memory().available
+    if params <= LARGEST and BYTES * params <= available / 2:
+        return None
+    return (
+        f"no step is tried on the CPU: {params:,} parameters would take up to {BYTES * params / 2**30:,.0f} GiB "
+        f"and minutes ({available / 2**30:,.0f} GiB of memory are free)"
+    )
+
+
 def try_step(plan: Plan, options: Mapping[str, Any]) -> str:
-    """Runs a step and says what ran, or why nothing was tried. options: of `--cfg-options`, with which the
-    plan's config was read.
+    """Runs a step and says what ran. options: of `--cfg-options`, with which the plan's config was read.
 
     Raises ConfigError when the step fails.
     """
-    params, available = (
-        sum(param.numel() for param in plan.meta_model.parameters()),
-        psutil.virtual_memory().available,
-    )
-    if params > LARGEST or BYTES * params > available / 2:
-        return (
-            f"no step was tried on the CPU: {params:,} parameters would take up to "
-            f"{BYTES * params / 2**30:,.0f} GiB and minutes "
-            f"({available / 2**30:,.0f} GiB of memory are free)"
-        )
     began, side = time.monotonic(), _corner_side(plan)
     validates = plan.val_set is not None
     counts = sorted({IMAGES, min(IMAGES, plan.ds.micro_batch)}, reverse=True)
