@@ -29,3 +29,4 @@ model = dict(
         pretrained=None,
     )
 )
+work_dir = "work_dirs/upernet_transformers_dinov3_tiny_112_ade20k"  # of its name, timm's demo has one too
