@@ -26,7 +26,6 @@ from internseg_ds.config.tuning_options import described
 from internseg_ds.distributed.initial_values import initialise, initialise_adapters
 from internseg_ds.distributed.precision import buffers_to_fp32
 from internseg_ds.distributed.sync_batch_norm import allow_any_device
-from internseg_ds.distributed.zero_internals import full_shape
 from internseg_ds.errors import ConfigError, nearest_argument, reason_of
 from internseg_ds.models.activation_checkpointing import CheckpointingPolicy, set_recomputation
 from internseg_ds.models.backbone import forget_pretrained
@@ -48,7 +47,6 @@ def build_on_meta(model: ConfigDict) -> nn.Module:
         segmentor = _on_meta(model)
     except Exception as error:  # constructors raise errors of all kinds
         raise _construction_error(model, error) from error
-    _freeze_empty(segmentor)
     allow_any_device(segmentor)
     losses_without_waits(segmentor)
     return segmentor
@@ -209,7 +207,6 @@ def build_for_training(model: ConfigDict, ds: DsConfig, device: torch.device, se
     else:
         with torch.device(device), _default_dtype(ds.param_dtype), _NumbersOnHost(), _vectors_for_scalars():
             segmentor = build_segmentor(copy.deepcopy(model)).to(device)
-    _freeze_empty(segmentor)
     segmentor.train()  # some backbones freeze their stages in `train`; as in `build_on_meta`
     forget_pretrained(segmentor)
     allow_any_device(segmentor)
@@ -217,13 +214,6 @@ def build_for_training(model: ConfigDict, ds: DsConfig, device: torch.device, se
     buffers_to_fp32(segmentor)
     initialise(segmentor, seed, ds.param_dtype)
     return segmentor
-
-
-def _freeze_empty(segmentor: nn.Module) -> None:
-    """No gradient comes to parameters without elements (register tokens, of which a model has none)."""
-    for param in segmentor.parameters():
-        if not full_shape(param).numel():
-            param.requires_grad_(False)
 
 
 def _build_partitioned(model: ConfigDict, ds: DsConfig) -> nn.Module:

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from internseg_ds.models.derived_class import derived_class
+
 
 def undrawn(kind: Any, config: Any) -> nn.Module:
     """The module, whose values are undefined: transformers would draw them while ZeRO-3 partitions them."""
@@ -13,6 +15,23 @@ def undrawn(kind: Any, config: Any) -> nn.Module:
 
     with no_init_weights():
         return kind(config)
+
+
+def without_empty_register_tokens(model: Any) -> None:
+    """Gives a model that has no register tokens, by its configuration, no parameter for them: transformers makes
+    one without elements, which gets no gradient, and which ZeRO-3 cannot gather."""
+    if getattr(model.config, "num_register_tokens", None) != 0:
+        return
+    for module in model.modules():
+        if "register_tokens" in module._parameters:
+            del module.register_tokens
+            module.__class__ = derived_class(type(module), {"register_tokens": property(_no_register_tokens)})
+
+
+def _no_register_tokens(embeddings: Any) -> Tensor:
+    """(1, 0, c), as the class token's (1, 1, c) in dtype and device."""
+    token: Tensor = embeddings.cls_token
+    return token.new_empty(1, 0, embeddings.config.hidden_size)
 
 
 def names_of(model: nn.Module) -> list[str]:

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from internseg_ds.models.adapters.library_backbone import chosen_maps
-from internseg_ds.models.adapters.transformers_parts import map_indices, names_of, other_size, pair, undrawn
+from internseg_ds.models.adapters.transformers_parts import (
+    map_indices,
+    names_of,
+    other_size,
+    pair,
+    undrawn,
+    without_empty_register_tokens,
+)
 from internseg_ds.models.derived_class import derived_class, once_per_class
 from internseg_ds.models.eomt.joined_queries import Attended, JoinedQueries, Stages
 from internseg_ds.models.layers import DropPath
@@ -57,6 +64,7 @@ class PlainModel:
         self.patch = pair(config.patch_size)
         self.model: Any = undrawn(kind, config)
         self.whole = names_of(self.model)
+        without_empty_register_tokens(self.model)
         self.blocks_name, blocks = _blocks(self.model, self.depth)
         self.norm = self._prune(blocks)
         if final_norm and not self.norm:

@@ -134,7 +134,7 @@ def shaken(model: nn.Module) -> nn.Module:
 def theirs(kind: str, **more) -> nn.Module:
     """transformers' own model of the same configuration."""
     fields = PLAIN[kind][0] if kind in PLAIN else STAGED[kind]
-    config = transformers.CONFIG_MAPPING[kind](**fields, **more)
+    config = transformers.CONFIG_MAPPING[kind](**fields | more)
     mapping = MODEL_MAPPING if kind in PLAIN else MODEL_FOR_BACKBONE_MAPPING
     return mapping[type(config)](config).eval()
 
@@ -179,6 +179,20 @@ def test_features_are_transformers_hidden_states_at_any_size(kind):
     assert torch.allclose(found[1], expected[2], atol=1e-5)
     assert float(found[-1].std()) > 0.1
     assert model.channels == (48, 48)
+
+
+def test_a_model_without_register_tokens_has_no_parameter_for_them():
+    fields = dict(PLAIN["dinov3_vit"][0], model_type="dinov3_vit", num_register_tokens=0)
+    model = backbone(fields).eval()
+    assert all(param.numel() for param in model.parameters())
+    assert "model.embeddings.register_tokens" in model.pretrained_extras  # a file of transformers' has it
+    reference = theirs("dinov3_vit", num_register_tokens=0)
+    missing, _ = reference.load_state_dict(model.model.state_dict(), strict=False)
+    assert "embeddings.register_tokens" in missing
+    image = torch.randn(1, 3, 48, 80)
+    with torch.no_grad():
+        assert torch.allclose(model(image)[-1], hidden_states(reference, "dinov3_vit", image)[-1], atol=1e-5)
+        assert model.bfloat16()(image.bfloat16())[-1].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("kind", STAGED)
