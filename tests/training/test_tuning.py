@@ -20,7 +20,7 @@ from internseg_ds.distributed.construction import choose_trained
 from internseg_ds.distributed.process_group import World
 from internseg_ds.errors import CheckpointError
 from internseg_ds.evaluation.inference import load_trained
-from internseg_ds.preflight.preflight import check
+from internseg_ds.preflight.preflight import Plan, check
 from internseg_ds.training.resume.find_checkpoint import compare_with_checkpoint
 from tests.distributed.ranks import spawn
 from tests.end_to_end.conftest import NO_NOISE
@@ -173,6 +173,26 @@ def test_a_run_that_would_train_other_parts_is_not_gone_on_with(tune, unbroken, 
     )
     with pytest.raises(CheckpointError, match=r"engine\.tune=\{'lora'.*engine\.tune="):
         compare_with_checkpoint(plan)
+
+
+def resumed_plan(tune: dict, unbroken: Path, ade20k: Path) -> Plan:
+    return compare_with_checkpoint(
+        check(
+            read_experiment(experiment(ade20k, tune)),
+            {"zero_optimization": {"stage": 3}},
+            World(0, 1, 0),
+            validate=False,
+            resume_from=unbroken / "checkpoints/iter_2",
+        )
+    )
+
+
+def test_the_same_layers_by_name_and_another_dropout_are_gone_on_with(unbroken, ade20k):
+    targets = ["qkv", "proj", "fc1", "fc2"]  # all that there are
+    plan = resumed_plan({"lora": {**LORA["lora"], "targets": targets, "dropout": 0.1}}, unbroken, ade20k)
+    assert any("engine.tune.lora.dropout" in note and "0.1" in note for note in plan.notes)
+    with pytest.raises(CheckpointError, match="lora_A"):
+        resumed_plan({"lora": {**LORA["lora"], "targets": ["qkv"]}}, unbroken, ade20k)
 
 
 def test_a_fresh_run_with_adapters_starts_from_a_whole_checkpoint_of_one(unbroken, ade20k):

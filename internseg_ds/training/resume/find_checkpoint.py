@@ -261,11 +261,20 @@ def _check_same_tuning(path: Path, now: Any) -> None:
     that it had another: its parameters are others, or mean something else. Notes of saves before that setting
     say nothing."""
     then = ((read_manifest(path) or {}).get("meta") or {}).get("tune", now)
-    if then != now:
+    if _meaning_of(then) != _meaning_of(now):
         raise CheckpointError(
             f"{path} was saved with engine.tune={then!r} and this run has engine.tune={now!r}, which trains other "
             "parameters; resume with that of the checkpoint, or start anew from its weights with --load-from"
         )
+
+
+def _meaning_of(tune: Any) -> Any:
+    """`engine.tune` but for what changes no parameter's meaning: the layers that LoRA adapts show in the names of
+    parameters, however they were chosen, and its dropout is a setting like others."""
+    lora = tune.get("lora") if isinstance(tune, dict) else None
+    if not isinstance(lora, dict):
+        return tune
+    return {"lora": {name: value for name, value in lora.items() if name not in ("targets", "dropout")}}
 
 
 def state_of(checkpoint: ZeroCheckpoint, seed: int) -> TrainState:
