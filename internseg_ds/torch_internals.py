@@ -22,6 +22,7 @@ __all__ = [
     "TorchDispatchMode",
     "adam_step_count",
     "build_was_interrupted",
+    "compilation_error",
     "convert_tensors",
     "copy_tensors",
     "cpu_multiplies_bf16",
@@ -145,6 +146,13 @@ def set_schedule_position(scheduler: Any, updates: int, rates: Sequence[float]) 
     scheduler.last_epoch = updates
     scheduler._step_count = updates + 1
     scheduler._last_lr = list(rates)
+
+
+def compilation_error() -> type[Exception]:
+    """What torch.compile raises where it cannot trace or compile a function."""
+    from torch._dynamo.exc import TorchDynamoException  # here: it takes a second
+
+    return TorchDynamoException
 
 
 # ---- extensions in C++

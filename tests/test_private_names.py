@@ -49,6 +49,7 @@ NAMES = {
         "_buffers",
         "_cdata",
         "_checkpoint_offset",
+        "_dynamo",
         "_execution_engine",
         "_foreach_copy_",
         "_get_build_directory",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from internseg_ds.config.ds_config import DsConfig
 from internseg_ds.config.experiment import Experiment
-from internseg_ds.distributed.block_hooks import require_input_gradients
+from internseg_ds.distributed.block_hooks import compile_under_hooks, require_input_gradients
 from internseg_ds.distributed.construction import (
     build_for_training,
     freeze_parts,
@@ -22,6 +22,7 @@ from internseg_ds.distributed.construction import (
 )
 from internseg_ds.distributed.precision import ComputeDtypes, apply_precision
 from internseg_ds.distributed.threads import take_share_of_cores
+from internseg_ds.models.repeated_blocks import block_names
 from internseg_ds.optimization.optimizers import build_optimizer, scheduled
 from internseg_ds.optimization.parameter_groups import groups_in, parameter_groups
 from internseg_ds.optimization.ranged_adam import RangedAdam, divide_by_settings
@@ -63,6 +64,9 @@ def build_deepspeed_engine(
         lr_scheduler=lambda optimizer: experiment.schedule.scheduler(scheduled(optimizer)),
     )
     require_input_gradients(engine.module)
+    if experiment.engine.compile:
+        names = block_names(meta_model.get_submodule("backbone"))
+        compile_under_hooks(engine.module.get_submodule("backbone"), names, partitioned=ds.stage == 3)
     if isinstance(optimizer, RangedAdam):
         divide_by_settings(engine, optimizer, groups)
     return engine

@@ -196,7 +196,9 @@ def _step(trial: Trial) -> None:
     from internseg_ds.distributed.process_group import join, leave, world_from_environment
     from internseg_ds.training.deepspeed_engine import build_deepspeed_engine, loss_terms
 
-    experiment, ds, world = read_experiment(trial.config, trial.options), trial.ds, world_from_environment()
+    # not compiled, which takes longer than the step
+    options = {**trial.options, "engine.compile": False}
+    experiment, ds, world = read_experiment(trial.config, options), trial.ds, world_from_environment()
     asked = experiment.engine.backbone_dtype
     # "auto": as GPUs will
     compute = torch.float32 if asked == "float32" or ds.precision == "fp32" else torch.bfloat16
