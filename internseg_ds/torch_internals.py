@@ -34,6 +34,7 @@ __all__ = [
     "position_in_file",
     "reset_parameters_of",
     "run_backward",
+    "scaled_product",
     "set_schedule_position",
     "storage_id",
     "tree_leaves",
@@ -57,6 +58,12 @@ def cpu_multiplies_bf16() -> bool:
 
 
 # ---- tensors
+
+
+def scaled_product(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """(a a_scale) times (b b_scale), summed in fp32. a: (m, k) e4m3, contiguous; b: (k, n) e4m3, the transpose of
+    a contiguous one; scales: (m, 1) and (1, n) float32. Returns (m, n) in `dtype`."""
+    return torch._scaled_mm(a, b, scale_a=a_scale, scale_b=b_scale, out_dtype=dtype)
 
 
 def storage_id(tensor: Tensor) -> int:

@@ -62,6 +62,7 @@ NAMES = {
         "_python_dispatch",
         "_pytree",
         "_reset_parameters",
+        "_scaled_mm",
         "_schema",
         "_step_count",
         "_subclasses",

@@ -31,6 +31,10 @@ class EngineOptions:
     fp32_matmul: Literal["tf32", "ieee"] = "tf32"
     """How a GPU multiplies fp32 matrices and computes fp32 convolutions: "tf32" (10 bits of mantissa, on
     tensor cores, some 8 times as fast), or "ieee" (all 23 bits). Nothing on CPUs."""
+    matmul_dtype: Literal["bfloat16", "float8"] = "bfloat16"
+    """dtype of the operands in the matrix products of the backbone's blocks, where the backbone computes in
+    bfloat16: "float8" multiplies e4m3 matrices, scaled row by row in every pass (GPUs from Ada and Hopper on);
+    gradients of weights, attention and everything else stay bfloat16, and weights as they are."""
     recomputation: CheckpointingPolicy | Literal["auto", "config"] = "auto"
     """Activation checkpointing of the backbone: "auto" (by the plan of the run's memory, the one that
     recomputes least and fits; the config's with_cp is permission, not an order), "config" (as with_cp says:
@@ -124,6 +128,7 @@ CHOICES = {
     "backbone_dtype": ("auto", "bfloat16", "float32"),
     "heads_dtype": ("float32", "bfloat16"),
     "fp32_matmul": ("tf32", "ieee"),
+    "matmul_dtype": ("bfloat16", "float8"),
     "evaluation_weights": ("auto", "whole", "partitioned"),
 }
 """Settings with few values; `recomputation` is checked where the backbone's blocks are known

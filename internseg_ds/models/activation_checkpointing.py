@@ -132,6 +132,7 @@ KEPT = frozenset(
         "aten::addmm",
         "aten::bmm",
         "aten::baddbmm",
+        "aten::_scaled_mm",
         "aten::convolution",
         "aten::_scaled_dot_product_flash_attention",
         "aten::_scaled_dot_product_flash_attention_for_cpu",

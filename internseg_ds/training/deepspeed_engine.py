@@ -22,6 +22,7 @@ from internseg_ds.distributed.construction import (
 )
 from internseg_ds.distributed.precision import ComputeDtypes, apply_precision
 from internseg_ds.distributed.threads import take_share_of_cores
+from internseg_ds.models.block_execution.float8_linear import multiply_in_float8
 from internseg_ds.models.repeated_blocks import block_names
 from internseg_ds.optimization.optimizers import build_optimizer, scheduled
 from internseg_ds.optimization.parameter_groups import groups_in, parameter_groups
@@ -53,6 +54,9 @@ def build_deepspeed_engine(
     freeze_parts(model, experiment.engine.freeze)
     load_weights(model)
     apply_precision(model, dtypes.backbone, heads=dtypes.heads, autocast=ds.precision == "autocast")
+    names = block_names(meta_model.get_submodule("backbone"))
+    if experiment.engine.matmul_dtype == "float8":
+        multiply_in_float8(model.get_submodule("backbone"), names)
     groups = groups_in(model, parameter_groups(meta_model, experiment.optimizer), meta_model)
     if ds.cpu_adam:
         take_share_of_cores()
@@ -65,7 +69,6 @@ def build_deepspeed_engine(
     )
     require_input_gradients(engine.module)
     if experiment.engine.compile:
-        names = block_names(meta_model.get_submodule("backbone"))
         compile_under_hooks(engine.module.get_submodule("backbone"), names, partitioned=ds.stage == 3)
     if isinstance(optimizer, RangedAdam):
         divide_by_settings(engine, optimizer, groups)

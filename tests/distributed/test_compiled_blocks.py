@@ -63,11 +63,14 @@ def stepper(engine: SegmentorEngine):
     return step
 
 
-def compiled_as_uncompiled(settings: list[dict], policies: tuple, root: Path, work_dir: Path) -> None:
+def compiled_as_uncompiled(
+    settings: list[dict], policies: tuple, drop_path: float, root: Path, work_dir: Path
+) -> None:
     quieten()
     deepspeed.init_distributed("gloo", verbose=False)
     for zero in settings:
-        with small_engine(root, work_dir, zero) as engine:
+        more = {"model.backbone.drop_path_rate": drop_path}
+        with small_engine(root, work_dir, zero, **more) as engine:
             step, model = stepper(engine), engine.deepspeed.module
             expected = [step() for _ in range(2)][-1]
             names = list(model.state_dict())
@@ -86,20 +89,21 @@ def compiled_as_uncompiled(settings: list[dict], policies: tuple, root: Path, wo
 
 
 @pytest.mark.parametrize(
-    ("settings", "policies"),
+    ("settings", "policies", "drop_path"),
     [
-        ([{"stage": 3, **TIGHT, **LEAF}], ("none",)),
+        ([{"stage": 3, **TIGHT, **LEAF}], ("none",), 0.0),
         pytest.param(
             [{"stage": 1}, {"stage": 2}, {"stage": 3, **TIGHT, **LEAF}],
             ("none", "blocks", 2, "all_but_matmuls"),
+            0.5,
             marks=pytest.mark.slow,
         ),
     ],
 )
 def test_losses_and_gradients_are_those_of_uncompiled_blocks_and_nothing_is_compiled_twice(
-    settings, policies, ade20k, tmp_path
+    settings, policies, drop_path, ade20k, tmp_path
 ):
-    spawn(compiled_as_uncompiled, 2, settings, policies, ade20k, tmp_path / "run")
+    spawn(compiled_as_uncompiled, 2, settings, policies, drop_path, ade20k, tmp_path / "run")
 
 
 def the_option(zero: dict, root: Path, work_dir: Path) -> None:
@@ -124,7 +128,7 @@ def hooks_on_layers(root: Path, work_dir: Path) -> None:
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
-    logging.getLogger("internseg_ds").addHandler(handler)
+    logging.getLogger("internseg_ds.distributed.block_hooks").addHandler(handler)
     with small_engine(root, work_dir, {"stage": 3}, **{"engine.compile": True}) as engine:
         blocks = engine.deepspeed.module.backbone.blocks
     assert len([line for line in lines if '"leaf_module": "auto"' in line]) == 1
