@@ -5,9 +5,9 @@
 
 Per backbone: seconds that the first step takes longer than an uncompiled one (forward and backward of each kind of
 block are compiled in it), the time of a forward and backward pass compiled over uncompiled (median and range of
-rounds in which both run in turn), the activations that a forward pass keeps, the largest difference of a loss, and
-how many graphs there are. One process, without DeepSpeed, random images and weights; bf16 on GPUs, fp32 on CPUs
-unless --dtype says otherwise. Caches of earlier runs are not used. Ends with a line of JSON.
+rounds in which both run in turn), the same of CPU time, the activations that a forward pass keeps, the difference of
+the losses, and how many graphs there are. One process, without DeepSpeed, random images and weights; bf16 on GPUs,
+fp32 on CPUs unless --dtype says otherwise. Caches of earlier runs are not used. Ends with a line of JSON.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,8 @@ def main() -> None:
             print(
                 f"{name}, recomputation {args.recomputation}: {row['graphs']} graphs, compiled in "
                 f"{row['compile_s']} s; {row['eager_ms']} ms uncompiled, {row['compiled_ms']} compiled, ratio "
-                f"{row['ratio']} ({row['ratio_least']} to {row['ratio_most']}); kept {row['eager_kept_mib']} and "
+                f"{row['ratio']} ({row['ratio_least']} to {row['ratio_most']}), of CPU time {row['cpu_ratio']} "
+                f"({row['cpu_ratio_least']} to {row['cpu_ratio_most']}); kept {row['eager_kept_mib']} and "
                 f"{row['compiled_kept_mib']} MiB",
                 flush=True,
             )
@@ -74,23 +75,27 @@ def measure(name: str, args: argparse.Namespace, device: torch.device, dtype: to
     images = torch.randn(IMAGES, 3, args.size, args.size, device=device, dtype=dtype)
     runs = [stepper(model, images, device) for model in (eager, compiled)]
     graphs = counters["stats"]["unique_graphs"]
-    first = [seconds(run)[0] for run in runs]
-    warm = [seconds(run) for run in runs]
+    first = [timed(run) for run in runs]
+    warm = [timed(run) for run in runs]
     graphs = counters["stats"]["unique_graphs"] - graphs
-    times = [[seconds(run)[0] for run in runs] for _ in range(args.rounds)]
-    ratios = [after / before for before, after in times]
+    rounds = [[timed(run) for run in runs] for _ in range(args.rounds)]
+    ratios = [after.seconds / before.seconds for before, after in rounds]
+    cpu_ratios = [after.cpu_seconds / before.cpu_seconds for before, after in rounds]
     return {
         "model": name,
         "graphs": graphs,
-        "compile_s": round(first[1] - warm[0][0], 1),
-        "eager_ms": round(1e3 * statistics.median(before for before, _ in times), 1),
-        "compiled_ms": round(1e3 * statistics.median(after for _, after in times), 1),
+        "compile_s": round(first[1].seconds - warm[0].seconds, 1),
+        "eager_ms": round(1e3 * statistics.median(before.seconds for before, _ in rounds), 1),
+        "compiled_ms": round(1e3 * statistics.median(after.seconds for _, after in rounds), 1),
         "ratio": round(statistics.median(ratios), 3),
         "ratio_least": round(min(ratios), 3),
         "ratio_most": round(max(ratios), 3),
+        "cpu_ratio": round(statistics.median(cpu_ratios), 3),
+        "cpu_ratio_least": round(min(cpu_ratios), 3),
+        "cpu_ratio_most": round(max(cpu_ratios), 3),
         "eager_kept_mib": round(kept_bytes(eager, images) / 2**20, 1),
         "compiled_kept_mib": round(kept_bytes(compiled, images) / 2**20, 1),
-        "loss_difference": abs(warm[0][1] - warm[1][1]) / abs(warm[0][1]),
+        "loss_difference": abs(warm[0].loss - warm[1].loss) / abs(warm[0].loss),
     }
 
 
@@ -150,11 +155,18 @@ def stepper(model: nn.Module, images: Tensor, device: torch.device) -> Callable[
     return run
 
 
-def seconds(run: Callable[[], float]) -> tuple[float, float]:
-    """Of the clock, and the loss."""
-    began = time.perf_counter()
+class Timed(NamedTuple):
+    """Of one pass. cpu_seconds: of this process's work, which other programs on the machine disturb less."""
+
+    seconds: float
+    cpu_seconds: float
+    loss: float
+
+
+def timed(run: Callable[[], float]) -> Timed:
+    began, cpu_began = time.perf_counter(), time.process_time()
     loss = run()
-    return time.perf_counter() - began, loss
+    return Timed(time.perf_counter() - began, time.process_time() - cpu_began, loss)
 
 
 def kept_bytes(model: nn.Module, images: Tensor) -> int:

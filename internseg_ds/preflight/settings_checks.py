@@ -73,6 +73,11 @@ def settings_notes(experiment: Experiment, ds: DsConfig, model: nn.Module) -> li
             f"{frozen:,} parameters are frozen: they are kept and saved in bf16, in which the model computes "
             "with them; only what trains has fp32 master weights"
         )
+    if experiment.engine.matmul_dtype == "float8" and not experiment.engine.compile:
+        notes.append(
+            "engine.matmul_dtype='float8' without engine.compile=True: converting the operands may take longer than "
+            "their products save (docs/performance.md)"
+        )
     return [*notes, *_unused_notes(experiment, model)]
 
 

@@ -5,9 +5,9 @@ input are products of e4m3 matrices, each row of the one and each column of the 
 448 over its largest value; sums are fp32. The gradient of the weight, a sum over all tokens, is a bf16 product.
 Source: Micikevicius et al., "FP8 formats for deep learning" (2022), for e4m3.
 
-Why not torchao's layer, which computes the same (its recipe "rowwise_with_gw_hp"): it keeps a view of the weight
-for the backward pass, and with it, under ZeRO-3, every block's gathered weights. Here the parameter itself is
-kept, which is empty until it is gathered again.
+Why not torchao's layer, whose recipe "rowwise_with_gw_hp" does much the same: it keeps a view of the weight for
+the backward pass, and with it, under ZeRO-3, every block's gathered weights. Here the parameter itself is kept,
+which is empty until it is gathered again.
 """
 
 from collections.abc import Sequence
@@ -85,6 +85,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 def rows_in_float8(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """matrix: (r, c), any float dtype. Returns (r, c) in e4m3, contiguous, and the scale of each row, (r, 1)
     float32: their product is the matrix within 2^-4 of each value, and 2^-10 of a row's scale."""
-    values = matrix.float()
-    scale = values.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / LARGEST
-    return (values / scale).to(E4M3).contiguous(), scale
+    # one pass over the values, and no copy of them
+    largest = torch.linalg.vector_norm(matrix, ord=float("inf"), dim=-1, keepdim=True)
+    scale = largest.float().clamp(min=1e-12) / LARGEST
+    return (matrix / scale).to(E4M3).contiguous(), scale

@@ -1,11 +1,17 @@
 """Products in float8 against the same products in fp64 of operands that were quantised independently."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.autograd.graph import saved_tensors_hooks
 
+from internseg_ds.models.block_execution.compiled_blocks import compile_blocks
 from internseg_ds.models.block_execution.float8_linear import multiply_in_float8, rows_in_float8
 from internseg_ds.models.intern_image.dcnv3 import Fp32Linear
+from tests.models.block_execution.test_compiled_blocks import GRAPHS
 
 TOKENS, IN, OUT = 37, 64, 48
 
@@ -16,6 +22,9 @@ class Block(nn.Module):
         self.layer = nn.Linear(IN, OUT)
         self.exact = Fp32Linear(IN, OUT)
         self.odd = nn.Linear(IN, 50)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
 
 
 def quantised(matrix: Tensor) -> Tensor:
@@ -81,6 +90,34 @@ def test_rows_that_are_not_finite_make_results_that_are_not():
     x[1, 3] = float("inf")
     y = layer(x)
     assert y[0].isfinite().all() and not y[1].isfinite().any()
+
+
+def test_only_the_parameter_itself_is_kept_of_a_weight_which_zero3_can_take_away():
+    layer = nn.Linear(IN, OUT).bfloat16()
+    multiply_in_float8(nn.ModuleDict({"0": layer}), ["0"])
+    kept = []
+    with saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        layer(torch.randn(TOKENS, IN, dtype=torch.bfloat16, requires_grad=True))
+    storage = layer.weight.untyped_storage().data_ptr()
+    assert [tensor is layer.weight for tensor in kept if tensor.untyped_storage().data_ptr() == storage] == [
+        True
+    ]
+
+
+def test_compiled_blocks_multiply_in_float8_too():
+    torch.manual_seed(0)
+    blocks = nn.Sequential(Block().bfloat16(), Block().bfloat16())
+    multiply_in_float8(blocks, ["0", "1"])
+    compiled = copy.deepcopy(blocks)
+    compile_blocks(compiled, ["0", "1"], GRAPHS)
+    graphs = counters["stats"]["unique_graphs"]
+    x = torch.randn(2, TOKENS, IN, dtype=torch.bfloat16)
+    for block, other in zip(blocks, compiled):
+        for module in (block, other):
+            module(x).sum().backward()
+        torch.testing.assert_close(other.layer.weight.grad, block.layer.weight.grad)
+        torch.testing.assert_close(other(x), block(x))
+    assert counters["stats"]["unique_graphs"] == graphs + 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
