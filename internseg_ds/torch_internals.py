@@ -22,6 +22,7 @@ __all__ = [
     "TorchDispatchMode",
     "adam_step_count",
     "build_was_interrupted",
+    "compilation_error",
     "convert_tensors",
     "copy_tensors",
     "cpu_multiplies_bf16",
@@ -33,6 +34,7 @@ __all__ = [
     "position_in_file",
     "reset_parameters_of",
     "run_backward",
+    "scaled_product",
     "set_schedule_position",
     "storage_id",
     "tree_leaves",
@@ -56,6 +58,12 @@ def cpu_multiplies_bf16() -> bool:
 
 
 # ---- tensors
+
+
+def scaled_product(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """(a a_scale) times (b b_scale), summed in fp32. a: (m, k) e4m3, contiguous; b: (k, n) e4m3, the transpose of
+    a contiguous one; scales: (m, 1) and (1, n) float32. Returns (m, n) in `dtype`."""
+    return torch._scaled_mm(a, b, scale_a=a_scale, scale_b=b_scale, out_dtype=dtype)
 
 
 def storage_id(tensor: Tensor) -> int:
@@ -145,6 +153,13 @@ def set_schedule_position(scheduler: Any, updates: int, rates: Sequence[float]) 
     scheduler.last_epoch = updates
     scheduler._step_count = updates + 1
     scheduler._last_lr = list(rates)
+
+
+def compilation_error() -> type[Exception]:
+    """What torch.compile raises where it cannot trace or compile a function."""
+    from torch._dynamo.exc import TorchDynamoException  # here: it takes a second
+
+    return TorchDynamoException
 
 
 # ---- extensions in C++

@@ -31,12 +31,21 @@ class EngineOptions:
     fp32_matmul: Literal["tf32", "ieee"] = "tf32"
     """How a GPU multiplies fp32 matrices and computes fp32 convolutions: "tf32" (10 bits of mantissa, on
     tensor cores, some 8 times as fast), or "ieee" (all 23 bits). Nothing on CPUs."""
+    matmul_dtype: Literal["bfloat16", "float8"] = "bfloat16"
+    """dtype of the operands in the matrix products of the backbone's blocks, where the backbone computes in
+    bfloat16: "float8" multiplies e4m3 matrices, scaled row by row in every pass (GPUs from Ada and Hopper on);
+    gradients of weights, attention and everything else stay bfloat16, and weights as they are."""
     recomputation: CheckpointingPolicy | Literal["auto", "config"] = "auto"
     """Activation checkpointing of the backbone: "auto" (by the plan of the run's memory, the one that
     recomputes least and fits; the config's with_cp is permission, not an order), "config" (as with_cp says:
     every block or none), "none", "blocks" (every block), k (every k-th block), or "all_but_matmuls" (each
     block keeps the results of matrix products and attention, and computes the rest again). No choice changes
     a loss or a gradient."""
+    compile: bool = False
+    """Compile the backbone's repeated block with torch.compile: once for all blocks of a kind, in the first step
+    and the first evaluation, some minutes in all. Losses are equal within rounding. Under ZeRO-3 for hooks on
+    blocks only ("leaf_module": "auto" in the ds_config). A block that cannot be compiled runs as it is, and the
+    log says why."""
     evaluate_before: bool = False
     """Evaluate once before the first step, to see what training starts from."""
     evaluation_weights: Literal["auto", "whole", "partitioned"] = "auto"
@@ -87,7 +96,7 @@ class EngineOptions:
                 raise ConfigError(
                     f"engine.{name}={getattr(self, name)!r} is none of {', '.join(map(repr, choices))}"
                 )
-        for name in ("evaluate_before", "background_save", "checksums"):
+        for name in ("compile", "evaluate_before", "background_save", "checksums"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"engine.{name}={getattr(self, name)!r} must be True or False")
         if self.global_batch is not None:
@@ -119,6 +128,7 @@ CHOICES = {
     "backbone_dtype": ("auto", "bfloat16", "float32"),
     "heads_dtype": ("float32", "bfloat16"),
     "fp32_matmul": ("tf32", "ieee"),
+    "matmul_dtype": ("bfloat16", "float8"),
     "evaluation_weights": ("auto", "whole", "partitioned"),
 }
 """Settings with few values; `recomputation` is checked where the backbone's blocks are known

@@ -24,8 +24,10 @@ from torch import Tensor, nn
 from internseg_ds.config.ds_config import Precision
 from internseg_ds.config.engine_options import EngineOptions
 from internseg_ds.errors import ConfigError
+from internseg_ds.models.block_execution.float8_linear import float8_layers
 from internseg_ds.models.derived_class import derived_class
 from internseg_ds.models.heads import heads as heads_of
+from internseg_ds.models.repeated_blocks import repeated_blocks
 from internseg_ds.torch_internals import NORM_WITH_MOMENTS, cpu_multiplies_bf16, tree_leaves
 
 log = logging.getLogger(__name__)
@@ -113,6 +115,43 @@ def _check_head_in_bf16(head: nn.Module) -> None:
                 f"engine.heads_dtype='bfloat16' is not for {type(head).__name__}: its {name} makes "
                 "class scores too, which would not be fp32; drop it"
             )
+
+
+def check_float8(
+    options: EngineOptions,
+    segmentor: nn.Module,
+    dtypes: ComputeDtypes,
+    device: torch.device,
+    precision: Precision,
+) -> None:
+    """Raises ConfigError where engine.matmul_dtype asks for float8 products which this run cannot have.
+
+    segmentor: on the meta device. precision: of the ds_config.
+    """
+    if options.matmul_dtype != "float8":
+        return
+    asked = "engine.matmul_dtype='float8'"
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < FLOAT8_CAPABILITY:
+        here = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+        raise ConfigError(
+            f"{asked} needs a GPU that multiplies float8 (Ada, Hopper or newer: compute capability 8.9), and this "
+            f"run is on {here}; set engine.matmul_dtype='bfloat16'"
+        )
+    if precision != "bf16" or dtypes.backbone != torch.bfloat16:
+        raise ConfigError(
+            f"{asked} needs bf16 weights and a backbone that computes in bf16; enable bf16 in the ds_config and "
+            "leave engine.backbone_dtype at 'auto', or set engine.matmul_dtype='bfloat16'"
+        )
+    backbone = segmentor.get_submodule("backbone")
+    if not any(float8_layers(block) for block in repeated_blocks(backbone)):
+        raise ConfigError(
+            f"{asked}, but no repeated block of {type(backbone).__name__} has a linear layer whose sizes are "
+            "multiples of 16; set engine.matmul_dtype='bfloat16'"
+        )
+
+
+FLOAT8_CAPABILITY = (8, 9)
+"""Compute capability of the first GPUs that multiply float8."""
 
 
 def set_fp32_matmul(mode: Literal["tf32", "ieee"], device: torch.device) -> None:

@@ -71,13 +71,13 @@ def set_recomputation(model: nn.Module, recomputation: CheckpointingPolicy) -> N
 
 
 def run_block(
-    block: Callable[..., Any], *inputs: Any, index: int, recomputation: CheckpointingPolicy, **keywords: Any
+    block: Any, *inputs: Any, index: int, recomputation: CheckpointingPolicy, **keywords: Any
 ) -> Any:
     """Return block(*inputs, **keywords), keeping for the backward pass what `recomputation` says.
 
-    inputs: the block's positional arguments, tensors of any shapes and dtypes among them. index: of the block
-    in the backbone, from 0; every k-th block is 0, k, 2 k, ... Nothing is recomputed where no gradients are
-    recorded.
+    block: a module or a function. inputs: its positional arguments, tensors of any shapes and dtypes among
+    them. index: of the block in the backbone, from 0; every k-th block is 0, k, 2 k, ... Nothing is recomputed
+    where no gradients are recorded.
 
     Why whole blocks are wrapped, and from outside: the input of a block is its smallest activation that all
     others follow from, and the block is what ZeRO-3 gathers at once, so its weights are gathered one more
@@ -85,13 +85,23 @@ def run_block(
     passes, and they are what gathers. Why the non-reentrant variant: it needs no input that requires a
     gradient (an image, or the output of frozen blocks, does not), and works with hooks and keyword arguments.
     """
+    # not block(...): that of `checkpoint_calls` would come back here
+    run = functools.partial(nn.Module.__call__, block) if isinstance(block, nn.Module) else block
+    in_graph = hasattr(block, "keeps_matmuls")  # a compiled block, inside which nobody sees operations
+    if in_graph:
+        block.keeps_matmuls = recomputation == "all_but_matmuls"
     if recomputation == "none" or not torch.is_grad_enabled():
-        return block(*inputs, **keywords)
+        return run(*inputs, **keywords)
     if isinstance(recomputation, int) and index % recomputation:
-        return block(*inputs, **keywords)
+        return run(*inputs, **keywords)
     if recomputation == "all_but_matmuls":
-        return checkpoint(block, *inputs, use_reentrant=False, context_fn=_keeping_matmuls, **keywords)
-    return checkpoint(block, *inputs, use_reentrant=False, **keywords)
+        return run(*inputs, **keywords) if in_graph else run_keeping_matmuls(run, *inputs, **keywords)
+    return checkpoint(run, *inputs, use_reentrant=False, **keywords)
+
+
+def run_keeping_matmuls(function: Callable[..., Any], *inputs: Any, **keywords: Any) -> Any:
+    """Return function(*inputs, **keywords) under the policy "all_but_matmuls"."""
+    return checkpoint(function, *inputs, use_reentrant=False, context_fn=_keeping_matmuls, **keywords)
 
 
 def checkpoint_calls(blocks: Sequence[nn.Module]) -> None:
@@ -111,8 +121,7 @@ def checkpoint_calls(blocks: Sequence[nn.Module]) -> None:
 @once_per_class
 def _checkpointing_class(owner: type[nn.Module]) -> type[nn.Module]:
     def call(self: Any, *args: Any, **keywords: Any) -> Any:
-        run: Callable[..., Any] = functools.partial(owner.__call__, self)
-        return run_block(run, *args, index=self.block_index, recomputation=self.recomputation, **keywords)
+        return run_block(self, *args, index=self.block_index, recomputation=self.recomputation, **keywords)
 
     return derived_class(owner, {"__call__": call})
 
@@ -123,6 +132,7 @@ KEPT = frozenset(
         "aten::addmm",
         "aten::bmm",
         "aten::baddbmm",
+        "aten::_scaled_mm",
         "aten::convolution",
         "aten::_scaled_dot_product_flash_attention",
         "aten::_scaled_dot_product_flash_attention_for_cpu",

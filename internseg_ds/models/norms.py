@@ -31,7 +31,7 @@ class RMSNorm(nn.Module):
     Sennrich, 2019, equation 4).
 
     Runs torch's rms_norm, or apex's fused kernel where apex is installed and faster on this GPU (which one is
-    logged).
+    logged); in compiled blocks torch's.
     """
 
     def __init__(self, width: int, eps: float = 1e-6) -> None:
@@ -46,7 +46,12 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., width) -> the same shape and dtype."""
-        kernel = rms_norm_kernel(self.width, x.dtype, x.device)
+        # in a compiled block torch's, which is fused with what stands around it
+        kernel = (
+            torch_rms_norm
+            if torch.compiler.is_compiling()
+            else rms_norm_kernel(self.width, x.dtype, x.device)
+        )
         # the cast of the result: under autocast norms return fp32
         return kernel(x, self.weight.to(x.dtype), self.eps).to(x.dtype)
 

@@ -58,6 +58,12 @@ def repeated_blocks(backbone: nn.Module) -> list[nn.Module]:
     return [module for module in backbone.modules() if block and _class_name(module) == block.class_name]
 
 
+def block_names(backbone: nn.Module) -> list[str]:
+    """The names in `backbone` of its `repeated_blocks`."""
+    blocks = set(repeated_blocks(backbone))
+    return [name for name, module in backbone.named_modules() if module in blocks]
+
+
 @contextmanager
 def unhookable_blocks(model: nn.Module, class_names: Collection[str]) -> Iterator[set[str]]:
     """Collect, during a forward pass inside the `with` block, the names of those classes on which hooks that

@@ -10,7 +10,7 @@ from torch import nn
 
 from internseg_ds.config.ds_config import DsConfig
 from internseg_ds.config.experiment import Experiment
-from internseg_ds.distributed.precision import compute_dtypes
+from internseg_ds.distributed.precision import check_float8, compute_dtypes
 from internseg_ds.distributed.process_group import World
 from internseg_ds.errors import ConfigError, counted, shortened
 from internseg_ds.monitoring.loggers import check_loggers
@@ -48,7 +48,8 @@ def check_settings(
             f'{ds.source} names no ZeRO stage; write "zero_optimization": {{"stage": 3}} (or 1, 2), or '
             "take one of ds_configs/"
         )
-    compute_dtypes(experiment.engine, model, world.device, ds.precision)
+    dtypes = compute_dtypes(experiment.engine, model, world.device, ds.precision)
+    check_float8(experiment.engine, model, dtypes, world.device, ds.precision)
     check_offload(experiment, ds, resume_from)
     check_node_local(ds, world)
     parameter_groups(model, experiment.optimizer)
@@ -71,6 +72,11 @@ def settings_notes(experiment: Experiment, ds: DsConfig, model: nn.Module) -> li
         notes.append(
             f"{frozen:,} parameters are frozen: they are kept and saved in bf16, in which the model computes "
             "with them; only what trains has fp32 master weights"
+        )
+    if experiment.engine.matmul_dtype == "float8" and not experiment.engine.compile:
+        notes.append(
+            "engine.matmul_dtype='float8' without engine.compile=True: converting the operands may take longer than "
+            "their products save (docs/performance.md)"
         )
     return [*notes, *_unused_notes(experiment, model)]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from internseg_ds.config.ds_config import DsConfig
 from internseg_ds.config.experiment import Experiment
-from internseg_ds.distributed.block_hooks import require_input_gradients
+from internseg_ds.distributed.block_hooks import compile_under_hooks, require_input_gradients
 from internseg_ds.distributed.construction import (
     build_for_training,
     freeze_parts,
@@ -22,6 +22,8 @@ from internseg_ds.distributed.construction import (
 )
 from internseg_ds.distributed.precision import ComputeDtypes, apply_precision
 from internseg_ds.distributed.threads import take_share_of_cores
+from internseg_ds.models.block_execution.float8_linear import multiply_in_float8
+from internseg_ds.models.repeated_blocks import block_names
 from internseg_ds.optimization.optimizers import build_optimizer, scheduled
 from internseg_ds.optimization.parameter_groups import groups_in, parameter_groups
 from internseg_ds.optimization.ranged_adam import RangedAdam, divide_by_settings
@@ -52,6 +54,9 @@ def build_deepspeed_engine(
     freeze_parts(model, experiment.engine.freeze)
     load_weights(model)
     apply_precision(model, dtypes.backbone, heads=dtypes.heads, autocast=ds.precision == "autocast")
+    names = block_names(meta_model.get_submodule("backbone"))
+    if experiment.engine.matmul_dtype == "float8":
+        multiply_in_float8(model.get_submodule("backbone"), names)
     groups = groups_in(model, parameter_groups(meta_model, experiment.optimizer), meta_model)
     if ds.cpu_adam:
         take_share_of_cores()
@@ -63,6 +68,8 @@ def build_deepspeed_engine(
         lr_scheduler=lambda optimizer: experiment.schedule.scheduler(scheduled(optimizer)),
     )
     require_input_gradients(engine.module)
+    if experiment.engine.compile:
+        compile_under_hooks(engine.module.get_submodule("backbone"), names, partitioned=ds.stage == 3)
     if isinstance(optimizer, RangedAdam):
         divide_by_settings(engine, optimizer, groups)
     return engine

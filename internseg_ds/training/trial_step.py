@@ -197,7 +197,9 @@ def _step(trial: Trial) -> None:
     from internseg_ds.distributed.process_group import join, leave, world_from_environment
     from internseg_ds.training.deepspeed_engine import build_deepspeed_engine, loss_terms
 
-    experiment, ds, world = read_experiment(trial.config, trial.options), trial.ds, world_from_environment()
+    # compiling takes longer than the step, and few CPUs multiply float8
+    options = {**trial.options, "engine.compile": False, "engine.matmul_dtype": "bfloat16"}
+    experiment, ds, world = read_experiment(trial.config, options), trial.ds, world_from_environment()
     asked = experiment.engine.backbone_dtype
     # "auto": as GPUs will
     compute = torch.float32 if asked == "float32" or ds.precision == "fp32" else torch.bfloat16

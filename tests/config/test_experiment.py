@@ -237,6 +237,8 @@ def test_options_reach_arguments_that_the_file_leaves_at_their_defaults():
         ({"optimzer.lr": 1}, "did you mean optimizer"),
         ({"data.trian.data_root": 1}, "did you mean data.train"),
         ({"engine.backbone_dtype": "float16"}, "float16"),
+        ({"engine.compile": "inductor"}, "compile='inductor' must be True or False"),
+        ({"engine.matmul_dtype": "fp8"}, "matmul_dtype='fp8' is none of 'bfloat16', 'float8'"),
         ({"engine.heads_dtype": "auto"}, "heads_dtype=.auto. is none of"),
         ({"engine.accumulate": 1}, "accumulate"),
         ({"data.train.pipeline.99.type": "x"}, "99"),

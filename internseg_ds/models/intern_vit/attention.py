@@ -44,9 +44,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, use_flash_attn: bool = False) 
     dtype.
 
     use_flash_attn: run flash-attn where it is installed and has a kernel for these tensors
-    (`flash_supports`).
+    (`flash_supports`); not in compiled blocks, whose compiler cannot look into the choice.
     """
-    if use_flash_attn and (flash := flash_attention()) is not None and flash_supports(q):
+    wanted = use_flash_attn and not torch.compiler.is_compiling()
+    if wanted and (flash := flash_attention()) is not None and flash_supports(q):
         out = flash(q, k, v)
         # early versions of flash-attn 3 return (out, logsumexp)
         return out[0] if isinstance(out, tuple) else out
