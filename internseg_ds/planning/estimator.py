@@ -26,7 +26,7 @@ from internseg_ds.models.backbone import patch_size, vector_length
 from internseg_ds.models.repeated_blocks import repeated_block
 from internseg_ds.optimization.optimizers import group_limit, is_ranged
 from internseg_ds.optimization.parameter_groups import parameter_groups
-from internseg_ds.optimization.ranged_adam import bundles
+from internseg_ds.optimization.ranged_adam import bundles, kinds_of
 from internseg_ds.planning.activation_memory import (
     Activations,
     evaluation_bytes,
@@ -65,11 +65,10 @@ class Estimator:
             choose_trained(model, experiment.engine)
         self.model = model
         self.crop = crop or crop_size(experiment)
-        self.setting_sizes = [
-            sum(param.numel() for param in group["params"])
-            for group in parameter_groups(model, experiment.optimizer)
-        ]
+        groups = parameter_groups(model, experiment.optimizer)
+        self.setting_sizes = [sum(param.numel() for param in group["params"]) for group in groups]
         """Elements of each set of parameters with settings (lr, weight decay) of its own."""
+        self._kinds = kinds_of(groups)
         self._activations: dict[tuple[Precision, torch.dtype], Activations] = {}
         self._evaluations: dict[tuple[Precision, torch.dtype], EvaluationPass] = {}
         self._under: dict[CheckpointingPolicy, Estimator] = {}
@@ -118,7 +117,7 @@ class Estimator:
             return self.setting_sizes
         return [
             sum(self.setting_sizes[number] for number in numbers)
-            for numbers in bundles(self.setting_sizes, group_limit(ds))
+            for numbers in bundles(self.setting_sizes, group_limit(ds), self._kinds)
         ]
 
     @cached_property

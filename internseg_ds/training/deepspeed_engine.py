@@ -22,6 +22,7 @@ from internseg_ds.distributed.construction import (
 )
 from internseg_ds.distributed.precision import ComputeDtypes, apply_precision
 from internseg_ds.distributed.threads import take_share_of_cores
+from internseg_ds.optimization.muon import Muon
 from internseg_ds.optimization.optimizers import build_optimizer, scheduled
 from internseg_ds.optimization.parameter_groups import groups_in, parameter_groups
 from internseg_ds.optimization.ranged_adam import RangedAdam, divide_by_settings
@@ -65,6 +66,8 @@ def build_deepspeed_engine(
     require_input_gradients(engine.module)
     if isinstance(optimizer, RangedAdam):
         divide_by_settings(engine, optimizer, groups)
+    if isinstance(optimizer, Muon):
+        optimizer.find_matrices(engine, groups)
     return engine
 
 
