@@ -95,8 +95,9 @@ def on_one_process(steps: int) -> dict[str, Tensor]:
         if "blocks" in name and name.endswith("weight") and "table" not in name
     }
     assert len(matrices) == 9
+    # mmcv looks at longer keys first, and takes one
     factors = {
-        name: (0.5 if "blocks.0" in name else 1.0, 0.0 if "fc2" in name else MUON["weight_decay"])
+        name: (0.5, 0.1) if "blocks.0" in name else (1.0, 0.0) if "fc2" in name else (1.0, 0.1)
         for name, _ in model.named_parameters()
     }
     adam = torch.optim.AdamW(
