@@ -25,7 +25,8 @@ class OptimizerShard:
 
     master_weights: flat partitions of the trained parameters, (n,) float32, one a group. moments: by the
     optimizer's names (exp_avg and exp_avg_sq of AdamW), what it keeps of each element, (n,) each, cut like the
-    master weights, None for groups of which it keeps something else (Muon); empty before the first step. counts: by name, what it keeps once for each group (step).
+    master weights, None for groups of which it keeps something else (Muon); empty before the first step.
+    counts: by name, what it keeps once for each group (step).
     step: updates that the optimizer had done, None where the file does not say. paddings: elements that ZeRO-1
     and 2 put behind each parameter of each group, None for none.
     """

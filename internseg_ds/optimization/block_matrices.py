@@ -32,6 +32,4 @@ def block_matrices(model: nn.Module) -> set[nn.Parameter]:
 
 def _named_in(layer: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """The weights that a layer itself has."""
-    return [
-        (name, param) for name, param in layer.named_parameters(recurse=False) if name.endswith("weight")
-    ]
+    return [(name, param) for name, param in layer.named_parameters(recurse=False) if name.endswith("weight")]

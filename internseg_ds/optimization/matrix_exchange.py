@@ -83,15 +83,16 @@ class MatrixExchange:
         if not self._any_divided:
             return
         outgoing = torch.cat([flat.new_empty(0), *(flat[part.in_flat] for part in _all(self._sent))])
-        gathered = _all_to_all(outgoing, self._sent, self._received)
+        gathered = flat.new_empty(sum(_lengths(self._received)))
+        _all_to_all(gathered, outgoing, self._sent, self._received)
         values_of = dict(zip(_all(self._received), gathered.split(_lengths(self._received)), strict=True))
         for matrix in self._owned:
             whole = torch.cat([values_of[part] for part in matrix.parts])
             result = function(whole.view(matrix.rows, matrix.columns)).flatten()
             for part in matrix.parts:
                 values_of[part].copy_(result[part.start : part.stop])
-        returned = _all_to_all(gathered, self._received, self._sent)
-        for part, values in zip(_all(self._sent), returned.split(_lengths(self._sent)), strict=True):
+        _all_to_all(outgoing, gathered, self._received, self._sent)
+        for part, values in zip(_all(self._sent), outgoing.split(_lengths(self._sent)), strict=True):
             flat[part.in_flat] = values
 
 
@@ -138,10 +139,10 @@ def _lengths(parts: Iterable[Sequence[Part]]) -> list[int]:
     return [part.length for part in _all(parts)]
 
 
-def _all_to_all(values: Tensor, sent: Sequence[Sequence[Part]], received: Sequence[Sequence[Part]]) -> Tensor:
-    """values: the elements of `sent`, rank after rank. Returns those of `received`."""
+def _all_to_all(
+    result: Tensor, values: Tensor, sent: Sequence[Sequence[Part]], received: Sequence[Sequence[Part]]
+) -> None:
+    """values: the elements of `sent`, rank after rank. result: gets those of `received`."""
     to = [sum(part.length for part in parts) for parts in sent]
     of = [sum(part.length for part in parts) for parts in received]
-    result = values.new_empty(sum(of))
     dist.all_to_all_single(result, values, output_split_sizes=of, input_split_sizes=to)
-    return result

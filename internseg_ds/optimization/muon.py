@@ -83,9 +83,12 @@ class Muon(RangedAdam):
 
         engine: DeepSpeed's, initialised with this optimizer. groups: those that it was made with.
         """
-        self._exchanges = exchanges(
-            engine, [param for group in groups if group["use_muon"] for param in group["params"]]
-        )
+        matrices = [param for group in groups if group["use_muon"] for param in group["params"]]
+        self.place(exchanges(engine, matrices))
+
+    def place(self, found: Mapping[Tensor, MatrixExchange]) -> None:
+        """Sets which flat tensors are of matrices, and how those are put together."""
+        self._exchanges = dict(found)
 
     def _update(self, flat: Tensor, gradient: Tensor) -> None:
         """Collective where a matrix is divided among ranks. gradient: of matrices, is their update

@@ -93,18 +93,12 @@ def kept_state(section: Mapping[str, Any]) -> OptimizerState:
 
 
 def _check_zero_for_muon(ds: DsConfig) -> None:
-    """Raises ConfigError where the parts of matrices do not lie on the accelerators of all processes, one part
-    on each."""
+    """Raises ConfigError where the optimizer's tensors lie on the host."""
     zero = ds.raw["zero_optimization"]
     if zero.get("offload_optimizer", {}).get("device", "none") != "none":
         raise ConfigError(
             f"{ds.source} offloads the optimizer, but Muon puts matrices together on the accelerator; drop "
             "offload_optimizer, or use AdamW"
-        )
-    if zero.get("mics_shard_size", -1) > 0:
-        raise ConfigError(
-            f"mics_shard_size={zero['mics_shard_size']} of {ds.source} keeps several copies of the optimizer's "
-            "state, and Muon puts matrices together from one; drop it, or use AdamW"
         )
 
 

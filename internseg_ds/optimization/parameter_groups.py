@@ -77,9 +77,7 @@ def _name_of(group: Group, lr: float, weight_decay: float) -> str:
     return f"{name}, Muon" if group.get("use_muon") else name
 
 
-def _divided_for_muon(
-    model: nn.Module, groups: Sequence[Group], settings: Mapping[str, Any]
-) -> list[Group]:
+def _divided_for_muon(model: nn.Module, groups: Sequence[Group], settings: Mapping[str, Any]) -> list[Group]:
     """Each group as that of its matrices and that of all else. Raises ConfigError where no matrix trains, and
     for learning rates that have no ratio."""
     matrices = {param for param in block_matrices(model) if param.requires_grad}

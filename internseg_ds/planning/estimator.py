@@ -69,6 +69,13 @@ class Estimator:
         self.setting_sizes = [sum(param.numel() for param in group["params"]) for group in groups]
         """Elements of each set of parameters with settings (lr, weight decay) of its own."""
         self._kinds = kinds_of(groups)
+        self.matrices = [
+            (param.shape[0], param.shape[1])
+            for group, of_muon in zip(groups, self._kinds, strict=True)
+            if of_muon
+            for param in group["params"]
+        ]
+        """Rows and columns of the parameters that Muon trains."""
         self._activations: dict[tuple[Precision, torch.dtype], Activations] = {}
         self._evaluations: dict[tuple[Precision, torch.dtype], EvaluationPass] = {}
         self._under: dict[CheckpointingPolicy, Estimator] = {}
@@ -170,6 +177,7 @@ class Estimator:
             self._training_activations(ds.precision, platform.compute_dtype(self.experiment, ds)),
             ema=options.ema is not None,
             background_save=options.background_save,
+            matrices=self.matrices,
             **more,
         )
 
