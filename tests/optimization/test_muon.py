@@ -1,6 +1,7 @@
 """Muon under ZeRO-1, 2 and 3 against the same written out for one process, whose matrices are whole."""
 
 import math
+import shutil
 from pathlib import Path
 
 import deepspeed
@@ -13,6 +14,7 @@ from internseg_ds.checkpoints.zero_checkpoint import ZeroCheckpoint
 from internseg_ds.config.ds_config import resolve_ds_config
 from internseg_ds.config.experiment import read_experiment
 from internseg_ds.config.lr_schedule import LrSchedule
+from internseg_ds.distributed.zero_internals import fp32_partitions
 from internseg_ds.errors import ConfigError
 from internseg_ds.optimization.block_matrices import block_matrices
 from internseg_ds.optimization.matrix_exchange import Matrix, MatrixExchange, Part, owners_of
@@ -21,8 +23,12 @@ from internseg_ds.optimization.optimizers import build_optimizer, check_optimize
 from internseg_ds.optimization.parameter_groups import groups_in, parameter_groups
 from internseg_ds.optimization.ranged_adam import bundles, divide_by_settings
 from internseg_ds.optimization.restore import restore
+from internseg_ds.planning.estimator import Estimator
+from internseg_ds.planning.zero_memory import model_states
+from internseg_ds.planning.zero_settings import ZeroSettings
 from tests.conftest import ROOT, TINY
 from tests.distributed.ranks import spawn
+from tests.small_experiment import small_experiment
 
 MUON = {
     "type": "Muon",
@@ -164,7 +170,7 @@ def train(folder: Path, raw: dict, start: int, stop: int) -> None:
         restore(engine, saved, SCHEDULE)
     for step in range(start, stop):
         for micro in batch_of(step).view(ACCUMULATION, ranks, -1, 4)[:, dist.get_rank()]:
-            engine.backward(engine(micro))
+            engine.backward(engine(micro.to(ds.param_dtype)))
             engine.step()
     engine.save_checkpoint(str(folder), tag=f"global_step{stop}")
     dist.barrier()
@@ -352,3 +358,47 @@ def test_groups_that_cannot_be_are_an_error(section, frozen, words):
     model.backbone.requires_grad_(not frozen)
     with pytest.raises(ConfigError, match=words):
         parameter_groups(model, {**MUON, **section})
+
+
+def goes_on_in_the_engine(root: Path, work_dir: Path, raw: dict) -> None:
+    from internseg_ds import SegmentorEngine
+
+    experiment = small_experiment(
+        root,
+        "runner.max_iters=4",
+        "model.backbone.freeze_vit=False",
+        "checkpoint_config.interval=2",
+        "optimizer.type=Muon",
+        "optimizer.adam_lr=1e-4",
+        "engine.ema=0.9",
+    )
+    masters = []
+    for part in ("whole", "resumed"):
+        with SegmentorEngine(
+            experiment, raw, work_dir=work_dir / "run", resume="auto" if masters else None, validate=False
+        ) as engine:
+            assert engine.state.step == (2 if masters else 0)
+            engine.train()
+            optimizer = engine.deepspeed.optimizer.optimizer
+            kinds = {tuple(sorted(optimizer.state[flat])) for flat in fp32_partitions(engine.deepspeed)}
+            assert kinds == {("momentum_buffer", "step"), ("exp_avg", "exp_avg_sq", "step")}
+            kept = [
+                tensor
+                for flat in fp32_partitions(engine.deepspeed)
+                for tensor in (flat, *optimizer.state[flat].values())
+            ]
+            estimator = Estimator(engine.plan.experiment, engine.plan.meta_model)
+            states = model_states(estimator.model, ZeroSettings.of(engine.plan.ds), estimator.matrices)
+            (estimated,) = (part.device for part in states if part.name == "optimizer")
+            assert sum(tensor.nbytes for tensor in kept) == pytest.approx(estimated, rel=2e-3)
+            masters.append([flat.detach().clone() for flat in fp32_partitions(engine.deepspeed)])
+        if dist.get_rank() == 0 and part == "whole":
+            shutil.rmtree(work_dir / "run/checkpoints/iter_4")
+            (work_dir / "run/checkpoints/latest").write_text("iter_2")
+        dist.barrier()
+    assert all(torch.equal(one, other) for one, other in zip(*masters, strict=True))
+
+
+@pytest.mark.parametrize("stage", [3, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_real_backbone_goes_on_to_the_last_bit(ade20k, tmp_path, stage):
+    spawn(goes_on_in_the_engine, 2, ade20k, tmp_path, {**under(stage), "bf16": {"enabled": True}})
