@@ -254,12 +254,16 @@ def test_a_run_goes_on_to_the_last_bit_and_with_another_number_of_processes(afte
 @pytest.mark.slow
 def test_zero_1_with_fp32_gradients_of_bf16_weights_trains_as_bf16_allows(tmp_path):
     spawn(trainings, 2, tmp_path, {"1": RAWS["fp32 gradients"], "3": RAWS["bf16"]}, 0, 3)
-    one, three = (ZeroCheckpoint.open(tmp_path / stage) for stage in ("1", "3"))
-    for name, value in on_one_process(3).items():
-        start = fresh().get_parameter(name).detach()
-        for saved in (one, three):
-            # bf16 has 8 bits: the way that a weight went agrees to some per cent
-            assert (saved.read(name) - value).norm() < 0.25 * (value - start).norm(), name
+    wanted, start = on_one_process(3), fresh()
+    for stage in ("1", "3"):
+        saved = ZeroCheckpoint.open(tmp_path / stage)
+        # gradients have 8 bits, and the iteration enlarges what is small in them: most of the way is the same
+        way, way_wanted = (
+            torch.cat([(each(name) - start.get_parameter(name).detach()).flatten() for name in wanted])
+            for each in (saved.read, wanted.__getitem__)
+        )
+        assert torch.cosine_similarity(way, way_wanted, dim=0) > 0.9
+        assert way.norm().item() == pytest.approx(way_wanted.norm().item(), rel=0.1)
 
 
 @pytest.mark.parametrize("ns_method", ["gram", "standard"])
