@@ -110,7 +110,7 @@ def saving(visit: Visit) -> None:
         estimator = Estimator(read_experiment(workload.experiment), crop=(workload.image_px,) * 2)
         ds, _ = estimator.resolve(path, 1)
         ema = estimator.experiment.engine.ema is not None
-        size = checkpoint_bytes(estimator.model, ZeroSettings.of(ds), ema=ema)
+        size = checkpoint_bytes(estimator.model, ZeroSettings.of(ds), ema=ema, matrices=estimator.matrices)
         if size <= free:
             break
     else:

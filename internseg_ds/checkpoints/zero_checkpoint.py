@@ -57,7 +57,26 @@ class OtherHostShard:
         )
 
 
-Piece = Stored | OtherHostShard
+@dataclass(frozen=True)
+class AbsentMoment:
+    """In place of the flat partition of a moment that the optimizer does not keep of these elements. length: in
+    elements."""
+
+    path: Path
+    moment: str
+    length: int
+
+    def numel(self) -> int:
+        return self.length
+
+    def read_slice_into(self, out: Tensor, start: int) -> None:
+        """Raises CheckpointError."""
+        raise CheckpointError(
+            f"{self.path} holds no {self.moment} of some elements: their optimizer keeps something else of them"
+        )
+
+
+Piece = Stored | OtherHostShard | AbsentMoment
 FlatVector = Sequence[Piece]
 """A flat vector in pieces that lie end to end."""
 
@@ -160,13 +179,25 @@ class ZeroCheckpoint:
 
     def _index_values(self, shards: ZeroShards) -> None:
         """Of each rank the flat vectors of trained parameters, and the fragments of frozen ones."""
-        flat: dict[What, list[list[Stored]]] = {"fp32": [shard.master_weights for shard in shards.optimizer]}
+        held: dict[What, list[list[Stored | None]]] = {
+            "fp32": [[*shard.master_weights] for shard in shards.optimizer]
+        }
         for moment in self.moments:
-            flat[moment] = [shard.moments.get(moment, []) for shard in shards.optimizer]
+            held[moment] = [shard.moments.get(moment, []) for shard in shards.optimizer]
         self.has_ema = shards.ema is not None
         if shards.ema is not None:
-            flat["ema"] = shards.ema
-        lengths = _partition_lengths(flat.values())
+            held["ema"] = [[*of_rank] for of_rank in shards.ema]
+        lengths = _partition_lengths(held.values())
+        flat: dict[What, list[FlatVector]] = {
+            what: [
+                [
+                    AbsentMoment(self.path, what, length) if piece is None else piece
+                    for piece, length in zip(vector, lengths)
+                ]
+                for vector in vectors
+            ]
+            for what, vectors in held.items()
+        }
         self._flat: dict[What, list[FlatVector]] = {
             what: self._of_every_rank(
                 vectors, lambda rank: [OtherHostShard(self.path, rank, length) for length in lengths]
@@ -230,6 +261,16 @@ class ZeroCheckpoint:
             return _to_fp32(self._module[name].read_slice(start, stop))
         return _read_spans(spans)
 
+    def moments_of(self, name: str) -> tuple[str, ...]:
+        """Which of the moments the optimizer keeps of a trained parameter."""
+        name = self._tied.get(name, name)
+        size = self.shapes[name].numel()
+        return tuple(
+            moment
+            for moment in self.moments
+            if not any(isinstance(span.piece, AbsentMoment) for span in self._spans(name, 0, size, moment))
+        )
+
     def check_holds(self, what: What) -> None:
         """Raises CheckpointError when the average is asked for and there is none."""
         if what == "ema" and not self.has_ema:
@@ -284,11 +325,11 @@ def _places_in_groups(
     return places
 
 
-def _partition_lengths(flat: Iterable[Sequence[FlatVector]]) -> list[int]:
+def _partition_lengths(flat: Iterable[Sequence[Sequence[Piece | None]]]) -> list[int]:
     """Elements of a rank's partition of each group. Ranks' partitions are equally long, but DeepSpeed saves
     the master weights of the last rank, and those alone, without the padding behind them."""
     vectors = [vector for of_ranks in flat for vector in of_ranks if vector]
-    return [max(piece.numel() for piece in pieces) for pieces in zip(*vectors)]
+    return [max(piece.numel() for piece in pieces if piece is not None) for pieces in zip(*vectors)]
 
 
 def _spans_end_to_end(pieces: FlatVector, start: int, stop: int) -> Iterator[Span]:

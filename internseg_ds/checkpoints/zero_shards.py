@@ -25,7 +25,8 @@ class OptimizerShard:
 
     master_weights: flat partitions of the trained parameters, (n,) float32, one a group. moments: by the
     optimizer's names (exp_avg and exp_avg_sq of AdamW), what it keeps of each element, (n,) each, cut like the
-    master weights; empty before the first step. counts: by name, what it keeps once for each group (step).
+    master weights, None for groups of which it keeps something else (Muon); empty before the first step.
+    counts: by name, what it keeps once for each group (step).
     step: updates that the optimizer had done, None where the file does not say. paddings: elements that ZeRO-1
     and 2 put behind each parameter of each group, None for none.
     """
@@ -35,7 +36,7 @@ class OptimizerShard:
     world_size: int
     step: int | None
     master_weights: list[Stored]
-    moments: dict[str, list[Stored]]
+    moments: dict[str, list[Stored | None]]
     counts: dict[str, Any]
     paddings: list[list[int]] | None
 
@@ -133,7 +134,7 @@ def _optimizer_shard(file: Path, content: Any) -> OptimizerShard:
     flat = shard["fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"]
     master_weights = [flat] if isinstance(flat, Stored) else list(flat)
     states = _states(shard)
-    kept = states.get(0, {})
+    kept = {name: value for state in states.values() for name, value in state.items()}
     return OptimizerShard(
         file=file,
         stage=stage,
@@ -141,7 +142,7 @@ def _optimizer_shard(file: Path, content: Any) -> OptimizerShard:
         step=_last_step(states),
         master_weights=master_weights,
         moments={
-            name: _moment_of_every_group(states, name, len(master_weights))
+            name: [states.get(group, {}).get(name) for group in range(len(master_weights))]
             for name, value in kept.items()
             if _is_moment(value)
         },
@@ -168,13 +169,6 @@ def _is_moment(value: Any) -> bool:
 def _last_step(states: Mapping[int, Mapping[str, Any]]) -> int | None:
     steps = [state["step"] for state in states.values() if "step" in state]
     return max((int(step.read() if isinstance(step, Stored) else step) for step in steps), default=None)
-
-
-def _moment_of_every_group(states: Mapping[int, Mapping[str, Any]], moment: str, groups: int) -> list[Stored]:
-    """All groups' or none, since each parameter's offset counts from the first group's start."""
-    if not all(moment in states.get(group, {}) for group in range(groups)):
-        return []
-    return [states[group][moment] for group in range(groups)]
 
 
 def _model_state(file: Path, content: Any) -> ModelState:

@@ -171,7 +171,7 @@ def resolve_ds_config(
     _deepspeed_accepts(raw, name)
     # DeepSpeed knows Adam and its relatives by their classes; ours, and others, run unchanged in fp32
     # partitions, so they are allowed without a key for it
-    if optimizer.get("type", "AdamW") in ("Adam", "AdamW"):
+    if optimizer.get("type", "AdamW") in ("Adam", "AdamW", "Muon"):
         raw["zero_allow_untested_optimizer"] = True
     raw.setdefault("zero_allow_untested_optimizer", True)
     offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"

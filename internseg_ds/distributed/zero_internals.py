@@ -180,6 +180,31 @@ def step_count_in_state(optimizer: torch.optim.Optimizer, updates: int, device: 
     return updates if isinstance(optimizer, DeepSpeedCPUAdam) else adam_step_count(optimizer, updates, device)
 
 
+# ---- Muon
+
+NEWTON_SCHULZ = ("gram", "standard")
+"""The iterations of DeepSpeed's Muon: `NS_METHODS` of runtime/zero/muon/original_muon.py."""
+
+
+def orthogonalized(matrix: Tensor, method: str) -> Tensor:
+    """The matrix with singular values of about 1, after the 5 steps that Muon takes; same shape and dtype.
+
+    matrix: (rows, columns). method: of `NEWTON_SCHULZ`; both compute the same: "gram" in fp16 and, for matrices that
+    are not square, with fewer operations, "standard" in bf16; on CPUs that lack one of these in fp32.
+
+    runtime/zero/muon/original_muon.py: its functions are compiled for each shape; here they run as they are,
+    since they are matrix products but for some additions.
+    """
+    from deepspeed.runtime.zero.muon import original_muon
+
+    iterate = {
+        "gram": original_muon.zeropower_via_gram_newtonschulz,
+        "standard": original_muon.zeropower_via_newtonschulz5,
+    }[method]
+    with torch.compiler.set_stance("force_eager"):
+        return iterate(matrix, steps=5).to(matrix.dtype)
+
+
 # ---- the engine
 
 

@@ -15,13 +15,17 @@ from mmcv.runner.optimizer import OPTIMIZERS
 from internseg_ds.config.ds_config import SUB_GROUP, DsConfig
 from internseg_ds.distributed.extensions import build_extension
 from internseg_ds.errors import ConfigError, reason_of, unknown_key
+from internseg_ds.optimization.muon import MOMENTUM, Muon
 from internseg_ds.optimization.optimizer_state import OptimizerState, optimizer_state
-from internseg_ds.optimization.ranged_adam import RangedAdam
+from internseg_ds.optimization.ranged_adam import MOMENTS, RangedAdam
 
 
 def optimizer_class(kind: Any) -> type[Any]:
     """The class of optimizer.type: of mmcv's registry, in which all of torch's are; of timm (Lion); or, by its
-    whole path, of any package ("package.module.Class"). Raises ConfigError where there is none."""
+    whole path, of any package ("package.module.Class"). Muon is ours, since torch's needs whole matrices. Raises
+    ConfigError where there is none."""
+    if kind == "Muon":
+        return Muon
     module, _, name = str(kind).rpartition(".")
     if not module and (registered := OPTIMIZERS.get(name)) is not None:
         return registered
@@ -48,6 +52,8 @@ def check_optimizer(section: Mapping[str, Any], ds: DsConfig) -> str:
     """
     kind = section.get("type", "AdamW")
     of_kind = optimizer_class(kind)
+    if of_kind is Muon:
+        _check_zero_for_muon(ds)
     if ds.cpu_adam and kind not in ("Adam", "AdamW"):
         raise ConfigError(
             f"{ds.source} offloads the optimizer, which runs DeepSpeed's CPU Adam, but optimizer.type is "
@@ -55,9 +61,10 @@ def check_optimizer(section: Mapping[str, Any], ds: DsConfig) -> str:
         )
     parameters = inspect.signature(of_kind).parameters
     if not any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        known = parameters.keys() - {"params", *(("limit",) if of_kind is Muon else ())}
         for key in _settings(section):
-            if key not in parameters:
-                raise unknown_key(key, parameters.keys() - {"params"}, f"optimizer {kind}")
+            if key not in known:
+                raise unknown_key(key, known, f"optimizer {kind}")
     try:
         of_kind([torch.zeros(1, requires_grad=True)], **_settings(section))
         if ds.cpu_adam:
@@ -79,7 +86,20 @@ def check_optimizer(section: Mapping[str, Any], ds: DsConfig) -> str:
 def kept_state(section: Mapping[str, Any]) -> OptimizerState:
     """What the optimizer of a config keeps of its parameters. Raises ConfigError for one that does not work on
     flat pieces of tensors."""
-    return optimizer_state(optimizer_class(section.get("type", "AdamW")), _settings(section))
+    of_kind = optimizer_class(section.get("type", "AdamW"))
+    if of_kind is Muon:
+        return OptimizerState((*MOMENTS, MOMENTUM), {"step": torch.zeros(())})
+    return optimizer_state(of_kind, _settings(section))
+
+
+def _check_zero_for_muon(ds: DsConfig) -> None:
+    """Raises ConfigError where the optimizer's tensors lie on the host."""
+    zero = ds.raw["zero_optimization"]
+    if zero.get("offload_optimizer", {}).get("device", "none") != "none":
+        raise ConfigError(
+            f"{ds.source} offloads the optimizer, but Muon puts matrices together on the accelerator; drop "
+            "offload_optimizer, or use AdamW"
+        )
 
 
 def _settings(section: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,12 +110,12 @@ def _settings(section: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_ranged(section: Mapping[str, Any], ds: DsConfig) -> bool:
-    """Whether one parameter group of DeepSpeed's holds several settings (`RangedAdam`): with torch's Adam and
-    AdamW, on the device. An update on the host is limited by the host's memory, not by the number of
+    """Whether one parameter group of DeepSpeed's holds several settings (`RangedAdam`): with Muon, and with
+    torch's Adam and AdamW on the device. An update on the host is limited by the host's memory, not by the number of
     calls."""
     kinds = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}
     kind = section.get("type", "AdamW")
-    return (
+    return optimizer_class(kind) is Muon or (
         not ds.cpu_adam
         and not section.get("amsgrad")
         and kind in kinds
@@ -119,6 +139,8 @@ def build_optimizer(
     """
     settings = _settings(section)
     kind = check_optimizer(section, ds)
+    if optimizer_class(kind) is Muon:
+        return Muon(groups, **settings, limit=group_limit(ds))
     if ds.cpu_adam:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 

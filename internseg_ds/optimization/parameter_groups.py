@@ -16,6 +16,8 @@ from torch import nn
 
 import internseg_ds.optimization.layer_decay  # noqa: F401 - registers its constructor
 from internseg_ds.errors import ConfigError, UserError, reason_of, shortened, unknown_key
+from internseg_ds.optimization.block_matrices import block_matrices
+from internseg_ds.optimization.muon import Muon
 from internseg_ds.optimization.optimizers import optimizer_class
 
 PARAMWISE = (
@@ -33,33 +35,71 @@ CUSTOM = ("lr_mult", "decay_mult")
 """What it reads of each of the `custom_keys`."""
 
 Group = dict[str, Any]
-"""A parameter group: params, lr, weight_decay, name."""
+"""A parameter group: params, lr, weight_decay, name; with Muon use_muon, whether these are matrices that it
+updates."""
 
 
 def parameter_groups(model: nn.Module, optimizer: Mapping[str, Any]) -> list[Group]:
     """Groups of the trainable parameters, merged where lr, weight decay and name are the same, in the order
-    in which they first appear. Each has params, lr, weight_decay, name.
+    in which they first appear. Each has params, lr, weight_decay, name; with Muon use_muon, too: the groups of
+    the constructor are divided into matrices (`block_matrices`) and all else, whose learning rate is
+    adam_lr / lr of the group's.
 
     optimizer: the config's section; `constructor` chooses the rule (default: mmcv's
     DefaultOptimizerConstructor), `paramwise_cfg` are its settings. Raises ConfigError when lr is missing,
-    when a constructor gives groups other settings of their own, or when nothing is left to train.
+    when a constructor gives groups other settings of their own, when nothing is left to train, or no matrix
+    that Muon would update.
     """
     settings = _optimizer_settings(optimizer)
     singles = _constructed_groups(model, optimizer, settings)
+    if optimizer_class(optimizer.get("type", "AdamW")) is Muon:
+        singles = _divided_for_muon(model, singles, settings)
     merged: dict[tuple[float, float, str], Group] = {}
     for single in singles:
         lr = single.get("lr", settings["lr"])
         weight_decay = single.get("weight_decay", settings["weight_decay"])
         trainable = [param for param in single["params"] if param.requires_grad]
         if trainable:
-            name = single.get("name") or single.get("group_name", f"lr {lr:g}, weight decay {weight_decay:g}")
+            name = _name_of(single, lr, weight_decay)
+            kind = {"use_muon": single["use_muon"]} if "use_muon" in single else {}
             group = merged.setdefault(
-                (lr, weight_decay, name), {"params": [], "lr": lr, "weight_decay": weight_decay, "name": name}
+                (lr, weight_decay, name),
+                {"params": [], "lr": lr, "weight_decay": weight_decay, "name": name, **kind},
             )
             group["params"].extend(trainable)
     if not merged:
         raise ConfigError("no parameter of the model trains: everything is frozen")
     return list(merged.values())
+
+
+def _name_of(group: Group, lr: float, weight_decay: float) -> str:
+    name = group.get("name") or group.get("group_name", f"lr {lr:g}, weight decay {weight_decay:g}")
+    return f"{name}, Muon" if group.get("use_muon") else name
+
+
+def _divided_for_muon(model: nn.Module, groups: Sequence[Group], settings: Mapping[str, Any]) -> list[Group]:
+    """Each group as that of its matrices and that of all else. Raises ConfigError where no matrix trains, and
+    for learning rates that have no ratio."""
+    matrices = {param for param in block_matrices(model) if param.requires_grad}
+    if not matrices:
+        raise ConfigError(
+            "optimizer Muon updates the matrices of the backbone's repeated blocks, and of "
+            f"{type(model.get_submodule('backbone')).__name__} none of these trains; use AdamW"
+        )
+    lr, adam_lr = settings["lr"], settings.get("adam_lr")
+    if adam_lr is not None and not (lr > 0 and isinstance(adam_lr, (int, float)) and 0 <= adam_lr < math.inf):
+        raise ConfigError(
+            f"optimizer.adam_lr={adam_lr!r} must be a number of at least 0, beside an lr above 0 (it is {lr!r})"
+        )
+    ratio = 1.0 if adam_lr is None else adam_lr / lr
+    divided = []
+    for group in groups:
+        rate = group.get("lr", lr)
+        for use_muon, scaled in ((True, rate), (False, ratio * rate)):
+            params = [param for param in group["params"] if (param in matrices) == use_muon]
+            if params:
+                divided.append({**group, "params": params, "lr": scaled, "use_muon": use_muon})
+    return divided
 
 
 def _optimizer_settings(optimizer: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ too large. torch's own optimizer updates views of DeepSpeed's flat tensors, with
 setting, and the result is the same to the last bit.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby, pairwise
 from typing import Any
@@ -24,21 +25,31 @@ Range = tuple[int, int, int]
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def bundles(sizes: Sequence[int], limit: float) -> list[list[int]]:
+def bundles(sizes: Sequence[int], limit: float, kinds: Sequence[bool] | None = None) -> list[list[int]]:
     """Which settings share a parameter group of DeepSpeed's: for each group their numbers, in order.
 
     sizes: elements of each setting. limit: elements that a group may have together; a setting that is larger
-    has a group of its own.
+    has a group of its own. kinds: of each setting; those of different kinds share no group. None: all are
+    alike.
     """
     found: list[list[int]] = []
-    elements = 0
-    for number, size in enumerate(sizes):
-        if not found or elements + size > limit:
-            found.append([])
-            elements = 0
-        found[-1].append(number)
-        elements += size
+    kinds = kinds or [False] * len(sizes)
+    for kind in dict.fromkeys(kinds):
+        elements = math.inf
+        for number, size in enumerate(sizes):
+            if kinds[number] != kind:
+                continue
+            if elements + size > limit or elements == math.inf:
+                found.append([])
+                elements = 0
+            found[-1].append(number)
+            elements += size
     return found
+
+
+def kinds_of(groups: Sequence[Mapping[str, Any]]) -> list[bool]:
+    """Of each setting, whether its parameters are matrices that Muon updates."""
+    return [group.get("use_muon", False) for group in groups]
 
 
 class RangedAdam(Optimizer):
@@ -61,7 +72,7 @@ class RangedAdam(Optimizer):
         sizes = [sum(full_shape(param).numel() for param in group["params"]) for group in groups]
         bundled = [
             {"params": [param for number in numbers for param in groups[number]["params"]]}
-            for numbers in bundles(sizes, limit)
+            for numbers in bundles(sizes, limit, kinds_of(groups))
         ]
         super().__init__(bundled, dict(self.settings.defaults))
         for group in self.settings.param_groups:
@@ -83,11 +94,13 @@ class RangedAdam(Optimizer):
         for group in self.param_groups:
             group["lr"] = highest  # what DeepSpeed's own monitors show
             for flat in group["params"]:
-                if flat.grad is not None and self._ranges[flat]:
+                if flat.grad is not None:
                     self._update(flat, flat.grad)
 
     def _update(self, flat: Tensor, gradient: Tensor) -> None:
         """flat, gradient: 1-d, of the same size."""
+        if not self._ranges[flat]:
+            return
         groups = self.settings.param_groups
         views = self._current_views(flat)
         for (start, stop, setting), view in zip(self._ranges[flat], views, strict=True):

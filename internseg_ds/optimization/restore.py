@@ -8,6 +8,7 @@ number of processes; its universal checkpoints (0.19.8) need a converted copy on
 first group's learning rate.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,16 +34,21 @@ def restore(engine: Any, checkpoint: ZeroCheckpoint, schedule: LrSchedule) -> No
     state, or is damaged where this rank reads.
     """
     partitions, optimizer = fp32_partitions(engine), inner_optimizer(engine)
+    fragments = {
+        name: fragment
+        for name, param in engine.module.named_parameters()
+        if (fragment := fragment_of(engine, param)) is not None
+    }
+    # Muon keeps other moments of matrices than of all else, and those lie in different partitions
+    kept = {each.partition: checkpoint.moments_of(name) for name, each in fragments.items()}
     if checkpoint.moments or checkpoint.counts:
-        for partition in partitions:
-            optimizer.state[partition] = _empty_state(optimizer, partition, checkpoint)
-    for name, param in engine.module.named_parameters():
-        fragment = fragment_of(engine, param)
-        if fragment is None:
-            continue
+        for number, partition in enumerate(partitions):
+            moments = kept.get(number, checkpoint.moments)
+            optimizer.state[partition] = _empty_state(optimizer, partition, checkpoint, moments)
+    for name, fragment in fragments.items():
         partition = partitions[fragment.partition]
         targets: dict[What, Tensor] = {"fp32": partition.data}
-        targets |= {what: optimizer.state[partition][what] for what in checkpoint.moments}
+        targets |= {what: optimizer.state[partition][what] for what in kept[fragment.partition]}
         for what, target in targets.items():
             target[fragment.in_partition] = checkpoint.read_slice(name, fragment.start, fragment.stop, what)
     set_step_counters(engine, steps=checkpoint.steps, skipped=checkpoint.steps - checkpoint.scheduled)
@@ -52,7 +58,7 @@ def restore(engine: Any, checkpoint: ZeroCheckpoint, schedule: LrSchedule) -> No
 
 
 def _empty_state(
-    optimizer: torch.optim.Optimizer, partition: Tensor, checkpoint: ZeroCheckpoint
+    optimizer: torch.optim.Optimizer, partition: Tensor, checkpoint: ZeroCheckpoint, moments: Sequence[str]
 ) -> dict[str, Any]:
     """The optimizer's state of one flat tensor when the checkpoint was saved, with moments of zeros."""
     state: dict[str, Any] = {
@@ -61,4 +67,4 @@ def _empty_state(
     }
     if "step" in state:
         state["step"] = step_count_in_state(optimizer, checkpoint.updates, partition.device)
-    return state | {what: torch.zeros_like(partition.data) for what in checkpoint.moments}
+    return state | {what: torch.zeros_like(partition.data) for what in moments}

@@ -10,7 +10,7 @@ bucket by an all-reduce and keep their share, which sends twice the bytes of a r
 
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Literal
 
@@ -19,10 +19,11 @@ from torch import nn
 from internseg_ds.errors import ConfigError
 from internseg_ds.planning.flops import Use
 from internseg_ds.planning.gathered_weights import GatherSettings, gathers, leaves, persistent
+from internseg_ds.planning.zero_memory import elements
 from internseg_ds.planning.zero_settings import ZeroSettings, trained_elements, trained_sizes
 from internseg_ds.zero_partition import padded
 
-Kind = Literal["all_gather", "reduce_scatter", "all_reduce"]
+Kind = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all"]
 UNKNOWN = {
     "zero_quantized_weights": False,
     "zero_quantized_gradients": False,
@@ -38,10 +39,10 @@ UNKNOWN = {
 @dataclass(frozen=True)
 class Collective:
     """Some collectives of one kind among `ranks` processes. payload: bytes of the whole tensors: after an
-    all-gather, before a reduction."""
+    all-gather, before a reduction; of an all-to-all, of the tensor of one process."""
 
     kind: Kind
-    what: Literal["weights", "gradients", "batch norm"]
+    what: Literal["weights", "gradients", "batch norm", "matrices"]
     payload: int
     calls: int
     ranks: int
@@ -49,7 +50,7 @@ class Collective:
     @property
     def sent(self) -> float:
         """Bytes that each process sends around a ring (Patarasuk and Yuan, 2009): a share of 1 / ranks to
-        ranks - 1 neighbours, twice for an all-reduce."""
+        ranks - 1 neighbours, twice for an all-reduce. An all-to-all sends as much, to each process its own."""
         return (2 if self.kind == "all_reduce" else 1) * self.payload * (self.ranks - 1) / self.ranks
 
     def sent_by_link(self, per_node: int) -> tuple[float, float]:
@@ -60,6 +61,9 @@ class Collective:
         """
         if self.ranks <= per_node:
             return self.sent, 0.0
+        if self.kind == "all_to_all":
+            outside = (self.ranks - per_node) / (self.ranks - 1)
+            return self.sent * (1 - outside), self.sent * outside
         return self.sent * (per_node - 1) / per_node, self.sent / per_node
 
 
@@ -97,17 +101,23 @@ def check_known(zero: Mapping[str, Any]) -> None:
 
 
 def step_traffic(
-    model: nn.Module, settings: ZeroSettings, group_sizes: Sequence[int], uses: Sequence[Use]
+    model: nn.Module,
+    settings: ZeroSettings,
+    group_sizes: Sequence[int],
+    uses: Sequence[Use],
+    matrices: Sequence[tuple[int, int]] = (),
 ) -> Traffic:
     """model: on the meta device. group_sizes: elements of each parameter group of the optimizer. uses: of a
-    micro-batch, by `training_pass`.
+    micro-batch, by `training_pass`. matrices: rows and columns of those that Muon trains.
 
-    Left out: the norms of the gradients and the losses that are logged, some hundred bytes a step. Raises
-    ConfigError for a setting whose traffic is not modelled.
+    Left out: the norms of the gradients and the losses that are logged, some hundred bytes a step, and under
+    ZeRO-1 and 2 Muon's matrices at the border of two ranks. Raises ConfigError for a setting whose traffic is
+    not modelled.
     """
     check_known(settings.zero)
     if settings.stage == 3:
-        return _zero3_traffic(model, settings, uses)
+        traffic = _zero3_traffic(model, settings, uses)
+        return replace(traffic, after=(*traffic.after, *_matrix_traffic(settings, matrices)))
     width = settings.bytes_per_weight
     ranks = settings.world_size
     norms = batch_norm_collectives(model, ranks)
@@ -124,6 +134,15 @@ def step_traffic(
         (earlier,) * (settings.accumulation - 1) + ((*norms, gradients),),
         (weights,) if settings.stage else (),
     )
+
+
+def _matrix_traffic(settings: ZeroSettings, matrices: Sequence[tuple[int, int]]) -> list[Collective]:
+    """Muon's exchange in fp32, there and back, for each sub-group (optimization/matrix_exchange.py)."""
+    if not matrices:
+        return []
+    share = elements(matrices) // settings.world_size
+    sub_groups = -(-share // settings.elements_updated_at_once(elements(matrices)))
+    return [Collective("all_to_all", "matrices", 2 * 4 * share, 2 * sub_groups, settings.world_size)]
 
 
 def _zero3_traffic(model: nn.Module, settings: ZeroSettings, uses: Sequence[Use]) -> Traffic:

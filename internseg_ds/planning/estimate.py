@@ -108,7 +108,9 @@ def estimate_step(estimator: Estimator, ds: DsConfig, cluster: Cluster, assumed:
         )
     settings = ZeroSettings.of(ds)
     image = estimator.training_pass
-    traffic = step_traffic(estimator.model, settings, estimator.group_sizes(ds), image.uses)
+    traffic = step_traffic(
+        estimator.model, settings, estimator.group_sizes(ds), image.uses, estimator.matrices
+    )
     work = StepWork(
         image,
         ds.micro_batch,
@@ -116,6 +118,7 @@ def estimate_step(estimator: Estimator, ds: DsConfig, cluster: Cluster, assumed:
         trained=sum(estimator.setting_sizes),
         host_bytes=host_bytes(estimator.model, settings, traffic),
         heads=heads_matmul(experiment.engine),
+        matrices=estimator.matrices,
     )
     time = step_time(work, settings, cluster, assumed)
     within_node, between_nodes = traffic.sent_by_link(cluster.per_node)

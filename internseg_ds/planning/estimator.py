@@ -26,7 +26,7 @@ from internseg_ds.models.backbone import patch_size, vector_length
 from internseg_ds.models.repeated_blocks import repeated_block
 from internseg_ds.optimization.optimizers import group_limit, is_ranged
 from internseg_ds.optimization.parameter_groups import parameter_groups
-from internseg_ds.optimization.ranged_adam import bundles
+from internseg_ds.optimization.ranged_adam import bundles, kinds_of
 from internseg_ds.planning.activation_memory import (
     Activations,
     evaluation_bytes,
@@ -65,11 +65,17 @@ class Estimator:
             choose_trained(model, experiment.engine)
         self.model = model
         self.crop = crop or crop_size(experiment)
-        self.setting_sizes = [
-            sum(param.numel() for param in group["params"])
-            for group in parameter_groups(model, experiment.optimizer)
-        ]
+        groups = parameter_groups(model, experiment.optimizer)
+        self.setting_sizes = [sum(param.numel() for param in group["params"]) for group in groups]
         """Elements of each set of parameters with settings (lr, weight decay) of its own."""
+        self._kinds = kinds_of(groups)
+        self.matrices = [
+            (param.shape[0], param.shape[1])
+            for group, of_muon in zip(groups, self._kinds, strict=True)
+            if of_muon
+            for param in group["params"]
+        ]
+        """Rows and columns of the parameters that Muon trains."""
         self._activations: dict[tuple[Precision, torch.dtype], Activations] = {}
         self._evaluations: dict[tuple[Precision, torch.dtype], EvaluationPass] = {}
         self._under: dict[CheckpointingPolicy, Estimator] = {}
@@ -118,7 +124,7 @@ class Estimator:
             return self.setting_sizes
         return [
             sum(self.setting_sizes[number] for number in numbers)
-            for numbers in bundles(self.setting_sizes, group_limit(ds))
+            for numbers in bundles(self.setting_sizes, group_limit(ds), self._kinds)
         ]
 
     @cached_property
@@ -171,6 +177,7 @@ class Estimator:
             self._training_activations(ds.precision, platform.compute_dtype(self.experiment, ds)),
             ema=options.ema is not None,
             background_save=options.background_save,
+            matrices=self.matrices,
             **more,
         )
 

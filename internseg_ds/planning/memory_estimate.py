@@ -25,8 +25,10 @@ from internseg_ds.planning.zero_memory import (
     ADAM,
     ALWAYS,
     GATHERED,
+    MOMENT,
     Part,
     Phase,
+    elements,
     model_states,
     pinned_rounding,
     temporary_buffers,
@@ -119,7 +121,8 @@ class EvaluationPass:
 class Run:
     """A run on paper. model: on the meta device, for shapes. group_sizes: elements of each parameter group of
     the optimizer. activations: of a training micro-batch. uses: see `zero_memory.temporary_buffers`.
-    evaluation: None where the run does not evaluate. ema, background_save: whether the run has them."""
+    evaluation: None where the run does not evaluate. ema, background_save: whether the run has them. matrices:
+    rows and columns of those that Muon trains."""
 
     model: nn.Module
     settings: ZeroSettings
@@ -129,6 +132,7 @@ class Run:
     evaluation: EvaluationPass | None = None
     ema: bool = False
     background_save: bool = False
+    matrices: Sequence[tuple[int, int]] = ()
 
 
 @dataclass(frozen=True)
@@ -197,10 +201,10 @@ class MemoryEstimate:
 def estimate_memory(run: Run, platform: Platform) -> MemoryEstimate:
     """platform: decides whether an evaluation copies the weights whole, and how many windows it runs at
     once."""
-    states = model_states(run.model, run.settings)
+    states = model_states(run.model, run.settings, run.matrices)
     others = [
         *_moving_average(run),
-        *temporary_buffers(run.model, run.settings, run.group_sizes, run.uses),
+        *temporary_buffers(run.model, run.settings, run.group_sizes, run.uses, run.matrices),
         *_page_locked(run),
         *_activation_parts(run.activations),
         *_background_save(run),
@@ -215,22 +219,24 @@ def estimate_memory(run: Run, platform: Platform) -> MemoryEstimate:
     return MemoryEstimate(
         tuple(states),
         tuple(others),
-        checkpoint=checkpoint_bytes(run.model, run.settings, ema=run.ema),
+        checkpoint=checkpoint_bytes(run.model, run.settings, ema=run.ema, matrices=run.matrices),
         consolidated=4 * total_elements(run.model) + buffers,
         platform=platform,
     )
 
 
-def checkpoint_bytes(model: nn.Module, settings: ZeroSettings, *, ema: bool) -> int:
+def checkpoint_bytes(
+    model: nn.Module, settings: ZeroSettings, *, ema: bool, matrices: Sequence[tuple[int, int]] = ()
+) -> int:
     """On disk, of one save by all processes: fp32 master weights and moments, their average, buffers, and
-    under ZeRO-1 and 2 the weights that modules compute with."""
+    under ZeRO-1 and 2 the weights that modules compute with. matrices: those of Muon."""
     weights = settings.bytes_per_weight * total_elements(model) if settings.stage < 3 else 0
-    return _saved_per_parameter(ema) * trained_elements(model) + weights + _buffer_bytes(model)
+    return _saved_state(model, matrices, ema) + weights + _buffer_bytes(model)
 
 
-def _saved_per_parameter(ema: bool) -> int:
-    """Bytes of a checkpoint for each trained parameter; ema: with the fp32 moving average."""
-    return ADAM + 4 if ema else ADAM
+def _saved_state(model: nn.Module, matrices: Sequence[tuple[int, int]], ema: bool) -> int:
+    """Bytes of the optimizer's state of all processes in a checkpoint; ema: with the fp32 moving average."""
+    return (ADAM + 4 if ema else ADAM) * trained_elements(model) - MOMENT * elements(matrices)
 
 
 def _buffer_bytes(model: nn.Module) -> int:
@@ -261,9 +267,9 @@ def _background_save(run: Run) -> list[Part]:
     if not run.background_save:
         return []
     # each process copies its share of the optimizer; under ZeRO-1 and 2 the weights beside it
-    share = trained_elements(run.model) // run.settings.optimizer_ranks
+    share = _saved_state(run.model, run.matrices, run.ema) // run.settings.optimizer_ranks
     weights = run.settings.bytes_per_weight * total_elements(run.model) if run.settings.stage < 3 else 0
-    return [Part("save in the background", host=_saved_per_parameter(run.ema) * share + weights)]
+    return [Part("save in the background", host=share + weights)]
 
 
 def _activation_parts(activations: Activations) -> list[Part]:

@@ -85,7 +85,7 @@ def no_room_to_save(estimator: Estimator, ds: DsConfig, work_dir: Path) -> str |
     if (ds.raw.get("checkpoint") or {}).get("use_node_local_storage"):
         return None
     ema = estimator.experiment.engine.ema is not None
-    needed = checkpoint_bytes(estimator.model, ZeroSettings.of(ds), ema=ema)
+    needed = checkpoint_bytes(estimator.model, ZeroSettings.of(ds), ema=ema, matrices=estimator.matrices)
     try:
         free = shutil.disk_usage(
             next(folder for folder in (work_dir, *work_dir.absolute().parents) if folder.is_dir())

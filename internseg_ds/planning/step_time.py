@@ -9,7 +9,7 @@ memory and not for multipliers (deformable sampling, depth-wise convolutions) co
 other, which is too short a time for backbones made of it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -51,7 +51,7 @@ class Assumptions:
 class StepWork:
     """What one process does in an optimizer step. image: of one image; micro_batch: images. heads: what they
     are computed in; the backbone is in bf16. host_bytes: between GPU and host (`collectives.host_bytes`).
-    trained: parameters that train."""
+    trained: parameters that train. matrices: rows and columns of those that Muon trains."""
 
     image: TrainingPass
     micro_batch: int
@@ -59,6 +59,7 @@ class StepWork:
     trained: int
     host_bytes: int = 0
     heads: MatmulKind = "tf32"
+    matrices: Sequence[tuple[int, int]] = ()
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,9 @@ def step_time(work: StepWork, settings: ZeroSettings, cluster: Cluster, assumed:
     after = communication_seconds(work.traffic.after, cluster, assumed)
     host = work.host_bytes / 1e9 / device.host_gbs / assumed.link
     update = update_seconds(work.trained, settings, cluster, assumed)
+    update += (
+        newton_schulz_flops(work.matrices) / settings.world_size / (device.bf16 * 1e12) / assumed.compute
+    )
     count = len(work.traffic.micro_batches)
     return StepTime(
         floor=count * floor,
@@ -152,6 +156,13 @@ def communication_seconds(collectives: Iterable[Collective], cluster: Cluster, a
         slower = max(within / cluster.device.nvlink_gbs, between / cluster.between_gbs) / 1e9
         total += slower / assumed.link + part.calls * rounds * hops_s
     return total
+
+
+def newton_schulz_flops(matrices: Sequence[tuple[int, int]]) -> int:
+    """Of the 5 iterations of Muon, each of which has three products: X X^T, its square, and that times X. (The
+    method "gram" needs fewer for matrices that are not square.)"""
+    sides = [(min(matrix), max(matrix)) for matrix in matrices]
+    return sum(5 * (4 * small**2 * large + 2 * small**3) for small, large in sides)
 
 
 def update_seconds(trained: int, settings: ZeroSettings, cluster: Cluster, assumed: Assumptions) -> float:

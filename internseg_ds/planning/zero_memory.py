@@ -32,6 +32,8 @@ ALWAYS: tuple[Phase, ...] = ("train", "update", "evaluate")
 
 ADAM = 12
 """Bytes of optimizer state per parameter: fp32 master weights and two fp32 moments (ZeRO paper, table 1)."""
+MOMENT = 4
+"""Of one fp32 moment; Muon keeps one of the elements of its matrices."""
 MOMENTS = 8
 """Without the master weights, where the parameters themselves are fp32 and whole (ZeRO-0)."""
 GATHERED = "gathered weights"
@@ -58,9 +60,12 @@ class Part:
         return cls(name, device=size, phases=phases)
 
 
-def model_states(model: nn.Module, settings: ZeroSettings) -> list[Part]:
+def model_states(
+    model: nn.Module, settings: ZeroSettings, matrices: Sequence[tuple[int, int]] = ()
+) -> list[Part]:
     """Weights, gradients and optimizer of a model with Adam, and hpZ's copy of the weights.
 
+    matrices: rows and columns of those parameters that Muon trains, of which there is one moment.
     Frozen parameters have weights only. Parameters in fp32 (precision "autocast", "fp32") are their own
     master weights under ZeRO-0, and have a partitioned fp32 copy beside them under ZeRO-1 to 3: stage3.py
     intends to save that copy, but compares a device with its name, which are never equal.
@@ -72,7 +77,11 @@ def model_states(model: nn.Module, settings: ZeroSettings) -> list[Part]:
     parts = [
         Part.at("weights", width * total // settings.weight_ranks, settings.weights_at),
         *_gradients(width * trained, settings),
-        Part.at("optimizer", optimizer * trained // settings.optimizer_ranks, settings.optimizer_at),
+        Part.at(
+            "optimizer",
+            (optimizer * trained - MOMENT * elements(matrices)) // settings.optimizer_ranks,
+            settings.optimizer_at,
+        ),
     ]
     if settings.optimizer_offloaded and settings.stage:
         # stage3.py, `initialize_optimizer_states`; stage_1_and_2.py, where a bf16 copy of the new weights is
@@ -109,18 +118,24 @@ def _gradients(whole: int, settings: ZeroSettings) -> list[Part]:
 
 
 def temporary_buffers(
-    model: nn.Module, settings: ZeroSettings, group_sizes: Sequence[int], uses: Sequence[Use] | None
+    model: nn.Module,
+    settings: ZeroSettings,
+    group_sizes: Sequence[int],
+    uses: Sequence[Use] | None,
+    matrices: Sequence[tuple[int, int]] = (),
 ) -> list[Part]:
     """What is there for a while: communication buckets, gathered weights, gradients under way, and the
     update's copies.
 
     group_sizes: elements of each parameter group of the optimizer. uses: the order of the modules
-    (`training_pass`), from which ZeRO-3's gathered weights follow; None: their upper bound.
+    (`training_pass`), from which ZeRO-3's gathered weights follow; None: their upper bound. matrices: as of
+    `model_states`.
     """
     parts = _communication_buckets(model, settings)
     if settings.stage == 3:
         parts += _gathered_weights(model, settings, uses)
     parts += _update_copies(model, settings, group_sizes)
+    parts += _whole_matrices(settings, matrices)
     return [part for part in parts if part.device or part.host]
 
 
@@ -157,6 +172,25 @@ def _update_copies(model: nn.Module, settings: ZeroSettings, group_sizes: Sequen
     flattened = (width + (4 if width == 2 else 0)) * updated
     norm = 8 * largest // settings.weight_ranks
     return [Part("fp32 gradients of a group", max(flattened, norm), phases=("update",))]
+
+
+def _whole_matrices(settings: ZeroSettings, matrices: Sequence[tuple[int, int]]) -> list[Part]:
+    """What Muon puts together in an update (optimization/matrix_exchange.py): the parts that are sent, those that
+    are received, and beside one matrix its iteration, which is in 16 bits. ZeRO-3 divides each matrix; ZeRO-1 and
+    2 those alone that lie at the border of two ranks."""
+    if not matrices:
+        return []
+    largest = max(rows * columns for rows, columns in matrices)
+    divided = elements(matrices) if settings.stage == 3 else 2 * largest * settings.world_size
+    exchanged = 2 * 4 * settings.elements_updated_at_once(divided) if settings.world_size > 1 else 0
+    # fp32: the matrix, the result and the same scaled; 16 bits: two of its size and four of its smaller side
+    iterated = (12 + 4 + 8) * largest
+    return [Part("whole matrices (Muon)", exchanged + iterated, phases=("update",))]
+
+
+def elements(matrices: Sequence[tuple[int, int]]) -> int:
+    """Of all matrices together. matrices: their rows and columns."""
+    return sum(rows * columns for rows, columns in matrices)
 
 
 def pinned_rounding(model: nn.Module, settings: ZeroSettings, group_sizes: Sequence[int]) -> int:

@@ -24,6 +24,7 @@ from internseg_ds.distributed.precision import ComputeDtypes, apply_precision
 from internseg_ds.distributed.threads import take_share_of_cores
 from internseg_ds.models.block_execution.float8_linear import multiply_in_float8
 from internseg_ds.models.repeated_blocks import block_names
+from internseg_ds.optimization.muon import Muon
 from internseg_ds.optimization.optimizers import build_optimizer, scheduled
 from internseg_ds.optimization.parameter_groups import groups_in, parameter_groups
 from internseg_ds.optimization.ranged_adam import RangedAdam, divide_by_settings
@@ -72,6 +73,8 @@ def build_deepspeed_engine(
         compile_under_hooks(engine.module.get_submodule("backbone"), names, partitioned=ds.stage == 3)
     if isinstance(optimizer, RangedAdam):
         divide_by_settings(engine, optimizer, groups)
+    if isinstance(optimizer, Muon):
+        optimizer.find_matrices(engine, groups)
     return engine
 
 

@@ -16,6 +16,7 @@ from internseg_ds.distributed import hang_verdict, zero_internals
 from internseg_ds.distributed.extensions import build_extension
 from internseg_ds.distributed.zero_internals import (
     COLLECTIVE_FILES,
+    NEWTON_SCHULZ,
     NVTX_FILE,
     RUNTIME_FILES,
     SHARED_BUFFER_BYTES,
@@ -28,6 +29,7 @@ from internseg_ds.distributed.zero_internals import (
     inner_optimizer,
     is_partitioned,
     leaf_class_names,
+    orthogonalized,
     replace_checkpoint_engine,
     set_step_counters,
     shard_is_only_copy,
@@ -263,6 +265,24 @@ def sets_counters(folder: Path) -> None:
     engine.save_checkpoint(str(folder), tag="tag")
     saved = torch.load(folder / "tag/mp_rank_00_model_states.pt", weights_only=False)
     assert (saved["global_steps"], saved["skipped_steps"], saved["global_samples"]) == (8, 2, 48)
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (5, 7), (6, 6)])
+def test_orthogonalized(shape):
+    from deepspeed.runtime.zero.muon.original_muon import NS_METHODS
+
+    assert set(NEWTON_SCHULZ) == NS_METHODS
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, singular, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+    singular = singular / singular.norm()
+    for _ in range(5):  # the iteration changes singular values alone, each by the quintic
+        singular = 3.4445 * singular - 4.7750 * singular**3 + 2.0315 * singular**5
+    for method in NEWTON_SCHULZ:
+        before = matrix.clone()
+        found = orthogonalized(matrix, method)
+        assert found.dtype == torch.float32 and torch.equal(matrix, before)
+        # in 8 bits on CPUs with bf16
+        torch.testing.assert_close(found.double(), u * singular @ v, rtol=0, atol=0.05)
 
 
 def test_set_step_counters(tmp_path):

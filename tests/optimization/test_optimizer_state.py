@@ -26,6 +26,7 @@ LR = 1e-2
         (dict(type="SGD", lr=LR), [], []),
         (dict(type="SGD", lr=LR, momentum=0.9), ["momentum_buffer"], []),
         (dict(type="Lion", lr=LR), ["exp_avg"], []),
+        (dict(type="Muon", lr=LR), ["exp_avg", "exp_avg_sq", "momentum_buffer"], ["step"]),
         (dict(type="timm.optim.NAdamW", lr=LR), ["exp_avg", "exp_avg_sq"], ["step"]),
         (dict(type="RMSprop", lr=LR, momentum=0.9), ["square_avg", "momentum_buffer"], ["step"]),
     ],
@@ -41,7 +42,7 @@ def test_the_state_of_each_element_and_the_counts_are_told_apart(section, moment
     [
         (dict(type="Lamb", lr=LR), "looks at tensors as a whole"),
         (dict(type="Adafactor", lr=LR), "looks at tensors as a whole"),
-        (dict(type="Muon", lr=LR), "looks at tensors as a whole"),
+        (dict(type="torch.optim.Muon", lr=LR), "looks at tensors as a whole"),
         (dict(type="Adan", lr=LR), "keeps 'step' beside the settings"),
         (dict(type="timm.optim.LaProp", lr=LR), "follows the learning rate of each group"),
         (dict(type="ASGD", lr=LR), "follows the learning rate of each group"),

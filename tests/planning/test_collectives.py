@@ -46,6 +46,21 @@ def test_a_ring_sends_all_but_its_own_share_and_an_all_reduce_does_so_twice():
     assert Collective("all_gather", "weights", 800, 1, 1).sent == 0
 
 
+def test_muon_exchanges_its_matrices_there_and_back_under_zero_3():
+    model, uses = two_layers()
+    for stage, wanted in ((3, 2), (1, 0)):
+        settings = ZeroSettings({"stage": stage, "sub_group_size": 20}, "bf16", 4)
+        plain, with_muon = (
+            step_traffic(model, settings, [120], uses, matrices) for matrices in ((), [(10, 4), (8, 10)])
+        )
+        # 3 of 4 parts of 30 elements in fp32, in 2 sub-groups
+        assert sent(with_muon) - sent(plain) == wanted * 4 * 30 * 3 / 4
+        calls = sum(part.calls for part in with_muon) - sum(part.calls for part in plain)
+        assert calls == 2 * wanted
+    # to 12 of 15 others, which are on other nodes
+    assert Collective("all_to_all", "matrices", 1600, 1, 16).sent_by_link(4) == pytest.approx((300, 1200))
+
+
 def test_each_gpu_of_a_node_carries_its_part_of_what_leaves_the_node():
     wide = Collective("all_gather", "weights", 1600, 1, 16)
     assert wide.sent_by_link(8) == (1500 * 7 / 8, 1500 / 8)

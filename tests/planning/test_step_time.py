@@ -8,6 +8,7 @@ from internseg_ds.planning.step_time import (
     Assumptions,
     StepWork,
     communication_seconds,
+    newton_schulz_flops,
     step_time,
 )
 from internseg_ds.planning.zero_settings import ZeroSettings
@@ -45,6 +46,14 @@ def test_computation_takes_its_flops_at_the_share_of_the_peak_that_is_reached():
     assert time.compute == pytest.approx(COMPUTE_S)
     assert time.update == pytest.approx(ADAM_BYTES * STATE / 2 / 1e12)
     assert time.total == pytest.approx(time.compute + time.update)
+
+
+def test_muons_iterations_are_divided_among_all():
+    # 5 times 2 x 3 x 3 x 4 twice, and 2 x 3 x 3 x 3
+    assert newton_schulz_flops([(3, 4), (4, 3)]) == 2 * 5 * (2 * 72 + 54)
+    size = 10_000
+    more = time_of([()], matrices=[(size, size)]).update - time_of([()]).update
+    assert more == pytest.approx(30 * size**3 / 2 / 100e12 / 0.5)
 
 
 def test_heads_in_bf16_run_at_the_backbones_rate():

@@ -55,6 +55,17 @@ def test_gradients_pile_up_as_deepspeed_reduces_them(more, accumulation, expecte
     ) / 640**2 == pytest.approx(expected)
 
 
+def test_muon_keeps_one_moment_of_matrices_and_puts_them_together():
+    layer, matrices = nn.Linear(640, 640, bias=False, device="meta"), [(640, 640)]
+    settings = ZeroSettings({"stage": 3}, "bf16", 4)
+    parts = model_states(layer, settings, matrices)
+    assert of(parts, "optimizer").device == 8 * 640**2 // 4
+    whole = of(temporary_buffers(layer, settings, [640**2], None, matrices), "whole matrices (Muon)")
+    # a quarter is sent, another one is received, both in fp32
+    assert whole.device == (2 * 4 / 4 + 24) * 640**2 and whole.phases == ("update",)
+    assert not of(temporary_buffers(layer, settings, [640**2], None), "whole matrices (Muon)").device
+
+
 def test_frozen_parameters_have_weights_only():
     model = nn.Linear(64, 64, bias=False, device="meta").requires_grad_(False)
     assert [part.device for part in states(model, {}, ranks=1)] == [2 * 64 * 64, 0, 0]

@@ -202,7 +202,14 @@ def check_resumable(
 
 def _check_optimizer_state(checkpoint: ZeroCheckpoint, optimizer: Mapping[str, Any]) -> None:
     """Raises CheckpointError when the checkpoint holds other moments than this run's optimizer has: they would
-    silently begin at zero."""
+    silently begin at zero. So would those of parameters of which it holds none."""
+    if checkpoint.moments and (
+        lacking := [each for each in checkpoint.trained if not checkpoint.moments_of(each)]
+    ):
+        raise CheckpointError(
+            f"{checkpoint.path} holds no state of the optimizer of {shortened(sorted(lacking))}; take another "
+            "checkpoint"
+        )
     state = kept_state(optimizer)
     kept, held = [*state.moments, *state.counts], [*checkpoint.moments, *checkpoint.counts]
     if checkpoint.scheduled and set(held) != set(kept):
