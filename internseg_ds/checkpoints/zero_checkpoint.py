@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from internseg_ds.checkpoints.manifest import checked_files, read_manifest, verify_manifest
-from internseg_ds.checkpoints.stored_tensors import Stored
+from internseg_ds.checkpoints.stored_tensors import Stored, StoredBytes
 from internseg_ds.checkpoints.zero_files import COPY_ALL_HOSTS, find_files, find_save
 from internseg_ds.checkpoints.zero_shards import ModelState, ZeroShards, read_shards
 from internseg_ds.errors import CheckpointError
@@ -57,7 +57,7 @@ class OtherHostShard:
         )
 
 
-Piece = Stored | OtherHostShard
+Piece = Stored | StoredBytes | OtherHostShard
 FlatVector = Sequence[Piece]
 """A flat vector in pieces that lie end to end."""
 
@@ -160,7 +160,9 @@ class ZeroCheckpoint:
 
     def _index_values(self, shards: ZeroShards) -> None:
         """Of each rank the flat vectors of trained parameters, and the fragments of frozen ones."""
-        flat: dict[What, list[list[Stored]]] = {"fp32": [shard.master_weights for shard in shards.optimizer]}
+        flat: dict[What, Sequence[Sequence[Stored | StoredBytes]]] = {
+            "fp32": [shard.master_weights for shard in shards.optimizer]
+        }
         for moment in self.moments:
             flat[moment] = [shard.moments.get(moment, []) for shard in shards.optimizer]
         self.has_ema = shards.ema is not None

@@ -14,18 +14,20 @@ from typing import Any
 import torch
 
 from internseg_ds.checkpoints.checksums import CheckedFile
-from internseg_ds.checkpoints.stored_tensors import Stored, load_stored
+from internseg_ds.checkpoints.stored_tensors import Stored, StoredBytes, load_stored
 from internseg_ds.checkpoints.zero_files import ZeroFiles, file_of_rank
 from internseg_ds.errors import CheckpointError, counted
+from internseg_ds.moment_formats import CODES, SCALE
 
 
 @dataclass(frozen=True)
 class OptimizerShard:
     """One rank's optim_states file.
 
-    master_weights: flat partitions of the trained parameters, (n,) float32, one a group. moments: by the
+    master_weights: flat partitions of the trained parameters, (n,) float32 or bf16, one a group. moments: by the
     optimizer's names (exp_avg and exp_avg_sq of AdamW), what it keeps of each element, (n,) each, cut like the
-    master weights; empty before the first step. counts: by name, what it keeps once for each group (step).
+    master weights; whatever they are held in, they are read as floating-point numbers; empty before the first
+    step. counts: by name, what it keeps once for each group (step).
     step: updates that the optimizer had done, None where the file does not say. paddings: elements that ZeRO-1
     and 2 put behind each parameter of each group, None for none.
     """
@@ -35,7 +37,7 @@ class OptimizerShard:
     world_size: int
     step: int | None
     master_weights: list[Stored]
-    moments: dict[str, list[Stored]]
+    moments: dict[str, list[Stored | StoredBytes]]
     counts: dict[str, Any]
     paddings: list[list[int]] | None
 
@@ -143,7 +145,7 @@ def _optimizer_shard(file: Path, content: Any) -> OptimizerShard:
         moments={
             name: _moment_of_every_group(states, name, len(master_weights))
             for name, value in kept.items()
-            if _is_moment(value)
+            if _is_moment(value) and not name.endswith(SCALE)
         },
         counts={
             name: value.read() if isinstance(value, Stored) else value
@@ -170,11 +172,16 @@ def _last_step(states: Mapping[int, Mapping[str, Any]]) -> int | None:
     return max((int(step.read() if isinstance(step, Stored) else step) for step in steps), default=None)
 
 
-def _moment_of_every_group(states: Mapping[int, Mapping[str, Any]], moment: str, groups: int) -> list[Stored]:
+def _moment_of_every_group(
+    states: Mapping[int, Mapping[str, Any]], moment: str, groups: int
+) -> list[Stored | StoredBytes]:
     """All groups' or none, since each parameter's offset counts from the first group's start."""
     if not all(moment in states.get(group, {}) for group in range(groups)):
         return []
-    return [states[group][moment] for group in range(groups)]
+    of_groups = [states[group] for group in range(groups)]
+    if moment + SCALE in of_groups[0]:
+        return [StoredBytes(kept[moment], kept[moment + SCALE], CODES[moment]) for kept in of_groups]
+    return [kept[moment] for kept in of_groups]
 
 
 def _model_state(file: Path, content: Any) -> ModelState:

@@ -8,6 +8,7 @@ number of processes; its universal checkpoints (0.19.8) need a converted copy on
 first group's learning rate.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,12 +17,14 @@ from torch import Tensor
 from internseg_ds.checkpoints.zero_checkpoint import What, ZeroCheckpoint
 from internseg_ds.config.lr_schedule import LrSchedule
 from internseg_ds.distributed.zero_internals import (
+    Fragment,
     fp32_partitions,
     fragment_of,
     inner_optimizer,
     set_step_counters,
     step_count_in_state,
 )
+from internseg_ds.optimization.compact_adam import CompactAdam
 from internseg_ds.torch_internals import set_schedule_position
 
 
@@ -36,15 +39,19 @@ def restore(engine: Any, checkpoint: ZeroCheckpoint, schedule: LrSchedule) -> No
     if checkpoint.moments or checkpoint.counts:
         for partition in partitions:
             optimizer.state[partition] = _empty_state(optimizer, partition, checkpoint)
+    fragments: list[dict[str, Fragment]] = [{} for _ in partitions]
     for name, param in engine.module.named_parameters():
-        fragment = fragment_of(engine, param)
-        if fragment is None:
-            continue
-        partition = partitions[fragment.partition]
-        targets: dict[What, Tensor] = {"fp32": partition.data}
-        targets |= {what: optimizer.state[partition][what] for what in checkpoint.moments}
-        for what, target in targets.items():
-            target[fragment.in_partition] = checkpoint.read_slice(name, fragment.start, fragment.stop, what)
+        if (fragment := fragment_of(engine, param)) is not None:
+            fragments[fragment.partition][name] = fragment
+    for partition, held in zip(partitions, fragments, strict=True):
+        _read_into(partition.data, held, checkpoint, "fp32")
+        for what in checkpoint.moments:
+            if isinstance(optimizer, CompactAdam):
+                whole = torch.zeros(partition.numel())
+                _read_into(whole, held, checkpoint, what)
+                optimizer.set_moment(partition, what, whole)
+            else:
+                _read_into(optimizer.state[partition][what], held, checkpoint, what)
     set_step_counters(engine, steps=checkpoint.steps, skipped=checkpoint.steps - checkpoint.scheduled)
     scheduler = engine.lr_scheduler
     rates = [schedule.lr(checkpoint.scheduled, base) for base in scheduler.base_lrs]
@@ -61,4 +68,15 @@ def _empty_state(
     }
     if "step" in state:
         state["step"] = step_count_in_state(optimizer, checkpoint.updates, partition.device)
+    if isinstance(optimizer, CompactAdam):
+        return state | (optimizer.empty_moments(partition) if checkpoint.moments else {})
     return state | {what: torch.zeros_like(partition.data) for what in checkpoint.moments}
+
+
+def _read_into(
+    target: Tensor, fragments: Mapping[str, Fragment], checkpoint: ZeroCheckpoint, what: What
+) -> None:
+    """target: a flat tensor of the size of a partition, of any floating dtype. fragments: by the names of the
+    parameters, what the partition holds of them."""
+    for name, fragment in fragments.items():
+        target[fragment.in_partition] = checkpoint.read_slice(name, fragment.start, fragment.stop, what)

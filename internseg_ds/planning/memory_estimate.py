@@ -22,7 +22,6 @@ from internseg_ds.planning.activation_memory import Activations
 from internseg_ds.planning.devices import Cluster
 from internseg_ds.planning.flops import Use
 from internseg_ds.planning.zero_memory import (
-    ADAM,
     ALWAYS,
     GATHERED,
     Part,
@@ -222,15 +221,16 @@ def estimate_memory(run: Run, platform: Platform) -> MemoryEstimate:
 
 
 def checkpoint_bytes(model: nn.Module, settings: ZeroSettings, *, ema: bool) -> int:
-    """On disk, of one save by all processes: fp32 master weights and moments, their average, buffers, and
+    """On disk, of one save by all processes: master weights and moments, their average, buffers, and
     under ZeRO-1 and 2 the weights that modules compute with."""
     weights = settings.bytes_per_weight * total_elements(model) if settings.stage < 3 else 0
-    return _saved_per_parameter(ema) * trained_elements(model) + weights + _buffer_bytes(model)
+    saved = int(_saved_per_parameter(settings, ema) * trained_elements(model))
+    return saved + weights + _buffer_bytes(model)
 
 
-def _saved_per_parameter(ema: bool) -> int:
+def _saved_per_parameter(settings: ZeroSettings, ema: bool) -> float:
     """Bytes of a checkpoint for each trained parameter; ema: with the fp32 moving average."""
-    return ADAM + 4 if ema else ADAM
+    return settings.bytes_per_master + settings.bytes_of_moments + (4 if ema else 0)
 
 
 def _buffer_bytes(model: nn.Module) -> int:
@@ -249,7 +249,10 @@ def _moving_average(run: Run) -> list[Part]:
     size = 4 * (trained_elements(run.model) // run.settings.optimizer_ranks)
     # it follows the optimizer, but to no disk
     place = "cpu" if run.settings.optimizer_at == "nvme" else run.settings.optimizer_at
-    return [Part.at("moving average", size, place)]
+    parts = [Part.at("moving average", size, place)]
+    if run.settings.bf16_master:
+        parts.append(Part("weights beside the average", size // 2, phases=EVALUATE))
+    return parts
 
 
 def _page_locked(run: Run) -> list[Part]:
@@ -263,7 +266,8 @@ def _background_save(run: Run) -> list[Part]:
     # each process copies its share of the optimizer; under ZeRO-1 and 2 the weights beside it
     share = trained_elements(run.model) // run.settings.optimizer_ranks
     weights = run.settings.bytes_per_weight * total_elements(run.model) if run.settings.stage < 3 else 0
-    return [Part("save in the background", host=_saved_per_parameter(run.ema) * share + weights)]
+    saved = int(_saved_per_parameter(run.settings, run.ema) * share)
+    return [Part("save in the background", host=saved + weights)]
 
 
 def _activation_parts(activations: Activations) -> list[Part]:
