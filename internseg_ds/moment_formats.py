@@ -67,12 +67,15 @@ def rounded_to_bf16(values: Tensor, noise: torch.Generator | None) -> Tensor:
 def to_bytes(values: Tensor, code: ByteCode, noise: torch.Generator | None) -> tuple[Tensor, Tensor]:
     """values: (n,) fp32. Returns codes (n,) uint8 and scales (ceil(n / BLOCK),) fp32. noise: stochastic rounding;
     None: to the nearest, which leaves what `from_bytes` gave as it is."""
-    n = values.numel()
-    blocks = nn.functional.pad(values, (0, -n % BLOCK)).view(-1, BLOCK)
+    n, blocks = values.numel(), _in_blocks(values)
     magnitudes = blocks.abs() if code.signed else blocks.clone()
     scales = magnitudes.amax(1, keepdim=True)
-    # 1 stays 1, so that the scale comes back as it was
-    magnitudes.div_(scales.clamp(min=torch.finfo(torch.float32).tiny)).mul_(1 - code.least).add_(code.least)
+    magnitudes.div_(scales.clamp(min=torch.finfo(torch.float32).tiny))
+    if (
+        code.signed
+    ):  # so that 1 stays 1, and the scale comes back as it was; 31 octaves are too many to matter
+        magnitudes.mul_(1 - code.least)
+    magnitudes.add_(code.least)
     bits = _rounded_bits(magnitudes, 23 - MANTISSA, noise)
     bits.bitwise_right_shift_(23 - MANTISSA).sub_(code.offset)
     if code.signed:
@@ -84,16 +87,19 @@ def to_bytes(values: Tensor, code: ByteCode, noise: torch.Generator | None) -> t
 
 def from_bytes(codes: Tensor, scales: Tensor, code: ByteCode) -> Tensor:
     """The (n,) fp32 values of n codes from the beginning of a block on, and of the scales of their blocks."""
-    n = codes.numel()
-    bits = nn.functional.pad(codes, (0, -n % BLOCK)).view(-1, BLOCK).to(torch.int32)
-    negative = bits >= 128
-    if code.signed:
-        bits.bitwise_and_(127)
+    n, blocks = codes.numel(), _in_blocks(codes)
+    bits = (blocks & 127 if code.signed else blocks).to(torch.int32)
     values = bits.add_(code.offset).bitwise_left_shift_(23 - MANTISSA).view(torch.float32)
-    values.sub_(code.least).div_(1 - code.least).mul_(scales[:, None])
+    values.sub_(code.least)
     if code.signed:
-        values = torch.where(negative, -values, values)
-    return values.flatten()[:n]
+        values.div_(1 - code.least).copysign_(blocks.view(torch.int8))
+    return values.mul_(scales[:, None]).flatten()[:n]
+
+
+def _in_blocks(values: Tensor) -> Tensor:
+    """(blocks, BLOCK): values (n,), with zeros behind them where n is no multiple."""
+    rest = -values.numel() % BLOCK
+    return (nn.functional.pad(values, (0, rest)) if rest else values).view(-1, BLOCK)
 
 
 def _rounded_bits(values: Tensor, dropped: int, noise: torch.Generator | None) -> Tensor:

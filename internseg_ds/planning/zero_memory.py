@@ -31,7 +31,7 @@ Phase = Literal["train", "update", "evaluate"]
 """Forward and backward passes of the last micro-batch; the optimizer's step; an evaluation."""
 ALWAYS: tuple[Phase, ...] = ("train", "update", "evaluate")
 
-UPDATED_CHUNK = 48
+UPDATED_CHUNK = 32
 """Bytes for each element of `optimization.compact_adam.CHUNK`: weight, gradient and moments in fp32, and the copies
 in which a moment becomes its code."""
 GATHERED = "gathered weights"
@@ -155,7 +155,8 @@ def _update_copies(model: nn.Module, settings: ZeroSettings, group_sizes: Sequen
             return []
         on_its_way = width * largest
         return [Part("gradient on its way to the host", on_its_way, host=on_its_way)]
-    # one (sub-)group at a time is flattened and made the dtype of the master weights (stage3.py, `_prepare_fp32_grad_for_sub_group`;
+    # one (sub-)group at a time is flattened and made the dtype of the master weights (stage3.py,
+    # `_prepare_fp32_grad_for_sub_group`;
     # stage_1_and_2.py, `step`); norms of gradients are computed in fp64
     updated = max((settings.elements_updated_at_once(size) for size in group_sizes), default=0)
     converted = settings.bytes_per_master if settings.bytes_per_master != width else 0
