@@ -5,8 +5,8 @@
 First, on random numbers: of weights as a large backbone has them (a normal distribution of --std), the share that one
 step of AdamW leaves as they were, and how far those after 100 steps are from where fp64 takes them, by what holds
 them: fp32; bf16, rounded to the nearest; bf16, rounded stochastically, as `engine.optimizer_states` has it; bf16 with
-a second bf16 number for what was rounded off (Kahan). Then trainings on generated scenes, each with --seeds seeds
-that decide initial values and order of data: loss (mean of the last tenth of the steps) and mIoU after the last step.
+a second bf16 number for what was rounded off (Kahan). Then trainings on generated scenes, with --seeds seeds in fp32
+and --other-seeds in each other format, which decide initial values and order of data: loss (mean of the last tenth of the steps) and mIoU after the last step.
 A stand-in: it shows whether a format loses anything that the spread over seeds does not hide, and says nothing of
 published backbones. Ends with a line of JSON.
 """
@@ -54,8 +54,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="optimizer_states_") as name:
         folder = Path(name)
         write_scenes(folder / "scenes", args.scenes)
-        for seed in range(args.seeds):
-            for kind in KINDS:
+        for seed in range(max(args.seeds, args.other_seeds)):
+            for kind, (states, *_) in KINDS.items():
+                if seed >= (args.seeds if states == "fp32" else args.other_seeds):
+                    continue
                 result = train(kind, seed, folder, args)
                 for what, value in result.items():
                     found[kind][what].append(value)
@@ -63,7 +65,11 @@ def main() -> None:
                     f"{kind}, seed {seed}: loss {result['loss']:.4f}, mIoU {result['mIoU']:.2f}", flush=True
                 )
     print_trainings(found, args)
-    print(json.dumps({"steps": args.steps, "lr": args.lr, "formats": held, "trainings": found}))
+    print(
+        json.dumps(
+            {"steps": args.steps, "width": args.width, "lr": args.lr, "formats": held, "trainings": found}
+        )
+    )
 
 
 def options() -> argparse.Namespace:
@@ -71,7 +77,9 @@ def options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=300, help="of a training (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="of each format (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="in fp32 (default: %(default)s)")
+    parser.add_argument("--other-seeds", type=int, default=3, help="of other formats (default: %(default)s)")
+    parser.add_argument("--width", type=int, default=128, help="of the backbone (default: %(default)s)")
     parser.add_argument("--scenes", type=int, default=100, help="training images (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=4e-5, help="of the random numbers (default: %(default)s)")
     parser.add_argument(
@@ -149,8 +157,11 @@ def write_scenes(folder: Path, count: int) -> None:
     write_generated_ade20k(folder, training=count, validation=32)
 
 
-def experiment(kind: str, scenes: Path, steps: int) -> Config:
+def experiment(kind: str, scenes: Path, steps: int, width: int) -> Config:
     cfg = Config.fromfile(SCENES)
+    cfg.model.backbone.update(embed_dim=width, num_heads=width // 32)
+    cfg.model.decode_head.update(in_channels=[width] * 4, channels=width // 2)
+    cfg.model.auxiliary_head.update(in_channels=width, channels=width // 2)
     for split in ("train", "val", "test"):
         cfg.data[split].data_root = str(scenes)
     cfg.engine.optimizer_states = KINDS[kind][0]
@@ -168,7 +179,7 @@ def train(kind: str, seed: int, folder: Path, args: argparse.Namespace) -> dict[
     """Loss and mIoU of a training in a process of its own, under ZeRO-2."""
     work_dir = folder / f"{list(KINDS).index(kind)}_{seed}"
     config, ds_config = work_dir.with_suffix(".py"), work_dir.with_suffix(".json")
-    config.write_text(experiment(kind, folder / "scenes", args.steps).pretty_text)
+    config.write_text(experiment(kind, folder / "scenes", args.steps, args.width).pretty_text)
     ds_config.write_text(json.dumps({"bf16": KINDS[kind][1], "zero_optimization": {"stage": 2}}))
     command: list[Any] = [sys.executable, "launch/train.py", config, "--work-dir", work_dir, "--seed", seed]
     command += ["--deepspeed_config", ds_config]
