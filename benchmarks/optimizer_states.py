@@ -1,14 +1,16 @@
-"""What moments in bf16 and 8 bits, and weights in bf16 alone, do to a training: the same tiny model under each.
+"""What moments in bf16 and 8 bits, and weights in bf16 alone, do to a training: the same tiny model under
+each.
 
     python benchmarks/optimizer_states.py --steps 300 --seeds 3
 
-First, on random numbers: of weights as a large backbone has them (a normal distribution of --std), the share that one
-step of AdamW leaves as they were, and how far those after 100 steps are from where fp64 takes them, by what holds
-them: fp32; bf16, rounded to the nearest; bf16, rounded stochastically, as `engine.optimizer_states` has it; bf16 with
-a second bf16 number for what was rounded off (Kahan). Then trainings on generated scenes, with --seeds seeds in fp32
-and --other-seeds in each other format, which decide initial values and order of data: loss (mean of the last tenth of the steps) and mIoU after the last step.
-A stand-in: it shows whether a format loses anything that the spread over seeds does not hide, and says nothing of
-published backbones. Ends with a line of JSON.
+First, on random numbers: of weights as a large backbone has them (a normal distribution of --std), the share
+that one step of AdamW leaves as they were, and how far those after 100 steps are from where fp64 takes them,
+by what holds them: fp32; bf16, rounded to the nearest; bf16, rounded stochastically, as
+`engine.optimizer_states` has it; bf16 with a second bf16 number for what was rounded off (Kahan). Then
+trainings on generated scenes, with --seeds seeds in fp32 and --other-seeds in each other format, which decide
+initial values and order of data: loss (mean of the last tenth of the steps) and mIoU after the last step. A
+stand-in: it shows whether a format loses anything that the spread over seeds does not hide, and says nothing
+of published backbones. Ends with a line of JSON.
 """
 
 import argparse
@@ -41,7 +43,8 @@ KINDS: dict[str, tuple[str, dict[str, bool], int]] = {
     "bf16 weights, bf16 moments": ("bf16", BF16_WEIGHTS, 10),
     "bf16 weights, 8-bit moments": ("8bit", BF16_WEIGHTS, 8),
 }
-"""engine.optimizer_states, the bf16 section of the ds_config, and bytes per parameter with weight and gradient."""
+"""engine.optimizer_states, the bf16 section of the ds_config, and bytes per parameter with weight and
+gradient."""
 ELEMENTS = 1_000_000
 UPDATES = 100
 
@@ -120,8 +123,8 @@ class Held:
 
 def by_format(lr: float, std: float) -> dict[str, dict[str, float]]:
     """Of each format, in percent: weights that the first step leaves as they were ("unchanged"), and after
-    `UPDATES` steps of AdamW with gradients that are half signal, half noise, the distance from the weights in fp64
-    over the length of the way ("off")."""
+    `UPDATES` steps of AdamW with gradients that are half signal, half noise, the distance from the weights in
+    fp64 over the length of the way ("off")."""
     generator = torch.Generator().manual_seed(0)
     start = (std * torch.randn(ELEMENTS, generator=generator)).bfloat16()
     signal = torch.randn(ELEMENTS, generator=generator)

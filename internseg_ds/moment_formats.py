@@ -1,15 +1,16 @@
 """In how many bits an optimizer's moments are held, and rounding that loses no small change.
 
-A second moment changes by 0.1 % in a step, and a weight by less; bf16 has steps of 0.4 to 0.8 %, and 8 bits of 6
-to 13 %. Rounded to the nearest, most changes would be lost. Here a value is rounded up or down at random, so that
-the expected result is the value itself (stochastic rounding; Gupta et al., "Deep Learning with Limited Numerical
-Precision", 2015).
+A second moment changes by 0.1 % in a step, and a weight by less; bf16 has steps of 0.4 to 0.8 %, and 8 bits
+of 6 to 13 %. Rounded to the nearest, most changes would be lost. Here a value is rounded up or down at
+random, so that the expected result is the value itself (stochastic rounding; Gupta et al., "Deep Learning
+with Limited Numerical Precision", 2015).
 
-8 bits: the elements of a block (`BLOCK`) share an fp32 scale, the largest absolute value among them (as in Dettmers
-et al., "8-bit Optimizers via Block-wise Quantization", 2022). An element divided by it, plus a least value, is the
-top of an fp32 number: its exponent and 3 bits of its mantissa. A first moment has a bit for its sign, and 15 octaves
-below the largest value of its block; a second moment is never negative and has 31. The least value makes zero exact,
-and steps near zero equal. A second moment that is not zero is never rounded to zero: the update divides by it.
+8 bits: the elements of a block (`BLOCK`) share an fp32 scale, the largest absolute value among them (as in
+Dettmers et al., "8-bit Optimizers via Block-wise Quantization", 2022). An element divided by it, plus a least
+value, is the top of an fp32 number: its exponent and 3 bits of its mantissa. A first moment has a bit for its
+sign, and 15 octaves below the largest value of its block; a second moment is never negative and has 31. The
+least value makes zero exact, and steps near zero equal. A second moment that is not zero is never rounded to
+zero: the update divides by it.
 """
 
 import math
@@ -32,8 +33,8 @@ MANTISSA = 3
 
 @dataclass(frozen=True)
 class ByteCode:
-    """How an element in [-1, 1] is 8 bits. signed: whether it can be negative. octaves: between 1 and the least
-    value."""
+    """How an element in [-1, 1] is 8 bits. signed: whether it can be negative. octaves: between 1 and the
+    least value."""
 
     signed: bool
     octaves: int
@@ -65,8 +66,8 @@ def rounded_to_bf16(values: Tensor, noise: torch.Generator | None) -> Tensor:
 
 
 def to_bytes(values: Tensor, code: ByteCode, noise: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """values: (n,) fp32. Returns codes (n,) uint8 and scales (ceil(n / BLOCK),) fp32. noise: stochastic rounding;
-    None: to the nearest, which leaves what `from_bytes` gave as it is."""
+    """values: (n,) fp32. Returns codes (n,) uint8 and scales (ceil(n / BLOCK),) fp32. noise: stochastic
+    rounding; None: to the nearest, which leaves what `from_bytes` gave as it is."""
     n, blocks = values.numel(), _in_blocks(values)
     magnitudes = blocks.abs() if code.signed else blocks.clone()
     scales = magnitudes.amax(1, keepdim=True)
@@ -103,8 +104,8 @@ def _in_blocks(values: Tensor) -> Tensor:
 
 
 def _rounded_bits(values: Tensor, dropped: int, noise: torch.Generator | None) -> Tensor:
-    """The bits (int32) of fp32 values >= 0, or of any sign by their absolute value, so that cutting off the last
-    `dropped` of them rounds. Changes `values`."""
+    """The bits (int32) of fp32 values >= 0, or of any sign by their absolute value, so that cutting off the
+    last `dropped` of them rounds. Changes `values`."""
     bits = values.view(torch.int32)
     if noise is None:
         return bits.add_(1 << (dropped - 1))

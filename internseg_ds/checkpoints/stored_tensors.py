@@ -127,7 +127,8 @@ Stored = StoredTensor | HeldTensor
 
 @dataclass(frozen=True)
 class StoredBytes:
-    """A moment of an optimizer in 8 bits (`moment_formats`). codes: (n,) uint8. scales: fp32, of its blocks."""
+    """A moment of an optimizer in 8 bits (`moment_formats`). codes: (n,) uint8. scales: fp32, of its
+    blocks."""
 
     codes: Stored
     scales: Stored

@@ -24,12 +24,12 @@ from internseg_ds.moment_formats import CODES, SCALE
 class OptimizerShard:
     """One rank's optim_states file.
 
-    master_weights: flat partitions of the trained parameters, (n,) float32 or bf16, one a group. moments: by the
-    optimizer's names (exp_avg and exp_avg_sq of AdamW), what it keeps of each element, (n,) each, cut like the
-    master weights; whatever they are held in, they are read as floating-point numbers; empty before the first
-    step. counts: by name, what it keeps once for each group (step).
-    step: updates that the optimizer had done, None where the file does not say. paddings: elements that ZeRO-1
-    and 2 put behind each parameter of each group, None for none.
+    master_weights: flat partitions of the trained parameters, (n,) float32 or bf16, one a group. moments: by
+    the optimizer's names (exp_avg and exp_avg_sq of AdamW), what it keeps of each element, (n,) each, cut
+    like the master weights; whatever they are held in, they are read as floating-point numbers; empty before
+    the first step. counts: by name, what it keeps once for each group (step). step: updates that the
+    optimizer had done, None where the file does not say. paddings: elements that ZeRO-1 and 2 put behind each
+    parameter of each group, None for none.
     """
 
     file: Path

@@ -203,11 +203,11 @@ def _offloads_optimizer(raw: Mapping[str, Any]) -> bool:
 def _bf16_master(
     raw: Mapping[str, Any], name: str, precision: Precision, optimizer_states: OptimizerStates
 ) -> bool:
-    """Whether DeepSpeed holds no fp32 weights. Raises ConfigError where the optimizer's formats cannot be with the
-    rest of the ds_config.
+    """Whether DeepSpeed holds no fp32 weights. Raises ConfigError where the optimizer's formats cannot be
+    with the rest of the ds_config.
 
-    DeepSpeed 0.19.8 (runtime/base_optimizer.py, `_configure_master_weights`) wants `bf16_optimizer_states` too
-    where nothing is offloaded. ZeRO-1 with fp32 gradients is another optimizer of its own
+    DeepSpeed 0.19.8 (runtime/base_optimizer.py, `_configure_master_weights`) wants `bf16_optimizer_states`
+    too where nothing is offloaded. ZeRO-1 with fp32 gradients is another optimizer of its own
     (runtime/bf16_optimizer.py), whose master weights are fp32 whatever the ds_config says.
     """
     keys = ("bf16_master_weights_and_grads", "bf16_optimizer_states")
@@ -215,20 +215,21 @@ def _bf16_master(
     setting = f"engine.optimizer_states={optimizer_states!r}"
     if optimizer_states != "fp32" and _offloads_optimizer(raw):
         raise ConfigError(
-            f"{setting} cannot work with offload_optimizer of {name}, whose Adam on the host keeps fp32 moments; "
-            'drop offload_optimizer, or leave engine.optimizer_states at "fp32"'
+            f"{setting} cannot work with offload_optimizer of {name}, whose Adam on the host keeps fp32 "
+            'moments; drop offload_optimizer, or leave engine.optimizer_states at "fp32"'
         )
     if not master and not states:
         return False
     if not (master and states and precision == "bf16"):
         raise ConfigError(
-            f"weights in bf16 alone need bf16.enabled, bf16.{keys[0]} and bf16.{keys[1]} in {name}, all three "
-            "true; set them, or drop the last two"
+            f"weights in bf16 alone need bf16.enabled, bf16.{keys[0]} and bf16.{keys[1]} in {name}, all "
+            "three true; set them, or drop the last two"
         )
     if optimizer_states == "fp32":
         raise ConfigError(
-            f"bf16.{keys[0]} of {name} cannot work with {setting}: weights in bf16 must be rounded stochastically, "
-            f'or they lose most updates; set engine.optimizer_states to "bf16" or "8bit", or drop bf16.{keys[0]}'
+            f"bf16.{keys[0]} of {name} cannot work with {setting}: weights in bf16 must be rounded "
+            "stochastically, or they lose most updates; set engine.optimizer_states to "
+            f'"bf16" or "8bit", or drop bf16.{keys[0]}'
         )
     accumulated = raw.get("data_types", {}).get("grad_accum_dtype")
     if raw["zero_optimization"].get("stage", 0) == 1 and accumulated not in (None, "bf16", "bfloat16"):

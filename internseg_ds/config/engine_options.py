@@ -47,8 +47,8 @@ class EngineOptions:
     """Decay of an exponential moving average of the weights, 0.999 say; it is evaluated in their place, and
     saved beside them. None: no average."""
     optimizer_states: OptimizerStates = "fp32"
-    """In what Adam and AdamW hold their moments: "fp32" (8 bytes a parameter), "bf16" (4) or "8bit" (2), these two
-    rounded stochastically; without offload_optimizer."""
+    """In what Adam and AdamW hold their moments: "fp32" (8 bytes a parameter), "bf16" (4) or "8bit" (2),
+    these two rounded stochastically; without offload_optimizer."""
     background_save: bool = False
     """Write checkpoints while the training goes on, from a copy in host memory."""
     checksums: bool = True

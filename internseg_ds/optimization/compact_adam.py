@@ -1,16 +1,17 @@
 """Adam and AdamW whose moments are held in bf16 or in 8 bits, over flat tensors in fp32 or in bf16.
 
-An update goes through a flat tensor in chunks: moments, gradient and weights of a chunk become fp32, torch's own
-optimizer updates them, and they are rounded back, stochastically (`moment_formats`). So no more than a chunk is
-ever held in fp32. Where DeepSpeed holds the weights in bf16 alone (`bf16_master_weights_and_grads`), the new
-weights are rounded in this way too: to the nearest, most updates of a usual learning rate would leave a bf16 weight
-as it was.
+An update goes through a flat tensor in chunks: moments, gradient and weights of a chunk become fp32, torch's
+own optimizer updates them, and they are rounded back, stochastically (`moment_formats`). So no more than a
+chunk is ever held in fp32. Where DeepSpeed holds the weights in bf16 alone (`bf16_master_weights_and_grads`),
+the new weights are rounded in this way too: to the nearest, most updates of a usual learning rate would leave
+a bf16 weight as it was.
 
-The noise follows from the rank, the tensor and the count of updates: a run that is resumed under the same stage on
-as many processes goes on as it would have.
+The noise follows from the rank, the tensor and the count of updates: a run that is resumed under the same
+stage on as many processes goes on as it would have.
 
-Other libraries' optimizers do not serve here: their 8-bit states are cut in blocks from the start of each tensor
-that they are given, and cannot be read by parameter to be cut anew for other ranks.
+Other libraries' 8-bit optimizers do not serve here. torchao's (0.18) keeps a tensor of n elements in fp32
+unless n is a multiple of 256, and its state cannot be narrowed but between blocks, as DeepSpeed and a resume
+do by parameter; and one tensor has one learning rate.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,8 +41,8 @@ CHUNK = 2**23
 
 
 class CompactAdam(RangedAdam):
-    """`RangedAdam` whose state of a flat tensor is: step, and exp_avg and exp_avg_sq in bf16 ("bf16"), or in uint8
-    with fp32 scales beside them, exp_avg_scale and exp_avg_sq_scale ("8bit")."""
+    """`RangedAdam` whose state of a flat tensor is: step, and exp_avg and exp_avg_sq in bf16 ("bf16"), or in
+    uint8 with fp32 scales beside them, exp_avg_scale and exp_avg_sq_scale ("8bit")."""
 
     def __init__(
         self,
@@ -74,8 +75,8 @@ class CompactAdam(RangedAdam):
 
     @torch.no_grad()
     def set_moment(self, flat: Tensor, what: str, values: Tensor) -> None:
-        """Puts a moment of `flat` into its state, rounded to the nearest: what was saved in the same format comes
-        back as it was. values: (elements of flat,), fp32, on any device."""
+        """Puts a moment of `flat` into its state, rounded to the nearest: what was saved in the same format
+        comes back as it was. values: (elements of flat,), fp32, on any device."""
         for start in range(0, flat.numel(), CHUNK):
             stop = min(start + CHUNK, flat.numel())
             self._hold(flat, what, start, values[start:stop].to(flat.device), None)
@@ -101,8 +102,8 @@ class CompactAdam(RangedAdam):
     def _update_chunk(
         self, flat: Tensor, start: int, weights: Tensor, gradient: Tensor, moments: Mapping[str, Tensor]
     ) -> None:
-        """torch's update of the elements from `start` on, in place. weights, gradient, each moment: fp32, 1-d, of
-        the same size."""
+        """torch's update of the elements from `start` on, in place. weights, gradient, each moment: fp32,
+        1-d, of the same size."""
         groups = self.settings.param_groups
         stop = start + weights.numel()
         for first, last, setting in self._ranges[flat]:

@@ -47,8 +47,8 @@ class ShardedEma:
 
     @torch.no_grad()
     def _put_in_place(self) -> list[Tensor]:
-        """Returns the weights. In fp32 they take the place of the average, so that only one partition at a time
-        takes more memory; in bf16 they are a copy, since the average would not come back from bf16."""
+        """Returns the weights. In fp32 they take the place of the average, so that only one partition at a
+        time takes more memory; in bf16 they are a copy, since the average would not come back from bf16."""
         kept = []
         for shard, partition in zip(self.shards, fp32_partitions(self.engine), strict=True):
             weights = partition.data.clone()

@@ -55,10 +55,11 @@ def check_optimizer(section: Mapping[str, Any], ds: DsConfig) -> str:
             f"{kind!r}; use AdamW, or drop offload_optimizer"
         )
     if ds.optimizer_states != "fp32" and not is_ranged(section, ds):
+        amsgrad = " with amsgrad" if section.get("amsgrad") else ""
         raise ConfigError(
-            f"engine.optimizer_states={ds.optimizer_states!r} is for optimizer.type 'Adam' or 'AdamW' without amsgrad, "
-            f"and this one is {kind!r}{' with amsgrad' * bool(section.get('amsgrad'))}; use AdamW, or leave "
-            'engine.optimizer_states at "fp32"'
+            f"engine.optimizer_states={ds.optimizer_states!r} is for optimizer.type 'Adam' or 'AdamW' "
+            f"without amsgrad, and this one is {kind!r}{amsgrad}; use AdamW, or leave engine.optimizer_states at "
+            '"fp32"'
         )
     parameters = inspect.signature(of_kind).parameters
     if not any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
@@ -122,7 +123,8 @@ def build_optimizer(
     """The optimizer for `deepspeed.initialize`. Adam and AdamW run torch's fused kernels, on GPUs and CPUs.
 
     groups: as `parameter_groups` makes them. section: the config's `optimizer` (type, lr, betas,
-    weight_decay, ...). ds: says in what its moments are held. Raises ConfigError where `check_optimizer` does.
+    weight_decay, ...). ds: says in what its moments are held. Raises ConfigError where `check_optimizer`
+    does.
     """
     settings = _settings(section)
     kind = check_optimizer(section, ds)

@@ -75,7 +75,7 @@ def _fix(estimator: Estimator, ds: DsConfig, world: World, platform: Platform) -
         return f"{path} would need {peak / GIB:.1f} GiB{on_host if host > HOST_PROCESS + GIB else ''}"
     return (
         f"{'none of the ds_configs beside it would fit: ' if beside else ''}"
-        'use more GPUs, offload, hold Adam\'s moments in fewer bytes (engine.optimizer_states="8bit"), or take '
+        'use more GPUs, offload, hold moments in fewer bytes (engine.optimizer_states="8bit"), or take '
         "fewer images per GPU (data.samples_per_gpu), smaller crops, "
         'or activation checkpointing (engine.recomputation="blocks") if it is off'
     )

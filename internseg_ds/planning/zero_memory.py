@@ -32,8 +32,8 @@ Phase = Literal["train", "update", "evaluate"]
 ALWAYS: tuple[Phase, ...] = ("train", "update", "evaluate")
 
 UPDATED_CHUNK = 32
-"""Bytes for each element of `optimization.compact_adam.CHUNK`: weight, gradient and moments in fp32, and the copies
-in which a moment becomes its code."""
+"""Bytes for each element of `optimization.compact_adam.CHUNK`: weight, gradient and moments in fp32, and the
+copies in which a moment becomes its code."""
 GATHERED = "gathered weights"
 """The name of the part that an evaluation has, too, where ranks gather weights layer by layer."""
 
@@ -59,8 +59,8 @@ class Part:
 
 
 def model_states(model: nn.Module, settings: ZeroSettings) -> list[Part]:
-    """Weights, gradients and optimizer of a model with Adam, and hpZ's copy of the weights. The ZeRO paper's 12
-    bytes of optimizer state are fp32 master weights and two fp32 moments; other formats take fewer.
+    """Weights, gradients and optimizer of a model with Adam, and hpZ's copy of the weights. The ZeRO paper's
+    12 bytes of optimizer state are fp32 master weights and two fp32 moments; other formats take fewer.
 
     Frozen parameters have weights only. Parameters in fp32 (precision "autocast", "fp32") are their own
     master weights under ZeRO-0, and have a partitioned fp32 copy beside them under ZeRO-1 to 3: stage3.py

@@ -20,8 +20,8 @@ SUB_GROUP = 1_000_000_000
 @dataclass(frozen=True)
 class ZeroSettings:
     """zero: the `zero_optimization` section of a ds_config without "auto" values. accumulation: micro-batches
-    per optimizer step. optimizer_states: in what Adam holds its moments. bf16_master: whether the weights that it
-    updates are bf16."""
+    per optimizer step. optimizer_states: in what Adam holds its moments. bf16_master: whether the weights
+    that it updates are bf16."""
 
     zero: Mapping[str, Any]
     precision: Precision
@@ -62,8 +62,8 @@ class ZeroSettings:
 
     @property
     def optimizer_bytes(self) -> float:
-        """Of optimizer state per parameter: the weights that it updates, and its moments. Parameters in fp32 that
-        are whole (ZeRO-0) are themselves what it updates."""
+        """Of optimizer state per parameter: the weights that it updates, and its moments. Parameters in fp32
+        that are whole (ZeRO-0) are themselves what it updates."""
         own = self.stage or self.bytes_per_weight == 2
         return self.bytes_of_moments + (self.bytes_per_master if own else 0)
 

@@ -1,5 +1,6 @@
-"""Adam with moments in bf16 and in 8 bits: its updates beside torch's, and its state under every stage of ZeRO,
-saved, averaged and gone on from in other formats, under other stages and on other numbers of processes."""
+"""Adam with moments in bf16 and in 8 bits: its updates beside torch's, and its state under every stage of
+ZeRO, saved, averaged and gone on from in other formats, under other stages and on other numbers of
+processes."""
 
 import copy
 import itertools
@@ -133,8 +134,8 @@ def train(engine, start: int, stop: int) -> None:
 
 
 def state_of(engine) -> dict[str, torch.Tensor]:
-    """Of this rank's part of each parameter: weights, exp_avg and exp_avg_sq below each other, in fp32; copies.
-    Without DeepSpeed's padding, which it leaves as it was in memory."""
+    """Of this rank's part of each parameter: weights, exp_avg and exp_avg_sq below each other, in fp32;
+    copies. Without DeepSpeed's padding, which it leaves as it was in memory."""
     found, inner, partitions = {}, engine.optimizer.optimizer, fp32_partitions(engine)
     for name, param in engine.module.named_parameters():
         if (fragment := fragment_of(engine, param)) is not None:

@@ -44,9 +44,8 @@ def living() -> dict[int, torch.UntypedStorage]:
 
 
 def count_and_compare(settings: list[tuple[dict, int, str]], root: Path, work_dir: Path) -> None:
-    """On each rank: trains under each of (ds_config, accumulation, engine.optimizer_states), and compares what lives
-    after a
-    backward pass and after a step with the estimate."""
+    """On each rank: trains under each of (ds_config, accumulation, engine.optimizer_states), and compares
+    what lives after a backward pass and after a step with the estimate."""
     quieten()
     deepspeed.init_distributed("gloo", verbose=False)
     n = dist.get_world_size()
