@@ -38,6 +38,7 @@ KINDS = {
     "8bit": ("8bit", BF16),
     "bf16 weights": ("bf16", BF16_MASTER),
     "bf16 weights, 8bit": ("8bit", BF16_MASTER),
+    "8bit, fp32 gradients": ("8bit", {**BF16, "data_types": {"grad_accum_dtype": "fp32"}}),
 }
 
 
