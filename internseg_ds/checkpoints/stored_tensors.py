@@ -25,6 +25,7 @@ from torch import Tensor
 from internseg_ds.checkpoints.checksums import ZIP, CheckedFile
 from internseg_ds.checkpoints.json_files import LARGEST, object_in
 from internseg_ds.errors import CheckpointError, DamagedError
+from internseg_ds.moment_formats import BLOCK, ByteCode, from_bytes, scales_of
 from internseg_ds.torch_internals import fake_tensor_mode, position_in_file
 
 
@@ -122,6 +123,26 @@ class HeldTensor:
 
 
 Stored = StoredTensor | HeldTensor
+
+
+@dataclass(frozen=True)
+class StoredBytes:
+    """A moment of an optimizer in 8 bits (`moment_formats`). codes: (n,) uint8. scales: fp32, of its
+    blocks."""
+
+    codes: Stored
+    scales: Stored
+    code: ByteCode
+
+    def numel(self) -> int:
+        return self.codes.numel()
+
+    def read_slice_into(self, out: Tensor, start: int) -> None:
+        """Elements from `start` on, into `out` (flat, of any floating dtype). Raises CheckpointError."""
+        first, stop = start // BLOCK, start + out.numel()
+        codes = self.codes.read_slice(first * BLOCK, stop)
+        scales = self.scales.read_slice(first, scales_of(stop))
+        out.copy_(from_bytes(codes, scales, self.code)[start - first * BLOCK :])
 
 
 class _StandIn:

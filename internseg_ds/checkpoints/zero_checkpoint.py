@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from internseg_ds.checkpoints.manifest import checked_files, read_manifest, verify_manifest
-from internseg_ds.checkpoints.stored_tensors import Stored
+from internseg_ds.checkpoints.stored_tensors import Stored, StoredBytes
 from internseg_ds.checkpoints.zero_files import COPY_ALL_HOSTS, find_files, find_save
 from internseg_ds.checkpoints.zero_shards import ModelState, ZeroShards, read_shards
 from internseg_ds.errors import CheckpointError
@@ -76,7 +76,7 @@ class AbsentMoment:
         )
 
 
-Piece = Stored | OtherHostShard | AbsentMoment
+Piece = Stored | StoredBytes | OtherHostShard | AbsentMoment
 FlatVector = Sequence[Piece]
 """A flat vector in pieces that lie end to end."""
 
@@ -179,7 +179,7 @@ class ZeroCheckpoint:
 
     def _index_values(self, shards: ZeroShards) -> None:
         """Of each rank the flat vectors of trained parameters, and the fragments of frozen ones."""
-        held: dict[What, list[list[Stored | None]]] = {
+        held: dict[What, list[list[Stored | StoredBytes | None]]] = {
             "fp32": [[*shard.master_weights] for shard in shards.optimizer]
         }
         for moment in self.moments:

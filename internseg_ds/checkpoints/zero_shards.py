@@ -14,21 +14,22 @@ from typing import Any
 import torch
 
 from internseg_ds.checkpoints.checksums import CheckedFile
-from internseg_ds.checkpoints.stored_tensors import Stored, load_stored
+from internseg_ds.checkpoints.stored_tensors import Stored, StoredBytes, load_stored
 from internseg_ds.checkpoints.zero_files import ZeroFiles, file_of_rank
 from internseg_ds.errors import CheckpointError, counted
+from internseg_ds.moment_formats import CODES, SCALE
 
 
 @dataclass(frozen=True)
 class OptimizerShard:
     """One rank's optim_states file.
 
-    master_weights: flat partitions of the trained parameters, (n,) float32, one a group. moments: by the
-    optimizer's names (exp_avg and exp_avg_sq of AdamW), what it keeps of each element, (n,) each, cut like the
-    master weights, None for groups of which it keeps something else (Muon); empty before the first step.
-    counts: by name, what it keeps once for each group (step).
-    step: updates that the optimizer had done, None where the file does not say. paddings: elements that ZeRO-1
-    and 2 put behind each parameter of each group, None for none.
+    master_weights: flat partitions of the trained parameters, (n,) float32 or bf16, one a group. moments: by
+    the optimizer's names (exp_avg and exp_avg_sq of AdamW), what it keeps of each element, (n,) each, cut
+    like the master weights, None for groups of which it keeps something else (Muon); whatever they are held
+    in, they are read as floating-point numbers; empty before the first step. counts: by name, what it keeps
+    once for each group (step). step: updates that the optimizer had done, None where the file does not say.
+    paddings: elements that ZeRO-1 and 2 put behind each parameter of each group, None for none.
     """
 
     file: Path
@@ -36,7 +37,7 @@ class OptimizerShard:
     world_size: int
     step: int | None
     master_weights: list[Stored]
-    moments: dict[str, list[Stored | None]]
+    moments: dict[str, list[Stored | StoredBytes | None]]
     counts: dict[str, Any]
     paddings: list[list[int]] | None
 
@@ -142,9 +143,9 @@ def _optimizer_shard(file: Path, content: Any) -> OptimizerShard:
         step=_last_step(states),
         master_weights=master_weights,
         moments={
-            name: [states.get(group, {}).get(name) for group in range(len(master_weights))]
+            name: [_moment(states.get(group, {}), name) for group in range(len(master_weights))]
             for name, value in kept.items()
-            if _is_moment(value)
+            if _is_moment(value) and not name.endswith(SCALE)
         },
         counts={
             name: value.read() if isinstance(value, Stored) else value
@@ -169,6 +170,13 @@ def _is_moment(value: Any) -> bool:
 def _last_step(states: Mapping[int, Mapping[str, Any]]) -> int | None:
     steps = [state["step"] for state in states.values() if "step" in state]
     return max((int(step.read() if isinstance(step, Stored) else step) for step in steps), default=None)
+
+
+def _moment(of_group: Mapping[str, Any], name: str) -> Stored | StoredBytes | None:
+    """of_group: what the optimizer keeps of a group."""
+    if name + SCALE in of_group:
+        return StoredBytes(of_group[name], of_group[name + SCALE], CODES[name])
+    return of_group.get(name)
 
 
 def _model_state(file: Path, content: Any) -> ModelState:

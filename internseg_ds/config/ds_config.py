@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from internseg_ds.errors import ConfigError, counted, reason_of, unknown_key
+from internseg_ds.moment_formats import OptimizerStates
 
 if TYPE_CHECKING:
     from internseg_ds.models.repeated_blocks import RepeatedBlock
@@ -89,6 +90,9 @@ class DsConfig:
     accumulation: int
     world_size: int
     cpu_adam: bool
+    optimizer_states: OptimizerStates
+    bf16_master: bool
+    """Whether the weights that the optimizer updates are bf16 (`bf16_master_weights_and_grads`)."""
 
     @property
     def global_batch(self) -> int:
@@ -96,8 +100,8 @@ class DsConfig:
 
     @property
     def param_dtype(self) -> torch.dtype:
-        """dtype in which ZeRO stores the parameters that modules compute with (the master weights are fp32 in
-        every mode)."""
+        """dtype in which ZeRO stores the parameters that modules compute with (the master weights are fp32
+        in every mode without `bf16_master`)."""
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
     def without_leaf_modules(self) -> "DsConfig":
@@ -143,14 +147,16 @@ def resolve_ds_config(
     per_step: BatchPerStep | None = None,
     gradient_clipping: float = 0.0,
     sizes: BackboneSizes | None = None,
+    optimizer_states: OptimizerStates = "fp32",
 ) -> DsConfig:
     """Fills the "auto" values of a ds_config from the experiment and refuses what contradicts it.
 
     source: path of a JSON file, or its content as a dict. experiment: path of the config, for messages.
     micro_batch: images per process and forward. optimizer: the experiment's section (type, lr, ...).
+    optimizer_states: its `engine.optimizer_states`.
 
-    Raises ConfigError for an unreadable file, an unknown key, fp16, a contradiction in batch, clipping or
-    optimizer.
+    Raises ConfigError for an unreadable file, an unknown key, fp16, a contradiction in batch, clipping,
+    optimizer or the formats of its state.
     """
     name, raw = _read(source)
     _known_keys(raw, name)
@@ -163,6 +169,7 @@ def resolve_ds_config(
     _check_sections(raw, sources)
     zero = raw.setdefault("zero_optimization", {"stage": 0})
     _check_zero(zero, world_size, name)
+    bf16_master = _bf16_master(raw, name, precision, optimizer_states)
     _fill_zero3_sizes(zero, sizes or BackboneSizes())
     # DeepSpeed's clock of samples per second waits for the device at each forward and step; the records have
     # that figure from a clock that does not
@@ -174,7 +181,7 @@ def resolve_ds_config(
     if optimizer.get("type", "AdamW") in ("Adam", "AdamW", "Muon"):
         raw["zero_allow_untested_optimizer"] = True
     raw.setdefault("zero_allow_untested_optimizer", True)
-    offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+    offloaded = _offloads_optimizer(raw)
     return DsConfig(
         raw=raw,
         source=name,
@@ -184,7 +191,53 @@ def resolve_ds_config(
         accumulation=accumulation,
         world_size=world_size,
         cpu_adam=offloaded and raw.get("zero_force_ds_cpu_optimizer", True),
+        optimizer_states=optimizer_states,
+        bf16_master=bf16_master,
     )
+
+
+def _offloads_optimizer(raw: Mapping[str, Any]) -> bool:
+    return raw["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
+
+
+def _bf16_master(
+    raw: Mapping[str, Any], name: str, precision: Precision, optimizer_states: OptimizerStates
+) -> bool:
+    """Whether DeepSpeed holds no fp32 weights. Raises ConfigError where the optimizer's formats cannot be
+    with the rest of the ds_config.
+
+    DeepSpeed 0.19.8 (runtime/base_optimizer.py, `_configure_master_weights`) wants `bf16_optimizer_states`
+    too where nothing is offloaded. ZeRO-1 with fp32 gradients is another optimizer of its own
+    (runtime/bf16_optimizer.py), whose master weights are fp32 whatever the ds_config says.
+    """
+    keys = ("bf16_master_weights_and_grads", "bf16_optimizer_states")
+    master, states = (raw.get("bf16", {}).get(key, False) for key in keys)
+    setting = f"engine.optimizer_states={optimizer_states!r}"
+    if optimizer_states != "fp32" and _offloads_optimizer(raw):
+        raise ConfigError(
+            f"{setting} cannot work with offload_optimizer of {name}, whose Adam on the host keeps fp32 "
+            'moments; drop offload_optimizer, or leave engine.optimizer_states at "fp32"'
+        )
+    if not master and not states:
+        return False
+    if not (master and states and precision == "bf16"):
+        raise ConfigError(
+            f"weights in bf16 alone need bf16.enabled, bf16.{keys[0]} and bf16.{keys[1]} in {name}, all "
+            "three true; set them, or drop the last two"
+        )
+    if optimizer_states == "fp32":
+        raise ConfigError(
+            f"bf16.{keys[0]} of {name} cannot work with {setting}: weights in bf16 must be rounded "
+            "stochastically, or they lose most updates; set engine.optimizer_states to "
+            f'"bf16" or "8bit", or drop bf16.{keys[0]}'
+        )
+    accumulated = raw.get("data_types", {}).get("grad_accum_dtype")
+    if raw["zero_optimization"].get("stage", 0) == 1 and accumulated not in (None, "bf16", "bfloat16"):
+        raise ConfigError(
+            f"data_types.grad_accum_dtype={accumulated!r} of {name} has ZeRO-1 keep fp32 weights, against "
+            f"bf16.{keys[0]}; drop one of them, or use ZeRO-2"
+        )
+    return True
 
 
 def _fill_batch(

@@ -9,6 +9,7 @@ from internseg_ds.config.tuning_options import read_tuning
 from internseg_ds.errors import ConfigError, unknown_key
 from internseg_ds.models.activation_checkpointing import CheckpointingPolicy
 from internseg_ds.models.tuning import TuningMode
+from internseg_ds.moment_formats import OptimizerStates
 
 LEAST_IO_TIMEOUT = 10.0
 """Less would end runs that only build their model."""
@@ -54,6 +55,9 @@ class EngineOptions:
     ema: float | None = None
     """Decay of an exponential moving average of the weights, 0.999 say; it is evaluated in their place, and
     saved beside them. None: no average."""
+    optimizer_states: OptimizerStates = "fp32"
+    """In what Adam and AdamW hold their moments: "fp32" (8 bytes a parameter), "bf16" (4) or "8bit" (2),
+    these two rounded stochastically; without offload_optimizer."""
     background_save: bool = False
     """Write checkpoints while the training goes on, from a copy in host memory."""
     checksums: bool = True
@@ -130,6 +134,7 @@ CHOICES = {
     "fp32_matmul": ("tf32", "ieee"),
     "matmul_dtype": ("bfloat16", "float8"),
     "evaluation_weights": ("auto", "whole", "partitioned"),
+    "optimizer_states": ("fp32", "bf16", "8bit"),
 }
 """Settings with few values; `recomputation` is checked where the backbone's blocks are known
 (`distributed.construction`)."""

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from internseg_ds.checkpoints.zero_checkpoint import What, ZeroCheckpoint
 from internseg_ds.distributed.zero_internals import copy_master_weights_to_model, fp32_partitions, fragment_of
@@ -26,30 +27,43 @@ class ShardedEma:
         average that remains at each step, 0.999 for instance."""
         self.engine = engine
         self.decay = decay
-        self.shards = [partition.data.clone() for partition in fp32_partitions(engine)]
+        self.shards = [partition.data.to(torch.float32, copy=True) for partition in fp32_partitions(engine)]
 
     @torch.no_grad()
     def update(self) -> None:
         """Once after each optimizer step. Not collective."""
         for shard, partition in zip(self.shards, fp32_partitions(self.engine), strict=True):
-            shard.lerp_(partition.data, 1 - self.decay)
+            shard.lerp_(partition.data.to(shard.dtype), 1 - self.decay)
 
     @contextmanager
     def in_place_of_weights(self) -> Iterator[None]:
         """Inside, the engine's module computes with the average. Afterwards it has its weights back, bit by
         bit. Collective on entering and on leaving."""
-        self._exchange()
+        kept = self._put_in_place()
         try:
             yield
         finally:
-            self._exchange()
+            self._put_back(kept)
 
     @torch.no_grad()
-    def _exchange(self) -> None:
+    def _put_in_place(self) -> list[Tensor]:
+        """Returns the weights. In fp32 they take the place of the average, so that only one partition at a
+        time takes more memory; in bf16 they are a copy, since the average would not come back from bf16."""
+        kept = []
         for shard, partition in zip(self.shards, fp32_partitions(self.engine), strict=True):
             weights = partition.data.clone()
             partition.data.copy_(shard)
-            shard.copy_(weights)
+            kept.append(shard.copy_(weights) if weights.dtype == shard.dtype else weights)
+        copy_master_weights_to_model(self.engine)
+        return kept
+
+    @torch.no_grad()
+    def _put_back(self, kept: list[Tensor]) -> None:
+        """kept: what `_put_in_place` returned."""
+        for shard, weights, partition in zip(self.shards, kept, fp32_partitions(self.engine), strict=True):
+            average = partition.data.clone() if weights is shard else shard
+            partition.data.copy_(weights)
+            shard.copy_(average)
         copy_master_weights_to_model(self.engine)
 
     def state_dict(self) -> dict[str, Any]:

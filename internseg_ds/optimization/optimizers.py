@@ -15,6 +15,7 @@ from mmcv.runner.optimizer import OPTIMIZERS
 from internseg_ds.config.ds_config import SUB_GROUP, DsConfig
 from internseg_ds.distributed.extensions import build_extension
 from internseg_ds.errors import ConfigError, reason_of, unknown_key
+from internseg_ds.optimization.compact_adam import CompactAdam
 from internseg_ds.optimization.muon import MOMENTUM, Muon
 from internseg_ds.optimization.optimizer_state import OptimizerState, optimizer_state
 from internseg_ds.optimization.ranged_adam import MOMENTS, RangedAdam
@@ -58,6 +59,13 @@ def check_optimizer(section: Mapping[str, Any], ds: DsConfig) -> str:
         raise ConfigError(
             f"{ds.source} offloads the optimizer, which runs DeepSpeed's CPU Adam, but optimizer.type is "
             f"{kind!r}; use AdamW, or drop offload_optimizer"
+        )
+    if ds.optimizer_states != "fp32" and (of_kind is Muon or not is_ranged(section, ds)):
+        amsgrad = " with amsgrad" if section.get("amsgrad") else ""
+        raise ConfigError(
+            f"engine.optimizer_states={ds.optimizer_states!r} is for optimizer.type 'Adam' or 'AdamW' "
+            f"without amsgrad, and this one is {kind!r}{amsgrad}; use AdamW, or leave engine.optimizer_states at "
+            '"fp32"'
         )
     parameters = inspect.signature(of_kind).parameters
     if not any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
@@ -135,7 +143,8 @@ def build_optimizer(
     """The optimizer for `deepspeed.initialize`. Adam and AdamW run torch's fused kernels, on GPUs and CPUs.
 
     groups: as `parameter_groups` makes them. section: the config's `optimizer` (type, lr, betas,
-    weight_decay, ...). Raises ConfigError where `check_optimizer` does.
+    weight_decay, ...). ds: says in what its moments are held. Raises ConfigError where `check_optimizer`
+    does.
     """
     settings = _settings(section)
     kind = check_optimizer(section, ds)
@@ -148,6 +157,8 @@ def build_optimizer(
         return DeepSpeedCPUAdam(groups, adamw_mode=kind == "AdamW", **settings)
     if kind in ("Adam", "AdamW") and not settings.get("foreach"):
         settings.setdefault("fused", True)
+    if ds.optimizer_states != "fp32":
+        return CompactAdam(groups, optimizer_class(kind), group_limit(ds), ds.optimizer_states, **settings)
     if is_ranged(section, ds):
         return RangedAdam(groups, optimizer_class(kind), group_limit(ds), **settings)
     optimizer = optimizer_class(kind)(groups, **settings)

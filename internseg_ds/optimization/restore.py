@@ -8,7 +8,7 @@ number of processes; its universal checkpoints (0.19.8) need a converted copy on
 first group's learning rate.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,12 +17,14 @@ from torch import Tensor
 from internseg_ds.checkpoints.zero_checkpoint import What, ZeroCheckpoint
 from internseg_ds.config.lr_schedule import LrSchedule
 from internseg_ds.distributed.zero_internals import (
+    Fragment,
     fp32_partitions,
     fragment_of,
     inner_optimizer,
     set_step_counters,
     step_count_in_state,
 )
+from internseg_ds.optimization.compact_adam import CompactAdam
 from internseg_ds.torch_internals import set_schedule_position
 
 
@@ -45,12 +47,16 @@ def restore(engine: Any, checkpoint: ZeroCheckpoint, schedule: LrSchedule) -> No
         for number, partition in enumerate(partitions):
             moments = kept.get(number, checkpoint.moments)
             optimizer.state[partition] = _empty_state(optimizer, partition, checkpoint, moments)
-    for name, fragment in fragments.items():
-        partition = partitions[fragment.partition]
-        targets: dict[What, Tensor] = {"fp32": partition.data}
-        targets |= {what: optimizer.state[partition][what] for what in kept[fragment.partition]}
-        for what, target in targets.items():
-            target[fragment.in_partition] = checkpoint.read_slice(name, fragment.start, fragment.stop, what)
+    for number, partition in enumerate(partitions):
+        held = {name: each for name, each in fragments.items() if each.partition == number}
+        _read_into(partition.data, held, checkpoint, "fp32")
+        for what in kept.get(number, ()):
+            if isinstance(optimizer, CompactAdam):
+                whole = torch.zeros(partition.numel())
+                _read_into(whole, held, checkpoint, what)
+                optimizer.set_moment(partition, what, whole)
+            else:
+                _read_into(optimizer.state[partition][what], held, checkpoint, what)
     set_step_counters(engine, steps=checkpoint.steps, skipped=checkpoint.steps - checkpoint.scheduled)
     scheduler = engine.lr_scheduler
     rates = [schedule.lr(checkpoint.scheduled, base) for base in scheduler.base_lrs]
@@ -67,4 +73,15 @@ def _empty_state(
     }
     if "step" in state:
         state["step"] = step_count_in_state(optimizer, checkpoint.updates, partition.device)
+    if isinstance(optimizer, CompactAdam):
+        return state | (optimizer.empty_moments(partition) if moments else {})
     return state | {what: torch.zeros_like(partition.data) for what in moments}
+
+
+def _read_into(
+    target: Tensor, fragments: Mapping[str, Fragment], checkpoint: ZeroCheckpoint, what: What
+) -> None:
+    """target: a flat tensor of the size of a partition, of any floating dtype. fragments: by the names of the
+    parameters, what the partition holds of them."""
+    for name, fragment in fragments.items():
+        target[fragment.in_partition] = checkpoint.read_slice(name, fragment.start, fragment.stop, what)

@@ -255,4 +255,5 @@ def ds_config_of(
         per_step=BatchPerStep(global_batch, accumulation),
         gradient_clipping=experiment.gradient.clipping,
         sizes=BackboneSizes(vector_length(backbone), repeated_block(backbone)),
+        optimizer_states=experiment.engine.optimizer_states,
     )

@@ -22,7 +22,6 @@ from internseg_ds.planning.activation_memory import Activations
 from internseg_ds.planning.devices import Cluster
 from internseg_ds.planning.flops import Use
 from internseg_ds.planning.zero_memory import (
-    ADAM,
     ALWAYS,
     GATHERED,
     MOMENT,
@@ -228,15 +227,18 @@ def estimate_memory(run: Run, platform: Platform) -> MemoryEstimate:
 def checkpoint_bytes(
     model: nn.Module, settings: ZeroSettings, *, ema: bool, matrices: Sequence[tuple[int, int]] = ()
 ) -> int:
-    """On disk, of one save by all processes: fp32 master weights and moments, their average, buffers, and
-    under ZeRO-1 and 2 the weights that modules compute with. matrices: those of Muon."""
+    """On disk, of one save by all processes: master weights and moments, their average, buffers, and under
+    ZeRO-1 and 2 the weights that modules compute with. matrices: those of Muon."""
     weights = settings.bytes_per_weight * total_elements(model) if settings.stage < 3 else 0
-    return _saved_state(model, matrices, ema) + weights + _buffer_bytes(model)
+    return _saved_state(model, settings, matrices, ema) + weights + _buffer_bytes(model)
 
 
-def _saved_state(model: nn.Module, matrices: Sequence[tuple[int, int]], ema: bool) -> int:
+def _saved_state(
+    model: nn.Module, settings: ZeroSettings, matrices: Sequence[tuple[int, int]], ema: bool
+) -> int:
     """Bytes of the optimizer's state of all processes in a checkpoint; ema: with the fp32 moving average."""
-    return (ADAM + 4 if ema else ADAM) * trained_elements(model) - MOMENT * elements(matrices)
+    per_parameter = settings.bytes_per_master + settings.bytes_of_moments + (4 if ema else 0)
+    return int(per_parameter * trained_elements(model)) - MOMENT * elements(matrices)
 
 
 def _buffer_bytes(model: nn.Module) -> int:
@@ -255,7 +257,10 @@ def _moving_average(run: Run) -> list[Part]:
     size = 4 * (trained_elements(run.model) // run.settings.optimizer_ranks)
     # it follows the optimizer, but to no disk
     place = "cpu" if run.settings.optimizer_at == "nvme" else run.settings.optimizer_at
-    return [Part.at("moving average", size, place)]
+    parts = [Part.at("moving average", size, place)]
+    if run.settings.bf16_master:
+        parts.append(Part("weights beside the average", size // 2, phases=EVALUATE))
+    return parts
 
 
 def _page_locked(run: Run) -> list[Part]:
@@ -267,7 +272,7 @@ def _background_save(run: Run) -> list[Part]:
     if not run.background_save:
         return []
     # each process copies its share of the optimizer; under ZeRO-1 and 2 the weights beside it
-    share = _saved_state(run.model, run.matrices, run.ema) // run.settings.optimizer_ranks
+    share = _saved_state(run.model, run.settings, run.matrices, run.ema) // run.settings.optimizer_ranks
     weights = run.settings.bytes_per_weight * total_elements(run.model) if run.settings.stage < 3 else 0
     return [Part("save in the background", host=share + weights)]
 

@@ -65,7 +65,8 @@ def _fix(estimator: Estimator, ds: DsConfig, world: World, platform: Platform) -
             memory = as_it_will_train(estimator, other, platform).training_memory(other, platform)
         except ConfigError:
             continue
-        if other.precision == ds.precision and memory.fits_device:
+        same = (other.precision, other.bf16_master) == (ds.precision, ds.bf16_master)
+        if same and memory.fits_device:
             fitting.append((memory.host, memory.peak, path))
     if fitting:
         host, peak, path = min(fitting)
@@ -74,7 +75,8 @@ def _fix(estimator: Estimator, ds: DsConfig, world: World, platform: Platform) -
         return f"{path} would need {peak / GIB:.1f} GiB{on_host if host > HOST_PROCESS + GIB else ''}"
     return (
         f"{'none of the ds_configs beside it would fit: ' if beside else ''}"
-        "use more GPUs, offload, or take fewer images per GPU (data.samples_per_gpu), smaller crops, "
+        'use more GPUs, offload, hold moments in fewer bytes (engine.optimizer_states="8bit"), or take '
+        "fewer images per GPU (data.samples_per_gpu), smaller crops, "
         'or activation checkpointing (engine.recomputation="blocks") if it is off'
     )
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from internseg_ds.moment_formats import OptimizerStates
 from internseg_ds.planning.collectives import Collective, Traffic
 from internseg_ds.planning.devices import Cluster
 from internseg_ds.planning.flops import TrainingPass
@@ -25,6 +26,14 @@ MatmulKind = Literal["bf16", "tf32", "fp32"]
 # and bf16 weight written (2); by what AdamW computes with, not measured
 ADAM_BYTES = 32
 """Bytes of memory traffic per parameter of an update."""
+# tensors that PyTorch's operators read and write in an update by `optimization.compact_adam`, counted
+COMPACT_BYTES: dict[tuple[OptimizerStates, bool], int] = {
+    ("bf16", False): 128,
+    ("bf16", True): 182,
+    ("8bit", False): 297,
+    ("8bit", True): 351,
+}
+"""The same where moments are held in fewer bits, by their format and whether the weights are bf16 too."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +176,8 @@ def newton_schulz_flops(matrices: Sequence[tuple[int, int]]) -> int:
 
 def update_seconds(trained: int, settings: ZeroSettings, cluster: Cluster, assumed: Assumptions) -> float:
     """Adam's pass over its share of the state, at the speed of the memory that holds it."""
-    share = ADAM_BYTES * trained / settings.optimizer_ranks
+    touched = COMPACT_BYTES.get((settings.optimizer_states, settings.bf16_master), ADAM_BYTES)
+    share = touched * trained / settings.optimizer_ranks
     if settings.optimizer_offloaded:
         bandwidth = assumed.host_memory_gbs / cluster.per_node
     else:

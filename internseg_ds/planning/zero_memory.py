@@ -16,6 +16,7 @@ from typing import Literal
 from torch import nn
 
 from internseg_ds.allocator import pinned_bytes
+from internseg_ds.optimization.compact_adam import CHUNK
 from internseg_ds.planning.flops import Use
 from internseg_ds.planning.gathered_weights import GatherSettings, gathers, persistent
 from internseg_ds.planning.zero_settings import (
@@ -30,12 +31,11 @@ Phase = Literal["train", "update", "evaluate"]
 """Forward and backward passes of the last micro-batch; the optimizer's step; an evaluation."""
 ALWAYS: tuple[Phase, ...] = ("train", "update", "evaluate")
 
-ADAM = 12
-"""Bytes of optimizer state per parameter: fp32 master weights and two fp32 moments (ZeRO paper, table 1)."""
 MOMENT = 4
-"""Of one fp32 moment; Muon keeps one of the elements of its matrices."""
-MOMENTS = 8
-"""Without the master weights, where the parameters themselves are fp32 and whole (ZeRO-0)."""
+"""Bytes of one fp32 moment; Muon keeps one of the elements of its matrices, where Adam keeps two."""
+UPDATED_CHUNK = 32
+"""Bytes for each element of `optimization.compact_adam.CHUNK`: weight, gradient and moments in fp32, and the
+copies in which a moment becomes its code."""
 GATHERED = "gathered weights"
 """The name of the part that an evaluation has, too, where ranks gather weights layer by layer."""
 
@@ -63,7 +63,8 @@ class Part:
 def model_states(
     model: nn.Module, settings: ZeroSettings, matrices: Sequence[tuple[int, int]] = ()
 ) -> list[Part]:
-    """Weights, gradients and optimizer of a model with Adam, and hpZ's copy of the weights.
+    """Weights, gradients and optimizer of a model with Adam, and hpZ's copy of the weights. The ZeRO paper's
+    12 bytes of optimizer state are fp32 master weights and two fp32 moments; other formats take fewer.
 
     matrices: rows and columns of those parameters that Muon trains, of which there is one moment.
     Frozen parameters have weights only. Parameters in fp32 (precision "autocast", "fp32") are their own
@@ -73,13 +74,13 @@ def model_states(
     width = settings.bytes_per_weight
     total = total_elements(model)
     trained = trained_elements(model)
-    optimizer = MOMENTS if width == 4 and not settings.stage else ADAM
     parts = [
         Part.at("weights", width * total // settings.weight_ranks, settings.weights_at),
         *_gradients(width * trained, settings),
         Part.at(
             "optimizer",
-            (optimizer * trained - MOMENT * elements(matrices)) // settings.optimizer_ranks,
+            (int(settings.optimizer_bytes * trained) - MOMENT * elements(matrices))
+            // settings.optimizer_ranks,
             settings.optimizer_at,
         ),
     ]
@@ -166,10 +167,14 @@ def _update_copies(model: nn.Module, settings: ZeroSettings, group_sizes: Sequen
             return []
         on_its_way = width * largest
         return [Part("gradient on its way to the host", on_its_way, host=on_its_way)]
-    # one (sub-)group at a time is flattened and made fp32 (stage3.py, `_prepare_fp32_grad_for_sub_group`;
+    # one (sub-)group at a time is flattened and made the dtype of the master weights (stage3.py,
+    # `_prepare_fp32_grad_for_sub_group`;
     # stage_1_and_2.py, `step`); norms of gradients are computed in fp64
     updated = max((settings.elements_updated_at_once(size) for size in group_sizes), default=0)
-    flattened = (width + (4 if width == 2 else 0)) * updated
+    converted = settings.bytes_per_master if settings.bytes_per_master != width else 0
+    flattened = (width + converted) * updated
+    if settings.optimizer_states != "fp32":
+        flattened += UPDATED_CHUNK * min(CHUNK, updated)
     norm = 8 * largest // settings.weight_ranks
     return [Part("fp32 gradients of a group", max(flattened, norm), phases=("update",))]
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from torch import nn
 
 from internseg_ds.config.ds_config import DsConfig, Precision
+from internseg_ds.moment_formats import BYTES_PER_MOMENT, OptimizerStates
 
 Place = Literal["none", "cpu", "nvme"]
 """Where a ds_config offloads to; "none": the device."""
@@ -19,16 +20,26 @@ SUB_GROUP = 1_000_000_000
 @dataclass(frozen=True)
 class ZeroSettings:
     """zero: the `zero_optimization` section of a ds_config without "auto" values. accumulation: micro-batches
-    per optimizer step."""
+    per optimizer step. optimizer_states: in what Adam holds its moments. bf16_master: whether the weights
+    that it updates are bf16."""
 
     zero: Mapping[str, Any]
     precision: Precision
     world_size: int
     accumulation: int = 1
+    optimizer_states: OptimizerStates = "fp32"
+    bf16_master: bool = False
 
     @classmethod
     def of(cls, ds: DsConfig) -> "ZeroSettings":
-        return cls(ds.raw.get("zero_optimization", {}), ds.precision, ds.world_size, ds.accumulation)
+        return cls(
+            ds.raw.get("zero_optimization", {}),
+            ds.precision,
+            ds.world_size,
+            ds.accumulation,
+            ds.optimizer_states,
+            ds.bf16_master,
+        )
 
     @property
     def stage(self) -> int:
@@ -38,6 +49,23 @@ class ZeroSettings:
     def bytes_per_weight(self) -> int:
         """Of a parameter that modules compute with, and of its gradient."""
         return 2 if self.precision == "bf16" else 4
+
+    @property
+    def bytes_per_master(self) -> int:
+        """Of a weight as the optimizer updates it, and of the gradient that it is given."""
+        return 2 if self.bf16_master else 4
+
+    @property
+    def bytes_of_moments(self) -> float:
+        """Of Adam's two moments of a parameter."""
+        return 2 * BYTES_PER_MOMENT[self.optimizer_states]
+
+    @property
+    def optimizer_bytes(self) -> float:
+        """Of optimizer state per parameter: the weights that it updates, and its moments. Parameters in fp32
+        that are whole (ZeRO-0) are themselves what it updates."""
+        own = self.stage or self.bytes_per_weight == 2
+        return self.bytes_of_moments + (self.bytes_per_master if own else 0)
 
     @property
     def optimizer_ranks(self) -> int:

@@ -71,7 +71,7 @@ def settings_notes(experiment: Experiment, ds: DsConfig, model: nn.Module) -> li
     if frozen and ds.param_dtype == torch.bfloat16:
         notes.append(
             f"{frozen:,} parameters are frozen: they are kept and saved in bf16, in which the model computes "
-            "with them; only what trains has fp32 master weights"
+            f"with them{'' if ds.bf16_master else '; only what trains has fp32 master weights'}"
         )
     if experiment.engine.matmul_dtype == "float8" and not experiment.engine.compile:
         notes.append(

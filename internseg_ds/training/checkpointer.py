@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 
 from internseg_ds.checkpoints.checksums import Written
@@ -40,7 +41,7 @@ from internseg_ds.checkpoints.saves import (
 )
 from internseg_ds.checkpoints.zero_files import EMA_FILE
 from internseg_ds.distributed.process_group import any_rank, gather_from_ranks
-from internseg_ds.distributed.zero_internals import checkpoint_engine_of, fp32_partitions
+from internseg_ds.distributed.zero_internals import checkpoint_engine_of, fp32_partitions, inner_optimizer
 from internseg_ds.output_files import unless_disk_full
 from internseg_ds.training.train_state import TrainState
 
@@ -244,16 +245,19 @@ class Checkpointer:
         return {name: (rank, sums) for rank in here for name, sums in written[rank].items()}
 
     def _bytes_to_save(self, deepspeed_engine: Any, ema: "ShardedEma | None") -> int:
-        """What the files in this rank's folder will take together: fp32 master weights and two moments, the
-        module's own weights, the average. Collective."""
-        numel = sum(part.numel() for part in fp32_partitions(deepspeed_engine))
+        """What the files in this rank's folder will take together: master weights and the optimizer's state,
+        the module's own weights, the average. Collective."""
+        partitions, kept = fp32_partitions(deepspeed_engine), inner_optimizer(deepspeed_engine).state
+        state = [value for part in partitions for value in kept.get(part, {}).values()]
+        optimizer = sum(each.nbytes for each in (*partitions, *state) if isinstance(each, torch.Tensor))
+        average = 0 if ema is None else sum(shard.nbytes for shard in ema.shards)
         # under ZeRO-3 they are empty
         module = (
             sum(param.numel() * param.itemsize for param in deepspeed_engine.module.parameters())
             if self.leads
             else 0
         )
-        written = gather_from_ranks(numel * (16 if ema is not None else 12) + module)
+        written = gather_from_ranks(optimizer + average + module)
         return (
             int(
                 1.01

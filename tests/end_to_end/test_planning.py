@@ -96,6 +96,23 @@ def test_one_gpu_of_80_gib_holds_the_six_billion_recipe_with_its_state_on_the_ho
     assert found["zero3_bf16_offload_all"].peak < found["zero3_bf16_offload_optimizer"].peak
 
 
+@pytest.mark.parametrize(
+    ("name", "bytes_per_parameter"),
+    [("zero3_bf16", 10), pytest.param("zero3_bf16_only", 8, marks=pytest.mark.slow)],
+)
+def test_one_gpu_of_80_gib_holds_the_six_billion_recipe_with_moments_in_8_bits(name, bytes_per_parameter):
+    estimator = Estimator(
+        read_experiment(ROOT / SIX_B, {"engine.optimizer_states": "8bit", "data.samples_per_gpu": 2})
+    )
+    memory = estimator.training_memory(
+        estimator.resolve(ROOT / f"ds_configs/{name}.json", 1)[0], Platform(80 * 2**30)
+    )
+    assert memory.fits and memory.host < 5 * 2**30
+    states = sum(part.device for part in memory.states)
+    assert states / 6_385_968_940 == pytest.approx(bytes_per_parameter + 8 / 256, rel=1e-3)
+    assert memory.peak < 75 * 2**30
+
+
 def test_what_does_not_fit_and_what_cannot_run_is_named(plan):
     code, out, err = plan(TINY, "--gpus", "1", "--gpu-memory", "1GiB", "--host-memory", "1GiB")
     assert code == 0, err

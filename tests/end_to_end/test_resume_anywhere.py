@@ -40,23 +40,29 @@ def resumed(train, unbroken, *arguments, **settings):
 
 
 @pytest.mark.parametrize(
-    ("name", "processes", "micro_batch"),
+    ("name", "processes", "micro_batch", "states"),
     [
-        ("zero3_bf16", 1, 4),
-        pytest.param("zero3_bf16", 4, 1, marks=pytest.mark.slow),
-        ("zero1_bf16", 2, 2),
-        pytest.param("zero3_autocast", 2, 2, marks=pytest.mark.slow),
-        ("zero3_bf16_offload_optimizer", 2, 2),
+        ("zero3_bf16", 1, 4, "fp32"),
+        pytest.param("zero3_bf16", 4, 1, "fp32", marks=pytest.mark.slow),
+        ("zero1_bf16", 2, 2, "fp32"),
+        pytest.param("zero3_autocast", 2, 2, "fp32", marks=pytest.mark.slow),
+        ("zero3_bf16_offload_optimizer", 2, 2, "fp32"),
+        pytest.param("zero3_bf16", 2, 2, "8bit", marks=pytest.mark.slow),
     ],
 )
-def test_it_goes_on_along_the_same_curve(name, processes, micro_batch, train, unbroken):
+def test_it_goes_on_along_the_same_curve(name, processes, micro_batch, states, train, unbroken):
     run = resumed(
         train,
         unbroken,
         "--deepspeed_config",
         f"ds_configs/{name}.json",
         processes=processes,
-        options=[*STEPS, "engine.ema=0.9", f"data.samples_per_gpu={micro_batch}"],
+        options=[
+            *STEPS,
+            "engine.ema=0.9",
+            f"data.samples_per_gpu={micro_batch}",
+            f"engine.optimizer_states={states}",
+        ],
     )
     expected = {step: loss for step, loss in unbroken.losses.items() if step > 5}
     assert run.losses == pytest.approx(expected, rel=1e-2)

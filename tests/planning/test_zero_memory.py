@@ -38,6 +38,25 @@ def test_bytes_per_parameter_are_those_of_the_zero_paper(zero, precision, expect
 
 
 @pytest.mark.parametrize(
+    ("stage", "states", "bf16_master", "optimizer", "update"),
+    [
+        (3, "fp32", False, 12, 2 + 4),
+        (1, "bf16", False, 8, 2 + 4 + 32),
+        (2, "8bit", False, 6 + 8 / 256, 2 + 4 + 32),
+        (3, "bf16", True, 6, 2 + 32),  # gradients stay bf16
+        (3, "8bit", True, 4 + 8 / 256, 2 + 32),
+    ],
+)
+def test_fewer_bytes_of_optimizer_state(stage, states, bf16_master, optimizer, update):
+    """update: per element while a group of 640 x 640 is updated, which is less than a chunk."""
+    model = nn.Linear(640, 640, bias=False, device="meta")
+    settings = ZeroSettings({"stage": stage}, "bf16", 1, 1, states, bf16_master)
+    assert of(model_states(model, settings), "optimizer").device / 640**2 == pytest.approx(optimizer)
+    parts = temporary_buffers(model, settings, [640**2], None)
+    assert of(parts, "fp32 gradients of a group").device / 640**2 == max(update, 8)
+
+
+@pytest.mark.parametrize(
     ("more", "accumulation", "expected"),
     [
         ({"stage": 1, "overlap_comm": True}, 1, 2 / N),  # each gradient is reduced as it is made

@@ -43,13 +43,13 @@ def living() -> dict[int, torch.UntypedStorage]:
     }
 
 
-def count_and_compare(settings: list[tuple[dict, int]], root: Path, work_dir: Path) -> None:
-    """On each rank: trains under each of (ds_config, accumulation), and compares what lives after a
-    backward pass and after a step with the estimate."""
+def count_and_compare(settings: list[tuple[dict, int, str]], root: Path, work_dir: Path) -> None:
+    """On each rank: trains under each of (ds_config, accumulation, engine.optimizer_states), and compares
+    what lives after a backward pass and after a step with the estimate."""
     quieten()
     deepspeed.init_distributed("gloo", verbose=False)
     n = dist.get_world_size()
-    for ds_config, accumulation in settings:
+    for ds_config, accumulation, states in settings:
         options = {
             **{
                 key: ast.literal_eval(value) if "data_root" not in key else value
@@ -57,6 +57,7 @@ def count_and_compare(settings: list[tuple[dict, int]], root: Path, work_dir: Pa
             },
             **BACKBONE,
             "engine.global_batch": 2 * n * accumulation,
+            "engine.optimizer_states": states,
         }
         before = living()
         with SegmentorEngine(
@@ -101,7 +102,7 @@ def count_and_compare(settings: list[tuple[dict, int]], root: Path, work_dir: Pa
                 )
                 assert found - ema == pytest.approx(
                     expected, rel=0.08 if phase == "train" and ds.stage < 3 else 0.03
-                ), f"{ds_config}, {accumulation}, {n} ranks, {phase}: {lasting}"
+                ), f"{ds_config}, {accumulation}, {states}, {n} ranks, {phase}: {lasting}"
 
 
 def summed(before: dict[int, torch.UntypedStorage]) -> int:
@@ -123,6 +124,12 @@ def config(precision: str, **zero) -> dict:
     }
 
 
+def with_bf16_weights(**zero) -> dict:
+    raw = config("bf16", **zero)
+    raw["bf16"] |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+    return raw
+
+
 RELEASING = {
     "stage3_param_persistence_threshold": 1000,
     "stage3_max_reuse_distance": 0,
@@ -137,12 +144,19 @@ OFFLOADED = {"stage": 3, "offload_optimizer": {"device": "cpu"}}
     "settings",
     [
         [
-            (config("bf16", stage=1), 1),
-            (config("bf16", stage=2), 2),
-            (config("torch_autocast", stage=3), 1),
-            (config("bf16", **OFFLOADED), 2),
-        ]
+            (config("bf16", stage=1), 1, "fp32"),
+            (config("bf16", stage=2), 2, "fp32"),
+            (config("torch_autocast", stage=3), 1, "fp32"),
+            (config("bf16", **OFFLOADED), 2, "fp32"),
+        ],
+        [
+            (config("bf16", stage=1), 1, "8bit"),
+            (config("bf16", stage=3), 2, "bf16"),
+            (with_bf16_weights(stage=2), 2, "bf16"),
+            (with_bf16_weights(stage=3), 1, "8bit"),
+        ],
     ],
+    ids=["fp32", "fewer bytes"],
 )
 def test_estimated_state_is_what_lives_in_a_real_engine(settings, ade20k, tmp_path):
     """Within 3 %; while ZeRO-1 and 2 hold gradients, within 8 %, for the parameters that two ranks share are
