@@ -71,13 +71,14 @@ def set_recomputation(model: nn.Module, recomputation: CheckpointingPolicy) -> N
 
 
 def run_block(
-    block: Callable[..., Any], *inputs: Any, index: int, recomputation: CheckpointingPolicy, **keywords: Any
+    block: nn.Module, *inputs: Any, index: int, recomputation: CheckpointingPolicy, **keywords: Any
 ) -> Any:
     """Return block(*inputs, **keywords), keeping for the backward pass what `recomputation` says.
 
     inputs: the block's positional arguments, tensors of any shapes and dtypes among them. index: of the block
     in the backbone, from 0; every k-th block is 0, k, 2 k, ... Nothing is recomputed where no gradients are
-    recorded.
+    recorded, and a block that no gradient goes through (a frozen one in front of all that trains) runs
+    without autograd.
 
     Why whole blocks are wrapped, and from outside: the input of a block is its smallest activation that all
     others follow from, and the block is what ZeRO-3 gathers at once, so its weights are gathered one more
@@ -85,13 +86,35 @@ def run_block(
     passes, and they are what gathers. Why the non-reentrant variant: it needs no input that requires a
     gradient (an image, or the output of frozen blocks, does not), and works with hooks and keyword arguments.
     """
-    if recomputation == "none" or not torch.is_grad_enabled():
-        return block(*inputs, **keywords)
-    if isinstance(recomputation, int) and index % recomputation:
-        return block(*inputs, **keywords)
+    return _run(block, block, inputs, keywords, index, recomputation)
+
+
+def _run(
+    block: nn.Module,
+    call: Callable[..., Any],
+    inputs: tuple[Any, ...],
+    keywords: dict[str, Any],
+    index: int,
+    recomputation: CheckpointingPolicy,
+) -> Any:
+    """`run_block` for a block that is called by `call`."""
+    if not torch.is_grad_enabled():
+        return call(*inputs, **keywords)
+    if not _passes_gradients(block, inputs, keywords):
+        with torch.no_grad():
+            return call(*inputs, **keywords)
+    if recomputation == "none" or (isinstance(recomputation, int) and index % recomputation):
+        return call(*inputs, **keywords)
     if recomputation == "all_but_matmuls":
-        return checkpoint(block, *inputs, use_reentrant=False, context_fn=_keeping_matmuls, **keywords)
-    return checkpoint(block, *inputs, use_reentrant=False, **keywords)
+        return checkpoint(call, *inputs, use_reentrant=False, context_fn=_keeping_matmuls, **keywords)
+    return checkpoint(call, *inputs, use_reentrant=False, **keywords)
+
+
+def _passes_gradients(block: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
+    """Whether a gradient goes to a parameter of the block, or through it to one of its inputs."""
+    return any(param.requires_grad for param in block.parameters()) or any(
+        isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves((inputs, keywords))
+    )
 
 
 def checkpoint_calls(blocks: Sequence[nn.Module]) -> None:
@@ -112,7 +135,7 @@ def checkpoint_calls(blocks: Sequence[nn.Module]) -> None:
 def _checkpointing_class(owner: type[nn.Module]) -> type[nn.Module]:
     def call(self: Any, *args: Any, **keywords: Any) -> Any:
         run: Callable[..., Any] = functools.partial(owner.__call__, self)
-        return run_block(run, *args, index=self.block_index, recomputation=self.recomputation, **keywords)
+        return _run(self, run, args, keywords, self.block_index, self.recomputation)
 
     return derived_class(owner, {"__call__": call})
 

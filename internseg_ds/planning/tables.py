@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from internseg_ds.errors import counted
-from internseg_ds.planning.estimate import Estimate, StepEstimate, fastest, heads_matmul
+from internseg_ds.planning.estimate import Estimate, StepEstimate, fastest, heads_matmul, whole_or_partitioned
 from internseg_ds.planning.memory_estimate import MemoryEstimate, Platform
 from internseg_ds.planning.zero_memory import Part, Phase
 
@@ -163,6 +163,8 @@ def print_comparison(found: Mapping[Path, Estimate | str], given: Estimate, cons
         if isinstance(one, str):
             console.print(f"{path.stem}: {one}")
     console.print(conclusion(found))
+    if advice := frozen_weights(found):
+        console.print(advice)
     console.print(_assumptions(given))
 
 
@@ -195,6 +197,36 @@ def conclusion(found: Mapping[Path, Estimate | str]) -> str:
         f"{names} Fastest: {best.stem}, {brief(step.time.total)} s a step, "
         f"{brief(step.images_per_s)} images/s."
     )
+
+
+def frozen_weights(found: Mapping[Path, Estimate | str]) -> str:
+    """Whether ZeRO-1 or ZeRO-3 is better for weights most of which are frozen, by bytes
+    (`estimate.whole_or_partitioned`); empty where that is no question."""
+    if (both := whole_or_partitioned(found)) is None:
+        return ""
+    (whole_path, whole), (partitioned_path, partitioned) = both
+    costs = " and ".join(
+        f"{path.stem} sends {_sent_gb(one)} GB per GPU and step and takes {one.memory.peak / GIB:.1f} GiB"
+        for path, one in both
+    )
+    if not whole.memory.fits:
+        why = f"whole on each GPU they do not fit: ZeRO-3 ({partitioned_path.stem}) divides them"
+        if not partitioned.memory.fits:
+            why += ", which does not fit either"
+    elif _sent(whole) < _sent(partitioned):
+        why = f"they fit whole on each GPU, where nothing gathers them: take ZeRO-1 ({whole_path.stem})"
+    else:
+        why = f"ZeRO-1 would not send less: take ZeRO-3 ({partitioned_path.stem})"
+    return f"{whole.frozen:.0%} of the weights are frozen, and {why}. {costs}."
+
+
+def _sent(one: Estimate) -> float:
+    """Bytes that each GPU sends in a step."""
+    return 0.0 if one.step is None else one.step.within_node + one.step.between_nodes
+
+
+def _sent_gb(one: Estimate) -> str:
+    return brief(_sent(one) / GB)
 
 
 def print_scaling(estimates: Sequence[Estimate], console: Console) -> None:

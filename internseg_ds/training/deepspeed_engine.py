@@ -22,6 +22,7 @@ from internseg_ds.distributed.construction import (
 )
 from internseg_ds.distributed.precision import ComputeDtypes, apply_precision
 from internseg_ds.distributed.threads import take_share_of_cores
+from internseg_ds.distributed.zero_internals import gather_frozen_where_used
 from internseg_ds.optimization.optimizers import build_optimizer, scheduled
 from internseg_ds.optimization.parameter_groups import groups_in, parameter_groups
 from internseg_ds.optimization.ranged_adam import RangedAdam, divide_by_settings
@@ -63,6 +64,7 @@ def build_deepspeed_engine(
         lr_scheduler=lambda optimizer: experiment.schedule.scheduler(scheduled(optimizer)),
     )
     require_input_gradients(engine.module)
+    gather_frozen_where_used(engine)
     if isinstance(optimizer, RangedAdam):
         divide_by_settings(engine, optimizer, groups)
     return engine
