@@ -175,27 +175,25 @@ def estimate_scaling(
 
 def whole_or_partitioned(
     found: Mapping[Path, Estimate | str],
-) -> tuple[tuple[Path, Estimate], tuple[Path, Estimate]] | None:
+) -> list[tuple[Path, Estimate, StepEstimate]] | None:
     """Where most weights are frozen: the fastest ds_config of ZeRO-1, which keeps them whole on each GPU, and
     the fastest of ZeRO-3, which gathers them in each forward pass, whether they fit or not; neither offloads.
     None where few are frozen, or one of the two is missing."""
-    named = {path: one for path, one in found.items() if not isinstance(one, str)}
-    chosen: list[tuple[Path, Estimate]] = []
+    chosen: list[tuple[Path, Estimate, StepEstimate]] = []
     for stage in (1, 3):
         timed = [
-            (one.step.time.total, one.memory.peak, path)
-            for path, one in named.items()
-            if one.ds.stage == stage
-            and one.frozen > 0.5
+            (path, one, one.step)
+            for path, one in found.items()
+            if not isinstance(one, str)
             and one.step is not None
-            and not ZeroSettings.of(one.ds).weights_offloaded
-            and not ZeroSettings.of(one.ds).optimizer_offloaded
+            and one.ds.stage == stage
+            and one.frozen > 0.5
+            and not (ZeroSettings.of(one.ds).weights_offloaded or ZeroSettings.of(one.ds).optimizer_offloaded)
         ]
         if not timed:
             return None
-        *_, path = min(timed)
-        chosen.append((path, named[path]))
-    return chosen[0], chosen[1]
+        chosen.append(min(timed, key=lambda entry: (entry[2].time.total, entry[1].memory.peak)))
+    return chosen
 
 
 def fastest(found: Mapping[Path, Estimate | str]) -> Path | None:

@@ -204,29 +204,26 @@ def frozen_weights(found: Mapping[Path, Estimate | str]) -> str:
     (`estimate.whole_or_partitioned`); empty where that is no question."""
     if (both := whole_or_partitioned(found)) is None:
         return ""
-    (whole_path, whole), (partitioned_path, partitioned) = both
+    (whole_path, whole, whole_step), (partitioned_path, partitioned, partitioned_step) = both
     costs = " and ".join(
-        f"{path.stem} sends {_sent_gb(one)} GB per GPU and step and takes {one.memory.peak / GIB:.1f} GiB"
-        for path, one in both
+        f"{path.stem} sends {brief(_sent(step) / GB)} GB per GPU and step, in {brief(step.time.total)} s, and "
+        f"takes {one.memory.peak / GIB:.1f} GiB"
+        for path, one, step in both
     )
     if not whole.memory.fits:
         why = f"whole on each GPU they do not fit: ZeRO-3 ({partitioned_path.stem}) divides them"
         if not partitioned.memory.fits:
             why += ", which does not fit either"
-    elif _sent(whole) < _sent(partitioned):
-        why = f"they fit whole on each GPU, where nothing gathers them: take ZeRO-1 ({whole_path.stem})"
+    elif _sent(whole_step) < _sent(partitioned_step):
+        why = f"they fit whole on each GPU, where nothing gathers them: ZeRO-1 ({whole_path.stem}) sends least"
     else:
-        why = f"ZeRO-1 would not send less: take ZeRO-3 ({partitioned_path.stem})"
+        why = f"ZeRO-1 would send no less: ZeRO-3 ({partitioned_path.stem}) is better"
     return f"{whole.frozen:.0%} of the weights are frozen, and {why}. {costs}."
 
 
-def _sent(one: Estimate) -> float:
+def _sent(step: StepEstimate) -> float:
     """Bytes that each GPU sends in a step."""
-    return 0.0 if one.step is None else one.step.within_node + one.step.between_nodes
-
-
-def _sent_gb(one: Estimate) -> str:
-    return brief(_sent(one) / GB)
+    return step.within_node + step.between_nodes
 
 
 def print_scaling(estimates: Sequence[Estimate], console: Console) -> None:
