@@ -215,7 +215,9 @@ def frozen_weights(found: Mapping[Path, Estimate | str]) -> str:
         if not partitioned.memory.fits:
             why += ", which does not fit either"
     elif _sent(whole_step) < _sent(partitioned_step):
-        why = f"they fit whole on each GPU, where nothing gathers them: ZeRO-1 ({whole_path.stem}) sends least"
+        why = (
+            f"they fit whole on each GPU, where nothing gathers them: ZeRO-1 ({whole_path.stem}) sends least"
+        )
     else:
         why = f"ZeRO-1 would send no less: ZeRO-3 ({partitioned_path.stem}) is better"
     return f"{whole.frozen:.0%} of the weights are frozen, and {why}. {costs}."
