@@ -31,14 +31,17 @@ from internseg_ds import SegmentorEngine
 from internseg_ds.cli import command_line
 from internseg_ds.data.loading import Batch, training_batches
 from internseg_ds.data.sampler import GlobalBatchSampler
+from internseg_ds.training import deepspeed_engine
 
 MODES: dict[str, Any] = {
     "all": "all",
     "last quarter": "last_blocks",
     "LoRA": {"lora": {"rank": 8, "alpha": 16}},
     "head": "head",
+    "head, one by one": "head",
 }
-"""Mode -> engine.tune, where "last_blocks" means a quarter of the model's."""
+"""Mode -> engine.tune, where "last_blocks" means a quarter of the model's. The last one is DeepSpeed's own way
+with small frozen parameters under ZeRO-3: after each step, one by one."""
 SIZES = {"tiny": (128, 4, 4), "small": (384, 12, 6), "100m": (768, 12, 12), "deep": (64, 48, 2)}
 """Width, depth and attention heads of InternViTs."""
 
@@ -70,8 +73,9 @@ def living_bytes() -> int:
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
-def engine_of(tune: Any, args: Any, folder: Path) -> SegmentorEngine:
+def engine_of(mode: str, args: Any, folder: Path) -> SegmentorEngine:
     """Of generated images in memory; every block that has to is recomputed."""
+    tune = MODES[mode]
     width, depth, heads = SIZES[args.model]
     workload = Workload(
         options=vit(width, depth, heads) | {"engine.recomputation": "blocks"}, micro_batch=args.images
@@ -79,7 +83,13 @@ def engine_of(tune: Any, args: Any, folder: Path) -> SegmentorEngine:
     cfg = workload.experiment
     cfg.engine.tune = {"last_blocks": depth // 4} if tune == "last_blocks" else tune
     ds_config = ds_config_of(args.deepspeed_config, "bfloat16")
-    return SegmentorEngine(cfg, ds_config, work_dir=folder, validate=False, saves=False)
+    ours = deepspeed_engine.gather_frozen_where_used
+    if mode.endswith("one by one"):
+        deepspeed_engine.gather_frozen_where_used = lambda _: None
+    try:
+        return SegmentorEngine(cfg, ds_config, work_dir=folder, validate=False, saves=False)
+    finally:
+        deepspeed_engine.gather_frozen_where_used = ours
 
 
 def first_batch(engine: SegmentorEngine) -> Batch:
@@ -130,7 +140,7 @@ def report(found: dict[str, dict[str, float]], args: Any, processes: int) -> Non
         row["ratio"] = round(row["s"] / full["s"], 4)
         row["state_ratio"] = round(row["state_bytes"] / full["state_bytes"], 4)
         print(
-            f"{name:14} {row['s']:8.4f} s/step  ratio {row['ratio']:.3f}  "
+            f"{name:18} {row['s']:8.4f} s/step  ratio {row['ratio']:.3f}  "
             f"state {row['state_bytes'] / 2**20:8.1f} MiB ({row['state_ratio']:.3f})  "
             f"kept {row['kept_bytes'] / 2**20:8.1f} MiB  "
             f"collectives {row['sent_bytes'] / 2**20:8.1f} MiB in {row['calls']:.0f} calls"
@@ -154,9 +164,9 @@ def main() -> None:
     engines: dict[str, SegmentorEngine] = {}
     found: dict[str, dict[str, float]] = {}
     batch: Batch | None = None
-    for index, (name, tune) in enumerate(MODES.items()):
+    for index, name in enumerate(MODES):
         before = living_bytes()
-        engines[name] = engine_of(tune, args, folder / str(index))
+        engines[name] = engine_of(name, args, folder / str(index))
         batch = batch or first_batch(engines[name])
         found[name] = dict(measured(engines[name], batch, before))
     assert batch is not None
