@@ -4,9 +4,10 @@ the maps, which are never concatenated; each with maps in channels-first and in 
     python benchmarks/upernet_bottleneck.py [--channels 512] [--width 768] [--side 64] [--rounds 5]
 
 Forward and backward passes of the whole head in fp32, with batch norms as in training, the ways in turn in one
-run on the CPU. Peak memory is the growth of resident memory in a first pass, which each way makes in a process
-of its own; kept is what the forward pass leaves for the backward pass. Ends with a line of JSON: time_ratio and
-peak_ratio of each way over mmseg's own. docs/performance.md says what came of it.
+run on the CPU, whose seconds of work are counted: other programs disturb them little. Peak memory is the growth
+of resident memory in a first pass, which each way makes in a process of its own; kept is what the forward pass
+leaves for the backward pass. Ends with a line of JSON: time_ratio and peak_ratio of each way over mmseg's own.
+docs/performance.md says what came of it: nothing was kept, and this is the only place where the sum is.
 """
 
 import argparse
@@ -112,6 +113,7 @@ def peak_and_kept(way: tuple[bool, bool], args: argparse.Namespace) -> dict[str,
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_report_memory, args=(way, args, sender))
     process.start()
+    sender.close()  # a process that fails ends the wait
     found: dict[str, int] = receiver.recv()
     process.join()
     return found
@@ -161,16 +163,16 @@ def main() -> None:
     times: dict[str, list[float]] = {name: [] for name in passes}
     for round_ in range(args.rounds + 1):
         for name in list(passes)[:: 1 if round_ % 2 else -1]:
-            began = time.perf_counter()
+            began = time.process_time()
             passes[name]()
-            times[name].append(time.perf_counter() - began)
+            times[name].append(time.process_time() - began)
     own = name_of(WAYS[0])
     for name, row in rows.items():
         row["s"] = round(statistics.median(times[name][1:]), 4)
         row["time_ratio"] = round(row["s"] / statistics.median(times[own][1:]), 3)
         row["peak_ratio"] = round(row["peak_bytes"] / rows[own]["peak_bytes"], 3)
         print(
-            f"{name:30} {row['s']:.3f} s ({min(times[name][1:]):.3f} to {max(times[name][1:]):.3f})  "
+            f"{name:30} {row['s']:.3f} CPU s ({min(times[name][1:]):.3f} to {max(times[name][1:]):.3f})  "
             f"ratio {row['time_ratio']:.3f}  peak {row['peak_bytes'] / 2**20:.0f} MiB "
             f"({row['peak_ratio']:.3f})  kept {row['kept_bytes'] / 2**20:.0f} MiB"
         )
