@@ -6,6 +6,7 @@ restarts). Evaluation batches are single images, dealt out to the ranks in turn.
 """
 
 import ctypes
+import gc
 import multiprocessing
 import os
 import random
@@ -266,6 +267,7 @@ def _quiet_worker(_: int) -> None:
     and it still wants its batch. So a worker ends by SIGTERM only when that process sent it.
     """
     _end_with_the_parent()
+    gc.enable()  # the training process collects at its steps, which a worker has none of
     cv2.setNumThreads(0)
     signal.set_wakeup_fd(-1)  # it is the training process's
     for number in NOT_FOR_WORKERS - {signal.SIGTERM}:

@@ -9,7 +9,7 @@ file. A rank whose GPU hangs waits in such a call too.
 import linecache
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Literal
@@ -91,6 +91,16 @@ def line_of(thread: int) -> tuple[str, bool]:
     queue: it counts as waiting.
     """
     frames = sys._current_frames()
+    try:
+        return _line_in(frames, thread)
+    finally:
+        # it holds this function's own frame and so itself, and with it the frames of the main thread: feature
+        # maps that a step is done with would stay until Python's garbage collector comes by
+        frames.clear()
+
+
+def _line_in(frames: Mapping[int, FrameType], thread: int) -> tuple[str, bool]:
+    """`line_of` by the innermost frames of all threads."""
     frame = frames.get(thread)
     if frame is None:
         return "", False

@@ -159,6 +159,21 @@ def copy_master_weights_to_model(engine: Any) -> None:
         optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 
 
+def gather_frozen_where_used(engine: Any) -> None:
+    """Makes ZeRO-3 gather small frozen parameters with the modules that use them, once in each step, and no
+    longer in a call for each of them after it. After `deepspeed.initialize`; nothing under ZeRO-1 and 2.
+
+    runtime/zero/stage3.py: `step` partitions all parameters, and `_post_step` and `checkpoint_event_epilogue`
+    gather those of `persistent_parameters` again, which is read nowhere in between. What is not gathered when
+    its module begins is gathered by the module's hook, and `ds_persist` keeps it until the step.
+    """
+    if engine.zero_optimization_stage() == 3:
+        optimizer = engine.optimizer
+        optimizer.persistent_parameters = [
+            param for param in optimizer.persistent_parameters if param.requires_grad
+        ]
+
+
 def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
     """The optimizer that was given to `deepspeed.initialize`. During training its groups hold, and its state
     is keyed by, the tensors of `fp32_partitions`.

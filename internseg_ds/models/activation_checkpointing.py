@@ -77,7 +77,8 @@ def run_block(
 
     block: a module or a function. inputs: its positional arguments, tensors of any shapes and dtypes among
     them. index: of the block in the backbone, from 0; every k-th block is 0, k, 2 k, ... Nothing is recomputed
-    where no gradients are recorded.
+    where no gradients are recorded, and a module that no gradient goes through (a frozen block in front of all
+    that trains) runs without autograd.
 
     Why whole blocks are wrapped, and from outside: the input of a block is its smallest activation that all
     others follow from, and the block is what ZeRO-3 gathers at once, so its weights are gathered one more
@@ -90,13 +91,23 @@ def run_block(
     in_graph = hasattr(block, "keeps_matmuls")  # a compiled block, inside which nobody sees operations
     if in_graph:
         block.keeps_matmuls = recomputation == "all_but_matmuls"
-    if recomputation == "none" or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled():
         return run(*inputs, **keywords)
-    if isinstance(recomputation, int) and index % recomputation:
+    if isinstance(block, nn.Module) and not _passes_gradients(block, inputs, keywords):
+        with torch.no_grad():
+            return run(*inputs, **keywords)
+    if recomputation == "none" or (isinstance(recomputation, int) and index % recomputation):
         return run(*inputs, **keywords)
     if recomputation == "all_but_matmuls":
         return run(*inputs, **keywords) if in_graph else run_keeping_matmuls(run, *inputs, **keywords)
     return checkpoint(run, *inputs, use_reentrant=False, **keywords)
+
+
+def _passes_gradients(block: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
+    """Whether a gradient goes to a parameter of the block, or through it to one of its inputs."""
+    return any(param.requires_grad for param in block.parameters()) or any(
+        isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves((inputs, keywords))
+    )
 
 
 def run_keeping_matmuls(function: Callable[..., Any], *inputs: Any, **keywords: Any) -> Any:

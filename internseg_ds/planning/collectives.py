@@ -159,10 +159,14 @@ def _zero3_traffic(model: nn.Module, settings: ZeroSettings, uses: Sequence[Use]
     )
     # bytes of each parameter that an all-gather brings together
     payloads = {name: width * padded(param.numel(), ranks) for name, param in model.named_parameters()}
-    calls = gathers(model, uses, gather_settings).calls
-    first = _gathered(calls, payloads, settings)
-    others = first if settings.node_size == 1 else _gathered(calls, payloads, settings, set(payloads))
-    kept = persistent(model, gather_settings)
+    first = _gathered(gathers(model, uses, gather_settings).calls, payloads, settings)
+    others = _gathered(
+        gathers(model, uses, gather_settings, first=False).calls,
+        payloads,
+        settings,
+        set(payloads) if settings.node_size > 1 else set(),
+    )
+    kept = [name for name in persistent(model, gather_settings) if model.get_parameter(name).requires_grad]
     after = Collective("all_gather", "weights", sum(payloads[name] for name in kept), len(kept), ranks)
     return Traffic(
         ((*norms, *first, scattered), *((*norms, *others, scattered),) * (settings.accumulation - 1)),

@@ -20,7 +20,7 @@ from internseg_ds.planning.estimator import DsConfigSource, Estimator
 from internseg_ds.planning.flops import TrainingPass
 from internseg_ds.planning.memory_estimate import MemoryEstimate, Platform
 from internseg_ds.planning.step_time import Assumptions, MatmulKind, StepTime, StepWork, step_time
-from internseg_ds.planning.zero_settings import ZeroSettings
+from internseg_ds.planning.zero_settings import ZeroSettings, total_elements, trained_elements
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class StepEstimate:
 class Estimate:
     """One experiment under one ds_config on one cluster. ds: the ds_config, with micro-batch and accumulation.
     image: the work of one training image. crop: its height and width in pixels. keeps_batch: whether the
-    recipe's batch can be kept. step: None where its time is not modelled, and `untimed` says why."""
+    recipe's batch can be kept. frozen: share of the weights that do not train. step: None where its time is not
+    modelled, and `untimed` says why."""
 
     experiment: Experiment
     ds: DsConfig
@@ -48,6 +49,7 @@ class Estimate:
     checkpointing: CheckpointingPolicy
     keeps_batch: bool
     crop: tuple[int, int]
+    frozen: float
     image: TrainingPass
     memory: MemoryEstimate
     step: StepEstimate | None
@@ -85,6 +87,7 @@ def estimate(
         checkpointing=estimator.checkpointing,
         keeps_batch=keeps_batch,
         crop=estimator.crop,
+        frozen=1 - trained_elements(estimator.model) / total_elements(estimator.model),
         image=estimator.training_pass,
         memory=estimator.memory(ds, platform, evaluates=evaluates),
         step=step,
@@ -171,6 +174,29 @@ def estimate_scaling(
             raise ConfigError(one.untimed)
         found.append(one)
     return found
+
+
+def whole_or_partitioned(
+    found: Mapping[Path, Estimate | str],
+) -> list[tuple[Path, Estimate, StepEstimate]] | None:
+    """Where most weights are frozen: the fastest ds_config of ZeRO-1, which keeps them whole on each GPU, and
+    the fastest of ZeRO-3, which gathers them in each forward pass, whether they fit or not; neither offloads.
+    None where few are frozen, or one of the two is missing."""
+    chosen: list[tuple[Path, Estimate, StepEstimate]] = []
+    for stage in (1, 3):
+        timed = [
+            (path, one, one.step)
+            for path, one in found.items()
+            if not isinstance(one, str)
+            and one.step is not None
+            and one.ds.stage == stage
+            and one.frozen > 0.5
+            and not (ZeroSettings.of(one.ds).weights_offloaded or ZeroSettings.of(one.ds).optimizer_offloaded)
+        ]
+        if not timed:
+            return None
+        chosen.append(min(timed, key=lambda entry: (entry[2].time.total, entry[1].memory.peak)))
+    return chosen
 
 
 def fastest(found: Mapping[Path, Estimate | str]) -> Path | None:

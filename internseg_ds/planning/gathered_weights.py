@@ -30,7 +30,8 @@ class GatherSettings:
     max_reuse_distance: int = 1_000_000_000
     """Weights are kept when modules with fewer elements than this run before they are needed again."""
     param_persistence_threshold: int = 100_000
-    """Parameters up to this size stay whole, and are gathered once after each step."""
+    """Parameters up to this size stay whole until the step; after it they are gathered again, frozen ones
+    where a module next uses them (`distributed.zero_internals.gather_frozen_where_used`)."""
     model_persistence_threshold: float = float("inf")
     """What all of these may hold together."""
     leaf_classes: tuple[str, ...] = ()
@@ -80,18 +81,21 @@ def leaves(model: nn.Module, classes: Sequence[str]) -> list[str]:
 @dataclass(frozen=True)
 class Gathers:
     """calls: the parameters of each all-gather of a micro-batch, in order; a parameter appears as often as it
-    is gathered. most_live: the most elements that are there at once. Both without persistent parameters,
-    which are always there."""
+    is gathered. most_live: the most elements that are there at once, without persistent parameters."""
 
     calls: list[tuple[str, ...]]
     most_live: int
 
 
-def gathers(model: nn.Module, uses: Sequence[Use], settings: GatherSettings) -> Gathers:
-    """The all-gathers of one micro-batch. uses: as `training_pass` observed them for this model."""
+def gathers(
+    model: nn.Module, uses: Sequence[Use], settings: GatherSettings, *, first: bool = True
+) -> Gathers:
+    """The all-gathers of one micro-batch. uses: as `training_pass` observed them for this model. first:
+    whether it is the first of a step, in which persistent parameters that are frozen are gathered."""
     leaf_names = leaves(model, settings.leaf_classes)
     hooked = [use for use in uses if not use.module.startswith(_inside(leaf_names))]
-    coordinator = _Coordinator(model, [use.module for use in hooked if use.begins], settings, leaf_names)
+    order = [use.module for use in hooked if use.begins]
+    coordinator = _Coordinator(model, order, settings, leaf_names, first=first)
     for use in hooked:
         if use.begins:
             coordinator.begin(use.module)
@@ -103,12 +107,18 @@ def gathers(model: nn.Module, uses: Sequence[Use], settings: GatherSettings) -> 
 class _Coordinator:
     """DeepSpeed's `PartitionedParameterCoordinator` after its first micro-batch, on names and sizes.
 
-    order: the modules with hooks in the order in which they begin; a step is an index into it. calls,
-    most_live: see `Gathers`.
+    order: the modules with hooks in the order in which they begin; a step is an index into it. first: see
+    `gathers`. calls, most_live: see `Gathers`.
     """
 
     def __init__(
-        self, model: nn.Module, order: Sequence[str], settings: GatherSettings, leaf_names: Sequence[str]
+        self,
+        model: nn.Module,
+        order: Sequence[str],
+        settings: GatherSettings,
+        leaf_names: Sequence[str],
+        *,
+        first: bool,
     ) -> None:
         self.calls: list[tuple[str, ...]] = []
         self.most_live = 0
@@ -120,7 +130,11 @@ class _Coordinator:
         self._held = _parameters_inside(model) if leaf_names else {}
         self._owned = _parameters_used_by(model) | {leaf: self._held[leaf] for leaf in leaf_names}
         self._persistent = persistent(model, settings)
-        self._whole = set(self._persistent)
+        self._whole = {
+            name
+            for name, param in model.named_parameters()
+            if name in self._persistent and (param.requires_grad or not first)
+        }
         self._live = 0
         self._users: dict[str, set[str]] = {name: set() for name in self._sizes}
         """Of each parameter, the modules that run now and need it."""
@@ -158,7 +172,7 @@ class _Coordinator:
         if missing:
             self.calls.append(missing)
             self._whole.update(missing)
-            self._live += sum(self._sizes[param] for param in missing)
+            self._live += sum(self._sizes[param] for param in missing if param not in self._persistent)
 
     def _skip_in_queue(self, params: Sequence[str]) -> None:
         """Takes from the queue as many entries as this step has parameters that prefetching had not got

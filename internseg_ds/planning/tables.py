@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from internseg_ds.errors import counted
-from internseg_ds.planning.estimate import Estimate, StepEstimate, fastest, heads_matmul
+from internseg_ds.planning.estimate import Estimate, StepEstimate, fastest, heads_matmul, whole_or_partitioned
 from internseg_ds.planning.memory_estimate import MemoryEstimate, Platform
 from internseg_ds.planning.zero_memory import Part, Phase
 
@@ -163,6 +163,8 @@ def print_comparison(found: Mapping[Path, Estimate | str], given: Estimate, cons
         if isinstance(one, str):
             console.print(f"{path.stem}: {one}")
     console.print(conclusion(found))
+    if advice := frozen_weights(found):
+        console.print(advice)
     console.print(_assumptions(given))
 
 
@@ -195,6 +197,35 @@ def conclusion(found: Mapping[Path, Estimate | str]) -> str:
         f"{names} Fastest: {best.stem}, {brief(step.time.total)} s a step, "
         f"{brief(step.images_per_s)} images/s."
     )
+
+
+def frozen_weights(found: Mapping[Path, Estimate | str]) -> str:
+    """Whether ZeRO-1 or ZeRO-3 is better for weights most of which are frozen, by bytes
+    (`estimate.whole_or_partitioned`); empty where that is no question."""
+    if (both := whole_or_partitioned(found)) is None:
+        return ""
+    (whole_path, whole, whole_step), (partitioned_path, partitioned, partitioned_step) = both
+    costs = " and ".join(
+        f"{path.stem} sends {brief(_sent(step) / GB)} GB per GPU and step, in {brief(step.time.total)} s, and "
+        f"takes {one.memory.peak / GIB:.1f} GiB"
+        for path, one, step in both
+    )
+    if not whole.memory.fits:
+        why = f"whole on each GPU they do not fit: ZeRO-3 ({partitioned_path.stem}) divides them"
+        if not partitioned.memory.fits:
+            why += ", which does not fit either"
+    elif _sent(whole_step) < _sent(partitioned_step):
+        why = (
+            f"they fit whole on each GPU, where nothing gathers them: ZeRO-1 ({whole_path.stem}) sends least"
+        )
+    else:
+        why = f"ZeRO-1 would send no less: ZeRO-3 ({partitioned_path.stem}) is better"
+    return f"{whole.frozen:.0%} of the weights are frozen, and {why}. {costs}."
+
+
+def _sent(step: StepEstimate) -> float:
+    """Bytes that each GPU sends in a step."""
+    return step.within_node + step.between_nodes
 
 
 def print_scaling(estimates: Sequence[Estimate], console: Console) -> None:

@@ -22,6 +22,7 @@ from internseg_ds.distributed.construction import (
 )
 from internseg_ds.distributed.precision import ComputeDtypes, apply_precision
 from internseg_ds.distributed.threads import take_share_of_cores
+from internseg_ds.distributed.zero_internals import gather_frozen_where_used
 from internseg_ds.models.block_execution.float8_linear import multiply_in_float8
 from internseg_ds.models.repeated_blocks import block_names
 from internseg_ds.optimization.muon import Muon
@@ -71,6 +72,7 @@ def build_deepspeed_engine(
     require_input_gradients(engine.module)
     if experiment.engine.compile:
         compile_under_hooks(engine.module.get_submodule("backbone"), names, partitioned=ds.stage == 3)
+    gather_frozen_where_used(engine)
     if isinstance(optimizer, RangedAdam):
         divide_by_settings(engine, optimizer, groups)
     if isinstance(optimizer, Muon):

@@ -12,6 +12,7 @@ from internseg_ds.distributed.process_group import AnyRankFlags, gather_from_ran
 from internseg_ds.errors import CheckpointError
 from internseg_ds.evaluation.evaluator import Abandoned
 from internseg_ds.evaluation.report import write_report
+from internseg_ds.garbage_collection import SteppedCollector
 from internseg_ds.monitoring.curves import draw_curves
 from internseg_ds.output_files import unless_disk_full
 from internseg_ds.training.bad_images import BadImages
@@ -53,11 +54,16 @@ def train(run: TrainingRun) -> TrainState:
     evaluate_checkpoint = (
         has_val_set and run.resumed_unscored and due(start, experiment.evaluation.interval, last)
     )
-    with closing(_batches(run)) as batches, StepMonitors(run, scores_again=evaluate_checkpoint) as monitors:
-        if has_val_set and start == 0 and experiment.engine.evaluate_before:
-            evaluate_and_record(run, monitors, of_checkpoint=False)
-        if evaluate_checkpoint:
-            evaluate_and_record(run, monitors)
+    with (
+        closing(_batches(run)) as batches,
+        StepMonitors(run, scores_again=evaluate_checkpoint) as monitors,
+        SteppedCollector() as garbage,
+    ):
+        with garbage.automatic():
+            if has_val_set and start == 0 and experiment.engine.evaluate_before:
+                evaluate_and_record(run, monitors, of_checkpoint=False)
+            if evaluate_checkpoint:
+                evaluate_and_record(run, monitors)
         monitors.restart()
         deepspeed.train()
         while state.step < last and not run.stopped:
@@ -106,7 +112,8 @@ def train(run: TrainingRun) -> TrainState:
                 run.watch.at(step, "saving")
                 run.checkpoints.finish(wait=False)  # a save that is written in the background
                 monitors.restart()  # here: publishing that save is no training time
-            with monitors.paused(step, pauses=save_now or evaluate_now):
+            pauses = save_now or evaluate_now
+            with monitors.paused(step, pauses=pauses), garbage.after_step(pauses=pauses):
                 if save_now:
                     run.save()  # before evaluating: an evaluation that dies costs no training
                 if stop_now:

@@ -1,3 +1,4 @@
+import gc
 import os
 import random
 import re
@@ -369,3 +370,22 @@ def test_whatever_generator_a_transform_draws_from_a_resumed_stream_repeats_it(d
     )
     assert all(torch.equal(a.inputs["img"], b.inputs["img"]) for a, b in zip(unbroken[3:], resumed))
     assert all(torch.equal(a.inputs["img"], b.inputs["img"]) for a, b in zip(unbroken, helped))
+
+
+def test_data_workers_collect_garbage_also_where_the_training_process_does_not(data):
+    @PIPELINES.register_module(force=True)
+    class NotesTheCollector:
+        def __call__(self, results):
+            results["img"] = results["img"] * 0 + gc.isenabled()
+            return results
+
+    entry = Config({**data.train})._cfg_dict
+    steps = [step.type for step in entry.pipeline]
+    entry.pipeline.insert(steps.index("DefaultFormatBundle"), dict(type="NotesTheCollector"))
+    dataset = build_datasets(entry, "data.train")
+    gc.disable()
+    try:
+        own, workers = (batches(dataset, 1, workers=count)[0].inputs["img"] for count in (0, 1))
+    finally:
+        gc.enable()
+    assert not own.any() and workers.all()

@@ -1,10 +1,12 @@
 """Who is blamed for a hang: where waiting looks as it does under nccl, in a call that has no frame of a
 collective."""
 
+import gc
 import inspect
 import linecache
 import threading
 import time
+import weakref
 from dataclasses import replace
 
 import torch
@@ -90,6 +92,22 @@ def reads_a_value_that_rank_1_keeps_back(rank: int) -> None:
         overflow = FromDevice(dist.all_reduce(torch.ones(1), async_op=True))
         overflow.item()
     watch.close()
+
+
+def test_a_look_at_the_threads_keeps_nothing_of_their_frames_alive():
+    class Activation:
+        pass
+
+    def step() -> weakref.ref:
+        activation = Activation()
+        assert line_of(threading.get_ident())[0].endswith("line_of")
+        return weakref.ref(activation)
+
+    gc.disable()
+    try:
+        assert step()() is None
+    finally:
+        gc.enable()
 
 
 def test_a_rank_that_hangs_at_the_part_where_the_others_read_from_their_gpus_is_named(tmp_path):

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from mmcv import ConfigDict
 from peft import LoraConfig, inject_adapter_in_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from internseg_ds.config.ds_config import BackboneSizes, DsConfig, resolve_ds_config
 from internseg_ds.config.engine_options import EngineOptions
@@ -18,6 +19,7 @@ from internseg_ds.distributed.construction import (
     tune_for_training,
 )
 from internseg_ds.distributed.initial_values import gathered
+from internseg_ds.distributed.zero_internals import fp32_partitions, full_shape, inner_optimizer
 from internseg_ds.models.repeated_blocks import RepeatedBlock, repeated_block
 from tests.distributed.ranks import spawn
 
@@ -155,3 +157,63 @@ def starts_from_the_same_values() -> None:
 
 def test_adapters_start_from_the_same_values_under_every_stage_and_leave_the_others_as_they_are():
     spawn(starts_from_the_same_values, 2)
+
+
+class Gathered(TorchDispatchMode):
+    """Elements that all-gathers bring together inside a `with` block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name == "c10d::_allgather_base_":
+            self.elements += args[0].numel()
+        return func(*args, **(kwargs or {}))
+
+
+def frozen_weights_cost_their_forward_pass_alone(stage: int) -> None:
+    """For each `engine.tune`: how often each block runs in a step, what the backward pass gathers, and the
+    optimizer's state."""
+    deepspeed.init_distributed(verbose=False)
+    for mode, expected_runs in (("head", [1, 1, 1]), (dict(last_blocks=1), [1, 1, 2]), ("all", [2, 2, 2])):
+        model, ds = tuned(stage, mode)
+        trained = [param for param in model.parameters() if param.requires_grad]
+        optimizer = torch.optim.AdamW(trained)
+        ds.raw["zero_optimization"] |= {"stage3_max_reuse_distance": 13_000, "stage3_prefetch_bucket_size": 0}
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds.raw)
+        require_input_gradients(engine.module)
+        runs = [0] * len(model.backbone.blocks)
+
+        def count(index: int, runs: list[int] = runs) -> None:
+            runs[index] += 1
+
+        for index, block in enumerate(model.backbone.blocks):
+            block.register_forward_pre_hook(lambda _, __, index=index, count=count: count(index))
+        for step in range(2):  # ZeRO-3 looks on in the first
+            runs[:] = [0] * len(runs)
+            loss = step_of(engine, step)
+            with Gathered() as in_backward:
+                engine.backward(loss)
+            engine.step()
+        assert runs == expected_runs, mode
+        elements = sum(full_shape(param).numel() for param in trained)
+        most = elements + len(trained)  # each is padded to 2 ranks
+        assert in_backward.elements <= most * (stage == 3), (mode, in_backward.elements)
+        if mode == "all" and stage == 3:  # blocks that train are gathered again
+            first_block = sum(full_shape(param).numel() for param in model.backbone.blocks[0].parameters())
+            assert in_backward.elements >= first_block, in_backward.elements
+        frozen = [param for param in model.parameters() if not param.requires_grad]
+        assert all(param.grad is None for param in frozen)
+        # of 2 ranks each holds half of the master weights, padded, and of the two moments as much each
+        held = sum(partition.numel() for partition in fp32_partitions(engine))
+        assert elements / 2 <= held <= most / 2 + 1, mode
+        state = inner_optimizer(engine).state.values()
+        moments = sum(entry[key].numel() for entry in state for key in ("exp_avg", "exp_avg_sq"))
+        assert moments == 2 * held, mode
+        engine.destroy()
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_what_is_frozen_costs_its_forward_pass_alone(stage):
+    spawn(frozen_weights_cost_their_forward_pass_alone, 2, stage)

@@ -26,6 +26,7 @@ from internseg_ds.distributed.zero_internals import (
     fp32_partitions,
     fragment_of,
     full_shape,
+    gather_frozen_where_used,
     inner_optimizer,
     is_partitioned,
     leaf_class_names,
@@ -135,6 +136,24 @@ def knows_ranges_of_shards() -> None:
 
 def test_shard_range():
     spawn(knows_ranges_of_shards, 2)
+
+
+def gathers_frozen_parameters_where_used() -> None:
+    engine = engine_of(OPTIMIZERS["zero3"])
+    frozen, trained = engine.module.frozen, engine.module.gain
+    step(engine)
+    assert frozen.ds_status.name == trained.ds_status.name == "AVAILABLE"  # by DeepSpeed's own call for each
+    gather_frozen_where_used(engine)
+    step(engine, 2.0)
+    assert frozen.ds_status.name == "NOT_AVAILABLE" and trained.ds_status.name == "AVAILABLE"
+    x = torch.ones(2, COLUMNS, dtype=torch.bfloat16)
+    engine.backward(engine(x))
+    assert frozen.ds_status.name == "AVAILABLE" and torch.equal(frozen.float(), torch.ones(3))
+    gather_frozen_where_used(engine_of(OPTIMIZERS["zero1"]))
+
+
+def test_gather_frozen_where_used():
+    spawn(gathers_frozen_parameters_where_used, 2)
 
 
 def writes_shards() -> None:

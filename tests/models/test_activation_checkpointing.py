@@ -9,7 +9,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from internseg_ds.models.activation_checkpointing import KEPT, run_block, set_recomputation
+from internseg_ds.models.activation_checkpointing import KEPT, checkpoint_calls, run_block, set_recomputation
 from internseg_ds.models.intern_vit.intern_vit_6b import InternViT6B
 
 POLICIES = ["none", "blocks", 1, 2, 3, "all_but_matmuls"]
@@ -115,6 +115,30 @@ def test_what_is_computed_again_costs_what_the_policy_says():
         2 * block,
         0,
     ]
+
+
+@pytest.mark.parametrize("policy", ["none", "blocks", "all_but_matmuls"])
+@pytest.mark.parametrize("of_a_library", [False, True])
+def test_blocks_that_no_gradient_goes_through_run_without_autograd_and_once(policy, of_a_library):
+    blocks = [nn.Sequential(nn.Linear(4, 4), nn.GELU()) for _ in range(4)]
+    blocks[0].requires_grad_(False)
+    blocks[1].requires_grad_(False)
+    blocks[3].requires_grad_(False)  # behind one that trains: its input needs a gradient
+    runs: list[tuple[int, bool]] = []
+    for index, block in enumerate(blocks):
+        block.register_forward_pre_hook(
+            lambda _, __, index=index: runs.append((index, torch.is_grad_enabled()))
+        )
+    if of_a_library:
+        checkpoint_calls(blocks)
+    x = torch.randn(3, 4)
+    for index, block in enumerate(blocks):
+        block.recomputation = policy
+        x = block(x) if of_a_library else run_block(block, x, index=index, recomputation=policy)
+    x.sum().backward()
+    first = [(0, False), (1, False), (2, True), (3, True)]
+    assert runs == first + ([(3, True), (2, True)] if policy != "none" else [])
+    assert all(param.grad is not None for param in blocks[2].parameters())
 
 
 @pytest.mark.parametrize("value", ["some", 0, -1, True, 1.5, None])

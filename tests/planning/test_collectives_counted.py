@@ -65,13 +65,13 @@ class Counted(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def count_and_compare(settings: list[tuple[dict, int]], root: Path, work_dir: Path) -> None:
-    """On each rank: trains under each of (zero_optimization, accumulation), and compares one step's
-    collectives with the estimate."""
+def count_and_compare(settings: list[tuple], root: Path, work_dir: Path) -> None:
+    """On each rank: trains under each of (zero_optimization, accumulation, engine.tune), and compares one
+    step's collectives with the estimate."""
     quieten()
     deepspeed.init_distributed("gloo", verbose=False)
-    world_size, passed = dist.get_world_size(), None
-    for zero, accumulation in settings:
+    world_size, passes = dist.get_world_size(), {}
+    for zero, accumulation, tune in settings:
         options = dict(
             option.split("=", 1)
             for option in (
@@ -82,7 +82,8 @@ def count_and_compare(settings: list[tuple[dict, int]], root: Path, work_dir: Pa
         )
         experiment = read_experiment(
             ROOT / TINY,
-            {key: value if "data_root" in key else ast.literal_eval(value) for key, value in options.items()},
+            {key: value if "data_root" in key else ast.literal_eval(value) for key, value in options.items()}
+            | {"engine.tune": tune},
         )
         ds_config = {"bf16": {"enabled": True}, "zero_optimization": zero}
         with SegmentorEngine(experiment, ds_config, work_dir=work_dir, validate=False) as engine:
@@ -110,16 +111,16 @@ def count_and_compare(settings: list[tuple[dict, int]], root: Path, work_dir: Pa
                 sum(getattr(param, "ds_numel", param.numel()) for param in group)
                 for group in bit16_groups(engine)
             ]
-            # the same for all settings
-            passed = passed or training_pass(model, *batch.inputs["img"].shape[2:])
-            traffic = step_traffic(model, ZeroSettings.of(resolved), groups, passed.uses)
+            if str(tune) not in passes:  # the same for all settings
+                passes[str(tune)] = training_pass(model, *batch.inputs["img"].shape[2:])
+            traffic = step_traffic(model, ZeroSettings.of(resolved), groups, passes[str(tune)].uses)
         payload, calls = Counter(), Counter()
         for part in traffic:
             key = part.kind, part.ranks, torch.float32 if part.what == "batch norm" else torch.bfloat16
             payload[key] += part.payload
             calls[key] += part.calls
         seen = (
-            f"{zero}, {accumulation} micro-batches, {world_size} ranks: estimated {payload}, "
+            f"{zero}, {accumulation} micro-batches, {tune}, {world_size} ranks: estimated {payload}, "
             f"counted {counted.payload}"
         )
         # norms of the gradients, one number per group, and flags
@@ -153,22 +154,36 @@ BLOCKWISE = {**TIGHT, **LEAF, "stage3_prefetch_bucket_size": 12_288, "reduce_buc
 """As "auto" fills them in: blocks of 12,672 elements, of which 12,288 are partitioned."""
 
 
+LORA = {"lora": {"rank": 2, "alpha": 4}}
+
+
 @pytest.mark.parametrize(
     ("world_size", "settings"),
     [
         (
             2,
             [
-                ({"stage": 1}, 2),
-                ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, 2),
-                (LIVE, 1),
-                ({**TIGHT, **LEAF}, 2),
+                ({"stage": 1}, 2, "all"),
+                ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, 2, "all"),
+                (LIVE, 1, "all"),
+                ({**TIGHT, **LEAF}, 2, "all"),
+                ({**TIGHT, **LEAF}, 2, "head"),
             ],
         ),
-        pytest.param(2, [({"stage": 2}, 1), (TIGHT, 2), (BLOCKWISE, 1)], marks=pytest.mark.slow),
+        pytest.param(
+            2,
+            [
+                ({"stage": 2}, 1, "all"),
+                (TIGHT, 2, "all"),
+                (BLOCKWISE, 1, "all"),
+                (TIGHT, 2, {"last_blocks": 2}),
+                ({**TIGHT, **LEAF}, 1, LORA),
+            ],
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             4,
-            [({"stage": 1}, 1), ({**TIGHT, **LEAF, "zero_hpz_partition_size": 2}, 2)],
+            [({"stage": 1}, 1, "head"), ({**TIGHT, **LEAF, "zero_hpz_partition_size": 2}, 2, "all")],
             marks=pytest.mark.slow,
         ),
     ],

@@ -1,4 +1,5 @@
 import logging
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,13 +10,14 @@ from internseg_ds.config.experiment import read_experiment
 from internseg_ds.distributed.process_group import World
 from internseg_ds.errors import ConfigError
 from internseg_ds.planning import estimate as estimating
+from internseg_ds.planning.collectives import batch_norm_collectives
 from internseg_ds.planning.devices import DEVICES, Cluster
 from internseg_ds.planning.estimate import Estimate, compare, estimate, estimate_scaling, fastest
 from internseg_ds.planning.estimator import Estimator
 from internseg_ds.planning.image_sizes import crop_size, evaluation_size
 from internseg_ds.planning.memory_warnings import shortfall
 from internseg_ds.planning.step_time import Assumptions, StepTime
-from internseg_ds.planning.tables import conclusion, verdict
+from internseg_ds.planning.tables import conclusion, frozen_weights, verdict
 from tests.conftest import ROOT, TINY
 
 OURS = ROOT / "ds_configs"
@@ -87,6 +89,38 @@ def test_the_fastest_of_what_fits_is_named(small):
     assert fastest({a: variant(1.0, states=on_host), b: variant(1.0)}) == b
     assert fastest({a: replace(small, step=None), b: "an error"}) is None
     assert "None of these ds_configs fits" in conclusion({a: variant(1.0, platform=too_large)})
+
+
+def test_frozen_weights_stay_whole_where_they_fit_and_are_partitioned_where_they_do_not():
+    """Of P bytes of weights ZeRO-3 sends 7/8 P on 8 GPUs for the forward pass; ZeRO-1 what trains alone."""
+    frozen = estimator_of(
+        **{"engine.tune": "head", "engine.global_batch": 32, "model.decode_head.channels": 8}
+    )
+    paths = [OURS / "zero1_bf16.json", OURS / "zero3_bf16.json"]
+    found = compare(frozen, paths, eight(), Assumptions())
+    one, three = (found[path] for path in paths)
+    trained = sum(param.numel() for param in frozen.model.parameters() if param.requires_grad)
+    whole = sum(param.numel() for param in frozen.model.parameters())
+    assert one.frozen == three.frozen == pytest.approx(1 - trained / whole) and one.frozen > 0.5
+    norms = batch_norm_bytes(frozen)
+    # all-reduce (2) and all-gather (1) of what trains; all-gather of the frozen and of what trains (forward,
+    # and backward where it was released), and its reduce-scatter
+    assert one.step.within_node - norms == pytest.approx(3 * 2 * trained * 7 / 8, rel=0.02)
+    gathered = three.step.within_node - norms - 2 * trained * 7 / 8
+    assert 2 * whole * 7 / 8 <= 1.001 * gathered <= 1.1 * 2 * (whole + trained) * 7 / 8
+    assert re.search(
+        r"\d\d% of the weights are frozen, and they fit whole .*ZeRO-1 \(zero1", frozen_weights(found)
+    )
+    too_large = replace(one.memory, platform=replace(one.memory.platform, device_bytes=1.0))
+    found[paths[0]] = replace(one, memory=too_large)
+    assert "do not fit: ZeRO-3 (zero3_bf16) divides them." in frozen_weights(found)
+    assert frozen_weights({paths[0]: one}) == ""
+    assert frozen_weights(dict.fromkeys(paths, replace(one, frozen=0.2))) == ""
+
+
+def batch_norm_bytes(estimator: Estimator) -> float:
+    """That each of 8 GPUs sends in a step."""
+    return sum(part.sent for part in batch_norm_collectives(estimator.model, 8))
 
 
 def test_a_ds_config_that_cannot_be_used_there_is_named_with_the_reason(estimator):
