@@ -64,8 +64,8 @@ def check_optimizer(section: Mapping[str, Any], ds: DsConfig) -> str:
         amsgrad = " with amsgrad" if section.get("amsgrad") else ""
         raise ConfigError(
             f"engine.optimizer_states={ds.optimizer_states!r} is for optimizer.type 'Adam' or 'AdamW' "
-            f"without amsgrad, and this one is {kind!r}{amsgrad}; use AdamW, or leave engine.optimizer_states at "
-            '"fp32"'
+            f"without amsgrad, and this one is {kind!r}{amsgrad}; use AdamW, or leave "
+            'engine.optimizer_states at "fp32"'
         )
     parameters = inspect.signature(of_kind).parameters
     if not any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
