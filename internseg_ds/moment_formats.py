@@ -72,9 +72,8 @@ def to_bytes(values: Tensor, code: ByteCode, noise: torch.Generator | None) -> t
     magnitudes = blocks.abs() if code.signed else blocks.clone()
     scales = magnitudes.amax(1, keepdim=True)
     magnitudes.div_(scales.clamp(min=torch.finfo(torch.float32).tiny))
-    if (
-        code.signed
-    ):  # so that 1 stays 1, and the scale comes back as it was; 31 octaves are too many to matter
+    if code.signed:
+        # so that 1 stays 1, and the scale comes back as it was; 31 octaves are too many to matter
         magnitudes.mul_(1 - code.least)
     magnitudes.add_(code.least)
     bits = _rounded_bits(magnitudes, 23 - MANTISSA, noise)
