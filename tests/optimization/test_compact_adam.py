@@ -204,9 +204,11 @@ def saved_and_gone_on_from(folder: Path, pairs: list[tuple[str, int]]) -> None:
     "pairs",
     [
         [("8bit", 3), ("bf16 weights", 2)],
-        pytest.param(list(itertools.product(KINDS, (1, 2, 3))), marks=pytest.mark.slow),
+        *(
+            pytest.param([(kind, stage) for kind in KINDS], marks=pytest.mark.slow, id=f"zero{stage}")
+            for stage in (1, 2, 3)
+        ),
     ],
-    ids=["some", "all"],
 )
 def test_a_run_goes_on_to_the_last_bit_under_every_stage_with_its_average(pairs, tmp_path):
     spawn(saved_and_gone_on_from, 2, tmp_path, pairs)
