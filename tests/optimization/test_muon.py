@@ -409,6 +409,7 @@ def goes_on_in_the_engine(root: Path, work_dir: Path, raw: dict) -> None:
     assert all(torch.equal(one, other) for one, other in zip(*masters, strict=True))
 
 
-@pytest.mark.parametrize("stage", [3, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
 def test_a_real_backbone_goes_on_to_the_last_bit(ade20k, tmp_path, stage):
     spawn(goes_on_in_the_engine, 2, ade20k, tmp_path, {**under(stage), "bf16": {"enabled": True}})

@@ -23,7 +23,7 @@ def without_empty_register_tokens(model: Any) -> None:
     if getattr(model.config, "num_register_tokens", None) != 0:
         return
     for module in model.modules():
-        if "register_tokens" in module._parameters:
+        if any(name == "register_tokens" for name, _ in module.named_parameters(recurse=False)):
             del module.register_tokens
             module.__class__ = derived_class(type(module), {"register_tokens": property(_no_register_tokens)})
 
