@@ -158,15 +158,23 @@ def _main() -> None:
     check_arguments(parser, args)
 
     # after the arguments are known to be right: these take seconds to import
+    from contextlib import suppress
     from dataclasses import replace
     from pathlib import Path
 
     from internseg_ds.config.experiment import read_experiment
+    from internseg_ds.errors import ConfigError
     from internseg_ds.planning.devices import Cluster
-    from internseg_ds.planning.estimate import compare, estimate, estimate_scaling
+    from internseg_ds.planning.estimate import compare, estimate, estimate_scaling, without_zero
     from internseg_ds.planning.estimator import Estimator
     from internseg_ds.planning.step_time import Assumptions
-    from internseg_ds.planning.tables import print_comparison, print_estimate, print_scaling, wide_console
+    from internseg_ds.planning.tables import (
+        print_comparison,
+        print_estimate,
+        print_scaling,
+        print_without_zero,
+        wide_console,
+    )
 
     console = wide_console()
     assumed = Assumptions(compute=args.achieved)
@@ -189,6 +197,8 @@ def _main() -> None:
     others = [path for path in sorted(given.parent.glob("*.json")) if path != given]
     found = {given: chosen, **compare(estimator, others, cluster, assumed)}
     print_comparison(dict(sorted(found.items())), chosen, console)
+    with suppress(ConfigError):  # of settings that are ZeRO's alone
+        print_without_zero(without_zero(estimator, cluster), console)
 
 
 def main() -> NoReturn:

@@ -5,7 +5,7 @@ In: an `Estimator`, ds_configs, clusters. Out: `Estimate`s. Takes no accelerator
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from internseg_ds.config.ds_config import DsConfig
@@ -20,6 +20,7 @@ from internseg_ds.planning.estimator import DsConfigSource, Estimator
 from internseg_ds.planning.flops import TrainingPass
 from internseg_ds.planning.memory_estimate import MemoryEstimate, Platform
 from internseg_ds.planning.step_time import Assumptions, MatmulKind, StepTime, StepWork, step_time
+from internseg_ds.planning.zero_memory import Part
 from internseg_ds.planning.zero_settings import ZeroSettings, total_elements, trained_elements
 
 
@@ -174,6 +175,21 @@ def estimate_scaling(
             raise ConfigError(one.untimed)
         found.append(one)
     return found
+
+
+DDP = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}, "zero_optimization": {"stage": 0}}
+"""Plain data parallelism as a ds_config: fp32 weights, gradients and moments, whole in each process."""
+
+
+def without_zero(estimator: Estimator, cluster: Cluster) -> MemoryEstimate:
+    """The memory of a process under plain data parallelism (DDP), with the backbone in bf16 under autocast.
+    Raises ConfigError for settings that are ZeRO's alone."""
+    platform = Platform.of_cluster(cluster)
+    ds, _ = estimator.resolve(DDP, cluster.world_size)
+    found = as_it_will_train(estimator, ds, platform).memory(ds, platform)
+    # DDP's buckets, as mmcv builds it, are a second copy of the gradients
+    buckets = Part("communication buckets", 4 * trained_elements(estimator.model))
+    return replace(found, others=(*found.others, buckets))
 
 
 def whole_or_partitioned(

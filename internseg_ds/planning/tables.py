@@ -168,6 +168,16 @@ def print_comparison(found: Mapping[Path, Estimate | str], given: Estimate, cons
     console.print(_assumptions(given))
 
 
+def print_without_zero(memory: MemoryEstimate, console: Console) -> None:
+    """Says where a run needs no ZeRO. memory: of `estimate.without_zero`."""
+    if memory.fits:
+        console.print(
+            f"It fits without ZeRO, too: {memory.peak / GIB:.1f} GiB per GPU with everything whole on each. On "
+            "such models a step of plain DDP is the faster one: on CPUs ours took 1.2 to 1.6 times its time "
+            "(docs/against_others.md)."
+        )
+
+
 def _comparison_cells(estimate: Estimate) -> list[str]:
     memory, step = estimate.memory, estimate.step
     return [

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from rich.console import Console
 
 from internseg_ds.config.experiment import read_experiment
 from internseg_ds.distributed.process_group import World
@@ -12,12 +13,19 @@ from internseg_ds.errors import ConfigError
 from internseg_ds.planning import estimate as estimating
 from internseg_ds.planning.collectives import batch_norm_collectives
 from internseg_ds.planning.devices import DEVICES, Cluster
-from internseg_ds.planning.estimate import Estimate, compare, estimate, estimate_scaling, fastest
+from internseg_ds.planning.estimate import (
+    Estimate,
+    compare,
+    estimate,
+    estimate_scaling,
+    fastest,
+    without_zero,
+)
 from internseg_ds.planning.estimator import Estimator
 from internseg_ds.planning.image_sizes import crop_size, evaluation_size
 from internseg_ds.planning.memory_warnings import shortfall
 from internseg_ds.planning.step_time import Assumptions, StepTime
-from internseg_ds.planning.tables import conclusion, frozen_weights, verdict
+from internseg_ds.planning.tables import conclusion, frozen_weights, print_without_zero, verdict
 from tests.conftest import ROOT, TINY
 
 OURS = ROOT / "ds_configs"
@@ -234,3 +242,18 @@ def test_a_model_without_an_estimate_is_a_line_of_the_log_and_no_error(monkeypat
     monkeypatch.setattr(Estimator, "training_memory", lambda *_, **__: 1 / 0)
     assert warning(monkeypatch, 1.0) is None
     assert "could not be estimated: ZeroDivisionError" in caplog.text
+
+
+def test_what_needs_no_zero_is_said_with_its_bytes(estimator):
+    console = Console(record=True, width=200)
+    memory = without_zero(estimator, eight())
+    params = sum(param.numel() for param in estimator.model.parameters())
+    held = {
+        part.name: part.device for part in memory.parts if part.name in ("weights", "gradients", "optimizer")
+    }
+    assert held == {"weights": 4 * params, "gradients": 4 * params, "optimizer": 8 * params}
+    assert sum(part.device for part in memory.parts if part.name == "communication buckets") == 4 * params
+    print_without_zero(memory, console)
+    assert f"{memory.peak / 2**30:.1f} GiB" in console.export_text()
+    print_without_zero(without_zero(estimator, eight(gpu_gib=2)), console)
+    assert not console.export_text()
