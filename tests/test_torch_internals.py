@@ -20,6 +20,7 @@ from internseg_ds.torch_internals import (
     TorchDispatchMode,
     adam_step_count,
     build_was_interrupted,
+    compilation_error,
     convert_tensors,
     copy_tensors,
     cpu_multiplies_bf16,
@@ -31,6 +32,7 @@ from internseg_ds.torch_internals import (
     position_in_file,
     reset_parameters_of,
     run_backward,
+    scaled_product,
     set_schedule_position,
     storage_id,
     tree_leaves,
@@ -220,6 +222,25 @@ def test_the_thread_that_called_backward_stands_where_stacks_are_looked_for():
     assert any(
         frame.filename.endswith(f"/{BACKWARD_FILE}") and frame.name == BACKWARD_FUNCTION for frame in frames
     )
+
+
+def test_scaled_product():
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(16, 32, generator=generator).to(torch.float8_e4m3fn) for _ in range(2))
+    a_scale, b_scale = torch.rand(16, 1, generator=generator), torch.rand(1, 16, generator=generator)
+    expected = (a.double() * a_scale) @ (b.double().T * b_scale)
+    found = scaled_product(a, b.T, a_scale, b_scale, torch.bfloat16)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=2**-8)
+
+
+def test_compilation_error():
+    def breaks(x: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return x + 1
+
+    with pytest.raises(compilation_error()):
+        torch.compile(breaks, backend="eager", fullgraph=True)(torch.ones(2))
 
 
 def test_every_function_of_torch_internals_has_a_test_of_its_name():
