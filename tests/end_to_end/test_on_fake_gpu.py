@@ -4,6 +4,7 @@ dtypes, and where the host would wait."""
 import re
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ from internseg_ds.distributed.gathering import Forwards, copy_fits
 from internseg_ds.distributed.precision import apply_precision
 from internseg_ds.distributed.process_group import AnyRankFlags
 from internseg_ds.distributed.sync_batch_norm import AnyDeviceSyncBatchNorm
+from internseg_ds.distributed.zero_internals import orthogonalized
 from internseg_ds.monitoring.step_metrics import StepMetrics
+from internseg_ds.optimization.matrix_exchange import Matrix, MatrixExchange, Part
 from internseg_ds.planning.image_sizes import crop_size
 from internseg_ds.training.nonfinite_steps import nan_gradients_unless_finite
 from tests.conftest import ROOT
@@ -143,14 +146,19 @@ def test_what_our_own_collectives_send_lies_on_the_gpu(monkeypatch):
         interval.add({"loss": one, "acc": one})
         interval.end_step(one)
         norm(torch.ones(2, 3, 4, 4, device=device))
+        halves = (Part(0, 0, 0, 8), Part(1, 0, 8, 16))
+        exchange = MatrixExchange([Matrix(4, 4, halves)], rank=0, world_size=2)
+        exchange.replace(torch.ones(8, device=device), partial(orthogonalized, method="standard"))
         assert not waits.found
-        assert sorted(name for name, _ in waits.collectives) == ["c10d::_allgather_base_"] * 2 + [
-            "c10d::allreduce_"
-        ]
+        assert Counter(name for name, _ in waits.collectives) == {
+            "c10d::_allgather_base_": 2,
+            "c10d::allreduce_": 1,
+            "c10d::alltoall_base_": 4,
+        }
         interval.means_over_ranks()  # at a record, which may wait
         assert copy_fits(1, device) is not None  # evaluations may, too
         Forwards(torch.nn.Linear(1, 1, device=device), in_step=True)._smallest_image(torch.Size((64, 48)))
-    assert {kind for _, kind in waits.collectives} == {"cuda"} and len(waits.collectives) == 6
+    assert {kind for _, kind in waits.collectives} == {"cuda"} and len(waits.collectives) == 10
 
 
 def test_there_is_no_other_collective_of_tensors_in_the_package():
@@ -169,4 +177,5 @@ def test_there_is_no_other_collective_of_tensors_in_the_package():
         "sync_batch_norm.py": 2,
         "gathering.py": 2,
         "process_group.py": 1,
+        "matrix_exchange.py": 1,
     }
