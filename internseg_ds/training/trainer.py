@@ -37,14 +37,6 @@ def train(run: TrainingRun) -> TrainState:
     start, last = state.step, experiment.max_steps
     has_val_set = plan.val_set is not None
     run.watch.at(start, "building")
-    if start >= last:
-        # no return: the loop below makes no step, but a checkpoint that was never evaluated still is
-        log.warning(
-            "nothing is left to train: the checkpoint is of step %d, and runner.max_iters is %d; raise it, "
-            "or start anew in another --work-dir",
-            start,
-            last,
-        )
     limits = experiment.engine
     bad_images = BadImages(run.work_dir / "data_faults.txt", limits.max_data_faults, start=start)
     skips = run.work_dir / "skipped_steps.jsonl"
@@ -60,10 +52,7 @@ def train(run: TrainingRun) -> TrainState:
         SteppedCollector() as garbage,
     ):
         with garbage.automatic():
-            if has_val_set and start == 0 and experiment.engine.evaluate_before:
-                evaluate_and_record(run, monitors, of_checkpoint=False)
-            if evaluate_checkpoint:
-                evaluate_and_record(run, monitors)
+            _before_the_first_step(run, monitors, evaluate_checkpoint=evaluate_checkpoint)
         monitors.restart()
         deepspeed.train()
         while state.step < last and not run.stopped:
@@ -128,6 +117,22 @@ def train(run: TrainingRun) -> TrainState:
         run.checkpoints.finish()
     _finish(run, nonfinite, start)
     return state
+
+
+def _before_the_first_step(run: TrainingRun, monitors: StepMonitors, *, evaluate_checkpoint: bool) -> None:
+    """Evaluates what a run starts from: where the config asks for it, or where a checkpoint never was."""
+    start, experiment = run.state.step, run.plan.experiment
+    if start >= experiment.max_steps:
+        log.warning(
+            "nothing is left to train: the checkpoint is of step %d, and runner.max_iters is %d; raise it, "
+            "or start anew in another --work-dir",
+            start,
+            experiment.max_steps,
+        )
+    if run.plan.val_set is not None and start == 0 and experiment.engine.evaluate_before:
+        evaluate_and_record(run, monitors, of_checkpoint=False)
+    if evaluate_checkpoint:
+        evaluate_and_record(run, monitors)
 
 
 def _batches(run: TrainingRun) -> Generator[Batch, None, None]:
