@@ -10,7 +10,7 @@ import logging
 import socket
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from internseg_ds.distributed.process_group import gather_from_ranks
+from internseg_ds.models.block_execution.compiled_blocks import runs_compiled
 from internseg_ds.monitoring.step_metrics import StepMetrics
 from internseg_ds.torch_internals import BATCH_NORM
 
@@ -31,19 +32,23 @@ STARVING = 0.10
 """Share of their time that all ranks wait for data from which the fix is named."""
 
 
+def _timed(module: nn.Module) -> Iterator[nn.Module]:
+    """The layers with parameters in a module, and compiled blocks as a whole."""
+    if runs_compiled(module):
+        yield module
+        return
+    yield from (layer for child in module.children() for layer in _timed(child))
+    is_layer = next(module.children(), None) is None and next(module.parameters(), None) is not None
+    if is_layer and not isinstance(module, BATCH_NORM):  # which may wait for other ranks' moments
+        yield module
+
+
 class LayerClock:
-    """A `with` block that adds up the time that layers with parameters take in their forward passes,
-    recomputation included: on a GPU by its own events."""
+    """A `with` block that adds up the time that layers with parameters, and compiled blocks, take in their
+    forward passes, recomputation included: on a GPU by its own events."""
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
-        self.layers = [
-            layer
-            for layer in module.modules()
-            if next(layer.children(), None) is None
-            and next(layer.parameters(), None) is not None
-            # these may wait for other ranks' moments
-            and not isinstance(layer, BATCH_NORM)
-        ]
+        self.layers = list(dict.fromkeys(_timed(module)))
         self.on_gpu = device.type == "cuda"
         self._began: dict[nn.Module, Any] = {}
         self._spans: list[tuple[Any, Any]] = []
