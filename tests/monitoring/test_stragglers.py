@@ -11,6 +11,7 @@ from mmseg.datasets.builder import PIPELINES
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from internseg_ds.models.block_execution.compiled_blocks import compile_blocks
 from internseg_ds.monitoring.step_metrics import StepMetrics
 from internseg_ds.monitoring.stragglers import LayerClock, Stragglers, slowest
 from internseg_ds.training.segmentor_engine import SegmentorEngine
@@ -113,3 +114,14 @@ def test_the_clock_adds_up_the_layers_and_their_recomputation_and_nothing_betwee
     with clock:
         pass
     assert clock.seconds == 0
+
+
+def test_a_compiled_block_is_on_the_clock_as_a_whole():
+    model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))])})
+    model["head"] = nn.Linear(2, 2)
+    compile_blocks(model, ["blocks.0"], "eager")
+    clock = LayerClock(model, torch.device("cpu"))
+    assert clock.layers == [model["blocks"][0], model["head"]]
+    with clock:
+        model["head"](model["blocks"][0](torch.ones(1, 2)))
+    assert len(clock._spans) == 2

@@ -16,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import internseg_ds.models  # noqa: F401 - registers the backbones
 from internseg_ds.models.activation_checkpointing import set_recomputation
-from internseg_ds.models.block_execution.compiled_blocks import compile_blocks
+from internseg_ds.models.block_execution.compiled_blocks import compile_blocks, runs_compiled
 from internseg_ds.models.block_execution.drop_path_draws import kept_images
 from internseg_ds.models.repeated_blocks import block_names
 from internseg_ds.torch_internals import reset_parameters_of
@@ -44,7 +44,7 @@ BACKBONES = {
         drop_path_rate=0.6,
     ),
 }
-SIDES = {"InternViT": 56, "InternImage": 32, "timm": 64}
+SIDES = {"InternViT": 56, "InternImage": 48, "timm": 64}
 SLOW = pytest.mark.slow
 
 
@@ -129,7 +129,10 @@ def test_an_evaluation_on_images_of_any_size_compiles_two_graphs_of_each_kind_of
                 torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
             if (count, height) == (2, 1):
                 graphs = counters["stats"]["unique_graphs"]
-    assert counters["stats"]["unique_graphs"] == graphs == 4
+    kinds = len({type(block) for block in compiled.modules() if runs_compiled(block)})
+    # the compiler takes sizes that are equal (height and width) for one number until they differ
+    later = kinds if name == "InternImage" else 0
+    assert graphs == 2 * kinds and counters["stats"]["unique_graphs"] == graphs + later
 
 
 @SLOW
