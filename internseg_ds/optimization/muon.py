@@ -60,7 +60,7 @@ class Muon(RangedAdam):
 
         Defaults are those of DeepSpeed's Muon and of torch's Adam. Raises ValueError for values that cannot be
         meant."""
-        if not 0 <= momentum < 1:
+        if not isinstance(momentum, (int, float)) or not 0 <= momentum < 1:
             raise ValueError(f"momentum={momentum!r} must be at least 0 and below 1")
         if ns_method not in NEWTON_SCHULZ:
             raise ValueError(f"ns_method={ns_method!r} must be {' or '.join(map(repr, NEWTON_SCHULZ))}")

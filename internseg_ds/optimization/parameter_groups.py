@@ -84,7 +84,8 @@ def _divided_for_muon(model: nn.Module, groups: Sequence[Group], settings: Mappi
     if not matrices:
         raise ConfigError(
             "optimizer Muon updates the matrices of the backbone's repeated blocks, and of "
-            f"{type(model.get_submodule('backbone')).__name__} none of these trains; use AdamW"
+            f"{type(model.get_submodule('backbone')).__name__} none of these trains (see engine.tune and the "
+            "backbone's own freezing); use AdamW"
         )
     lr, adam_lr = settings["lr"], settings.get("adam_lr")
     if adam_lr is not None and not (lr > 0 and isinstance(adam_lr, (int, float)) and 0 <= adam_lr < math.inf):

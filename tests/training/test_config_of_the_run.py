@@ -57,3 +57,18 @@ def goes_on_with_another_batch(root: Path, work_dir: Path) -> None:
 
 def test_epochs_of_another_length_are_not_gone_on_with(ade20k, tmp_path):
     spawn(goes_on_with_another_batch, 1, ade20k, tmp_path)
+
+
+def compiled_while_layers_are_timed(root: Path, work_dir: Path) -> None:
+    cfg = small_experiment(root, "runner.max_iters=2", "engine.compile=True", "lr_config.warmup_iters=0")
+    with SegmentorEngine(
+        cfg, ROOT / "ds_configs/zero3_bf16.json", work_dir=work_dir, validate=False
+    ) as engine:
+        engine.train()
+    log = (work_dir / "train.log").read_text()
+    assert "compile the backbone's blocks" in log and "cannot be compiled" not in log
+
+
+@pytest.mark.slow
+def test_blocks_are_compiled_in_a_run_whose_first_step_is_logged(ade20k, tmp_path):
+    spawn(compiled_while_layers_are_timed, 1, ade20k, tmp_path)
