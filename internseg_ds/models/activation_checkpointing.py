@@ -70,6 +70,12 @@ def set_recomputation(model: nn.Module, recomputation: CheckpointingPolicy) -> N
             backbone.recomputation = recomputation
 
 
+def runs_compiled(block: Any) -> bool:
+    """Whether a block is one that `block_execution.compiled_blocks` compiles: nobody sees the operations inside
+    it, and modules inside it can have no hooks."""
+    return hasattr(block, "keeps_matmuls")
+
+
 def run_block(
     block: Any, *inputs: Any, index: int, recomputation: CheckpointingPolicy, **keywords: Any
 ) -> Any:
@@ -88,7 +94,7 @@ def run_block(
     """
     # not block(...): that of `checkpoint_calls` would come back here
     run = functools.partial(nn.Module.__call__, block) if isinstance(block, nn.Module) else block
-    in_graph = hasattr(block, "keeps_matmuls")  # a compiled block, inside which nobody sees operations
+    in_graph = runs_compiled(block)
     if in_graph:
         block.keeps_matmuls = recomputation == "all_but_matmuls"
     if not torch.is_grad_enabled():

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from internseg_ds.distributed.process_group import gather_from_ranks
-from internseg_ds.models.block_execution.compiled_blocks import runs_compiled
+from internseg_ds.models.activation_checkpointing import runs_compiled
 from internseg_ds.monitoring.step_metrics import StepMetrics
 from internseg_ds.torch_internals import BATCH_NORM
 

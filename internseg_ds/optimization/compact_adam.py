@@ -104,27 +104,23 @@ class CompactAdam(RangedAdam):
     ) -> None:
         """torch's update of the elements from `start` on, in place. weights, gradient, each moment: fp32,
         1-d, of the same size."""
-        groups = self.settings.param_groups
         stop = start + weights.numel()
+        views, numbers = [], []
         for first, last, setting in self._ranges[flat]:
             part = slice(max(first, start) - start, min(last, stop) - start)
             if part.start >= part.stop:
                 continue
             view = weights[part]
             view.grad = gradient[part]
-            groups[setting]["params"].append(view)
+            views.append(view)
+            numbers.append(setting)
             self.settings.state[view] = {
                 "step": self.state[flat]["step"].clone(),
                 **{what: values[part] for what, values in moments.items()},
             }
         try:
-            # groups without parameters cost torch time
-            self.settings.param_groups = [group for group in groups if group["params"]]
-            self.settings.step()
+            self._step_views(views, numbers)
         finally:
-            self.settings.param_groups = groups
-            for group in groups:
-                group["params"] = []
             self.settings.state.clear()
 
     def _noise(self, flat: Tensor) -> torch.Generator:

@@ -101,11 +101,19 @@ class RangedAdam(Optimizer):
         """flat, gradient: 1-d, of the same size."""
         if not self._ranges[flat]:
             return
-        groups = self.settings.param_groups
         views = self._current_views(flat)
+        numbers = []
         for (start, stop, setting), view in zip(self._ranges[flat], views, strict=True):
             view.grad = gradient[start:stop]
-            groups[setting]["params"].append(view)
+            numbers.append(setting)
+        self._step_views(views, numbers)
+
+    def _step_views(self, views: Sequence[Tensor], numbers: Sequence[int]) -> None:
+        """torch's update of tensors that have a gradient, which it takes from them. numbers: of the setting of
+        each."""
+        groups = self.settings.param_groups
+        for view, number in zip(views, numbers, strict=True):
+            groups[number]["params"].append(view)
         try:
             # groups without parameters cost torch time
             self.settings.param_groups = [group for group in groups if group["params"]]

@@ -49,11 +49,6 @@ def compile_blocks(backbone: nn.Module, names: Sequence[str], backend: str = "in
         block.__class__ = kinds[kind]
 
 
-def runs_compiled(module: nn.Module) -> bool:
-    """Whether a module is a block that `compile_blocks` changed: what stands inside it can have no hooks."""
-    return hasattr(module, "keeps_matmuls")
-
-
 class _Compilation:
     """How the blocks of one model are compiled, and whether they still are."""
 

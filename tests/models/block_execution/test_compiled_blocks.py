@@ -15,8 +15,8 @@ from torch._dynamo.utils import counters
 from torch.autograd.graph import saved_tensors_hooks
 
 import internseg_ds.models  # noqa: F401 - registers the backbones
-from internseg_ds.models.activation_checkpointing import set_recomputation
-from internseg_ds.models.block_execution.compiled_blocks import compile_blocks, runs_compiled
+from internseg_ds.models.activation_checkpointing import runs_compiled, set_recomputation
+from internseg_ds.models.block_execution.compiled_blocks import compile_blocks
 from internseg_ds.models.block_execution.drop_path_draws import kept_images
 from internseg_ds.models.repeated_blocks import block_names
 from internseg_ds.torch_internals import reset_parameters_of
