@@ -17,16 +17,13 @@ line of JSON.
 import argparse
 import json
 import math
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
+import whole_runs
 from mmcv import Config
 from rich.console import Console
 from rich.table import Table
@@ -255,21 +252,9 @@ def experiment(kind: str, scenes: Path, steps: int, width: int) -> Config:
 def train(kind: str, seed: int, folder: Path, args: argparse.Namespace) -> dict[str, float]:
     """Loss and mIoU of a training in a process of its own, under ZeRO-2."""
     work_dir = folder / f"{list(KINDS).index(kind)}_{seed}"
-    config, ds_config = work_dir.with_suffix(".py"), work_dir.with_suffix(".json")
-    config.write_text(experiment(kind, folder / "scenes", args.steps, args.width).pretty_text)
-    ds_config.write_text(json.dumps({"bf16": KINDS[kind][1], "zero_optimization": {"stage": 2}}))
-    command: list[Any] = [sys.executable, "launch/train.py", config, "--work-dir", work_dir, "--seed", seed]
-    command += ["--deepspeed_config", ds_config]
-    done = subprocess.run(
-        list(map(str, command)),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    if done.returncode:
-        raise SystemExit(f"{' '.join(map(str, command))} ended with {done.returncode}\n{done.stderr[-3000:]}")
-    records = [json.loads(line) for line in (work_dir / "metrics.jsonl").read_text().splitlines()]
+    cfg = experiment(kind, folder / "scenes", args.steps, args.width)
+    ds_config = {"bf16": KINDS[kind][1], "zero_optimization": {"stage": 2}}
+    records = whole_runs.train(cfg, ds_config, work_dir, "--seed", seed)
     losses = [record["loss"] for record in records if "loss" in record]
     return {
         "loss": statistics.mean(losses[-max(1, args.steps // 10) :]),

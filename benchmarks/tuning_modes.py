@@ -12,10 +12,7 @@ train, and CPU seconds of a step of plain PyTorch over those of full tuning; end
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import whole_runs
 from mmcv import Config
 from rich.console import Console
 from rich.table import Table
@@ -138,24 +136,10 @@ def scheduled(cfg: Config, steps: int, interval: int) -> Config:
 
 
 def train(cfg: Config, work_dir: Path) -> list[dict[str, Any]]:
-    """Trains in a process of its own, under ZeRO-1 in fp32; returns its records."""
-    config = work_dir.with_suffix(".py")
-    config.write_text(cfg.pretty_text)
-    ds_config = work_dir.with_suffix(".json")
-    ds_config.write_text(json.dumps({"zero_optimization": {"stage": 1}}))  # fp32, on any device
-    command = [sys.executable, "launch/train.py", config, "--work-dir", work_dir]
-    command += ["--deepspeed_config", ds_config]
-    done = subprocess.run(
-        list(map(str, command)),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    if done.returncode:
-        raise SystemExit(f"{' '.join(map(str, command))} ended with {done.returncode}\n{done.stderr[-3000:]}")
+    """Trains in a process of its own, under ZeRO-1 in fp32, on any device; returns its records."""
+    records = whole_runs.train(cfg, {"zero_optimization": {"stage": 1}}, work_dir)
     print(f"{work_dir.name} is done", flush=True)
-    return [json.loads(line) for line in (work_dir / "metrics.jsonl").read_text().splitlines()]
+    return records
 
 
 def trained_parameters(cfg: Config) -> dict[str, int]:

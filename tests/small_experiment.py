@@ -3,8 +3,13 @@ Python."""
 
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
 from mmcv import Config, DictAction
 
+from internseg_ds import SegmentorEngine
+from internseg_ds.data.loading import Batch, training_batches
+from internseg_ds.data.sampler import GlobalBatchSampler
 from tests.conftest import ROOT, TINY, data_options
 from tests.end_to_end.conftest import SMALL
 
@@ -26,3 +31,10 @@ def small_experiment(root: Path, *options: str, after_normalize: str | None = No
         names = [step["type"] for step in cfg.data.train.pipeline]
         cfg.data.train.pipeline.insert(names.index("Normalize") + 1, dict(type=after_normalize))
     return cfg
+
+
+def first_batch(engine: SegmentorEngine) -> Batch:
+    """This rank's first two images of the engine's training set."""
+    dataset, rank, ranks = engine.plan.train_set, dist.get_rank(), dist.get_world_size()
+    sampler = GlobalBatchSampler(len(dataset), 2, rank=rank, world_size=ranks, seed=0, start=0)
+    return next(training_batches(dataset, sampler, workers=0, seed=0, device=torch.device("cpu")))

@@ -6,19 +6,17 @@ from pathlib import Path
 import deepspeed
 import pytest
 import torch
-import torch.distributed as dist
 from deepspeed.utils import safe_set_full_fp32_param
 
 from internseg_ds import SegmentorEngine
 from internseg_ds.cli.command_line import quieten
 from internseg_ds.config.experiment import read_experiment
-from internseg_ds.data.loading import training_batches
-from internseg_ds.data.sampler import GlobalBatchSampler
 from internseg_ds.errors import ConfigError
 from internseg_ds.models.activation_checkpointing import set_recomputation
 from tests.conftest import ROOT, TINY, data_options
 from tests.distributed.ranks import spawn
 from tests.end_to_end.conftest import SMALL
+from tests.small_experiment import first_batch
 
 TIGHT = {
     "stage3_param_persistence_threshold": 320,
@@ -57,19 +55,7 @@ def every_policy_is_equal(settings: list[tuple[dict, dict]], root: Path, work_di
             work_dir=work_dir,
             validate=False,
         ) as engine:
-            sampler = GlobalBatchSampler(
-                len(engine.plan.train_set),
-                2,
-                rank=dist.get_rank(),
-                world_size=dist.get_world_size(),
-                seed=0,
-                start=0,
-            )
-            batch = next(
-                training_batches(
-                    engine.plan.train_set, sampler, workers=0, seed=0, device=torch.device("cpu")
-                )
-            )
+            batch = first_batch(engine)
             engine.deepspeed.train()
 
             def step(engine=engine, batch=batch) -> tuple[float, float]:

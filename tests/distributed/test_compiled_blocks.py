@@ -8,20 +8,18 @@ from pathlib import Path
 import deepspeed
 import pytest
 import torch
-import torch.distributed as dist
 from torch._dynamo.utils import counters
 
 from internseg_ds import SegmentorEngine
 from internseg_ds.cli.command_line import quieten
 from internseg_ds.config.experiment import read_experiment
-from internseg_ds.data.loading import training_batches
-from internseg_ds.data.sampler import GlobalBatchSampler
 from internseg_ds.models.activation_checkpointing import set_recomputation
 from internseg_ds.models.block_execution.compiled_blocks import compile_blocks
 from internseg_ds.models.repeated_blocks import block_names
 from tests.conftest import ROOT, TINY
 from tests.distributed.ranks import spawn
 from tests.distributed.test_activation_checkpointing import LEAF, TIGHT, options
+from tests.small_experiment import first_batch
 
 GRAPHS = "aot_eager_decomp_partition"
 """torch.compile's backend that traces and divides graphs into forward and backward, and compiles nothing."""
@@ -40,17 +38,7 @@ def small_engine(root: Path, work_dir: Path, zero: dict, **more: object) -> Segm
 def stepper(engine: SegmentorEngine):
     """A function that trains one step on one batch, under learning rate 0, and returns the loss and the norm of
     all gradients. Random numbers start anew in each."""
-    sampler = GlobalBatchSampler(
-        len(engine.plan.train_set),
-        2,
-        rank=dist.get_rank(),
-        world_size=dist.get_world_size(),
-        seed=0,
-        start=0,
-    )
-    batch = next(
-        training_batches(engine.plan.train_set, sampler, workers=0, seed=0, device=torch.device("cpu"))
-    )
+    batch = first_batch(engine)
     engine.deepspeed.train()
 
     def step() -> tuple[float, float]:

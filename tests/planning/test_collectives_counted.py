@@ -16,14 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from internseg_ds import SegmentorEngine
 from internseg_ds.cli.command_line import quieten
 from internseg_ds.config.experiment import read_experiment
-from internseg_ds.data.loading import training_batches
-from internseg_ds.data.sampler import GlobalBatchSampler
 from internseg_ds.planning.collectives import step_traffic
 from internseg_ds.planning.flops import training_pass
 from internseg_ds.planning.zero_settings import ZeroSettings
 from tests.conftest import ROOT, TINY, data_options
 from tests.distributed.ranks import spawn
 from tests.end_to_end.conftest import SMALL
+from tests.small_experiment import first_batch
 
 TINIER = [*SMALL, "data.workers_per_gpu=0"]
 KINDS = {
@@ -88,14 +87,7 @@ def count_and_compare(settings: list[tuple], root: Path, work_dir: Path) -> None
         ds_config = {"bf16": {"enabled": True}, "zero_optimization": zero}
         with SegmentorEngine(experiment, ds_config, work_dir=work_dir, validate=False) as engine:
             engine.deepspeed.train()
-            sampler = GlobalBatchSampler(
-                len(engine.plan.train_set), 2, rank=dist.get_rank(), world_size=world_size, seed=0, start=0
-            )
-            batch = next(
-                training_batches(
-                    engine.plan.train_set, sampler, workers=0, seed=0, device=torch.device("cpu")
-                )
-            )
+            batch = first_batch(engine)
 
             def step(engine=engine, batch=batch, accumulation=accumulation):
                 for _ in range(accumulation):

@@ -13,13 +13,12 @@ import torch.distributed as dist
 from internseg_ds import SegmentorEngine
 from internseg_ds.cli.command_line import quieten
 from internseg_ds.config.experiment import read_experiment
-from internseg_ds.data.loading import training_batches
-from internseg_ds.data.sampler import GlobalBatchSampler
 from internseg_ds.optimization.parameter_groups import parameter_groups
 from internseg_ds.planning.zero_memory import model_states, temporary_buffers
 from internseg_ds.planning.zero_settings import ZeroSettings
 from tests.conftest import ROOT, TINY, data_options
 from tests.distributed.ranks import spawn
+from tests.small_experiment import first_batch
 
 BUCKET = 300_000
 PASSING = ("gradients being sent", "gathered weights", "gradients of one micro-batch", "whole gradients")
@@ -65,14 +64,7 @@ def count_and_compare(settings: list[tuple[dict, int, str]], root: Path, work_di
         ) as engine:
             ema = sum(shard.nbytes for shard in engine.ema.shards)
             engine.deepspeed.train()
-            sampler = GlobalBatchSampler(
-                len(engine.plan.train_set), 2, rank=dist.get_rank(), world_size=n, seed=0, start=0
-            )
-            batch = next(
-                training_batches(
-                    engine.plan.train_set, sampler, workers=0, seed=0, device=torch.device("cpu")
-                )
-            )
+            batch = first_batch(engine)
             counted = {}
             for _ in range(2 * accumulation):
                 engine.deepspeed.backward(engine.forward(batch)["loss"])
