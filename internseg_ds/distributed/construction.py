@@ -23,9 +23,9 @@ import internseg_ds.models  # noqa: F401 - registers the backbones and heads
 from internseg_ds.config.ds_config import DsConfig
 from internseg_ds.config.engine_options import EngineOptions
 from internseg_ds.config.tuning_options import described
+from internseg_ds.distributed.batch_norms import allow_any_device
 from internseg_ds.distributed.initial_values import initialise, initialise_adapters
 from internseg_ds.distributed.precision import buffers_to_fp32
-from internseg_ds.distributed.sync_batch_norm import allow_any_device
 from internseg_ds.errors import ConfigError, nearest_argument, reason_of
 from internseg_ds.models.activation_checkpointing import CheckpointingPolicy, set_recomputation
 from internseg_ds.models.backbone import forget_pretrained

@@ -2,14 +2,15 @@
 which are computed again in it.
 
 For any backbone with `with_cp` (mmseg's name of the switch) and a `recomputation` that it passes to
-`run_block`. No policy changes a loss or a gradient, not in the last bit: a block draws the same random
-numbers (drop-path) both times. Sources: Chen et al., "Training deep nets with sublinear memory cost" (2016);
-Korthikanti et al., "Reducing activation recomputation" (2022), section 5, for recomputing what is cheap and
-large.
+`run_block`. No policy changes a loss, a gradient or a running statistic, not in the last bit: a block draws
+the same random numbers (drop-path) both times, and batch norms count a batch once. Sources: Chen et al.,
+"Training deep nets with sublinear memory cost" (2016); Korthikanti et al., "Reducing activation
+recomputation" (2022), section 5, for recomputing what is cheap and large.
 """
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -17,7 +18,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from internseg_ds.models.derived_class import derived_class, once_per_class
-from internseg_ds.torch_internals import TorchDispatchMode, operator_schema, storage_id, tree_leaves
+from internseg_ds.torch_internals import (
+    NORM_WITH_MOMENTS,
+    TorchDispatchMode,
+    operator_schema,
+    storage_id,
+    tree_leaves,
+)
 
 CheckpointingPolicy = Literal["none", "blocks", "all_but_matmuls"] | int
 """What a backbone's blocks keep for the backward pass.
@@ -105,8 +112,9 @@ def run_block(
     if recomputation == "none" or (isinstance(recomputation, int) and index % recomputation):
         return run(*inputs, **keywords)
     if recomputation == "all_but_matmuls":
-        return run(*inputs, **keywords) if in_graph else run_keeping_matmuls(run, *inputs, **keywords)
-    return checkpoint(run, *inputs, use_reentrant=False, **keywords)
+        return run(*inputs, **keywords) if in_graph else run_keeping_matmuls(block, run, *inputs, **keywords)
+    contexts = functools.partial(_second_pass_apart, _norms_with_moments(block))
+    return checkpoint(run, *inputs, use_reentrant=False, context_fn=contexts, **keywords)
 
 
 def _passes_gradients(block: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
@@ -116,9 +124,41 @@ def _passes_gradients(block: nn.Module, inputs: tuple[Any, ...], keywords: dict[
     )
 
 
-def run_keeping_matmuls(function: Callable[..., Any], *inputs: Any, **keywords: Any) -> Any:
-    """Return function(*inputs, **keywords) under the policy "all_but_matmuls"."""
-    return checkpoint(function, *inputs, use_reentrant=False, context_fn=_keeping_matmuls, **keywords)
+def run_keeping_matmuls(block: Any, function: Callable[..., Any], *inputs: Any, **keywords: Any) -> Any:
+    """Return function(*inputs, **keywords), which runs `block`, under the policy "all_but_matmuls"."""
+    contexts = functools.partial(_keeping_matmuls, _norms_with_moments(block))
+    return checkpoint(function, *inputs, use_reentrant=False, context_fn=contexts, **keywords)
+
+
+def _norms_with_moments(block: Any) -> list[Any]:
+    """The norms in a block that update running statistics as they run."""
+    modules = block.modules() if isinstance(block, nn.Module) else ()
+    return [
+        module
+        for module in modules
+        if isinstance(module, NORM_WITH_MOMENTS) and module.training and module.track_running_stats
+    ]
+
+
+Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
+"""Of the first and of the second pass of one block."""
+
+
+def _second_pass_apart(norms: Sequence[Any]) -> Contexts:
+    return nullcontext(), _statistics_left_alone(norms)
+
+
+@contextmanager
+def _statistics_left_alone(norms: Sequence[Any]) -> Iterator[None]:
+    """Batch norms normalise as in training, and their running statistics, which the first pass has updated,
+    stay as they are."""
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
 
 
 def checkpoint_calls(blocks: Sequence[nn.Module]) -> None:
@@ -172,10 +212,15 @@ addresses that no cache can prefetch. A backbone with an expensive operation of 
 # and DeepSpeed's linear layer adds its bias in place to a product that was kept.
 
 
-def _keeping_matmuls() -> tuple[TorchDispatchMode, TorchDispatchMode]:
-    """The contexts of the first and of the second pass of one block."""
+def _keeping_matmuls(norms: Sequence[Any]) -> Contexts:
     kept: list[Any] = []
-    return _KeepResults(kept), _ReturnKeptResults(kept)
+    return _KeepResults(kept), _returning_kept_results(kept, norms)
+
+
+@contextmanager
+def _returning_kept_results(kept: list[Any], norms: Sequence[Any]) -> Iterator[None]:
+    with _statistics_left_alone(norms), _ReturnKeptResults(kept):
+        yield
 
 
 class _KeepResults(TorchDispatchMode):

@@ -16,20 +16,26 @@ ModuleClass = type[nn.Module]
 
 
 def derived_class(
-    owner: ModuleClass, body: Mapping[str, Any], *, word: str = "", doc: str | None = None
+    owner: ModuleClass,
+    body: Mapping[str, Any],
+    *,
+    word: str = "",
+    doc: str | None = None,
+    bases: tuple[ModuleClass, ...] = (),
 ) -> ModuleClass:
     """Make a subclass of `owner` with the attributes and methods of `body`.
 
     It has the module and the qualified name of `owner`, because DeepSpeed knows by these the blocks whose
     parameters it gathers as one unit. word: prefix of the class's short name, which `print(module)` shows.
-    doc: the docstring, default that of `owner`.
+    doc: the docstring, default that of `owner`. bases: further ones behind `owner`, whose methods its own find by
+    super().
     """
     names = {
         "__module__": owner.__module__,
         "__qualname__": owner.__qualname__,
         "__doc__": owner.__doc__ if doc is None else doc,
     }
-    return type(f"{word}{owner.__name__}", (owner,), {**names, **body})
+    return type(f"{word}{owner.__name__}", (owner, *bases), {**names, **body})
 
 
 def once_per_class(derive: Callable[[ModuleClass], ModuleClass]) -> Callable[[ModuleClass], ModuleClass]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from internseg_ds.config.ds_config import DsConfig
 from internseg_ds.config.experiment import Experiment
+from internseg_ds.distributed.batch_norms import norms_of_each_rank
 from internseg_ds.distributed.precision import check_float8, compute_dtypes
 from internseg_ds.distributed.process_group import World
 from internseg_ds.errors import ConfigError, counted, shortened
@@ -77,6 +78,13 @@ def settings_notes(experiment: Experiment, ds: DsConfig, model: nn.Module) -> li
         notes.append(
             "engine.matmul_dtype='float8' without engine.compile=True: converting the operands may take longer than "
             "their products save (docs/performance.md)"
+        )
+    norms = norms_of_each_rank(model)
+    if norms and ds.world_size > 1:
+        notes.append(
+            f"{counted(len(norms), 'batch norm')} normalise over the {counted(ds.micro_batch, 'image')} of one "
+            "process, and have the mean of all processes' running statistics; norm_cfg=dict(type='SyncBN') "
+            "normalises over the images of all"
         )
     return [*notes, *_unused_notes(experiment, model)]
 

@@ -33,6 +33,7 @@ from internseg_ds.checkpoints.zero_checkpoint import ZeroCheckpoint
 from internseg_ds.config.experiment import Experiment, read_experiment
 from internseg_ds.config.tuning_options import described
 from internseg_ds.data.loading import Batch
+from internseg_ds.distributed.batch_norms import average_running_statistics
 from internseg_ds.distributed.checkpoint_engine import note_failed_writes
 from internseg_ds.distributed.construction import set_activation_checkpointing
 from internseg_ds.distributed.gathering import forwards
@@ -350,13 +351,14 @@ class SegmentorEngine:
 
         The data set is split over the ranks. Under ZeRO-3 each rank gathers the weights once, or they run in
         step: `engine.evaluation_weights`. stop: asked before each image; when it says so on some rank, all
-        raise Abandoned.
+        raise Abandoned. Batch norms have the mean of all ranks' running statistics, from here on too.
         """
         if self.plan.val_set is None:
             raise ConfigError(
                 "this engine was built with validate=False and has no validation set; build it with "
                 "validate=True to evaluate"
             )
+        average_running_statistics(self.deepspeed.module)
         experiment = self.plan.experiment
         ready = forwards(
             self.deepspeed.module,
@@ -393,6 +395,7 @@ class SegmentorEngine:
         With `engine.background_save` it returns sooner, and the checkpoint is published at a later log step,
         evaluation, save, or `close`.
         """
+        average_running_statistics(self.deepspeed.module)
         dataset = self.plan.train_set
         meta = {
             "CLASSES": list(dataset.CLASSES),

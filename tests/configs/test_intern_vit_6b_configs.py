@@ -248,7 +248,7 @@ def test_the_linear_probe_reads_block_45_and_few_shot_the_last():
 
 @pytest.mark.parametrize("name", ["upernet_intern_vit_tiny_112_ade20k", "upernet_intern_vit_tiny_224_camvid"])
 def test_the_tiny_experiments_train_a_step_and_predict(name: str):
-    from internseg_ds.distributed.sync_batch_norm import allow_any_device
+    from internseg_ds.distributed.batch_norms import allow_any_device
 
     cfg = Config.fromfile(str(CONFIGS / "intern_vit_tiny" / f"{name}.py"))
     segmentor = build_segmentor(cfg.model)

@@ -4,6 +4,7 @@ from deepspeed.utils import set_z3_leaf_modules
 from mmcv import Config
 from torch import nn
 
+from internseg_ds.distributed.batch_norms import AnyDeviceSyncBatchNorm
 from internseg_ds.distributed.construction import build_on_meta
 from internseg_ds.distributed.precision import (
     apply_precision,
@@ -12,7 +13,6 @@ from internseg_ds.distributed.precision import (
     heads_dtype,
     set_fp32_matmul,
 )
-from internseg_ds.distributed.sync_batch_norm import AnyDeviceSyncBatchNorm
 from internseg_ds.errors import ConfigError
 from internseg_ds.models.repeated_blocks import repeated_block
 from internseg_ds.planning.gathered_weights import leaves

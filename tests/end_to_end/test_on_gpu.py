@@ -16,8 +16,8 @@ import torch
 
 from internseg_ds.config.ds_config import resolve_ds_config
 from internseg_ds.config.experiment import read_experiment
+from internseg_ds.distributed.batch_norms import AnyDeviceSyncBatchNorm, _NormaliseOverRanks
 from internseg_ds.distributed.construction import build_for_training
-from internseg_ds.distributed.sync_batch_norm import AnyDeviceSyncBatchNorm, _NormaliseOverRanks
 from internseg_ds.models.intern_image.dcnv3_operator import dcnv3, implementation
 from internseg_ds.models.intern_vit.attention import attention
 from internseg_ds.models.norms import RMSNorm

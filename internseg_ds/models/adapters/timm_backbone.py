@@ -23,6 +23,7 @@ from internseg_ds.models.backbone import checkpoint_of
 from internseg_ds.models.eomt.joined_queries import Attended, Stages, Tokens, with_queries
 from internseg_ds.models.layers import DropPath
 from internseg_ds.models.weight_resizing import is_patch_kernel, is_square_embedding
+from internseg_ds.torch_internals import persistent_buffers
 
 ANY_SIZE: tuple[dict[str, Any], ...] = (
     {"dynamic_img_size": True},  # ViT, EVA: position embeddings follow each image
@@ -77,6 +78,7 @@ class TimmBackbone(LibraryBackbone):
         if img_size is not None:
             arguments["img_size"] = img_size
         model: Any = _create(model_name, arguments, drop_path_rate)
+        model = _with_sync_batch_norm(model)
         whole = {name for name, _ in model.named_parameters()}
         chosen = _prune(model, model_name, out_indices, final_norm)
         kept = {name for name, _ in model.named_parameters()}
@@ -143,8 +145,11 @@ class TimmBackbone(LibraryBackbone):
     layouts: tuple[str, ...] = ("timm",)
 
     def exported(self, layout: str) -> tuple[dict[str, tuple[str, ...]], dict[str, Any] | None]:
-        """Our name -> timm's name of each parameter. timm's files have no config.json of their own."""
-        return {f"model.{name}": (name,) for name, _ in self.model.named_parameters()}, None
+        """Our name -> timm's name of each parameter and buffer in timm's files, which have no config.json of
+        their own."""
+        names = [name for name, _ in self.model.named_parameters()]
+        names += sorted(persistent_buffers(self.model))
+        return {f"model.{name}": (name,) for name in names}, None
 
     def layer_id(self, name: str) -> int:
         """The layer of a parameter as timm groups them (`group_matcher`): 0 is what stands before the blocks,
@@ -258,6 +263,14 @@ def _create(model_name: str, arguments: Mapping[str, Any], drop_path_rate: float
                 else:
                     raise
     raise AssertionError("the last of ANY_SIZE is empty")
+
+
+def _with_sync_batch_norm(model: nn.Module) -> nn.Module:
+    """With batch norms over the images of all processes, as in mmseg's recipes: the few images of one are no
+    sample."""
+    from timm.layers import convert_sync_batchnorm
+
+    return convert_sync_batchnorm(model)
 
 
 def _prune(

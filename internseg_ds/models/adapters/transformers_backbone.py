@@ -86,6 +86,8 @@ class TransformersBackbone(LibraryBackbone):
         found = vision_config(config, pretrained or checkpoint_of(init_cfg))
         published: dict[str, Any] = json.loads(found.to_json_string())
         kind = build(found, out_indices, drop_path_rate, final_norm=final_norm)
+        # over the images of all processes, as in mmseg's recipes: the few images of one are no sample
+        nn.SyncBatchNorm.convert_sync_batchnorm(kind.model)
         super().__init__(
             kind.model,
             kind.channels,

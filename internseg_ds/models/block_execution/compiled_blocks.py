@@ -100,7 +100,7 @@ def _compiling_class(owner: type[nn.Module], state: _Compilation, number: int) -
             except compilation_error() as error:
                 state.give_up(self, error)
         if keeps:
-            return run_keeping_matmuls(owner.forward, self, *args, **keywords)
+            return run_keeping_matmuls(self, owner.forward, self, *args, **keywords)
         return owner.forward(self, *args, **keywords)
 
     return derived_class(owner, {"forward": forward, "keeps_matmuls": False})

@@ -7,6 +7,7 @@ from mmcv import ConfigDict
 from mmseg.models import build_backbone
 from torch import nn
 
+from internseg_ds.distributed.batch_norms import allow_any_device
 from internseg_ds.distributed.initial_values import initialise
 from internseg_ds.models.repeated_blocks import repeated_block
 
@@ -240,3 +241,31 @@ def test_a_size_that_a_model_cannot_take_is_named_before_a_run():
 def test_the_patch_of_a_hybrid_is_what_its_tokens_stand_for():
     with torch.device("meta"):
         assert backbone("vit_small_r26_s32_224").patch_size == (32, 32)
+
+
+def test_a_file_of_timm_holds_the_running_statistics():
+    model = backbone("resnet18", out_indices=(0, 1, 2, 3, 4))
+    for name, buffer in model.named_buffers():
+        if "running" in name:
+            buffer.uniform_(0.5, 1.5)
+    names, _ = model.exported("timm")
+    state = model.state_dict()
+    theirs = timm.create_model("resnet18", num_classes=0)
+    theirs.load_state_dict({name: state[ours] for ours, (name,) in names.items()}, strict=True)
+    image = torch.randn(2, 3, 64, 64)
+    expected = theirs.eval().forward_intermediates(image, intermediates_only=True)
+    for ours, its in zip(model.eval()(image), expected, strict=True):
+        torch.testing.assert_close(ours, its)
+
+
+@pytest.mark.parametrize("policy", ["blocks", "all_but_matmuls"])
+def test_blocks_that_run_twice_count_a_batch_once(policy):
+    image, models = torch.randn(2, 3, 64, 64), {}
+    for recomputation in ("none", policy):
+        torch.manual_seed(0)
+        model = models[recomputation] = backbone("resnet18", with_cp=recomputation != "none").train()
+        allow_any_device(model)
+        model.recomputation = recomputation
+        sum(features.square().mean() for features in model(image)).backward()
+    torch.testing.assert_close(models[policy].state_dict(), models["none"].state_dict(), rtol=0, atol=0)
+    assert models[policy].model.bn1.num_batches_tracked == 1

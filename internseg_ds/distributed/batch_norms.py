@@ -1,5 +1,8 @@
-"""SyncBatchNorm for tensors on any device, in which the host never waits for the GPU: torch's refuses CPU
-tensors, and reads values back from the GPU in every layer.
+"""Batch norms of a training on several ranks.
+
+SyncBatchNorm for tensors on any device, in which the host never waits for the GPU: torch's refuses CPU
+tensors, and reads values back from the GPU in every layer. And the running statistics of all other norms,
+which each rank takes of its own images, averaged over the ranks.
 
 Sources: Ioffe and Szegedy, "Batch Normalization" (2015), for the forward pass and its gradient; Chan, Golub
 and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances" (1979), for moments
@@ -11,6 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from internseg_ds.models.derived_class import derived_class, once_per_class
+from internseg_ds.torch_internals import NORM_WITH_MOMENTS, copy_tensors
 
 
 class _NormaliseOverRanks(torch.autograd.Function):
@@ -131,6 +137,52 @@ class AnyDeviceSyncBatchNorm(nn.SyncBatchNorm):
 
 def allow_any_device(model: nn.Module) -> None:
     """Makes every nn.SyncBatchNorm of `model` an AnyDeviceSyncBatchNorm, with the same names and values."""
+    module: Any
     for module in model.modules():
-        if isinstance(module, nn.SyncBatchNorm):  # torch's, or mmcv's subclass of it
-            module.__class__ = AnyDeviceSyncBatchNorm
+        if isinstance(module, nn.SyncBatchNorm):
+            module.__class__ = _any_device_class(type(module))
+
+
+@once_per_class
+def _any_device_class(owner: type[nn.Module]) -> type[nn.Module]:
+    """owner: torch's SyncBatchNorm, or a subclass: mmcv's, which does no more, or one that does more behind
+    the norm (timm's SyncBatchNormAct, which drops and activates), whose own forward then calls ours."""
+    if owner.forward in (nn.SyncBatchNorm.forward, AnyDeviceSyncBatchNorm.forward):
+        return AnyDeviceSyncBatchNorm
+    return derived_class(owner, {}, bases=(AnyDeviceSyncBatchNorm,))
+
+
+def norms_of_each_rank(model: nn.Module) -> list[nn.Module]:
+    """The norms of `model` that train and keep running statistics of the images of their own rank alone."""
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, NORM_WITH_MOMENTS)
+        and not isinstance(module, nn.SyncBatchNorm)
+        and module.training
+        and module.running_mean is not None
+    ]
+
+
+@torch.no_grad()
+def average_running_statistics(model: nn.Module) -> None:
+    """Gives each norm that normalises over the images of its own rank the mean over all ranks of its running
+    mean and variance. Collective.
+
+    A running statistic is linear in those of the batches, so that it does not matter how often this is done.
+    Statistics that are equal on all ranks (of frozen norms) stay what they are, in the last bit: the mean is
+    taken in fp64.
+    """
+    statistics: list[Tensor] = [
+        value
+        for module in model.modules()
+        if isinstance(module, NORM_WITH_MOMENTS) and not isinstance(module, nn.SyncBatchNorm)
+        for value in (module.running_mean, module.running_var)
+        if value is not None
+    ]
+    if not statistics or _ranks() == 1:
+        return
+    together = torch.cat([value.double().flatten() for value in statistics])
+    dist.all_reduce(together)
+    parts = (together / _ranks()).split([value.numel() for value in statistics])
+    copy_tensors([part.to(value.dtype) for part, value in zip(parts, statistics, strict=True)], statistics)

@@ -1,9 +1,15 @@
 import pytest
 import torch
 import torch.distributed as dist
+from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import nn
 
-from internseg_ds.distributed.sync_batch_norm import AnyDeviceSyncBatchNorm, allow_any_device
+from internseg_ds.distributed.batch_norms import (
+    AnyDeviceSyncBatchNorm,
+    allow_any_device,
+    average_running_statistics,
+    norms_of_each_rank,
+)
 from tests.distributed.ranks import spawn
 
 CHANNELS = 5
@@ -119,3 +125,43 @@ def test_conversion_leaves_names_and_values():
     allow_any_device(model)
     assert type(model[0]) is AnyDeviceSyncBatchNorm
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_norm_that_activates_still_does_after_conversion():
+    reference = nn.Sequential(BatchNormAct2d(CHANNELS, act_layer=nn.ReLU))
+    model = convert_sync_batchnorm(nn.Sequential(BatchNormAct2d(CHANNELS, act_layer=nn.ReLU)))
+    allow_any_device(model)
+    assert isinstance(model[0], AnyDeviceSyncBatchNorm)
+    torch.testing.assert_close(model(images()), reference(images()))
+    torch.testing.assert_close(model.state_dict(), reference.state_dict())
+
+
+def every_rank_has_the_mean_of_all() -> None:
+    model = nn.Sequential(
+        nn.BatchNorm2d(CHANNELS), nn.Sequential(nn.InstanceNorm2d(2, track_running_stats=True))
+    )
+    norms = (model[0], model[1][0])
+    frozen, synchronised = nn.BatchNorm2d(CHANNELS).eval(), nn.SyncBatchNorm(CHANNELS)
+    frozen.running_mean.copy_(torch.randn(CHANNELS, generator=torch.Generator().manual_seed(7)))
+    synchronised.running_mean.fill_(dist.get_rank())
+    values = {}
+    for rank in range(3):
+        generator = torch.Generator().manual_seed(rank)
+        for norm in norms:
+            for name in ("running_mean", "running_var"):
+                value = torch.rand(getattr(norm, name).shape, generator=generator)
+                values.setdefault((norm, name), []).append(value)
+    for (norm, name), of_ranks in values.items():
+        getattr(norm, name).copy_(of_ranks[dist.get_rank()])
+    before = frozen.running_mean.clone()
+    whole = nn.Sequential(model, frozen, synchronised)
+    assert norms_of_each_rank(whole) == list(norms)
+    average_running_statistics(whole)
+    for (norm, name), of_ranks in values.items():
+        assert torch.equal(getattr(norm, name), torch.stack(of_ranks).double().mean(0).float())
+    assert torch.equal(frozen.running_mean, before)
+    assert synchronised.running_mean.eq(dist.get_rank()).all()  # nothing of it is exchanged
+
+
+def test_running_statistics_are_averaged_over_ranks():
+    spawn(every_rank_has_the_mean_of_all, 3)
