@@ -137,10 +137,9 @@ class AnyDeviceSyncBatchNorm(nn.SyncBatchNorm):
 
 def allow_any_device(model: nn.Module) -> None:
     """Makes every nn.SyncBatchNorm of `model` an AnyDeviceSyncBatchNorm, with the same names and values."""
-    module: Any
-    for module in model.modules():
-        if isinstance(module, nn.SyncBatchNorm):
-            module.__class__ = _any_device_class(type(module))
+    norms: list[Any] = [module for module in model.modules() if isinstance(module, nn.SyncBatchNorm)]
+    for norm in norms:
+        norm.__class__ = _any_device_class(type(norm))
 
 
 @once_per_class
