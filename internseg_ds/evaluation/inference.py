@@ -27,7 +27,13 @@ from internseg_ds.distributed.construction import (
     fill,
 )
 from internseg_ds.distributed.gathering import Forwards, runs_on_whole_weights
-from internseg_ds.distributed.precision import apply_precision, backbone_dtype, heads_dtype, set_fp32_matmul
+from internseg_ds.distributed.precision import (
+    apply_precision,
+    backbone_dtype,
+    compute_dtypes,
+    heads_dtype,
+    set_fp32_matmul,
+)
 from internseg_ds.distributed.process_group import World, world_from_environment
 from internseg_ds.distributed.watchdog import joined
 from internseg_ds.distributed.weight_loading import load, match_segmentor, resized, watched
@@ -144,7 +150,7 @@ def load_trained(
     all (NaN, infinite, integers).
     """
     model = build_on_meta(experiment.model)
-    compute = backbone_dtype(experiment.engine.backbone_dtype, device)
+    dtypes = compute_dtypes(experiment.engine, model, device)
     opened = open_weights(Path(checkpoint), ema=ema, check=experiment.engine.checksums)
     found = match_segmentor(model, opened)
     invalid: dict[str, str] = {}
@@ -152,7 +158,7 @@ def load_trained(
 
     def parameter(name: str, shape: torch.Size) -> Tensor:
         value = resized(model, name, weights.read(found.sources[name]), shape)
-        return value.to(device, _stored_dtype(name, compute))
+        return value.to(device, _stored_dtype(name, dtypes.backbone))
 
     def buffer(name: str, _: Tensor) -> Tensor:
         if name in found.sources:
@@ -164,5 +170,5 @@ def load_trained(
     constructed = constructed_buffers(experiment.model) if lacking else {}
     fill(model, parameter, buffer)
     refuse_invalid(weights, invalid)
-    apply_precision(model, compute, heads=heads_dtype(experiment.engine.heads_dtype, model))
+    apply_precision(model, dtypes.backbone, heads=dtypes.heads)
     return model.eval()
