@@ -150,7 +150,9 @@ class TimmBackbone(LibraryBackbone):
         """The layer of a parameter as timm groups them (`group_matcher`): 0 is what stands before the blocks,
         depth + 1 the neck. Raises ValueError for a model that timm does not group."""
         if not self._layer_ids:
-            raise ValueError(f"timm has no layers of {type(self.model).__name__}; use layer_decay_rate=1.0")
+            raise ValueError(
+                f"timm has no layers of {type(self.model).__name__}; use one learning rate for all of it"
+            )
         return self.depth + 1 if name.startswith("neck.") else self._layer_ids[name.removeprefix("model.")]
 
     def feature_maps(self, image: Tensor) -> Sequence[Tensor]:

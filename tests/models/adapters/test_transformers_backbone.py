@@ -1,6 +1,7 @@
 """transformers' models as backbones: transformers' own features, layers and weights, at any size and in bf16."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -303,6 +304,77 @@ def test_layers_are_numbered_by_blocks():
     assert levels.depth == 5 and levels.layer_id("model.encoder.stages.0.layers.0.dwconv.weight") == 1
     assert levels.layer_id("model.hidden_states_norms.stage1.weight") == 6
     assert {levels.layer_id(name) for name, _ in levels.named_parameters() if name.startswith("neck")} == {6}
+
+
+TIMMS_NAMES = {  # of a model of stages -> timm's model and fields, and transformers' names in timm's words
+    "swin": (
+        "swin_tiny_patch4_window7_224",
+        dict(embed_dim=12, num_heads=(1, 2, 4, 8)),
+        (
+            (r"^swin\.embeddings\.", "patch_embed."),
+            (r"^swin\.encoder\.layers\.(\d)\.downsample", lambda m: f"layers.{int(m[1]) + 1}.downsample"),
+            (r"^swin\.encoder\.layers", "layers"),
+            (r"^swin\.layernorm", "norm"),
+        ),
+    ),
+    "convnext": (
+        "convnext_atto",
+        dict(dims=(8, 16, 24, 32)),
+        (
+            (r"^embeddings\.", "stem."),
+            (r"^encoder\.stages\.(\d)\.downsampling_layer", r"stages.\1.downsample"),
+            (r"^encoder\.stages\.(\d)\.layers", r"stages.\1.blocks"),
+        ),
+    ),
+}
+
+
+def block_of(name: str) -> str:
+    """A stage's block or other part, or else the first word of a parameter's name."""
+    found = re.match(r"(layers|stages)\.\d+\.\w+(\.\d+)?", name)
+    return found[0] if found else name.partition(".")[0]
+
+
+@pytest.mark.parametrize("out_indices", [(0, 1, 2, 3), (0, 1, 2)])
+@pytest.mark.parametrize("depths", [[2, 2, 4, 2], [1, 1, 1, 1]])  # the latter repeat no block
+@pytest.mark.parametrize("kind", TIMMS_NAMES)
+def test_the_layers_of_stages_are_timms_groups(kind, depths, out_indices):
+    theirs_name, fields, renaming = TIMMS_NAMES[kind]
+    with torch.device("meta"):
+        model = backbone(dict(STAGED[kind], model_type=kind, depths=depths), out_indices=out_indices)
+        other = build_backbone(
+            ConfigDict(
+                type="TimmBackbone",
+                model_name=theirs_name,
+                out_indices=out_indices,
+                model_args=dict(fields, depths=depths),
+            )
+        )
+    assert model.depth == other.depth == sum(depths[: len(out_indices)])
+    groups: dict[str, set[int]] = {}
+    for name, _ in other.named_parameters():
+        part = name.removeprefix("model.")
+        groups.setdefault(block_of(part), set()).add(other.layer_id(name))
+    compared = 0
+    for name, param in model.named_parameters():
+        part = name.removeprefix("model.")
+        for pattern, replacement in renaming:
+            part = re.sub(pattern, replacement, part)
+        group = block_of(part)
+        if param.requires_grad and not part.startswith("hidden_states_norms"):
+            assert groups[group] == {model.layer_id(name)}, (name, group)
+            compared += 1
+    assert compared > 20
+    norms = [name for name, _ in model.named_parameters() if "hidden_states_norms" in name]
+    assert norms and {model.layer_id(name) for name in norms} == {model.depth + 1}
+
+
+@pytest.mark.parametrize("kind", ["bit", "focalnet", "hiera", "pvt_v2", "resnet", "swinv2", "textnet"])
+def test_every_model_of_stages_has_as_many_layers_as_blocks(kind):
+    with torch.device("meta"):
+        model = backbone(dict(model_type=kind))
+    assert model.depth == sum(model.model.config.depths)
+    assert {model.layer_id(name) for name, _ in model.named_parameters()} >= set(range(model.depth + 1))
 
 
 @pytest.mark.parametrize("kind", ["dinov3_vit", "swin"])
