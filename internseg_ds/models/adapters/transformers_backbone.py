@@ -180,7 +180,9 @@ class TransformersBackbone(LibraryBackbone):
         depth + 1 behind them and in the neck. Raises ValueError for a model of stages whose blocks are not
         known."""
         if not self._layer_ids:
-            raise ValueError(f"{type(self.model).__name__} has no layers; use one learning rate for all of it")
+            raise ValueError(
+                f"{type(self.model).__name__} has no layers; use one learning rate for all of it"
+            )
         return self.depth + 1 if name.startswith("neck.") else self._layer_ids[name.removeprefix("model.")]
 
     def feature_maps(self, image: Tensor) -> Sequence[Tensor]:

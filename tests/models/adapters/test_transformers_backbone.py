@@ -521,6 +521,14 @@ def test_what_transformers_does_not_have_is_said(arguments, words):
         backbone(**arguments)
 
 
+def test_quantised_weights_are_refused(tmp_path):
+    quantised = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    content = {"model_type": "dinov3_vit", **VIT, "quantization_config": quantised}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"config\.json has a quantization_config.*cannot be fine-tuned"):
+        backbone(pretrained=str(tmp_path))
+
+
 def test_images_of_sizes_that_a_model_cannot_take_are_refused():
     fixed = backbone(dict(model_type="aimv2_vision_model", **dict(VIT, patch_size=14, image_size=56)))
     assert fixed(torch.randn(1, 3, 56, 56))[0].shape == (1, 48, 4, 4)
