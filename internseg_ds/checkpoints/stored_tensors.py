@@ -185,7 +185,8 @@ ALLOWED: list[Callable | tuple[Callable, str]] = [
     (codecs.encode, "_codecs.encode"),
 ]
 """What a file may hold beside tensors, numbers, strings and containers: DeepSpeed's own small classes, the
-settings that timm's training keeps, and numpy's numbers and arrays, which mmcv's `meta` has (best score, PALETTE). Anything else is refused."""
+settings that timm's training keeps, and numpy's numbers and arrays, which mmcv's `meta` has (best score,
+PALETTE). Anything else is refused."""
 PICKLE = "data.pkl"
 """The end of the name that torch gives the pickle inside its archives."""
 LARGEST_PICKLE = 4 * LARGEST

@@ -9,8 +9,8 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from timm.models import load_state_dict as timm_state_dict
 from safetensors.torch import save_file
+from timm.models import load_state_dict as timm_state_dict
 
 from internseg_ds.checkpoints.key_matching import match_keys
 from internseg_ds.checkpoints.manifest import (

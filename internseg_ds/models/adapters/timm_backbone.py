@@ -81,7 +81,7 @@ class TimmBackbone(LibraryBackbone):
         neck: Mapping[str, Any] | str | None = None,
         pretrained: str | None = None,
         model_args: Mapping[str, Any] | None = None,
-        init_cfg: Mapping[str, Any] | None = None,
+        init_cfg: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
         DropPath(drop_path_rate)  # raises for what is no probability
         arguments = dict(model_args or {})
@@ -207,7 +207,7 @@ class TimmBackbone(LibraryBackbone):
             except (AssertionError, RuntimeError, ValueError):
                 return ValueError(
                     f"timm's {self.model_name} gives no feature maps with final_norm={self.final_norm} and "
-                    f"model_args={self.model_args}, not even of images of {' x '.join(map(str, own))}, its own size: {reason}"
+                    f"model_args={self.model_args}, not even of images of its own size, {own[0]} x {own[1]}: {reason}"
                 )
         return ValueError(
             f"timm's {self.model_name} cannot take images of {image.size(2)} x {image.size(3)} ({reason}); it was "
@@ -325,7 +325,11 @@ def _not_built(model_name: str, arguments: Mapping[str, Any], error: Exception) 
         return ValueError(f"img_size={arguments['img_size']!r}, but timm's {model_name} has none; drop it")
     with torch.device("meta"):
         kind = type(_created(model_name, {}, 0.0))
-    known = [name for base in kind.__mro__ for name in inspect.signature(base.__init__).parameters]
+    known = [
+        name
+        for base in kind.__mro__
+        for name in inspect.signature(vars(base).get("__init__", object.__init__)).parameters
+    ]
     near = difflib.get_close_matches(found[1], known, n=1)
     return ValueError(
         f"model_args has {found[1]!r}, which timm's {model_name} does not have"

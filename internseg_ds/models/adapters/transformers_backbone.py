@@ -81,7 +81,7 @@ class TransformersBackbone(LibraryBackbone):
         freeze: bool = False,
         neck: Mapping[str, Any] | str | None = None,
         pretrained: str | None = None,
-        init_cfg: Mapping[str, Any] | None = None,
+        init_cfg: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
         found = vision_config(config, pretrained or checkpoint_of(init_cfg))
         published: dict[str, Any] = json.loads(found.to_json_string())
