@@ -21,6 +21,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
 import internseg_ds.models  # noqa: F401 - registers the backbones and heads
+from internseg_ds.config.argument_types import wrong_arguments
 from internseg_ds.config.ds_config import DsConfig
 from internseg_ds.config.engine_options import EngineOptions
 from internseg_ds.config.tuning_options import described
@@ -29,7 +30,6 @@ from internseg_ds.distributed.precision import buffers_to_fp32
 from internseg_ds.distributed.sync_batch_norm import allow_any_device
 from internseg_ds.errors import ConfigError, nearest_argument, nearest_type, reason_of
 from internseg_ds.models.activation_checkpointing import CheckpointingPolicy, set_recomputation
-from internseg_ds.models.argument_types import wrong_arguments
 from internseg_ds.models.backbone import forget_pretrained
 from internseg_ds.models.external_parameters import external_parameters
 from internseg_ds.models.freezing import freeze

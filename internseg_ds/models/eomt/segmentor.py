@@ -12,7 +12,6 @@ from mmcv import ConfigDict
 from mmseg.models.builder import HEADS, SEGMENTORS
 from torch import Tensor, nn
 
-from internseg_ds.models.argument_types import wrong_types
 from internseg_ds.models.backbone import patch_size
 from internseg_ds.models.mask2former.segmentor import EncoderDecoderMask2Former, require_mmdet
 
@@ -95,6 +94,4 @@ def EoMTHead(**arguments: Any) -> nn.Module:  # mmdet is imported when a config 
     require_mmdet("EoMTHead")
     from internseg_ds.models.eomt.head import EoMTHead as Head
 
-    if wrong := next(wrong_types(Head, arguments, "decode_head"), None):
-        raise TypeError(wrong)
     return Head(**arguments)

@@ -10,9 +10,9 @@ from mmcv.cnn import PLUGIN_LAYERS
 from mmseg.models.builder import MODELS
 
 import internseg_ds.models.mask2former.pixel_decoder  # noqa: F401 - registers it
+from internseg_ds.config.argument_types import fits, wrong_arguments, wrong_types
 from internseg_ds.distributed.construction import build_on_meta
 from internseg_ds.errors import ConfigError
-from internseg_ds.models.argument_types import fits, wrong_arguments, wrong_types
 from tests.conftest import ROOT
 from tests.distributed.test_block_hooks import VIT, model_of
 
@@ -69,7 +69,7 @@ def test_heads_are_looked_at_too():
     eomt = ConfigDict(
         type="EoMT", backbone=dict(TIMM, final_norm=True), decode_head=head, test_cfg=dict(mode="whole")
     )
-    with pytest.raises(ConfigError, match=r"decode_head\.num_classes='many' must be a whole number"):
+    with pytest.raises(ConfigError, match=r"model\.decode_head\.num_classes='many' must be a whole number"):
         build_on_meta(eomt)
 
 

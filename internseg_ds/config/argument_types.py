@@ -7,6 +7,7 @@ Numbers are taken as mmcv's configs and NumPy write them: whole numbers for real
 are left to their constructors.
 """
 
+import importlib
 import inspect
 import os
 import types
@@ -73,8 +74,19 @@ def _own_class(kind: Any) -> type | None:
     """The class of this package that a config names; None for any other."""
     if isinstance(kind, str):
         kind = MODELS.module_dict.get(kind) or PLUGIN_LAYERS.module_dict.get(kind)
-    own = isinstance(kind, type) and kind.__module__.partition(".")[0] == PACKAGE
-    return kind if own else None
+    if getattr(kind, "__module__", "").partition(".")[0] != PACKAGE:
+        return None
+    return kind if isinstance(kind, type) else _class_behind(kind)
+
+
+def _class_behind(function: Any) -> type | None:
+    """The class that a registered function imports when it is called: that of its name in the module `head`
+    beside it. None where mmdet, which these are built on, is missing."""
+    try:
+        head = importlib.import_module(f"{function.__module__.rpartition('.')[0]}.head")
+    except ImportError:  # building it says what to install
+        return None
+    return getattr(head, function.__name__, None)
 
 
 def fits(value: Any, hint: Any) -> bool:
