@@ -121,6 +121,17 @@ def nearest_argument(error: BaseException, classes: Mapping[str, type]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
+def nearest_type(error: BaseException, known: Iterable[str]) -> str:
+    """ "; did you mean 'FPN'?" for mmcv's complaint of a `type` that nobody has registered; "" for anything else,
+    and where none of the `known` is near."""
+    found = re.search(r"([\w.]+)'? is not in the|Unrecognized \w+ type (\w+)", str(error))
+    if found is None:
+        return ""
+    names = {name.lower(): name for name in known}
+    near = difflib.get_close_matches((found[1] or found[2]).lower(), names, n=1)
+    return f"; did you mean {names[near[0]]!r}?" if near else ""
+
+
 def _without_text(error: BaseException) -> bool:
     return not str(error).strip() or str(error).rstrip().endswith(":")
 

@@ -173,6 +173,7 @@ ALLOWED: list[Callable | tuple[Callable, str]] = [
     (_StandIn, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
     (_stand_in_enum, "deepspeed.runtime.zero.config.ZeroStageEnum"),
     (_StandIn, "deepspeed.utils.tensor_fragment.fragment_address"),
+    (_StandIn, "argparse.Namespace"),  # `args` of timm's training checkpoints
     np.dtype,
     np.ndarray,
     *(type(np.dtype(kind)) for kind in "?bBhHiIlLqQefdSU"),
@@ -183,8 +184,9 @@ ALLOWED: list[Callable | tuple[Callable, str]] = [
     (_maker(np.empty(0)), "numpy._core.multiarray._reconstruct"),
     (codecs.encode, "_codecs.encode"),
 ]
-"""What a file may hold beside tensors, numbers, strings and containers: DeepSpeed's own small classes, and
-numpy's numbers and arrays, which mmcv's `meta` has (best score, PALETTE). Anything else is refused."""
+"""What a file may hold beside tensors, numbers, strings and containers: DeepSpeed's own small classes, the
+settings that timm's training keeps, and numpy's numbers and arrays, which mmcv's `meta` has (best score,
+PALETTE). Anything else is refused."""
 PICKLE = "data.pkl"
 """The end of the name that torch gives the pickle inside its archives."""
 LARGEST_PICKLE = 4 * LARGEST

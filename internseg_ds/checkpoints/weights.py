@@ -6,6 +6,7 @@ Out: names, shapes, and tensors or slices of them, read from where they lie in t
 """
 
 import dataclasses
+import logging
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,11 @@ from internseg_ds.checkpoints.zero_files import is_zero_checkpoint
 from internseg_ds.errors import CheckpointError, shortened
 from internseg_ds.tensor_part import Part
 
-WRAPPERS = ("state_dict", "module", "model")
+log = logging.getLogger(__name__)
+
+AVERAGED = ("state_dict_ema", "model_ema")
+"""Averages of the weights, which timm takes before the weights themselves where a file has both."""
+WRAPPERS = (*AVERAGED, "state_dict", "module", "model")
 INDEX = "model.safetensors.index.json"
 PICKLED_INDEX = "pytorch_model.bin.index.json"
 LONGEST_NAME = 255
@@ -146,13 +151,23 @@ def _pth(path: Path, checked: Checked) -> Weights:
         for key, value in meta.items()
     }
     for wrapper in WRAPPERS:
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict) and content[wrapper]:
+            if wrapper in AVERAGED:
+                others = [name for name in WRAPPERS if name != wrapper and content.get(name)]
+                log.info(
+                    "%s: taken is %r, an average of the weights%s",
+                    path,
+                    wrapper,
+                    f", and not {', '.join(map(repr, others))}, as timm does" if others else "",
+                )
             content = content[wrapper]
             break
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict of named weights")
     tensors = {
-        name.removeprefix("module."): value for name, value in content.items() if isinstance(value, Stored)
+        name.removeprefix("_orig_mod.").removeprefix("module.").removeprefix("_orig_mod."): value
+        for name, value in content.items()
+        if isinstance(value, Stored)
     }
     if not tensors:
         raise CheckpointError(

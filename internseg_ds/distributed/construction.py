@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from mmcv import ConfigDict
+from mmcv.cnn import ACTIVATION_LAYERS, CONV_LAYERS, NORM_LAYERS, PLUGIN_LAYERS, UPSAMPLE_LAYERS
 from mmseg.models import build_segmentor
 from mmseg.models.builder import MODELS
 from torch import Tensor, nn
@@ -20,13 +21,14 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
 import internseg_ds.models  # noqa: F401 - registers the backbones and heads
+from internseg_ds.config.argument_types import wrong_arguments
 from internseg_ds.config.ds_config import DsConfig
 from internseg_ds.config.engine_options import EngineOptions
 from internseg_ds.config.tuning_options import described
 from internseg_ds.distributed.batch_norms import allow_any_device
 from internseg_ds.distributed.initial_values import initialise, initialise_adapters
 from internseg_ds.distributed.precision import buffers_to_fp32
-from internseg_ds.errors import ConfigError, nearest_argument, reason_of
+from internseg_ds.errors import ConfigError, nearest_argument, nearest_type, reason_of
 from internseg_ds.models.activation_checkpointing import CheckpointingPolicy, set_recomputation
 from internseg_ds.models.backbone import forget_pretrained
 from internseg_ds.models.external_parameters import external_parameters
@@ -41,8 +43,11 @@ def build_on_meta(model: ConfigDict) -> nn.Module:
     """The segmentor with shapes and without storage: it takes no memory, however large it is. In training
     mode.
 
-    Raises ConfigError when mmseg cannot build it, with the constructor's own message.
+    Raises ConfigError for arguments of our own classes that have another type than these are annotated with, and
+    when mmseg cannot build it, with the constructor's own message.
     """
+    if wrong := next(wrong_arguments(model, "model"), None):
+        raise ConfigError(wrong)
     try:
         segmentor = _on_meta(model)
     except Exception as error:  # constructors raise errors of all kinds
@@ -61,7 +66,14 @@ def _construction_error(model: ConfigDict, error: Exception) -> ConfigError:
         )
     zeros = ", ".join(_zeros(model, "model")) if isinstance(error, ZeroDivisionError) else ""
     hint = f"; of its settings these are 0: {zeros}" if zeros else nearest_argument(error, MODELS.module_dict)
+    hint = hint or nearest_type(error, _registered())
     return ConfigError(f"the model section cannot be built: {reason_of(error)}{hint}")
+
+
+def _registered() -> list[str]:
+    """The names of all modules that a model section can name by its `type`."""
+    layers = (NORM_LAYERS, CONV_LAYERS, ACTIVATION_LAYERS, PLUGIN_LAYERS, UPSAMPLE_LAYERS)
+    return [name for registry in (MODELS, *layers) for name in registry.module_dict]
 
 
 def _on_meta(model: ConfigDict) -> nn.Module:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 
 from torch import nn
 
+from internseg_ds.lora_names import plain_name
 from internseg_ds.models.derived_class import ModuleClass, derived_class, once_per_class
 from internseg_ds.torch_internals import NORM_WITH_MOMENTS
 
@@ -15,13 +16,18 @@ def freeze(segmentor: nn.Module, names: Sequence[str]) -> None:
 
     A named module stays in eval mode whatever mode the segmentor is in: its batch norms use their running
     statistics and do not update them, and its dropout and drop-path layers do nothing. A named parameter does
-    not train, and its module runs as before. Raises ValueError for a name that the model does not have.
+    not train, and its module runs as before; names are those without low-rank adapters, and the adapter of a
+    weight that is named does not train either. Raises ValueError for a name that the model does not have.
     """
     modules = dict(segmentor.named_modules())
-    params = dict(segmentor.named_parameters())
+    params: dict[str, list[nn.Parameter]] = {}
+    for name, param in segmentor.named_parameters():
+        for known_as in {name, plain_name(name)}:
+            params.setdefault(known_as, []).append(param)
     for name in names:
         if name in params:
-            params[name].requires_grad_(False)
+            for param in params[name]:
+                param.requires_grad_(False)
         elif name and name in modules:  # "" is the segmentor itself
             modules[name].requires_grad_(False)
             _stay_in_eval(modules[name])

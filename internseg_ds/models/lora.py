@@ -97,10 +97,11 @@ def _reads_weight(parent: nn.Module, name: str) -> bool:
 def add_adapters(backbone: nn.Module, lora: Lora) -> None:
     """Give the layers that `lora` names adapters. Of the backbone's parameters theirs alone train afterwards.
 
-    The values of A and B are drawn by `reset_adapter`. Raises ValueError where `target_names` does, and where
-    peft is not installed.
+    The values of A and B are drawn by `reset_adapter`. Raises ValueError where `target_names` does, for a rank
+    that no matrix of these layers can have, and where peft is not installed.
     """
     names = target_names(backbone, lora.targets)
+    _check_rank(backbone, names, lora.rank)
     try:
         from peft import LoraConfig
     except ModuleNotFoundError:
@@ -117,6 +118,18 @@ def add_adapters(backbone: nn.Module, lora: Lora) -> None:
         init_lora_weights=False,
     )
     _inject(backbone, config)
+
+
+def _check_rank(backbone: nn.Module, names: Sequence[str], rank: int) -> None:
+    """Raises ValueError for a rank above that of the largest of these layers' weights: B A has no more, and more
+    parameters."""
+    sides: Any = [(backbone.get_submodule(name), name) for name in names]
+    largest, name = max((min(layer.in_features, layer.out_features), name) for layer, name in sides)
+    if rank > largest:
+        raise ValueError(
+            f"rank={rank} is more than any of these layers' weights can have, which is {largest} at most "
+            f"({name}); take a smaller one, such as 16"
+        )
 
 
 def add_same_adapters(backbone: nn.Module, adapted: nn.Module) -> None:

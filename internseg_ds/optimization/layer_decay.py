@@ -54,6 +54,12 @@ class LayerDecay:
     def of(cls, paramwise_cfg: Mapping[str, Any], backbone: Any) -> "LayerDecay":
         """The settings of a config for this backbone. Raises ConfigError for keys that are missing or
         unknown, and for layers that are not the backbone's."""
+        if not backbone.depth:
+            raise ConfigError(
+                "optimizer.constructor is CustomLayerDecayOptimizerConstructor, but of this backbone "
+                f"{type(backbone).__name__} no layers are known; drop the constructor, and paramwise_cfg with it, to "
+                "give all layers the same learning rate"
+            )
         known = [option.name for option in fields(cls)]
         for key in paramwise_cfg:
             if key not in known:

@@ -72,6 +72,7 @@ def _chosen(experiment: Experiment, model: Any, load_from: str | os.PathLike | N
             pretrained_file(model.backbone),
             match_backbone,
         )
+        _check_one_source(model.backbone)
         elsewhere = pretrained_elsewhere(model)
         # a backbone around another one
         if source is None and len(elsewhere) == 1 and elsewhere[0].startswith("backbone."):
@@ -88,6 +89,17 @@ def _chosen(experiment: Experiment, model: Any, load_from: str | os.PathLike | N
                 "load_from=PATH"
             )
     return setting, source, fit
+
+
+def _check_one_source(backbone: Any) -> None:
+    """Raises ConfigError where a backbone has two weight files that differ."""
+    pretrained = getattr(backbone, "pretrained", None)
+    checkpoint = checkpoint_of(getattr(backbone, "init_cfg", None))
+    if None not in (pretrained, checkpoint) and str(pretrained) != str(checkpoint):
+        raise ConfigError(
+            f"model.backbone.pretrained={str(pretrained)!r} and model.backbone.init_cfg.checkpoint="
+            f"{str(checkpoint)!r} both name a weight file; drop one of them"
+        )
 
 
 def _existing_file(setting: str, source: Any) -> Path:

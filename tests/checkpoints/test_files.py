@@ -1,5 +1,6 @@
 """Weight files of every kind: what is read, and what is refused in one sentence."""
 
+import argparse
 import json
 import os
 import time
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from timm.models import load_state_dict as timm_state_dict
 
 from internseg_ds.checkpoints.key_matching import match_keys
 from internseg_ds.checkpoints.manifest import (
@@ -48,6 +50,20 @@ def same(found, expected=STATE):
 def test_a_pth_is_read_bare_and_under_each_wrapper(wrap, tmp_path):
     torch.save(wrap(STATE), tmp_path / "w.pth")
     same(read(tmp_path / "w.pth")[0])
+
+
+@pytest.mark.parametrize(("average", "other"), [("state_dict_ema", "state_dict"), ("model_ema", "model")])
+def test_of_timms_checkpoints_the_averages_are_taken_as_timm_takes_them(average, other, tmp_path, caplog):
+    path = tmp_path / "last.pth.tar.pth"
+    state = {other: {"module.w": torch.zeros(2)}, average: {"_orig_mod.w": torch.ones(2)}}
+    torch.save({**state, "args": argparse.Namespace(model="vit"), "epoch": 3}, path)
+    with caplog.at_level("INFO"):
+        weights = open_weights(path)
+    assert torch.equal(weights.read("w"), torch.ones(2))
+    assert torch.equal(weights.read("w"), timm_state_dict(str(path))["w"])
+    assert f"taken is {average!r}" in caplog.text and repr(other) in caplog.text
+    torch.save({other: state[other], average: None}, path)  # training without an average
+    assert torch.equal(open_weights(path).read("w"), torch.zeros(2))
 
 
 def test_a_pth_of_torch_before_1_6_is_read_and_code_in_it_is_refused(tmp_path):

@@ -216,3 +216,29 @@ def test_a_freeze_of_all_that_would_train_is_refused():
     model = build_on_meta(ConfigDict(model_of("vit"), backbone=VIT))
     with pytest.raises(ConfigError, match=r"engine.freeze=\['backbone'\] freezes it all"):
         choose_trained(model, EngineOptions(tune=dict(lora=dict(rank=1)), freeze=["backbone"]))
+
+
+@pytest.mark.parametrize(
+    ("name", "stay"),
+    [
+        ("backbone.model.blocks.0.attn.proj.weight", ["lora_A.default.weight", "lora_B.default.weight"]),
+        ("backbone.model.blocks.0.attn.proj.bias", []),
+        ("backbone.model.blocks.0.attn.proj", ["lora_A.default.weight", "lora_B.default.weight"]),
+    ],
+)
+def test_what_is_frozen_beside_adapters_has_its_name_without_them(name, stay):
+    model = build_on_meta(ConfigDict(model_of("vit"), backbone=TIMM))
+    with_all = build_on_meta(ConfigDict(model_of("vit"), backbone=TIMM))
+    lora = dict(lora=dict(rank=2))
+    choose_trained(model, EngineOptions(tune=lora, freeze=(name,)))
+    choose_trained(with_all, EngineOptions(tune=lora))
+    before, after = (
+        {key for key, param in each.named_parameters() if param.requires_grad} for each in (with_all, model)
+    )
+    assert before - after == {f"backbone.model.blocks.0.attn.proj.{end}" for end in stay}
+
+
+def test_a_rank_that_no_matrix_can_have_is_refused():
+    with pytest.raises(ConfigError, match=r"rank=100000 is more than .* 32 at most"):
+        trained(TIMM, dict(lora=dict(rank=100000)))
+    assert trained(TIMM, dict(lora=dict(rank=32)))

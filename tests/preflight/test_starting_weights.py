@@ -7,13 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 from mmcv import ConfigDict
+from mmseg.models import build_backbone
 
 from internseg_ds.config.experiment import read_experiment
 from internseg_ds.data.datasets import build_datasets
 from internseg_ds.distributed.construction import build_on_meta
 from internseg_ds.distributed.process_group import World
-from internseg_ds.errors import ConfigError
+from internseg_ds.errors import ConfigError, UserError
 from internseg_ds.preflight.preflight import check
+from internseg_ds.preflight.starting_weights import starting_weights
 from tests.conftest import ROOT
 from tests.small_experiment import small_experiment
 
@@ -69,3 +71,18 @@ def test_other_names_for_some_classes_are_a_line(small, weights, names):
     (said,) = warnings_of(other, weights, ["a wall", *names[1:]])
     assert re.search(rf"whole\.pth and data\.train.* 1 class .*: 0: {names[0]} and a wall", said)
     assert warnings_of(other, weights, names) == []
+
+
+@pytest.mark.parametrize(("checkpoint", "refused"), [("other.pth", True), ("one.pth", False)])
+def test_two_weight_files_of_one_backbone_are_refused(checkpoint, refused, small):
+    backbone = dict(
+        type="TimmBackbone",
+        model_name="convnext_atto",
+        pretrained="one.pth",
+        init_cfg=dict(type="Pretrained", checkpoint=checkpoint),
+    )
+    with torch.device("meta"):
+        whole = torch.nn.ModuleDict({"backbone": build_backbone(backbone)})
+    words = "one.pth.*other.pth.*both name a weight file" if refused else "one.pth.*there is no such file"
+    with pytest.raises(UserError, match=words):
+        starting_weights(replace(small, model=ConfigDict(backbone=backbone)), whole, None)

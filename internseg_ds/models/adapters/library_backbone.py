@@ -36,7 +36,7 @@ class LibraryBackbone(BaseModule):
         freeze: bool,
         neck: Mapping[str, Any] | str | None,
         pretrained: str | None,
-        init_cfg: Mapping[str, Any] | None,
+        init_cfg: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None,
     ) -> None:
         super().__init__(init_cfg)
         self.model: Any = model

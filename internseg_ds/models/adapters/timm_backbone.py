@@ -8,6 +8,7 @@ a backbone beside its forward pass. Letters: b images, (h, w) a size, n tokens, 
 
 import difflib
 import inspect
+import re
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from mmseg.models.builder import BACKBONES
 from torch import Tensor, nn
 
+from internseg_ds.errors import reason_of
 from internseg_ds.models.adapters.library_backbone import LibraryBackbone, chosen_maps, reset_modules
 from internseg_ds.models.adapters.pretraining_images import timm_normalizations
 from internseg_ds.models.adapters.transformers_configs import timm_model_of
@@ -32,6 +34,15 @@ ANY_SIZE: tuple[dict[str, Any], ...] = (
     {},  # convolutions
 )
 """Arguments by which timm's models take images of other sizes than `img_size`; the first that a model has."""
+OWN = {
+    "num_classes": "maps are taken before the classifier",
+    "features_only": "feature maps are had by out_indices",
+    "pretrained": "nothing is downloaded; write pretrained=PATH beside model_args",
+    "checkpoint_path": "write pretrained=PATH beside model_args",
+}
+"""Arguments of `timm.create_model` that no config can give, and why."""
+READS_VALUES = "cannot be called on meta tensors"
+"""What torch says of a forward pass that reads values."""
 LAYOUTS = (
     ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "norm.weight"),
     ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "fc_norm.weight"),
@@ -71,7 +82,7 @@ class TimmBackbone(LibraryBackbone):
         neck: Mapping[str, Any] | str | None = None,
         pretrained: str | None = None,
         model_args: Mapping[str, Any] | None = None,
-        init_cfg: Mapping[str, Any] | None = None,
+        init_cfg: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
         DropPath(drop_path_rate)  # raises for what is no probability
         arguments = dict(model_args or {})
@@ -93,6 +104,7 @@ class TimmBackbone(LibraryBackbone):
             init_cfg=init_cfg,
         )
         self.model_name = model_name
+        self.model_args = arguments
         self.out_indices = chosen
         self.final_norm = final_norm
 
@@ -111,8 +123,9 @@ class TimmBackbone(LibraryBackbone):
         self.num_prefix_tokens = getattr(self.model, "num_prefix_tokens", 0)
 
     def _is_plain(self) -> bool:
-        """Whether it is a plain transformer: one width, one grid, tokens from end to end."""
-        return hasattr(self.model, "patch_embed") and isinstance(
+        """Whether it is a plain transformer by timm's own layers: one width, one grid, tokens from end to
+        end."""
+        return hasattr(getattr(self.model, "patch_embed", None), "feat_ratio") and isinstance(
             getattr(self.model, "blocks", None), nn.Module
         )
 
@@ -155,7 +168,9 @@ class TimmBackbone(LibraryBackbone):
         """The layer of a parameter as timm groups them (`group_matcher`): 0 is what stands before the blocks,
         depth + 1 the neck. Raises ValueError for a model that timm does not group."""
         if not self._layer_ids:
-            raise ValueError(f"timm has no layers of {type(self.model).__name__}; use layer_decay_rate=1.0")
+            raise ValueError(
+                f"timm has no layers of {type(self.model).__name__}; use one learning rate for all of it"
+            )
         return self.depth + 1 if name.startswith("neck.") else self._layer_ids[name.removeprefix("model.")]
 
     def feature_maps(self, image: Tensor) -> Sequence[Tensor]:
@@ -165,22 +180,45 @@ class TimmBackbone(LibraryBackbone):
         model cannot take.
         """
         try:
-            return self.model.forward_intermediates(
-                image,
-                indices=list(self.out_indices),
-                norm=self.final_norm,
-                output_fmt="NCHW",
-                intermediates_only=True,
-            )
-        except (AssertionError, RuntimeError) as error:
+            return self._maps_of(image)
+        except (AssertionError, RuntimeError, ValueError) as error:
             if not image.is_meta:
                 raise
-            size = self.model.pretrained_cfg.get("input_size", ("", "its own"))[1:]
-            raise ValueError(
-                f"timm's {self.model_name} cannot take images of {image.size(2)} x {image.size(3)} "
-                f"({' '.join(str(error).split())[:160]}); it was made for {' x '.join(map(str, size))}: train and "
-                "test in such crops, or write img_size=(HEIGHT, WIDTH) of yours where its class has that argument"
-            ) from error
+            if READS_VALUES in str(error):
+                raise NotImplementedError(
+                    f"timm's {self.model_name} reads values of tensors in its forward pass"
+                ) from error
+            raise self._refused(image, error) from error
+
+    def _maps_of(self, image: Tensor) -> Sequence[Tensor]:
+        return self.model.forward_intermediates(
+            image,
+            indices=list(self.out_indices),
+            norm=self.final_norm,
+            output_fmt="NCHW",
+            intermediates_only=True,
+        )
+
+    def _refused(self, image: Tensor, error: Exception) -> ValueError:
+        """Why no maps can be had of an image, which is on the meta device: its size, or the model itself, where
+        it refuses one of the size that it was made for, too."""
+        reason = " ".join(str(error).split())[:160]
+        size = getattr(getattr(self.model, "patch_embed", None), "img_size", None)
+        own = size if isinstance(size, (list, tuple)) and len(size) == 2 else None
+        own = own or tuple(self.model.pretrained_cfg.get("input_size", ()))[1:]
+        if len(own) == 2:
+            try:
+                self._maps_of(image.new_empty(1, 3, *own))
+            except (AssertionError, RuntimeError, ValueError):
+                return ValueError(
+                    f"timm's {self.model_name} gives no feature maps with final_norm={self.final_norm} and "
+                    f"model_args={self.model_args}, not even of images of its own size, {own[0]} x {own[1]}: {reason}"
+                )
+        return ValueError(
+            f"timm's {self.model_name} cannot take images of {image.size(2)} x {image.size(3)} ({reason}); it was "
+            f"made for {' x '.join(map(str, own)) or 'others'}: train and test in such crops, or write "
+            "img_size=(HEIGHT, WIDTH) of yours where its class has that argument"
+        )
 
     def query_stages(
         self, image: Tensor, queries: Tensor, last_blocks: int, attended: Attended | None
@@ -247,18 +285,34 @@ def _create(model_name: str, arguments: Mapping[str, Any], drop_path_rate: float
             f"timm {timm.__version__} has no model {model_name!r}"
             + (f"; did you mean {' or '.join(map(repr, near))}?" if near else "; see timm.list_models()")
         )
+    for name, why in OWN.items():
+        if name in arguments:
+            raise ValueError(f"model_args has {name!r}, which is not for configs: {why}")
+    try:
+        return _created(model_name, arguments, drop_path_rate)
+    except (ImportError, NotImplementedError):
+        raise
+    except Exception as error:  # timm's classes check their arguments each in its own way
+        if not arguments or str(error).startswith("drop_path_rate="):
+            raise
+        raise _not_built(model_name, arguments, error) from error
+
+
+def _created(model_name: str, arguments: Mapping[str, Any], drop_path_rate: float) -> nn.Module:
+    import timm
+
     optional = {"drop_path_rate": drop_path_rate}
     for any_size in ANY_SIZE:
         for more in (optional, {}):
             try:
                 return timm.create_model(model_name, num_classes=0, **{**any_size, **more, **arguments})
             except TypeError as error:
-                if more and "'drop_path_rate'" in str(error):
+                if more and "'drop_path_rate'" in str(error) and "drop_path_rate" not in arguments:
                     if drop_path_rate:
                         raise ValueError(
                             f"drop_path_rate={drop_path_rate:g}, but timm's {model_name} has none"
                         ) from None
-                elif any(f"'{name}'" in str(error) for name in any_size):
+                elif any(f"'{name}'" in str(error) and name not in arguments for name in any_size):
                     break
                 else:
                     raise
@@ -273,6 +327,29 @@ def _with_sync_batch_norm(model: nn.Module) -> nn.Module:
     return convert_sync_batchnorm(model)
 
 
+def _not_built(model_name: str, arguments: Mapping[str, Any], error: Exception) -> ValueError:
+    """The error for arguments that timm's class refuses: one that it does not have, or values that do not fit."""
+    found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    if found is None or found[1] not in arguments:
+        return ValueError(
+            f"timm's {model_name} cannot be built with model_args={dict(arguments)}: {reason_of(error)[:160]}"
+        )
+    if found[1] == "img_size":
+        return ValueError(f"img_size={arguments['img_size']!r}, but timm's {model_name} has none; drop it")
+    with torch.device("meta"):
+        kind = type(_created(model_name, {}, 0.0))
+    known = [
+        name
+        for base in kind.__mro__
+        for name in inspect.signature(vars(base).get("__init__", object.__init__)).parameters
+    ]
+    near = difflib.get_close_matches(found[1], known, n=1)
+    return ValueError(
+        f"model_args has {found[1]!r}, which timm's {model_name} does not have"
+        + (f"; did you mean {near[0]!r}?" if near else "")
+    )
+
+
 def _prune(
     model: Any, model_name: str, out_indices: Sequence[int] | None, final_norm: bool
 ) -> tuple[int, ...]:
@@ -283,6 +360,8 @@ def _prune(
     chosen = chosen_maps(out_indices, count, f"timm's {model_name}")
     if final_norm and isinstance(getattr(model, "norm", nn.Identity()), nn.Identity):
         raise ValueError(f"final_norm=True, but timm's {model_name} has no last norm; drop it")
+    if not all("num_chs" in (model.feature_info[index] or {}) for index in chosen):
+        raise ValueError(f"timm's {model_name} does not say how many channels its feature maps have")
     model.prune_intermediate_layers(list(chosen), prune_norm=not final_norm, prune_head=True)
     return chosen
 

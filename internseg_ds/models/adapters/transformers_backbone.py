@@ -81,7 +81,7 @@ class TransformersBackbone(LibraryBackbone):
         freeze: bool = False,
         neck: Mapping[str, Any] | str | None = None,
         pretrained: str | None = None,
-        init_cfg: Mapping[str, Any] | None = None,
+        init_cfg: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
         found = vision_config(config, pretrained or checkpoint_of(init_cfg))
         published: dict[str, Any] = json.loads(found.to_json_string())
@@ -179,7 +179,12 @@ class TransformersBackbone(LibraryBackbone):
 
     def layer_id(self, name: str) -> int:
         """The layer of a parameter: 0 before the blocks, n + 1 in block n (and between it and the next),
-        depth + 1 behind them and in the neck."""
+        depth + 1 behind them and in the neck. Raises ValueError for a model of stages whose blocks are not
+        known."""
+        if not self._layer_ids:
+            raise ValueError(
+                f"{type(self.model).__name__} has no layers; use one learning rate for all of it"
+            )
         return self.depth + 1 if name.startswith("neck.") else self._layer_ids[name.removeprefix("model.")]
 
     def feature_maps(self, image: Tensor) -> Sequence[Tensor]:

@@ -106,6 +106,11 @@ def _parsed(fields: dict[str, Any], where: str) -> Any:
         )
     if not isinstance(kind, str):
         raise ValueError(f"{where} has no model_type, by which transformers knows its models")
+    if fields.get("quantization_config") is not None:
+        raise ValueError(
+            f"{where} has a quantization_config: the weights beside it are quantised, and cannot be fine-tuned "
+            "here; take the model's unquantised weights"
+        )
     whole = _class(kind, fields, where)
     try:
         config = whole.from_dict(fields)

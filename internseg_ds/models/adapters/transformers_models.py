@@ -4,6 +4,7 @@ stages."""
 from collections.abc import Sequence
 from typing import Any
 
+from internseg_ds.errors import reason_of
 from internseg_ds.models.adapters.transformers_configs import transformers_library
 from internseg_ds.models.adapters.transformers_plain import BRANCHES, PlainModel
 from internseg_ds.models.adapters.transformers_staged import StagedModel
@@ -23,12 +24,20 @@ def build(
     elif drop_path_rate and config.model_type not in BRANCHES:
         raise ValueError(f"drop_path_rate={drop_path_rate:g}, but transformers' {config.model_type} has none")
     config.dtype = None  # of the file; the engine chooses that of the parameters
+    for name, value in list(vars(config).items()):
+        if isinstance(value, tuple):  # of defaults; some classes add lists to them
+            setattr(config, name, list(value))
     transformers_library()
     from transformers.models.auto import modeling_auto
 
     if hasattr(config, "depths") and type(config) in modeling_auto.MODEL_FOR_BACKBONE_MAPPING:
         kind = modeling_auto.MODEL_FOR_BACKBONE_MAPPING[type(config)]
-        return StagedModel(kind, config, out_indices, final_norm=final_norm)
+        try:
+            return StagedModel(kind, config, out_indices, final_norm=final_norm)
+        except ImportError as error:
+            raise ValueError(
+                f"transformers' {config.model_type} needs another package: {reason_of(error)[:160]}"
+            ) from error
     fields = ("num_hidden_layers", "hidden_size", "patch_size")
     if type(config) not in modeling_auto.MODEL_MAPPING or not all(hasattr(config, name) for name in fields):
         raise ValueError(

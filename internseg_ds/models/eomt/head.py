@@ -50,7 +50,7 @@ class EoMTHead(MaskLosses, BaseModule):
         loss_dice: Mapping[str, Any],
         train_cfg: Mapping[str, Any] | None = None,
         test_cfg: Mapping[str, Any] | None = None,
-        init_cfg: Mapping[str, Any] | None = None,
+        init_cfg: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
         super().__init__(init_cfg)
         check_train_cfg(

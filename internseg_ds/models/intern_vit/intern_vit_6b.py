@@ -209,7 +209,7 @@ class InternViT6B(BaseModule):
         pretrained: str | None = None,
         norm_type: str = "rms_norm",
         layer_norm_eps: float = 1e-6,
-        init_cfg: Mapping[str, Any] | None = None,
+        init_cfg: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
         super().__init__(init_cfg)
         if norm_type not in NORMS:

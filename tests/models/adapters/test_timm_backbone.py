@@ -213,6 +213,16 @@ def test_frozen_it_neither_trains_nor_drops():
         ("vit_tiny_patch16_224", dict(drop_path_rate=2.0), "drop-path rate of 2"),
         ("vgg11", dict(drop_path_rate=0.1), "timm's vgg11 has none"),
         ("vit_small_r26_s32_224", dict(out_indices=[99]), "ascending numbers"),
+        (
+            "vit_tiny_patch16_224",
+            dict(model_args=dict(num_heads=5)),
+            r"model_args=\{'num_heads': 5\}.*divisible",
+        ),
+        ("vit_tiny_patch16_224", dict(model_args=dict(num_head=3)), "did you mean 'num_heads'"),
+        ("vit_tiny_patch16_224", dict(model_args=dict(depth="a")), "cannot be built with model_args"),
+        ("vit_tiny_patch16_224", dict(model_args=dict(num_classes=7)), "before the classifier"),
+        ("vit_tiny_patch16_224", dict(model_args=dict(pretrained=True)), "nothing is downloaded"),
+        ("convnext_atto", dict(img_size=64), "convnext_atto has none"),
     ],
 )
 def test_a_setting_that_a_model_cannot_have_is_an_error(name, arguments, words):
@@ -227,7 +237,7 @@ def test_models_without_drop_path_or_groups_of_layers_give_maps(name):
         maps = model(torch.empty(2, 3, 64, 96))
     assert [features.size(1) for features in maps] == list(model.channels)
     if name == "caformer_s18":
-        with pytest.raises(ValueError, match=r"layer_decay_rate=1\.0"):
+        with pytest.raises(ValueError, match="one learning rate for all"):
             model.layer_id("model.stem.conv.weight")
 
 
@@ -236,6 +246,52 @@ def test_a_size_that_a_model_cannot_take_is_named_before_a_run():
         model = backbone("efficientformer_l1", img_size=None)
         with pytest.raises(ValueError, match=r"64 x 96 .* 224 x 224"):
             model(torch.empty(1, 3, 64, 96))
+
+
+@pytest.mark.parametrize(
+    ("name", "channels"),
+    [
+        ("hiera_tiny_224", (96, 192, 384, 768)),
+        ("sam2_hiera_tiny", (96, 192, 384, 768)),
+        ("crossvit_tiny_240", (96, 96, 192, 192)),
+        ("xcit_tiny_12_p8_224", (192,) * 4),
+    ],
+)
+def test_transformers_that_are_not_plain_give_their_maps(name, channels):
+    with torch.device("meta"):
+        model = backbone(name)
+        size = model.model.pretrained_cfg["input_size"][1:]
+        maps = model(torch.empty(2, 3, *size))
+    assert model.channels == tuple(features.size(1) for features in maps)
+    assert sorted(set(model.channels)) == sorted(set(channels)) and model.depth > 2
+
+
+def test_heads_that_do_not_divide_the_width_are_not_blamed_on_the_size_of_images():
+    with torch.device("meta"):
+        model = backbone("vit_small_patch16_dinov3", model_args=dict(num_heads=5))
+        with pytest.raises(ValueError, match=r"no feature maps .*model_args=\{'num_heads': 5\}"):
+            model(torch.empty(1, 3, 64, 96))
+
+
+@pytest.mark.slow
+def test_every_family_of_timm_gives_maps_or_one_error_of_ours():
+    smallest: dict[str, str] = {}
+    for name in timm.list_models():
+        module = timm.model_entrypoint(name).__module__
+        smallest[module] = min(smallest.get(module, name), name, key=lambda each: (len(each), each))
+    for name in smallest.values():
+        with torch.device("meta"):
+            try:
+                model = backbone(name).eval()
+                maps = model(
+                    torch.empty(1, 3, *model.model.pretrained_cfg.get("input_size", (3, 224, 224))[1:])
+                )
+            except ValueError as error:
+                assert f"timm's {name}" in str(error)
+            except NotImplementedError as error:  # which the checks before a run take for "not checked"
+                assert "reads values" in str(error)
+            else:
+                assert model.channels == tuple(features.size(1) for features in maps), name
 
 
 def test_the_patch_of_a_hybrid_is_what_its_tokens_stand_for():

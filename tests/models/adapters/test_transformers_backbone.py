@@ -1,6 +1,7 @@
 """transformers' models as backbones: transformers' own features, layers and weights, at any size and in bf16."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -305,6 +306,77 @@ def test_layers_are_numbered_by_blocks():
     assert {levels.layer_id(name) for name, _ in levels.named_parameters() if name.startswith("neck")} == {6}
 
 
+TIMMS_NAMES = {  # of a model of stages -> timm's model and fields, and transformers' names in timm's words
+    "swin": (
+        "swin_tiny_patch4_window7_224",
+        dict(embed_dim=12, num_heads=(1, 2, 4, 8)),
+        (
+            (r"^swin\.embeddings\.", "patch_embed."),
+            (r"^swin\.encoder\.layers\.(\d)\.downsample", lambda m: f"layers.{int(m[1]) + 1}.downsample"),
+            (r"^swin\.encoder\.layers", "layers"),
+            (r"^swin\.layernorm", "norm"),
+        ),
+    ),
+    "convnext": (
+        "convnext_atto",
+        dict(dims=(8, 16, 24, 32)),
+        (
+            (r"^embeddings\.", "stem."),
+            (r"^encoder\.stages\.(\d)\.downsampling_layer", r"stages.\1.downsample"),
+            (r"^encoder\.stages\.(\d)\.layers", r"stages.\1.blocks"),
+        ),
+    ),
+}
+
+
+def block_of(name: str) -> str:
+    """A stage's block or other part, or else the first word of a parameter's name."""
+    found = re.match(r"(layers|stages)\.\d+\.\w+(\.\d+)?", name)
+    return found[0] if found else name.partition(".")[0]
+
+
+@pytest.mark.parametrize("out_indices", [(0, 1, 2, 3), (0, 1, 2)])
+@pytest.mark.parametrize("depths", [[2, 2, 4, 2], [1, 1, 1, 1]])  # the latter repeat no block
+@pytest.mark.parametrize("kind", TIMMS_NAMES)
+def test_the_layers_of_stages_are_timms_groups(kind, depths, out_indices):
+    theirs_name, fields, renaming = TIMMS_NAMES[kind]
+    with torch.device("meta"):
+        model = backbone(dict(STAGED[kind], model_type=kind, depths=depths), out_indices=out_indices)
+        other = build_backbone(
+            ConfigDict(
+                type="TimmBackbone",
+                model_name=theirs_name,
+                out_indices=out_indices,
+                model_args=dict(fields, depths=depths),
+            )
+        )
+    assert model.depth == other.depth == sum(depths[: len(out_indices)])
+    groups: dict[str, set[int]] = {}
+    for name, _ in other.named_parameters():
+        part = name.removeprefix("model.")
+        groups.setdefault(block_of(part), set()).add(other.layer_id(name))
+    compared = 0
+    for name, param in model.named_parameters():
+        part = name.removeprefix("model.")
+        for pattern, replacement in renaming:
+            part = re.sub(pattern, replacement, part)
+        group = block_of(part)
+        if param.requires_grad and not part.startswith("hidden_states_norms"):
+            assert groups[group] == {model.layer_id(name)}, (name, group)
+            compared += 1
+    assert compared > 20
+    norms = [name for name, _ in model.named_parameters() if "hidden_states_norms" in name]
+    assert norms and {model.layer_id(name) for name in norms} == {model.depth + 1}
+
+
+@pytest.mark.parametrize("kind", ["bit", "focalnet", "hiera", "pvt_v2", "resnet", "swinv2", "textnet"])
+def test_every_model_of_stages_has_as_many_layers_as_blocks(kind):
+    with torch.device("meta"):
+        model = backbone(dict(model_type=kind))
+    assert model.depth == sum(model.model.config.depths)
+    assert {model.layer_id(name) for name, _ in model.named_parameters()} >= set(range(model.depth + 1))
+
+
 @pytest.mark.parametrize("kind", ["dinov3_vit", "swin"])
 def test_every_checkpointing_policy_gives_the_same_gradients(kind):
     image = torch.randn(2, 3, 64, 96)
@@ -447,6 +519,14 @@ def test_frozen_it_neither_trains_nor_drops():
 def test_what_transformers_does_not_have_is_said(arguments, words):
     with pytest.raises(ValueError, match=words), torch.device("meta"):
         backbone(**arguments)
+
+
+def test_quantised_weights_are_refused(tmp_path):
+    quantised = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    content = {"model_type": "dinov3_vit", **VIT, "quantization_config": quantised}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"config\.json has a quantization_config.*cannot be fine-tuned"):
+        backbone(pretrained=str(tmp_path))
 
 
 def test_images_of_sizes_that_a_model_cannot_take_are_refused():
