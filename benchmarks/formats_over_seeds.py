@@ -4,13 +4,13 @@ format's loss or score outside of what seeds alone do?
     python benchmarks/formats_over_seeds.py --results formats.jsonl --camvid data/camvid
     python benchmarks/formats_over_seeds.py --results formats.jsonl --table
 
-Two data sets: the demo's generated scenes, and CamVid as configs/intern_vit_tiny/
-upernet_intern_vit_tiny_224_camvid.py describes it (without --camvid: scenes alone), at half its size on the
-demo's backbone, both from random weights. Backbones compute in bf16. One process, ZeRO-2, 4 images a step. A seed decides initial values
-and the order of data; the noise of stochastic rounding has it too. Each training that ends is one line of JSON
-in --results: loss (mean of the last tenth of the steps) and mIoU after the last step. What stands there is not
-trained again, so a run that was cut off goes on. First come three seeds of fp32, which make the spread, then
-all kinds seed by seed. --table prints what the file has.
+Two data sets: the demo's generated scenes, and CamVid as
+configs/intern_vit_tiny/upernet_intern_vit_tiny_224_camvid.py describes it (without --camvid: scenes alone), at
+half its size on the demo's backbone, both from random weights. Backbones compute in bf16. One process, ZeRO-2,
+4 images a step. A seed decides initial values and the order of data. Each training that ends is one line of
+JSON in --results: loss (mean of the last tenth of the steps) and mIoU after the last step. What stands there is
+not trained again, so a run that was cut off goes on. First come three seeds of fp32, which make the spread,
+then all kinds seed by seed. --table prints what the file has.
 """
 
 import argparse
