@@ -128,6 +128,7 @@ def estimate_step(estimator: Estimator, ds: DsConfig, cluster: Cluster, assumed:
         blocks=estimator.block_work if compiled or float8 else None,
         compiled=compiled,
         float8=float8,
+        compiled_update=experiment.engine.compile,
     )
     time = step_time(work, settings, cluster, assumed)
     within_node, between_nodes = traffic.sent_by_link(cluster.per_node)

@@ -38,7 +38,14 @@ COMPACT_BYTES: dict[tuple[OptimizerStates, bool], int] = {
     ("8bit", True): 351,
 }
 """The same where moments are held in fewer bits, by their format and whether the weights are bf16 too."""
-
+# counted in the same way, with each compiled function as one operation
+COMPILED_COMPACT_BYTES: dict[tuple[OptimizerStates, bool], int] = {
+    ("bf16", False): 80,
+    ("bf16", True): 110,
+    ("8bit", False): 72,
+    ("8bit", True): 102,
+}
+"""The same under `engine.compile`."""
 # of the 30 in which the elementwise work of InternViT's block reads and writes a tensor as large as its input:
 # layer scale, residual and norm become one, and q and k are not copied (docs/performance.md, 10); twice as many
 # in the backward pass. Other blocks are taken for like it
@@ -76,7 +83,8 @@ class StepWork:
     """What one process does in an optimizer step. image: of one image; micro_batch: images. heads: what they
     are computed in; the backbone is in bf16. host_bytes: between GPU and host (`collectives.host_bytes`).
     trained: parameters that train. matrices: rows and columns of those that Muon trains. blocks: of one image,
-    where they are compiled, or multiply in float8."""
+    where they are compiled, or multiply in float8. compiled_update: whether formats of fewer bits are converted
+    by compiled functions."""
 
     image: TrainingPass
     micro_batch: int
@@ -88,6 +96,7 @@ class StepWork:
     blocks: BlockWork | None = None
     compiled: bool = False
     float8: bool = False
+    compiled_update: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,7 +139,7 @@ def step_time(work: StepWork, settings: ZeroSettings, cluster: Cluster, assumed:
         total += always_waits + _overlapped(compute, backward.seconds, hideable, may_hide, settings)
     after = communication_seconds(work.traffic.after, cluster, assumed)
     host = work.host_bytes / 1e9 / device.host_gbs / assumed.link
-    update = update_seconds(work.trained, settings, cluster, assumed)
+    update = update_seconds(work.trained, settings, cluster, assumed, compiled=work.compiled_update)
     update += (
         newton_schulz_flops(work.matrices) / settings.world_size / (device.bf16 * 1e12) / assumed.compute
     )
@@ -235,9 +244,12 @@ def newton_schulz_flops(matrices: Sequence[tuple[int, int]]) -> int:
     return sum(5 * (4 * small**2 * large + 2 * small**3) for small, large in sides)
 
 
-def update_seconds(trained: int, settings: ZeroSettings, cluster: Cluster, assumed: Assumptions) -> float:
+def update_seconds(
+    trained: int, settings: ZeroSettings, cluster: Cluster, assumed: Assumptions, *, compiled: bool
+) -> float:
     """Adam's pass over its share of the state, at the speed of the memory that holds it."""
-    touched = COMPACT_BYTES.get((settings.optimizer_states, settings.bf16_master), ADAM_BYTES)
+    by_format = COMPILED_COMPACT_BYTES if compiled else COMPACT_BYTES
+    touched = by_format.get((settings.optimizer_states, settings.bf16_master), ADAM_BYTES)
     share = touched * trained / settings.optimizer_ranks
     if settings.optimizer_offloaded:
         bandwidth = assumed.host_memory_gbs / cluster.per_node

@@ -158,6 +158,16 @@ def test_each_call_takes_its_hops():
     assert communication_seconds([gather(0, ranks=2)], cluster, slow) == 1
 
 
+def test_compiled_conversions_make_the_update_of_compact_states_shorter():
+    def update(**more) -> float:
+        work = StepWork(PASS, 2, Traffic(((),), ()), STATE, **more)
+        settings = ZeroSettings({"stage": 3}, "bf16", 2, optimizer_states="8bit")
+        return step_time(work, settings, Cluster(GPU, 1, 2, 10), PLAIN).update
+
+    assert update() == pytest.approx(297 * STATE / 2 / 1e12)
+    assert update(compiled_update=True) == pytest.approx(72 * STATE / 2 / 1e12)
+
+
 def test_an_offloaded_update_runs_at_the_speed_of_the_hosts_memory():
     time = time_of([()], zero={"stage": 3, "offload_optimizer": {"device": "cpu"}}, host_bytes=2 * 10**9)
     assert time.host == pytest.approx(0.2)
