@@ -17,6 +17,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any, Literal
 
 import torch
@@ -115,12 +116,21 @@ def compiled_kernels(backend: str | Callable[..., Any] = "inductor") -> Kernels:
     """By torch.compile, one pass over memory each, for tensors of all sizes; nothing is compiled before the
     first call. A function that cannot be compiled runs as it is, and the log says so in one line. backend:
     torch.compile's."""
-    functions: tuple[Callable[..., Any], ...] = (_encoded, _decoded, _cut_to_bf16)
-    return Kernels(*(_compiled(function, backend) for function in functions))
+    encode, decode = (
+        {code: _compiled(function, backend) for code in CODES.values()} for function in (_encoded, _decoded)
+    )
+    return Kernels(
+        lambda blocks, added, code: encode[code](blocks, added, code),
+        lambda codes, scales, code: decode[code](codes, scales, code),
+        _compiled(_cut_to_bf16, backend),
+    )
 
 
 def _compiled(function: Callable[..., Any], backend: str | Callable[..., Any]) -> Callable[..., Any]:
-    run = torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
+    # the compiler counts graphs against a limit by the code object, so each has its own: chunks of a tensor are
+    # views of several kinds, each a graph
+    own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    run = torch.compile(own, fullgraph=True, dynamic=True, backend=backend)
     failed = False
 
     def call(*args: Any) -> Any:
