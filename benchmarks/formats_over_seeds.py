@@ -128,7 +128,7 @@ def print_tables(runs: list[Run]) -> None:
             if of_kind:
                 cells = [cell for what in ("loss", "mIoU") for cell in compared(of_kind, fp32, what)]
                 table.add_row(kind, str(len(of_kind)), *cells)
-        Console().print(table)
+        Console(width=110).print(table)
 
 
 def compared(runs: list[Run], fp32: dict[int, Run], what: str) -> tuple[str, str]:
@@ -137,7 +137,9 @@ def compared(runs: list[Run], fp32: dict[int, Run], what: str) -> tuple[str, str
     digits = 3 if what == "loss" else 2
     values = [run[what] for run in runs]
     mean = statistics.mean(values)
-    shown = f"{mean:.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    shown = f"{mean:.{digits}f}"
+    if len(values) > 1:
+        shown += f" ({min(values):.{digits}f} to {max(values):.{digits}f})"
     pairs = [run[what] - fp32[run["seed"]][what] for run in runs if run["seed"] in fp32]
     if not pairs or runs[0]["kind"] == FP32:
         return shown, ""
