@@ -52,7 +52,9 @@ def main() -> None:
         folder = Path(name)
         scenes = folder / "scenes"
         write_scenes(scenes, args.scenes)
-        pretrained = train(scenes_experiment(scenes, args.pretraining_steps), folder / "pretraining")
+        pretrained = train(
+            scenes_experiment(scenes, args.pretraining_steps, args.pretraining_steps), folder / "pretraining"
+        )
         rows = {}
         weights = folder / "pretraining/checkpoints"
         experiments = {
@@ -94,18 +96,19 @@ def write_scenes(folder: Path, count: int) -> None:
     write_generated_ade20k(folder, training=count, validation=8)
 
 
-def scenes_experiment(root: Path, steps: int) -> Config:
-    """The demo's experiment, saved after its last step."""
+def scenes_experiment(root: Path, steps: int, interval: int) -> Config:
+    """The demo's experiment. interval: of saves; 0: none."""
     cfg = Config.fromfile(SCENES)
     for split in ("train", "val", "test"):
         cfg.data[split].data_root = str(root)
-    return scheduled(cfg, steps, interval=steps)
+    return scheduled(cfg, steps, interval)
 
 
-def camvid_experiment(root: Path, steps: int, tune: Any, pretrained: Path) -> Config:
-    """CamVid at half its size, on the backbone of the demo with the weights that it has learned."""
+def camvid_experiment(root: Path, steps: int, tune: Any, pretrained: Path | None) -> Config:
+    """CamVid at half its size, on the backbone of the demo with the weights that it has learned; None: with
+    random ones."""
     cfg = Config.fromfile(CAMVID)
-    cfg.model.backbone.update(BACKBONE, pretrained=str(pretrained))
+    cfg.model.backbone.update(BACKBONE, pretrained=pretrained and str(pretrained))
     cfg.model.decode_head.in_channels = [BACKBONE["embed_dim"]] * 4
     cfg.model.auxiliary_head.in_channels = BACKBONE["embed_dim"]
     cfg.model.test_cfg = dict(mode="whole")

@@ -14,13 +14,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def train(
-    cfg: Config, ds_config: Mapping[str, Any], work_dir: Path, *arguments: object
+    cfg: Config,
+    ds_config: Mapping[str, Any],
+    work_dir: Path,
+    *arguments: object,
+    script: str = "launch/train.py",
 ) -> list[dict[str, Any]]:
-    """The records of a training. arguments: of launch/train.py. Ends the benchmark where it fails."""
+    """The records of a training. arguments: of the script. Ends the benchmark where it fails."""
     config, ds_file = work_dir.with_suffix(".py"), work_dir.with_suffix(".json")
     config.write_text(cfg.pretty_text)
     ds_file.write_text(json.dumps(ds_config))
-    command: list[Any] = [sys.executable, "launch/train.py", config, "--work-dir", work_dir, *arguments]
+    command: list[Any] = [sys.executable, script, config, "--work-dir", work_dir, *arguments]
     command += ["--deepspeed_config", ds_file]
     done = subprocess.run(
         list(map(str, command)),

@@ -5,6 +5,7 @@ python docs/tabulate_what_fits.py
 """
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 
 from internseg_ds.config.experiment import read_experiment
@@ -27,6 +28,13 @@ DS_CONFIGS = [
         "zero3_bf16_offload_all",
     )
 ]
+COMPACT = [
+    ("bf16", Path("ds_configs/zero3_bf16.json")),
+    ("8bit", Path("ds_configs/zero3_bf16.json")),
+    ("bf16", Path("ds_configs/zero3_bf16_only.json")),
+    ("8bit", Path("ds_configs/zero3_bf16_only.json")),
+]
+"""engine.optimizer_states other than fp32, and a ds_config."""
 GPUS = ("RTX4090", "A100-40GB", "L40S", "A100", "H100", "H200", "B200")
 COUNTS = (1, 2, 4, 8, 16)
 OPENING = """# What fits where
@@ -38,10 +46,32 @@ All of it: `python docs/tabulate_what_fits.py`.
 """
 
 
-def estimates(estimator: Estimator, device: Device, count: int) -> dict[Path, Estimate | str]:
-    """Under each of DS_CONFIGS, on so many GPUs."""
+Found = dict[Path, Estimate | str]
+"""By the ds_config, and behind its name engine.optimizer_states where that is not fp32."""
+
+
+def estimates(by_states: Mapping[str, Estimator], device: Device, count: int) -> tuple[Found, Found]:
+    """Under each of DS_CONFIGS, and of COMPACT, on so many GPUs."""
     per_node = min(count, 8)
-    return compare(estimator, DS_CONFIGS, Cluster(device, count // per_node, per_node, 50.0), Assumptions())
+    cluster = Cluster(device, count // per_node, per_node, 50.0)
+    usual = compare(by_states["fp32"], DS_CONFIGS, cluster, Assumptions())
+    compact = {
+        Path(f"{path.stem} {states}"): compare(by_states[states], [path], cluster, Assumptions())[path]
+        for states, path in COMPACT
+    }
+    return usual, compact
+
+
+def estimators(recomputation: str) -> dict[str, Estimator]:
+    """By engine.optimizer_states."""
+    return {
+        states: Estimator(
+            read_experiment(
+                RECIPE, {"engine.recomputation": recomputation, "engine.optimizer_states": states}
+            )
+        )
+        for states in ("fp32", "bf16", "8bit")
+    }
 
 
 def cell(estimate: Estimate | str) -> str:
@@ -64,7 +94,7 @@ def images_per_s(estimate: Estimate) -> str:
     return f"{estimate.step.images_per_s:.3g}" if estimate.step is not None else "?"
 
 
-def best(found: dict[Path, Estimate | str]) -> str:
+def best(found: Found) -> str:
     """Of the table of the fastest that fit."""
     path = fastest(found)
     estimate = found[path] if path is not None else None
@@ -78,36 +108,48 @@ def best(found: dict[Path, Estimate | str]) -> str:
     )
 
 
+def best_with(usual: Found, compact: Found) -> str:
+    """`best`, with `compact` where that is faster."""
+    paths = fastest(usual), fastest(compact)
+    rates = [
+        one.step.images_per_s if isinstance(one, Estimate) and one.step is not None else 0.0
+        for one in (found.get(path) if path else None for found, path in zip((usual, compact), paths))
+    ]
+    return best(compact if rates[1] > rates[0] else usual)
+
+
 def main() -> None:
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
-    published = Estimator(read_experiment(RECIPE, {"engine.recomputation": "config"}))
-    auto = Estimator(read_experiment(RECIPE))
+    published, auto = estimators("config"), estimators("auto")
     short = [
-        '| GPU | count | activation checkpointing of the recipe | `engine.recomputation="auto"` |',
-        "|---|---|---|---|",
+        '| GPU | count | activation checkpointing of the recipe | `engine.recomputation="auto"` '
+        "| the same, with other `engine.optimizer_states` where that is faster |",
+        "|---|---|---|---|---|",
     ]
-    long = [
-        f"| GPU, GiB | count | {' | '.join(path.stem for path in DS_CONFIGS)} |",
-        "|---|---|" + "---|" * len(DS_CONFIGS),
-    ]
+    names = [path.stem for path in DS_CONFIGS] + [f"{path.stem} {states}" for states, path in COMPACT]
+    long = [f"| GPU, GiB | count | {' | '.join(names)} |", "|---|---|" + "---|" * len(names)]
     for name in GPUS:
         device = DEVICES[name]
         for count in COUNTS:
-            found = estimates(published, device, count)
-            long.append(
-                f"| {name}, {device.memory_gib:g} | {count} | {' | '.join(map(cell, found.values()))} |"
-            )
-            short.append(f"| {name} | {count} | {best(found)} | {best(estimates(auto, device, count))} |")
+            usual, compact = estimates(published, device, count)
+            cells = map(cell, [*usual.values(), *compact.values()])
+            long.append(f"| {name}, {device.memory_gib:g} | {count} | {' | '.join(cells)} |")
+            of_auto, compact = estimates(auto, device, count)
+            bests = (best(usual), best(of_auto), best_with(of_auto, compact))
+            short.append(f"| {name} | {count} | {' | '.join(bests)} |")
     legend = (
         "Bold: it fits; the peak per GPU in GiB, `+` what the host holds, and images per second. no (N): "
         "it would need N GiB. "
-        "Empty: hpZ is for whole nodes of 8."
+        "Empty: hpZ is for whole nodes of 8. "
+        'The last four columns: with engine.optimizer_states="bf16" or "8bit" ([what that does to a training]'
+        "(performance.md))."
     )
     second = (
         "## The fastest that fits\n\nThe ds_config, and what of the blocks is recomputed "
-        "where the engine may choose."
+        "where the engine may choose. The last column has the formats of optimizer states with fewer bytes, "
+        "behind the ds_config; their losses are not those of fp32 states to the last bit, so they are a choice."
     )
     Path(__file__).with_name("what_fits.md").write_text(
         "\n\n".join([OPENING.strip(), legend, "\n".join(long), second, "\n".join(short)]) + "\n"

@@ -1,9 +1,23 @@
 """Moments in bf16 and 8 bits: how far a value is from the one that was put in, on average and at most."""
 
+import logging
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
-from internseg_ds.moment_formats import BLOCK, CODES, from_bytes, rounded_to_bf16, scales_of, to_bytes
+from internseg_ds.moment_formats import (
+    BLOCK,
+    CODES,
+    EAGER,
+    Kernels,
+    compiled_kernels,
+    from_bytes,
+    rounded_to_bf16,
+    scales_of,
+    to_bytes,
+)
 
 N = 1000  # no multiple of a block
 
@@ -72,3 +86,55 @@ def test_bf16_keeps_small_changes_on_average_and_only_then():
     )
     assert torch.equal(rounded_to_bf16(values, noise), values.bfloat16())
     assert torch.equal(rounded_to_bf16(changed, None), changed.bfloat16())
+
+
+def same_by(kernels: Kernels) -> bool:
+    """Whether all conversions give what the eager ones give, with the same random numbers, at sizes that end
+    inside a block."""
+
+    def converted(values: torch.Tensor, kernels: Kernels) -> list[torch.Tensor]:
+        noise = torch.Generator().manual_seed(1)
+        found = [rounded_to_bf16(values, noise, kernels)]
+        for code in CODES.values():
+            moment = values if code.signed else values**2
+            codes, scales = to_bytes(moment, code, noise, kernels)
+            found += [codes, scales, from_bytes(codes, scales, code, kernels)]
+        return found
+
+    return all(
+        torch.equal(one, other)
+        for size in (3 * BLOCK, 2 * BLOCK + 7)
+        for one, other in zip(
+            *(converted(values_of("exp_avg")[:size], each) for each in (kernels, EAGER)), strict=True
+        )
+    )
+
+
+def test_the_conversions_can_be_traced_and_give_the_same_values():
+    traced: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list) -> Callable:
+        traced.append(graph)
+        return graph
+
+    kernels = compiled_kernels(backend)
+    assert same_by(kernels)
+    # of the rounding to bf16, and of both directions of both moments; decoding sees two kinds of views
+    assert 5 <= len(traced) <= 7
+    found = len(traced)
+    assert same_by(kernels) and len(traced) == found
+
+
+@pytest.mark.slow
+def test_compiled_conversions_give_the_same_values():
+    assert same_by(compiled_kernels())
+
+
+def test_a_conversion_that_cannot_be_compiled_runs_as_it_is(caplog, monkeypatch):
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("no compiler")
+
+    # a run before may have switched it off
+    monkeypatch.setattr(logging.getLogger("internseg_ds"), "propagate", True)
+    assert same_by(compiled_kernels(fails))
+    assert caplog.text.count("formats run uncompiled") == 5 and "no compiler" in caplog.text

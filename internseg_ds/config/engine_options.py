@@ -45,8 +45,8 @@ class EngineOptions:
     compile: bool = False
     """Compile the backbone's repeated block with torch.compile: once for all blocks of a kind, in the first step
     and the first evaluation, some minutes in all. Losses are equal within rounding. Under ZeRO-3 for hooks on
-    blocks only ("leaf_module": "auto" in the ds_config). A block that cannot be compiled runs as it is, and the
-    log says why."""
+    blocks only ("leaf_module": "auto" in the ds_config). With optimizer_states of fewer bits, their conversions
+    in the optimizer's step, too. What cannot be compiled runs as it is, and the log says why."""
     evaluate_before: bool = False
     """Evaluate once before the first step, to see what training starts from."""
     evaluation_weights: Literal["auto", "whole", "partitioned"] = "auto"

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -87,19 +88,28 @@ class StepMetrics:
 
     def means_over_ranks(self) -> tuple[dict[str, float], list[float]]:
         """Gives (means of the terms over micro-batches and ranks, the loss of each step as a mean over ranks).
-        Collective: one all-reduce."""
+        Collective: one all-reduce, and one transfer from the device."""
         names = sorted(self.sums)
         finite_here = torch.stack(self._finite).float().sum()
         stacked = torch.stack([finite_here, *(self.sums[name] for name in names), *self.losses])
         dist.all_reduce(stacked)
-        finite, *sums = stacked[: len(names) + 1].tolist()
+        terms, losses = stacked[: len(names) + 1], stacked[len(names) + 1 :] / dist.get_world_size()
+        # the norms are the same on all ranks
+        there = [norm for norm in self.grad_norms if _lies_on(norm, stacked.device)]
+        norms = [float(norm) for norm in self.grad_norms if not _lies_on(norm, stacked.device)]
+        together = torch.cat([terms, losses, *(norm.float().view(1) for norm in there)]).cpu().tolist()
+        finite, *sums = together[: len(terms)]
+        norms += together[len(terms) + len(losses) :]
         means = {
             name: value / finite if finite else math.nan for name, value in zip(names, sums, strict=True)
         }
-        norms = [float(norm) for norm in self.grad_norms]
         means["grad_norm"] = statistics.fmean(norms) if norms else math.nan
         means["grad_norm_max"] = max(norms, default=math.nan)
-        return means, (stacked[len(names) + 1 :] / dist.get_world_size()).tolist()
+        return means, together[len(terms) : len(terms) + len(losses)]
+
+
+def _lies_on(value: Tensor | float, device: torch.device) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and value.device == device
 
 
 class Spikes:

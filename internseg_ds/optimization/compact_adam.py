@@ -25,8 +25,10 @@ from torch.optim import Adam
 from internseg_ds.moment_formats import (
     BLOCK,
     CODES,
+    EAGER,
     SCALE,
     OptimizerStates,
+    compiled_kernels,
     from_bytes,
     rounded_to_bf16,
     scales_of,
@@ -50,11 +52,15 @@ class CompactAdam(RangedAdam):
         kind: type[Adam],
         limit: float,
         states: OptimizerStates,
+        *,
+        compiled: bool = False,
         **arguments: Any,
     ) -> None:
-        """states: "bf16" or "8bit"; the others as of `RangedAdam`."""
+        """states: "bf16" or "8bit". compiled: whether moments and weights are converted by compiled
+        functions, to the same values. The others as of `RangedAdam`."""
         super().__init__(groups, kind, limit, **arguments)
         self.states = states
+        self._kernels = compiled_kernels() if compiled else EAGER
         # of each flat tensor: the count in its state, and its value, which costs a wait for the GPU to read
         self._updates: dict[Tensor, tuple[Tensor, int]] = {}
         self._numbers: dict[Tensor, int] = {}
@@ -94,7 +100,7 @@ class CompactAdam(RangedAdam):
             moments = {what: self._moment(flat, what, start, stop) for what in MOMENTS}
             self._update_chunk(flat, start, weights, gradient[start:stop].float(), moments)
             if weights is not held:
-                held.copy_(rounded_to_bf16(weights, noise))
+                held.copy_(rounded_to_bf16(weights, noise, self._kernels))
             for what, values in moments.items():
                 self._hold(flat, what, start, values, noise)
         state["step"] += 1
@@ -139,7 +145,7 @@ class CompactAdam(RangedAdam):
         if self.states == "bf16":
             return state[what][start:stop].float()
         scales = state[what + SCALE][start // BLOCK : scales_of(stop)]
-        return from_bytes(state[what][start:stop], scales, CODES[what])
+        return from_bytes(state[what][start:stop], scales, CODES[what], self._kernels)
 
     def _hold(
         self, flat: Tensor, what: str, start: int, values: Tensor, noise: torch.Generator | None
@@ -147,8 +153,8 @@ class CompactAdam(RangedAdam):
         """Puts values (fp32, 1-d) into the state from element `start` on, the first of a block."""
         state, stop = self.state[flat], start + values.numel()
         if self.states == "bf16":
-            state[what][start:stop] = rounded_to_bf16(values, noise)
+            state[what][start:stop] = rounded_to_bf16(values, noise, self._kernels)
             return
-        codes, scales = to_bytes(values, CODES[what], noise)
+        codes, scales = to_bytes(values, CODES[what], noise, self._kernels)
         state[what][start:stop] = codes
         state[what + SCALE][start // BLOCK : scales_of(stop)] = scales

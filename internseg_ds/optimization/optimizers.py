@@ -138,13 +138,13 @@ def group_limit(ds: DsConfig) -> float:
 
 
 def build_optimizer(
-    groups: list[dict[str, Any]], section: Mapping[str, Any], ds: DsConfig
+    groups: list[dict[str, Any]], section: Mapping[str, Any], ds: DsConfig, *, compiled: bool = False
 ) -> torch.optim.Optimizer:
     """The optimizer for `deepspeed.initialize`. Adam and AdamW run torch's fused kernels, on GPUs and CPUs.
 
     groups: as `parameter_groups` makes them. section: the config's `optimizer` (type, lr, betas,
-    weight_decay, ...). ds: says in what its moments are held. Raises ConfigError where `check_optimizer`
-    does.
+    weight_decay, ...). ds: says in what its moments are held. compiled: whether those that are not fp32 are
+    converted by compiled functions. Raises ConfigError where `check_optimizer` does.
     """
     settings = _settings(section)
     kind = check_optimizer(section, ds)
@@ -158,7 +158,9 @@ def build_optimizer(
     if kind in ("Adam", "AdamW") and not settings.get("foreach"):
         settings.setdefault("fused", True)
     if ds.optimizer_states != "fp32":
-        return CompactAdam(groups, optimizer_class(kind), group_limit(ds), ds.optimizer_states, **settings)
+        return CompactAdam(
+            groups, optimizer_class(kind), group_limit(ds), ds.optimizer_states, compiled=compiled, **settings
+        )
     if is_ranged(section, ds):
         return RangedAdam(groups, optimizer_class(kind), group_limit(ds), **settings)
     optimizer = optimizer_class(kind)(groups, **settings)

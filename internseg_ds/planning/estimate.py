@@ -15,7 +15,7 @@ from internseg_ds.errors import ConfigError
 from internseg_ds.models.activation_checkpointing import CheckpointingPolicy
 from internseg_ds.planning.auto_checkpointing import as_it_will_train
 from internseg_ds.planning.collectives import host_bytes, step_traffic
-from internseg_ds.planning.devices import Cluster
+from internseg_ds.planning.devices import Cluster, Device
 from internseg_ds.planning.estimator import DsConfigSource, Estimator
 from internseg_ds.planning.flops import TrainingPass
 from internseg_ds.planning.memory_estimate import MemoryEstimate, Platform
@@ -111,6 +111,8 @@ def estimate_step(estimator: Estimator, ds: DsConfig, cluster: Cluster, assumed:
             "torch_autocast"
         )
     settings = ZeroSettings.of(ds)
+    compiled = experiment.engine.compile and settings.hooks_on_blocks
+    float8 = _multiplies_float8(experiment.engine, ds, cluster.device)
     image = estimator.training_pass
     traffic = step_traffic(
         estimator.model, settings, estimator.group_sizes(ds), image.uses, estimator.matrices
@@ -123,6 +125,10 @@ def estimate_step(estimator: Estimator, ds: DsConfig, cluster: Cluster, assumed:
         host_bytes=host_bytes(estimator.model, settings, traffic),
         heads=heads_matmul(experiment.engine),
         matrices=estimator.matrices,
+        blocks=estimator.block_work if compiled or float8 else None,
+        compiled=compiled,
+        float8=float8,
+        compiled_update=experiment.engine.compile,
     )
     time = step_time(work, settings, cluster, assumed)
     within_node, between_nodes = traffic.sent_by_link(cluster.per_node)
@@ -133,6 +139,18 @@ def estimate_step(estimator: Estimator, ds: DsConfig, cluster: Cluster, assumed:
         images_per_s=ds.global_batch / time.total,
         hours=_hours(experiment, ds, time.total),
     )
+
+
+def _multiplies_float8(options: EngineOptions, ds: DsConfig, device: Device) -> bool:
+    """Raises ConfigError where it is asked for and cannot be had."""
+    if options.matmul_dtype != "float8":
+        return False
+    asked = "engine.matmul_dtype='float8'"
+    if device.float8 is None:
+        raise ConfigError(f"{asked} is not for the {device.name}, which does not multiply float8 (e4m3)")
+    if ds.precision != "bf16":
+        raise ConfigError(f"{asked} needs bf16 weights, and {ds.source} trains under autocast")
+    return True
 
 
 def _hours(experiment: Experiment, ds: DsConfig, step_s: float) -> float | None:

@@ -23,7 +23,8 @@ from internseg_ds.distributed.precision import apply_precision, heads_dtype
 from internseg_ds.errors import ConfigError
 from internseg_ds.models.activation_checkpointing import CheckpointingPolicy
 from internseg_ds.models.backbone import patch_size, vector_length
-from internseg_ds.models.repeated_blocks import repeated_block
+from internseg_ds.models.block_execution.float8_linear import multiply_in_float8
+from internseg_ds.models.repeated_blocks import block_names, repeated_block
 from internseg_ds.optimization.optimizers import group_limit, is_ranged
 from internseg_ds.optimization.parameter_groups import parameter_groups
 from internseg_ds.optimization.ranged_adam import bundles, kinds_of
@@ -33,6 +34,7 @@ from internseg_ds.planning.activation_memory import (
     most_bytes,
     training_activations,
 )
+from internseg_ds.planning.block_work import BlockWork, block_work
 from internseg_ds.planning.flops import TrainingPass, training_pass
 from internseg_ds.planning.image_sizes import crop_size, evaluation_size
 from internseg_ds.planning.memory_estimate import (
@@ -132,6 +134,11 @@ class Estimator:
         """FLOPs of a training image, and the order of the modules."""
         return training_pass(self.model, *self.crop)
 
+    @cached_property
+    def block_work(self) -> BlockWork:
+        """What compiled blocks and float8 products change of it."""
+        return block_work(self.model, *self.crop)
+
     def memory(self, ds: DsConfig, platform: Platform, *, evaluates: bool = True) -> MemoryEstimate:
         """Of one process. evaluates: whether the run does. Takes seconds to minutes for a model of some
         billion parameters. Raises ConfigError for settings whose memory is not modelled."""
@@ -228,6 +235,9 @@ class Estimator:
             heads=heads_dtype(self.experiment.engine.heads_dtype, model, precision),
             autocast=precision == "autocast",
         )
+        if self.experiment.engine.matmul_dtype == "float8" and precision == "bf16":
+            backbone = model.get_submodule("backbone")
+            multiply_in_float8(backbone, block_names(backbone))
         return model
 
 

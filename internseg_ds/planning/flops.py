@@ -62,7 +62,7 @@ def training_pass(model: BaseSegmentor, height: int, width: int) -> TrainingPass
     height, width: of a training image, in pixels. Losses are left out: they own no weights, and no operation
     of theirs is a matrix product.
     """
-    with _in_training(model):
+    with in_training(model):
         with _checkpointing_off(model):
             plain = _run(model, height, width)
         uses: list[Use] = []
@@ -144,7 +144,7 @@ def _convolution_backward_flops(
 
 
 @contextmanager
-def _in_training(model: nn.Module) -> Iterator[None]:
+def in_training(model: nn.Module) -> Iterator[None]:
     """Training mode, except that batch norms use stored moments: those of a batch would have to be computed,
     and there are no values."""
     modes = [(module, module.training) for module in model.modules()]

@@ -7,15 +7,19 @@ one before (deepspeedai/DeepSpeed#8364), and the last after all of it. Batch nor
 so does what follows the last backward pass: the update, and the gathering of new weights. Work that waits for
 memory and not for multipliers (deformable sampling, depth-wise convolutions) counts by its FLOPs like all
 other, which is too short a time for backbones made of it.
+
+`engine.compile` saves memory traffic of the blocks' elementwise work, and float8 products run at another rate
+and cost conversions: both are added to that time, counted by hand, and nothing of it was measured on a GPU.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from internseg_ds.moment_formats import OptimizerStates
+from internseg_ds.planning.block_work import BlockPass, BlockWork
 from internseg_ds.planning.collectives import Collective, Traffic
-from internseg_ds.planning.devices import Cluster
+from internseg_ds.planning.devices import Cluster, Device
 from internseg_ds.planning.flops import TrainingPass
 from internseg_ds.planning.zero_settings import ZeroSettings
 
@@ -34,6 +38,24 @@ COMPACT_BYTES: dict[tuple[OptimizerStates, bool], int] = {
     ("8bit", True): 351,
 }
 """The same where moments are held in fewer bits, by their format and whether the weights are bf16 too."""
+# counted in the same way, with each compiled function as one operation
+COMPILED_COMPACT_BYTES: dict[tuple[OptimizerStates, bool], int] = {
+    ("bf16", False): 80,
+    ("bf16", True): 110,
+    ("8bit", False): 72,
+    ("8bit", True): 102,
+}
+"""The same under `engine.compile`."""
+# of the 30 in which the elementwise work of InternViT's block reads and writes a tensor as large as its input:
+# layer scale, residual and norm become one, and q and k are not copied (docs/performance.md, 10); twice as many
+# in the backward pass. Other blocks are taken for like it
+FUSED_PASSES = 9
+"""Times that a compiled block reads or writes a tensor of its input's size less often, in a forward pass."""
+# bf16 in and e4m3 out, and a reading before it for the scales (5), which uncompiled operations make with a
+# bf16 copy of the scaled values and a copy that is contiguous
+CONVERSION_BYTES = {False: 13, True: 5}
+"""Bytes of traffic per element that is converted to float8, by whether the block is compiled."""
+BF16_BYTES = 2
 
 
 @dataclass(frozen=True)
@@ -60,7 +82,9 @@ class Assumptions:
 class StepWork:
     """What one process does in an optimizer step. image: of one image; micro_batch: images. heads: what they
     are computed in; the backbone is in bf16. host_bytes: between GPU and host (`collectives.host_bytes`).
-    trained: parameters that train. matrices: rows and columns of those that Muon trains."""
+    trained: parameters that train. matrices: rows and columns of those that Muon trains. blocks: of one image,
+    where they are compiled, or multiply in float8. compiled_update: whether formats of fewer bits are converted
+    by compiled functions."""
 
     image: TrainingPass
     micro_batch: int
@@ -69,6 +93,10 @@ class StepWork:
     host_bytes: int = 0
     heads: MatmulKind = "tf32"
     matrices: Sequence[tuple[int, int]] = ()
+    blocks: BlockWork | None = None
+    compiled: bool = False
+    float8: bool = False
+    compiled_update: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,16 +123,11 @@ class StepTime:
 
 
 def step_time(work: StepWork, settings: ZeroSettings, cluster: Cluster, assumed: Assumptions) -> StepTime:
-    """The time of one optimizer step on each GPU of the cluster."""
-    image, device = work.image, cluster.device
-    heads_rate: float = getattr(device, work.heads)
-    # one micro-batch at the peak rate, and its backward pass alone
-    floor = work.micro_batch * (image.backbone_flops / device.bf16 + image.heads_flops / heads_rate) / 1e12
-    backward_floor = (
-        work.micro_batch * (image.backbone_backward / device.bf16 + image.heads_backward / heads_rate) / 1e12
-    )
-    compute = floor / assumed.compute
-    backward = backward_floor / assumed.compute
+    """The time of one optimizer step on each GPU of the cluster. Raises ValueError for float8 products on a
+    device whose data sheet has no rate of them."""
+    device = cluster.device
+    forward, backward = computation(work, device, assumed)
+    floor, compute = forward.floor + backward.floor, forward.seconds + backward.seconds
     total = communication = 0.0
     for collectives in work.traffic.micro_batches:
         always_waits = communication_seconds(
@@ -113,10 +136,10 @@ def step_time(work: StepWork, settings: ZeroSettings, cluster: Cluster, assumed:
         may_hide = [part for part in collectives if part.what != "batch norm"]
         hideable = communication_seconds(may_hide, cluster, assumed)
         communication += always_waits + hideable
-        total += always_waits + _overlapped(compute, backward, hideable, may_hide, settings)
+        total += always_waits + _overlapped(compute, backward.seconds, hideable, may_hide, settings)
     after = communication_seconds(work.traffic.after, cluster, assumed)
     host = work.host_bytes / 1e9 / device.host_gbs / assumed.link
-    update = update_seconds(work.trained, settings, cluster, assumed)
+    update = update_seconds(work.trained, settings, cluster, assumed, compiled=work.compiled_update)
     update += (
         newton_schulz_flops(work.matrices) / settings.world_size / (device.bf16 * 1e12) / assumed.compute
     )
@@ -129,6 +152,53 @@ def step_time(work: StepWork, settings: ZeroSettings, cluster: Cluster, assumed:
         update=update,
         total=total + after + host + update,
     )
+
+
+class PassTime(NamedTuple):
+    """Seconds of a forward or backward pass of one micro-batch. floor: at the peak rate."""
+
+    floor: float
+    seconds: float
+
+
+def computation(work: StepWork, device: Device, assumed: Assumptions) -> tuple[PassTime, PassTime]:
+    """The forward and the backward pass of one micro-batch, the second with what is recomputed. Raises as
+    `step_time` does."""
+    image, blocks = work.image, work.blocks
+    # a backward pass has twice the elementwise work of a forward pass
+    of_forward = [] if blocks is None else [(blocks.forward, FUSED_PASSES)]
+    of_backward = (
+        [] if blocks is None else [(blocks.backward, 2 * FUSED_PASSES), (blocks.recomputed, FUSED_PASSES)]
+    )
+    return (
+        _pass_time(image.backbone_forward, image.heads_forward, of_forward, work, device, assumed),
+        _pass_time(image.backbone_backward, image.heads_backward, of_backward, work, device, assumed),
+    )
+
+
+def _pass_time(
+    backbone_flops: int,
+    heads_flops: int,
+    blocks: Sequence[tuple[BlockPass, int]],
+    work: StepWork,
+    device: Device,
+    assumed: Assumptions,
+) -> PassTime:
+    """blocks: with the passes over a tensor that compiling saves in each."""
+    floor = backbone_flops / device.bf16 + heads_flops / getattr(device, work.heads)
+    traffic = 0.0
+    for one, fused in blocks:
+        if work.float8:
+            if device.float8 is None:
+                raise ValueError(f"{device.name} has no rate of float8 products")
+            floor += one.float8_flops * (1 / device.float8 - 1 / device.bf16)
+            converted = work.micro_batch * one.converted + one.converted_weights
+            traffic += CONVERSION_BYTES[work.compiled] * converted
+        if work.compiled:
+            traffic -= fused * BF16_BYTES * work.micro_batch * one.block_elements
+    floor *= work.micro_batch / 1e12
+    seconds = floor / assumed.compute + traffic / 1e9 / device.memory_gbs / assumed.link
+    return PassTime(floor, max(floor, seconds))
 
 
 def _overlapped(
@@ -174,9 +244,12 @@ def newton_schulz_flops(matrices: Sequence[tuple[int, int]]) -> int:
     return sum(5 * (4 * small**2 * large + 2 * small**3) for small, large in sides)
 
 
-def update_seconds(trained: int, settings: ZeroSettings, cluster: Cluster, assumed: Assumptions) -> float:
+def update_seconds(
+    trained: int, settings: ZeroSettings, cluster: Cluster, assumed: Assumptions, *, compiled: bool
+) -> float:
     """Adam's pass over its share of the state, at the speed of the memory that holds it."""
-    touched = COMPACT_BYTES.get((settings.optimizer_states, settings.bf16_master), ADAM_BYTES)
+    by_format = COMPILED_COMPACT_BYTES if compiled else COMPACT_BYTES
+    touched = by_format.get((settings.optimizer_states, settings.bf16_master), ADAM_BYTES)
     share = touched * trained / settings.optimizer_ranks
     if settings.optimizer_offloaded:
         bandwidth = assumed.host_memory_gbs / cluster.per_node

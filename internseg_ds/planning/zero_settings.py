@@ -104,6 +104,11 @@ class ZeroSettings:
         return bool(self.zero.get("overlap_comm", self.stage == 3))
 
     @property
+    def hooks_on_blocks(self) -> bool:
+        """Whether no hook of DeepSpeed is inside a block, so that blocks can be compiled."""
+        return self.stage != 3 or bool(self.zero.get("leaf_module", {}).get("classes"))
+
+    @property
     def reduce_bucket(self) -> int:
         """Elements of a bucket of gradients."""
         return int(float(self.zero.get("reduce_bucket_size", REDUCE_BUCKET)))

@@ -62,7 +62,7 @@ def build_deepspeed_engine(
     groups = groups_in(model, parameter_groups(meta_model, experiment.optimizer), meta_model)
     if ds.cpu_adam:
         take_share_of_cores()
-    optimizer = build_optimizer(groups, experiment.optimizer, ds)
+    optimizer = build_optimizer(groups, experiment.optimizer, ds, compiled=experiment.engine.compile)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,

@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from internseg_ds.monitoring.step_metrics import Spikes, StepMetrics
 from tests.distributed.ranks import spawn
+from tests.waits import HostReads
 
 
 def terms(loss: float) -> dict[str, torch.Tensor]:
@@ -24,6 +25,20 @@ def means_over_micro_batches_steps_and_ranks() -> None:
     assert means == pytest.approx({"loss": 11.5, "acc": 23.0, "grad_norm": 1.0, "grad_norm_max": 2.0})
 
 
+def what_lies_on_the_device_comes_over_in_one_transfer() -> None:
+    metrics = StepMetrics()
+    for step in range(4):
+        metrics.add(terms(float(step)))
+        metrics.end_step(torch.tensor(2.0 * step))
+    metrics.add(terms(4.0))
+    metrics.end_step(8.0)  # as DeepSpeed gives it before the first step, and with offloading
+    with HostReads() as reads:
+        means, losses = metrics.means_over_ranks()
+    assert reads.found == {"step_metrics.py:means_over_ranks": 2}  # .cpu().tolist()
+    assert losses == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert means == {"loss": 2.0, "acc": 4.0, "grad_norm": 4.0, "grad_norm_max": 8.0}
+
+
 def a_loss_that_is_not_finite_is_left_out_of_the_means() -> None:
     metrics = StepMetrics()
     metrics.add(terms(math.nan if dist.get_rank() else 4.0))
@@ -36,7 +51,12 @@ def a_loss_that_is_not_finite_is_left_out_of_the_means() -> None:
 
 
 @pytest.mark.parametrize(
-    "what", [means_over_micro_batches_steps_and_ranks, a_loss_that_is_not_finite_is_left_out_of_the_means]
+    "what",
+    [
+        means_over_micro_batches_steps_and_ranks,
+        what_lies_on_the_device_comes_over_in_one_transfer,
+        a_loss_that_is_not_finite_is_left_out_of_the_means,
+    ],
 )
 def test_an_interval_of_two_ranks(what):
     spawn(what, 2)

@@ -79,6 +79,27 @@ def test_the_moving_average_and_the_background_save_of_the_experiment_are_estima
     assert names == {"moving average", "save in the background"}
 
 
+def test_compiled_blocks_and_float8_products_change_the_time(small):
+    def step(ds_config: Path | dict, cluster: Cluster, **options) -> Estimate:
+        options = {f"engine.{name}": value for name, value in options.items()}
+        found = estimator_of(**{"engine.global_batch": 32, "engine.recomputation": "none", **options})
+        return estimate(found, ds_config, cluster, Assumptions(), evaluates=False)
+
+    plain, compiled, float8 = (
+        step(OURS / "zero3_bf16.json", eight(), **options)
+        for options in ({}, {"compile": True}, {"matmul_dtype": "float8"})
+    )
+    assert compiled.step.time.compute < plain.step.time.compute
+    assert float8.step.time.floor < plain.step.time.floor
+    # hooks on layers: nothing is compiled
+    on_layers = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}}
+    assert step(on_layers, eight(), compile=True).step == step(on_layers, eight()).step
+    old = step(OURS / "zero3_bf16.json", Cluster(DEVICES["A100"], 1, 8, 50.0), matmul_dtype="float8")
+    assert old.step is None and "A100, which does not multiply float8" in old.untimed
+    autocast = step(OURS / "zero3_autocast.json", eight(), matmul_dtype="float8")
+    assert autocast.step is None and "needs bf16 weights" in autocast.untimed
+
+
 def test_the_fastest_of_what_fits_is_named(small):
     def variant(seconds: float, **memory) -> Estimate:
         step = replace(small.step, time=replace(small.step.time, total=seconds))

@@ -1,5 +1,6 @@
 import pytest
 
+from internseg_ds.planning.block_work import BlockPass, BlockWork
 from internseg_ds.planning.collectives import Collective, Traffic
 from internseg_ds.planning.devices import DEVICES, Cluster, Device
 from internseg_ds.planning.flops import TrainingPass
@@ -13,7 +14,17 @@ from internseg_ds.planning.step_time import (
 )
 from internseg_ds.planning.zero_settings import ZeroSettings
 
-GPU = Device("test", bf16=100, tf32=50, fp32=5, memory_gib=74.5, memory_gbs=1000, nvlink_gbs=100, host_gbs=10)
+GPU = Device(
+    "test",
+    bf16=100,
+    tf32=50,
+    fp32=5,
+    float8=200,
+    memory_gib=74.5,
+    memory_gbs=1000,
+    nvlink_gbs=100,
+    host_gbs=10,
+)
 PLAIN = Assumptions(compute=0.5, link=1.0, hop_within_s=0, hop_between_s=0, host_memory_gbs=80)
 PASS = TrainingPass(
     (),
@@ -64,6 +75,45 @@ def test_heads_in_full_fp32_run_at_the_rate_without_tensor_cores():
     assert time_of([()], heads="fp32").compute == pytest.approx(2 * (4 / 100 + 2 / 5) / 0.5)
 
 
+GIGA = 10**9
+BLOCKS = BlockWork(
+    BlockPass(GIGA, 500 * GIGA, 2 * GIGA, 6 * GIGA),
+    BlockPass(GIGA, 500 * GIGA, 3 * GIGA, 6 * GIGA),
+    BlockPass(GIGA, 500 * GIGA, 2 * GIGA, 6 * GIGA),
+)
+
+
+def test_compiled_blocks_save_traffic_of_their_elementwise_work():
+    """Of two images: 9 units forward, 18 backward, 9 recomputed, of 2 x 1 GB each."""
+    small = BlockWork(*[BlockPass(GIGA // 2)] * 3)
+    plain, compiled = time_of([()]), time_of([()], blocks=small, compiled=True)
+    assert plain.compute - compiled.compute == pytest.approx((9 + 18 + 9) * 2 / 1000)
+    assert compiled.floor == plain.floor
+
+
+def test_float8_products_run_at_their_rate_and_cost_conversions():
+    plain = time_of([()])
+    eager = time_of([()], blocks=BLOCKS, float8=True)
+    # 2 images x 3 x 0.5 TFLOP at 200 in place of 100 TFLOP/s
+    assert plain.floor - eager.floor == pytest.approx(0.015)
+    converted = 2 * (2 + 3 + 2) + 3 * 6  # weights once for both images
+    assert eager.compute == pytest.approx(eager.floor / 0.5 + 13 * converted / 1000)
+    both = time_of([()], blocks=BLOCKS, float8=True, compiled=True)
+    assert both.compute == pytest.approx(eager.floor / 0.5 + (5 * converted - 36 * 4) / 1000)
+
+
+def test_no_option_makes_a_step_shorter_than_its_floor():
+    huge = BlockWork(*[BlockPass(10**13)] * 3)
+    time = time_of([()], blocks=huge, compiled=True)
+    assert time.compute == time.floor
+
+
+def test_float8_on_a_device_without_it_is_an_error():
+    work = StepWork(PASS, 2, Traffic(((),), ()), STATE, blocks=BLOCKS, float8=True)
+    with pytest.raises(ValueError, match="A100 has no rate of float8"):
+        step_time(work, ZeroSettings({"stage": 3}, "bf16", 1), Cluster(DEVICES["A100"], 1, 1, 10), PLAIN)
+
+
 def test_communication_hides_behind_computation_where_the_settings_let_it():
     hidden, longer = gather(8), gather(40)  # 0.08 and 0.4 s beside 0.32 s
     assert time_of([(hidden,)]).waiting == pytest.approx(0)
@@ -108,6 +158,16 @@ def test_each_call_takes_its_hops():
     assert communication_seconds([gather(0, ranks=2)], cluster, slow) == 1
 
 
+def test_compiled_conversions_make_the_update_of_compact_states_shorter():
+    def update(**more) -> float:
+        work = StepWork(PASS, 2, Traffic(((),), ()), STATE, **more)
+        settings = ZeroSettings({"stage": 3}, "bf16", 2, optimizer_states="8bit")
+        return step_time(work, settings, Cluster(GPU, 1, 2, 10), PLAIN).update
+
+    assert update() == pytest.approx(297 * STATE / 2 / 1e12)
+    assert update(compiled_update=True) == pytest.approx(72 * STATE / 2 / 1e12)
+
+
 def test_an_offloaded_update_runs_at_the_speed_of_the_hosts_memory():
     time = time_of([()], zero={"stage": 3, "offload_optimizer": {"device": "cpu"}}, host_bytes=2 * 10**9)
     assert time.host == pytest.approx(0.2)
@@ -117,6 +177,12 @@ def test_an_offloaded_update_runs_at_the_speed_of_the_hosts_memory():
 
 def test_devices_multiply_fp32_slower_than_tf32():
     assert all(0 < device.fp32 < device.tf32 for device in DEVICES.values())
+
+
+def test_devices_multiply_float8_at_twice_the_rate_of_bf16_or_not_at_all():
+    rates = {name: device.float8 / device.bf16 for name, device in DEVICES.items() if device.float8}
+    assert all(1.9 < rate < 2.1 for rate in rates.values())
+    assert not rates.keys() & {"A100", "A100-40GB", "A6000", "MI300X"}  # none, or not e4m3
 
 
 def test_devices_multiply_tf32_at_half_the_rate_of_bf16_and_their_links_are_slower_than_their_memory():
