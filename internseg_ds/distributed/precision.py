@@ -131,11 +131,16 @@ def check_float8(
     if options.matmul_dtype != "float8":
         return
     asked = "engine.matmul_dtype='float8'"
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < FLOAT8_CAPABILITY:
+    # under ROCm "cuda" is an AMD GPU, whose capability is another number; MI300's float8 is not e4m3 (FNUZ)
+    if (
+        device.type != "cuda"
+        or torch.version.hip is not None
+        or torch.cuda.get_device_capability(device) < FLOAT8_CAPABILITY
+    ):
         here = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
         raise ConfigError(
-            f"{asked} needs a GPU that multiplies float8 (Ada, Hopper or newer: compute capability 8.9), and this "
-            f"run is on {here}; set engine.matmul_dtype='bfloat16'"
+            f"{asked} needs an NVIDIA GPU that multiplies float8 (Ada, Hopper or newer: compute capability 8.9), and "
+            f"this run is on {here}; set engine.matmul_dtype='bfloat16'"
         )
     if precision != "bf16" or dtypes.backbone != torch.bfloat16:
         raise ConfigError(
