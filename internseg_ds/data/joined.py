@@ -14,7 +14,7 @@ from torch.utils.data import ConcatDataset
 
 from internseg_ds.errors import ConfigError, DataError
 
-FOLDERS = ("img_dir", "ann_dir", "split")
+FOLDERS = ("img_dir", "ann_dir", "split", "img_suffix")
 
 
 @DATASETS.register_module()
@@ -33,7 +33,7 @@ class JoinedDatasets(ConcatDataset):
 
 def joining(entry: Any, what: str) -> Any:
     """A config entry with `JoinedDatasets` in place of each list, each ConcatDataset and each data set of
-    several folders or split files.
+    several folders, split files or endings of images.
 
     what: its name in messages ("data.train"). One data set in a list is that data set. Raises ConfigError
     where the numbers of folders do not agree.
@@ -68,8 +68,8 @@ def _names_in(file: str, what: str) -> list[str]:
 
 
 def _of_each_folder(entry: Mapping[str, Any], what: str) -> list[dict[str, Any]]:
-    """An entry for each of several folders or split files, as mmseg pairs them: each img_dir with its own
-    ann_dir, or one img_dir with each split."""
+    """An entry for each of several folders, split files or endings, as mmseg pairs them: each img_dir with its own
+    ann_dir, or one img_dir with each split, or with each ending of its images."""
     given = {
         key: list(entry[key]) if isinstance(entry[key], (list, tuple)) else [entry[key]]
         for key in FOLDERS
