@@ -6,23 +6,34 @@ In: a plain data set of mmseg. Out: findings. Reads the names of files alone.
 
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from mmseg.datasets import CustomDataset
 
 from internseg_ds.data.checks.dataset_files import lists_files_as_mmseg
 from internseg_ds.data.checks.findings import Finding, Setting
-from internseg_ds.data.checks.looks import label_file
+from internseg_ds.data.checks.looks import image_file, label_file
 from internseg_ds.data.checks.other_endings import files_alike
 from internseg_ds.errors import are, counted, shortened
 
 
-def left_out(part: CustomDataset, what: str) -> Iterator[Finding]:
-    """Files of the image folder whose names end almost as `img_suffix` says."""
+def left_out(part: CustomDataset, parts: Sequence[CustomDataset], what: str) -> Iterator[Finding]:
+    """Files of the image folder whose names end almost as `img_suffix` says, and that none of `parts`
+    takes."""
     if part.split is not None or not lists_files_as_mmseg(part) or not os.path.isdir(part.img_dir):
         return
     used = {info["filename"] for info in part.img_infos}
-    found = list(files_alike(part.img_dir, part.img_suffix))
+    others = {
+        image_file(other, index)
+        for other in parts
+        if other is not part and other.img_dir == part.img_dir
+        for index in range(len(other.img_infos))
+    }
+    found = [
+        (path, stem)
+        for path, stem in files_alike(part.img_dir, part.img_suffix)
+        if os.path.join(part.img_dir, path) not in others
+    ]
     if not found:
         return
     endings = sorted({path[len(stem) :] for path, stem in found})
@@ -59,13 +70,16 @@ def lossy(part: CustomDataset, what: str) -> Iterator[Finding]:
         )
 
 
-def label_maps_without_images(part: CustomDataset, what: str) -> Iterator[Finding]:
-    """Label maps of a folder that is taken whole, whose images are not there."""
+def label_maps_without_images(
+    part: CustomDataset, parts: Sequence[CustomDataset], what: str
+) -> Iterator[Finding]:
+    """Label maps of a folder that is taken whole, whose images are not there, whichever of `parts` might take
+    them."""
     if part.split is not None or part.ann_dir is None or not lists_files_as_mmseg(part):
         return
     if not os.path.isdir(part.ann_dir):
         return
-    used = {label_file(part, index) for index in range(len(part.img_infos))}
+    used = {label_file(other, index) for other in parts for index in range(len(other.img_infos))}
     meant = {os.path.splitext(path)[0] for path, _ in files_alike(part.img_dir, part.img_suffix)}
     lonely = []
     for folder, _, names in os.walk(part.ann_dir):
@@ -108,9 +122,7 @@ def other_label_ending(part: CustomDataset, what: str) -> tuple[Setting, ...]:
 
 
 def _suffix_settings(part: CustomDataset, what: str, endings: list[str]) -> tuple[Setting, ...]:
-    return (
-        (Setting(what, "img_suffix", endings, img_dir=part.img_dir),) if _takes(part, "img_suffix") else ()
-    )
+    return (Setting(what, "img_suffix", endings, img_dir=part.img_dir),) if _takes(part, "img_suffix") else ()
 
 
 def _takes(part: CustomDataset, argument: str) -> bool:

@@ -88,9 +88,7 @@ def _about_colours(tally: LabelTally, part: CustomDataset) -> str:
     if not colours:
         return ""
     if all(len(set(colour)) == 1 for colour in colours):
-        return (
-            f". Their three numbers are the same in each pixel ({shortened(_grey(colours), 4)}): keep one of them"
-        )
+        return f". Their three numbers are the same in each pixel ({shortened(_grey(colours), 4)}): keep one of them"
     palette = {tuple(map(int, colour)): name for colour, name in zip(part.PALETTE or (), part.CLASSES)}
     known = sorted(colour for colour in colours if colour in palette)
     others = sorted(colours - set(known))

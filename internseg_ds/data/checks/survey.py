@@ -41,7 +41,7 @@ def survey(dataset: SegmentationDataset, what: str, *, training: bool, tolerated
     findings = [
         finding
         for part in parts
-        for finding in (*left_out(part, what), *_images(part, what), *lossy(part, what))
+        for finding in (*left_out(part, parts, what), *_images(part, what), *lossy(part, what))
     ]
     warnings = as_warnings(findings)
     if parts:
@@ -62,9 +62,7 @@ def drawn(part: CustomDataset, most: int) -> Iterator[int]:
     yield from (int(index) for index in order[:most])
 
 
-def _classes(
-    parts: Sequence[CustomDataset], what: str, training: bool, tolerated: int
-) -> Iterator[Finding]:
+def _classes(parts: Sequence[CustomDataset], what: str, training: bool, tolerated: int) -> Iterator[Finding]:
     """What the label maps of a data set hold."""
     tally, total = LabelTally(), sum(map(len, parts))
     until = time.monotonic() + SECONDS
