@@ -57,7 +57,7 @@ def _main() -> None:
         console.print(f"page: {write_page(report, experiment, Path(args.page))}", markup=False)
     if args.fix:
         settings = [setting for finding in report.findings for setting in finding.settings]
-        console.print(f"mended: {write_mended(args.config, settings, Path(args.fix))}", markup=False)
+        console.print(f"mended: {write_mended(experiment, settings, Path(args.fix))}", markup=False)
     if report.wrong:
         raise DataError(
             f"{len(report.wrong)} of what was found in the data of {args.config} cannot be right: "

@@ -4,28 +4,30 @@ In: the given config and `Setting`s. Out: a file with the sections that differ, 
 """
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mmcv import Config
 
 from internseg_ds.config.config_text import config_dict, config_text
+from internseg_ds.config.experiment import Experiment
 from internseg_ds.data.checks.findings import Setting
 from internseg_ds.data.entries import leaf_datasets
 from internseg_ds.errors import ConfigError, OutputError
 
 
-def write_mended(config: str | os.PathLike, settings: Iterable[Setting], out: Path) -> Path:
-    """Writes `out`, which inherits from `config`. Raises ConfigError where there is nothing to set, OutputError
+def write_mended(experiment: Experiment, settings: Sequence[Setting], out: Path) -> Path:
+    """Writes `out`, which inherits from the config of `experiment`, with its --cfg-options. Raises ConfigError where there is nothing to set, OutputError
     where `out` is there already or cannot be written."""
-    settings = list(dict.fromkeys(settings))
-    before = config_dict(Config.fromfile(str(config), import_custom_modules=False))
-    after = config_dict(Config.fromfile(str(config), import_custom_modules=False))
+    settings = [setting for place, setting in enumerate(settings) if setting not in settings[:place]]
+    config = experiment.path
+    before = config_dict(Config.fromfile(config, import_custom_modules=False))
+    after = config_dict(experiment.cfg)
     for setting in settings:
         _apply(after, setting)
     changed = _difference(before, after)
-    if not changed:
+    if not settings or not changed:
         raise ConfigError("--fix: no setting of the config mends what was found")
     base = os.path.relpath(Path(config).resolve(), out.resolve().parent)
     lines = [f"# {setting}" for setting in settings]
@@ -36,7 +38,9 @@ def write_mended(config: str | os.PathLike, settings: Iterable[Setting], out: Pa
         with open(out, "x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
-        raise OutputError(f"--fix: there is a file {out} already, which is not overwritten; name another") from None
+        raise OutputError(
+            f"--fix: there is a file {out} already, which is not overwritten; name another"
+        ) from None
     except OSError as error:
         raise OutputError(f"--fix: {out} cannot be written: {error}") from None
     return out
