@@ -5,6 +5,7 @@ In: an `Experiment`. Out: a `Report` with all findings, where a start ends at th
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from mmseg.datasets import CustomDataset
@@ -70,7 +71,7 @@ def examine(experiment: Experiment, console: Console, *, workers: int, sample: i
         dataset = _caught(
             report,
             "dataset",
-            lambda: assembled_datasets(entry, what, **({} if training else {"test_mode": True})),
+            partial(assembled_datasets, entry, what, **({} if training else {"test_mode": True})),
         )
         if dataset is None:
             continue
@@ -81,8 +82,8 @@ def examine(experiment: Experiment, console: Console, *, workers: int, sample: i
         report.findings += _about(dataset, found, what, training)
     _compare(report, experiment)
     _check_model(report, experiment)
-    found = report.findings
-    report.findings = [finding for place, finding in enumerate(found) if finding not in found[:place]]
+    everything = report.findings
+    report.findings = [each for place, each in enumerate(everything) if each not in everything[:place]]
     return report
 
 
@@ -99,10 +100,10 @@ def _check_files(report: Report, dataset: SegmentationDataset, entry: Any, what:
     plain = list(plain_parts(dataset))
     for part in plain:
         settings = other_label_ending(part, what) if isinstance(part, CustomDataset) and part.ann_dir else ()
-        _caught(report, "missing-files", lambda: check_files(part, what), settings)
+        _caught(report, "missing-files", partial(check_files, part, what), settings)
         if isinstance(part, CustomDataset):
             palette = Setting(what, "imdecode_backend", "pillow", step="LoadAnnotations")
-            _caught(report, "palette-as-colours", lambda: check_decoder(part, what), (palette,))
+            _caught(report, "palette-as-colours", partial(check_decoder, part, what), (palette,))
     leaves = list(leaf_datasets(entry))
     _caught(report, "empty", lambda: check_not_empty(dataset, plain, what, leaves))
 
@@ -141,7 +142,7 @@ def _compare(report: Report, experiment: Experiment) -> None:
         experiment.train, val, "data.val", zero_is_none=_zero_is_none(report, len(val.CLASSES))
     )
     for name, compare in (("classes", compare_classes), ("normalize", compare_normalization)):
-        lines = _caught(report, name, lambda: compare(train, val)) or []  # noqa: B023 - called at once
+        lines = _caught(report, name, partial(compare, train, val)) or []
         report.findings += [Finding(name, line) for line in lines]
     looks = [report.scanned[what].looks for what in ("data.train", "data.val")]
     report.duplicates = find_duplicates(*looks)

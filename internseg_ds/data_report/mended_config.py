@@ -18,8 +18,9 @@ from internseg_ds.errors import ConfigError, OutputError
 
 
 def write_mended(experiment: Experiment, settings: Sequence[Setting], out: Path) -> Path:
-    """Writes `out`, which inherits from the config of `experiment`, with its --cfg-options. Raises ConfigError where there is nothing to set, OutputError
-    where `out` is there already or cannot be written."""
+    """Writes `out`, which inherits from the config of `experiment`, with its --cfg-options.
+
+    Raises ConfigError where there is nothing to set, OutputError where `out` is there already or cannot be written."""
     settings = [setting for place, setting in enumerate(settings) if setting not in settings[:place]]
     config = experiment.path
     before = config_dict(Config.fromfile(config, import_custom_modules=False))

@@ -84,14 +84,16 @@ def _classes(what: str, seen: Scanned) -> dict[str, Any]:
             "width": round(WIDEST * tally.pixels[index] / most),
             "colour": f"rgb({', '.join(str(int(value)) for value in part.PALETTE[index])})",
         }
-        for index, name in enumerate(part.CLASSES)
+        for index, name in sorted(enumerate(part.CLASSES), key=lambda item: -tally.pixels[item[0]])
+        if tally.pixels[index]
     ]
+    absent = [str(name) for index, name in enumerate(part.CLASSES) if not tally.pixels[index]]
     ignored = tally.pixels[part.ignore_index] / total
     return {
         "what": what,
         "rows": rows,
         "summary": f"{tally.maps:,} label maps; {ignored:.2%} of their pixels are of no class",
-        "facts": _facts(seen),
+        "facts": [*([("classes that never occur", ", ".join(absent))] if absent else []), *_facts(seen)],
     }
 
 

@@ -101,8 +101,9 @@ def label_loader(part: CustomDataset, *, training: bool) -> LoadLabelMap | None:
     """What reads its label maps; None where that is a loader of the user's own, there are none, or a later
     step gives their numbers another meaning."""
     loader = loader_in(part) if training else part.gt_seg_map_loader
-    readable = isinstance(loader, LoadLabelMap) and part.ann_dir is not None
-    return loader if readable and loader.classes == len(part.CLASSES) else None
+    if not isinstance(loader, LoadLabelMap) or part.ann_dir is None:
+        return None
+    return loader if loader.classes == len(part.CLASSES) else None
 
 
 def look_at_labels(

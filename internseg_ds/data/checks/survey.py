@@ -68,7 +68,9 @@ def _classes(parts: Sequence[CustomDataset], what: str, training: bool, tolerate
     until = time.monotonic() + SECONDS
     loaders = [label_loader(part, training=training) for part in parts]
     for part, loader in zip(parts, loaders, strict=True):
-        for index in drawn(part, max(1, MAPS * len(part) // total)) if loader is not None else ():
+        if loader is None:
+            continue
+        for index in drawn(part, max(1, MAPS * len(part) // total)):
             if time.monotonic() > until and tally.maps:
                 break
             image = image_file(part, index)
