@@ -62,9 +62,7 @@ def look_at_image(file: str, *, measured: bool) -> ImageLook:
     channels = 1 if image.ndim < 3 else image.shape[2]
     stored = f"{counted(channels, 'channel')} of {image.dtype}" if _is_more(image) else ""
     bgr = _as_bgr(image)
-    grey = cv2.cvtColor(
-        cv2.resize(bgr, (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_AREA), cv2.COLOR_BGR2GRAY
-    )
+    grey = _thumbnail(bgr)
     digest = xxhash.xxh3_128_digest(data)
     if not measured:
         return ImageLook(file, head, "", cut_short, stored, digest, grey.tobytes())
@@ -93,6 +91,14 @@ def _image(data: bytes, head: Head | None, measured: bool) -> np.ndarray | None:
         except cv2.error:
             return None
     return decoded(array)
+
+
+def _thumbnail(bgr: np.ndarray) -> np.ndarray:
+    """(THUMBNAIL, THUMBNAIL) uint8, of so many rows and columns as tell it."""
+    stride = max(1, min(bgr.shape[:2]) // (16 * THUMBNAIL))
+    some = np.ascontiguousarray(bgr[stride // 2 :: stride, stride // 2 :: stride])
+    small = cv2.resize(some, (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_AREA)
+    return cv2.cvtColor(small, cv2.COLOR_BGR2GRAY)
 
 
 def _is_more(image: np.ndarray) -> bool:

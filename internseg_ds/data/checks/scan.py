@@ -22,7 +22,7 @@ from internseg_ds.data.loading import loaded, quiet_worker
 
 CHUNK = 8
 """Images that a process looks at before it hands over what it saw."""
-MEASURED = 256
+MEASURED = 128
 """Images of a data set whose colours are measured: mean and deviation of more would hardly differ."""
 Item = tuple[int, int, bool]
 """Which part of a data set, which image of it, and whether its colours are measured."""
