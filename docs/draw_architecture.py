@@ -22,6 +22,7 @@ PACKAGE = Path(internseg_ds.__file__).parent
 FOLDER = Path(__file__).parent
 ROWS = [
     ("cli",),
+    ("data_report",),
     ("training",),
     ("evaluation",),
     ("preflight",),

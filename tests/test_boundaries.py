@@ -42,6 +42,7 @@ def test_parts_that_need_no_engine_load_no_deepspeed_and_can_be_imported_first()
 
 ORDER = [
     "cli",
+    "data_report",
     "training",
     "evaluation",
     "preflight",

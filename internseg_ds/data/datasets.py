@@ -36,8 +36,20 @@ def build_datasets(entry: Any, what: str, **default_args: Any) -> SegmentationDa
     set or a part of it is empty, or its parts have different classes; ConfigError when a step of its pipeline
     cannot be meant, or its folders cannot be paired.
     """
-    leaves = list(leaf_datasets(entry))
-    check_folders(leaves, what)
+    dataset = assembled_datasets(entry, what, **default_args)
+    plain = list(plain_parts(dataset))
+    for part in plain:
+        check_files(part, what)
+    check_not_empty(dataset, plain, what, list(leaf_datasets(entry)))
+    for part in plain:
+        if isinstance(part, CustomDataset):
+            check_decoder(part, what)
+    return dataset
+
+
+def assembled_datasets(entry: Any, what: str, **default_args: Any) -> SegmentationDataset:
+    """As `build_datasets`, without a look at the files: images or label maps may be missing, or all."""
+    check_folders(list(leaf_datasets(entry)), what)
     dataset = _built(joining(entry, what), what, default_args)
     plain = list(plain_parts(dataset))
     for part in plain:
@@ -52,12 +64,6 @@ def build_datasets(entry: Any, what: str, **default_args: Any) -> SegmentationDa
             f"{what} joins data sets whose classes have other names or another order, but a label must "
             "mean one class; give all the same classes=(...)"
         )
-    for part in plain:
-        check_files(part, what)
-    check_not_empty(dataset, plain, what, leaves)
-    for part in plain:
-        if isinstance(part, CustomDataset):
-            check_decoder(part, what)
     return dataset
 
 

@@ -15,6 +15,8 @@ from torch.utils.data import ConcatDataset
 from internseg_ds.errors import ConfigError, DataError
 
 FOLDERS = ("img_dir", "ann_dir", "split")
+SEVERAL = (*FOLDERS, "img_suffix")
+"""What a data set may have several of, to be as many data sets; one ending is that of each."""
 
 
 @DATASETS.register_module()
@@ -33,7 +35,7 @@ class JoinedDatasets(ConcatDataset):
 
 def joining(entry: Any, what: str) -> Any:
     """A config entry with `JoinedDatasets` in place of each list, each ConcatDataset and each data set of
-    several folders or split files.
+    several folders, split files or endings of images.
 
     what: its name in messages ("data.train"). One data set in a list is that data set. Raises ConfigError
     where the numbers of folders do not agree.
@@ -47,7 +49,7 @@ def joining(entry: Any, what: str) -> Any:
         return joining(entry["datasets"], what)
     if "dataset" in entry:
         return {**entry, "dataset": joining(entry["dataset"], what)}
-    if any(isinstance(entry.get(key), (list, tuple)) for key in FOLDERS):
+    if any(isinstance(entry.get(key), (list, tuple)) for key in SEVERAL):
         return joining(_of_each_folder(entry, what), what)
     if isinstance(entry.get("classes"), str):
         return {**entry, "classes": _names_in(entry["classes"], what)}
@@ -68,12 +70,12 @@ def _names_in(file: str, what: str) -> list[str]:
 
 
 def _of_each_folder(entry: Mapping[str, Any], what: str) -> list[dict[str, Any]]:
-    """An entry for each of several folders or split files, as mmseg pairs them: each img_dir with its own
-    ann_dir, or one img_dir with each split."""
+    """An entry for each of several folders, split files or endings, as mmseg pairs them: each img_dir with its
+    own ann_dir, or one img_dir with each split, or with each ending of its images."""
     given = {
         key: list(entry[key]) if isinstance(entry[key], (list, tuple)) else [entry[key]]
-        for key in FOLDERS
-        if entry.get(key) is not None
+        for key in SEVERAL
+        if entry.get(key) is not None and (key in FOLDERS or not isinstance(entry[key], str))
     }
     counts = {key: len(values) for key, values in given.items()}
     most = max(counts.values())

@@ -159,11 +159,11 @@ def training_batches(
         batch_sampler=sampler,
         num_workers=workers,
         collate_fn=_micro_batch,
-        worker_init_fn=_quiet_worker,
+        worker_init_fn=quiet_worker,
         pin_memory=device.type == "cuda",
         generator=torch.Generator().manual_seed(0),
     )
-    for inputs, position, faults in _loaded(loader):
+    for inputs, position, faults in loaded(loader):
         yield Batch(_to_device(inputs, device), position, tuple(faults))
 
 
@@ -184,19 +184,19 @@ def evaluation_images(
         batch_size=1,
         num_workers=workers,
         collate_fn=_alone,
-        worker_init_fn=_quiet_worker,
+        worker_init_fn=quiet_worker,
         pin_memory=device.type == "cuda",
         generator=torch.Generator().manual_seed(0),
     )
-    for index, (inputs, labels, fault) in zip(indices, _loaded(loader), strict=True):
+    for index, (inputs, labels, fault) in zip(indices, loaded(loader), strict=True):
         if inputs and isinstance(inputs["img"], Tensor):  # a pipeline without MultiScaleFlipAug
             inputs = {name: [value] for name, value in inputs.items()}
         yield EvaluationImage(index, _to_device(inputs or {}, device), _to_device(labels, device), fault)
 
 
-def _loaded(loader: DataLoader) -> Iterator[Any]:
+def loaded(loader: DataLoader) -> Iterator[Any]:
     """The batches of a loader; of an error in a worker, its own message without the worker's traceback."""
-    # workers take that over, and so none is hit before `_quiet_worker`
+    # workers take that over, and so none is hit before `quiet_worker`
     earlier = signal.pthread_sigmask(signal.SIG_BLOCK, NOT_FOR_WORKERS)
     try:
         batches = iter(loader)
@@ -260,7 +260,7 @@ def _unpacked(value: Any) -> Any:
     return value
 
 
-def _quiet_worker(_: int) -> None:
+def quiet_worker(_: int) -> None:
     """One OpenCV thread a worker: the workers are the parallelism.
 
     Launchers and schedulers signal workers too, but a request to stop is the training process's to answer,

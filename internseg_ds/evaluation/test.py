@@ -17,7 +17,8 @@ import numpy as np
 from torch.utils.data import ConcatDataset
 
 from internseg_ds.config.sections import known_metrics
-from internseg_ds.data.checks.survey import compare_zero_labels, survey
+from internseg_ds.data.checks.survey import survey
+from internseg_ds.data.checks.zero_labels import compare_zero_labels
 from internseg_ds.distributed.construction import build_on_meta
 from internseg_ds.errors import ConfigError, OutputError, counted
 from internseg_ds.evaluation.evaluator import (

@@ -11,7 +11,7 @@ from internseg_ds.config.experiment import Experiment
 from internseg_ds.config.sections import split_score
 from internseg_ds.data.checks.normalization import compare_normalization
 from internseg_ds.data.checks.pipeline_steps import odd_steps
-from internseg_ds.data.checks.survey import compare_zero_labels
+from internseg_ds.data.checks.zero_labels import compare_zero_labels
 from internseg_ds.data.dataset_parts import SegmentationDataset, parts, pipelines, plain_parts
 from internseg_ds.data.datasets import build_datasets
 from internseg_ds.data.entries import leaf_datasets

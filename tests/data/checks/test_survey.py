@@ -12,7 +12,8 @@ from mmseg.datasets import DATASETS, CustomDataset
 from PIL import Image
 
 from internseg_ds.data.checks.normalization import compare_normalization
-from internseg_ds.data.checks.survey import compare_zero_labels, survey
+from internseg_ds.data.checks.survey import survey
+from internseg_ds.data.checks.zero_labels import compare_zero_labels
 from internseg_ds.data.datasets import build_datasets
 from internseg_ds.errors import ConfigError, DataError
 from tests.data.test_label_maps import REDUCED, TEST, TRAIN, colours

@@ -1,0 +1,130 @@
+"""What the folders of a data set say about it: images left out for their endings, label maps without an image,
+and formats that change numbers.
+
+In: a plain data set of mmseg. Out: findings. Reads the names of files alone.
+"""
+
+import inspect
+import os
+from collections.abc import Iterator, Sequence
+
+from mmseg.datasets import CustomDataset
+
+from internseg_ds.data.checks.dataset_files import lists_files_as_mmseg
+from internseg_ds.data.checks.findings import Finding, Setting
+from internseg_ds.data.checks.looks import image_file, label_file
+from internseg_ds.data.checks.other_endings import files_alike
+from internseg_ds.errors import are, counted, shortened
+
+
+def left_out(part: CustomDataset, parts: Sequence[CustomDataset], what: str) -> Iterator[Finding]:
+    """Files of the image folder whose names end almost as `img_suffix` says, and that none of `parts`
+    takes."""
+    if part.split is not None or not lists_files_as_mmseg(part) or not os.path.isdir(part.img_dir):
+        return
+    used = {info["filename"] for info in part.img_infos}
+    others = {
+        image_file(other, index)
+        for other in parts
+        if other is not part and other.img_dir == part.img_dir
+        for index in range(len(other.img_infos))
+    }
+    found = [
+        (path, stem)
+        for path, stem in files_alike(part.img_dir, part.img_suffix)
+        if os.path.join(part.img_dir, path) not in others
+    ]
+    if not found:
+        return
+    endings = sorted({path[len(stem) :] for path, stem in found})
+    text = (
+        f"{what}: {counted(len(found), 'file')} of {part.img_dir} {are(len(found))} left out, for the "
+        f"ending is {shortened(sorted({os.path.splitext(path)[1] for path, _ in found}))} and not "
+        f"img_suffix={part.img_suffix!r} "
+        f"({shortened(sorted(path for path, _ in found), 2)}); {len(used)} {are(len(used))} taken"
+    )
+    stems = {name[: -len(part.img_suffix)] for name in used}
+    labelled = part.ann_dir is not None and all(
+        os.path.exists(os.path.join(part.ann_dir, stem + part.seg_map_suffix)) for _, stem in found
+    )
+    if labelled and not any(stem in stems for _, stem in found):
+        settings = _suffix_settings(part, what, [part.img_suffix, *endings])
+        yield Finding(
+            "suffix",
+            f"{text}. All of them have label maps, so they are meant to be there: rename them"
+            f"{', or give both endings' if settings else ''}",
+            wrong=True,
+            settings=settings,
+        )
+    else:
+        yield Finding("suffix", f"{text}. Rename those that are meant to be there")
+
+
+def lossy(part: CustomDataset, what: str) -> Iterator[Finding]:
+    """Label maps in a format that changes numbers."""
+    if part.ann_dir is not None and part.seg_map_suffix.lower().endswith((".jpg", ".jpeg")):
+        yield Finding(
+            "lossy-label-maps",
+            f"{what}: label maps end in {part.seg_map_suffix}, a format that changes numbers a "
+            "little, so that classes become others; save them as .png",
+        )
+
+
+def label_maps_without_images(
+    part: CustomDataset, parts: Sequence[CustomDataset], what: str
+) -> Iterator[Finding]:
+    """Label maps of a folder that is taken whole, whose images are not there, whichever of `parts` might take
+    them."""
+    if part.split is not None or part.ann_dir is None or not lists_files_as_mmseg(part):
+        return
+    if not os.path.isdir(part.ann_dir):
+        return
+    used = {label_file(other, index) for other in parts for index in range(len(other.img_infos))}
+    meant = {os.path.splitext(path)[0] for path, _ in files_alike(part.img_dir, part.img_suffix)}
+    lonely = []
+    for folder, _, names in os.walk(part.ann_dir):
+        for name in names:
+            file = os.path.join(folder, name)
+            stem = os.path.relpath(file, part.ann_dir).removesuffix(part.seg_map_suffix)
+            image = os.path.join(part.img_dir, stem + part.img_suffix)
+            if (
+                name.endswith(part.seg_map_suffix)
+                and file not in used
+                and stem not in meant
+                and not os.path.exists(image)
+            ):
+                lonely.append(file)
+    if lonely:
+        yield Finding(
+            "label-maps-without-images",
+            f"{what}: {counted(len(lonely), 'label map')} of {part.ann_dir} {are(len(lonely))} of no image in "
+            f"{part.img_dir}: {shortened(sorted(lonely), 2)}; were images lost, or renamed?",
+        )
+
+
+def other_label_ending(part: CustomDataset, what: str) -> tuple[Setting, ...]:
+    """The ending that all missing label maps have in truth, as a setting; nothing where there is no such
+    one."""
+    if not lists_files_as_mmseg(part) or not _takes(part, "seg_map_suffix"):
+        return ()
+    stems = [
+        info["ann"]["seg_map"].removesuffix(part.seg_map_suffix) for info in part.img_infos if "ann" in info
+    ]
+    there: dict[str, set[str]] = {}
+    for folder, _, names in os.walk(part.ann_dir):
+        for name in names:
+            path = os.path.relpath(os.path.join(folder, name), part.ann_dir)
+            there.setdefault(os.path.splitext(path)[0], set()).add(os.path.splitext(path)[1])
+    common = set.intersection(*(there.get(stem, set()) for stem in stems)) if stems else set()
+    if len(common) != 1:
+        return ()
+    return (Setting(what, "seg_map_suffix", common.pop(), img_dir=part.img_dir),)
+
+
+def _suffix_settings(part: CustomDataset, what: str, endings: list[str]) -> tuple[Setting, ...]:
+    return (Setting(what, "img_suffix", endings, img_dir=part.img_dir),) if _takes(part, "img_suffix") else ()
+
+
+def _takes(part: CustomDataset, argument: str) -> bool:
+    """Whether this kind of data set may be given an argument, and does not set it by itself."""
+    return argument in inspect.signature(type(part).__init__).parameters

@@ -1,0 +1,236 @@
+"""What the label maps of a data set say about it, held against its classes.
+
+In: a `LabelTally` of all of them, or of some. Out: findings. What a sample cannot show for sure is odd, not
+wrong.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mmseg.datasets import CustomDataset
+
+from internseg_ds.data.checks.findings import Finding, Setting
+from internseg_ds.data.checks.label_tally import LabelTally
+from internseg_ds.data.label_maps import LoadLabelMap
+from internseg_ds.data.orientation import FIX, TURNS
+from internseg_ds.errors import counted, shortened
+
+MOSTLY_IGNORED = 0.9
+"""Share of pixels of no class above which a warning says so: labels drawn as scribbles have as many, and are
+right."""
+
+
+@dataclass(frozen=True)
+class Examined:
+    """Which label maps were looked at, and what for."""
+
+    what: str
+    """The data set's name in messages ("data.train")."""
+    part: CustomDataset
+    """The (first) data set that they belong to."""
+    loader: LoadLabelMap
+    total: int
+    """Label maps that there are."""
+    training: bool
+    refused_above: int | None
+    """How many label maps may not fit their images before that is wrong; None: that is a warning."""
+
+    def words(self, tally: LabelTally) -> str:
+        return f"all {self.total}" if self.all_of(tally) else f"the {tally.maps} (of {self.total:,})"
+
+    def all_of(self, tally: LabelTally) -> bool:
+        return tally.maps == self.total
+
+    def refuses(self, number: int) -> bool:
+        return self.refused_above is not None and number > self.refused_above
+
+
+def label_findings(tally: LabelTally, about: Examined) -> Iterator[Finding]:
+    """All that a tally of label maps shows."""
+    yield from _no_label_maps(tally, about)
+    if not tally.maps:
+        return
+    nothing_to_learn = list(_one_class(tally, about))
+    yield from nothing_to_learn
+    if not nothing_to_learn:
+        yield from _missing_classes(tally, about)
+    yield from _turned(tally, about)
+    yield from _misfits(tally, about)
+    yield from _unknown_labels(tally, about)
+    yield from _mostly_ignored(tally, about)
+
+
+def present_classes(tally: LabelTally, part: CustomDataset) -> list[int]:
+    """The classes that occur, ascending."""
+    return [index for index in sorted(tally.pixels) if 0 <= index < len(part.CLASSES)]
+
+
+def _no_label_maps(tally: LabelTally, about: Examined) -> Iterator[Finding]:
+    """Files that are no label maps: pictures in colours, numbers that are not whole."""
+    if tally.faults:
+        looked_at = tally.maps + len(tally.faults) + len(tally.damaged)
+        yield Finding(
+            "colour-coded" if any(_is_colour(fault) for fault in tally.faults) else "no-label-map",
+            f"{about.what}: {counted(len(tally.faults), 'file')} of the {looked_at} looked at "
+            f"{'is no label map' if len(tally.faults) == 1 else 'are no label maps'}: "
+            f"{tally.faults[0]}{_about_colours(tally, about.part)}",
+            wrong=about.refuses(len(tally.faults)),
+        )
+
+
+def _is_colour(fault: str) -> bool:
+    return "numbers for each pixel" in fault
+
+
+def _about_colours(tally: LabelTally, part: CustomDataset) -> str:
+    """What the colours of pictures that should be label maps have to do with the classes."""
+    colours = {colour for look in tally.coloured for colour in look.colours}
+    if not colours:
+        return ""
+    if all(len(set(colour)) == 1 for colour in colours):
+        return f". Their three numbers are the same in each pixel ({shortened(_grey(colours), 4)}): keep one of them"
+    palette = {tuple(map(int, colour)): name for colour, name in zip(part.PALETTE or (), part.CLASSES)}
+    known = sorted(colour for colour in colours if colour in palette)
+    others = sorted(colours - set(known))
+    if known:
+        pairs = shortened([f"{colour} is {palette[colour]}" for colour in known], 4)
+        rest = f"; not in it: {shortened(list(map(str, others)), 3)}" if others else ""
+        return f". Colours of the data set's palette: {pairs}{rest}"
+    return f". None of their colours ({shortened(list(map(str, others)), 4)}) is in the data set's palette"
+
+
+def _grey(colours: set[tuple[int, ...]]) -> list[str]:
+    return [str(colour[0]) for colour in sorted(colours)]
+
+
+def _one_class(tally: LabelTally, about: Examined) -> Iterator[Finding]:
+    """All label maps together hold but one class of several, or none."""
+    classes, present = about.part.CLASSES, present_classes(tally, about.part)
+    if about.training and about.all_of(tally) and len(classes) > 1 and len(present) < 2:
+        hint = _hint_of_255(tally, about.part)
+        yield Finding(
+            "masks-0-255" if hint else "one-class",
+            f"{about.what}: there is nothing to learn: of {len(classes)} classes {about.words(tally)} label "
+            f"maps hold {f'{classes[present[0]]} alone' if present else 'none'}"
+            f"{hint or '; are reduce_zero_label, classes and ignore_index right?'}",
+            wrong=True,
+        )
+
+
+def _missing_classes(tally: LabelTally, about: Examined) -> Iterator[Finding]:
+    part = about.part
+    missing = [
+        str(name)
+        for index, name in enumerate(part.CLASSES)
+        if index not in tally.pixels and index != part.ignore_index
+    ]
+    if missing:
+        hint = _hint_of_255(tally, part)
+        yield Finding(
+            "masks-0-255" if hint else "absent-classes",
+            f"{about.what}: {len(missing)} of {len(part.CLASSES)} classes "
+            f"{'occurs' if len(missing) == 1 else 'occur'} in none of {about.words(tally)} label maps looked "
+            f"at: {shortened(missing, 8)}{hint}{_hint_of_zero(tally, about)}",
+        )
+
+
+def _hint_of_255(tally: LabelTally, part: CustomDataset) -> str:
+    """The end of a message where files may use 255 for a class that counts as none."""
+    if part.ignore_index != 255 or not tally.numbers.keys() <= {0, 255}:
+        return ""
+    return (
+        f". They hold no number but {' and '.join(map(str, sorted(tally.numbers)))}, and 255 stands for no "
+        f"class; if 255 is meant to be {part.CLASSES[-1]}, write {len(part.CLASSES) - 1} in its place"
+    )
+
+
+def _hint_of_zero(tally: LabelTally, about: Examined) -> str:
+    """The end of a message where zero may be reduced although it is a class."""
+    numbers, loader = tally.numbers, about.loader
+    last = len(about.part.CLASSES)
+    if not loader.reduce_zero_label or 0 not in numbers or last in numbers or last - 1 not in numbers:
+        return ""
+    return (
+        f". reduce_zero_label is set, and the numbers in the files are 0 to {last - 1}: if 0 is "
+        f"{about.part.CLASSES[0]}, take it out of LoadAnnotations and of the data sets"
+    )
+
+
+def _turned(tally: LabelTally, about: Examined) -> Iterator[Finding]:
+    """Images that EXIF turns against their label maps."""
+    if tally.turned:
+        file, image, turn = tally.turned[0]
+        yield Finding(
+            "exif-turned",
+            f"{about.what}: of {about.words(tally)} label maps looked at, {len(tally.turned)} "
+            f"{'lies' if len(tally.turned) == 1 else 'lie'} across the image: EXIF of {image} {TURNS[turn]}, "
+            f"and label map {file} is not turned; {FIX}",
+            wrong=about.refuses(len(tally.turned)),
+            settings=(
+                Setting(about.what, "color_type", "color_ignore_orientation", step="LoadImageFromFile"),
+            ),
+        )
+
+
+def _misfits(tally: LabelTally, about: Examined) -> Iterator[Finding]:
+    if tally.misfits:
+        wrong = about.refuses(len(tally.misfits))
+        yield Finding(
+            "other-sides",
+            f"{about.what}: of {about.words(tally)} label maps looked at, "
+            f"{counted(len(tally.misfits), 'has', 'have')} other sides than their images: "
+            f"{shortened(tally.misfits, 2)}; "
+            f"{'there must be one class per pixel' if wrong else 'those images are left out'}",
+            wrong=wrong,
+        )
+
+
+def _unknown_labels(tally: LabelTally, about: Examined) -> Iterator[Finding]:
+    if not tally.unknown_labels:
+        return
+    settings = _zero_settings(tally, about)
+    why = (
+        f". The numbers are 0 to {len(about.part.CLASSES)}, one more than there are classes, so 0 seems to stand "
+        "for none"
+        if settings
+        else ""
+    )
+    yield Finding(
+        "zero-label" if settings else "unknown-labels",
+        f"{about.what}: of {about.words(tally)} label maps looked at, "
+        f"{counted(len(tally.unknown_labels), 'holds', 'hold')} a number that is no class, "
+        f"and not {about.part.ignore_index} for none either; its pixels "
+        f"{'would end the run' if about.training else 'count as wrong'}: "
+        f"{shortened(tally.unknown_labels, 2)}{why}",
+        wrong=about.training and about.refuses(len(tally.unknown_labels)),
+        settings=settings,
+    )
+
+
+def _zero_settings(tally: LabelTally, about: Examined) -> tuple[Setting, ...]:
+    """What reads numbers of 0 to classes as 1 to classes, where that is what they are."""
+    last = about.loader.in_file(about.part.label_map)
+    if about.loader.reduce_zero_label or tally.unknown_numbers.keys() != {last} or 0 not in tally.numbers:
+        return ()
+    return zero_label_settings(True)
+
+
+def zero_label_settings(reduced: bool) -> tuple[Setting, ...]:
+    """The two places of reduce_zero_label: for training, and for scores."""
+    return (
+        Setting("data.train", "reduce_zero_label", reduced, step="LoadAnnotations"),
+        Setting("data.val", "reduce_zero_label", reduced),
+    )
+
+
+def _mostly_ignored(tally: LabelTally, about: Examined) -> Iterator[Finding]:
+    total = sum(tally.pixels.values())
+    share = tally.pixels[about.part.ignore_index] / max(1, total)
+    if share > MOSTLY_IGNORED:
+        yield Finding(
+            "mostly-ignored",
+            f"{about.what}: {share:.1%} of the pixels of {about.words(tally)} label maps looked at are of no "
+            f"class ({about.part.ignore_index} in the network's labels), so little is "
+            f"{'learnt' if about.training else 'scored'} of each image; are the numbers of no class meant to "
+            f"be none? They hold {shortened([str(number) for number, _ in tally.numbers.most_common()], 6)}",
+        )

@@ -1,0 +1,189 @@
+"""What there is to see in one image and in its label map, without any judgement.
+
+In: a plain data set of mmseg and the place of an image in it. Out: the head of the image file, and the numbers
+of the label map.
+"""
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import IO, Any
+
+import cv2
+import numpy as np
+from mmseg.datasets import CustomDataset
+from mmseg.datasets.pipelines import LoadImageFromFile
+from PIL import Image
+
+from internseg_ds.data.label_maps import LoadLabelMap, annotation_of, loader_in
+from internseg_ds.data.orientation import TAG, TURNS
+from internseg_ds.errors import DataError, reason_of
+
+log = logging.getLogger(__name__)
+
+EXACT = 2**24
+"""Pixels up to which OpenCV counts without rounding, for it counts in fp32."""
+SHOWN_COLOURS = 256
+"""Colours of a label map in colours that are kept."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """What the head of a picture file says."""
+
+    stored: tuple[int, int]
+    """Height and width as they are stored."""
+    turn: int
+    """EXIF orientation, 1 to 8."""
+    mode: str
+    """Pillow's: "RGB", "L", "P" with a palette, "I;16"."""
+    format: str | None
+
+
+@dataclass(frozen=True)
+class LabelLook:
+    """What is in one label map."""
+
+    file: str
+    shape: tuple[int, ...] = ()
+    numbers: tuple[int, ...] = ()
+    """The different numbers in it, ascending, and in `pixels` how often each is there."""
+    pixels: tuple[int, ...] = ()
+    storage: str = ""
+    """How it is stored: "PNG, palette"."""
+    misfit: str = ""
+    """In what its sides differ from those of its image, "" where they do not, or nothing is known of them."""
+    turned: int = 1
+    """The EXIF orientation of its image, where that explains the misfit; 1 where it does not."""
+    image: str = ""
+    fault: str = ""
+    """Why it is no label map."""
+    damaged: bool = False
+    """Whether it cannot be read at all."""
+    colours: frozenset[tuple[int, ...]] = frozenset()
+    """(R, G, B) of its pixels, where it is a picture in colours."""
+
+
+def read_head(source: str | IO[bytes], *, exif: bool = True) -> Head | None:
+    """None where Pillow does not know the picture. exif: whether to look for a turn, for which Pillow decodes
+    all of a PNG."""
+    try:
+        with Image.open(source) as image:
+            turn = image.getexif().get(TAG, 1) if exif else 1
+            return Head(
+                image.size[::-1], turn if turn in TURNS else 1, image.mode, getattr(image, "format", None)
+            )
+    except Exception as error:  # one that Pillow does not read may be fine for the loader
+        log.debug("%s: %s", source, error)
+        return None
+
+
+def image_file(part: CustomDataset, index: int) -> str:
+    """The path of an image."""
+    return os.path.join(part.img_dir, part.img_infos[index]["filename"])
+
+
+def label_file(part: CustomDataset, index: int) -> str | None:
+    """The path of an image's label map; None where it has none."""
+    info = part.img_infos[index]
+    return os.path.join(part.ann_dir, info["ann"]["seg_map"]) if part.ann_dir and "ann" in info else None
+
+
+def image_loader(part: CustomDataset) -> LoadImageFromFile | None:
+    """The step that reads the images of a data set, where it is mmseg's own and the only one."""
+    steps = getattr(getattr(part, "pipeline", None), "transforms", ())
+    loaders = [step for step in steps if isinstance(step, LoadImageFromFile)]
+    return loaders[0] if [type(step) for step in loaders] == [LoadImageFromFile] else None
+
+
+def heeds_exif(loader: LoadImageFromFile) -> bool:
+    """Whether a loader turns pictures as EXIF says (mmcv's `imfrombytes`)."""
+    return loader.color_type in ("color", "grayscale") and loader.imdecode_backend in ("cv2", "pillow")
+
+
+def label_loader(part: CustomDataset, *, training: bool) -> LoadLabelMap | None:
+    """What reads its label maps; None where that is a loader of the user's own, there are none, or a later
+    step gives their numbers another meaning."""
+    loader = loader_in(part) if training else part.gt_seg_map_loader
+    if not isinstance(loader, LoadLabelMap) or part.ann_dir is None:
+        return None
+    return loader if loader.classes == len(part.CLASSES) else None
+
+
+def look_at_labels(
+    part: CustomDataset, index: int, loader: LoadLabelMap, head: Head | None, *, details: bool = False
+) -> LabelLook | None:
+    """head: of its image. details: what takes longer too: storage and colours. None where there is no such
+    file."""
+    results = annotation_of(part, index)
+    file = os.path.join(results.get("seg_prefix") or "", results["ann_info"]["seg_map"])
+    if os.path.exists(file) and not os.path.isfile(file):  # a pipe would be waited for
+        return None
+    storage = _storage(file) if details else ""
+    try:
+        raw = loader.read(file)
+    except DataError as error:
+        return LabelLook(file, fault=str(error), storage=storage, colours=_colours(file, details))
+    except Exception as error:  # of whatever decodes it
+        return LabelLook(file, fault=reason_of(error), storage=storage, damaged=True)
+    image = image_file(part, index)
+    misfit, turned = _misfit(part, file, raw, head)
+    numbers, pixels = counted_numbers(raw)
+    return LabelLook(
+        file,
+        raw.shape,
+        tuple(numbers.tolist()),
+        tuple(pixels.tolist()),
+        storage,
+        misfit,
+        turned,
+        image,
+    )
+
+
+def counted_numbers(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The different numbers in an array of whole numbers, and how often each is there."""
+    if raw.dtype != np.uint8:
+        return np.unique(raw, return_counts=True)
+    if raw.ndim == 2 and raw.size < EXACT:  # some ten times faster than bincount, which makes 64 bits of all
+        counts = (
+            cv2.calcHist([np.ascontiguousarray(raw)], [0], None, [256], [0, 256]).ravel().astype(np.int64)
+        )
+    else:
+        counts = np.bincount(raw.ravel(), minlength=256)
+    numbers = np.flatnonzero(counts)
+    return numbers.astype(np.uint8), counts[numbers]
+
+
+def _misfit(part: CustomDataset, file: str, raw: np.ndarray, head: Head | None) -> tuple[str, int]:
+    """(what is wrong with the sides of a label map, the EXIF orientation that explains it, or 1)."""
+    loader = image_loader(part)
+    if loader is None or head is None:
+        return "", 1
+    turned = heeds_exif(loader) and head.turn >= 5
+    sides = head.stored[::-1] if turned else head.stored
+    if raw.shape == sides or (raw.ndim < 2 and raw.size == sides[0] * sides[1]):
+        return "", 1
+    text = f"{file} has {' x '.join(map(str, raw.shape))} pixels and its image {' x '.join(map(str, sides))}"
+    return text, head.turn if head.turn >= 5 and raw.shape == sides[::-1] else 1
+
+
+def _storage(file: str) -> str:
+    head = read_head(file, exif=False)
+    if head is None:
+        return os.path.splitext(file)[1]
+    bits = {"P": "palette", "1": "1 bit", "L": "8 bits", "I;16": "16 bits", "I": "32 bits"}
+    return f"{head.format}, {bits.get(head.mode, head.mode)}"
+
+
+def _colours(file: str, details: bool) -> frozenset[tuple[int, ...]]:
+    if not details:
+        return frozenset()
+    try:
+        with Image.open(file) as image:
+            found: Any = image.convert("RGB").getcolors(2**24) or []
+    except Exception as error:
+        log.debug("%s: %s", file, error)
+        return frozenset()
+    most = sorted(found, reverse=True)[:SHOWN_COLOURS]
+    return frozenset(colour for _, colour in most)

@@ -1,0 +1,127 @@
+"""All images and label maps of a data set looked at, or so many of them, in several processes.
+
+In: mmseg's data sets as `datasets.assembled_datasets` gives them. Out: `Scanned`: tallies, and what each image
+is recognised by. Nothing is judged here, and nothing is drawn at random but by a fixed seed.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from mmseg.datasets import CustomDataset
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.data import DataLoader, Dataset
+
+from internseg_ds.data.checks.image_findings import ImageTally
+from internseg_ds.data.checks.image_looks import ImageLook, look_at_image
+from internseg_ds.data.checks.label_tally import LabelTally
+from internseg_ds.data.checks.looks import LabelLook, image_file, label_file, label_loader, look_at_labels
+from internseg_ds.data.checks.survey import drawn
+from internseg_ds.data.loading import loaded, quiet_worker
+
+CHUNK = 8
+"""Images that a process looks at before it hands over what it saw."""
+MEASURED = 128
+"""Images of a data set whose colours are measured: mean and deviation of more would hardly differ."""
+Item = tuple[int, int, bool]
+"""Which part of a data set, which image of it, and whether its colours are measured."""
+
+
+@dataclass
+class Scanned:
+    """What was seen of one data set. parts: its plain data sets."""
+
+    parts: Sequence[CustomDataset]
+    total: int
+    """Images that it has; those that were looked at are in `looks`."""
+    looks: list[ImageLook] = field(default_factory=list)
+    images: list[ImageTally] = field(default_factory=list)
+    """Of each part."""
+    labels: LabelTally = field(default_factory=LabelTally)
+    own_loaders: list[str] = field(default_factory=list)
+    """Loaders of the user's own, whose label maps are not counted."""
+
+
+class Looks(Dataset):
+    """What there is to see in each image of `items` and in its label map."""
+
+    def __init__(self, parts: Sequence[CustomDataset], items: Sequence[Item], *, training: bool) -> None:
+        self.parts, self.items = parts, items
+        self.loaders = [label_loader(part, training=training) for part in parts]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, place: int) -> tuple[int, ImageLook, LabelLook | None]:
+        number, index, measured = self.items[place]
+        part, loader = self.parts[number], self.loaders[number]
+        image = look_at_image(image_file(part, index), measured=measured)
+        if loader is None or "ann" not in part.img_infos[index]:
+            return number, image, None
+        return number, image, look_at_labels(part, index, loader, image.head, details=True)
+
+
+def scan(
+    parts: Sequence[CustomDataset],
+    what: str,
+    console: Console,
+    *,
+    training: bool,
+    workers: int,
+    sample: int | None = None,
+) -> Scanned:
+    """Looks at `sample` images of a data set, drawn by a fixed seed, or at all.
+
+    what: its name ("data.train"), before the bar that shows how far this is. workers: processes; 0 looks in
+    this one. Files that are not there are passed over.
+    """
+    items = _items(parts, sample)
+    seen = Looks(parts, items, training=training)
+    found = Scanned(parts, sum(map(len, parts)), images=[ImageTally() for _ in parts])
+    found.own_loaders = [
+        type(part).__name__
+        for part, loader in zip(parts, seen.loaders, strict=True)
+        if loader is None and part.ann_dir is not None
+    ]
+    loader = DataLoader(
+        seen, batch_size=CHUNK, num_workers=workers, collate_fn=list, worker_init_fn=quiet_worker
+    )
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(f"looking at {what}", total=len(items))
+        for chunk in loaded(loader):
+            for number, image, labels in chunk:
+                _add(found, number, image, labels, seen)
+            progress.advance(task, len(chunk))
+    return found
+
+
+def _items(parts: Sequence[CustomDataset], sample: int | None) -> list[Item]:
+    """The images that are looked at, in the order of the data set."""
+    total = max(1, sum(map(len, parts)))
+    items: list[Item] = []
+    for number, part in enumerate(parts):
+        share = len(part) if sample is None else max(1, min(len(part), round(sample * len(part) / total)))
+        measured = set(drawn(part, max(1, MEASURED * len(part) // total)))
+        for index in sorted(drawn(part, share)):
+            labels = label_file(part, index)
+            files = [image_file(part, index), *([labels] if labels is not None else [])]
+            if all(map(os.path.isfile, files)):
+                items.append((number, index, index in measured))
+    return items
+
+
+def _add(found: Scanned, number: int, image: ImageLook, labels: LabelLook | None, seen: Looks) -> None:
+    found.looks.append(image)
+    tally = found.images[number]
+    tally.add_head(image.file, image.head)
+    if image.damaged:
+        tally.damaged.append(f"{image.file} ({image.damaged})")
+    if image.cut_short:
+        tally.cut_short.append(image.file)
+    if image.stored:
+        tally.reduced.append((image.file, image.stored))
+    loader = seen.loaders[number]
+    if labels is not None and loader is not None:
+        found.labels.add(labels, loader, seen.parts[number].label_map)

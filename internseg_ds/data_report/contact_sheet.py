@@ -1,0 +1,100 @@
+"""Images under their labels: as they lie on disk, beside as the network sees them after the pipeline.
+
+In: a data set and places in it. Out: pictures (h, w, 3) uint8 BGR, the image left and its overlay right.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from mmcv.parallel import DataContainer
+from mmseg.datasets.pipelines import Normalize
+
+from internseg_ds.data.checks.looks import label_loader
+from internseg_ds.data.checks.pipeline_steps import flat
+from internseg_ds.data.checks.survey import drawn
+from internseg_ds.data.dataset_parts import SegmentationDataset, parts, pipelines, plain_parts
+from internseg_ds.data.image_files import picture
+from internseg_ds.data.label_maps import annotation_of
+from internseg_ds.data.samples import sample
+from internseg_ds.errors import UserError
+from internseg_ds.evaluation.visualization import overlay
+from internseg_ds.seeding import derived_seed
+
+HEIGHT = 160
+"""Of a picture in pixels."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One image. disk, network: (h, w, 3) uint8 BGR, None where it cannot be shown, as `fault` says."""
+
+    file: str
+    disk: np.ndarray | None
+    network: np.ndarray | None
+    fault: str = ""
+
+
+def contact_sheet(dataset: SegmentationDataset, count: int) -> Iterator[Shown]:
+    """Some images of a training set, the same ones every time."""
+    for part, steps in zip(parts(dataset), pipelines(dataset), strict=True):
+        plain = next(plain_parts(part))
+        share = max(1, count * len(part) // max(1, len(dataset)))
+        for index in drawn(part, share):
+            yield _shown(part, plain, index, steps)
+
+
+def _shown(part: SegmentationDataset, plain: Any, index: int, steps: list[Any]) -> Shown:
+    place = part.indices[index] if hasattr(part, "indices") else index % len(plain)
+    file = plain.img_infos[place]["filename"]
+    try:
+        return Shown(file, _on_disk(plain, place), _for_network(part, index, steps, plain))
+    except UserError as error:
+        return Shown(file, None, None, str(error))
+
+
+def _on_disk(plain: Any, place: int) -> np.ndarray:
+    """As the file is read, under the label map as it is read, before any other step."""
+    image = picture(plain, place)
+    loader = label_loader(plain, training=True)
+    if loader is None:
+        return _pair(image, np.full(image.shape[:2], -1), plain)
+    results = annotation_of(plain, place)
+    labels = loader.to_classes(
+        loader.read(f"{results['seg_prefix']}/{results['ann_info']['seg_map']}"), results.get("label_map")
+    )
+    return _pair(image, labels, plain)
+
+
+def _for_network(part: SegmentationDataset, index: int, steps: list[Any], plain: Any) -> np.ndarray:
+    """What the pipeline hands over, its Normalize undone."""
+    seed = derived_seed(0, "contact sheet", index)
+    np.random.seed(seed)
+    random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    results = sample(part, index)
+    image, labels = (
+        value.data if isinstance(value, DataContainer) else value
+        for value in (results["img"], results["gt_semantic_seg"])
+    )
+    values = image.numpy().transpose(1, 2, 0)
+    values = values[..., :3] if values.shape[2] >= 3 else np.repeat(values[..., :1], 3, axis=2)
+    normalize = next((step for step in flat(steps) if isinstance(step, Normalize)), None)
+    if normalize is not None and np.size(normalize.mean) == 3:
+        values = values * normalize.std + normalize.mean
+        values = values[..., ::-1] if normalize.to_rgb else values
+    return _pair(np.clip(np.round(values), 0, 255).astype(np.uint8), labels.numpy().squeeze(), plain)
+
+
+def _pair(image: np.ndarray, labels: np.ndarray, plain: Any) -> np.ndarray:
+    labels = np.where(labels == plain.ignore_index, -1, labels.astype(np.int64))
+    size = (max(1, round(image.shape[1] * HEIGHT / image.shape[0])), HEIGHT)
+    small = cv2.resize(np.ascontiguousarray(image), size, interpolation=cv2.INTER_AREA)
+    if labels.shape != image.shape[:2]:
+        labels = np.full(image.shape[:2], -1)
+    labels = cv2.resize(labels.astype(np.int32), size, interpolation=cv2.INTER_NEAREST)
+    return np.hstack([small, np.full((HEIGHT, 4, 3), 255, np.uint8), overlay(small, labels, plain.PALETTE)])
