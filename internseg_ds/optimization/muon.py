@@ -54,8 +54,9 @@ class Muon(RangedAdam):
         ns_method: str = "gram",
     ) -> None:
         """params: groups with params, lr, weight_decay and use_muon, as `parameter_groups` makes them; or
-        parameters, which are Adam's. limit: as of `bundles`. lr: of matrices. adam_lr: of all else, None: the same. momentum: beta above.
-        betas, eps: Adam's. ns_method: which iteration, by DeepSpeed's name: "gram" or "standard".
+        parameters, which are Adam's. limit: as of `bundles`. lr: of matrices. adam_lr: of all else, None: the same.
+        momentum: beta above. betas, eps: Adam's. ns_method: which iteration, by DeepSpeed's name: "gram" or
+        "standard".
 
         Defaults are those of DeepSpeed's Muon and of torch's Adam. Raises ValueError for values that cannot be
         meant."""
