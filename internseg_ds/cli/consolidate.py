@@ -54,13 +54,14 @@ def _main() -> None:
     from internseg_ds.checkpoints.checksum_files import sum_file, verify
     from internseg_ds.checkpoints.consolidate import consolidate
 
-    settings = dict(
-        dtype=args.dtype, tag=args.tag, ema=args.ema, overwrite=args.overwrite, check=not args.skip_checksums
-    )
     if args.verify:
         verify(args.out)
         print(f"{args.out} agrees with its checksums")
-    elif args.adapters:
+        return
+    settings = dict(
+        dtype=args.dtype, tag=args.tag, ema=args.ema, overwrite=args.overwrite, check=not args.skip_checksums
+    )
+    if args.adapters:
         if args.backbone:
             parser.error("--adapters and --backbone write different things; give one of them")
         from internseg_ds.checkpoints.adapter_export import export_adapters
@@ -72,7 +73,7 @@ def _main() -> None:
         export_backbone(args.source, args.out, args.backbone, **settings)
     else:
         consolidate(args.source, args.out, **settings)
-        print(f"{args.out} is written, and its checksums are beside it ({sum_file(args.out).name})")
+    print(f"{args.out} is written, and its checksums are beside it ({sum_file(args.out).name})")
 
 
 def main() -> NoReturn:

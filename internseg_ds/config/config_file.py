@@ -2,7 +2,9 @@
 
 import difflib
 import os
+import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +30,29 @@ def load_config(config: str | os.PathLike | Config) -> tuple[str, Config]:
     # before the config's imports register theirs: a module that registers a name of ours gets an error
     import internseg_ds.models  # noqa: F401 - registers ours
 
-    try:
-        cfg = Config.fromfile(str(config), import_custom_modules=False)
-    except Exception as error:  # a config is a program: whatever it raises, the user wrote it
-        raise ConfigError(f"config {config} cannot be read: {reason_of(error)}") from error
+    cfg = executed(config)
     _import_modules(cfg.get("custom_imports") or {}, str(config))
     return str(config), cfg
+
+
+def executed(config: str | os.PathLike) -> Config:
+    """The config of a file as mmcv reads it, without the modules that it asks for. Raises ConfigError for
+    whatever it raises."""
+    try:
+        return Config.fromfile(str(config), import_custom_modules=False)
+    except Exception as error:  # a config is a program: whatever it raises, the user wrote it
+        _close_copies(error)
+        raise ConfigError(f"config {config} cannot be read: {reason_of(error)}") from error
+
+
+def _close_copies(error: Exception) -> None:
+    """Closes the copies of a config that mmcv 1.7 (utils/config.py, `_file2dict`) executes, and leaves open
+    where one raises: when Python deletes it, its folder is gone, and that would be printed."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        copy = frame.f_locals.get("temp_config_file")
+        if copy is not None:
+            with suppress(FileNotFoundError):
+                copy.close()
 
 
 def _missing_file(config: Path) -> ConfigError:

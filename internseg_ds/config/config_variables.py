@@ -12,6 +12,7 @@ from typing import Any
 
 from mmcv import Config
 
+from internseg_ds.config.config_file import executed
 from internseg_ds.config.config_text import config_dict
 from internseg_ds.config.known_keys import ELSEWHERE, READ, SECTIONS
 from internseg_ds.data.entries import steps_of
@@ -52,7 +53,7 @@ def unused_variables(cfg: Config, path: str) -> list[str]:
         return []
     before: dict[str, Any] = {}
     for base in _bases(Path(cfg.filename)):
-        before |= config_dict(Config.fromfile(str(base), import_custom_modules=False))
+        before |= config_dict(executed(base))
     return [
         f"{key} = {short_repr(cfg[key])} of {path} is a variable set over a _base_ (there "
         f"{short_repr(before[key])}), and no section has it: it does not "

@@ -178,7 +178,7 @@ def resolve_ds_config(
     _deepspeed_accepts(raw, name)
     # DeepSpeed knows Adam and its relatives by their classes; ours, and others, run unchanged in fp32
     # partitions, so they are allowed without a key for it
-    if optimizer.get("type", "AdamW") in ("Adam", "AdamW", "Muon"):
+    if _class_name(optimizer.get("type", "AdamW")) in ("Adam", "AdamW", "Muon"):
         raw["zero_allow_untested_optimizer"] = True
     raw.setdefault("zero_allow_untested_optimizer", True)
     offloaded = _offloads_optimizer(raw)
@@ -433,7 +433,9 @@ def _optimizer_agrees(raw: dict[str, Any], optimizer: Mapping[str, Any], sources
     for key, value in pairs.items():
         ours = optimizer.get(key)
         same = value == "auto" or (
-            str(value).lower() == str(ours).lower() if key == "type" else _plain(value) == _plain(ours)
+            _class_name(value).lower() == _class_name(ours).lower()
+            if key == "type"
+            else _plain(value) == _plain(ours)
         )
         if not same:
             raise ConfigError(
@@ -441,6 +443,11 @@ def _optimizer_agrees(raw: dict[str, Any], optimizer: Mapping[str, Any], sources
                 f"  from: {sources.ds}: optimizer; {sources.experiment}: optimizer\n"
                 f"  fix:  drop the optimizer section from {sources.ds}"
             )
+
+
+def _class_name(kind: Any) -> str:
+    """Of an optimizer that is named by its class ("AdamW") or by its path ("torch.optim.AdamW")."""
+    return str(kind).rpartition(".")[2]
 
 
 def _plain(value: Any) -> Any:

@@ -122,10 +122,8 @@ def read_experiment(
     for option, value in (cfg_options or {}).items():
         check_option(cfg, option, path)
         cfg.merge_from_dict({option: value})
-    if "runner" not in cfg and "total_iters" in cfg:  # as mmseg's own training reads old configs
-        cfg.runner = dict(type="IterBasedRunner", max_iters=cfg.total_iters)
-    elif "runner" not in cfg and "total_epochs" in cfg:
-        cfg.runner = dict(type="EpochBasedRunner", max_epochs=cfg.total_epochs)
+    if "runner" not in cfg:
+        _add_runner(cfg, path)
     _check_sections(cfg, path)
     _check_data(cfg.data, path)
     notes = [*_notes(cfg), *section_notes(cfg, path)]
@@ -169,6 +167,19 @@ def read_experiment(
         ),
         counts_epochs=counts_epochs(cfg),
     )
+
+
+def _add_runner(cfg: Config, path: str) -> None:
+    """The `runner` of an old config, as mmseg's own training reads it. Raises ConfigError for two lengths."""
+    if "total_iters" in cfg and "total_epochs" in cfg:
+        raise ConfigError(
+            f"{path} has total_iters={cfg.total_iters!r} and total_epochs={cfg.total_epochs!r}, and a run has "
+            "one length; leave out one of them"
+        )
+    if "total_iters" in cfg:
+        cfg.runner = dict(type="IterBasedRunner", max_iters=cfg.total_iters)
+    elif "total_epochs" in cfg:
+        cfg.runner = dict(type="EpochBasedRunner", max_epochs=cfg.total_epochs)
 
 
 def _check_sections(cfg: Config, path: str) -> None:

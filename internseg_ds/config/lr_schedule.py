@@ -185,6 +185,11 @@ def counts_epochs(cfg: Mapping[str, Any]) -> bool:
 
 
 def _max_steps(runner: Mapping[str, Any], path: str, key: str) -> int:
+    if runner.get("max_iters") is not None and runner.get("max_epochs") is not None:
+        raise ConfigError(
+            f"runner of {path} has max_iters={runner['max_iters']!r} and max_epochs={runner['max_epochs']!r}, and "
+            "a run has one length; leave out one of them (over a _base_: runner=dict(_delete_=True, ...))"
+        )
     kind = runner.get("type", "IterBasedRunner")
     if kind not in ("IterBasedRunner", "EpochBasedRunner") or key not in runner:
         raise ConfigError(

@@ -6,6 +6,7 @@ srun: SLURM_PROCID ...; mpirun: OMPI_COMM_WORLD_RANK ...; none: a plain `python`
 is none).
 """
 
+import json
 import os
 import re
 import shutil
@@ -36,6 +37,10 @@ LAUNCHERS = {
     "srun": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
 }
 DEFAULT_PORT = 29500
+ANOTHER_PORT = (
+    "start with another: --master_port N of deepspeed, --master-port N of torchrun, or MASTER_PORT=N in the "
+    "environment"
+)
 PEER_GONE = re.compile("Connection (?:reset|closed) by (?:peer|remote peer)|Broken pipe")
 """Parts of gloo's error messages when a process that it was connected with has ended."""
 REFUSAL = timedelta(seconds=60)
@@ -146,8 +151,12 @@ def _master_address(world: World, env: Mapping[str, str]) -> str:
 
 
 def _master_port(world: World, env: Mapping[str, str]) -> str:
-    if "MASTER_PORT" in env:
-        return env["MASTER_PORT"]
+    if (port := env.get("MASTER_PORT")) is not None:
+        if not port.isascii() or not port.isdigit() or not 0 < int(port) < 2**16:
+            raise ConfigError(
+                f"MASTER_PORT={port!r} of the environment is no port; it must be a number up to 65535"
+            )
+        return port
     if world.size == 1:
         with socket.socket() as probe:  # a free one: several single-process runs may share a machine
             probe.bind(("127.0.0.1", 0))
@@ -155,17 +164,51 @@ def _master_port(world: World, env: Mapping[str, str]) -> str:
     return str(DEFAULT_PORT + int(env.get("SLURM_JOB_ID", 0)) % 1000)
 
 
+def hold_meeting_port(world: World, run: str, env: Mapping[str, str] = os.environ) -> Store | None:
+    """Rank 0 opens the port where all are to meet, before data is read: a run that finds it in use ends at once,
+    and one that starts later finds this one's. The store that is returned keeps it open until `join` has made its
+    own at the same port; None on other ranks, and where the launcher opens the port itself (torchrun), or where
+    any free one will do. run: as of `join`.
+
+    Raises ConfigError where the port cannot be opened."""
+    launchers_own = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if not world.is_main or launchers_own or (world.size == 1 and "MASTER_PORT" not in env):
+        return None
+    port = _master_port(world, env)
+    try:
+        # of this host whatever MASTER_ADDR is: `join` says where that is wrong
+        store = dist.TCPStore(
+            "127.0.0.1", int(port), is_master=True, wait_for_workers=False, multi_tenant=True
+        )
+        store.set("run", _named(run))
+        return store
+    except dist.DistError as error:
+        raise _cannot_open(port, error) from error
+
+
+def _cannot_open(port: str, error: dist.DistError) -> ConfigError:
+    why = "is in use, by another run perhaps" if "EADDRINUSE" in str(error) else "cannot be opened"
+    said = "" if "EADDRINUSE" in str(error) else f" ({reason_of(error)[:200]})"
+    return ConfigError(
+        f"port {port} of this host, where the processes are to meet, {why}{said}; {ANOTHER_PORT}"
+    )
+
+
 def join(
-    world: World, timeout: timedelta = timedelta(minutes=30), *, refusal: UserError | None = None
+    world: World,
+    timeout: timedelta = timedelta(minutes=30),
+    *,
+    refusal: UserError | None = None,
+    run: str = "",
 ) -> None:
     """Makes the process group and takes this process's device. Collective.
 
     refusal: the error for which this process cannot run. It is raised here, and as a UserError with its
     message on all other processes, before any device is taken: the others shall not wait for a host that
-    lacks the data.
+    lacks the data. run: what tells this run from others on one host (its work directory).
     """
     os.environ.update(rendezvous(world))
-    store = _meet(world, timeout, refusal or _reason_against_joining(world))
+    store = _meet(world, timeout, refusal or _reason_against_joining(world), run)
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     else:
@@ -232,7 +275,7 @@ def adopt(timeout: timedelta = timedelta(minutes=30)) -> None:
     deepspeed.init_distributed(timeout=timeout, verbose=False)
 
 
-def _meet(world: World, timeout: timedelta, refusal: UserError | None) -> Store:
+def _meet(world: World, timeout: timedelta, refusal: UserError | None, run: str) -> Store:
     """The store of all processes, once each has reported that it can run. Raises UserError on all when one
     cannot. Collective."""
     if refusal is not None and world.size == 1:
@@ -240,6 +283,7 @@ def _meet(world: World, timeout: timedelta, refusal: UserError | None) -> Store:
     waiting = timeout if refusal is None else REFUSAL
     try:
         store, *_ = next(make_stores("env://", world.rank, world.size, timeout=waiting))
+        _check_only_run(store, world, run)
         first_refusal = _exchange_refusals(store, world, refusal)
     except dist.DistError as error:
         if refusal is not None:
@@ -250,6 +294,26 @@ def _meet(world: World, timeout: timedelta, refusal: UserError | None) -> Store:
         own = None if isinstance(refusal, HostError) else refusal
         raise own or UserError(first_refusal)
     return store
+
+
+def _named(run: str) -> str:
+    return json.dumps([socket.gethostname(), run])
+
+
+def _check_only_run(store: Store, world: World, run: str) -> None:
+    """Raises ConfigError where the store is that of another run on this host, whose rank 0 opened the port first
+    (this run's rank 0 says so); HostError where another process has come as the same rank. Collective."""
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    if world.is_main:
+        store.set("run", _named(run))
+    host, other = json.loads(store.get("run"))
+    if host == socket.gethostname() and other != run:
+        raise ConfigError(f"at {where} the processes of another run meet, that of {other}; {ANOTHER_PORT}")
+    if store.add(f"came/{world.rank}", 1) > 1:
+        raise HostError(
+            f"two processes have come to {where} as rank {world.rank} of {world.size}, so two runs meet at one port; "
+            f"{ANOTHER_PORT}"
+        )
 
 
 def _exchange_refusals(store: Store, world: World, refusal: UserError | None) -> str:
@@ -272,11 +336,7 @@ def _not_met(world: World, error: dist.DistError) -> ConfigError | Lost:
     """The error of a process that could not meet the others."""
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     if world.is_main and "EADDRINUSE" in str(error):
-        return ConfigError(
-            f"port {port} of this host, where the processes are to meet, is in use, by another run perhaps; "
-            "start with another: --master_port N of deepspeed, --master-port N of torchrun, or MASTER_PORT=N "
-            "in the environment"
-        )
+        return _cannot_open(port, error)
     return Lost(
         f"rank {world.rank} on host {socket.gethostname()} has not met the others at {address}:{port}, or "
         f"one went away ({reason_of(error)[:300]}); what the others said first is the reason"

@@ -43,6 +43,8 @@ class Muon(RangedAdam):
     def __init__(
         self,
         params: Sequence[Any],
+        limit: float = math.inf,
+        /,
         lr: float = 0.02,
         weight_decay: float = 0.0,
         momentum: float = 0.95,
@@ -50,18 +52,18 @@ class Muon(RangedAdam):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         ns_method: str = "gram",
-        *,
-        limit: float = math.inf,
     ) -> None:
         """params: groups with params, lr, weight_decay and use_muon, as `parameter_groups` makes them; or
-        parameters, which are Adam's. lr: of matrices. adam_lr: of all else, None: the same. momentum: beta above.
-        betas, eps: Adam's. ns_method: which iteration, by DeepSpeed's name: "gram" or "standard". limit: as of
-        `bundles`.
+        parameters, which are Adam's. limit: as of `bundles`. lr: of matrices. adam_lr: of all else, None: the same.
+        momentum: beta above. betas, eps: Adam's. ns_method: which iteration, by DeepSpeed's name: "gram" or
+        "standard".
 
         Defaults are those of DeepSpeed's Muon and of torch's Adam. Raises ValueError for values that cannot be
         meant."""
         if not isinstance(momentum, (int, float)) or not 0 <= momentum < 1:
             raise ValueError(f"momentum={momentum!r} must be at least 0 and below 1")
+        if not isinstance(betas, Sequence) or len(betas) != 2:
+            raise ValueError(f"betas={betas!r} must be two numbers")
         if ns_method not in NEWTON_SCHULZ:
             raise ValueError(f"ns_method={ns_method!r} must be {' or '.join(map(repr, NEWTON_SCHULZ))}")
         self.momentum, self.ns_method = momentum, ns_method

@@ -4,7 +4,8 @@ ZeRO updates flat pieces of parameters, and a resume cuts these pieces anew. So 
 element of its update depends on that element alone, and if its state is made of such elements and of counts.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +14,16 @@ from torch import Tensor, nn
 
 from internseg_ds.errors import ConfigError, reason_of
 
-SHAPE = (128, 80)
-"""Of the tensors that it is tried with. Half of one has more elements than any library treats as a small tensor:
-bitsandbytes keeps the state of fewer than 4,096 in fp32."""
-STEPS = 2
+SHAPES = ((128, 80), (128, 20, 2, 2))
+"""Of the tensors that it is tried with: a matrix, and the kernels of a convolution, which some optimizers treat
+otherwise. Half of one has more elements than any library treats as a small tensor: bitsandbytes keeps the state
+of fewer than 4,096 in fp32."""
+SIZE = math.prod(SHAPES[0])
+PIECES = ((SIZE // 2,), (SIZE // 2,))
+LR = 0.1
+"""Learning rate of the trial, whatever that of the run: updates must not drown in the rounding of weights."""
+ROUNDS = 2
+"""How often each kind of gradient comes: the first update of an optimizer may be unlike all others."""
 
 
 @dataclass(frozen=True)
@@ -34,16 +41,13 @@ def optimizer_state(kind: type[torch.optim.Optimizer], settings: Mapping[str, An
     Raises ConfigError where it cannot update a tensor by its gradient alone, where its update of a tensor is
     not that of its pieces, and where its state is of another kind.
     """
-    weight, gradients = _tensors()
-    whole, whole_optimizer = _updated([weight], [[gradient] for gradient in gradients], kind, settings)
+    settings = {**settings, **({"lr": LR} if "lr" in settings else {})}
+    whole, whole_optimizer = _updated(SHAPES[:1], kind, settings)
     try:
-        pieces, _ = _updated(
-            list(weight.flatten().split(weight.numel() // 2)),
-            [list(gradient.flatten().split(gradient.numel() // 2)) for gradient in gradients],
-            kind,
-            settings,
+        same = all(
+            _are_close(_updated(shapes, kind, settings, whole.gradients)[0], whole)
+            for shapes in (SHAPES[1:], PIECES)
         )
-        same = torch.allclose(torch.cat(pieces), whole[0].flatten(), rtol=1e-4, atol=1e-7)
     except ConfigError:
         same = False
     if not same:
@@ -53,7 +57,7 @@ def optimizer_state(kind: type[torch.optim.Optimizer], settings: Mapping[str, An
         )
     state = _state_of(whole_optimizer, kind, settings)
     slower = {**settings, "lr": 0.5 * whole_optimizer.defaults.get("lr", 1.0)}
-    _, other = _updated([weight], [[gradient] for gradient in gradients], kind, slower)
+    _, other = _updated(SHAPES[:1], kind, slower, whole.gradients)
     others = _state_of(other, kind, slower).counts
     for name, value in state.counts.items():
         if value != others[name]:
@@ -64,34 +68,80 @@ def optimizer_state(kind: type[torch.optim.Optimizer], settings: Mapping[str, An
     return state
 
 
-def _tensors() -> tuple[Tensor, list[Tensor]]:
-    """A weight, and its gradient at each step: `SHAPE`, float32."""
-    generator = torch.Generator().manual_seed(0)
-    weight, *gradients = (torch.randn(SHAPE, generator=generator) for _ in range(1 + STEPS))
-    # the pieces differ in size, which is what norms of pieces would show
-    weight[: SHAPE[0] // 2] *= 10
-    return weight, [gradient * (1 + 9 * (torch.arange(SHAPE[0]) % 2))[:, None] for gradient in gradients]
+@dataclass(frozen=True)
+class _Updates:
+    """gradients: of each step. weights: before the first step, and after each. All flat, (`SIZE`,), float32."""
+
+    gradients: list[Tensor]
+    weights: list[Tensor]
+
+
+def _are_close(got: _Updates, wanted: _Updates) -> bool:
+    """Whether the weights agree after each step, within the rounding of what has been added to them."""
+    start = wanted.weights[0]
+    return all(
+        torch.allclose(ours, theirs, rtol=1e-6, atol=1e-5 * float((theirs - start).abs().max()))
+        for ours, theirs in zip(got.weights, wanted.weights, strict=True)
+    )
+
+
+def _start() -> Tensor:
+    """The weights before the first step. The pieces differ in size, which is what norms of them would show."""
+    weight = torch.randn(SIZE, generator=torch.Generator().manual_seed(0))
+    weight[: SIZE // 2] *= 0.1
+    return weight
+
+
+def _gradient(step: int, weight: Tensor) -> Tensor:
+    """The gradient of a step at flat weights, and flat: one of `KINDS` in turn, each row of a size of its own."""
+    random = torch.randn(SHAPES[0], generator=torch.Generator().manual_seed(1 + step))
+    rows = 1 + 9 * (torch.arange(SHAPES[0][0]) % 2)[:, None]
+    return (KINDS[step % len(KINDS)](random, weight.reshape(SHAPES[0])) * rows).flatten()
+
+
+def _nearly_orthogonal(random: Tensor, weight: Tensor) -> Tensor:
+    """Each row nearly orthogonal to that of the weights: AdamP and SGDP then take out what is left."""
+    direction = nn.functional.normalize(weight, dim=1)
+    return random + (0.05 - (random * direction).sum(1, keepdim=True)) * direction
+
+
+KINDS: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
+    lambda random, weight: random,
+    _nearly_orthogonal,
+    lambda random, weight: random * (random > 1.5),  # sparse
+    lambda random, weight: torch.ones_like(random),
+    lambda random, weight: weight,
+    lambda random, weight: random * (torch.arange(len(random)) < len(random) // 2)[:, None],  # of one piece
+)
+"""Gradients of the shape of a matrix, of random numbers and the weights."""
 
 
 def _updated(
-    weights: list[Tensor],
-    gradients: list[list[Tensor]],
+    shapes: Sequence[Sequence[int]],
     kind: type[torch.optim.Optimizer],
     settings: Mapping[str, Any],
-) -> tuple[list[Tensor], torch.optim.Optimizer]:
-    """The weights after a step for each of `gradients`, and the optimizer."""
-    params = [nn.Parameter(weight.clone()) for weight in weights]
+    gradients: Sequence[Tensor] | None = None,
+) -> tuple[_Updates, torch.optim.Optimizer]:
+    """The steps of weights that are cut into tensors of `shapes`, and the optimizer that made them. gradients:
+    default those of `_gradient`."""
+    sizes = [math.prod(shape) for shape in shapes]
+    pieces = zip(_start().split(sizes), shapes, strict=True)
+    params = [nn.Parameter(piece.reshape(shape).clone()) for piece, shape in pieces]
+    done = _Updates([], [_start()])
     try:
         optimizer = kind(params, **settings)
-        for of_step in gradients:
-            for param, gradient in zip(params, of_step, strict=True):
-                param.grad = gradient.clone()
+        for step in range(ROUNDS * len(KINDS)):
+            gradient = gradients[step] if gradients else _gradient(step, done.weights[-1])
+            for param, piece in zip(params, gradient.split(sizes), strict=True):
+                param.grad = piece.reshape(param.shape).clone()
             optimizer.step()
+            done.gradients.append(gradient)
+            done.weights.append(torch.cat([param.detach().flatten() for param in params]))
     except Exception as error:  # optimizers raise errors of all kinds
         raise ConfigError(
             f"optimizer {kind.__name__} does not update tensors by their gradients alone: {reason_of(error)}"
         ) from None
-    return [param.detach() for param in params], optimizer
+    return done, optimizer
 
 
 def _state_of(

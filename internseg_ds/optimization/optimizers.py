@@ -20,6 +20,9 @@ from internseg_ds.optimization.muon import MOMENTUM, Muon
 from internseg_ds.optimization.optimizer_state import OptimizerState, optimizer_state
 from internseg_ds.optimization.ranged_adam import MOMENTS, RangedAdam
 
+ADAMS = (torch.optim.Adam, torch.optim.AdamW)
+"""Those with kernels of DeepSpeed's on the host, and fused ones of torch's."""
+
 
 def optimizer_class(kind: Any) -> type[Any]:
     """The class of optimizer.type: of mmcv's registry, in which all of torch's are; of timm (Lion); or, by its
@@ -45,56 +48,92 @@ def optimizer_class(kind: Any) -> type[Any]:
     )
 
 
-def check_optimizer(section: Mapping[str, Any], ds: DsConfig) -> str:
-    """The optimizer's type.
+def class_of(section: Mapping[str, Any]) -> type[Any]:
+    """The class of the config's `optimizer`. Raises ConfigError as `optimizer_class` does."""
+    return optimizer_class(section.get("type", "AdamW"))
+
+
+def check_optimizer(section: Mapping[str, Any], ds: DsConfig) -> type[Any]:
+    """The optimizer's class.
 
     section: the config's `optimizer`. Raises ConfigError when there is no such type, when it does not take
     these settings or cannot work on ZeRO's pieces of tensors, or when an offloaded optimizer is not Adam or AdamW.
     """
-    kind = section.get("type", "AdamW")
-    of_kind = optimizer_class(kind)
+    of_kind = class_of(section)
     if of_kind is Muon:
         _check_zero_for_muon(ds)
-    if ds.cpu_adam and kind not in ("Adam", "AdamW"):
+    if ds.cpu_adam and of_kind not in ADAMS:
         raise ConfigError(
             f"{ds.source} offloads the optimizer, which runs DeepSpeed's CPU Adam, but optimizer.type is "
-            f"{kind!r}; use AdamW, or drop offload_optimizer"
+            f"{section['type']!r}; use AdamW, or drop offload_optimizer"
         )
     if ds.optimizer_states != "fp32" and (of_kind is Muon or not is_ranged(section, ds)):
         amsgrad = " with amsgrad" if section.get("amsgrad") else ""
         raise ConfigError(
             f"engine.optimizer_states={ds.optimizer_states!r} is for optimizer.type 'Adam' or 'AdamW' "
-            f"without amsgrad, and this one is {kind!r}{amsgrad}; use AdamW, or leave "
+            f"without amsgrad, and this one is {of_kind.__name__!r}{amsgrad}; use AdamW, or leave "
             'engine.optimizer_states at "fp32"'
         )
-    parameters = inspect.signature(of_kind).parameters
-    if not any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
-        known = parameters.keys() - {"params", *(("limit",) if of_kind is Muon else ())}
-        for key in _settings(section):
-            if key not in known:
-                raise unknown_key(key, known, f"optimizer {kind}")
-    try:
-        of_kind([torch.zeros(1, requires_grad=True)], **_settings(section))
-        if ds.cpu_adam:
-            from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-            # its arguments alone: making one would compile its extension
-            inspect.signature(DeepSpeedCPUAdam).bind([], adamw_mode=True, **_settings(section))
-    except Exception as error:  # constructors raise errors of all kinds
-        raise ConfigError(f"optimizer {kind} does not take these settings: {reason_of(error)}") from None
+    _check_settings(of_kind, _settings(section), ds)
     if issubclass(of_kind, torch.optim.Adagrad):
         raise ConfigError(
             "optimizer Adagrad cannot be: DeepSpeed puts one of a single group in its place, which follows no "
             "schedule; use RMSprop or AdamW"
         )
     kept_state(section)
-    return kind
+    return of_kind
+
+
+def _check_settings(of_kind: type[Any], settings: Mapping[str, Any], ds: DsConfig) -> None:
+    """Raises ConfigError for settings that the class does not know, or whose values it does not take."""
+    parameters = inspect.signature(of_kind).parameters.values()
+    # what has no name outside is no setting
+    known = {each.name: each for each in parameters if each.kind != inspect.Parameter.POSITIONAL_ONLY}
+    known.pop("params", None)
+    takes_any = any(each.kind == inspect.Parameter.VAR_KEYWORD for each in parameters)
+    for key, value in settings.items():
+        if key not in known and not takes_any:
+            raise unknown_key(key, known, f"optimizer {of_kind.__name__}")
+        if key in known and isinstance(known[key].default, bool) and not isinstance(value, bool):
+            raise ConfigError(f"optimizer.{key}={value!r} must be True or False")
+    error = _objection_to(settings, of_kind, ds)
+    alone = {"lr": 0.1}
+    if error is None or _objection_to(alone, of_kind, ds) is not None:
+        return  # one that updates nothing, whatever its settings, `kept_state` refuses
+    at_fault = [
+        f"optimizer.{key}={value!r}"
+        for key, value in settings.items()
+        if _objection_to({**alone, key: value}, of_kind, ds) is not None
+    ]
+    what = ", ".join(at_fault) or f"these settings together: {', '.join(settings)}"
+    raise ConfigError(f"optimizer {of_kind.__name__} does not take {what}: {reason_of(error)}")
+
+
+def _objection_to(settings: Mapping[str, Any], of_kind: type[Any], ds: DsConfig) -> Exception | None:
+    """What an optimizer with these settings raises when it is made, or in its first steps; None where it makes
+    them."""
+    param = torch.ones(2, 2, requires_grad=True)
+    try:
+        if ds.cpu_adam:
+            from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+            # its arguments alone: making one would compile its extension
+            inspect.signature(DeepSpeedCPUAdam).bind([], adamw_mode=True, **settings)
+        optimizer = of_kind([param], **settings)
+        for _ in range(0 if of_kind is Muon else 2):  # which steps DeepSpeed's flat tensors only
+            param.grad = torch.ones_like(param)
+            optimizer.step()
+        if not bool(param.isfinite().all()):
+            raise ValueError("what it makes of finite gradients is not finite")
+    except Exception as error:  # optimizers raise errors of all kinds
+        return error
+    return None
 
 
 def kept_state(section: Mapping[str, Any]) -> OptimizerState:
     """What the optimizer of a config keeps of its parameters. Raises ConfigError for one that does not work on
     flat pieces of tensors."""
-    of_kind = optimizer_class(section.get("type", "AdamW"))
+    of_kind = class_of(section)
     if of_kind is Muon:
         return OptimizerState((*MOMENTS, MOMENTUM), {"step": torch.zeros(())})
     return optimizer_state(of_kind, _settings(section))
@@ -121,14 +160,8 @@ def is_ranged(section: Mapping[str, Any], ds: DsConfig) -> bool:
     """Whether one parameter group of DeepSpeed's holds several settings (`RangedAdam`): with Muon, and with
     torch's Adam and AdamW on the device. An update on the host is limited by the host's memory, not by the number of
     calls."""
-    kinds = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}
-    kind = section.get("type", "AdamW")
-    return optimizer_class(kind) is Muon or (
-        not ds.cpu_adam
-        and not section.get("amsgrad")
-        and kind in kinds
-        and optimizer_class(kind) is kinds[kind]
-    )
+    of_kind = class_of(section)
+    return of_kind is Muon or (of_kind in ADAMS and not ds.cpu_adam and not section.get("amsgrad"))
 
 
 def group_limit(ds: DsConfig) -> float:
@@ -147,23 +180,23 @@ def build_optimizer(
     converted by compiled functions. Raises ConfigError where `check_optimizer` does.
     """
     settings = _settings(section)
-    kind = check_optimizer(section, ds)
-    if optimizer_class(kind) is Muon:
-        return Muon(groups, **settings, limit=group_limit(ds))
+    of_kind = check_optimizer(section, ds)
+    if of_kind is Muon:
+        return Muon(groups, group_limit(ds), **settings)
     if ds.cpu_adam:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         build_extension("CPUAdamBuilder")
-        return DeepSpeedCPUAdam(groups, adamw_mode=kind == "AdamW", **settings)
-    if kind in ("Adam", "AdamW") and not settings.get("foreach"):
+        return DeepSpeedCPUAdam(groups, adamw_mode=of_kind is torch.optim.AdamW, **settings)
+    if of_kind in ADAMS and not settings.get("foreach"):
         settings.setdefault("fused", True)
     if ds.optimizer_states != "fp32":
         return CompactAdam(
-            groups, optimizer_class(kind), group_limit(ds), ds.optimizer_states, compiled=compiled, **settings
+            groups, of_kind, group_limit(ds), ds.optimizer_states, compiled=compiled, **settings
         )
     if is_ranged(section, ds):
-        return RangedAdam(groups, optimizer_class(kind), group_limit(ds), **settings)
-    optimizer = optimizer_class(kind)(groups, **settings)
+        return RangedAdam(groups, of_kind, group_limit(ds), **settings)
+    optimizer = of_kind(groups, **settings)
     # on the object, not by a subclass: DeepSpeed recognises its optimizers by their exact class
     optimizer.step = types.MethodType(_step_of_groups_with_parameters, optimizer)
     return optimizer

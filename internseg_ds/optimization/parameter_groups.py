@@ -18,7 +18,7 @@ import internseg_ds.optimization.layer_decay  # noqa: F401 - registers its const
 from internseg_ds.errors import ConfigError, UserError, reason_of, shortened, unknown_key
 from internseg_ds.optimization.block_matrices import block_matrices
 from internseg_ds.optimization.muon import Muon
-from internseg_ds.optimization.optimizers import optimizer_class
+from internseg_ds.optimization.optimizers import class_of
 
 PARAMWISE = (
     "custom_keys",
@@ -52,7 +52,7 @@ def parameter_groups(model: nn.Module, optimizer: Mapping[str, Any]) -> list[Gro
     """
     settings = _optimizer_settings(optimizer)
     singles = _constructed_groups(model, optimizer, settings)
-    if optimizer_class(optimizer.get("type", "AdamW")) is Muon:
+    if class_of(optimizer) is Muon:
         singles = _divided_for_muon(model, singles, settings)
     merged: dict[tuple[float, float, str], Group] = {}
     for single in singles:
@@ -114,8 +114,9 @@ def _optimizer_settings(optimizer: Mapping[str, Any]) -> dict[str, Any]:
             "weight_decay=...)"
         )
     for required in ("lr", "weight_decay"):
-        if not isinstance(settings[required], (int, float)) or not 0 <= settings[required] < math.inf:
-            raise ConfigError(f"optimizer.{required}={settings[required]!r} must be a number of at least 0")
+        value = settings[required]
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            raise ConfigError(f"optimizer.{required}={value!r} must be a number of at least 0")
     return settings
 
 
@@ -154,7 +155,7 @@ def default_weight_decay(optimizer: Mapping[str, Any]) -> float:
 
 def _parameters(optimizer: Mapping[str, Any]) -> Mapping[str, inspect.Parameter]:
     """Those of the constructor of the optimizer's class. Raises ConfigError where there is no such class."""
-    return inspect.signature(optimizer_class(optimizer.get("type", "AdamW"))).parameters
+    return inspect.signature(class_of(optimizer)).parameters
 
 
 def _check_own_settings(constructor: str, settings: Mapping[str, Any], groups: Sequence[Group]) -> None:

@@ -68,11 +68,11 @@ def _set_in_config(config: Path, command: Sequence[str]) -> Path | None:
     for word in command:
         if word.startswith("work_dir="):
             return Path(word.partition("=")[2])
-    from mmcv import Config  # here: it takes seconds
+    from internseg_ds.config.config_file import executed  # here: it takes seconds
 
     try:
-        named = Config.fromfile(str(config)).get("work_dir")
-    except Exception:  # a config may raise anything, and train.py says it better
+        named = executed(config).get("work_dir")
+    except ConfigError:  # which train.py says
         return None
     return Path(named) if isinstance(named, str) and named else None
 

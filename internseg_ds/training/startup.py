@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from internseg_ds.config.experiment import Experiment
-from internseg_ds.distributed.process_group import World, adopt, gather_from_ranks, join
+from internseg_ds.distributed.process_group import World, adopt, gather_from_ranks, hold_meeting_port, join
 from internseg_ds.distributed.watchdog import time_limit
 from internseg_ds.errors import UserError
 from internseg_ds.monitoring.environment import environment_lines
@@ -88,14 +88,17 @@ def validate_and_join(
     """
     owns_group = not dist.is_initialized()
     timeout = options.collective_timeout(experiment.engine.io_timeout)
+    # held until this function returns
+    run = str(options.work_dir.resolve())
+    _port = hold_meeting_port(world, run) if owns_group else None
     try:
         plan = validate(experiment, ds_config, options, world)
     except UserError as error:
         if owns_group:
-            join(world, timeout, refusal=error)  # raises it, here and on the others
+            join(world, timeout, refusal=error, run=run)  # raises it, here and on the others
         raise
     if owns_group:
-        join(world, timeout)
+        join(world, timeout, run=run)
     else:
         adopt()
     return plan, owns_group
