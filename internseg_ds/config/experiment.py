@@ -132,6 +132,7 @@ def read_experiment(
         (cfg.get(key) or {}).get("by_epoch") for key in ("checkpoint_config", "evaluation")
     ):
         notes.append("by_epoch is taken as False: the runner counts steps, and so do the intervals")
+    _check_flags(cfg, path)
     engine = read_options(cfg.get("engine") or {}, path)
     gradient = read_gradient(cfg, path)
     _check_one_accumulation(engine, gradient, path)
@@ -190,6 +191,16 @@ def _check_sections(cfg: Config, path: str) -> None:
     for key in SECTIONS:
         if not isinstance(cfg.get(key, {}), Mapping) and (key not in OPTIONAL or cfg[key] is not None):
             raise ConfigError(f"{key}={cfg[key]!r} of {path} must be a section dict(...)")
+
+
+def _check_flags(cfg: Config, path: str) -> None:
+    """Raises ConfigError for what is neither yes nor no where one of them is asked for."""
+    sections = ("evaluation", "checkpoint_config", "lr_config")
+    given = {name: cfg.get(name) for name in ("auto_resume", "cudnn_benchmark")}
+    given |= {f"{section}.by_epoch": (cfg.get(section) or {}).get("by_epoch") for section in sections}
+    for name, value in given.items():
+        if value not in (True, False, None):
+            raise ConfigError(f"{name}={value!r} of {path} must be True or False")
 
 
 def _no_section(cfg: Config, key: str, path: str) -> ConfigError:

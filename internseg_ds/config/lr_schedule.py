@@ -6,6 +6,7 @@ runner is there.
 """
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -104,9 +105,11 @@ class LrSchedule:
 
     def check(self) -> None:
         """Asks for the first rate and the last. Raises whatever mmcv's hook does, for settings that it does
-        not take."""
+        not take, and ValueError for rates that are no numbers."""
         for step in (0, self.max_steps):
-            self.lr(step, base=1.0)
+            rate = self.lr(step, base=1.0)
+            if not math.isfinite(rate):
+                raise ValueError(f"the learning rate of step {step} would be {rate} times the optimizer's")
 
     def lr(self, step: int, base: float) -> float:
         """The learning rate that update number `step` (from 0) of a group with rate `base` uses; after the
@@ -206,8 +209,10 @@ def _check_settings(settings: Mapping[str, Any], policy: str, path: str) -> None
         if key not in known:
             raise unknown_key(key, known, f"lr_config with policy {policy!r} of {path}")
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if key in NOT_NEGATIVE and value is not None and (not is_number or value < 0):
+        if key in NOT_NEGATIVE and value is not None and not (is_number and 0 <= value < math.inf):
             raise ConfigError(f"lr_config.{key}={value!r} of {path} must be a number of at least 0")
+        if key == "warmup_iters" and value is not None:
+            whole_number(value, f"lr_config.{key} of {path}", least=0)
 
 
 def schedule_warnings(

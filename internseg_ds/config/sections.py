@@ -157,7 +157,7 @@ def _clipping(grad_clip: Any, path: str) -> float:
             raise unknown_key(key, known, f"optimizer_config.grad_clip of {path}")
     norm = grad_clip.get("max_norm", 0.0)
     is_number = isinstance(norm, (int, float)) and not isinstance(norm, bool)
-    if not is_number or norm < 0 or grad_clip.get("norm_type", 2) != 2:
+    if not (is_number and norm >= 0) or grad_clip.get("norm_type", 2) != 2:
         raise ConfigError(
             f"optimizer_config.grad_clip={dict(grad_clip)} of {path}: max_norm must be a number of at "
             "least 0, and norm_type 2, the only one that DeepSpeed has"

@@ -7,7 +7,7 @@ label map; or a DataError that names the file at fault, and the fix.
 import os
 from typing import Any
 
-from mmseg.datasets import DATASETS, PIPELINES, CustomDataset, RepeatDataset, build_dataset
+from mmseg.datasets import DATASETS, PIPELINES, CustomDataset, build_dataset
 from mmseg.datasets.pipelines import LoadAnnotations
 
 import internseg_ds.data.ade20k
@@ -56,7 +56,7 @@ def assembled_datasets(entry: Any, what: str, **default_args: Any) -> Segmentati
         _check_kind(part, what)
         _read_in_our_way(part)
     for wrapper in wrappers(dataset):
-        _update_wrapper(wrapper, what)
+        _update_wrapper(wrapper)
     for transforms in pipelines(dataset):
         check_steps(transforms, what, evaluates=bool(default_args.get("test_mode")))
     if len({tuple(getattr(part, "CLASSES", None) or ()) for part in plain}) > 1:
@@ -84,6 +84,10 @@ def _check_kind(part: SegmentationDataset, what: str) -> None:
         raise DataError(
             f"{what}: {type(part).__name__} is no data set of mmseg, it lacks {', '.join(lacks)}; "
             "derive it from mmseg.datasets.CustomDataset, and fill img_infos in its load_annotations"
+        )
+    if not _is_whole(getattr(part, "ignore_index", 255)):
+        raise DataError(
+            f"{what}.ignore_index={part.ignore_index!r} must be a whole number, the label of pixels that do not count"
         )
     left_out = -1 in (getattr(part, "label_map", None) or {}).values()
     if left_out and 0 <= part.ignore_index < len(part.CLASSES):
@@ -115,19 +119,17 @@ def _read_in_our_way(part: SegmentationDataset) -> None:
                 part.CLASSES, part.PALETTE = step.CLASSES, step.PALETTE
 
 
-def _update_wrapper(wrapper: SegmentationDataset, what: str) -> None:
-    """Gives a wrapper the classes that its first data set has by now. Raises DataError for a repetition that
-    leaves no image."""
-    if isinstance(wrapper, RepeatDataset) and len(wrapper) == 0:
-        raise DataError(
-            f"{what} repeats a data set {wrapper.times} times, so none of its images is ever drawn; "
-            "set times to 1 or more, or leave it out"
-        )
+def _update_wrapper(wrapper: SegmentationDataset) -> None:
+    """Gives a wrapper the classes that its first data set has by now."""
     first = next(plain_parts(wrapper))
     if wrapper is not first and hasattr(first, "CLASSES"):
         wrapper.CLASSES, wrapper.PALETTE = first.CLASSES, first.PALETTE
     if isinstance(wrapper, ClassBalancedDataset):
         wrapper.balance()
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _check_annotations_of(dataset: SegmentationDataset) -> None:

@@ -30,10 +30,13 @@ def leaf_datasets(entry: Any) -> Iterator[ConfigDict]:
 
 def steps_of(entry: Any) -> Iterator[Mapping[str, Any]]:
     """Each step of each data set in lists and wrappers (RepeatDataset, ConcatDataset, MultiImageMixDataset,
-    ...), and of wrappers with a pipeline."""
+    ...), and of wrappers with a pipeline. Raises ConfigError for a pipeline that is no list."""
     if isinstance(entry, (list, tuple)):
         for part in entry:
             yield from steps_of(part)
     elif isinstance(entry, Mapping):
-        yield from (step for step in entry.get("pipeline") or () if isinstance(step, Mapping))
+        pipeline = entry.get("pipeline")
+        if not isinstance(pipeline, (list, tuple, type(None))):
+            raise ConfigError(f"pipeline={pipeline!r} of a {entry.get('type')} must be a list of transforms")
+        yield from (step for step in pipeline or () if isinstance(step, Mapping))
         yield from steps_of([entry.get("dataset"), *(entry.get("datasets") or ())])

@@ -38,7 +38,7 @@ def joining(entry: Any, what: str) -> Any:
     several folders, split files or endings of images.
 
     what: its name in messages ("data.train"). One data set in a list is that data set. Raises ConfigError
-    where the numbers of folders do not agree.
+    where the numbers of folders do not agree, DataError for a repetition that leaves no image.
     """
     if isinstance(entry, (list, tuple)):
         inner = [joining(item, what) for item in entry]
@@ -48,12 +48,22 @@ def joining(entry: Any, what: str) -> Any:
     if entry.get("type") == "ConcatDataset":
         return joining(entry["datasets"], what)
     if "dataset" in entry:
+        if entry.get("type") == "RepeatDataset":
+            _check_times(entry.get("times"), what)
         return {**entry, "dataset": joining(entry["dataset"], what)}
     if any(isinstance(entry.get(key), (list, tuple)) for key in SEVERAL):
         return joining(_of_each_folder(entry, what), what)
     if isinstance(entry.get("classes"), str):
         return {**entry, "classes": _names_in(entry["classes"], what)}
     return entry
+
+
+def _check_times(times: Any, what: str) -> None:
+    if isinstance(times, bool) or not isinstance(times, int) or times < 1:
+        raise DataError(
+            f"{what} repeats a data set times={times!r}, and it must be a whole number of at least 1, or none of its "
+            "images is ever drawn; set times to 1 or more, or leave the RepeatDataset out"
+        )
 
 
 def _names_in(file: str, what: str) -> list[str]:

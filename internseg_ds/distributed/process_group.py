@@ -171,19 +171,23 @@ def hold_meeting_port(world: World, run: str, env: Mapping[str, str] = os.enviro
     any free one will do. run: as of `join`.
 
     Raises ConfigError where the port cannot be opened."""
-    launchers_own = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if not world.is_main or launchers_own or (world.size == 1 and "MASTER_PORT" not in env):
+    if not world.is_main or _is_launchers_own(env) or (world.size == 1 and "MASTER_PORT" not in env):
         return None
     port = _master_port(world, env)
     try:
         # of this host whatever MASTER_ADDR is: `join` says where that is wrong
-        store = dist.TCPStore(
+        store: Store = dist.TCPStore(  # type: ignore[attr-defined]
             "127.0.0.1", int(port), is_master=True, wait_for_workers=False, multi_tenant=True
         )
         store.set("run", _named(run))
         return store
     except dist.DistError as error:
         raise _cannot_open(port, error) from error
+
+
+def _is_launchers_own(env: Mapping[str, str]) -> bool:
+    """Whether the launcher (torchrun) serves the store where all meet."""
+    return env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _cannot_open(port: str, error: dist.DistError) -> ConfigError:
@@ -303,6 +307,8 @@ def _named(run: str) -> str:
 def _check_only_run(store: Store, world: World, run: str) -> None:
     """Raises ConfigError where the store is that of another run on this host, whose rank 0 opened the port first
     (this run's rank 0 says so); HostError where another process has come as the same rank. Collective."""
+    if _is_launchers_own(os.environ):
+        return
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     if world.is_main:
         store.set("run", _named(run))

@@ -42,25 +42,29 @@ def optimizer_state(kind: type[torch.optim.Optimizer], settings: Mapping[str, An
     not that of its pieces, and where its state is of another kind.
     """
     settings = {**settings, **({"lr": LR} if "lr" in settings else {})}
-    whole, whole_optimizer = _updated(SHAPES[:1], kind, settings)
-    try:
-        same = all(
-            _are_close(_updated(shapes, kind, settings, whole.gradients)[0], whole)
-            for shapes in (SHAPES[1:], PIECES)
-        )
-    except ConfigError:
-        same = False
-    if not same:
-        raise ConfigError(
-            f"optimizer {kind.__name__} looks at tensors as a whole (their norm, their rows and columns), and "
-            "ZeRO gives it flat pieces of them; use one that updates each element by itself, such as AdamW or SGD"
-        )
-    state = _state_of(whole_optimizer, kind, settings)
-    slower = {**settings, "lr": 0.5 * whole_optimizer.defaults.get("lr", 1.0)}
-    _, other = _updated(SHAPES[:1], kind, slower, whole.gradients)
-    others = _state_of(other, kind, slower).counts
+    whole = _Trial(kind, settings, SHAPES[:1])
+    slower = {**settings, "lr": 0.5 * whole.optimizer.defaults.get("lr", 1.0)}
+    slowly = _Trial(kind, slower, SHAPES[:1])
+    others: list[_Trial] = []
+    for step in range(ROUNDS * len(KINDS)):
+        gradient = _gradient(step, whole.weights())
+        whole.step(gradient)
+        slowly.step(gradient)
+        try:
+            others = others or [_Trial(kind, settings, shapes) for shapes in (PIECES, SHAPES[1:])]
+            same = all(_are_close(other.step(gradient), whole.weights()) for other in others)
+        except ConfigError:
+            same = False
+        if not same:
+            raise ConfigError(
+                f"optimizer {kind.__name__} looks at tensors as a whole (their norm, their rows and columns), and "
+                "ZeRO gives it flat pieces of them; use one that updates each element by itself, such as AdamW or "
+                "SGD"
+            )
+    state = _state_of(whole.optimizer, kind, settings)
+    slow = _state_of(slowly.optimizer, kind, slower).counts
     for name, value in state.counts.items():
-        if value != others[name]:
+        if value != slow[name]:
             raise ConfigError(
                 f"optimizer {kind.__name__} keeps {name!r}, which follows the learning rate of each group; a "
                 "resumed run would have that of one group in all; use AdamW or SGD"
@@ -68,21 +72,10 @@ def optimizer_state(kind: type[torch.optim.Optimizer], settings: Mapping[str, An
     return state
 
 
-@dataclass(frozen=True)
-class _Updates:
-    """gradients: of each step. weights: before the first step, and after each. All flat, (`SIZE`,), float32."""
-
-    gradients: list[Tensor]
-    weights: list[Tensor]
-
-
-def _are_close(got: _Updates, wanted: _Updates) -> bool:
-    """Whether the weights agree after each step, within the rounding of what has been added to them."""
-    start = wanted.weights[0]
-    return all(
-        torch.allclose(ours, theirs, rtol=1e-6, atol=1e-5 * float((theirs - start).abs().max()))
-        for ours, theirs in zip(got.weights, wanted.weights, strict=True)
-    )
+def _are_close(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether weights agree, within the rounding of what has been added to them."""
+    moved = float((theirs - _start()).abs().max())
+    return torch.allclose(ours, theirs, rtol=1e-6, atol=1e-5 * moved)
 
 
 def _start() -> Tensor:
@@ -116,32 +109,42 @@ KINDS: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
 """Gradients of the shape of a matrix, of random numbers and the weights."""
 
 
-def _updated(
-    shapes: Sequence[Sequence[int]],
-    kind: type[torch.optim.Optimizer],
-    settings: Mapping[str, Any],
-    gradients: Sequence[Tensor] | None = None,
-) -> tuple[_Updates, torch.optim.Optimizer]:
-    """The steps of weights that are cut into tensors of `shapes`, and the optimizer that made them. gradients:
-    default those of `_gradient`."""
-    sizes = [math.prod(shape) for shape in shapes]
-    pieces = zip(_start().split(sizes), shapes, strict=True)
-    params = [nn.Parameter(piece.reshape(shape).clone()) for piece, shape in pieces]
-    done = _Updates([], [_start()])
-    try:
-        optimizer = kind(params, **settings)
-        for step in range(ROUNDS * len(KINDS)):
-            gradient = gradients[step] if gradients else _gradient(step, done.weights[-1])
-            for param, piece in zip(params, gradient.split(sizes), strict=True):
-                param.grad = piece.reshape(param.shape).clone()
-            optimizer.step()
-            done.gradients.append(gradient)
-            done.weights.append(torch.cat([param.detach().flatten() for param in params]))
-    except Exception as error:  # optimizers raise errors of all kinds
-        raise ConfigError(
-            f"optimizer {kind.__name__} does not update tensors by their gradients alone: {reason_of(error)}"
-        ) from None
-    return done, optimizer
+class _Trial:
+    """An optimizer of `_start`, which is cut into tensors of `shapes`. What it raises becomes a ConfigError."""
+
+    def __init__(
+        self,
+        kind: type[torch.optim.Optimizer],
+        settings: Mapping[str, Any],
+        shapes: Sequence[Sequence[int]],
+    ) -> None:
+        self._kind = kind
+        pieces = zip(_start().split([math.prod(shape) for shape in shapes]), shapes, strict=True)
+        self._params = [nn.Parameter(piece.reshape(shape).clone()) for piece, shape in pieces]
+        try:
+            self.optimizer = kind(self._params, **settings)
+        except Exception as error:  # optimizers raise errors of all kinds
+            raise self._refusal(error) from None
+
+    def weights(self) -> Tensor:
+        """As they are now, flat."""
+        return torch.cat([param.detach().flatten() for param in self._params])
+
+    def step(self, gradient: Tensor) -> Tensor:
+        """The weights after one more step. gradient: flat."""
+        sizes = [param.numel() for param in self._params]
+        for param, piece in zip(self._params, gradient.split(sizes), strict=True):
+            param.grad = piece.reshape(param.shape).clone()
+        try:
+            self.optimizer.step()
+        except Exception as error:  # optimizers raise errors of all kinds
+            raise self._refusal(error) from None
+        return self.weights()
+
+    def _refusal(self, error: Exception) -> ConfigError:
+        return ConfigError(
+            f"optimizer {self._kind.__name__} does not update tensors by their gradients alone: {reason_of(error)}"
+        )
 
 
 def _state_of(

@@ -115,7 +115,7 @@ def _optimizer_settings(optimizer: Mapping[str, Any]) -> dict[str, Any]:
         )
     for required in ("lr", "weight_decay"):
         value = settings[required]
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        if not _is_at_least_0(value):
             raise ConfigError(f"optimizer.{required}={value!r} must be a number of at least 0")
     return settings
 
@@ -181,10 +181,30 @@ def _check_paramwise(paramwise_cfg: Any) -> None:
     for key in paramwise_cfg:
         if key not in PARAMWISE:
             raise unknown_key(key, PARAMWISE, "optimizer.paramwise_cfg")
-    for name, settings in (paramwise_cfg.get("custom_keys") or {}).items():
+    _check_factors(paramwise_cfg, "optimizer.paramwise_cfg")
+    custom_keys = paramwise_cfg.get("custom_keys") or {}
+    if not isinstance(custom_keys, Mapping):
+        raise ConfigError(f"optimizer.paramwise_cfg.custom_keys={custom_keys!r} must be a dict(...)")
+    for name, settings in custom_keys.items():
+        where = f"optimizer.paramwise_cfg.custom_keys[{name!r}]"
+        if not isinstance(settings, Mapping):
+            raise ConfigError(f"{where}={settings!r} must be a dict(...) of {' and '.join(CUSTOM)}")
         for key in settings:
             if key not in CUSTOM:
-                raise unknown_key(key, CUSTOM, f"optimizer.paramwise_cfg.custom_keys[{name!r}]")
+                raise unknown_key(key, CUSTOM, where)
+        _check_factors(settings, where)
+
+
+def _check_factors(settings: Mapping[str, Any], where: str) -> None:
+    """Raises ConfigError for a factor (`..._mult`) of learning rate or weight decay that is no number of at
+    least 0."""
+    for key, value in settings.items():
+        if key.endswith("_mult") and value is not None and not _is_at_least_0(value):
+            raise ConfigError(f"{where}.{key}={value!r} must be a number of at least 0")
+
+
+def _is_at_least_0(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 def unmatched_custom_keys(model: nn.Module, optimizer: Mapping[str, Any]) -> list[str]:

@@ -1,3 +1,4 @@
+import gc
 import re
 import sys
 from pathlib import Path
@@ -374,6 +375,7 @@ def test_the_module_of_a_transform_is_imported(tmp_path, monkeypatch):
     [
         (dict(grad_clip=dict(max_norms=0.1)), "did you mean 'max_norm'"),
         (dict(grad_clip=dict(clip_value=1.0)), "unknown key 'clip_value'"),
+        (dict(grad_clip=dict(max_norm=float("nan"))), "max_norm must be a number of at least 0"),
         (dict(cumulative_iters=2.5), "cumulative_iters.*2.5.*whole number"),
         (dict(cumulative_iters=0), "cumulative_iters.* 0"),
     ],
@@ -429,3 +431,38 @@ def test_settings_of_lora_can_be_added_one_by_one():
     assert (lora.rank, lora.targets, lora.dropout) == (4, ("qkv",), 0.1)
     with pytest.raises(ConfigError, match=r"did you mean engine\.tune\.lora\.targets"):
         read_experiment(ROOT / TINY, {"engine.tune.lora.rank": 4, "engine.tune.lora.target": ["qkv"]})
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"runner.max_epochs": 3}, r"max_iters=\d+ and max_epochs=3, and a run has one length"),
+        ({"lr_config.power": float("nan")}, "lr_config.power=nan"),
+        ({"lr_config.min_lr": float("inf")}, "lr_config.min_lr=inf"),
+        ({"lr_config.warmup_iters": 1.5}, "lr_config.warmup_iters .* is 1.5; it must be a whole number"),
+        ({"evaluation.by_epoch": "no"}, "evaluation.by_epoch='no' .* must be True or False"),
+        ({"auto_resume": "no"}, "auto_resume='no' .* must be True or False"),
+    ],
+    ids=str,
+)
+def test_what_is_no_length_no_rate_and_no_flag_is_an_error(options, words):
+    with pytest.raises(ConfigError, match=words):
+        read_experiment(ROOT / TINY, options)
+
+
+def test_two_lengths_of_an_old_config_are_an_error():
+    cfg = Config.fromfile(ROOT / TINY)
+    cfg._cfg_dict.pop("runner")
+    cfg.merge_from_dict({"total_iters": 5, "total_epochs": 2})
+    with pytest.raises(ConfigError, match="total_iters=5 and total_epochs=2"):
+        read_experiment(cfg)
+
+
+def test_a_config_that_raises_leaves_nothing_for_python_to_complain_of(tmp_path, monkeypatch):
+    config, unraisable = tmp_path / "config.py", []
+    config.write_text("number = nowhere + 1")
+    monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+    with pytest.raises(ConfigError, match="NameError: name 'nowhere' is not defined"):
+        read_experiment(config)
+    gc.collect()
+    assert not unraisable

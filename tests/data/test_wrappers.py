@@ -1,5 +1,6 @@
 """Data sets inside data sets, as configs name them."""
 
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -126,12 +127,15 @@ def test_folders_that_cannot_be_paired_are_refused(folder, folders):
         built(folder("some", 0) | folders)
 
 
-def test_a_data_set_that_is_repeated_no_times_is_an_error(folder):
+@pytest.mark.parametrize("times", [0, -1, 1.5, True, "2", None, [2]], ids=repr)
+def test_a_data_set_that_is_repeated_no_whole_number_of_times_is_an_error(times, folder):
     entry = dict(
         type="ConcatDataset",
-        datasets=[folder("first", 0), dict(type="RepeatDataset", times=0, dataset=folder("second", 1))],
+        datasets=[folder("first", 0), dict(type="RepeatDataset", times=times, dataset=folder("second", 1))],
     )
-    with pytest.raises(DataError, match=r"repeats.* 0 times"):
+    with pytest.raises(
+        DataError, match=rf"repeats.* times={re.escape(repr(times))}, .* set times to 1 or more"
+    ):
         built(entry)
 
 
@@ -159,3 +163,11 @@ def test_a_file_of_classes_may_have_empty_lines_and_a_byte_order_mark(folder, tm
     ]
     with pytest.raises(DataError, match=r"classes='.*nowhere.txt' names a file"):
         built(folder("second", 0) | dict(classes=str(tmp_path / "nowhere.txt")))
+
+
+@pytest.mark.parametrize("label", ["x", None, 1.5, [1, 2]], ids=repr)
+def test_a_label_to_ignore_that_is_no_whole_number_is_an_error(label, folder):
+    with pytest.raises(
+        DataError, match=rf"data\.train\.ignore_index={re.escape(repr(label))} must be a whole"
+    ):
+        built(folder("first", 0) | dict(ignore_index=label))

@@ -5,6 +5,7 @@ import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import deepspeed
@@ -16,6 +17,7 @@ from internseg_ds.distributed.process_group import (
     AnyRankFlags,
     World,
     first_host,
+    hold_meeting_port,
     join,
     leave,
     rendezvous,
@@ -134,9 +136,58 @@ def test_a_port_in_use_is_named_with_the_option_that_chooses_another(monkeypatch
             join(World(0, 2, 0, "deepspeed, torchrun"))
 
 
+def test_a_port_is_held_from_the_start_and_joined_later():
+    port = str(free_port())
+    env = {"MASTER_PORT": port}
+    held = hold_meeting_port(World(0, 2), "/this", env)
+    assert held is not None
+    with socket.socket() as other, pytest.raises(OSError, match="in use"):
+        other.bind(("", int(port)))
+    # the process's own second store at the port is the same one, as that of torch's rendezvous is
+    again = hold_meeting_port(World(0, 2), "/this", env)
+    assert again is not None
+    held.set("key", "value")
+    assert again.get("key") == b"value"
+    del held, again
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        taken = str(other.getsockname()[1])
+        with pytest.raises(ConfigError, match=rf"port {taken}.*in use.*--master_port N"):
+            hold_meeting_port(World(0, 2), "/this", {"MASTER_PORT": taken})
+        agents = {
+            "MASTER_PORT": taken,
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+        }  # torchrun has opened it itself
+        assert hold_meeting_port(World(0, 2), "/this", agents) is None
+        assert hold_meeting_port(World(1, 2), "/this", {"MASTER_PORT": taken}) is None
+    with pytest.raises(ConfigError, match="MASTER_PORT='x' of the environment is no port"):
+        hold_meeting_port(World(0, 2), "/this", {"MASTER_PORT": "x"})
+
+
+@pytest.mark.parametrize(
+    ("run", "rank", "words"),
+    [
+        ("/that", 1, "another run meet, that of /this; start with another"),
+        ("/this", 1, "as rank 1 of 2, so two"),
+    ],
+)
+def test_a_process_of_another_run_is_told_so_and_leaves_the_first_alone(run, rank, words, monkeypatch):
+    port = str(free_port())
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", port)
+    held = hold_meeting_port(World(0, 2), "/this")
+    assert held is not None
+    held.add("came/1", 1)  # the first run's own
+    with pytest.raises(UserError, match=words):
+        join(World(rank, 2), timedelta(seconds=10), run=run)
+    assert not held.check(["refusal/1"])
+
+
 def meets_a_rank_0_that_ends(folder: Path) -> None:
     if os.environ["RANK"] == "0":
-        store, *_ = next(dist.rendezvous("env://", 0, 2))
+        store = hold_meeting_port(World(0, 2), "")
+        assert store is not None
         store.get("refusal/1")  # the other is there
         os._exit(0)
     try:

@@ -1,16 +1,19 @@
 """Which optimizers work on ZeRO's flat pieces, and that their state is found, saved and cut anew."""
 
 import copy
+import inspect
 from pathlib import Path
 
 import deepspeed
 import pytest
+import timm.optim
 import torch
 
 from internseg_ds.checkpoints.zero_checkpoint import ZeroCheckpoint
 from internseg_ds.config.ds_config import resolve_ds_config
 from internseg_ds.config.lr_schedule import LrSchedule
 from internseg_ds.errors import ConfigError
+from internseg_ds.optimization.optimizer_state import optimizer_state
 from internseg_ds.optimization.optimizers import build_optimizer, kept_state
 from internseg_ds.optimization.restore import restore
 from tests.distributed.ranks import spawn
@@ -41,6 +44,9 @@ def test_the_state_of_each_element_and_the_counts_are_told_apart(section, moment
     ("section", "words"),
     [
         (dict(type="Lamb", lr=LR), "looks at tensors as a whole"),
+        (dict(type="timm.optim.AdamP", lr=LR), "looks at tensors as a whole"),
+        (dict(type="timm.optim.SGDP", lr=1e-9), "looks at tensors as a whole"),
+        (dict(type="timm.optim.Adopt", lr=LR, caution=True), "looks at tensors as a whole"),
         (dict(type="Adafactor", lr=LR), "looks at tensors as a whole"),
         (dict(type="torch.optim.Muon", lr=LR), "looks at tensors as a whole"),
         (dict(type="Adan", lr=LR), "keeps 'step' beside the settings"),
@@ -58,6 +64,38 @@ def test_the_state_of_each_element_and_the_counts_are_told_apart(section, moment
 def test_an_optimizer_that_cannot_work_on_pieces_is_an_error(section, words):
     with pytest.raises(ConfigError, match=words):
         kept_state(section)
+
+
+WORK_ON_PIECES = {
+    *("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"),
+    *("AdaBelief", "AdamWLegacy", "Adopt", "Lion", "MADGRAD", "NAdamLegacy", "NAdamW", "RAdamLegacy"),
+    *("RMSpropTF", "SGDW"),
+}
+"""Of torch and timm, as updates in fp64 of whole tensors and of their pieces say; cautious, none of them does."""
+
+
+def works(kind: type[torch.optim.Optimizer], **option: bool) -> bool:
+    takes = inspect.signature(kind).parameters
+    settings = {"lr": 1e-5, "momentum": 0.9, "weight_decay": 0.05}
+    try:
+        optimizer_state(kind, {name: settings[name] for name in settings if name in takes} | option)
+    except ConfigError:
+        return False
+    return True
+
+
+def test_which_optimizers_of_torch_and_timm_work_on_pieces():
+    of_torch = [kind for kind in vars(torch.optim).values() if isinstance(kind, type)]
+    of_timm = [timm.optim.get_optimizer_info(name).opt_class for name in timm.optim.list_optimizers()]
+    kinds = {kind for kind in (*of_torch, *of_timm) if isinstance(kind, type)}
+    kinds -= {
+        torch.optim.Optimizer,
+        *(kind for kind in kinds if kind.__name__ == "Kron"),
+    }  # which takes seconds
+    found = {(kind.__module__.partition(".")[0], kind.__name__) for kind in kinds if works(kind)}
+    assert {name for _, name in found} == WORK_ON_PIECES and len(found) == len(WORK_ON_PIECES)
+    cautious = {kind for kind in kinds if "caution" in inspect.signature(kind).parameters}
+    assert len(cautious) > 8 and not any(works(kind, caution=True) for kind in cautious)
 
 
 def steps_of(

@@ -2,7 +2,9 @@ import pytest
 import torch
 
 from internseg_ds.config.ds_config import resolve_ds_config
-from internseg_ds.optimization.optimizers import build_optimizer
+from internseg_ds.errors import ConfigError
+from internseg_ds.optimization.optimizers import build_optimizer, check_optimizer
+from internseg_ds.optimization.ranged_adam import RangedAdam
 
 ADAMW = {"type": "AdamW", "lr": 1e-2, "betas": (0.9, 0.999), "weight_decay": 0.05}
 
@@ -59,3 +61,46 @@ def test_adamw_is_fused_unless_the_config_asks_for_foreach():
     ds = resolve_ds_config({}, experiment="", micro_batch=1, world_size=1, optimizer=ADAMW)
     assert build_optimizer(groups(0), ADAMW, ds).defaults["fused"] is True
     assert not build_optimizer(groups(0), {**ADAMW, "foreach": True}, ds).defaults["fused"]
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        (dict(betas=0.9), "AdamW does not take optimizer.betas=0.9: TypeError"),
+        (
+            dict(betas=[0.9, 0.99, 0.999]),
+            r"not take optimizer.betas=\[0.9, 0.99, 0.999\]: ValueError: too many",
+        ),
+        (
+            dict(betas=[2.0, 0.9], eps=-1),
+            r"not take optimizer.betas=\[2.0, 0.9\], optimizer.eps=-1: ValueError",
+        ),
+        (dict(type="SGD", momentum=float("nan")), "SGD does not take optimizer.momentum=nan: .* not finite"),
+        (dict(foreach=True, fused=True), "settings together: lr, foreach, fused: RuntimeError"),
+        (dict(amsgrad="no"), "optimizer.amsgrad='no' must be True or False"),
+        (dict(type="Muon", betas=[0.9]), r"Muon does not take optimizer.betas=\[0.9\]"),
+        (dict(type="Muon", limit=3), "unknown key 'limit' in optimizer Muon"),
+    ],
+    ids=str,
+)
+def test_the_setting_at_fault_is_named(section, words):
+    section = dict(type="AdamW", lr=1e-2) | section
+    ds = resolve_ds_config({}, experiment="", micro_batch=1, world_size=1, optimizer=section)
+    with pytest.raises(ConfigError, match=words):
+        check_optimizer(section, ds)
+
+
+@pytest.mark.parametrize("states", ["fp32", "8bit"])
+def test_torchs_adamw_by_its_path_is_adamw(states):
+    section = ADAMW | {"type": "torch.optim.AdamW"}
+    ds = resolve_ds_config(
+        {"zero_allow_untested_optimizer": False, "optimizer": {"type": "AdamW"}},
+        experiment="",
+        micro_batch=1,
+        world_size=1,
+        optimizer=section,
+        optimizer_states=states,
+    )
+    assert ds.raw["zero_allow_untested_optimizer"]
+    optimizer = build_optimizer(groups(0), section, ds)
+    assert isinstance(optimizer, RangedAdam) and optimizer.settings.defaults["fused"]

@@ -277,3 +277,22 @@ def test_adapters_have_the_learning_rate_of_their_block_and_weight_decay():
     assert {rates[0] for rates in found.values()} == {0.5**4, 0.5**3, 0.5**2, 0.5}
     for name, rates in found.items():
         assert rates == plain[name.split(".lora_")[0] + ".weight"]
+
+
+@pytest.mark.parametrize(
+    ("paramwise_cfg", "words"),
+    [
+        (dict(custom_keys=[1, 2]), r"custom_keys=\[1, 2\] must be a dict"),
+        (dict(custom_keys=dict(head=0)), r"custom_keys\['head'\]=0 must be a dict"),
+        (
+            dict(custom_keys=dict(head=dict(lr_mult=-1))),
+            r"custom_keys\['head'\]\.lr_mult=-1 must be a number",
+        ),
+        (dict(bias_lr_mult=float("nan")), "paramwise_cfg.bias_lr_mult=nan must be a number of at least 0"),
+        (dict(norm_decay_mult="x"), "paramwise_cfg.norm_decay_mult='x' must be a number of at least 0"),
+    ],
+    ids=str,
+)
+def test_factors_that_are_no_numbers_are_an_error(paramwise_cfg, words, model):
+    with pytest.raises(ConfigError, match=words):
+        parameter_groups(model, ADAMW | {"paramwise_cfg": paramwise_cfg})

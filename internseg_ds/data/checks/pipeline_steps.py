@@ -5,9 +5,11 @@ by here, whether it is trained on, evaluated, or predicts.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 from mmseg.datasets.pipelines import LoadAnnotations, MultiScaleFlipAug, Normalize, RandomFlip
 
 from internseg_ds.errors import ConfigError
@@ -51,18 +53,78 @@ def check_steps(steps: Sequence[Any], what: str, *, evaluates: bool) -> None:
             "numbers of 0 to 255; put it before"
         )
     _check_normalization(steps, what)
+    _check_numbers(steps, what)
     if evaluates:
         _predictions_lie_on_the_image(steps, names, what)
 
 
 def _check_normalization(steps: Sequence[Any], what: str) -> None:
-    """Each Normalize must divide by numbers above 0. Raises ConfigError."""
+    """Each Normalize must have a number for each channel, and divide by numbers above 0. Raises
+    ConfigError."""
     for step in flat(steps):
-        if isinstance(step, Normalize) and not all(0 < value < math.inf for value in map(float, step.std)):
+        if not isinstance(step, Normalize):
+            continue
+        for name, values in (("mean", step.mean), ("std", step.std)):
+            if values.ndim != 1 or not np.isfinite(values).all():
+                raise ConfigError(
+                    f"{name}={values.tolist()} of Normalize in the pipeline of {what} must be a list of numbers, one "
+                    "for each channel"
+                )
+        if not (step.std > 0).all():
             raise ConfigError(
                 f"std={step.std.tolist()} of Normalize in the pipeline of {what}: each number must be "
                 "above 0, for values are divided by it; write 1.0 to leave them as they are"
             )
+
+
+def _check_numbers(steps: Sequence[Any], what: str) -> None:
+    """The numbers of mmseg's own transforms must be of the kind that `NUMBERS` says. Raises ConfigError."""
+    for step in flat(steps):
+        if not type(step).__module__.startswith("mmseg."):
+            continue  # somebody's own may mean something else
+        for name, (is_right, kind) in NUMBERS.items():
+            given = getattr(step, name, None)
+            if not all(
+                is_right(value) for value in ([given] if is_right is _is_label else _numbers_in(given))
+            ):
+                raise ConfigError(
+                    f"{name}={given!r} of {type(step).__name__} in the pipeline of {what} must be {kind}"
+                )
+
+
+def _numbers_in(given: Any) -> Iterator[Any]:
+    """What stands in a setting and in lists in it, but for None."""
+    if isinstance(given, (list, tuple)):
+        for item in given:
+            yield from _numbers_in(item)
+    elif given is not None:
+        yield given
+
+
+def _is_size(value: Any) -> bool:
+    whole = isinstance(value, Integral) or (isinstance(value, Real) and float(value).is_integer())
+    return not isinstance(value, bool) and (whole or value == math.inf) and value > 0
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_label(value: Any) -> bool:
+    return value is None or (isinstance(value, Integral) and not isinstance(value, bool))
+
+
+NUMBERS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "crop_size": (_is_size, "a whole number of pixels, at least 1, for each side"),
+    "img_scale": (_is_size, "whole numbers of pixels, at least 1"),
+    "size": (_is_size, "a whole number of pixels, at least 1, for each side"),
+    "size_divisor": (_is_size, "a whole number of pixels, at least 1"),
+    "seg_pad_val": (_is_label, "a whole number, the label of padding"),
+    "ignore_index": (_is_label, "a whole number, the label of pixels that do not count"),
+    "pad_val": (_is_finite, "a number, or one for each channel"),
+    "cat_max_ratio": (lambda value: _is_finite(value) and 0 < value <= 1, "above 0 and at most 1"),
+}
+"""Settings of mmseg's transforms: what each number of theirs must be, and the words for it."""
 
 
 def odd_steps(steps: Sequence[Any], what: str, *, evaluates: bool) -> list[str]:

@@ -131,3 +131,27 @@ def test_the_script_test_py_refuses_a_std_of_0_with_code_2(launch, ade20k, tmp_p
     )
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "std=[58.0, 0.0, 57.0] of Normalize" in done.stderr and "data.test" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [
+        (
+            dict(type="Resize", img_scale=(1.5, 2.5)),
+            r"img_scale=\[\(1\.5, 2\.5\)\] of Resize .* whole numbers",
+        ),
+        (dict(type="Pad", size=(0, 4)), r"size=\(0, 4\) of Pad"),
+        (dict(type="Pad", size=(4, 4), pad_val=float("nan")), "pad_val=nan of Pad .* a number"),
+        (dict(type="Pad", size=(4, 4), seg_pad_val="x"), "seg_pad_val='x' of Pad .* label"),
+        (dict(type="Pad", size=(4, 4), seg_pad_val=[1, 2]), r"seg_pad_val=\[1, 2\] of Pad"),
+        (dict(type="RandomCrop", crop_size=(4, 4), cat_max_ratio=-1), "cat_max_ratio=-1 .* above 0"),
+        (dict(type="ResizeToMultiple", size_divisor=-1), "size_divisor=-1 of ResizeToMultiple"),
+        (dict(NORMALIZE, mean=1.5), "mean=1.5 of Normalize .* one for each channel"),
+        (dict(NORMALIZE, std=None), "std=nan of Normalize .* one for each channel"),
+        (dict(NORMALIZE, mean=[0.0, float("inf"), 0.0]), "mean=.*inf.* of Normalize"),
+    ],
+    ids=str,
+)
+def test_numbers_of_another_kind_are_refused(step, words):
+    with pytest.raises(ConfigError, match=words):
+        check_steps(built([LOAD, LABELS, step]), "data.train", evaluates=False)
