@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import Store
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous as make_stores
 
 from internseg_ds.device import VARIABLE, device_type
@@ -288,7 +288,9 @@ def _meet(world: World, timeout: timedelta, refusal: UserError | None, run: str)
     try:
         store, *_ = next(make_stores("env://", world.rank, world.size, timeout=waiting))
         _check_only_run(store, world, run)
-        first_refusal = _exchange_refusals(store, world, refusal)
+        # a process that joins again may find the store of the last time, with what was said then
+        joined_before = store.add(f"joins/{world.rank}", 1) - 1
+        first_refusal = _exchange_refusals(PrefixStore(f"join/{joined_before}", store), world, refusal)
     except dist.DistError as error:
         if refusal is not None:
             raise refusal from None  # whether the others have come or not
@@ -315,7 +317,8 @@ def _check_only_run(store: Store, world: World, run: str) -> None:
     host, other = json.loads(store.get("run"))
     if host == socket.gethostname() and other != run:
         raise ConfigError(f"at {where} the processes of another run meet, that of {other}; {ANOTHER_PORT}")
-    if store.add(f"came/{world.rank}", 1) > 1:
+    own = json.dumps([socket.gethostname(), os.getpid()])
+    if store.compare_set(f"came/{world.rank}", "", own).decode() != own:
         raise HostError(
             f"two processes have come to {where} as rank {world.rank} of {world.size}, so two runs meet at one port; "
             f"{ANOTHER_PORT}"
