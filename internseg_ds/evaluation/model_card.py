@@ -182,8 +182,12 @@ def _scores(record: RunRecord, classes: Sequence[str]) -> str:
         for name in classes:
             cells = [record.scores.get(f"{kind}.{name}") for kind in kinds]
             shown = " | ".join("" if cell is None else f"{100 * cell:.2f}" for cell in cells)
-            lines.append(f"| {name.strip()} | {shown} |")
-        lines += ["", "In percent; a class without a number occurs in no image of the validation set."]
+            lines.append(f"| {name.strip().replace('|', '/')} | {shown} |")
+        lines += [
+            "",
+            "In percent. A class without Acc is labelled in no image of the validation set; one without any number is "
+            "not predicted there either.",
+        ]
     if CONFUSION in record.pictures:
         lines += ["", f"![which classes the pixels of each class are predicted as]({CONFUSION})"]
     return "\n".join(lines)
@@ -199,7 +203,7 @@ def _recipe(experiment: Experiment, record: RunRecord, data: str) -> str:
         else "whole images"
     )
     rows = {
-        "data": f"{data}: {_roots(experiment)}",
+        "data": f"{data}, {_roots(experiment)}",
         "crops": f"{height} x {width} pixels",
         "evaluation": windows,
         "optimizer": f"{optimizer.get('type')}, learning rate {optimizer.get('lr')}, weight decay "
@@ -214,7 +218,8 @@ def _recipe(experiment: Experiment, record: RunRecord, data: str) -> str:
 def _roots(experiment: Experiment) -> str:
     """What the data sets' folders are called; where they lie is nobody's business."""
     roots = [Path(str(entry.get("data_root") or "")).name for entry in leaf_datasets(experiment.train)]
-    return ", ".join(filter(None, dict.fromkeys(roots))) or "a folder without a name"
+    named = ", ".join(filter(None, dict.fromkeys(roots)))
+    return f"in a folder called {named}" if named else "whose folder the config does not name"
 
 
 def _licence(weights: str | None, licence: str | None) -> str:

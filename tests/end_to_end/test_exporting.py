@@ -1,13 +1,21 @@
 """A fine-tuned backbone goes back to where its weights came from: transformers computes the same features
-with it, and it starts another run."""
+with it, and it starts another run. A segmentor goes out as a folder, and segments alike from any of its forms."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from internseg_ds import Segmenter
+from internseg_ds.checkpoints.checksum_files import verify
+from internseg_ds.checkpoints.consolidate import consolidate
 from internseg_ds.checkpoints.weights import open_weights
 from internseg_ds.config.experiment import read_experiment
 from internseg_ds.errors import CheckpointError
 from internseg_ds.evaluation.export import export_backbone
+from internseg_ds.evaluation.huggingface import export_huggingface
 from internseg_ds.evaluation.inference import load_trained
 
 
@@ -64,3 +72,72 @@ def test_a_layout_and_a_name_that_do_not_go_together_are_refused(trained, tmp_pa
         export_backbone(trained.work_dir, tmp_path / "vit.pth", "transformers")
     with pytest.raises(CheckpointError, match=r"is one \.pth"):
         export_backbone(trained.work_dir, tmp_path / "vit", "internvl")
+
+
+@pytest.fixture(scope="module")
+def folder(trained, tmp_path_factory):
+    """The trained segmentor as transformers loads it."""
+    return export_huggingface(trained.work_dir, tmp_path_factory.mktemp("models") / "scenes")
+
+
+def test_a_folder_says_what_is_in_it(trained, folder):
+    verify(folder)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["id2label"]["2"] == "sky" and config["label2id"]["sky"] == 2 and config["dtype"] == "float32"
+    assert len(config["id2label"]) == len(config["palette"]) == 150 and config["palette"][2] == [6, 230, 230]
+    processing = json.loads((folder / "preprocessor_config.json").read_text())
+    assert processing["size"] == {"shortest_edge": 112, "longest_edge": 448} and processing["do_reduce_labels"]
+    assert processing["windows"] == {"mode": "slide", "crop_size": [112, 112], "stride": [70, 70]}
+    np.testing.assert_allclose(processing["image_mean"], [0.485, 0.456, 0.406])
+    card = (folder / "README.md").read_text()
+    results = json.loads((trained.work_dir / "evaluation/results.json").read_text())
+    assert f"mIoU {100 * trained.scores[12]:.2f} %" in card
+    if results["mIoU"] == trained.scores[12]:  # the report is of the best evaluation
+        assert (folder / "confusion.png").is_file() and "](confusion.png)" in card
+    assert f"| sky | {100 * results['classes']['sky']['IoU']:.2f} |" in card or results["mIoU"] != trained.scores[12]
+    assert "trained on ADE20K for 12 of 12 steps" in card and "| batch | 4 images |" in card
+    assert "Trained with python" in card and "random weights" in card
+
+
+def test_transformers_prepares_images_and_labels_from_the_folder(folder, ade20k):
+    from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
+
+    model = AutoModelForSemanticSegmentation.from_pretrained(folder, trust_remote_code=True).eval()
+    image = Image.open(sorted((ade20k / "images/validation").glob("*.jpg"))[0])
+    processor = AutoImageProcessor.from_pretrained(folder)
+    inputs = processor(images=image, return_tensors="pt")
+    assert min(inputs["pixel_values"].shape[2:]) == 112
+    with torch.no_grad():
+        outputs = model(**inputs)
+    (labels,) = processor.post_process_semantic_segmentation(outputs, target_sizes=[image.size[::-1]])
+    ours = Segmenter.from_pretrained(folder, device="cpu")(image)
+    assert labels.shape == ours.labels.shape  # by whole images in fp32, and by windows in bf16
+
+
+def test_a_segmenter_gives_the_same_labels_from_each_form_of_the_weights(trained, folder, ade20k, tmp_path):
+    image = sorted((ade20k / "images/validation").glob("*.jpg"))[0]
+    forms = [
+        trained.work_dir / "checkpoints",
+        consolidate(trained.work_dir, tmp_path / "segmentor.pth"),
+        consolidate(trained.work_dir, tmp_path / "segmentor.safetensors"),
+        folder,
+    ]
+    results = [Segmenter.from_pretrained(form, device="cpu")(image) for form in forms]
+    for found in results[1:]:
+        assert np.array_equal(found.labels, results[0].labels)
+        assert np.array_equal(found.scores, results[0].scores)
+
+
+def test_a_folder_with_an_ending_and_an_unknown_format_are_refused(trained, launch, tmp_path):
+    with pytest.raises(CheckpointError, match="a folder, whose name has no ending"):
+        export_huggingface(trained.work_dir, tmp_path / "model.safetensors")
+    for options, message in (
+        (["--format", "hugingface"], "did you mean huggingface?"),
+        (["--push-to-hub", "somebody/scenes"], "give that too"),
+        (["--format", "huggingface", "--adapters"], "give one of them"),
+    ):
+        done = launch(
+            "launch/consolidate.py", trained.work_dir, tmp_path / "out", *options, processes=1, check=False
+        )
+        assert done.returncode == 2 and message in done.stderr
+    assert not list(tmp_path.iterdir())
