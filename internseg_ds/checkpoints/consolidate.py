@@ -42,8 +42,8 @@ SHARD_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 @dataclass(frozen=True)
 class Layout:
     """What a result holds, and by which names. select: picks and renames what is written (default: all).
-    files: texts and pictures that go into a folder of safetensors, by name. bare: a .pth is the state dict alone, without
-    mmseg's `meta`. merged: low-rank adapters are. single: a folder's only weight file, in place of shards."""
+    files: texts and pictures that go into a folder of safetensors, by name. bare: a .pth is the state dict alone,
+    without mmseg's `meta`. merged: low-rank adapters are. single: a folder's only weight file, in place of shards."""
 
     select: Callable[[Mapping[str, Entry]], dict[str, Entry]] = dict
     files: Mapping[str, str | bytes] = field(default_factory=dict)

@@ -29,7 +29,7 @@ class ImageFiles(Dataset):
         except Exception as error:  # whatever a transform's constructor refuses with
             raise ConfigError(f"the pipeline of data.test cannot be built: {reason_of(error)}") from error
         check_steps(self.pipeline.transforms, "data.test", evaluates=True)
-        self.img_infos = [{"filename": str(path)} for path in images]
+        self.img_infos: list[dict[str, Any]] = [{"filename": str(path)} for path in images]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -47,9 +47,9 @@ class ImageFiles(Dataset):
 class GivenImages(ImageFiles):
     """Images as a program has them, through an mmseg test pipeline: paths of files, PIL images, and arrays.
 
-    What is no path takes the place of what the pipeline's first step would load: a PIL image, or an array (h, w, 3)
-    or (h, w) uint8, of RGB or of grey; of a pipeline that loads other images than 8-bit ones in colour, any array as
-    that step would give it. Raises DataError for anything else, and ConfigError as `ImageFiles` does.
+    What is no path takes the place of what the pipeline's first step would load: a PIL image, or an array (h, w,
+    3) or (h, w) uint8, of RGB or of grey; of a pipeline that loads other images than 8-bit ones in colour, any array
+    as that step would give it. Raises DataError for anything else, and ConfigError as `ImageFiles` does.
     """
 
     def __init__(self, images: Sequence[Any], pipeline: Sequence[dict[str, Any]]) -> None:
@@ -86,8 +86,8 @@ def _pixels(image: Any, name: str, *, in_colour: bool) -> np.ndarray:
     grey = image.ndim == 2 or image.shape[2] == 1
     if image.dtype != np.uint8 or not (grey or image.shape[2] == 3):
         raise DataError(
-            f"{name} is an array {image.shape} of {image.dtype}; this model was trained on 8-bit images in colour: give "
-            "(h, w, 3) uint8 of RGB"
+            f"{name} is an array {image.shape} of {image.dtype}; this model was trained on 8-bit images in "
+            "colour: give (h, w, 3) uint8 of RGB"
         )
     colour = np.repeat(image.reshape(*image.shape[:2], 1), 3, axis=2) if grey else image[..., ::-1]
     return np.ascontiguousarray(colour)

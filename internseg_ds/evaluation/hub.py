@@ -22,7 +22,9 @@ def push_to_hub(folder: Path, repo: str) -> str:
     api = HfApi()
     try:
         address = api.create_repo(repo, private=True, exist_ok=True)
-        commit = api.upload_folder(repo_id=address.repo_id, folder_path=folder, commit_message=f"Add {folder.name}")
+        commit = api.upload_folder(
+            repo_id=address.repo_id, folder_path=folder, commit_message=f"Add {folder.name}"
+        )
     except HFValidationError as error:
         raise ConfigError(f"--push-to-hub {repo}: {reason_of(error)}; write OWNER/NAME") from error
     except Exception as error:  # whatever the HTTP client of the hub's library raises

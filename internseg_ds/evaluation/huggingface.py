@@ -31,8 +31,6 @@ from internseg_ds.models.huggingface.formats import segmentor_format
 from internseg_ds.models.huggingface.segmentor_format import SegmentorFormat
 from internseg_ds.tensor_part import Part
 
-SPLITTING_PROCESSOR = "EomtImageProcessor"
-"""Cuts images into squares itself."""
 TRAINING_CONFIG = "training_config.py"
 
 
@@ -67,9 +65,7 @@ def export_huggingface(
     meta = manifest["meta"]
     classes = _named(meta.get("CLASSES") or (), segmentor)
     record = record_of(checkpoint.path, manifest, experiment.engine.global_batch)
-    processing = preprocessor_config(
-        experiment, found.processor, splits=found.processor == SPLITTING_PROCESSOR
-    )
+    processing = preprocessor_config(experiment, found.processor, splits=found.splits_images)
     usage = _usage(found, out.name, bgr=processing.get("channels") == "BGR")
     config = found.config | _of_classes(classes, meta.get("PALETTE")) | {"dtype": dtype}
     files: dict[str, str | bytes] = {
@@ -120,7 +116,9 @@ def from_folder(weights: Weights, segmentor: nn.Module) -> Weights:
         found = segmentor_format(segmentor)
     except ValueError as error:
         raise CheckpointError(f"{weights.path} is no folder of this segmentor: {error}") from None
-    keys = {part.key if isinstance(part, Part) else part for parts in found.sources.values() for part in parts}
+    keys = {
+        part.key if isinstance(part, Part) else part for parts in found.sources.values() for part in parts
+    }
     if lacking := sorted(keys - weights.shapes.keys()):
         raise CheckpointError(
             f"{weights.path} lacks {shortened(lacking)}; it is no folder that launch/consolidate.py --format "
@@ -139,9 +137,7 @@ def _with_zeros(weights: Weights, added: Mapping[str, torch.Size]) -> Weights:
     def read_slice(name: str, start: int, stop: int) -> Tensor:
         return torch.zeros(stop - start) if name in added else weights.read_slice(name, start, stop)
 
-    return dataclasses.replace(
-        weights, shapes={**weights.shapes, **added}, read=read, read_slice=read_slice
-    )
+    return dataclasses.replace(weights, shapes={**weights.shapes, **added}, read=read, read_slice=read_slice)
 
 
 def _entries(found: SegmentorFormat, entries: Mapping[str, Entry]) -> dict[str, Entry]:
@@ -186,7 +182,7 @@ inputs = processor(images=image, return_tensors="pt")
     size = "target_sizes=[(image.height, image.width)]"
     if bgr:
         code += 'inputs["pixel_values"] = inputs["pixel_values"].flip(1)  # RGB -> BGR\n'
-    if found.processor == SPLITTING_PROCESSOR:
+    if found.splits_images:
         code += f"""offsets = inputs.pop("patch_offsets")
 with torch.no_grad():
     outputs = model(**inputs)

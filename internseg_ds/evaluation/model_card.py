@@ -136,7 +136,11 @@ def model_card(
         _yaml(name, data, licence, record),
         f"# {name}\n\nSemantic segmentation into {len(classes)} classes: {' with '.join(kinds)}, trained on {data} "
         f"for {manifest['step']:,} of {experiment.max_steps:,} steps.",
-        *([f"![an image, its ground truth and the prediction]({PICTURE})"] if PICTURE in record.pictures else []),
+        *(
+            [f"![an image, its ground truth and the prediction]({PICTURE})"]
+            if PICTURE in record.pictures
+            else []
+        ),
         f"## Use\n\n```python\n{usage.strip()}\n```",
         f"## Scores\n\n{_scores(record, classes)}",
         f"## Training\n\n{_recipe(experiment, record, data)}",
@@ -175,7 +179,10 @@ def _scores(record: RunRecord, classes: Sequence[str]) -> str:
     if not record.scores:
         return "This checkpoint was not evaluated in its run."
     totals = {name: value for name, value in record.scores.items() if not is_of_one_class(name)}
-    lines = [", ".join(f"{name} {100 * value:.2f} %" for name, value in totals.items()) + ", on the validation set."]
+    lines = [
+        ", ".join(f"{name} {100 * value:.2f} %" for name, value in totals.items())
+        + ", on the validation set."
+    ]
     kinds = list(dict.fromkeys(name.partition(".")[0] for name in record.scores if is_of_one_class(name)))
     if kinds:
         lines += ["", f"| class | {' | '.join(kinds)} |", "|---" * (len(kinds) + 1) + "|"]
@@ -227,7 +234,9 @@ def _licence(weights: str | None, licence: str | None) -> str:
         return "Trained from random weights, or from weights that the config does not name."
     text = f"The training started from {Path(weights).name}"
     if licence is not None:
-        return f"{text}, whose model card names the licence {licence}; it holds for what is derived from them."
+        return (
+            f"{text}, whose model card names the licence {licence}; it holds for what is derived from them."
+        )
     return (
         f"{text}. Their licence is not known: no model card lies beside them. Look at their publisher's terms before "
         "you pass this model on."

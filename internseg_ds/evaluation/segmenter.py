@@ -113,7 +113,8 @@ class Segmenter:
         """
         if isinstance(images, (list, tuple)):
             return list(self._segment(images))
-        return list(self._segment([images]))[0]
+        (found,) = self._segment([images])
+        return found
 
     @torch.no_grad()
     def _segment(self, images: Sequence[Any]) -> Iterator[Segmentation]:
@@ -157,4 +158,6 @@ def _experiment(weights: Weights, source: Path, config: str | os.PathLike | None
     try:
         return stored_experiment(weights.meta, source)
     except CheckpointError as error:
-        raise CheckpointError(f"{error}; or give the config: from_pretrained({str(source)!r}, config=PATH)") from None
+        raise CheckpointError(
+            f"{error}; or give the config: from_pretrained({str(source)!r}, config=PATH)"
+        ) from None

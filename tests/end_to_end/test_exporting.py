@@ -12,6 +12,7 @@ from internseg_ds import Segmenter
 from internseg_ds.checkpoints.checksum_files import verify
 from internseg_ds.checkpoints.consolidate import consolidate
 from internseg_ds.checkpoints.weights import open_weights
+from internseg_ds.checkpoints.zero_checkpoint import ZeroCheckpoint
 from internseg_ds.config.experiment import read_experiment
 from internseg_ds.errors import CheckpointError
 from internseg_ds.evaluation.export import export_backbone
@@ -76,26 +77,33 @@ def test_a_layout_and_a_name_that_do_not_go_together_are_refused(trained, tmp_pa
 
 @pytest.fixture(scope="module")
 def folder(trained, tmp_path_factory):
-    """The trained segmentor as transformers loads it."""
-    return export_huggingface(trained.work_dir, tmp_path_factory.mktemp("models") / "scenes")
+    """The best of the trained segmentors, of which WORK_DIR/evaluation is, as transformers loads it."""
+    return export_huggingface(trained.work_dir, tmp_path_factory.mktemp("models") / "scenes", tag="best")
 
 
 def test_a_folder_says_what_is_in_it(trained, folder):
     verify(folder)
     config = json.loads((folder / "config.json").read_text())
-    assert config["id2label"]["2"] == "sky" and config["label2id"]["sky"] == 2 and config["dtype"] == "float32"
+    assert (
+        config["id2label"]["2"] == "sky" and config["label2id"]["sky"] == 2 and config["dtype"] == "float32"
+    )
     assert len(config["id2label"]) == len(config["palette"]) == 150 and config["palette"][2] == [6, 230, 230]
     processing = json.loads((folder / "preprocessor_config.json").read_text())
-    assert processing["size"] == {"shortest_edge": 112, "longest_edge": 448} and processing["do_reduce_labels"]
+    assert (
+        processing["size"] == {"shortest_edge": 112, "longest_edge": 448} and processing["do_reduce_labels"]
+    )
     assert processing["windows"] == {"mode": "slide", "crop_size": [112, 112], "stride": [70, 70]}
     np.testing.assert_allclose(processing["image_mean"], [0.485, 0.456, 0.406])
+    assert (folder / "confusion.png").read_bytes() == (
+        trained.work_dir / "evaluation/confusion.png"
+    ).read_bytes()
     card = (folder / "README.md").read_text()
     results = json.loads((trained.work_dir / "evaluation/results.json").read_text())
-    assert f"mIoU {100 * trained.scores[12]:.2f} %" in card
-    if results["mIoU"] == trained.scores[12]:  # the report is of the best evaluation
-        assert (folder / "confusion.png").is_file() and "](confusion.png)" in card
-    assert f"| sky | {100 * results['classes']['sky']['IoU']:.2f} |" in card or results["mIoU"] != trained.scores[12]
-    assert "trained on ADE20K for 12 of 12 steps" in card and "| batch | 4 images |" in card
+    step = next(step for step, score in trained.scores.items() if step and score == results["mIoU"])
+    sky = results["classes"]["sky"]
+    assert f"mIoU {100 * results['mIoU']:.2f} %" in card and "](confusion.png)" in card
+    assert f"| sky | {100 * sky['IoU']:.2f} | {100 * sky['Acc']:.2f} |" in card
+    assert f"trained on ADE20K for {step} of 12 steps" in card and "| batch | 4 images |" in card
     assert "Trained with python" in card and "random weights" in card
 
 
@@ -117,9 +125,9 @@ def test_transformers_prepares_images_and_labels_from_the_folder(folder, ade20k)
 def test_a_segmenter_gives_the_same_labels_from_each_form_of_the_weights(trained, folder, ade20k, tmp_path):
     image = sorted((ade20k / "images/validation").glob("*.jpg"))[0]
     forms = [
-        trained.work_dir / "checkpoints",
-        consolidate(trained.work_dir, tmp_path / "segmentor.pth"),
-        consolidate(trained.work_dir, tmp_path / "segmentor.safetensors"),
+        ZeroCheckpoint.open(trained.work_dir, "best").path,
+        consolidate(trained.work_dir, tmp_path / "segmentor.pth", tag="best"),
+        consolidate(trained.work_dir, tmp_path / "segmentor.safetensors", tag="best"),
         folder,
     ]
     results = [Segmenter.from_pretrained(form, device="cpu")(image) for form in forms]

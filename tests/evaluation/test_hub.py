@@ -1,4 +1,4 @@
-"""A folder uploaded to a stand-in of the hub: a server of this machine that answers as the hub's HTTP interface does."""
+"""A folder uploaded to a stand-in of the hub: a server of this machine that answers as the hub does."""
 
 import base64
 import json
@@ -100,12 +100,18 @@ def test_a_folder_is_uploaded_whole_or_the_user_is_told(token, hub, tmp_path):
         "PYTHONPATH": str(ROOT),
     }
     done = subprocess.run(
-        [sys.executable, "-c", UPLOAD, folder, "somebody/scenes"], env=env, capture_output=True, text=True, timeout=100
+        [sys.executable, "-c", UPLOAD, folder, "somebody/scenes"],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=100,
     )
     if token == "hf_right":
         assert done.stdout.strip() == f"{hub.address}/somebody/scenes/commit/1234", done.stdout + done.stderr
         assert hub.files == contents
-        assert [repo.get('visibility') for repo in hub.created] == ['private']
+        assert [repo.get("visibility") for repo in hub.created] == ["private"]
     else:
-        assert done.stdout.startswith("OutputError") and "hf auth login" in done.stdout, done.stdout + done.stderr
+        assert done.stdout.startswith("OutputError") and "hf auth login" in done.stdout, (
+            done.stdout + done.stderr
+        )
         assert hub.files == {}

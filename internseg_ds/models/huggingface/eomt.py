@@ -98,6 +98,7 @@ def eomt_format(segmentor: Any) -> SegmentorFormat:
         {name: _theirs(name) for name in weight_names(segmentor) if not name.endswith(UNUSED)},
         loader="EomtDinov3ForUniversalSegmentation",
         processor="EomtImageProcessor",
+        splits_images=True,
         # no query is masked after training
         constants={"attn_mask_probs": torch.zeros(head.num_blocks), "criterion.empty_weight": empty_weight},
     )
@@ -132,7 +133,7 @@ def _positions(patch: Any, theta: float) -> dict[str, Any]:
 
 def _of_timm(model: Any) -> dict[str, Any]:
     """The same of timm's DINOv3."""
-    rope = getattr(model, "rope", None)
+    rope: Any = getattr(model, "rope", None)
     if type(rope).__name__ != "RotaryEmbeddingDinoV3" or rope.normalize_coords != "separate":
         raise ValueError(f"EoMT on this {type(model).__name__} has no counterpart there; that on DINOv3 has")
     if rope.temperature is None:

@@ -35,8 +35,8 @@ def segmentor_format(segmentor: Any) -> SegmentorFormat:
     if isinstance(head, UPerHead) and _has_stages(backbone):
         return upernet_format(segmentor)
     raise ValueError(
-        f"transformers has no class for {type(segmentor).__name__} with {type(head).__name__} on {type(backbone).__name__}; what it loads is "
-        + "; ".join(LOADED)
+        f"transformers has no class for {type(segmentor).__name__} with {type(head).__name__} on "
+        f"{type(backbone).__name__}; what it loads is " + "; ".join(LOADED)
     )
 
 

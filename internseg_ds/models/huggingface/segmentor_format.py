@@ -37,6 +37,8 @@ class SegmentorFormat:
     """Names in the segmentor that no logit depends on, and that the folder lacks."""
     constants: dict[str, Tensor] = field(default_factory=dict)
     """Keys of the folder that no weight of the segmentor fills."""
+    splits_images: bool = False
+    """Whether the processor cuts a resized image into squares, for a class that takes one size alone."""
     code: tuple[Path, ...] = ()
     """Files that the folder brings; where there are none, the class is transformers' own."""
 
@@ -54,6 +56,7 @@ def format_of(
     loader: str,
     processor: str,
     constants: Mapping[str, Tensor] | None = None,
+    splits_images: bool = False,
     code: tuple[Path, ...] = (),
 ) -> SegmentorFormat:
     """The format of a segmentor whose weights have these names in `theirs`, a model of transformers on the meta
@@ -87,6 +90,7 @@ def format_of(
         sources={name: tuple(keys[their][0] for their in split) for name, split in names.items()},
         unused=tuple(name for name in weight_names(segmentor) if name not in names),
         constants={str(keys[name][0]): value for name, value in (constants or {}).items()},
+        splits_images=splits_images,
         code=code,
     )
 

@@ -22,11 +22,15 @@ def upernet_format(segmentor: Any) -> SegmentorFormat:
 
     backbone, head = segmentor.backbone, check_uper_head(segmentor)
     if backbone.neck is not None:
-        raise ValueError(f"the backbone has a neck ({type(backbone.neck).__name__}), and UperNet there has none")
+        raise ValueError(
+            f"the backbone has a neck ({type(backbone.neck).__name__}), and UperNet there has none"
+        )
     if head.align_corners:
         raise ValueError("decode_head.align_corners=True, and UperNet there has False")
     if list(head.in_index) != list(range(len(backbone.channels))):
-        raise ValueError(f"decode_head.in_index={list(head.in_index)} are not all maps of the backbone in turn")
+        raise ValueError(
+            f"decode_head.in_index={list(head.in_index)} are not all maps of the backbone in turn"
+        )
     _, fields = backbone.exported("transformers")
     config = UperNetConfig(
         backbone_config=fields,

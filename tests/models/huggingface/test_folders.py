@@ -82,7 +82,7 @@ def drawn(model: ConfigDict) -> nn.Module:
     for name, value in segmentor.state_dict().items():
         if value.is_floating_point():
             spread = 0.2 if value.dim() < 2 else 2 / value[0].numel() ** 0.5
-            centre = 1.0 if "var" in name or "norm" in name and name.endswith("weight") else 0.0
+            centre = 1.0 if "var" in name or ("norm" in name and name.endswith("weight")) else 0.0
             value.normal_(centre, 0.1 if centre else spread)
     return segmentor
 
@@ -205,5 +205,7 @@ def test_what_transformers_would_compute_otherwise_is_refused(change, reason):
 def test_a_segmentor_that_transformers_does_not_have_is_refused_with_those_that_it_has():
     model = internvit()
     model.decode_head = dict(type="FCNHead", in_channels=32, channels=8, num_classes=7)
-    with pytest.raises(ValueError, match=r"no class for EncoderDecoder with FCNHead on InternViT6B; .*UPerHead"):
+    with pytest.raises(
+        ValueError, match=r"no class for EncoderDecoder with FCNHead on InternViT6B; .*UPerHead"
+    ):
         segmentor_format(build_on_meta(model))
