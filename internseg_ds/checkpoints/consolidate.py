@@ -43,18 +43,20 @@ SHARD_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 class Layout:
     """What a result holds, and by which names. select: picks and renames what is written (default: all).
     files: texts and pictures that go into a folder of safetensors, by name. bare: a .pth is the state dict alone,
-    without mmseg's `meta`. merged: low-rank adapters are. single: a folder's only weight file, in place of shards."""
+    without mmseg's `meta`. merged: low-rank adapters are. single: a folder's only weight file, in place of shards.
+    owned: names of files that another result of this kind may have, which are replaced with it."""
 
     select: Callable[[Mapping[str, Entry]], dict[str, Entry]] = dict
     files: Mapping[str, str | bytes] = field(default_factory=dict)
     bare: bool = False
     merged: bool = True
     single: str | None = None
+    owned: tuple[str, ...] = ()
 
     @property
     def file_names(self) -> tuple[str, ...]:
-        """Of a folder, beside shards and their index."""
-        return (*self.files, self.single) if self.single else tuple(self.files)
+        """Of a folder that is written or replaced, beside shards and their index."""
+        return (*self.files, *self.owned, *((self.single,) if self.single else ()))
 
 
 def consolidate(

@@ -25,9 +25,9 @@ from internseg_ds.config.experiment import Experiment, read_experiment
 from internseg_ds.distributed.construction import build_on_meta
 from internseg_ds.errors import CheckpointError, shortened
 from internseg_ds.evaluation.export import renamed_entries
-from internseg_ds.evaluation.model_card import model_card, record_of
+from internseg_ds.evaluation.model_card import CONFUSION, PICTURE, model_card, record_of
 from internseg_ds.evaluation.preprocessor import preprocessor_config
-from internseg_ds.models.huggingface.formats import segmentor_format
+from internseg_ds.models.huggingface.formats import CODE_FILES, segmentor_format
 from internseg_ds.models.huggingface.segmentor_format import SegmentorFormat
 from internseg_ds.tensor_part import Part
 
@@ -84,7 +84,7 @@ def export_huggingface(
         ema=ema,
         overwrite=overwrite,
         check=check,
-        layout=Layout(partial(_entries, found), files),
+        layout=Layout(partial(_entries, found), files, owned=(PICTURE, CONFUSION, *CODE_FILES)),
     )
 
 

@@ -2,6 +2,7 @@
 with it, and it starts another run. A segmentor goes out as a folder, and segments alike from any of its forms."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from internseg_ds.errors import CheckpointError
 from internseg_ds.evaluation.export import export_backbone
 from internseg_ds.evaluation.huggingface import export_huggingface
 from internseg_ds.evaluation.inference import load_trained
+from tests.conftest import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -149,3 +151,30 @@ def test_a_folder_with_an_ending_and_an_unknown_format_are_refused(trained, laun
         )
         assert done.returncode == 2 and message in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_of_the_run_is_in_the_card_and_goes_when_it_is_of_another_evaluation(trained, tmp_path):
+    work_dir = tmp_path / "run"
+    shutil.copytree(trained.work_dir, work_dir)
+    (work_dir / "evaluation/best").mkdir()
+    (work_dir / "evaluation/best/01_50.0_a.png").write_bytes(b"a picture")
+    out = export_huggingface(work_dir, tmp_path / "scenes", tag="best")
+    assert (out / "prediction.png").read_bytes() == b"a picture"
+    assert "](prediction.png)" in (out / "README.md").read_text()
+    results = json.loads((work_dir / "evaluation/results.json").read_text())
+    (work_dir / "evaluation/results.json").write_text(json.dumps(results | {"mIoU": results["mIoU"] + 0.1}))
+    export_huggingface(work_dir, out, tag="best", overwrite=True)
+    assert not (out / "prediction.png").exists() and not (out / "confusion.png").exists()
+    assert f"mIoU {100 * results['mIoU']:.2f} %" in (out / "README.md").read_text()
+
+
+def test_the_example_of_the_documentation_segments_a_folder(trained, ade20k, launch, tmp_path):
+    images = ade20k / "images/validation"
+    done = launch(
+        "docs/segment_images.py", trained.work_dir, images, "--out", tmp_path / "pictures", processes=1
+    )
+    names = sorted(file.stem for file in images.glob("*.jpg"))
+    assert [file.stem for file in sorted((tmp_path / "pictures").glob("*.png"))] == names
+    assert [line.partition(".jpg: ")[0] for line in done.stdout.splitlines() if ".jpg: " in line] == names
+    page = (ROOT / "docs/using_models.md").read_text()
+    assert "python docs/segment_images.py WEIGHTS IMAGES --out pictures" in page

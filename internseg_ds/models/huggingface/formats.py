@@ -10,7 +10,7 @@ from internseg_ds.models.adapters.transformers_configs import transformers_libra
 from internseg_ds.models.adapters.transformers_staged import StagedModel
 from internseg_ds.models.eomt.segmentor import EoMT
 from internseg_ds.models.huggingface.eomt import eomt_format
-from internseg_ds.models.huggingface.internvit_upernet import internvit_upernet_format
+from internseg_ds.models.huggingface.internvit_upernet import CODE, internvit_upernet_format
 from internseg_ds.models.huggingface.segmentor_format import SegmentorFormat
 from internseg_ds.models.huggingface.upernet import upernet_format
 from internseg_ds.models.intern_vit.intern_vit_6b import InternViT6B
@@ -21,6 +21,9 @@ LOADED = (
     "UPerHead on a TransformersBackbone of stages (swin, convnext, ...)",
     "EoMT on a DINOv3",
 )
+
+CODE_FILES = (CODE.name,)
+"""Names of files that a folder may bring."""
 
 
 def segmentor_format(segmentor: Any) -> SegmentorFormat:
