@@ -10,14 +10,14 @@ from internseg_ds.models.adapters.transformers_configs import transformers_libra
 from internseg_ds.models.adapters.transformers_staged import StagedModel
 from internseg_ds.models.eomt.segmentor import EoMT
 from internseg_ds.models.huggingface.eomt import eomt_format
-from internseg_ds.models.huggingface.internvit_upernet import CODE, internvit_upernet_format
+from internseg_ds.models.huggingface.internvit_upernet import CODE, MODEL_TYPE, internvit_upernet_format
 from internseg_ds.models.huggingface.segmentor_format import SegmentorFormat
 from internseg_ds.models.huggingface.upernet import upernet_format
 from internseg_ds.models.intern_vit.intern_vit_6b import InternViT6B
 from internseg_ds.models.intern_vit.vit_adapter import InternViTAdapter
 
 LOADED = (
-    "UPerHead on InternViT6B",
+    "UPerHead on InternViT6B, or on a TransformersBackbone that is an InternViT",
     "UPerHead on a TransformersBackbone of stages (swin, convnext, ...)",
     "EoMT on a DINOv3",
 )
@@ -33,7 +33,7 @@ def segmentor_format(segmentor: Any) -> SegmentorFormat:
     if isinstance(segmentor, EoMT):
         return eomt_format(segmentor)
     head, backbone = segmentor.decode_head, segmentor.backbone
-    if isinstance(head, UPerHead) and _is_plain_internvit(backbone):
+    if isinstance(head, UPerHead) and _is_internvit(backbone):
         return internvit_upernet_format(segmentor)
     if isinstance(head, UPerHead) and _has_stages(backbone):
         return upernet_format(segmentor)
@@ -43,7 +43,9 @@ def segmentor_format(segmentor: Any) -> SegmentorFormat:
     )
 
 
-def _is_plain_internvit(backbone: nn.Module) -> bool:
+def _is_internvit(backbone: nn.Module) -> bool:
+    if isinstance(backbone, TransformersBackbone):
+        return backbone.model.config.model_type == MODEL_TYPE
     return isinstance(backbone, InternViT6B) and not isinstance(backbone, InternViTAdapter)
 
 

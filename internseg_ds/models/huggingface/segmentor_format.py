@@ -51,7 +51,7 @@ def weight_names(segmentor: nn.Module) -> list[str]:
 def format_of(
     segmentor: nn.Module,
     theirs: Any,
-    names: Mapping[str, tuple[str, ...]],
+    names: Mapping[str, tuple[str | Part, ...]],
     *,
     loader: str,
     processor: str,
@@ -60,15 +60,14 @@ def format_of(
     code: tuple[Path, ...] = (),
 ) -> SegmentorFormat:
     """The format of a segmentor whose weights have these names in `theirs`, a model of transformers on the meta
-    device. names: ours -> theirs, into which ours is split along its first dimension.
+    device. names: ours -> theirs, into which ours is split along its first dimension, or the part of theirs that it
+    is.
 
     Raises ValueError where `theirs` has other weights than these, or of other shapes.
     """
     own, expected = segmentor.state_dict(), {key: value.shape for key, value in theirs.state_dict().items()}
     found = {
-        their: torch.Size([own[name].shape[0] // len(split), *own[name].shape[1:]])
-        if len(split) > 1
-        else own[name].shape
+        their.key if isinstance(their, Part) else their: _whole_shape(own[name].shape, len(split), their)
         for name, split in names.items()
         for their in split
     }
@@ -87,12 +86,25 @@ def format_of(
         loader=loader,
         processor=processor,
         config=config | {"architectures": [type(theirs).__name__]},
-        sources={name: tuple(keys[their][0] for their in split) for name, split in names.items()},
+        sources={name: tuple(_keyed(their, keys) for their in split) for name, split in names.items()},
         unused=tuple(name for name in weight_names(segmentor) if name not in names),
         constants={str(keys[name][0]): value for name, value in (constants or {}).items()},
         splits_images=splits_images,
         code=code,
     )
+
+
+def _whole_shape(ours: torch.Size, pieces: int, their: str | Part) -> torch.Size:
+    """The shape of a tensor of theirs that is one of so many pieces of ours, or of which ours is a part."""
+    rows = their.parts if isinstance(their, Part) else 1
+    return torch.Size([ours[0] * rows // pieces, *ours[1:]]) if rows != pieces else ours
+
+
+def _keyed(their: str | Part, keys: Mapping[str, tuple[Any, ...]]) -> str | Part:
+    """Where a folder has a tensor of theirs, or part of it, that has a key of its own there."""
+    if isinstance(their, Part):
+        return Part(str(keys[their.key][0]), their.index, their.parts)
+    return keys[their][0]
 
 
 def _shape(shape: torch.Size | None) -> str:

@@ -51,6 +51,19 @@ def staged(channels: list[int], **config) -> ConfigDict:
     return upernet(channels, type="TransformersBackbone", config=config)
 
 
+def internvl(**config) -> ConfigDict:
+    """InternViT as transformers has it, with a pyramid."""
+    fields = dict(hidden_size=32, num_hidden_layers=5, num_attention_heads=2, intermediate_size=64)
+    neck = dict(type="ViTFeaturePyramid", with_norm=config.pop("with_norm", False))
+    return upernet(
+        [32] * 4,
+        type="TransformersBackbone",
+        config=dict(model_type="internvl_vision", image_size=112, patch_size=14, **fields, **config),
+        out_indices=[0, 1, 2, 3],
+        neck=neck,
+    )
+
+
 def eomt(model: ConfigDict) -> ConfigDict:
     model.test_cfg = ConfigDict(mode="slide", crop_size=(SIDE, SIDE), stride=(SIDE, SIDE))
     return model
@@ -63,6 +76,10 @@ MODELS = {
         qkv_bias=True,
         qk_normalization=False,
         layerscale_force_fp32=True,
+    ),
+    "internvit_transformers": lambda: internvl(use_qk_norm=True, norm_type="rms_norm", attention_bias=False),
+    "internvit_2_5_300m": lambda: internvl(
+        use_qk_norm=False, norm_type="layer_norm", attention_bias=True, with_norm=True
     ),
     "swin": lambda: staged(
         [12, 24, 48, 96], model_type="swin", embed_dim=12, depths=[1, 1, 1, 1], num_heads=[1, 2, 4, 8]
