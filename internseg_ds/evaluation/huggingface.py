@@ -66,7 +66,7 @@ def export_huggingface(
     classes = _named(meta.get("CLASSES") or (), segmentor)
     record = record_of(checkpoint.path, manifest, experiment.engine.global_batch)
     processing = preprocessor_config(experiment, found.processor, splits=found.splits_images)
-    usage = _usage(found, out.name, bgr=processing.get("channels") == "BGR")
+    usage = usage_of(found, out.name, bgr=processing.get("channels") == "BGR")
     config = found.config | _of_classes(classes, meta.get("PALETTE")) | {"dtype": dtype}
     files: dict[str, str | bytes] = {
         "config.json": _json(config),
@@ -166,7 +166,7 @@ def _json(content: Mapping[str, Any]) -> str:
     return json.dumps(content, indent=2) + "\n"
 
 
-def _usage(found: SegmentorFormat, name: str, *, bgr: bool) -> str:
+def usage_of(found: SegmentorFormat, name: str, *, bgr: bool) -> str:
     """Python that loads the folder and segments an image. bgr: as the model takes the channels."""
     trusting = ", trust_remote_code=True" if found.code else ""
     code = f"""

@@ -23,9 +23,8 @@ def preprocessor_config(experiment: Experiment, processor: str, *, splits: bool)
     steps = list(_steps(test.get("pipeline", ())))
     normalize = next((step for step in steps if step.get("type") == "Normalize"), {})
     window = experiment.model.test_cfg
-    size = _size(steps)
-    if splits:
-        size = {"shortest_edge": min(size.values())} if size else None
+    # squares are as large as the short side, and the model takes one size alone
+    size = {"shortest_edge": int(window.crop_size[0])} if splits else _size(steps)
     config: dict[str, Any] = {
         "image_processor_type": processor,
         "do_resize": size is not None,

@@ -1,7 +1,8 @@
 """EoMT on a DINOv3, of transformers or of timm, as transformers' EomtDinov3ForUniversalSegmentation.
 
-What stays different by design: their class returns masks and class scores of the queries, from which their image
-processor makes labels in the way in which ours makes logits; it takes crops of one size.
+What stays different: their class returns masks and class scores of the queries, from which their image processor
+makes labels; it enlarges masks before the sigmoid, and ours behind it, so labels differ along borders. It takes crops
+of one size.
 """
 
 import re

@@ -5,8 +5,11 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from mmcv import Config, ConfigDict
@@ -19,11 +22,13 @@ from internseg_ds.checkpoints.consolidate import write_sharded
 from internseg_ds.checkpoints.stored_tensors import HeldTensor
 from internseg_ds.checkpoints.streaming import Entry
 from internseg_ds.checkpoints.weights import open_weights
+from internseg_ds.config.experiment import read_experiment
 from internseg_ds.distributed.construction import build_on_meta
 from internseg_ds.distributed.gathering import Forwards
 from internseg_ds.errors import CheckpointError
 from internseg_ds.evaluation.export import renamed_entries
-from internseg_ds.evaluation.huggingface import from_folder
+from internseg_ds.evaluation.huggingface import from_folder, usage_of
+from internseg_ds.evaluation.preprocessor import preprocessor_config
 from internseg_ds.evaluation.sliding_window import SlidingWindowInference
 from internseg_ds.models.huggingface.formats import segmentor_format
 from tests.conftest import ROOT, TINY
@@ -226,3 +231,24 @@ def test_a_segmentor_that_transformers_does_not_have_is_refused_with_those_that_
         ValueError, match=r"no class for EncoderDecoder with FCNHead on InternViT6B; .*UPerHead"
     ):
         segmentor_format(build_on_meta(model))
+
+
+def test_the_code_of_a_model_card_segments_with_what_the_folder_says_of_images(folders, monkeypatch):
+    segmentor, folder, _ = folders["eomt_timm"]
+    experiment = replace(read_experiment(small_eomt.CONFIG), model=MODELS["eomt_timm"]())
+    found = segmentor_format(build_on_meta(experiment.model))
+    fields = preprocessor_config(experiment, found.processor, splits=found.splits_images)
+    (folder / "preprocessor_config.json").write_text(json.dumps(fields))
+    monkeypatch.chdir(folder.parent)
+    pixels = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
+    cv2.imwrite("image.png", pixels[..., ::-1])
+    code = usage_of(found, folder.name, bgr=False).replace("image.jpg", "image.png")
+    names: dict = {}
+    exec(code.partition("# or,")[0], names)
+    mean, std = ([255 * value for value in fields[f"image_{name}"]] for name in ("mean", "std"))
+    image = torch.from_numpy((pixels - mean) / std).float().permute(2, 0, 1)
+    with torch.no_grad():
+        ours = segmentor.encode_decode(image[None], [{}])[0].argmax(0)
+    assert len(ours.unique()) > 1
+    # their processor enlarges masks before the sigmoid, ours behind it: borders differ
+    assert float((names["labels"] == ours).float().mean()) > 0.99
