@@ -98,13 +98,14 @@ def _write(args: argparse.Namespace) -> None:
         verify(args.out)
         print(f"{args.out} agrees with its checksums")
     elif args.format:
+        from internseg_ds.evaluation.hub import check_repository, push_to_hub
         from internseg_ds.evaluation.huggingface import export_huggingface
 
+        if args.push_to_hub:
+            check_repository(args.push_to_hub)
         export_huggingface(args.source, args.out, **settings)
         print(f"{args.out} is written; README.md in it says how it is loaded")
         if args.push_to_hub:
-            from internseg_ds.evaluation.hub import push_to_hub
-
             print(f"{args.out} is uploaded: {push_to_hub(args.out, args.push_to_hub)}")
     elif args.adapters:
         from internseg_ds.checkpoints.adapter_export import export_adapters

@@ -10,6 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from internseg_ds.errors import ConfigError
+from internseg_ds.evaluation.hub import check_repository
 from tests.conftest import ROOT
 
 UPLOAD = """
@@ -115,3 +117,8 @@ def test_a_folder_is_uploaded_whole_or_the_user_is_told(token, hub, tmp_path):
             done.stdout + done.stderr
         )
         assert hub.files == {}
+
+
+def test_a_name_that_is_none_is_refused_before_anything_is_written():
+    with pytest.raises(ConfigError, match=r"--push-to-hub a/b/c: .*write OWNER/NAME"):
+        check_repository("a/b/c")
