@@ -9,6 +9,7 @@ from internseg_ds.allocator import set_allocators
 from internseg_ds.version import VERSION
 
 if TYPE_CHECKING:
+    from internseg_ds.evaluation.segmenter import Segmenter
     from internseg_ds.training.segmentor_engine import SegmentorEngine
 
 # see `internseg_ds.device`; DeepSpeed reads its own variable when it is imported
@@ -21,14 +22,18 @@ if sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK):
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))
 
 __version__ = VERSION
-__all__ = ["SegmentorEngine", "__version__"]
+__all__ = ["Segmenter", "SegmentorEngine", "__version__"]
 
 
 def __getattr__(name: str) -> object:
-    """`internseg_ds.SegmentorEngine` without loading DeepSpeed for those who only read checkpoints or
-    data."""
+    """`internseg_ds.SegmentorEngine` and `internseg_ds.Segmenter` without loading DeepSpeed for those who only read
+    checkpoints or data."""
     if name == "SegmentorEngine":
         from internseg_ds.training.segmentor_engine import SegmentorEngine
 
         return SegmentorEngine
+    if name == "Segmenter":
+        from internseg_ds.evaluation.segmenter import Segmenter
+
+        return Segmenter
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -42,19 +42,21 @@ SHARD_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 @dataclass(frozen=True)
 class Layout:
     """What a result holds, and by which names. select: picks and renames what is written (default: all).
-    files: texts that go into a folder of safetensors, by name. bare: a .pth is the state dict alone, without
-    mmseg's `meta`. merged: low-rank adapters are. single: a folder's only weight file, in place of shards."""
+    files: texts and pictures that go into a folder of safetensors, by name. bare: a .pth is the state dict alone,
+    without mmseg's `meta`. merged: low-rank adapters are. single: a folder's only weight file, in place of shards.
+    owned: names of files that another result of this kind may have, which are replaced with it."""
 
     select: Callable[[Mapping[str, Entry]], dict[str, Entry]] = dict
-    files: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, str | bytes] = field(default_factory=dict)
     bare: bool = False
     merged: bool = True
     single: str | None = None
+    owned: tuple[str, ...] = ()
 
     @property
     def file_names(self) -> tuple[str, ...]:
-        """Of a folder, beside shards and their index."""
-        return (*self.files, self.single) if self.single else tuple(self.files)
+        """Of a folder that is written or replaced, beside shards and their index."""
+        return (*self.files, *self.owned, *((self.single,) if self.single else ()))
 
 
 def consolidate(
@@ -200,9 +202,10 @@ def _write(
         sums = {file: write_safetensors(unfinished / file, entries, metadata, advance)}
     else:
         sums = write_sharded(unfinished, entries, metadata, advance)
-    for name, text in layout.files.items():
-        (unfinished / name).write_text(text)
-        sums[name] = _of_text(text)
+    for name, content in layout.files.items():
+        content = content.encode() if isinstance(content, str) else content
+        (unfinished / name).write_bytes(content)
+        sums[name] = _of_bytes(content)
     return {f"{out.name}/{name}": digest for name, digest in sums.items()}
 
 
@@ -244,7 +247,7 @@ def write_sharded(
         indent=1,
     )
     (folder / INDEX).write_text(index)
-    return sums | {INDEX: _of_text(index)}
+    return sums | {INDEX: _of_bytes(index.encode())}
 
 
 def _in_shards(entries: Mapping[str, Entry]) -> list[dict[str, Entry]]:
@@ -260,9 +263,9 @@ def _in_shards(entries: Mapping[str, Entry]) -> list[dict[str, Entry]]:
     return shards
 
 
-def _of_text(text: str) -> FileSums:
+def _of_bytes(content: bytes) -> FileSums:
     summer = FileSummer()
-    summer.update(text.encode())
+    summer.update(content)
     return summer.sums()
 
 

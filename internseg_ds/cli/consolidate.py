@@ -1,9 +1,13 @@
 """Turns a ZeRO checkpoint into one ordinary file."""
 
+import argparse
+import difflib
 from pathlib import Path
 from typing import NoReturn
 
 from internseg_ds.cli import command_line
+
+FORMATS = ("huggingface",)
 
 
 def _main() -> None:
@@ -36,6 +40,19 @@ def _main() -> None:
         "another name is answered with the backbone's own list",
     )
     parser.add_argument(
+        "--format",
+        metavar="huggingface",
+        help="a folder that transformers loads: weights, config.json, preprocessor_config.json, a model card, and "
+        "code where transformers has no such class",
+    )
+    parser.add_argument(
+        "--push-to-hub",
+        metavar="REPO",
+        type=command_line.given,
+        help="with --format huggingface: upload the folder to REPO of the Hugging Face hub, which is made, and is "
+        "private, where there is none; needs a login (hf auth login, or HF_TOKEN)",
+    )
+    parser.add_argument(
         "--adapters",
         action="store_true",
         help="the low-rank adapters alone, of a run with engine.tune=dict(lora=...), as a folder that peft "
@@ -51,6 +68,26 @@ def _main() -> None:
     command_line.add_checksum_option(parser)
     args = parser.parse_args()
 
+    _check_together(parser, args)
+    _write(args)
+
+
+def _check_together(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Options that contradict each other end the command."""
+    if args.format is not None and args.format not in FORMATS:
+        near = difflib.get_close_matches(args.format, FORMATS, n=1, cutoff=0.4)
+        parser.error(
+            f"--format {args.format}: there is no such format"
+            + (f"; did you mean {near[0]}?" if near else f"; known are {', '.join(FORMATS)}")
+        )
+    forms = [f"--{name}" for name in ("format", "adapters", "backbone") if getattr(args, name)]
+    if len(forms) > 1:
+        parser.error(f"{' and '.join(forms)} write different things; give one of them")
+    if args.push_to_hub and not args.format:
+        parser.error("--push-to-hub uploads the folder of --format huggingface; give that too")
+
+
+def _write(args: argparse.Namespace) -> None:
     from internseg_ds.checkpoints.checksum_files import sum_file, verify
     from internseg_ds.checkpoints.consolidate import consolidate
 
@@ -58,12 +95,18 @@ def _main() -> None:
         verify(args.out)
         print(f"{args.out} agrees with its checksums")
         return
+    if args.push_to_hub:
+        from internseg_ds.evaluation.hub import check_repository
+
+        check_repository(args.push_to_hub)
     settings = dict(
         dtype=args.dtype, tag=args.tag, ema=args.ema, overwrite=args.overwrite, check=not args.skip_checksums
     )
-    if args.adapters:
-        if args.backbone:
-            parser.error("--adapters and --backbone write different things; give one of them")
+    if args.format:
+        from internseg_ds.evaluation.huggingface import export_huggingface
+
+        export_huggingface(args.source, args.out, **settings)
+    elif args.adapters:
         from internseg_ds.checkpoints.adapter_export import export_adapters
 
         export_adapters(args.source, args.out, **settings)
@@ -73,7 +116,12 @@ def _main() -> None:
         export_backbone(args.source, args.out, args.backbone, **settings)
     else:
         consolidate(args.source, args.out, **settings)
-    print(f"{args.out} is written, and its checksums are beside it ({sum_file(args.out).name})")
+    how = "; README.md in it says how it is loaded" if args.format else ""
+    print(f"{args.out} is written, and its checksums are beside it ({sum_file(args.out).name}){how}")
+    if args.push_to_hub:
+        from internseg_ds.evaluation.hub import push_to_hub
+
+        print(f"{args.out} is uploaded: {push_to_hub(args.out, args.push_to_hub)}")
 
 
 def main() -> NoReturn:

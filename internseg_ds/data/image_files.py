@@ -1,5 +1,5 @@
-"""Image files that are no data set: found by path, folder or glob, and read through an mmseg test
-pipeline."""
+"""Images that are no data set: files found by path, folder or glob, or what a program has in memory, read through
+an mmseg test pipeline."""
 
 import glob
 import os
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from mmseg.datasets.pipelines import Compose
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
 from internseg_ds.data.checks.pipeline_steps import check_steps
@@ -28,7 +29,7 @@ class ImageFiles(Dataset):
         except Exception as error:  # whatever a transform's constructor refuses with
             raise ConfigError(f"the pipeline of data.test cannot be built: {reason_of(error)}") from error
         check_steps(self.pipeline.transforms, "data.test", evaluates=True)
-        self.img_infos = [{"filename": str(path)} for path in images]
+        self.img_infos: list[dict[str, Any]] = [{"filename": str(path)} for path in images]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -41,6 +42,76 @@ class ImageFiles(Dataset):
         results: dict[str, Any] = {"img_info": self.img_infos[index]}
         self.pre_pipeline(results)
         return self.pipeline(results)
+
+
+class GivenImages(ImageFiles):
+    """Images as a program has them, through an mmseg test pipeline: paths of files, PIL images, and arrays.
+
+    What is no path takes the place of what the pipeline's first step would load: a PIL image, or an array (h, w,
+    3) or (h, w) uint8, of RGB or of grey; of a pipeline that loads other images than 8-bit ones in colour, any array
+    as that step would give it. Raises DataError for anything else, and ConfigError as `ImageFiles` does.
+    """
+
+    def __init__(self, images: Sequence[Any], pipeline: Sequence[dict[str, Any]]) -> None:
+        named = [
+            Path(image) if isinstance(image, (str, os.PathLike)) else Path(f"image {number}")
+            for number, image in enumerate(images)
+        ]
+        super().__init__(named, pipeline)
+        steps = self.pipeline.transforms
+        load = steps[0]
+        in_colour = type(load).__name__ == "LoadImageFromFile" and load.color_type == "color"
+        for name, info, image in zip(named, self.img_infos, images, strict=True):
+            if not isinstance(image, (str, os.PathLike)):
+                info["pixels"] = _pixels(image, str(name), in_colour=in_colour)
+            elif not name.is_file():
+                raise DataError(f"there is no image {name}")
+        as_float = getattr(load, "to_float32", False)
+        steps[0] = lambda results: (
+            _as_loaded(results, as_float) if "pixels" in results["img_info"] else load(results)
+        )
+
+
+def _pixels(image: Any, name: str, *, in_colour: bool) -> np.ndarray:
+    """The array that a pipeline would load: (h, w, 3) uint8 BGR where it loads `in_colour`. Raises DataError for
+    what is no image."""
+    if isinstance(image, Image.Image):
+        turned = ImageOps.exif_transpose(image)  # as OpenCV turns what it reads
+        image = np.asarray(turned.convert("RGB") if in_colour else turned)
+    if not isinstance(image, np.ndarray) or image.ndim not in (2, 3) or 0 in image.shape:
+        what = f"an array {image.shape}" if isinstance(image, np.ndarray) else f"a {type(image).__name__}"
+        raise DataError(f"{name} is {what}; give a path, a PIL image, or an array (h, w, 3) uint8 of RGB")
+    if not in_colour:
+        return image
+    grey = image.ndim == 2 or image.shape[2] == 1
+    if image.dtype != np.uint8 or not (grey or image.shape[2] == 3):
+        raise DataError(
+            f"{name} is an array {image.shape} of {image.dtype}; this model was trained on 8-bit images in "
+            "colour: give (h, w, 3) uint8 of RGB"
+        )
+    colour = np.repeat(image.reshape(*image.shape[:2], 1), 3, axis=2) if grey else image[..., ::-1]
+    return np.ascontiguousarray(colour)
+
+
+def _as_loaded(results: dict[str, Any], as_float: bool) -> dict[str, Any]:
+    """What mmseg's LoadImageFromFile adds to the results, of an image that is there already."""
+    info = results["img_info"]
+    image = info["pixels"].astype(np.float32) if as_float else info["pixels"]
+    channels = 1 if image.ndim == 2 else image.shape[2]
+    return results | {
+        "filename": info["filename"],
+        "ori_filename": info["filename"],
+        "img": image.copy(),
+        "img_shape": image.shape,
+        "ori_shape": image.shape,
+        "pad_shape": image.shape,
+        "scale_factor": 1.0,
+        "img_norm_cfg": {
+            "mean": np.zeros(channels, np.float32),
+            "std": np.ones(channels, np.float32),
+            "to_rgb": False,
+        },
+    }
 
 
 def picture(dataset: Any, index: int) -> np.ndarray:

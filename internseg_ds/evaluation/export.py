@@ -85,14 +85,15 @@ def _backbone_in(source: Path, tag: str | None, *, check: bool) -> nn.Module:
 
 
 def renamed_entries(
-    names: Mapping[str, tuple[str | Part, ...]], entries: Mapping[str, Entry]
+    names: Mapping[str, tuple[str | Part, ...]], entries: Mapping[str, Entry], prefix: str = "backbone."
 ) -> dict[str, Entry]:
-    """The backbone's entries by the keys of a layout. names: our name -> their keys, into which the tensor
-    is split along its first dimension, or the part of theirs that it is."""
+    """The backbone's entries by the keys of a layout, or those of all modules whose names have `prefix`. names: our
+    name behind that -> their keys, into which the tensor is split along its first dimension, or the part of theirs
+    that it is."""
     found: dict[str, Entry] = {}
     parts: dict[str, dict[int, Entry]] = {}
     for ours, keys in names.items():
-        if (entry := entries.get(f"backbone.{ours}")) is None:
+        if (entry := entries.get(prefix + ours)) is None:
             continue
         for theirs, piece in zip(keys, entry.split(len(keys)), strict=True):
             if isinstance(theirs, Part):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from internseg_ds.checkpoints.weights import open_weights, refuse_invalid
+from internseg_ds.checkpoints.weights import Weights, open_weights, refuse_invalid
 from internseg_ds.config.ds_config import resolve_ds_config
 from internseg_ds.config.experiment import Experiment, read_experiment
 from internseg_ds.distributed.construction import (
@@ -145,13 +145,20 @@ def load_trained(
     """Load the segmentor of a config with the weights of `checkpoint` (.pth, .safetensors, or a ZeRO
     checkpoint directory), whole, in eval mode on `device`.
 
-    ema: of a ZeRO checkpoint, the averaged weights. The backbone is stored in the dtype in which it computes,
-    the rest in fp32. Raises CheckpointError when the weights are not those of this model, or no weights at
-    all (NaN, infinite, integers).
+    ema: of a ZeRO checkpoint, the averaged weights. Raises CheckpointError as `with_weights` does.
+    """
+    opened = open_weights(Path(checkpoint), ema=ema, check=experiment.engine.checksums)
+    return with_weights(experiment, opened, device)
+
+
+def with_weights(experiment: Experiment, opened: Weights, device: torch.device) -> nn.Module:
+    """The segmentor of a config with these weights, whole, in eval mode on `device`.
+
+    The backbone is stored in the dtype in which it computes, the rest in fp32. Raises CheckpointError when the
+    weights are not those of this model, or no weights at all (NaN, infinite, integers).
     """
     model = build_on_meta(experiment.model)
     dtypes = compute_dtypes(experiment.engine, model, device)
-    opened = open_weights(Path(checkpoint), ema=ema, check=experiment.engine.checksums)
     found = match_segmentor(model, opened)
     invalid: dict[str, str] = {}
     weights = watched(model, found, invalid)

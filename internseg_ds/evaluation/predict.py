@@ -55,9 +55,9 @@ def predict_files(
     files = find_images(images)
     names = _names(files)
     _check_no_input_is_overwritten(files, names, folder)
-    dataset = ImageFiles(files, _pipeline(run.experiment))
+    dataset = ImageFiles(files, test_pipeline(run.experiment))
     meta = run.check_weights(build_on_meta(run.experiment.model))
-    classes, palette = _classes(run.experiment, meta)
+    classes, palette = classes_of(run.experiment, meta)
     with trained_segmentor(run) as forwards:
         readable = ReadableImages(
             dataset,
@@ -161,7 +161,7 @@ class DownscaledImages:
             )
 
 
-def _classes(experiment: Experiment, meta: Mapping[str, Any]) -> tuple[Sequence[str], Palette]:
+def classes_of(experiment: Experiment, meta: Mapping[str, Any]) -> tuple[Sequence[str], Palette]:
     """Names and colours of the classes: of the checkpoint's metadata `meta`, else of the config's test
     set, else of its class in mmseg. Reads no data."""
     (entry, *_) = leaf_datasets(experiment.test) if experiment.test is not None else (ConfigDict(),)
@@ -180,7 +180,7 @@ def _classes(experiment: Experiment, meta: Mapping[str, Any]) -> tuple[Sequence[
     return classes, palette
 
 
-def _pipeline(experiment: Experiment) -> list[Any]:
+def test_pipeline(experiment: Experiment) -> list[Any]:
     """The steps that read an image. Raises ConfigError for a config without data to test on."""
     if experiment.test is None:
         raise ConfigError(

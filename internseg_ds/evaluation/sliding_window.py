@@ -153,6 +153,9 @@ class ImagePrediction:
     logits: Tensor | None
     """(classes, h, w) float32 on the CPU, where asked for; of several augmentations, the logarithm of
     their mean probability."""
+    scores: Tensor | None = None
+    """(h, w) float32 on the device, where asked for: the probability of the label of each pixel, by the softmax of
+    the logits (of one output, their sigmoid)."""
 
 
 class SlidingWindowInference:
@@ -163,10 +166,11 @@ class SlidingWindowInference:
     images of any size) are padded with zeros for the forward.
     """
 
-    def __init__(self, forwards: Forwards, *, logits: bool = False) -> None:
-        """logits: whether results have logits too."""
+    def __init__(self, forwards: Forwards, *, logits: bool = False, scores: bool = False) -> None:
+        """logits, scores: whether results have them too."""
         self.forwards = forwards
         self.with_logits = logits
+        self.with_scores = scores
         segmentor: EncoderDecoder = forwards.segmentor
         head = segmentor.decode_head
         self.test_cfg = segmentor.test_cfg
@@ -264,11 +268,12 @@ class SlidingWindowInference:
         image.done += 1
         logits = view.take_logits()
         if image.views == 1 and not self.binary:
-            labels = self._labels(logits, view.meta)
+            labels, scores = self._labels(logits, view.meta)
             if not self.with_logits:
-                return ImagePrediction(image.key, labels, None)
+                return ImagePrediction(image.key, labels, None, scores)
             chunks = at_original_size(logits, view.meta, self.align_corners)
-            return ImagePrediction(image.key, labels, torch.cat([chunk.cpu() for _, chunk in chunks]))
+            whole = torch.cat([chunk.cpu() for _, chunk in chunks])
+            return ImagePrediction(image.key, labels, whole, scores)
         if image.total is None:
             image.total = logits.new_zeros(len(logits), *view.meta["ori_shape"][:2])
         self._add_probabilities(image.total, logits, view.meta)
@@ -276,20 +281,27 @@ class SlidingWindowInference:
             return None
         mean = image.total.div_(image.views)
         labels = (mean[0] > self.threshold).long() if self.binary else mean.argmax(dim=0)
+        scores = None
+        if self.with_scores:
+            scores = torch.where(labels > 0, mean[0], 1 - mean[0]) if self.binary else mean.amax(dim=0)
         if not self.with_logits:
-            return ImagePrediction(image.key, labels, None)
-        return ImagePrediction(image.key, labels, (mean.logit() if self.binary else mean.log()).cpu())
+            return ImagePrediction(image.key, labels, None, scores)
+        return ImagePrediction(image.key, labels, (mean.logit() if self.binary else mean.log()).cpu(), scores)
 
-    def _labels(self, logits: Tensor, meta: Mapping[str, Any]) -> Tensor:
+    def _labels(self, logits: Tensor, meta: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
         """logits: (classes, h, w) of a view -> the class of the largest logit, which is also that of the
-        largest softmax, of each pixel of the original image: (h, w) int64."""
+        largest softmax, of each pixel of the original image: (h, w) int64; and where asked for that softmax,
+        (h, w) float32."""
         chunks = at_original_size(logits, meta, self.align_corners)
-        best, labels = next(chunks)[1].max(dim=0)
+        _, chunk = next(chunks)
+        best, labels = chunk.max(dim=0)
+        norm = chunk.logsumexp(dim=0) if self.with_scores else None
         for first, chunk in chunks:
             value, index = chunk.max(dim=0)
             labels = torch.where(value > best, index + first, labels)
             best = torch.maximum(best, value)
-        return labels
+            norm = None if norm is None else torch.logaddexp(norm, chunk.logsumexp(dim=0))
+        return labels, None if norm is None else (best - norm).exp_()
 
     def _add_probabilities(self, total: Tensor, logits: Tensor, meta: Mapping[str, Any]) -> None:
         """Add a view's softmax (of one channel: its sigmoid) to `total` (classes, h, w) float32, at the

@@ -22,7 +22,7 @@ class LayerDecay:
     """`paramwise_cfg` of the layer-wise learning-rate decay, as published configs write it."""
 
     num_layers: int
-    """Layers of the backbone."""
+    """Layers of the backbone, which it knows itself: published configs state them."""
     layer_decay_rate: float
     """Factor from the learning rate of one layer to that of the layer before."""
     depths: Sequence[int] | None = None
@@ -64,13 +64,11 @@ class LayerDecay:
         for key in paramwise_cfg:
             if key not in known:
                 raise unknown_key(key, known, "optimizer.paramwise_cfg")
-        for key in ("num_layers", "layer_decay_rate"):
-            if key not in paramwise_cfg:
-                raise ConfigError(
-                    f"optimizer.paramwise_cfg lacks {key!r}; write "
-                    f"paramwise_cfg=dict(num_layers={backbone.depth}, layer_decay_rate=0.95)"
-                )
-        found = cls(**paramwise_cfg)
+        if "layer_decay_rate" not in paramwise_cfg:
+            raise ConfigError(
+                "optimizer.paramwise_cfg lacks 'layer_decay_rate'; write paramwise_cfg=dict(layer_decay_rate=0.95)"
+            )
+        found = cls(**{"num_layers": backbone.depth, **paramwise_cfg})
         found._check_depths(backbone)
         found._check_num_layers(backbone)
         return found

@@ -1,0 +1,57 @@
+"""mmseg's UPerHead over a backbone of stages of transformers, as transformers' UperNetForSemanticSegmentation."""
+
+import re
+from typing import Any
+
+import torch
+
+from internseg_ds.models.huggingface.segmentor_format import SegmentorFormat, format_of, weight_names
+from internseg_ds.models.huggingface.uper_head import check_uper_head
+
+RENAMED = (
+    (re.compile(r"^backbone\.model\."), "backbone."),
+    (re.compile(r"^(decode_head\..*)\.bn\."), r"\1.batch_norm."),
+    (re.compile(r"^decode_head\.conv_seg\."), "decode_head.classifier."),
+)
+
+
+def upernet_format(segmentor: Any) -> SegmentorFormat:
+    """segmentor: with a `TransformersBackbone` of stages and a UPerHead, on the meta device. Raises ValueError
+    where transformers' class would compute something else."""
+    from transformers import UperNetConfig, UperNetForSemanticSegmentation
+
+    backbone, head = segmentor.backbone, check_uper_head(segmentor)
+    if backbone.neck is not None:
+        raise ValueError(
+            f"the backbone has a neck ({type(backbone.neck).__name__}), and UperNet there has none"
+        )
+    if head.align_corners:
+        raise ValueError("decode_head.align_corners=True, and UperNet there has False")
+    if list(head.in_index) != list(range(len(backbone.channels))):
+        raise ValueError(
+            f"decode_head.in_index={list(head.in_index)} are not all maps of the backbone in turn"
+        )
+    _, fields = backbone.exported("transformers")
+    config = UperNetConfig(
+        backbone_config=fields,
+        hidden_size=head.channels,
+        pool_scales=list(head.psp_modules.pool_scales),
+        use_auxiliary_head=False,
+        loss_ignore_index=head.ignore_index,
+        num_labels=head.out_channels,
+    )
+    with torch.device("meta"):
+        theirs = UperNetForSemanticSegmentation(config)
+    names = {}
+    for name in weight_names(segmentor):
+        their = name
+        for pattern, new in RENAMED:
+            their = pattern.sub(new, their)
+        names[name] = (their,)
+    return format_of(
+        segmentor,
+        theirs,
+        names,
+        loader="UperNetForSemanticSegmentation",
+        processor="SegformerImageProcessor",
+    )
