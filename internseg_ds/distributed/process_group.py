@@ -212,12 +212,14 @@ def join(
     lacks the data. run: what tells this run from others on one host (its work directory).
     """
     os.environ.update(rendezvous(world))
-    store = _meet(world, timeout, refusal or _reason_against_joining(world), run)
+    store, joined_before = _meet(world, timeout, refusal or _reason_against_joining(world), run)
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     else:
         build_extension("ShareMemCommBuilder")  # DeepSpeed's own collectives on one host
     try:
+        if joined_before:
+            _make_group_anew(world, timeout, PrefixStore(f"group/{joined_before}", store))
         adopt(timeout)
         del store  # not earlier: rank 0 serves the group's own store at the same port
         if world.device.type == "cpu":
@@ -233,6 +235,15 @@ def join(
             f"want of memory: {free:.0f} MiB are free in /dev/shm here, and DeepSpeed's collectives on CPUs "
             "take 66 for each process"
         ) from error
+
+
+def _make_group_anew(world: World, timeout: timedelta, store: Store) -> None:
+    """The group of processes that have had one: in the store that its launcher keeps, torch would find the
+    addresses of the last."""
+    from deepspeed.accelerator import get_accelerator
+
+    backend = get_accelerator().communication_backend_name()
+    dist.init_process_group(backend, timeout=timeout, store=store, rank=world.rank, world_size=world.size)
 
 
 def _reason_against_joining(world: World) -> UserError | None:
@@ -279,9 +290,9 @@ def adopt(timeout: timedelta = timedelta(minutes=30)) -> None:
     deepspeed.init_distributed(timeout=timeout, verbose=False)
 
 
-def _meet(world: World, timeout: timedelta, refusal: UserError | None, run: str) -> Store:
-    """The store of all processes, once each has reported that it can run. Raises UserError on all when one
-    cannot. Collective."""
+def _meet(world: World, timeout: timedelta, refusal: UserError | None, run: str) -> tuple[Store, int]:
+    """The store of all processes, once each has reported that it can run, and how often they have met there
+    before. Raises UserError on all when one cannot. Collective."""
     if refusal is not None and world.size == 1:
         raise refusal
     waiting = timeout if refusal is None else REFUSAL
@@ -299,7 +310,7 @@ def _meet(world: World, timeout: timedelta, refusal: UserError | None, run: str)
         # a HostError would be printed by every rank that raises one, and rank 0 prints the first already
         own = None if isinstance(refusal, HostError) else refusal
         raise own or UserError(first_refusal)
-    return store
+    return store, joined_before
 
 
 def _named(run: str) -> str:
@@ -311,14 +322,16 @@ def _check_only_run(store: Store, world: World, run: str) -> None:
     (this run's rank 0 says so); HostError where another process has come as the same rank. Collective."""
     if _is_launchers_own(os.environ):
         return
+    came, own = f"came/{world.rank}", json.dumps([socket.gethostname(), os.getpid()])
+    if store.check([came]) and store.get(came).decode() == own:
+        return  # it has joined here before, for another engine perhaps, with a name of its own
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     if world.is_main:
         store.set("run", _named(run))
     host, other = json.loads(store.get("run"))
     if host == socket.gethostname() and other != run:
         raise ConfigError(f"at {where} the processes of another run meet, that of {other}; {ANOTHER_PORT}")
-    own = json.dumps([socket.gethostname(), os.getpid()])
-    if store.compare_set(f"came/{world.rank}", "", own).decode() != own:
+    if store.compare_set(came, "", own).decode() != own:
         raise HostError(
             f"two processes have come to {where} as rank {world.rank} of {world.size}, so two runs meet at one port; "
             f"{ANOTHER_PORT}"

@@ -178,17 +178,37 @@ def test_a_process_of_another_run_is_told_so_and_leaves_the_first_alone(run, ran
     monkeypatch.setenv("MASTER_PORT", port)
     held = hold_meeting_port(World(0, 2), "/this")
     assert held is not None
-    held.add("came/1", 1)  # the first run's own
+    held.set("came/1", "the first run's own")
     with pytest.raises(UserError, match=words):
         join(World(rank, 2), timedelta(seconds=10), run=run)
-    assert not held.check(["refusal/1"])
+    assert not held.check(["join/0/refusal/1"])
+
+
+def joins_twice(folder: Path) -> None:
+    rank = int(os.environ["RANK"])
+    held = hold_meeting_port(World(rank, 2), "run 0")  # stays: whoever joined before may hold the store
+    assert (held is None) == bool(rank)
+    for time in range(2):
+        join(World(rank, 2), timedelta(seconds=60), run=f"run {time}")
+        seen = torch.ones(1)
+        dist.all_reduce(seen)
+        leave()
+        (folder / f"{rank}_{time}").write_text(str(seen.item()))
+
+
+def test_processes_may_join_again_for_another_run(tmp_path):
+    for process in start_ranks(joins_twice, 2, free_port(), tmp_path):
+        process.join(90)
+        process.kill()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["0_0", "0_1", "1_0", "1_1"]
+    assert all(file.read_text() == "2.0" for file in tmp_path.iterdir())
 
 
 def meets_a_rank_0_that_ends(folder: Path) -> None:
     if os.environ["RANK"] == "0":
         store = hold_meeting_port(World(0, 2), "")
         assert store is not None
-        store.get("refusal/1")  # the other is there
+        store.get("join/0/refusal/1")  # the other is there
         os._exit(0)
     try:
         join(World(1, 2))

@@ -41,7 +41,8 @@ def build(
     fields = ("num_hidden_layers", "hidden_size", "patch_size")
     if type(config) not in modeling_auto.MODEL_MAPPING or not all(hasattr(config, name) for name in fields):
         raise ValueError(
-            f"transformers' {config.model_type} is neither a plain vision transformer nor a backbone of stages"
+            f"transformers' {config.model_type} is neither a plain vision transformer nor a backbone of stages; "
+            "timm (TimmBackbone) or mmseg may have it: SegFormer is mmseg's MixVisionTransformer"
         )
     kind = modeling_auto.MODEL_MAPPING[type(config)]
     kind = kind[0] if isinstance(kind, tuple) else kind
