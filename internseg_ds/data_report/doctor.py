@@ -31,7 +31,7 @@ from internseg_ds.data.checks.survey import looked_at
 from internseg_ds.data.checks.zero_labels import zero_label_findings
 from internseg_ds.data.dataset_parts import SegmentationDataset, plain_parts
 from internseg_ds.data.datasets import assembled_datasets
-from internseg_ds.data.entries import leaf_datasets
+from internseg_ds.data.entries import has_label_maps, leaf_datasets
 from internseg_ds.data.palettes import check_decoder
 from internseg_ds.data_report.model_settings import class_settings, ignored_settings
 from internseg_ds.distributed.construction import build_on_meta
@@ -64,9 +64,7 @@ def examine(experiment: Experiment, console: Console, *, workers: int, sample: i
     wrong with data: that is a finding."""
     report = Report()
     entries = [("data.train", experiment.train, True)]
-    if experiment.val is not None and all(
-        leaf.get("ann_dir") is not None for leaf in leaf_datasets(experiment.val)
-    ):
+    if experiment.val is not None and all(map(has_label_maps, leaf_datasets(experiment.val))):
         entries.append(("data.val", experiment.val, False))
     for what, entry, training in entries:
         dataset = _caught(
