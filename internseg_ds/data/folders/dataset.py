@@ -35,6 +35,8 @@ class FolderDataset(CustomDataset):
     Raises ConfigError for arguments that cannot be meant, DataError where files are missing, naming the nearest.
     """
 
+    img_infos: list[dict[str, Any]]
+
     def __init__(
         self,
         pipeline: Sequence[Any],
