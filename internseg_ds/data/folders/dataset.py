@@ -63,10 +63,12 @@ class FolderDataset(CustomDataset):
         if isinstance(self.label_codes, ColourCodes) and palette is None:
             palette = palette_of(self.label_codes, names)
         _check_numbers(first, per_class, masks)
-        roots = [root] if isinstance(root, str) else list(root)
-        self._pairs = paired(roots, [images] if isinstance(images, str) else list(images), masks)
+        self.roots = roots = [root] if isinstance(root, str) else list(root)
+        self.images, self.masks = [images] if isinstance(images, str) else list(images), masks
+        self.takes_all = split is None and first is None and per_class is None
+        self.pairs = paired(roots, self.images, masks)
         if split is not None:
-            self._pairs = named_in(os.path.join(roots[0], split), self._pairs)
+            self.pairs = named_in(os.path.join(roots[0], split), self.pairs)
         folder = os.path.commonpath(list(map(os.path.abspath, roots))) if len(roots) > 1 else roots[0]
         super().__init__(
             pipeline,
@@ -91,7 +93,7 @@ class FolderDataset(CustomDataset):
                 "filename": _below(img_dir, pair, pair.image),
                 **({"ann": {"seg_map": _below(img_dir, pair, pair.mask)}} if pair.mask is not None else {}),
             }
-            for pair in self._pairs
+            for pair in self.pairs
         ]
 
     def _take(self, places: Sequence[int]) -> None:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from internseg_ds.data.checks.other_endings import alike
 from internseg_ds.errors import ConfigError, DataError, are, counted, shortened
 
 WILDCARD = re.compile(r"\*\*/|\*|\?|\[[^\]]+\]")
@@ -67,6 +68,41 @@ def _pairs_below(root: str, images: Sequence[str], masks: str | None) -> list[Pa
     return sorted(pairs.values(), key=lambda pair: pair.image)
 
 
+def other_case(roots: Sequence[str], images: Sequence[str], masks: str | None) -> list[Pair]:
+    """Files that `images` would match if it were not for upper and lower case, or for another usual ending of
+    the same format (.jpeg, .tiff), and that it does not."""
+    found = []
+    for root in roots:
+        by_stem = {} if masks is None else _matches(root, masks)
+        taken = {path for pattern in images for path in _matches(root, pattern).values()}
+        expressions = [
+            _expression(stem + ending, re.IGNORECASE)
+            for pattern in images
+            for stem, ending in [os.path.splitext(pattern)]
+            for ending in sorted(alike(ending))
+        ]
+        for path in sorted(set(_files(root)) - taken - set(by_stem.values())):
+            match = next(filter(None, (expression.fullmatch(path) for expression in expressions)), None)
+            if match is not None:
+                parts = match.groups(default="")
+                found.append(Pair(root, path, by_stem.get(parts), "".join(parts)))
+    return found
+
+
+def masks_without_images(roots: Sequence[str], images: Sequence[str], masks: str) -> list[str]:
+    """Paths of label maps for whose wildcards there is no image, of any case."""
+    lonely = []
+    for root in roots:
+        meant = {pair.mask for pair in other_case([root], images, masks)}
+        have = {parts for pattern in images for parts in _matches(root, pattern)}
+        lonely += [
+            os.path.join(root, path)
+            for parts, path in sorted(_matches(root, masks).items())
+            if parts not in have and path not in meant
+        ]
+    return lonely
+
+
 def _check_masks(root: str, masks: str, pairs: Mapping[tuple[str, ...], Pair]) -> None:
     missing = [(parts, pair) for parts, pair in pairs.items() if pair.mask is None]
     if missing:
@@ -106,7 +142,7 @@ def _matches(root: str, pattern: str) -> dict[tuple[str, ...], str]:
     return found
 
 
-def _expression(pattern: str) -> re.Pattern:
+def _expression(pattern: str, flags: int = 0) -> re.Pattern:
     """The pattern with a group for each wildcard."""
     text, end = "", 0
     for wildcard in WILDCARD.finditer(pattern):
@@ -115,7 +151,7 @@ def _expression(pattern: str) -> re.Pattern:
             wildcard[0], f"({wildcard[0].replace('[!', '[^')})"
         )
         end = wildcard.end()
-    return re.compile(text + re.escape(pattern[end:]))
+    return re.compile(text + re.escape(pattern[end:]), flags)
 
 
 def _filled(pattern: str, parts: Sequence[str]) -> str:

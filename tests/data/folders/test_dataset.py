@@ -8,11 +8,13 @@ from PIL import Image
 from rich.console import Console
 
 from internseg_ds.config.experiment import read_experiment
+from internseg_ds.data.checks.file_findings import label_maps_without_images
 from internseg_ds.data.checks.survey import survey
 from internseg_ds.data.datasets import build_datasets
 from internseg_ds.data.label_maps import ground_truth
 from internseg_ds.data.samples import sample
 from internseg_ds.data_report.doctor import examine
+from internseg_ds.data_report.mended_config import write_mended
 from internseg_ds.errors import ConfigError, DataError
 from tests.conftest import ROOT, TINY
 from tests.data.test_label_maps import REDUCED, TEST, TRAIN
@@ -194,6 +196,37 @@ def test_the_doctor_and_a_start_look_at_coded_masks(folder, tmp_path):
     report = examine(read_experiment(tmp_path / "experiment.py"), Console(quiet=True), workers=0)
     assert report.findings == [] and report.scanned["data.train"].labels.pixels == {0: 4, 1: 4}
     assert survey(build_datasets(train, "data.train"), "data.train", training=True) == []
+    (roots[0] / "a.tif").rename(roots[0] / "a.TIF")
+    given = read_experiment(tmp_path / "experiment.py")
+    (finding,) = examine(given, Console(quiet=True), workers=0).findings
+    assert finding.name == "suffix" and finding.wrong
+    mended = read_experiment(write_mended(given, finding.settings, tmp_path / "mended.py"))
+    report = examine(mended, Console(quiet=True), workers=0)
+    assert report.findings == [] and report.scanned["data.train"].total == 2
+    (roots[0] / "a.TIF").rename(roots[0] / "a.tif")
     Image.fromarray(np.full((2, 2, 3), 9, np.uint8)).save(roots[0] / "a_mask.png")
     (finding,) = examine(read_experiment(tmp_path / "experiment.py"), Console(quiet=True), workers=0).wrong
     assert "colour (9, 9, 9)" in finding.text
+
+
+def test_files_of_another_case_are_not_left_out_in_silence(folder):
+    root = folder({"a": [[0, 1]], "in/b": [[1, 0]], "in/c": [[1, 0]]})
+    (root / "in/b.tif").rename(root / "in/b.TIFF")
+    with pytest.raises(
+        DataError, match=r"1 file is left out, for images=.* does not match .*in/b.TIFF.*2 are"
+    ):
+        survey(built(root), "data.train", training=True)
+    both = built(root, images=["**/*.tif", "**/*.TIFF"])
+    assert names(both)[1:] == ["in/b.TIFF", "in/c"] and survey(both, "data.train", training=True) == []
+    assert survey(built(root, first=2), "data.train", training=True) == []
+    (root / "in/b_mask.png").unlink()
+    (warning,) = survey(built(root), "data.train", training=True)
+    assert "Rename those that are meant" in warning
+
+
+def test_masks_without_images_are_counted(folder):
+    root = folder({"a": [[0, 1]], "in/b": [[1, 0]]})
+    assert list(label_maps_without_images(built(root), [built(root)], "data.train")) == []
+    (root / "in/b.tif").unlink()
+    (finding,) = label_maps_without_images(built(root), [built(root)], "data.train")
+    assert "in/b_mask.png" in finding.text and not finding.wrong
