@@ -34,7 +34,18 @@ ROWS = [
 ]
 """From the highest room: each imports from lower rows, and from its right neighbours."""
 INK, PAPER, LINE = "#1f2933", "#f5f7fa", "#9aa5b1"
-COLOURS = ["#dbeafe", "#dcfce7", "#fef3c7", "#fae8ff", "#e0f2fe", "#ffe4e6", "#ede9fe", "#ecfccb", "#f1f5f9"]
+COLOURS = [
+    "#dbeafe",
+    "#dcfce7",
+    "#fef3c7",
+    "#fae8ff",
+    "#e0f2fe",
+    "#ffe4e6",
+    "#ede9fe",
+    "#ecfccb",
+    "#f1f5f9",
+    "#ffedd5",
+]
 
 
 def title_of(room: str) -> str:

@@ -106,11 +106,9 @@ def nearest_argument(error: BaseException, classes: Mapping[str, type]) -> str:
     kind = next(
         (kind for name, kind in classes.items() if found[1] in (name.rpartition(".")[2], kind.__name__)), None
     )
-    kinds = (
-        [kind]
-        if kind is not None
-        else [kind for name, kind in classes.items() if str(error).startswith(f"{kind.__name__}:")]
-    )
+    # one that hands the rest of its arguments on has some of its own
+    kinds = [kind] if kind is not None else []
+    kinds += [each for each in classes.values() if str(error).startswith(f"{each.__name__}:")]
     known = [
         name
         for each in kinds

@@ -11,6 +11,7 @@ from mmseg.datasets import DATASETS, PIPELINES, CustomDataset, build_dataset
 from mmseg.datasets.pipelines import LoadAnnotations
 
 import internseg_ds.data.ade20k
+import internseg_ds.data.folders.dataset
 import internseg_ds.data.published
 import internseg_ds.data.transforms  # noqa: F401 - registers those that published configs name
 from internseg_ds.data.checks.dataset_files import (

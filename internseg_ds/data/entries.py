@@ -40,3 +40,17 @@ def steps_of(entry: Any) -> Iterator[Mapping[str, Any]]:
             raise ConfigError(f"pipeline={pipeline!r} of a {entry.get('type')} must be a list of transforms")
         yield from (step for step in pipeline or () if isinstance(step, Mapping))
         yield from steps_of([entry.get("dataset"), *(entry.get("datasets") or ())])
+
+
+LABEL_MAPS = ("ann_dir", "masks")
+"""Where the label maps of a data set are, as mmseg's own and `FolderDataset` have it."""
+
+
+def has_label_maps(leaf: Mapping[str, Any]) -> bool:
+    """Whether the entry of a plain data set names label maps."""
+    return any(leaf.get(key) is not None for key in LABEL_MAPS)
+
+
+def leave_out_label_maps(leaf: ConfigDict) -> None:
+    """Has the entry of a plain data set name none."""
+    leaf["masks" if "masks" in leaf else "ann_dir"] = None

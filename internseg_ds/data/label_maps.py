@@ -13,6 +13,7 @@ import numpy as np
 from mmseg.datasets import CustomDataset
 from mmseg.datasets.pipelines import LoadAnnotations
 
+from internseg_ds.data.folders.codes import ColourCodes, NumberCodes
 from internseg_ds.data.orientation import turned_against
 from internseg_ds.errors import ConfigError, DataError, reason_of
 
@@ -41,10 +42,12 @@ class LoadLabelMap(LoadAnnotations):
         *,
         reduce_zero_label: bool,
         strict: bool,
+        codes: NumberCodes | ColourCodes | None = None,
     ) -> None:
         """loader: mmseg's, whose ways of reading files are kept. classes: how many the data set has. strict:
         a number that stands for no class, and not for "none" either, raises DataError; otherwise it becomes
-        `self.stranger`, as the metrics count it.
+        `self.stranger`, as the metrics count it. codes: what the numbers or colours in files stand for, where
+        they are not the classes' own numbers.
 
         Raises ConfigError where class 255 and "none" would be the same.
         """
@@ -55,7 +58,7 @@ class LoadLabelMap(LoadAnnotations):
                 "usual) for the data set, "
                 "the heads (decode_head.ignore_index and its losses) and Pad.seg_pad_val"
             )
-        self.classes, self.ignore_index, self.strict = classes, ignore_index, strict
+        self.classes, self.ignore_index, self.strict, self.codes = classes, ignore_index, strict, codes
         self.stranger = classes + (classes == ignore_index)
         self.dtype = np.promote_types(np.min_scalar_type(self.stranger), np.min_scalar_type(ignore_index))
 
@@ -79,10 +82,18 @@ class LoadLabelMap(LoadAnnotations):
         return results
 
     def read(self, file: str) -> np.ndarray:
-        """The numbers in a file (h, w), of any whole type. Raises DataError."""
+        """The numbers in a file (h, w), of any whole type; those of classes, where it is coded otherwise.
+        Raises DataError."""
         if self.file_client is None:
             self.file_client = mmcv.FileClient(**self.file_client_args)
-        raw = mmcv.imfrombytes(self.file_client.get(file), flag="unchanged", backend=self.imdecode_backend)
+        data = self.file_client.get(file)
+        if isinstance(self.codes, ColourCodes):
+            return self.codes.classes_in(data, file)
+        raw = self._whole_numbers(data, file)
+        return raw if self.codes is None else self.codes.classes_in(raw, file)
+
+    def _whole_numbers(self, data: bytes, file: str) -> np.ndarray:
+        raw = mmcv.imfrombytes(data, flag="unchanged", backend=self.imdecode_backend)
         if raw.ndim == 3 and raw.shape[2] == 1:
             raw = raw[..., 0]
         if raw.ndim != 2:
@@ -137,7 +148,7 @@ def read_label_maps_of(dataset: CustomDataset) -> None:
 
     Raises ConfigError where class 255 and "none" would be the same.
     """
-    transforms = dataset.pipeline.transforms
+    transforms, codes = dataset.pipeline.transforms, getattr(dataset, "label_codes", None)
     for place, transform in enumerate(transforms):
         if type(transform) is LoadAnnotations:
             transforms[place] = LoadLabelMap(
@@ -146,6 +157,7 @@ def read_label_maps_of(dataset: CustomDataset) -> None:
                 dataset.ignore_index,
                 reduce_zero_label=transform.reduce_zero_label,
                 strict=True,
+                codes=codes,
             )
     theirs = dataset.gt_seg_map_loader
     if (
@@ -159,6 +171,7 @@ def read_label_maps_of(dataset: CustomDataset) -> None:
             dataset.ignore_index,
             reduce_zero_label=reduce_zero_label,
             strict=False,
+            codes=codes,
         )
 
 

@@ -31,8 +31,9 @@ from internseg_ds.data.checks.survey import looked_at
 from internseg_ds.data.checks.zero_labels import zero_label_findings
 from internseg_ds.data.dataset_parts import SegmentationDataset, plain_parts
 from internseg_ds.data.datasets import assembled_datasets
-from internseg_ds.data.entries import leaf_datasets
+from internseg_ds.data.entries import has_label_maps, leaf_datasets
 from internseg_ds.data.palettes import check_decoder
+from internseg_ds.data_report.model_settings import class_settings, ignored_settings
 from internseg_ds.distributed.construction import build_on_meta
 from internseg_ds.errors import UserError
 from internseg_ds.preflight.dataset_checks import ignored_labels
@@ -63,9 +64,7 @@ def examine(experiment: Experiment, console: Console, *, workers: int, sample: i
     wrong with data: that is a finding."""
     report = Report()
     entries = [("data.train", experiment.train, True)]
-    if experiment.val is not None and all(
-        leaf.get("ann_dir") is not None for leaf in leaf_datasets(experiment.val)
-    ):
+    if experiment.val is not None and all(map(has_label_maps, leaf_datasets(experiment.val))):
         entries.append(("data.val", experiment.val, False))
     for what, entry, training in entries:
         dataset = _caught(
@@ -172,21 +171,17 @@ def _check_model(report: Report, experiment: Experiment) -> None:
     model = _caught(report, "model", lambda: build_on_meta(experiment.model))
     if model is None:
         return
-    settings = tuple(_class_settings(experiment.model, len(train.CLASSES)))
+    settings = tuple(class_settings(experiment.model, len(train.CLASSES)))
     lines = _caught(report, "classes", lambda: check_classes(model, train, "data.train"), settings) or []
+    ignored = ignored_labels(train)
+    settings = tuple(dict.fromkeys(ignored_settings(experiment.model, experiment.train, ignored)))
     lines += (
         _caught(
             report,
             "losses",
-            lambda: check_losses(model, experiment.train, ignored_labels(train), experiment.path),
+            lambda: check_losses(model, experiment.train, ignored, experiment.path),
+            settings,
         )
         or []
     )
     report.findings += [Finding("model", line) for line in lines]
-
-
-def _class_settings(model: Any, classes: int) -> Iterator[Setting]:
-    for head in ("decode_head", "auxiliary_head"):
-        given = model.get(head)
-        if isinstance(given, dict) and given.get("num_classes", classes) < classes:
-            yield Setting(f"model.{head}", "num_classes", classes)

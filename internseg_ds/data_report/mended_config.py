@@ -50,9 +50,9 @@ def write_mended(experiment: Experiment, settings: Sequence[Setting], out: Path)
 def _apply(cfg: dict[str, Any], setting: Setting) -> None:
     first, _, split = setting.where.partition(".")
     if first != "data":
-        section = cfg
+        section: Any = cfg
         for key in setting.where.split("."):
-            section = section[key]
+            section = section[int(key) if isinstance(section, (list, tuple)) else key]
         section[setting.key] = setting.value
         return
     # data.test is scored like data.val

@@ -14,7 +14,7 @@ from internseg_ds.data.checks.pipeline_steps import odd_steps
 from internseg_ds.data.checks.zero_labels import compare_zero_labels
 from internseg_ds.data.dataset_parts import SegmentationDataset, parts, pipelines, plain_parts
 from internseg_ds.data.datasets import build_datasets
-from internseg_ds.data.entries import leaf_datasets
+from internseg_ds.data.entries import has_label_maps, leaf_datasets, leave_out_label_maps
 from internseg_ds.data.joined import wrapper_in
 from internseg_ds.data.samples import first_sample
 from internseg_ds.errors import ConfigError, DataError
@@ -133,11 +133,11 @@ def validation_set(experiment: Experiment, split: str = "val", *, truth: bool = 
     if not truth:
         entry = copy.deepcopy(entry)
         for leaf in leaf_datasets(entry):
-            leaf["ann_dir"] = None
-    if truth and any(leaf.get("ann_dir") is None for leaf in leaf_datasets(entry)):
+            leave_out_label_maps(leaf)
+    if truth and not all(map(has_label_maps, leaf_datasets(entry))):
         raise ConfigError(
-            f"data.{split} of {experiment.path} has no ann_dir, so there is no ground truth to score "
-            "against; set it (or train with "
+            f"data.{split} of {experiment.path} has no ann_dir (FolderDataset: masks), so there is no "
+            "ground truth to score against; set it (or train with "
             "--no-validate, or write labels with launch/test.py --format-only DIR)"
         )
     return build_datasets(entry, f"data.{split}", test_mode=True)

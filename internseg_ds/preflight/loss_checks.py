@@ -57,7 +57,10 @@ def check_losses(model: nn.Module, train: Any, ignored: Sequence[int], path: str
                 f"model.{name}.loss_decode", [getattr(loss, "loss_name", "loss") for loss in losses]
             )
             made = [(f"ignore_index of data.train is {value}", value) for value in ignored]
-            made += [(f"{step} is {value}", value) for step, value in _filled(train)]
+            made += [
+                (f"{step}.{argument} of its pipeline is {value}", value)
+                for step, argument, value in filled_labels(train)
+            ]
             lines += _check_ignored(f"model.{name}", head, losses, dict.fromkeys(made), path)
     return lines
 
@@ -159,9 +162,9 @@ def _check_ignored(
             )
 
 
-def _filled(entry: Any) -> Iterator[tuple[str, int]]:
-    """Each transform of an entry that makes pixels of the label map, and their label."""
+def filled_labels(entry: Any) -> Iterator[tuple[str, str, int]]:
+    """(type, argument, label) of each transform of an entry that makes pixels of the label map."""
     for step in steps_of(entry):
         argument, default = FILLED.get(step.get("type", ""), ("", None))
         if argument and (value := step.get(argument, default)) is not None:
-            yield f"{step['type']}.{argument} of its pipeline", value
+            yield step["type"], argument, value

@@ -3,9 +3,7 @@ name; on sound data in the layouts of the published data sets, which neither may
 
 import numpy as np
 import pytest
-from mmcv import Config
 from PIL import Image
-from rich.console import Console
 
 from internseg_ds.config.experiment import read_experiment
 from internseg_ds.data.checks.survey import survey
@@ -15,67 +13,8 @@ from internseg_ds.data_report.doctor import examine
 from internseg_ds.data_report.mended_config import write_mended
 from internseg_ds.data_report.page import write_page
 from internseg_ds.errors import ConfigError, DataError, OutputError, UserError
-from tests.conftest import ROOT, TINY
-from tests.data.test_label_maps import TEST, TRAIN
-
-QUIET = Console(quiet=True)
-
-
-def entry(kind, root, part, /, **arguments):
-    return dict(
-        type=kind,
-        data_root=str(root),
-        img_dir=f"images/{part}",
-        ann_dir=f"labels/{part}",
-        pipeline=TRAIN if part == "train" else TEST,
-        **arguments,
-    )
-
-
-TWO = dict(classes=["road", "car"], palette=[[9, 9, 9], [200, 0, 0]])
-
-
-@pytest.fixture
-def experiment(tmp_path):
-    """experiment(train, val, classes): of a config file that has these data sets."""
-
-    def read(train, val, classes=2):
-        cfg = Config.fromfile(ROOT / TINY)
-        cfg.model.decode_head.num_classes = cfg.model.auxiliary_head.num_classes = classes
-        cfg.data.train, cfg.data.val, cfg.data.test = train, val, val
-        cfg._cfg_dict.pop("test_pipeline")
-        file = tmp_path / "experiment.py"
-        file.write_text(cfg.pretty_text)
-        return read_experiment(file)
-
-    return read
-
-
-def write(root, split, rows, *, image=".jpg", labels=".png", exif=1, palette=None):
-    """Random images, and label maps with a row of these numbers each, 4 rows high."""
-    generator = np.random.default_rng(len(split))
-    for index, row in enumerate(rows):
-        numbers = np.tile(np.array(row, np.uint8), (4, 1))
-        paths = [root / folder / split / str(index) for folder in ("images", "labels")]
-        for path in paths:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        picture = Image.fromarray(generator.integers(0, 255, (*numbers.shape, 3), dtype=np.uint8))
-        tags = picture.getexif()
-        tags[0x0112] = exif
-        picture.save(f"{paths[0]}{image}", exif=tags)
-        drawn = Image.fromarray(numbers)
-        if palette is not None:
-            drawn.putpalette(palette)
-        drawn.save(f"{paths[1]}{labels}")
-
-
-def sound(root):
-    for split in ("train", "val"):
-        write(root, split, [[0, 1, 255], [1, 1, 0], [0, 0, 1]])
-
-
-def names(report):
-    return {finding.name for finding in report.wrong}
+from tests.data.test_label_maps import TRAIN
+from tests.data_report.small_data import QUIET, TWO, entry, names, sound, write
 
 
 def start(experiment):

@@ -14,12 +14,17 @@ from internseg_ds.data.checks.dataset_files import lists_files_as_mmseg
 from internseg_ds.data.checks.findings import Finding, Setting
 from internseg_ds.data.checks.looks import image_file, label_file
 from internseg_ds.data.checks.other_endings import files_alike
+from internseg_ds.data.folders.dataset import FolderDataset
+from internseg_ds.data.folders.pairs import masks_without_images, other_case
 from internseg_ds.errors import are, counted, shortened
 
 
 def left_out(part: CustomDataset, parts: Sequence[CustomDataset], what: str) -> Iterator[Finding]:
     """Files of the image folder whose names end almost as `img_suffix` says, and that none of `parts`
     takes."""
+    if isinstance(part, FolderDataset):
+        yield from _left_out_by_patterns(part, parts, what)
+        return
     if part.split is not None or not lists_files_as_mmseg(part) or not os.path.isdir(part.img_dir):
         return
     used = {info["filename"] for info in part.img_infos}
@@ -60,12 +65,55 @@ def left_out(part: CustomDataset, parts: Sequence[CustomDataset], what: str) -> 
         yield Finding("suffix", f"{text}. Rename those that are meant to be there")
 
 
+def _left_out_by_patterns(
+    part: FolderDataset, parts: Sequence[CustomDataset], what: str
+) -> Iterator[Finding]:
+    """Files that the patterns of a data set would match if case did not count."""
+    taken = {os.path.abspath(image_file(other, index)) for other in parts for index in range(len(other))}
+    found = [
+        pair
+        for pair in (other_case(part.roots, part.images, part.masks) if part.takes_all else ())
+        if os.path.abspath(os.path.join(pair.root, pair.image)) not in taken
+    ]
+    if not found:
+        return
+    stems = {(pair.root, pair.stem) for pair in part.pairs}
+    meant = part.masks is not None and all(
+        pair.mask is not None and (pair.root, pair.stem) not in stems for pair in found
+    )
+    yield Finding(
+        "suffix",
+        f"{what}: {counted(len(found), 'file')} {are(len(found))} left out, for images={part.images!r} does not "
+        f"match {shortened([os.path.join(pair.root, pair.image) for pair in found], 2)}; "
+        f"{len(part)} {are(len(part))} taken. "
+        + (
+            "All of them have label maps, so they are meant to be there: rename them, or give a pattern for each "
+            "ending in a list"
+            if meant
+            else "Rename those that are meant to be there"
+        ),
+        wrong=meant,
+        settings=_pattern_settings(part, [pair.image for pair in found], what) if len(parts) == 1 else (),
+    )
+
+
+def _pattern_settings(part: FolderDataset, files: Sequence[str], what: str) -> tuple[Setting, ...]:
+    """A pattern for each ending more."""
+    own = {os.path.splitext(pattern)[1] for pattern in part.images}
+    others = sorted({os.path.splitext(file)[1] for file in files})
+    if own & set(others):  # names differ in something else
+        return ()
+    more = [os.path.splitext(pattern)[0] + ending for pattern in part.images for ending in others]
+    return (Setting(what, "images", [*part.images, *dict.fromkeys(more)]),)
+
+
 def lossy(part: CustomDataset, what: str) -> Iterator[Finding]:
     """Label maps in a format that changes numbers."""
-    if part.ann_dir is not None and part.seg_map_suffix.lower().endswith((".jpg", ".jpeg")):
+    ending = os.path.splitext(part.masks or "")[1] if isinstance(part, FolderDataset) else part.seg_map_suffix
+    if part.ann_dir is not None and ending.lower().endswith((".jpg", ".jpeg")):
         yield Finding(
             "lossy-label-maps",
-            f"{what}: label maps end in {part.seg_map_suffix}, a format that changes numbers a "
+            f"{what}: label maps end in {ending}, a format that changes numbers a "
             "little, so that classes become others; save them as .png",
         )
 
@@ -75,6 +123,16 @@ def label_maps_without_images(
 ) -> Iterator[Finding]:
     """Label maps of a folder that is taken whole, whose images are not there, whichever of `parts` might take
     them."""
+    if isinstance(part, FolderDataset):
+        if part.takes_all and part.masks is not None:
+            paired = {
+                os.path.abspath(label_file(other, index) or "")
+                for other in parts
+                for index in range(len(other))
+            }
+            lonely = masks_without_images(part.roots, part.images, part.masks)
+            yield from _lonely(part, [file for file in lonely if os.path.abspath(file) not in paired], what)
+        return
     if part.split is not None or part.ann_dir is None or not lists_files_as_mmseg(part):
         return
     if not os.path.isdir(part.ann_dir):
@@ -94,11 +152,15 @@ def label_maps_without_images(
                 and not os.path.exists(image)
             ):
                 lonely.append(file)
-    if lonely:
+    yield from _lonely(part, lonely, what)
+
+
+def _lonely(part: CustomDataset, files: Sequence[str], what: str) -> Iterator[Finding]:
+    if files:
         yield Finding(
             "label-maps-without-images",
-            f"{what}: {counted(len(lonely), 'label map')} of {part.ann_dir} {are(len(lonely))} of no image in "
-            f"{part.img_dir}: {shortened(sorted(lonely), 2)}; were images lost, or renamed?",
+            f"{what}: {counted(len(files), 'label map')} of {part.ann_dir} {are(len(files))} of no image in "
+            f"{part.img_dir}: {shortened(sorted(files), 2)}; were images lost, or renamed?",
         )
 
 

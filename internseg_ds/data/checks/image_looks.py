@@ -33,7 +33,7 @@ class ImageLook:
     damaged: str = ""
     """Why it cannot be read."""
     cut_short: bool = False
-    """Whether it is a JPEG without an end."""
+    """Whether it is a JPEG without an end: OpenCV 4 reads it, OpenCV 5 calls it damaged."""
     stored: str = ""
     """"4 channels of uint16", where that is more than 8-bit RGB."""
     digest: bytes = b""
@@ -56,9 +56,10 @@ def look_at_image(file: str, *, measured: bool) -> ImageLook:
         return ImageLook(file, damaged=str(error.strerror))
     head = read_head(io.BytesIO(data))
     image = _image(data, head, measured)
+    cut_short = data.startswith(JPEG) and _has_no_end(data)
     if image is None:
-        return ImageLook(file, head, damaged="is empty" if not data else "is no picture that OpenCV reads")
-    cut_short = data.startswith(JPEG) and data.rfind(END) < data.rfind(START_OF_SCAN)
+        reason = "ends early" if cut_short else "is no picture that OpenCV reads"
+        return ImageLook(file, head, damaged=reason if data else "is empty")
     channels = 1 if image.ndim < 3 else image.shape[2]
     stored = f"{counted(channels, 'channel')} of {image.dtype}" if _is_more(image) else ""
     bgr = _as_bgr(image)
@@ -79,6 +80,12 @@ def look_at_image(file: str, *, measured: bool) -> ImageLook:
         tuple(mean.ravel()[::-1].tolist()),
         tuple((deviation.ravel()[::-1] ** 2).tolist()),
     )
+
+
+def _has_no_end(jpeg: bytes) -> bool:
+    """Whether no end stands behind the last scan."""
+    end = jpeg.rfind(END)
+    return jpeg.find(START_OF_SCAN, max(0, end)) >= 0
 
 
 def _image(data: bytes, head: Head | None, measured: bool) -> np.ndarray | None:

@@ -10,6 +10,22 @@ from internseg_ds.data.checks.looks import LabelLook
 from internseg_ds.data.label_maps import LoadLabelMap
 
 
+class ClassOfNumber(dict[int, int]):
+    """The class of each number of the label maps of one data set, looked up once.
+
+    loader: which reads them. label_map: of a data set with `classes` of its own.
+    """
+
+    def __init__(self, loader: LoadLabelMap, label_map: Mapping[int, int] | None) -> None:
+        super().__init__()
+        self.loader, self.label_map = loader, None if label_map is None else dict(label_map)
+
+    def __missing__(self, number: int) -> int:
+        label = int(self.loader.to_classes(np.array([number], np.int64), self.label_map)[0])
+        self[number] = label
+        return label
+
+
 @dataclass
 class LabelTally:
     """What the label maps hold that were read."""
@@ -37,8 +53,8 @@ class LabelTally:
     storage: Counter[str] = field(default_factory=Counter)
     sizes: Counter[tuple[int, ...]] = field(default_factory=Counter)
 
-    def add(self, look: LabelLook, loader: LoadLabelMap, label_map: Mapping[int, int] | None) -> None:
-        """loader: which read it. label_map: of a data set with `classes` of its own."""
+    def add(self, look: LabelLook, classes: ClassOfNumber) -> None:
+        """classes: of the numbers in it."""
         if look.storage:
             self.storage[look.storage] += 1
         if look.damaged:
@@ -53,26 +69,26 @@ class LabelTally:
             self.turned.append((look.file, look.image, look.turned))
         elif look.misfit:
             self.misfits.append(look.misfit)
-        self._count(look, loader, label_map)
+        self._count(look, classes)
 
-    def _count(self, look: LabelLook, loader: LoadLabelMap, label_map: Mapping[int, int] | None) -> None:
-        numbers = np.array(look.numbers, np.int64)
-        labels = loader.to_classes(numbers, None if label_map is None else dict(label_map)).tolist()
+    def _count(self, look: LabelLook, classes: ClassOfNumber) -> None:
+        loader = classes.loader
         self.maps += 1
         self.sizes[look.shape] += 1
-        classed = {label for label in labels if 0 <= label < loader.classes and label != loader.ignore_index}
-        around = sum(
-            count for label, count in zip(labels, look.pixels, strict=True) if label != loader.ignore_index
-        )
-        for label in classed:
-            self.images_with[label] += 1
-            self.pixels_around[label] += around
+        pixels: dict[int, int] = {}
         strange = []
-        for number, label, count in zip(look.numbers, labels, look.pixels, strict=True):
+        for number, count in zip(look.numbers, look.pixels, strict=True):
+            label = classes[number]
             self.numbers[number] += count
-            self.pixels[label] += count
+            pixels[label] = pixels.get(label, 0) + count
             if label == loader.stranger:
                 self.unknown_numbers[number] += count
                 strange.append(number)
+        around = sum(pixels.values()) - pixels.get(loader.ignore_index, 0)
+        for label, count in pixels.items():
+            self.pixels[label] += count
+            if 0 <= label < loader.classes and label != loader.ignore_index:
+                self.images_with[label] += 1
+                self.pixels_around[label] += around
         if strange:
             self.unknown_labels.append(f"{strange[0]} in {look.file}")

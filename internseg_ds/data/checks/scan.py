@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from internseg_ds.data.checks.image_findings import ImageTally
 from internseg_ds.data.checks.image_looks import ImageLook, look_at_image
-from internseg_ds.data.checks.label_tally import LabelTally
+from internseg_ds.data.checks.label_tally import ClassOfNumber, LabelTally
 from internseg_ds.data.checks.looks import LabelLook, image_file, label_file, label_loader, look_at_labels
 from internseg_ds.data.checks.survey import drawn
 from internseg_ds.data.loading import loaded, quiet_worker
@@ -84,6 +84,10 @@ def scan(
         for part, loader in zip(parts, seen.loaders, strict=True)
         if loader is None and part.ann_dir is not None
     ]
+    classes = [
+        None if loader is None else ClassOfNumber(loader, part.label_map)
+        for part, loader in zip(parts, seen.loaders, strict=True)
+    ]
     loader = DataLoader(
         seen, batch_size=CHUNK, num_workers=workers, collate_fn=list, worker_init_fn=quiet_worker
     )
@@ -92,7 +96,7 @@ def scan(
         task = progress.add_task(f"looking at {what}", total=len(items))
         for chunk in loaded(loader):
             for number, image, labels in chunk:
-                _add(found, number, image, labels, seen)
+                _add(found, number, image, labels, classes[number])
             progress.advance(task, len(chunk))
     return found
 
@@ -112,7 +116,9 @@ def _items(parts: Sequence[CustomDataset], sample: int | None) -> list[Item]:
     return items
 
 
-def _add(found: Scanned, number: int, image: ImageLook, labels: LabelLook | None, seen: Looks) -> None:
+def _add(
+    found: Scanned, number: int, image: ImageLook, labels: LabelLook | None, classes: ClassOfNumber | None
+) -> None:
     found.looks.append(image)
     tally = found.images[number]
     tally.add_head(image.file, image.head)
@@ -122,6 +128,5 @@ def _add(found: Scanned, number: int, image: ImageLook, labels: LabelLook | None
         tally.cut_short.append(image.file)
     if image.stored:
         tally.reduced.append((image.file, image.stored))
-    loader = seen.loaders[number]
-    if labels is not None and loader is not None:
-        found.labels.add(labels, loader, seen.parts[number].label_map)
+    if labels is not None and classes is not None:
+        found.labels.add(labels, classes)

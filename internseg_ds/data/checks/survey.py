@@ -17,7 +17,7 @@ from internseg_ds.data.checks.file_findings import left_out, lossy
 from internseg_ds.data.checks.findings import Finding, as_warnings
 from internseg_ds.data.checks.image_findings import ImageTally, decoded, image_findings
 from internseg_ds.data.checks.label_findings import Examined, label_findings
-from internseg_ds.data.checks.label_tally import LabelTally
+from internseg_ds.data.checks.label_tally import ClassOfNumber, LabelTally
 from internseg_ds.data.checks.looks import image_file, label_loader, look_at_labels, read_head
 from internseg_ds.data.dataset_parts import SegmentationDataset, plain_parts
 from internseg_ds.seeding import derived_seed
@@ -70,6 +70,7 @@ def _classes(parts: Sequence[CustomDataset], what: str, training: bool, tolerate
     for part, loader in zip(parts, loaders, strict=True):
         if loader is None:
             continue
+        classes = ClassOfNumber(loader, part.label_map)
         for index in drawn(part, max(1, MAPS * len(part) // total)):
             if time.monotonic() > until and tally.maps:
                 break
@@ -77,7 +78,7 @@ def _classes(parts: Sequence[CustomDataset], what: str, training: bool, tolerate
             head = read_head(image) if os.path.isfile(image) else None
             look = look_at_labels(part, index, loader, head)
             if look is not None and not look.damaged:  # a damaged one is named when it is its turn
-                tally.add(look, loader, part.label_map)
+                tally.add(look, classes)
     if (first := next(filter(None, loaders), None)) is not None:
         about = Examined(what, parts[0], first, total, training, tolerated if training else None)
         yield from label_findings(tally, about)

@@ -1,0 +1,1 @@
+"""Tests of `internseg_ds/data/folders`."""

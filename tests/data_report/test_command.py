@@ -1,0 +1,34 @@
+"""`launch/check_data.py` as users start it: what it prints, and how it ends."""
+
+import pytest
+
+from tests.data_report.small_data import TWO, entry, sound, write
+
+
+@pytest.fixture
+def given(experiment, tmp_path):
+    return experiment(
+        entry("CustomDataset", tmp_path, "train", **TWO), entry("CustomDataset", tmp_path, "val", **TWO)
+    ).path
+
+
+def check(launch, *args, **options):
+    return launch("launch/check_data.py", *args, "--workers", 1, processes=1, timeout=60, **options)
+
+
+def test_sound_data_end_with_0_and_what_was_looked_at(launch, given, tmp_path):
+    sound(tmp_path)
+    done = check(launch, given, "--sample", 2, "--page", tmp_path / "page.html")
+    assert done.returncode == 0 and "data.train: 2 of 3 images looked at" in done.stdout
+    assert "<html" in (tmp_path / "page.html").read_text()
+
+
+def test_wrong_data_end_with_2_and_one_message(launch, given, tmp_path):
+    for split in ("train", "val"):
+        write(tmp_path, split, [[0, 255], [255, 0]])
+    done = check(launch, given, check=False)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and len(errors) == 1 and "Traceback" not in done.stderr
+    assert "255 is meant to be car" in errors[0] and "wrong [masks-0-255]" in done.stdout
+    done = check(launch, tmp_path / "nowhere.py", check=False)
+    assert done.returncode == 2 and done.stderr.count("error: ") == 1
