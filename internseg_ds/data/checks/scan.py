@@ -20,7 +20,7 @@ from internseg_ds.data.checks.looks import LabelLook, image_file, label_file, la
 from internseg_ds.data.checks.survey import drawn
 from internseg_ds.data.loading import loaded, quiet_worker
 
-CHUNK = 8
+CHUNK = 16
 """Images that a process looks at before it hands over what it saw."""
 MEASURED = 128
 """Images of a data set whose colours are measured: mean and deviation of more would hardly differ."""
