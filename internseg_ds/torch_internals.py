@@ -29,6 +29,7 @@ __all__ = [
     "extension_folder",
     "fake_tensor_mode",
     "has_load_hooks",
+    "in_backward_pass",
     "operator_schema",
     "persistent_buffers",
     "position_in_file",
@@ -93,6 +94,11 @@ def copy_tensors(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
 def operator_schema(operator: Callable) -> Any:
     """Name and arguments of an operator that a TorchDispatchMode sees."""
     return operator._schema  # type: ignore[attr-defined]  # of torch._ops.OpOverload
+
+
+def in_backward_pass() -> bool:
+    """Whether autograd computes gradients in this thread now: what runs forward then is recomputed."""
+    return torch._C._current_graph_task_id() != -1
 
 
 # ---- modules

@@ -27,6 +27,7 @@ from internseg_ds.torch_internals import (
     extension_folder,
     fake_tensor_mode,
     has_load_hooks,
+    in_backward_pass,
     operator_schema,
     persistent_buffers,
     position_in_file,
@@ -247,3 +248,11 @@ def test_every_function_of_torch_internals_has_a_test_of_its_name():
     tree = ast.parse(Path(torch_internals.__file__).read_text())
     functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
     assert functions == {name.removeprefix("test_") for name in globals()} & functions
+
+
+def test_in_backward_pass():
+    seen = []
+    x = torch.ones(1, requires_grad=True)
+    x.register_hook(lambda _: seen.append(in_backward_pass()))
+    (2 * x).backward()
+    assert seen == [True] and not in_backward_pass()

@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from internseg_ds.models.activation_checkpointing import checkpointing_backbones
 from internseg_ds.models.derived_class import derived_class, once_per_class
-from internseg_ds.torch_internals import NORM_WITH_MOMENTS, copy_tensors
+from internseg_ds.torch_internals import BATCH_NORM, NORM_WITH_MOMENTS, copy_tensors, in_backward_pass
 
 
 class _NormaliseOverRanks(torch.autograd.Function):
@@ -149,6 +150,31 @@ def _any_device_class(owner: type[nn.Module]) -> type[nn.Module]:
     if owner.forward in (nn.SyncBatchNorm.forward, AnyDeviceSyncBatchNorm.forward):
         return AnyDeviceSyncBatchNorm
     return derived_class(owner, {}, bases=(AnyDeviceSyncBatchNorm,))
+
+
+def count_batches_once(model: nn.Module) -> None:
+    """Lets batch norms leave their running statistics alone while a backward pass computes activations again:
+    for backbones with a `with_cp` of mmseg's, whose blocks call torch's checkpoint themselves. (`run_block`
+    does it for the others.)"""
+    if any(getattr(module, "with_cp", False) for module in model.modules()) and not checkpointing_backbones(
+        model
+    ):
+        norms: list[Any] = [module for module in model.modules() if isinstance(module, BATCH_NORM)]
+        for norm in norms:
+            norm.__class__ = _counting_once(type(norm))
+
+
+@once_per_class
+def _counting_once(owner: type[nn.Module]) -> type[nn.Module]:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        tracks = self.track_running_stats
+        self.track_running_stats = tracks and not (self.training and in_backward_pass())
+        try:
+            return owner.forward(self, x)
+        finally:
+            self.track_running_stats = tracks
+
+    return derived_class(owner, {"forward": forward})
 
 
 def norms_of_each_rank(model: nn.Module) -> list[nn.Module]:

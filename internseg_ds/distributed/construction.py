@@ -25,7 +25,7 @@ from internseg_ds.config.argument_types import wrong_arguments
 from internseg_ds.config.ds_config import DsConfig
 from internseg_ds.config.engine_options import EngineOptions
 from internseg_ds.config.tuning_options import described
-from internseg_ds.distributed.batch_norms import allow_any_device
+from internseg_ds.distributed.batch_norms import allow_any_device, count_batches_once
 from internseg_ds.distributed.initial_values import initialise, initialise_adapters
 from internseg_ds.distributed.precision import buffers_to_fp32
 from internseg_ds.errors import ConfigError, nearest_argument, nearest_type, reason_of
@@ -53,6 +53,7 @@ def build_on_meta(model: ConfigDict) -> nn.Module:
     except Exception as error:  # constructors raise errors of all kinds
         raise _construction_error(model, error) from error
     allow_any_device(segmentor)
+    count_batches_once(segmentor)
     losses_without_waits(segmentor)
     return segmentor
 
@@ -222,6 +223,7 @@ def build_for_training(model: ConfigDict, ds: DsConfig, device: torch.device, se
     segmentor.train()  # some backbones freeze their stages in `train`; as in `build_on_meta`
     forget_pretrained(segmentor)
     allow_any_device(segmentor)
+    count_batches_once(segmentor)
     losses_without_waits(segmentor)
     buffers_to_fp32(segmentor)
     initialise(segmentor, seed, ds.param_dtype)

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from internseg_ds.models.derived_class import derived_class, once_per_class
 from internseg_ds.torch_internals import (
-    NORM_WITH_MOMENTS,
+    BATCH_NORM,
     TorchDispatchMode,
     operator_schema,
     storage_id,
@@ -33,6 +33,10 @@ none: everything. blocks: its input only; the block runs again in the backward p
 block as under "blocks", the others everything. all_but_matmuls: its input and the results of matrix products,
 convolutions, DCNv3 and attention; what lies between them (norms, activations, scales) runs again."""
 NAMES = ("none", "blocks", "all_but_matmuls")
+
+
+class PolicyNotPossible(RuntimeError):
+    """A backbone computes in a way that a policy would make wrong."""
 
 
 @runtime_checkable
@@ -131,12 +135,12 @@ def run_keeping_matmuls(block: Any, function: Callable[..., Any], *inputs: Any, 
 
 
 def _norms_with_moments(block: Any) -> list[Any]:
-    """The norms in a block that update running statistics as they run."""
+    """The batch norms in a block that update running statistics as they run."""
     modules = block.modules() if isinstance(block, nn.Module) else ()
     return [
         module
         for module in modules
-        if isinstance(module, NORM_WITH_MOMENTS) and module.training and module.track_running_stats
+        if isinstance(module, BATCH_NORM) and module.training and module.track_running_stats
     ]
 
 
@@ -226,7 +230,7 @@ def _returning_kept_results(kept: list[Any], norms: Sequence[Any]) -> Iterator[N
 class _KeepResults(TorchDispatchMode):
     """In the first pass: appends what the operations of `KEPT` return to `kept`.
 
-    Raises RuntimeError when such a result is changed in place after it was read. The second pass would give
+    Raises PolicyNotPossible when such a result is changed in place after it was read. The second pass would give
     the changed values to the operation that read the first ones, so gradients would be wrong.
     """
 
@@ -240,7 +244,7 @@ class _KeepResults(TorchDispatchMode):
         self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if _storages(_written(func, args)) & self.read_storages:
-            raise RuntimeError(
+            raise PolicyNotPossible(
                 f"engine.recomputation='all_but_matmuls' cannot be with this backbone: {func} changes the "
                 "result of a matrix product that was read before; use 'blocks'"
             )

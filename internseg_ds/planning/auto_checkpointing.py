@@ -13,7 +13,11 @@ from internseg_ds.config.ds_config import DsConfig
 from internseg_ds.distributed.device_memory import free_memory, processes_here
 from internseg_ds.distributed.process_group import World, gather_from_ranks
 from internseg_ds.errors import reason_of
-from internseg_ds.models.activation_checkpointing import CheckpointingPolicy, checkpointing_backbones
+from internseg_ds.models.activation_checkpointing import (
+    CheckpointingPolicy,
+    PolicyNotPossible,
+    checkpointing_backbones,
+)
 from internseg_ds.planning.estimator import Estimator
 from internseg_ds.planning.memory_estimate import Platform
 
@@ -24,7 +28,7 @@ FASTEST_FIRST: tuple[CheckpointingPolicy, ...] = ("none", "all_but_matmuls", 2, 
 
 def least_checkpointing(estimator: Estimator, ds: DsConfig, platform: Platform) -> CheckpointingPolicy:
     """The first policy of `FASTEST_FIRST` under which forward, backward and update fit into the device; the
-    last one where none does.
+    last one where none does. Policies that the backbone cannot have are passed over.
 
     An evaluation is no reason to recompute: it takes what room there is. Raises ConfigError for a backbone
     without activation checkpointing.
@@ -33,7 +37,11 @@ def least_checkpointing(estimator: Estimator, ds: DsConfig, platform: Platform) 
         return "none"
     needs: list[str] = []
     for policy in FASTEST_FIRST:
-        memory = estimator.under(policy).training_memory(ds, platform)
+        try:
+            memory = estimator.under(policy).training_memory(ds, platform)
+        except PolicyNotPossible:
+            needs.append(f"{policy!r} is not for this backbone")
+            continue
         needs.append(f"{policy!r} needs {memory.needed / 2**30:.2f}")
         if memory.fits_device:
             break

@@ -1,6 +1,8 @@
 import pytest
 import torch
 import torch.distributed as dist
+from mmcv import ConfigDict
+from mmseg.models import build_backbone
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import nn
 
@@ -8,6 +10,7 @@ from internseg_ds.distributed.batch_norms import (
     AnyDeviceSyncBatchNorm,
     allow_any_device,
     average_running_statistics,
+    count_batches_once,
     norms_of_each_rank,
 )
 from tests.distributed.ranks import spawn
@@ -165,3 +168,20 @@ def every_rank_has_the_mean_of_all() -> None:
 
 def test_running_statistics_are_averaged_over_ranks():
     spawn(every_rank_has_the_mean_of_all, 3)
+
+
+@pytest.mark.parametrize("kind", ["BN", "SyncBN"])
+def test_blocks_of_mmseg_that_run_twice_count_a_batch_once(kind):
+    models = {}
+    for with_cp in (False, True):
+        torch.manual_seed(0)
+        backbone = dict(type="ResNet", depth=18, base_channels=8, norm_cfg=dict(type=kind), with_cp=with_cp)
+        model = models[with_cp] = build_backbone(ConfigDict(backbone))
+        model.train()
+        allow_any_device(model)
+        count_batches_once(model)
+        image = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        sum(features.square().mean() for features in model(image)).backward()
+    torch.testing.assert_close(models[True].state_dict(), models[False].state_dict(), rtol=0, atol=0)
+    norm = models[True].layer2[0].bn1
+    assert norm.num_batches_tracked == 1 and norm.track_running_stats

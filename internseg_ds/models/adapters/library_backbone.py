@@ -43,8 +43,10 @@ class LibraryBackbone(BaseModule):
         self.pretrained = pretrained
         self.with_cp = with_cp
         self.freeze = freeze
-        self.recomputation: CheckpointingPolicy = "blocks"
         self._blocks = repeated_blocks(model)
+        self.recomputation: CheckpointingPolicy
+        if self._blocks:  # else it is no `CheckpointingBackbone`
+            self.recomputation = "blocks"
         checkpoint_calls(self._blocks)
         for name, param in self.named_parameters():
             if freeze or name.rpartition(".")[2] in NEVER_TRAINED:
@@ -94,10 +96,9 @@ class LibraryBackbone(BaseModule):
 
         Where queries (b, q, c) are given, they join the last blocks, and the result is `Stages`.
         """
-        policy: CheckpointingPolicy = self.recomputation if self.with_cp and self.training else "none"
         block: Any
         for block in self._blocks:
-            block.recomputation = policy
+            block.recomputation = self.recomputation if self.with_cp and self.training else "none"
         if queries is not None:
             return self.query_stages(image, queries, last_blocks, attended)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze):

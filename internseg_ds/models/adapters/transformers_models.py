@@ -20,7 +20,8 @@ def build(
     """
     DropPath(drop_path_rate)  # raises for what is no probability
     if hasattr(config, "drop_path_rate"):
-        config.drop_path_rate = float(drop_path_rate)
+        if config.drop_path_rate != drop_path_rate:  # LeViT's is a whole number
+            config.drop_path_rate = float(drop_path_rate)
     elif drop_path_rate and config.model_type not in BRANCHES:
         raise ValueError(f"drop_path_rate={drop_path_rate:g}, but transformers' {config.model_type} has none")
     config.dtype = None  # of the file; the engine chooses that of the parameters

@@ -9,6 +9,7 @@ from torch import nn
 
 from internseg_ds.distributed.batch_norms import allow_any_device
 from internseg_ds.distributed.initial_values import initialise
+from internseg_ds.models.activation_checkpointing import set_recomputation
 from internseg_ds.models.repeated_blocks import repeated_block
 
 MEMBERS = {  # model -> arguments, and the sides of an image that is not square
@@ -325,3 +326,8 @@ def test_blocks_that_run_twice_count_a_batch_once(policy):
         sum(features.square().mean() for features in model(image)).backward()
     torch.testing.assert_close(models[policy].state_dict(), models["none"].state_dict(), rtol=0, atol=0)
     assert models[policy].model.bn1.num_batches_tracked == 1
+
+
+def test_a_model_without_repeated_blocks_has_no_activation_checkpointing():
+    with pytest.raises(ValueError, match="no activation checkpointing"):
+        set_recomputation(backbone("regnetx_002", out_indices=(0, 1)), "blocks")
