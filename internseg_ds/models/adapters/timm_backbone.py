@@ -86,6 +86,11 @@ class TimmBackbone(LibraryBackbone):
     ) -> None:
         DropPath(drop_path_rate)  # raises for what is no probability
         arguments = dict(model_args or {})
+        for name, value in (("img_size", img_size), ("drop_path_rate", drop_path_rate)):
+            if value and arguments.get(name, value) != value:
+                raise ValueError(
+                    f"{name}={value!r}, but model_args has {name}={arguments[name]!r}; write it once"
+                )
         if img_size is not None:
             arguments["img_size"] = img_size
         model: Any = _create(model_name, arguments, drop_path_rate)

@@ -331,3 +331,10 @@ def test_blocks_that_run_twice_count_a_batch_once(policy):
 def test_a_model_without_repeated_blocks_has_no_activation_checkpointing():
     with pytest.raises(ValueError, match="no activation checkpointing"):
         set_recomputation(backbone("regnetx_002", out_indices=(0, 1)), "blocks")
+
+
+@pytest.mark.parametrize(("name", "value"), [("img_size", 64), ("drop_path_rate", 0.2)])
+def test_an_argument_that_is_given_twice_is_refused(name, value):
+    other = {name: 2 * value}
+    with pytest.raises(ValueError, match=f"{name}={value}.*model_args.*{2 * value}"):
+        backbone("vit_small_patch16_dinov3", model_args=other, **{name: value})
