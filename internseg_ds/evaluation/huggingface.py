@@ -96,12 +96,12 @@ def stored_experiment(meta: Mapping[str, Any], source: Path) -> Experiment:
             "is written from them, do"
         )
     # without the name of the temporary file that mmcv reads it from
-    return read_experiment(Config(Config.fromstring(meta["config"], ".py")._cfg_dict.to_dict()))
+    return read_experiment(Config(Config.fromstring(meta["config"], ".py").to_dict()))
 
 
 def without_auxiliary_heads(experiment: Experiment) -> Experiment:
     """The experiment with the segmentor that a folder holds."""
-    cfg = Config(experiment.cfg._cfg_dict.to_dict())
+    cfg = Config(experiment.cfg.to_dict())
     cfg.model.pop("auxiliary_head", None)
     return read_experiment(cfg)
 

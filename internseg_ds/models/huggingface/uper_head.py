@@ -3,7 +3,8 @@
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+
+from internseg_ds.torch_internals import BATCH_NORM
 
 NORM_EPS = 1e-5
 """Of the batch norms of a head, in mmseg's defaults and in transformers."""
@@ -21,7 +22,7 @@ def check_uper_head(segmentor: Any) -> Any:
     ]
     for module in convolutions:
         norm: Any = getattr(module, "bn", None)
-        if not isinstance(norm, _BatchNorm) or norm.eps != NORM_EPS:
+        if not isinstance(norm, BATCH_NORM) or norm.eps != NORM_EPS:
             raise ValueError("its norms are no batch norms with eps 1e-5 (decode_head.norm_cfg)")
         if not module.with_activation or type(module.activate) is not nn.ReLU:
             raise ValueError("its activations are no ReLU (decode_head.act_cfg)")
