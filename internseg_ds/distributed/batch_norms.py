@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from internseg_ds.models.activation_checkpointing import checkpointing_backbones
+from internseg_ds.models.activation_checkpointing import checkpointing_backbones, statistics_left_alone
 from internseg_ds.models.derived_class import derived_class, once_per_class
 from internseg_ds.torch_internals import BATCH_NORM, NORM_WITH_MOMENTS, copy_tensors, in_backward_pass
 
@@ -167,26 +167,27 @@ def count_batches_once(model: nn.Module) -> None:
 @once_per_class
 def _counting_once(owner: type[nn.Module]) -> type[nn.Module]:
     def forward(self: Any, x: Tensor) -> Tensor:
-        tracks = self.track_running_stats
-        self.track_running_stats = tracks and not (self.training and in_backward_pass())
-        try:
+        recomputes = self.training and self.track_running_stats and in_backward_pass()
+        with statistics_left_alone([self] if recomputes else []):
             return owner.forward(self, x)
-        finally:
-            self.track_running_stats = tracks
 
     return derived_class(owner, {"forward": forward})
 
 
-def norms_of_each_rank(model: nn.Module) -> list[nn.Module]:
-    """The norms of `model` that train and keep running statistics of the images of their own rank alone."""
+def _with_own_statistics(model: nn.Module) -> list[Any]:
+    """The norms of `model` that keep running statistics of the images of their own rank alone."""
     return [
         module
         for module in model.modules()
         if isinstance(module, NORM_WITH_MOMENTS)
         and not isinstance(module, nn.SyncBatchNorm)
-        and module.training
         and module.running_mean is not None
     ]
+
+
+def norms_of_each_rank(model: nn.Module) -> list[nn.Module]:
+    """Those that train and normalise over the images of their own rank, whose statistics part."""
+    return [norm for norm in _with_own_statistics(model) if norm.training]
 
 
 @torch.no_grad()
@@ -199,11 +200,7 @@ def average_running_statistics(model: nn.Module) -> None:
     taken in fp64.
     """
     statistics: list[Tensor] = [
-        value
-        for module in model.modules()
-        if isinstance(module, NORM_WITH_MOMENTS) and not isinstance(module, nn.SyncBatchNorm)
-        for value in (module.running_mean, module.running_var)
-        if value is not None
+        value for norm in _with_own_statistics(model) for value in (norm.running_mean, norm.running_var)
     ]
     if not statistics or _ranks() == 1:
         return

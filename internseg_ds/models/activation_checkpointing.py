@@ -149,11 +149,11 @@ Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 
 
 def _second_pass_apart(norms: Sequence[Any]) -> Contexts:
-    return nullcontext(), _statistics_left_alone(norms)
+    return nullcontext(), statistics_left_alone(norms)
 
 
 @contextmanager
-def _statistics_left_alone(norms: Sequence[Any]) -> Iterator[None]:
+def statistics_left_alone(norms: Sequence[Any]) -> Iterator[None]:
     """Batch norms normalise as in training, and their running statistics, which the first pass has updated,
     stay as they are."""
     for norm in norms:
@@ -223,7 +223,7 @@ def _keeping_matmuls(norms: Sequence[Any]) -> Contexts:
 
 @contextmanager
 def _returning_kept_results(kept: list[Any], norms: Sequence[Any]) -> Iterator[None]:
-    with _statistics_left_alone(norms), _ReturnKeptResults(kept):
+    with statistics_left_alone(norms), _ReturnKeptResults(kept):
         yield
 
 
