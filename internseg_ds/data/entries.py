@@ -1,7 +1,7 @@
 """What a `data.train` or `data.val` entry of a config holds, before anything is built of it: data sets inside
 wrappers, and steps of pipelines."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from mmcv import ConfigDict
@@ -40,6 +40,13 @@ def steps_of(entry: Any) -> Iterator[Mapping[str, Any]]:
             raise ConfigError(f"pipeline={pipeline!r} of a {entry.get('type')} must be a list of transforms")
         yield from (step for step in pipeline or () if isinstance(step, Mapping))
         yield from steps_of([entry.get("dataset"), *(entry.get("datasets") or ())])
+
+
+def with_inner_steps(pipeline: Iterable[Any]) -> Iterator[Any]:
+    """Each step of a pipeline of a config, and those inside it (of MultiScaleFlipAug and the like)."""
+    for step in pipeline:
+        yield step
+        yield from with_inner_steps(step.get("transforms") or ())
 
 
 LABEL_MAPS = ("ann_dir", "masks")

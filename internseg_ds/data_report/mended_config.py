@@ -4,7 +4,7 @@ In: the given config and `Setting`s. Out: a file with the sections that differ, 
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from mmcv import Config
 from internseg_ds.config.config_text import config_dict, config_text
 from internseg_ds.config.experiment import Experiment
 from internseg_ds.data.checks.findings import Setting
-from internseg_ds.data.entries import leaf_datasets
+from internseg_ds.data.entries import leaf_datasets, with_inner_steps
 from internseg_ds.errors import ConfigError, OutputError
 
 
@@ -60,7 +60,8 @@ def _apply(cfg: dict[str, Any], setting: Setting) -> None:
         for leaf in leaf_datasets(cfg["data"].get(name) or []):
             if setting.img_dir is not None and setting.img_dir not in _folders(leaf):
                 continue
-            for place in _steps(leaf["pipeline"], setting.step) if setting.step else [leaf]:
+            steps = (step for step in with_inner_steps(leaf["pipeline"]) if step.get("type") == setting.step)
+            for place in steps if setting.step else [leaf]:
                 place[setting.key] = setting.value
 
 
@@ -68,13 +69,6 @@ def _folders(leaf: Mapping[str, Any]) -> list[str]:
     folders = leaf.get("img_dir") or []
     folders = folders if isinstance(folders, (list, tuple)) else [folders]
     return [os.path.join(leaf.get("data_root") or "", folder) for folder in folders]
-
-
-def _steps(pipeline: Any, kind: str) -> Iterator[dict[str, Any]]:
-    for step in pipeline:
-        if step.get("type") == kind:
-            yield step
-        yield from _steps(step.get("transforms") or (), kind)
 
 
 def _difference(before: Any, after: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,11 +4,11 @@ transformers' image processors can say it, and the windows that it evaluates wit
 In: an `Experiment`. Out: the fields of the file. The pipeline itself, step by step, is in the config beside it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from internseg_ds.config.experiment import Experiment
-from internseg_ds.data.entries import leaf_datasets, steps_of
+from internseg_ds.data.entries import leaf_datasets, steps_of, with_inner_steps
 
 BILINEAR = 2
 """PIL's number of the interpolation."""
@@ -20,8 +20,8 @@ def preprocessor_config(experiment: Experiment, processor: str, *, splits: bool)
     """The fields of the file for the class `processor` of transformers. splits: that cuts the resized image into
     squares itself. channels: the order in which the model takes them; processors give RGB."""
     (test, *_) = leaf_datasets(experiment.test) if experiment.test is not None else ({},)
-    steps = list(_steps(test.get("pipeline", ())))
-    normalize = next((step for step in steps if step.get("type") == "Normalize"), {})
+    steps = list(with_inner_steps(test.get("pipeline", ())))
+    normalize: Mapping[str, Any] = next((step for step in steps if step.get("type") == "Normalize"), {})
     window = experiment.model.test_cfg
     # squares are as large as the short side, and the model takes one size alone
     size = {"shortest_edge": int(window.crop_size[0])} if splits else _size(steps)
@@ -46,13 +46,6 @@ def preprocessor_config(experiment: Experiment, processor: str, *, splits: bool)
         config["image_std"] = [value / LARGEST for value in normalize["std"][order]]
         config["channels"] = "RGB" if order == slice(None) else "BGR"
     return config
-
-
-def _steps(pipeline: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
-    """Every step of a pipeline, those inside others too."""
-    for step in pipeline:
-        yield step
-        yield from _steps(step.get("transforms", ()))
 
 
 def _size(steps: Sequence[Mapping[str, Any]]) -> dict[str, int] | None:

@@ -1,10 +1,10 @@
 """Sizes of training and evaluated images, read from the pipelines of an experiment."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from internseg_ds.config.experiment import Experiment
-from internseg_ds.data.entries import leaf_datasets
+from internseg_ds.data.entries import leaf_datasets, with_inner_steps
 from internseg_ds.errors import ConfigError
 
 
@@ -29,7 +29,8 @@ def evaluation_size(experiment: Experiment) -> tuple[int, int]:
     scales = [
         scale
         for leaf in leaf_datasets(experiment.val or [])
-        for scale in _scales_of_pipeline(leaf.get("pipeline", ()))
+        for step in with_inner_steps(leaf.get("pipeline", ()))
+        for scale in _scales_of_step(step)
     ]
     if not scales:
         return crop_size(experiment)
@@ -37,15 +38,11 @@ def evaluation_size(experiment: Experiment) -> tuple[int, int]:
     return min(largest), max(largest)
 
 
-def _scales_of_pipeline(pipeline: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, int]]:
-    """Every (width, height) that a step of the pipeline, or one inside it, may resize an image to."""
-    for step in pipeline:
-        yield from _scales_of_step(step)
-        yield from _scales_of_pipeline(step.get("transforms", ()))
-
-
 def _scales_of_step(step: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
-    """`img_scale` is one pair, a list of pairs, or None; `img_ratios` is one factor, or a list of them."""
+    """Every (width, height) that a step may resize an image to.
+
+    `img_scale` is one pair, a list of pairs, or None; `img_ratios` is one factor, or a list of them.
+    """
     scale = step.get("img_scale")
     ratios = step.get("img_ratios") or (1.0,)
     if not isinstance(ratios, (list, tuple)):
