@@ -5,6 +5,7 @@ padded to a multiple of the number of ranks and cut into equal shares; rank r ho
 """
 
 import math
+from typing import Any
 
 
 def share_per_rank(numel: int, ranks: int) -> int:
@@ -22,3 +23,11 @@ def elements_of_rank(rank: int, numel: int, share: int) -> tuple[int, int]:
     alone. share: `share_per_rank`."""
     start = min(rank * share, numel)
     return start, min(start + share, numel)
+
+
+def full_shape(param: Any) -> Any:
+    """The torch.Size of a parameter before ZeRO-3 partitioned it; of any other parameter its shape.
+
+    runtime/zero/partition_parameters.py: `ds_shape` keeps it, while `shape` is [0] between gathers.
+    """
+    return getattr(param, "ds_shape", param.shape)

@@ -23,8 +23,9 @@ from internseg_ds.distributed.device_memory import free_memory, processes_here
 from internseg_ds.distributed.initial_values import gathered
 from internseg_ds.distributed.precision import apply_precision
 from internseg_ds.distributed.process_group import World
-from internseg_ds.distributed.zero_internals import full_shape, is_partitioned
+from internseg_ds.distributed.zero_internals import is_partitioned
 from internseg_ds.models.lora import add_same_adapters
+from internseg_ds.zero_partition import full_shape
 
 log = logging.getLogger(__name__)
 

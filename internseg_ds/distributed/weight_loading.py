@@ -19,7 +19,6 @@ from internseg_ds.checkpoints.weights import Weights, recording_invalid, refuse_
 from internseg_ds.distributed.initial_values import gathered
 from internseg_ds.distributed.process_group import gather_from_ranks
 from internseg_ds.distributed.zero_internals import (
-    full_shape,
     is_partitioned,
     shard_is_only_copy,
     shard_range,
@@ -29,6 +28,7 @@ from internseg_ds.errors import CheckpointError, DamagedError
 from internseg_ds.lora_names import is_factor, plain_name
 from internseg_ds.tensor_part import Part
 from internseg_ds.torch_internals import persistent_buffers
+from internseg_ds.zero_partition import full_shape
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from internseg_ds.torch_internals import adam_step_count
-from internseg_ds.zero_partition import elements_of_rank
+from internseg_ds.zero_partition import elements_of_rank, full_shape
 
 if TYPE_CHECKING:
     from deepspeed.runtime.checkpoint_engine import CheckpointEngine
@@ -34,14 +34,6 @@ def is_partitioned(param: nn.Parameter) -> bool:
     runtime/zero/partition_parameters.py (`_convert_to_deepspeed_param`): only such a parameter has a `ds_id`.
     """
     return hasattr(param, "ds_id")
-
-
-def full_shape(param: nn.Parameter) -> torch.Size:
-    """The shape of a parameter before ZeRO-3 partitioned it; of any other parameter its shape.
-
-    runtime/zero/partition_parameters.py: `ds_shape` keeps it, while `shape` is [0] between gathers.
-    """
-    return getattr(param, "ds_shape", param.shape)
 
 
 def shard_range(param: nn.Parameter) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """The block that a backbone repeats: the unit in which ZeRO-3 gathers weights and reduces gradients.
 
-Reads modules and parameter shapes only, so it works on models on the meta device too.
+Reads modules and parameter shapes only, so it works on models on the meta device, and on those that ZeRO-3 has
+partitioned.
 """
 
 from collections import Counter
@@ -11,6 +12,8 @@ from typing import Any
 
 from mmcv.cnn import ConvModule, DepthwiseSeparableConvModule
 from torch import Tensor, nn
+
+from internseg_ds.zero_partition import full_shape
 
 PLAIN_LAYERS = (ConvModule, DepthwiseSeparableConvModule)
 """mmcv's convolution layers. They are no blocks of a backbone: heads consist of the same classes, and a
@@ -44,7 +47,8 @@ def repeated_block(backbone: nn.Module) -> RepeatedBlock | None:
             # of mmcv, are classes that heads have too.
             if child is None or kind.__module__.startswith("torch.nn.") or issubclass(kind, PLAIN_LAYERS):
                 continue
-            block = RepeatedBlock(_class_name(child), tuple(param.numel() for param in child.parameters()))
+            sizes = tuple(full_shape(param).numel() for param in child.parameters())
+            block = RepeatedBlock(_class_name(child), sizes)
             if block in seen and sum(block.sizes) > (sum(largest.sizes) if largest else 0):
                 largest = block
             seen.add(block)

@@ -9,9 +9,9 @@ from typing import Any
 from mmcv.runner.optimizer import OPTIMIZER_BUILDERS, DefaultOptimizerConstructor
 from torch import nn
 
-from internseg_ds.distributed.zero_internals import full_shape
 from internseg_ds.errors import ConfigError, counted, unknown_key
 from internseg_ds.lora_names import plain_name
+from internseg_ds.zero_partition import full_shape
 
 HEADS_OFFSETS = ("sampling_offsets", "reference_points")
 """Parts of names: the offsets of deformable attention in heads."""

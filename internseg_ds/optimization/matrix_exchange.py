@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from internseg_ds.distributed.zero_internals import Fragment, fp32_partitions, fragment_of, full_shape
+from internseg_ds.distributed.zero_internals import Fragment, fp32_partitions, fragment_of
+from internseg_ds.zero_partition import full_shape
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from internseg_ds.distributed.zero_internals import fp32_partitions, fragment_of, full_shape
+from internseg_ds.distributed.zero_internals import fp32_partitions, fragment_of
 from internseg_ds.torch_internals import adam_step_count
+from internseg_ds.zero_partition import full_shape
 
 Range = tuple[int, int, int]
 """Elements [start, stop) of a flat tensor, and the number of their setting."""

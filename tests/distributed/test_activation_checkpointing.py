@@ -1,21 +1,24 @@
 """Activation checkpointing under the ZeRO stages: DeepSpeed's hooks gather, release and reduce inside blocks
 that run a second time."""
 
+from collections import Counter
 from pathlib import Path
 
 import deepspeed
 import pytest
 import torch
 from deepspeed.utils import safe_set_full_fp32_param
+from torch import nn
 
 from internseg_ds import SegmentorEngine
 from internseg_ds.cli.command_line import quieten
 from internseg_ds.config.experiment import read_experiment
 from internseg_ds.errors import ConfigError
 from internseg_ds.models.activation_checkpointing import set_recomputation
-from tests.conftest import ROOT, TINY, data_options
+from internseg_ds.models.repeated_blocks import repeated_blocks
+from tests.conftest import ROOT, TIMM, TINY, TRANSFORMERS, data_options
 from tests.distributed.ranks import spawn
-from tests.end_to_end.conftest import SMALL
+from tests.end_to_end.conftest import SMALLER
 from tests.small_experiment import first_batch
 
 TIGHT = {
@@ -29,10 +32,10 @@ LEAF = {"leaf_module": "auto"}
 """DeepSpeed's hooks sit on whole blocks, which are gathered as one."""
 
 
-def options(root: Path, **more: object) -> dict[str, object]:
+def options(root: Path, config: str = TINY, **more: object) -> dict[str, object]:
     import ast
 
-    given = dict(option.split("=", 1) for option in (*SMALL, *data_options(root)))
+    given = dict(option.split("=", 1) for option in (*SMALLER[config], *data_options(root)))
     return {key: value if "data_root" in key else ast.literal_eval(value) for key, value in given.items()} | {
         "data.workers_per_gpu": 0,
         "optimizer.lr": 0.0,
@@ -95,6 +98,39 @@ def test_every_policy_gives_the_same_losses_and_gradient_norms_with_hooks_on_lay
     settings, ade20k, tmp_path
 ):
     spawn(every_policy_is_equal, 2, settings, ade20k, tmp_path / "run")
+
+
+def blocks_run_again(config: str, root: Path, work_dir: Path) -> None:
+    """How often each block runs in one step, under each policy."""
+    quieten()
+    deepspeed.init_distributed("gloo", verbose=False)
+    experiment = read_experiment(ROOT / config, options(root, config))
+    stage3 = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}}
+    with SegmentorEngine(experiment, stage3, work_dir=work_dir, validate=False) as engine:
+        batch = first_batch(engine)
+        model = engine.deepspeed.module
+        runs: Counter[nn.Module] = Counter()
+        blocks = repeated_blocks(model.backbone)
+        for block in blocks:
+            block.register_forward_pre_hook(lambda module, _: runs.update([module]))
+        model.train()
+        for policy, expected in (
+            ("none", [1, 1, 1, 1]),
+            ("blocks", [2, 2, 2, 2]),
+            (2, [2, 1, 2, 1]),
+            ("all_but_matmuls", [2, 2, 2, 2]),
+        ):
+            set_recomputation(model, policy)
+            runs.clear()
+            engine.deepspeed.backward(engine.forward(batch)["loss"])
+            engine.deepspeed.step()
+            assert [runs[block] for block in blocks] == expected, policy
+
+
+@pytest.mark.parametrize("config", [TINY, TIMM, TRANSFORMERS])
+def test_what_zero3_has_partitioned_recomputes_as_its_policy_says(config, ade20k, tmp_path):
+    """Blocks are found while a model is built, when their parameters are partitioned already."""
+    spawn(blocks_run_again, 1, config, ade20k, tmp_path / "run")
 
 
 def test_a_policy_that_is_none_is_one_sentence(ade20k, tmp_path):

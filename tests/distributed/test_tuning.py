@@ -19,8 +19,9 @@ from internseg_ds.distributed.construction import (
     tune_for_training,
 )
 from internseg_ds.distributed.initial_values import gathered
-from internseg_ds.distributed.zero_internals import fp32_partitions, full_shape, inner_optimizer
+from internseg_ds.distributed.zero_internals import fp32_partitions, inner_optimizer
 from internseg_ds.models.repeated_blocks import RepeatedBlock, repeated_block
+from internseg_ds.zero_partition import full_shape
 from tests.distributed.ranks import spawn
 
 CPU = torch.device("cpu")

@@ -25,7 +25,6 @@ from internseg_ds.distributed.zero_internals import (
     copy_master_weights_to_model,
     fp32_partitions,
     fragment_of,
-    full_shape,
     gather_frozen_where_used,
     inner_optimizer,
     is_partitioned,
@@ -41,6 +40,7 @@ from internseg_ds.distributed.zero_internals import (
     write_shard,
 )
 from internseg_ds.models.derived_class import derived_class
+from internseg_ds.zero_partition import full_shape
 from tests.distributed.ranks import spawn
 
 BF16 = {"bf16": {"enabled": True}}

@@ -9,9 +9,10 @@ import torch
 import torch.distributed as dist
 
 from internseg_ds.config.ds_config import resolve_ds_config
-from internseg_ds.distributed.zero_internals import fp32_partitions, fragment_of, full_shape
+from internseg_ds.distributed.zero_internals import fp32_partitions, fragment_of
 from internseg_ds.optimization import optimizers
 from internseg_ds.optimization.ranged_adam import RangedAdam, bundles
+from internseg_ds.zero_partition import full_shape
 from tests.distributed.ranks import spawn
 from tests.small_experiment import small_experiment
 
