@@ -5,17 +5,27 @@ config, which is the one source of batch, optimizer, schedule and clipping. Out:
 goes to `deepspeed.initialize` as it is. Takes no accelerator.
 """
 
-import copy
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from internseg_ds.errors import ConfigError, counted, reason_of, unknown_key
+from internseg_ds.config.ds_config_batch import (
+    BatchPerStep,
+    Sources,
+    accumulation_steps,
+    fill_batch,
+    must_equal,
+)
+from internseg_ds.config.ds_config_file import (
+    check_deepspeed_accepts,
+    check_keys,
+    check_no_auto_left,
+    read_ds_config,
+)
+from internseg_ds.errors import ConfigError, counted
 from internseg_ds.moment_formats import OptimizerStates
 
 if TYPE_CHECKING:
@@ -23,59 +33,12 @@ if TYPE_CHECKING:
 
 Precision = Literal["bf16", "autocast", "fp32"]
 
-# DeepSpeed 0.19.8 ignores an unknown key at the top level silently, so the ones it reads are listed
-# here.
-TOP_LEVEL_KEYS = frozenset(
-    [
-        "train_batch_size",
-        "train_micro_batch_size_per_gpu",
-        "gradient_accumulation_steps",
-        "gradient_clipping",
-        "optimizer",
-        "scheduler",
-        "zero_optimization",
-        "bf16",
-        "fp16",
-        "torch_autocast",
-        "data_types",
-        "communication_data_type",
-        "seq_parallel_communication_data_type",
-        "prescale_gradients",
-        "gradient_predivide_factor",
-        "gradient_allreduce_op",
-        "zero_allow_untested_optimizer",
-        "zero_force_ds_cpu_optimizer",
-        "activation_checkpointing",
-        "steps_per_print",
-        "wall_clock_breakdown",
-        "memory_breakdown",
-        "dump_state",
-        "log_level",
-        "comms_logger",
-        "flops_profiler",
-        "tensorboard",
-        "wandb",
-        "csv_monitor",
-        "comet",
-        "aio",
-        "checkpoint",
-        "compile",
-        "timers",
-        "disable_python_gc",
-        "disable_allgather",
-        "managed_gradient_accumulation",
-        "dataloader_drop_last",
-        "datastates_ckpt",
-    ]
-)
-AUTOCAST_KEYS = frozenset(("enabled", "dtype", "lower_precision_safe_modules"))
 SUB_GROUP = 250_000_000
 """Elements of a process that are updated at a time where a ds_config does not say (ZeRO-3's `sub_group_size`,
 or a parameter group of ZeRO-1 and 2): their fp32 gradients take 1 GB meanwhile. DeepSpeed's own
 `sub_group_size` is four times as much, and made for several parameter groups."""
 LEAST_BUCKET = 2**20
 """Elements of the smallest "auto" bucket: below it a collective's start costs more than its bytes."""
-DATA_TYPES_KEYS = frozenset(("grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"))
 
 
 @dataclass(frozen=True)
@@ -111,30 +74,12 @@ class DsConfig:
 
 
 @dataclass(frozen=True)
-class BatchPerStep:
-    """What a recipe asks for in one optimizer step: images of all processes (`engine.global_batch`), or
-    micro-batches of each (`optimizer_config.cumulative_iters`); at most one of them. Neither: one micro-batch
-    unless the ds_config says more."""
-
-    images: int | None = None
-    micro_batches: int | None = None
-
-
-@dataclass(frozen=True)
 class BackboneSizes:
     """hidden_size: width of the backbone, block: what it repeats, if anything. From these "auto" ZeRO-3 sizes
     follow, so that weights are gathered and gradients reduced block by block."""
 
     hidden_size: int = 1024
     block: "RepeatedBlock | None" = None
-
-
-@dataclass(frozen=True)
-class _Sources:
-    """Names for messages: of the ds_config, and of the experiment config."""
-
-    ds: str
-    experiment: str
 
 
 def resolve_ds_config(
@@ -158,12 +103,12 @@ def resolve_ds_config(
     Raises ConfigError for an unreadable file, an unknown key, fp16, a contradiction in batch, clipping,
     optimizer or the formats of its state.
     """
-    name, raw = _read(source)
-    _known_keys(raw, name)
-    sources = _Sources(name, experiment)
-    accumulation = _accumulation(raw, micro_batch, world_size, per_step or BatchPerStep(), sources)
-    _fill_batch(raw, micro_batch, world_size, accumulation, sources)
-    _must_equal(raw, "gradient_clipping", gradient_clipping, "optimizer_config.grad_clip.max_norm", sources)
+    name, raw = read_ds_config(source)
+    check_keys(raw, name)
+    sources = Sources(name, experiment)
+    accumulation = accumulation_steps(raw, micro_batch, world_size, per_step or BatchPerStep(), sources)
+    fill_batch(raw, micro_batch, world_size, accumulation, sources)
+    must_equal(raw, "gradient_clipping", gradient_clipping, "optimizer_config.grad_clip.max_norm", sources)
     precision = _precision(raw, name)
     _optimizer_agrees(raw, optimizer, sources)
     _check_sections(raw, sources)
@@ -174,8 +119,8 @@ def resolve_ds_config(
     # DeepSpeed's clock of samples per second waits for the device at each forward and step; the records have
     # that figure from a clock that does not
     raw.setdefault("timers", {}).setdefault("throughput", {}).setdefault("enabled", False)
-    _no_auto_left(raw, name)
-    _deepspeed_accepts(raw, name)
+    check_no_auto_left(raw, name)
+    check_deepspeed_accepts(raw, name)
     # DeepSpeed knows Adam and its relatives by their classes; ours, and others, run unchanged in fp32
     # partitions, so they are allowed without a key for it
     if _class_name(optimizer.get("type", "AdamW")) in ("Adam", "AdamW", "Muon"):
@@ -240,26 +185,7 @@ def _bf16_master(
     return True
 
 
-def _fill_batch(
-    raw: dict[str, Any], micro_batch: int, world_size: int, accumulation: int, sources: _Sources
-) -> None:
-    """Raises ConfigError where the ds_config has other batch sizes."""
-    _must_equal(raw, "train_micro_batch_size_per_gpu", micro_batch, "data.samples_per_gpu", sources)
-    raw["gradient_accumulation_steps"] = accumulation
-    product = world_size * micro_batch * accumulation
-    if raw.get("train_batch_size", "auto") not in ("auto", product):
-        raise ConfigError(
-            f"train_batch_size={raw['train_batch_size']} is not {counted(world_size, 'process')} x "
-            f"{counted(micro_batch, 'image')} x {counted(accumulation, 'accumulation step')} = {product}.\n"
-            f"  from: {sources.ds}: train_batch_size; {sources.experiment}: "
-            f"data.samples_per_gpu={micro_batch}\n"
-            f"  fix:  drop train_batch_size from {sources.ds}, it is derived; to keep the recipe's batch set "
-            f"engine.global_batch in {sources.experiment}"
-        )
-    raw["train_batch_size"] = product
-
-
-def _check_sections(raw: Mapping[str, Any], sources: _Sources) -> None:
+def _check_sections(raw: Mapping[str, Any], sources: Sources) -> None:
     """Raises ConfigError for sections that would do what the engine does."""
     if "scheduler" in raw:
         raise ConfigError(
@@ -284,118 +210,6 @@ def _check_zero(zero: Mapping[str, Any], world_size: int, name: str) -> None:
             f"zero_hpz_partition_size={node!r} of {name} must be the number of GPUs of a node, "
             f"which divides the {processes}"
         )
-
-
-def _ours() -> Path:
-    """The folder of the ds_configs that come with the project: of a checkout, the absolute path."""
-    checkout = Path(__file__).parents[2] / "ds_configs"
-    return checkout if checkout.is_dir() else Path("ds_configs")
-
-
-def _read(source: str | os.PathLike | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    if isinstance(source, Mapping):
-        return "ds_config", json.loads(json.dumps(dict(source)))  # a deep copy, and a check that it is JSON
-    path = Path(source)
-    try:
-        raw = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(
-            f"there is no ds_config {path} as seen from {Path.cwd()}; give one with --deepspeed_config PATH "
-            f"(ours are in {_ours()}, the usual one is zero3_bf16.json)"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"ds_config {path} cannot be read: {error}") from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(
-            f"ds_config {path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
-        ) from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"ds_config {path} must hold one JSON object, not a {type(raw).__name__}")
-    return str(path), raw
-
-
-def _known_keys(raw: dict[str, Any], name: str) -> None:
-    for key in raw:
-        if key not in TOP_LEVEL_KEYS:
-            raise unknown_key(key, TOP_LEVEL_KEYS, name)
-    for section in (
-        "zero_optimization",
-        "bf16",
-        "fp16",
-        "torch_autocast",
-        "data_types",
-        "optimizer",
-        "timers",
-    ):
-        _is_section(raw, section, name)
-    _is_section(raw.get("timers", {}), "throughput", f"timers of {name}")
-    for section in ("offload_optimizer", "offload_param"):
-        _is_section(raw.get("zero_optimization", {}), section, f"zero_optimization of {name}")
-    for section in ("bf16", "fp16", "torch_autocast"):
-        if not isinstance(enabled := raw.get(section, {}).get("enabled", False), bool):
-            raise ConfigError(f"{section}.enabled={enabled!r} of {name} must be true or false")
-    for section, known in (("torch_autocast", AUTOCAST_KEYS), ("data_types", DATA_TYPES_KEYS)):
-        for key in raw.get(section, {}):
-            if key not in known:
-                raise unknown_key(key, known, f"{section} of {name}")
-
-
-def _is_section(parent: dict[str, Any], key: str, name: str) -> None:
-    """`null` means the same as no such key; anything else must be an object."""
-    if parent.get(key, {}) is None:
-        del parent[key]
-    elif not isinstance(parent.get(key, {}), dict):
-        raise ConfigError(f"{key} of {name} must be a section {{...}}, not {parent[key]!r}")
-
-
-def _accumulation(
-    raw: dict[str, Any], micro_batch: int, world_size: int, per_step: BatchPerStep, sources: _Sources
-) -> int:
-    """Micro-batches per optimizer step, from the experiment, else from the ds_config, else 1."""
-    wanted = per_step.micro_batches
-    if per_step.images is not None:
-        wanted, rest = divmod(per_step.images, world_size * micro_batch)
-        if rest:
-            raise ConfigError(
-                f"engine.global_batch={counted(per_step.images, 'image')} cannot be made of "
-                f"{counted(world_size, 'process')} x {counted(micro_batch, 'image')}.\n"
-                f"  from: {sources.experiment}: engine.global_batch={per_step.images}, "
-                f"data.samples_per_gpu={micro_batch}\n"
-                "  fix:  choose data.samples_per_gpu and the number of processes so that their product "
-                f"divides {per_step.images}"
-            )
-    given = raw.get("gradient_accumulation_steps", "auto")
-    if given == "auto":
-        return wanted or 1
-    if not isinstance(given, int) or given < 1:
-        raise ConfigError(
-            f"gradient_accumulation_steps={given!r} of {sources.ds} must be a whole number of at least 1, "
-            'or "auto"'
-        )
-    if wanted not in (None, given):
-        setting = (
-            f"engine.global_batch={per_step.images}"
-            if per_step.images is not None
-            else "optimizer_config.cumulative_iters"
-        )
-        raise ConfigError(
-            f"gradient_accumulation_steps={given} contradicts the {counted(wanted, 'step')} that {setting} "
-            f"means for {counted(world_size, 'process')} x {counted(micro_batch, 'image')}.\n"
-            f"  from: {sources.ds}: gradient_accumulation_steps; {sources.experiment}: {setting}\n"
-            f'  fix:  set gradient_accumulation_steps to "auto" in {sources.ds}'
-        )
-    return given
-
-
-def _must_equal(raw: dict[str, Any], key: str, value: Any, option: str, sources: _Sources) -> None:
-    given = raw.get(key, "auto")
-    if given not in ("auto", value):
-        raise ConfigError(
-            f"{key}={given!r} contradicts {option}={value!r}.\n"
-            f"  from: {sources.ds}: {key}; {sources.experiment}: {option}\n"
-            f'  fix:  set {key} to "auto" in {sources.ds}; the experiment config is its one source'
-        )
-    raw[key] = value
 
 
 def _precision(raw: dict[str, Any], name: str) -> Precision:
@@ -423,7 +237,7 @@ def _precision(raw: dict[str, Any], name: str) -> Precision:
     return "bf16" if bf16 else "autocast" if autocast else "fp32"
 
 
-def _optimizer_agrees(raw: dict[str, Any], optimizer: Mapping[str, Any], sources: _Sources) -> None:
+def _optimizer_agrees(raw: dict[str, Any], optimizer: Mapping[str, Any], sources: Sources) -> None:
     """An optimizer section in the ds_config may repeat the experiment's values, not change them; it is
     dropped."""
     section = raw.pop("optimizer", None)
@@ -482,41 +296,3 @@ def _fill_zero3_sizes(zero: dict[str, Any], backbone: BackboneSizes) -> None:
             zero[key] = max(size, LEAST_BUCKET)
     if zero.get("leaf_module") == "auto":
         zero["leaf_module"] = {"classes": [block.class_name] if block else []}
-
-
-def _no_auto_left(section: Mapping[str, Any], where: str) -> None:
-    for key, value in section.items():
-        if value == "auto" and key != "keep_in_fp32_modules":  # the one "auto" that is DeepSpeed's own
-            raise ConfigError(
-                f'{key}="auto" in {where} cannot be filled from the experiment config; write a value or '
-                "drop it"
-            )
-        if isinstance(value, Mapping):
-            _no_auto_left(value, f"{key} of {where}")
-
-
-def _deepspeed_accepts(raw: dict[str, Any], name: str) -> None:
-    """DeepSpeed's own reading of the whole file, which refuses unknown keys and wrong types in most
-    sections."""
-    from deepspeed import comm
-    from deepspeed.runtime.config import DeepSpeedConfig
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-    from pydantic import ValidationError
-
-    fields = DeepSpeedZeroConfig.model_fields
-    known = set(fields) | {field.alias for field in fields.values() if field.alias}
-    for key in raw["zero_optimization"]:
-        if key not in known:
-            raise unknown_key(key, known, f"zero_optimization of {name}")
-    # as DeepSpeedConfig sees it: the processes have not met yet
-    world_size = comm.get_world_size() if comm.is_initialized() else 1
-    batch = raw["train_micro_batch_size_per_gpu"] * raw["gradient_accumulation_steps"] * world_size
-    try:
-        DeepSpeedConfig(copy.deepcopy(raw) | {"train_batch_size": batch})
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ConfigError(
-            f"{'.'.join(map(str, first['loc']))}={first['input']!r} of {name} ({error.title}): {first['msg']}"
-        ) from None
-    except Exception as error:  # DeepSpeed refuses with errors of many kinds
-        raise ConfigError(f"DeepSpeed refuses {name}: {reason_of(error)}") from None

@@ -15,7 +15,8 @@ import torch
 from mmseg.models.segmentors import BaseSegmentor
 from torch import nn
 
-from internseg_ds.config.ds_config import BackboneSizes, BatchPerStep, DsConfig, Precision, resolve_ds_config
+from internseg_ds.config.ds_config import BackboneSizes, DsConfig, Precision, resolve_ds_config
+from internseg_ds.config.ds_config_batch import BatchPerStep
 from internseg_ds.config.experiment import Experiment
 from internseg_ds.distributed.construction import build_on_meta, choose_trained, set_activation_checkpointing
 from internseg_ds.distributed.gathering import WINDOWS_PER_FORWARD

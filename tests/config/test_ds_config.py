@@ -4,7 +4,8 @@ import pytest
 import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 
-from internseg_ds.config.ds_config import BackboneSizes, BatchPerStep, resolve_ds_config
+from internseg_ds.config.ds_config import BackboneSizes, resolve_ds_config
+from internseg_ds.config.ds_config_batch import BatchPerStep
 from internseg_ds.errors import ConfigError
 from internseg_ds.models.intern_vit.intern_vit_6b import InternViT6B
 from internseg_ds.models.repeated_blocks import repeated_block
