@@ -32,7 +32,7 @@ def load_config(config: str | os.PathLike | Config) -> tuple[str, Config]:
 
     cfg = executed(config)
     _import_modules(cfg.get("custom_imports") or {}, str(config))
-    return str(config), cfg
+    return str(config), Config(config_dict(cfg), filename=str(config))
 
 
 def executed(config: str | os.PathLike) -> Config:

@@ -19,8 +19,17 @@ SHORT = 40
 
 
 def config_dict(cfg: Config) -> dict[str, Any]:
-    """All keys of a config as plain dicts, lists and tuples: a copy."""
-    return cfg.to_dict()  # of the ConfigDict inside, to which mmcv's Config passes what it lacks
+    """All keys of a config as plain dicts, lists, tuples and numbers (not NumPy's): a copy."""
+    copied: dict[str, Any] = _python_numbers(cfg.to_dict())  # of the ConfigDict inside: Config passes it on
+    return copied
+
+
+def _python_numbers(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict):
+        return {key: _python_numbers(item) for key, item in value.items()}
+    return type(value)(map(_python_numbers, value)) if type(value) in (list, tuple) else value
 
 
 def config_text(cfg: Mapping[str, Any]) -> str:

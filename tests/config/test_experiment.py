@@ -52,6 +52,21 @@ def test_keys_of_mmcvs_runner_are_interpreted_or_answered_by_a_line():
     assert not any("helper_variable" in note for note in experiment.notes)
 
 
+def test_numbers_of_numpy_are_those_of_python(tmp_path):
+    """A config is a program, and may compute its numbers."""
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        f"""_base_ = ["{ROOT / TINY}"]
+import numpy as np
+optimizer = dict(lr=np.float32(0.5), betas=(np.float64(0.25), 0.5))
+runner = dict(max_iters=np.int64(7))
+"""
+    )
+    found = read_experiment(mine)
+    assert type(found.optimizer.lr) is float and found.optimizer.lr == 0.5 and found.schedule.max_steps == 7
+    assert type(found.optimizer.betas) is tuple and type(found.optimizer.betas[0]) is float
+
+
 def _with(**sections) -> Config:
     """The demo's config with keys merged into its sections."""
     cfg = Config.fromfile(ROOT / TINY)
