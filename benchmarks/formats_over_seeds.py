@@ -9,7 +9,7 @@ configs/intern_vit_tiny/upernet_intern_vit_tiny_224_camvid.py describes it (with
 half its size on the demo's backbone, both from random weights. Backbones compute in bf16. One process, ZeRO-2,
 4 images a step. A seed decides initial values and the order of data. Each training that ends is one line of
 JSON in --results: loss (mean of the last tenth of the steps) and mIoU after the last step. What stands there is
-not trained again, so a run that was cut off goes on. First come three seeds of fp32, which make the spread,
+not trained again, so a run that was cut off goes on. First come the seeds of fp32, which make the spread,
 then all kinds seed by seed. --table prints what the file has.
 """
 
@@ -61,6 +61,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--table", action="store_true", help="only print what the file has")
     parser.add_argument("--camvid", type=Path, help="CamVid's folder")
     parser.add_argument("--seeds", type=int, default=3, help="(default: %(default)s)")
+    parser.add_argument("--fp32-seeds", type=int, default=3, help="that make the spread (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=500, help="on scenes (default: %(default)s)")
     parser.add_argument("--camvid-steps", type=int, default=500, help="(default: %(default)s)")
     parser.add_argument("--scenes", type=int, default=200, help="training images (default: %(default)s)")
@@ -79,7 +80,7 @@ def train_missing(done: list[Run], folder: Path, args: argparse.Namespace) -> No
     optimizer_states.write_scenes(folder / "scenes", args.scenes)
     there = {(run["data"], run["steps"], run["kind"], run["seed"]) for run in done}
     sets = [("scenes", args.steps)] + [("CamVid", args.camvid_steps)] * bool(args.camvid)
-    queue = [(*data, FP32, seed) for data in sets for seed in range(args.seeds)]
+    queue = [(*data, FP32, seed) for data in sets for seed in range(args.fp32_seeds)]
     others = [kind for kind in KINDS if kind != FP32]
     queue += [(*data, kind, seed) for seed in range(args.seeds) for kind in others for data in sets]
     for data, steps, kind, seed in queue:
