@@ -1,11 +1,11 @@
-"""Cityscapes with its 20,000 coarsely labelled images: 22,973 training images (two of the coarse ones are no pictures),
-500 validation images, 19 classes, numbered from 0. As layouts/cityscapes.py, and
+"""Cityscapes with its 19,998 coarsely labelled images: 22,973 training and 500 validation images, 19 classes, numbered
+from 0. As layouts/cityscapes.py, and
 
     data/cityscapes/leftImg8bit/train_extra/CITY/*_leftImg8bit.png
     data/cityscapes/refinement_final/train_extra/CITY/*_gtFine_labelTrainIds.png     0 to 18; 255 stands for none
 
-The folder's name is that of OpenGVLab's files, which do not say where its label maps come from; those of Cityscapes itself are read by
-`ann_dir` of gtCoarse and a data set of their own with seg_map_suffix="_gtCoarse_labelTrainIds.png" (docs/data_sets.md).
+The folder's name is that of OpenGVLab's files, which do not say where its label maps come from; docs/data_sets.md
+says how Cityscapes' own coarse ones are read.
 """
 
 common = dict(type="CityscapesDataset", data_root="data/cityscapes/")

@@ -6,8 +6,6 @@ Published score: none.
 it. 16 GPUs x 2 divide the losses of masks by the masks of the whole step, fewer GPUs by those of a
 micro-batch, so their losses are not quite the same.
 
-The published file crops twice in a row, to the same size, of which the second changes nothing; here once.
-
     deepspeed launch/train.py configs/intern_image/mapillary/mask2former_internimage_h_896x896_80k_mapillary.py \
               --deepspeed_config ds_configs/zero3_bf16.json
 """
