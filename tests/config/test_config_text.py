@@ -41,6 +41,8 @@ def written(cfg: Config, path: Path) -> Config:
 @pytest.mark.parametrize("folder", [ROOT / "configs", pytest.param(ZOO, marks=pytest.mark.slow)])
 def test_it_reads_back_as_an_equal_config(folder, tmp_path):
     for path in folder.rglob("*.py"):
+        if "_base_" in path.parts:  # parts of the others
+            continue
         cfg = Config.fromfile(path, import_custom_modules=False)
         assert repr(written(cfg, tmp_path / "config.py")._cfg_dict) == repr(cfg._cfg_dict), path
 

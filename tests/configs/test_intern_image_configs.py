@@ -16,6 +16,7 @@ from internseg_ds.distributed.weight_loading import shapes_of
 from internseg_ds.optimization.parameter_groups import parameter_groups
 from internseg_ds.preflight.dataset_checks import validation_set
 from internseg_ds.preflight.model_checks import check_classes
+from tests.configs.test_recipes_on_other_data import RECIPES
 
 CONFIGS = Path(__file__).parents[2] / "configs/intern_image"
 # channels, depths, groups, crop on ADE20K, lr, layer decay, drop path, parameters with UPerNet on ADE20K as
@@ -69,6 +70,7 @@ def test_these_are_all_the_files():
         *(f"{name}_ms" for name in UPERNETS),
         f"{MASK2FORMER}_ss",
         f"{MASK2FORMER}_ms",
+        *(name.removeprefix("intern_image/") for name in RECIPES if name.startswith("intern_image/")),
     }
 
 

@@ -36,7 +36,6 @@ model = dict(
         center_feature_scale=True,
         with_cp=False,
         out_indices=(0, 1, 2, 3),
-        init_cfg=None,
     ),
     decode_head=dict(
         type="Mask2FormerHead",

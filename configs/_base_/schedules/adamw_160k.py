@@ -1,9 +1,10 @@
-"""The recipe of all InternImage experiments with UPerNet: AdamW, linear warmup over 1,500 steps, then a
-straight line to 0 over 160,000.
+"""The recipe of all InternImage experiments: AdamW, linear warmup over 1,500 steps, then a straight line to 0
+over 160,000, unless they say 80,000 or 40,000.
 
 A step is one optimizer update on 16 images, at any number of GPUs: `engine.global_batch` makes up the
 difference by accumulating gradients. T, S and B (trained on ImageNet-1k) take the lr of this file in all
-layers and no clipping; larger ones take 2e-5, layer-wise decay, and gradients clipped to a norm of 0.1.
+layers and no clipping; larger ones 2e-5 or 1e-5, layer-wise decay, and in most experiments gradients clipped to
+a norm of 0.1.
 """
 
 engine = dict(global_batch=16)

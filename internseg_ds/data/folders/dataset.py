@@ -13,11 +13,13 @@ from mmseg.datasets import DATASETS, CustomDataset
 
 from internseg_ds.data.folders.codes import ColourCodes, NumberCodes, colour_codes, number_codes, palette_of
 from internseg_ds.data.folders.pairs import Pair, paired
-from internseg_ds.data.folders.subsets import drawn, drawn_per_class, named_in
+from internseg_ds.data.folders.subsets import drawn, drawn_per_class, named_in, on_side
 from internseg_ds.data.label_maps import annotation_of, loader_in, read_label_maps_of
 from internseg_ds.errors import ConfigError
 
 BACKGROUND = "background"
+VALIDATION_SHARE = 0.1
+"""Of the images of one folder, unless the config says otherwise."""
 
 
 @DATASETS.register_module()
@@ -27,10 +29,11 @@ class FolderDataset(CustomDataset):
     root: a folder, or several. images: pattern below it ("**/*.tif"), or several. masks: pattern of the label
     maps ("**/*_mask.png"), None where there are none; an image has the one for which the wildcards match the
     same. classes: names, or a file of them. split: a file that names the images taken, below the (first) root
-    unless it is absolute. label_map: {number in the files: class name, place or None}, or "0/255" for masks of
-    background and one class. colours: {(R, G, B): class name, place or None}, or a colour for each class, of
-    colour-coded masks. first: so many images, drawn by `seed`; per_class: so that each class is in so many.
-    Others as CustomDataset has them.
+    unless it is absolute. fold: "train" or "val", the side of a division of all images by a hash of their
+    names; validation_share: of the latter, 0.1 unless given. label_map: {number in the files: class name,
+    place or None}, or "0/255" for masks of background and one class. colours: {(R, G, B): class name, place
+    or None}, or a colour for each class, of colour-coded masks. first: so many images, drawn by `seed`;
+    per_class: so that each class is in so many. Others as CustomDataset has them.
 
     Raises ConfigError for arguments that cannot be meant, DataError where files are missing, naming the nearest.
     """
@@ -46,6 +49,8 @@ class FolderDataset(CustomDataset):
         classes: str | Sequence[str] | None = None,
         *,
         split: str | None = None,
+        fold: str | None = None,
+        validation_share: float | None = None,
         label_map: Mapping[int, Any] | str | None = None,
         colours: Mapping[Any, Any] | Sequence[Any] | None = None,
         palette: Any = None,
@@ -63,12 +68,17 @@ class FolderDataset(CustomDataset):
         if isinstance(self.label_codes, ColourCodes) and palette is None:
             palette = palette_of(self.label_codes, names)
         _check_numbers(first, per_class, masks)
+        _check_fold(fold, validation_share)
         self.roots = roots = [root] if isinstance(root, str) else list(root)
         self.images, self.masks = [images] if isinstance(images, str) else list(images), masks
         self.takes_all = split is None and first is None and per_class is None
         self.pairs = paired(roots, self.images, masks)
         if split is not None:
             self.pairs = named_in(os.path.join(roots[0], split), self.pairs)
+        if fold is not None:
+            self.pairs = on_side(
+                fold, VALIDATION_SHARE if validation_share is None else validation_share, self.pairs
+            )
         folder = os.path.commonpath(list(map(os.path.abspath, roots))) if len(roots) > 1 else roots[0]
         super().__init__(
             pipeline,
@@ -134,6 +144,25 @@ def _check_numbers(first: Any, per_class: Any, masks: str | None) -> None:
         raise ConfigError("FolderDataset takes first=N images or per_class=N, not both")
     if per_class is not None and masks is None:
         raise ConfigError("per_class of FolderDataset needs masks")
+
+
+def _check_fold(fold: Any, validation_share: Any) -> None:
+    if fold not in (None, "train", "val"):
+        raise ConfigError(f'fold={fold!r} of FolderDataset must be "train" or "val"')
+    if validation_share is None:
+        return
+    if fold is None:
+        raise ConfigError(
+            f'validation_share={validation_share!r} of FolderDataset needs fold="train" or fold="val"'
+        )
+    if (
+        isinstance(validation_share, bool)
+        or not isinstance(validation_share, (int, float))
+        or not 0 < validation_share < 1
+    ):
+        raise ConfigError(
+            f"validation_share={validation_share!r} of FolderDataset must be a number above 0 and below 1, such as 0.1"
+        )
 
 
 def _below(folder: str, pair: Pair, path: str) -> str:

@@ -1,8 +1,10 @@
-"""Parts of a data set: the images that a file names, and few-shot subsets that grow with their size.
+"""Parts of a data set: the images that a file names, those to train on or to validate on, and few-shot subsets
+that grow with their size.
 
 In: pairs of image and label map. Out: some of them, in the same order.
 """
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
@@ -11,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from internseg_ds.data.folders.pairs import Pair, nearest
-from internseg_ds.errors import DataError
+from internseg_ds.errors import DataError, counted
 
 
 def named_in(file: str, pairs: Sequence[Pair]) -> list[Pair]:
@@ -44,6 +46,27 @@ def named_in(file: str, pairs: Sequence[Pair]) -> list[Pair]:
     if not wanted:
         raise DataError(f"the split file {file} names no image")
     return [pairs[place] for place in sorted(wanted)]
+
+
+def on_side(fold: str, validation_share: float, pairs: Sequence[Pair]) -> list[Pair]:
+    """The images to train on (fold "train") or to validate on ("val"): each falls to a side by what the wildcards
+    matched in its path alone, so that it stays there whatever images come or go, and wherever the folders lie.
+
+    Raises DataError where no image falls to this side.
+    """
+    chosen = [pair for pair in pairs if (_position(pair.stem) < validation_share) == (fold == "val")]
+    if not chosen:
+        raise DataError(
+            f"none of {counted(len(pairs), 'image')} falls to fold={fold!r} at validation_share={validation_share}; "
+            "change the share, or name the images of each side in split files"
+        )
+    return chosen
+
+
+def _position(stem: str) -> float:
+    """A number in [0, 1) that looks random, always the same one for the same name."""
+    digest = hashlib.blake2b(stem.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
 
 
 def drawn(total: int, number: int, seed: int) -> list[int]:

@@ -1,6 +1,8 @@
 """`FolderDataset` on small folders: pairs, label maps of each coding, subsets, and what is refused by the name of
 the nearest file."""
 
+import hashlib
+
 import numpy as np
 import pytest
 from mmcv import Config
@@ -230,3 +232,41 @@ def test_masks_without_images_are_counted(folder):
     (root / "in/b.tif").unlink()
     (finding,) = label_maps_without_images(built(root), [built(root)], "data.train")
     assert "in/b_mask.png" in finding.text and not finding.wrong
+
+
+def test_a_folder_is_divided_by_names_alone(folder):
+    """Against the hash itself: a change would move images of running experiments to the other side."""
+    root = folder({f"scene {index % 3}/{index:03}": [[0, 1]] for index in range(200)})
+    sides = {fold: names(built(root, fold=fold, validation_share=0.2)) for fold in ("train", "val")}
+    digests = {
+        name: int(hashlib.blake2b(name.encode(), digest_size=8).hexdigest(), 16)
+        for name in names(built(root))
+    }
+    assert sides["val"] == [name for name, digest in digests.items() if digest < 0.2 * 2**64]
+    assert sorted(sides["train"] + sides["val"]) == sorted(digests) and 25 < len(sides["val"]) < 55
+    smaller = names(built(root, fold="val"))
+    assert set(smaller) < set(sides["val"]) and 8 < len(smaller) < 32
+
+    folder({"scene 0/new": [[0, 1]], "a": [[1, 0]]})
+    moved = root.rename(root.with_name("elsewhere"))
+    for fold in ("train", "val"):
+        later = names(built(moved, fold=fold, validation_share=0.2))
+        assert [name for name in later if name in digests] == sides[fold]
+    few = names(built(moved, fold="train", validation_share=0.2, first=5, seed=1))
+    assert len(few) == 5 and not set(few) & set(sides["val"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(fold="validation"), 'must be "train" or "val"'),
+        (dict(validation_share=0.1), "needs fold="),
+        (dict(fold="val", validation_share=10), "above 0 and below 1"),
+        (dict(fold="val", validation_share="0.1"), "above 0 and below 1"),
+        (dict(fold="val", validation_share=1e-9), r"none of 1 image falls to fold='val'"),
+    ],
+)
+def test_a_division_that_cannot_be_meant_is_refused(folder, arguments, message):
+    root = folder({"a": [[0, 1]]})
+    with pytest.raises((ConfigError, DataError), match=message):
+        built(root, **arguments)

@@ -1,0 +1,8 @@
+"""Cityscapes in crops of 640 x 1280 pixels: its files as layouts/cityscapes.py says, its pipelines as pipelines/street_640x1280.py."""
+
+_base_ = ["../layouts/cityscapes.py", "../pipelines/street_640x1280.py"]
+data = dict(
+    train=dict(pipeline={{_base_.train_pipelines.from_0}}),
+    val=dict(pipeline={{_base_.test_pipeline}}),
+    test=dict(pipeline={{_base_.test_pipeline}}),
+)

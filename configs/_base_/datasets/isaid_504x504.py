@@ -1,0 +1,8 @@
+"""iSAID in crops of 504 x 504 pixels: its files as layouts/isaid.py says, its pipelines as pipelines/crops_504x504.py."""
+
+_base_ = ["../layouts/isaid.py", "../pipelines/crops_504x504.py"]
+data = dict(
+    train=dict(pipeline={{_base_.train_pipelines.from_0}}),
+    val=dict(pipeline={{_base_.test_pipeline}}),
+    test=dict(pipeline={{_base_.test_pipeline}}),
+)

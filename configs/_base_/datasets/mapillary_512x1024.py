@@ -1,0 +1,8 @@
+"""Mapillary Vistas in crops of 512 x 1024 pixels: its files as layouts/mapillary.py says, its pipelines as pipelines/street_512x1024.py."""
+
+_base_ = ["../layouts/mapillary.py", "../pipelines/street_512x1024.py"]
+data = dict(
+    train=dict(pipeline={{_base_.train_pipelines.from_0}}),
+    val=dict(pipeline={{_base_.test_pipeline}}),
+    test=dict(pipeline={{_base_.test_pipeline}}),
+)

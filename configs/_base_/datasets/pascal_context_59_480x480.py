@@ -1,0 +1,8 @@
+"""Pascal Context (59 classes) in crops of 480 x 480 pixels: its files as layouts/pascal_context_59.py says, its pipelines as pipelines/crops_480x480.py."""
+
+_base_ = ["../layouts/pascal_context_59.py", "../pipelines/crops_480x480.py"]
+data = dict(
+    train=dict(pipeline={{_base_.train_pipelines.from_1}}),
+    val=dict(pipeline={{_base_.test_pipeline}}),
+    test=dict(pipeline={{_base_.test_pipeline}}),
+)

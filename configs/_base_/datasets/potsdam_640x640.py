@@ -1,0 +1,8 @@
+"""ISPRS Potsdam in crops of 640 x 640 pixels: its files as layouts/potsdam.py says, its pipelines as pipelines/crops_640x640.py."""
+
+_base_ = ["../layouts/potsdam.py", "../pipelines/crops_640x640.py"]
+data = dict(
+    train=dict(pipeline={{_base_.train_pipelines.from_1}}),
+    val=dict(pipeline={{_base_.test_pipeline}}),
+    test=dict(pipeline={{_base_.test_pipeline}}),
+)

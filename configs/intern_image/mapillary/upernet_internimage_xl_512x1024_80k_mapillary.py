@@ -1,0 +1,36 @@
+"""UPerNet on InternImage-XL, every parameter trained for 80,000 steps on Mapillary Vistas with the 19 classes
+of Cityscapes: where upernet_internimage_xl_512x1024_160k_mapillary2cityscapes.py starts.
+
+Published score: none.
+368 M parameters. Global batch: 16 images = 8 GPUs x 2; other numbers of GPUs accumulate gradients up to it.
+
+    deepspeed launch/train.py configs/intern_image/mapillary/upernet_internimage_xl_512x1024_80k_mapillary.py \
+              --deepspeed_config ds_configs/zero1_bf16.json
+"""
+
+_base_ = [
+    "../../_base_/models/upernet_intern_image.py",
+    "../../_base_/datasets/mapillary_as_cityscapes_512x1024.py",
+    "../../_base_/schedules/adamw_160k.py",
+    "../../_base_/default_runtime.py",
+]
+model = dict(
+    backbone=dict(
+        channels=192,
+        depths=[5, 5, 24, 5],
+        groups=[12, 24, 48, 96],
+        drop_path_rate=0.4,
+        offset_scale=2.0,
+        post_norm=True,
+        init_cfg=dict(type="Pretrained", checkpoint="./pretrained/internimage_xl_22k_192to384.pth"),
+    ),
+    decode_head=dict(in_channels=[192, 384, 768, 1536], num_classes=19),
+    auxiliary_head=dict(in_channels=768, num_classes=19),
+)
+optimizer = dict(
+    lr=2e-5,
+    paramwise_cfg=dict(num_layers=39, layer_decay_rate=0.94, depths=[5, 5, 24, 5], offset_lr_scale=1.0),
+)
+optimizer_config = dict(grad_clip=dict(max_norm=0.1, norm_type=2))
+runner = dict(max_iters=80000)
+evaluation = dict(interval=8000)
