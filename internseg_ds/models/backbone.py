@@ -33,6 +33,8 @@ class Backbone(Protocol):
     image_channels: int
     """Channels of its images: images of others are refused before a run. Without: planning takes those of its first
     convolution."""
+    channels_setting: str
+    """The argument that says so, for messages. Without: in_channels."""
     follows_dtype: bool
     """Whether all of it computes in the dtype of its input. Without: in bf16 it runs under torch.autocast,
     which converts operands of different dtypes (a mask or a grid that is made in fp32) and computes layer

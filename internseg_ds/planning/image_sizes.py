@@ -7,6 +7,9 @@ from internseg_ds.config.experiment import Experiment
 from internseg_ds.data.entries import leaf_datasets, with_inner_steps
 from internseg_ds.errors import ConfigError
 
+FIX_SIZES = ("RandomCrop", "Pad", "LoadRasterWindow")
+"""Steps whose `crop_size` or `size` images have behind them."""
+
 
 def crop_size(experiment: Experiment) -> tuple[int, int]:
     """Height and width of the training images, in pixels, from the last step of the pipeline that fixes them.
@@ -15,7 +18,7 @@ def crop_size(experiment: Experiment) -> tuple[int, int]:
     for step in reversed(train.get("pipeline", ())):
         for key in ("crop_size", "size"):
             size = step.get(key)
-            if step.get("type") in ("RandomCrop", "Pad") and isinstance(size, (list, tuple)):
+            if step.get("type") in FIX_SIZES and isinstance(size, (list, tuple)):
                 return size[0], size[1]
     raise ConfigError(
         f"the size of a training image is not known: data.train.pipeline of {experiment.path} has neither "
@@ -24,8 +27,8 @@ def crop_size(experiment: Experiment) -> tuple[int, int]:
 
 
 def evaluation_size(experiment: Experiment) -> tuple[int, int]:
-    """Height and width that an evaluated image may have, from the `img_scale` of its pipeline; a training
-    crop's where there is none."""
+    """Height and width that an evaluated image may have, from the `img_scale` of its pipeline, or the tiles that
+    scenes are cut into; a training crop's where there is neither."""
     scales = [
         scale
         for leaf in leaf_datasets(experiment.val or [])
@@ -43,6 +46,9 @@ def _scales_of_step(step: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
 
     `img_scale` is one pair, a list of pairs, or None; `img_ratios` is one factor, or a list of them.
     """
+    if step.get("type") == "LoadRaster" and isinstance(step.get("tile"), (list, tuple)):
+        height, width = step["tile"]
+        yield width, height
     scale = step.get("img_scale")
     ratios = step.get("img_ratios") or (1.0,)
     if not isinstance(ratios, (list, tuple)):

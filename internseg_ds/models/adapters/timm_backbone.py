@@ -168,6 +168,7 @@ class TimmBackbone(LibraryBackbone):
         found = any(set(marks) <= set(names) for marks in LAYOUTS)
         return 'type="TimmBackbone", model_name=NAME' if found else None
 
+    channels_setting = "model_args.in_chans"
     layouts: tuple[str, ...] = ("timm",)
 
     def exported(self, layout: str) -> tuple[dict[str, tuple[str, ...]], dict[str, Any] | None]:

@@ -131,6 +131,7 @@ class TransformersBackbone(LibraryBackbone):
 
     no_decay_words: tuple[str, ...] = NO_DECAY
     not_pretrained: tuple[str, ...] = ("neck.", f"model.{StagedModel.norms}.")
+    channels_setting = "config.num_channels"
     layouts: tuple[str, ...] = ("transformers",)
 
     def initial_values(self) -> None:

@@ -174,6 +174,7 @@ class InternViT6B(BaseModule):
     """
 
     # what these attributes mean: `Backbone` in models/backbone.py
+    channels_setting = "in_chans"
     follows_dtype = True
     resizable = {
         "pos_embed": (is_square_embedding, resize_to_shape),
