@@ -26,6 +26,7 @@ from tests.distributed.test_construction import ds_config
 from tests.small_experiment import small_experiment
 
 CHANNELS, SIDE = 5, 168
+ZERO3 = {"zero_optimization": {"stage": 3}}
 NORMALIZE = dict(type="Normalize", mean=[5000.0] * CHANNELS, std=[2500.0] * CHANNELS, to_rgb=False)
 TRAIN = [
     dict(type="LoadRasterWindow", crop_size=(112, 112)),
@@ -91,8 +92,8 @@ def of_three(scenes, tmp_path_factory) -> Path:
 
 def train(scenes: Path, weights: Path, work_dir: Path) -> None:
     cfg = experiment(scenes, pretrained=str(weights))
-    with SegmentorEngine(cfg, {"zero_optimization": {"stage": 3}}, work_dir=work_dir) as engine:
-        kernel = engine.model.module.backbone.patch_embed.proj.weight
+    with SegmentorEngine(cfg, ZERO3, work_dir=work_dir) as engine:
+        kernel = engine.deepspeed.module.backbone.patch_embed.proj.weight
         assert kernel.numel() == 0  # really partitioned
         with gathered([kernel]):
             expected = adapt_input_conv(CHANNELS, torch.load(weights)["patch_embed.proj.weight"])
@@ -133,7 +134,7 @@ def test_its_weights_segment_scenes_and_arrays_of_five_channels(trained, scenes,
 
 
 def checked(cfg: Config):
-    return survey_data(check(read_experiment(cfg), {}, World(rank=0, size=1)))
+    return survey_data(check(read_experiment(cfg), ZERO3, World(rank=0, size=1)))
 
 
 def test_channels_that_the_backbone_does_not_take_are_one_error_with_file_and_setting(scenes):
@@ -169,7 +170,7 @@ def test_the_base_config_of_rasters_can_be_built_upon():
 def test_published_weights_and_other_channels_are_shown_by_a_dry_run(scenes, of_three):
     plan = check(
         read_experiment(experiment(scenes, pretrained=str(of_three))),
-        {},
+        ZERO3,
         World(rank=0, size=1),
     )
     assert "from 3 image channels to 5" in plan.weights.summary()

@@ -14,6 +14,8 @@ from internseg_ds.errors import ConfigError, DataError
 def written(path: Path, values: np.ndarray, **profile: object) -> Path:
     """values: (h, w, channels)."""
     height, width, count = values.shape
+    path.parent.mkdir(parents=True, exist_ok=True)
+    profile |= {"transform": rasterio.Affine(0.5, 0, 1000, 0, -0.5, 2000)}
     with rasterio.open(
         path, "w", driver="GTiff", height=height, width=width, count=count, dtype=values.dtype, **profile
     ) as file:
