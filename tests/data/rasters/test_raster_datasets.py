@@ -1,12 +1,15 @@
 """Data sets of rasters: windows against crops of the whole image, tiles against the whole label map, and what the
 checks of a start say."""
 
+import json
 import subprocess
 import sys
 
+import cv2
 import numpy as np
 import pytest
-from mmseg.datasets.pipelines import LoadImageFromFile
+import rasterio
+from rasterio.enums import ColorInterp
 from rich.console import Console
 
 from internseg_ds.config.experiment import read_experiment
@@ -25,6 +28,7 @@ from tests.training.test_rasters import experiment
 
 TILED = dict(tiled=True, blockxsize=32, blockysize=32, compress="deflate")
 BUNDLE = [dict(type="DefaultFormatBundle"), dict(type="Collect", keys=["img", "gt_semantic_seg"])]
+FLIP = dict(type="RandomFlip", prob=0.0)  # Collect wants to know of it
 WINDOW = dict(type="LoadRasterWindow", crop_size=(40, 48))
 
 
@@ -33,7 +37,7 @@ def normalize(channels, **arguments):
 
 
 def steps(loader, *more, channels=5):
-    return [loader, dict(type="LoadAnnotations"), *more, normalize(channels), *BUNDLE]
+    return [loader, dict(type="LoadAnnotations"), *more, FLIP, normalize(channels), *BUNDLE]
 
 
 @pytest.fixture
@@ -91,7 +95,7 @@ def test_windows_reach_every_border_of_a_scene(scene):
 
 
 def test_a_scene_smaller_than_the_window_is_read_whole_and_padded_by_pad(scene):
-    root, image, labels = scene
+    root, image, _ = scene
     pad = dict(type="Pad", size=(160, 160), pad_val=0, seg_pad_val=255)
     found = sample(built(root, steps(dict(WINDOW, crop_size=(160, 160)), pad)), 0)
     np.testing.assert_array_equal(
@@ -102,7 +106,7 @@ def test_a_scene_smaller_than_the_window_is_read_whole_and_padded_by_pad(scene):
 
 
 def test_tiles_cover_a_scene_once_with_their_ground_truth(scene):
-    root, image, labels = scene
+    root, _, labels = scene
     dataset = built(root, [dict(type="LoadRaster", tile=(48, 64)), *steps({})[1:]], test_mode=True)
     dataset.pipeline.transforms.pop(2)  # evaluations load no label maps
     covered, truth = np.zeros((100, 130), int), np.full((100, 130), 9)
@@ -154,11 +158,8 @@ def test_rasters_of_colours_are_shown_as_their_channels_are_called(tmp_path):
     image[..., 0], image[..., 1] = 250, 40  # infrared, red
     path = written(tmp_path / "a.tif", image)
     written(tmp_path / "a_mask.tif", np.zeros((8, 8, 1), np.uint8))
-    import rasterio
-    from rasterio.enums import ColorInterp
-
     with rasterio.open(path, "r+") as file:
-        file.colorinterp = [ColorInterp.undefined, ColorInterp.red, ColorInterp.green, ColorInterp.blue]
+        file.colorinterp = [getattr(ColorInterp, name) for name in ("undefined", "red", "green", "blue")]
     assert picture(built(tmp_path, steps(dict(type="LoadRaster"), channels=4)), 0)[0, 0].tolist() == [
         0,
         0,
@@ -199,9 +200,9 @@ def test_photometric_distortion_of_rasters_in_8_bit_colour_stays_allowed(tmp_pat
 
 
 def test_more_channels_than_normalize_has_numbers_for_are_named_for_mmsegs_loader_too(tmp_path):
-    written(tmp_path / "a.tif", np.full((64, 64, 4), 900, np.uint16))
+    cv2.imwrite(str(tmp_path / "a.tif"), np.full((64, 64, 4), 900, np.uint16))
     written(tmp_path / "a_mask.tif", np.zeros((64, 64, 1), np.uint8))
-    unchanged = dict(type=LoadImageFromFile, color_type="unchanged")
+    unchanged = dict(type="LoadImageFromFile", color_type="unchanged")
     refused(
         tmp_path, steps(unchanged, channels=3), r"a\.tif has 4 channels of uint16, and Normalize", DataError
     )
@@ -251,19 +252,17 @@ def test_the_data_doctor_measures_each_channel_and_shows_windows(scene, tmp_path
 
 
 BOUNDED = """
-import resource, sys
-import numpy as np
+import json, resource, sys
 from internseg_ds.data.datasets import build_datasets
 from internseg_ds.data.checks.survey import survey
 from internseg_ds.data.samples import sample
-from tests.data.rasters.test_raster_datasets import built, steps
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-dataset = built(sys.argv[1], steps(dict(type="LoadRasterWindow", crop_size=(512, 512)), channels=4))
+dataset = build_datasets(json.loads(sys.argv[1]), "data.train")
 before = peak()
-for _ in range(8):
+for _ in range(4):
     assert sample(dataset, 0)["img"].data.shape == (4, 512, 512)
 survey(dataset, "data.train", training=True)
 print(peak() - before)
@@ -272,8 +271,6 @@ print(peak() - before)
 
 def test_memory_does_not_grow_with_the_scene(tmp_path):
     """A scene of 8,000 x 8,000 x 4 of 16 bits: 512 MB, and a label map of 64 MB."""
-    import rasterio
-
     tiled = dict(driver="GTiff", height=8000, width=8000, tiled=True, sparse_ok=True, compress="deflate")
     values = np.random.default_rng(0).integers(0, 9_999, (4, 256, 256)).astype(np.uint16)
     for name, count, dtype in (("a", 4, "uint16"), ("a_mask", 1, "uint8")):
@@ -282,8 +279,12 @@ def test_memory_does_not_grow_with_the_scene(tmp_path):
                 for column in range(0, 7680, 1280):
                     part = values[:count] if dtype == "uint16" else (values[:1] % 3).astype(np.uint8)
                     file.write(part, window=((row, row + 256), (column, column + 256)))
+    entry = dict(
+        type="FolderDataset", root=str(tmp_path), images="*.tif", masks="*_mask.tif", classes=["a", "b", "c"]
+    )
+    entry["pipeline"] = steps(dict(type="LoadRasterWindow", crop_size=(512, 512)), channels=4)
     ran = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", BOUNDED, str(tmp_path)], capture_output=True, text=True
+        [sys.executable, "-W", "ignore", "-c", BOUNDED, json.dumps(entry)], capture_output=True, text=True
     )
     assert ran.returncode == 0, ran.stderr
     assert int(ran.stdout.split()[-1]) < 128 * 2**20
