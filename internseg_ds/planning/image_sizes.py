@@ -4,11 +4,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from internseg_ds.config.experiment import Experiment
+from internseg_ds.data.checks.pipeline_steps import FIX_SIZES
 from internseg_ds.data.entries import leaf_datasets, with_inner_steps
 from internseg_ds.errors import ConfigError
-
-FIX_SIZES = ("RandomCrop", "Pad", "LoadRasterWindow")
-"""Steps whose `crop_size` or `size` images have behind them."""
 
 
 def crop_size(experiment: Experiment) -> tuple[int, int]:
@@ -46,7 +44,7 @@ def _scales_of_step(step: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
 
     `img_scale` is one pair, a list of pairs, or None; `img_ratios` is one factor, or a list of them.
     """
-    if step.get("type") == "LoadRaster" and isinstance(step.get("tile"), (list, tuple)):
+    if isinstance(step.get("tile"), (list, tuple)):
         height, width = step["tile"]
         yield width, height
     scale = step.get("img_scale")

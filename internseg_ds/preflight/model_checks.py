@@ -110,8 +110,8 @@ def _other_channels(model: nn.Module, sample: Mapping[str, Any]) -> str:
         return ""
     return (
         f"{_file_of(sample)} comes out of the pipeline of data.train with {counted(found, 'channel')}, and "
-        f"{channels_setting(model)}; write {found} there, or choose channels=[...] of LoadRaster (or color_type of "
-        "LoadImageFromFile)"
+        f"{channels_setting(model)}; write {found} there, or have "
+        f"the step that loads it take {expected} (channels of a raster, color_type of a picture)"
     )
 
 

@@ -32,6 +32,8 @@ TAKE_8_BITS = ("PhotoMetricDistortion", "CLAHE", "AdjustGamma")
 """Those that round an image to 0..255."""
 READ_RASTERS = ("LoadRaster", "LoadRasterWindow")
 """Those after which an image has the channels of its file, in their order."""
+FIX_SIZES = ("RandomCrop", "Pad", "LoadRasterWindow")
+"""Those behind which images have their `crop_size` or `size`."""
 MOVE_PIXELS = ("RandomCrop", "RandomRotate", "RandomMosaic")
 """Those after which predictions do not lie on the image's own pixels."""
 CHANGE_IMAGES = ("PhotoMetricDistortion", "RandomCutOut")
@@ -66,7 +68,6 @@ def _check_normalization(steps: Sequence[Any], names: Sequence[str], what: str) 
     for step in flat(steps):
         if not isinstance(step, Normalize):
             continue
-        _check_channels(step, names, what)
         for name, values in (("mean", step.mean), ("std", step.std)):
             if values.ndim != 1 or not np.isfinite(values).all():
                 raise ConfigError(
@@ -78,6 +79,7 @@ def _check_normalization(steps: Sequence[Any], names: Sequence[str], what: str) 
                 f"std={step.std.tolist()} of Normalize in the pipeline of {what}: each number must be "
                 "above 0, for values are divided by it; write 1.0 to leave them as they are"
             )
+        _check_channels(step, names, what)
 
 
 def _check_channels(step: Normalize, names: Sequence[str], what: str) -> None:

@@ -55,7 +55,9 @@ def check_images_of(steps: list[Any]) -> None:
         return
     behind = list(flat(steps[place + 1 :]))
     eight_bits = next((type(step).__name__ for step in behind if type(step).__name__ in TAKE_8_BITS), None)
-    steps.insert(place + 1, CheckImage(normalized_channels(behind), eight_bits))
+    channels = normalized_channels(behind)
+    if channels is not None or eight_bits is not None:
+        steps.insert(place + 1, CheckImage(channels, eight_bits))
 
 
 def normalized_channels(steps: Iterable[Any]) -> int | None:

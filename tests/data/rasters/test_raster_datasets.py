@@ -252,13 +252,14 @@ def test_the_data_doctor_measures_each_channel_and_shows_windows(scene, tmp_path
 
 
 BOUNDED = """
-import json, resource, sys
+import json, re, sys
+from pathlib import Path
 from internseg_ds.data.datasets import build_datasets
 from internseg_ds.data.checks.survey import survey
 from internseg_ds.data.samples import sample
 
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 
 dataset = build_datasets(json.loads(sys.argv[1]), "data.train")
 before = peak()
