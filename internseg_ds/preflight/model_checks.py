@@ -80,8 +80,9 @@ def check_forward(
             if reached[-1] == "heads"
             else reached[-1]
         )
+        other = _other_channels(model, sample) if where == "model.backbone" else ""
         raise ConfigError(
-            _other_channels(model, sample)
+            (f"{other} ({reason_of(error)})" if other else "")
             or f"the model cannot take a training image of {shape}: {reason_of(error)}, in {where}"
         ) from error
     finally:
