@@ -8,6 +8,7 @@ import numpy as np
 
 from internseg_ds.data.class_balance import ClassBalancedDataset
 from internseg_ds.data.dataset_parts import SegmentationDataset
+from internseg_ds.data.rasters.loading import raster_loader
 from internseg_ds.errors import DataError, reason_of
 
 
@@ -31,12 +32,12 @@ def sample(dataset: SegmentationDataset, index: int) -> dict[str, Any]:
     except DataError:
         raise
     except Exception as error:  # transforms are anybody's code
-        image, labels = _files(dataset, index)
-        for file in filter(None, (image, labels)):
+        image, labels, reads_rasters = _files(dataset, index)
+        for file in () if reads_rasters else filter(None, (image, labels)):
             if not _is_picture(file):
                 what = "is no picture that can be read" if os.path.exists(file) else "is not there"
                 raise DataError(f"{file} {what}; copy it again, or take the image away") from error
-        if _to_nothing(error) and (size := _size_of(image)) is not None:
+        if not reads_rasters and _to_nothing(error) and (size := _size_of(image)) is not None:
             raise DataError(
                 f"image {image} of {size[0]} x {size[1]} pixels (height x width) cannot be resized: a side "
                 "of it would have no pixel left; "
@@ -69,8 +70,9 @@ def _size_of(file: str) -> tuple[int, int] | None:
     return None if image is None else image.shape[:2]
 
 
-def _files(dataset: SegmentationDataset, index: int) -> tuple[str, str | None]:
-    """Image and label map of an entry, inside wrappers too."""
+def _files(dataset: SegmentationDataset, index: int) -> tuple[str, str | None, bool]:
+    """Image and label map of an entry, inside wrappers too; and whether they are read as rasters, whose loaders name
+    files that are damaged themselves."""
     if isinstance(dataset, ClassBalancedDataset):
         return _files(dataset.dataset, dataset.indices[index])
     if hasattr(dataset, "dataset"):  # RepeatDataset
@@ -85,4 +87,5 @@ def _files(dataset: SegmentationDataset, index: int) -> tuple[str, str | None]:
         if getattr(dataset, "ann_dir", None) and "ann" in info
         else None
     )
-    return os.path.join(getattr(dataset, "img_dir", None) or "", info["filename"]), labels
+    image = os.path.join(getattr(dataset, "img_dir", None) or "", info["filename"])
+    return image, labels, raster_loader(getattr(dataset.pipeline, "transforms", ())) is not None

@@ -18,8 +18,9 @@ from internseg_ds.data.checks.looks import label_loader
 from internseg_ds.data.checks.pipeline_steps import flat
 from internseg_ds.data.checks.survey import drawn
 from internseg_ds.data.dataset_parts import SegmentationDataset, parts, pipelines, plain_parts
-from internseg_ds.data.image_files import picture
+from internseg_ds.data.image_files import loaded, picture_of
 from internseg_ds.data.label_maps import annotation_of
+from internseg_ds.data.rasters.windows import window_of
 from internseg_ds.data.samples import sample
 from internseg_ds.errors import UserError
 from internseg_ds.evaluation.visualization import overlay
@@ -59,14 +60,15 @@ def _shown(part: SegmentationDataset, plain: Any, index: int, steps: list[Any]) 
 
 def _on_disk(plain: Any, place: int) -> np.ndarray:
     """As the file is read, under the label map as it is read, before any other step."""
-    image = picture(plain, place)
+    np.random.seed(derived_seed(0, "contact sheet", place))  # where a window is drawn
+    results = loaded(plain, place)
+    image = picture_of(results)
     loader = label_loader(plain, training=True)
     if loader is None:
         return _pair(image, np.full(image.shape[:2], -1), plain)
-    results = annotation_of(plain, place)
-    labels = loader.to_classes(
-        loader.read(f"{results['seg_prefix']}/{results['ann_info']['seg_map']}"), results.get("label_map")
-    )
+    about = annotation_of(plain, place)
+    file = f"{about['seg_prefix']}/{about['ann_info']['seg_map']}"
+    labels = loader.to_classes(loader.read(file, window_of(results)), about.get("label_map"))
     return _pair(image, labels, plain)
 
 

@@ -107,8 +107,9 @@ def _facts(seen: Scanned) -> list[tuple[str, str]]:
         words = [" x ".join(map(str, sizes[place])) for place in (0, len(sizes) // 2, -1)]
         facts.append(("smallest, middle and largest image", ", ".join(words)))
     if (found := mean_and_std(seen.looks)) is not None:
+        channels = "each channel" if seen.looks[0].raster else "R, G, B"
         facts += [
             (name, ", ".join(f"{value:.2f}" for value in values))
-            for name, values in zip(("mean of R, G, B", "standard deviation"), found)
+            for name, values in zip((f"mean of {channels}", "standard deviation"), found)
         ]
     return facts

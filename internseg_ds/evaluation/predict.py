@@ -28,6 +28,7 @@ from internseg_ds.evaluation.inference import InferenceRun, trained_segmentor
 from internseg_ds.evaluation.sliding_window import ImagePrediction, SlidingWindowInference
 from internseg_ds.evaluation.visualization import Palette, side_by_side
 from internseg_ds.output_files import make_folder, output_folder, whole_file, write_picture
+from internseg_ds.preflight.model_checks import check_channels
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +57,9 @@ def predict_files(
     names = _names(files)
     _check_no_input_is_overwritten(files, names, folder)
     dataset = ImageFiles(files, test_pipeline(run.experiment))
-    meta = run.check_weights(build_on_meta(run.experiment.model))
+    meta_model = build_on_meta(run.experiment.model)
+    check_channels(meta_model, dataset.pipeline.transforms, "data.test")
+    meta = run.check_weights(meta_model)
     classes, palette = classes_of(run.experiment, meta)
     with trained_segmentor(run) as forwards:
         readable = ReadableImages(

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from internseg_ds.config.experiment import Experiment
+from internseg_ds.data.checks.pipeline_steps import READ_RASTERS
 from internseg_ds.data.entries import leaf_datasets, steps_of, with_inner_steps
 
 BILINEAR = 2
@@ -41,10 +42,11 @@ def preprocessor_config(experiment: Experiment, processor: str, *, splits: bool)
         config["do_split_image"] = True
     if normalize:
         # of RGB, which is what transformers reads
-        order = slice(None) if normalize.get("to_rgb", True) else slice(None, None, -1)
+        raster = any(step.get("type") in READ_RASTERS for step in steps)
+        order = slice(None) if normalize.get("to_rgb", True) or raster else slice(None, None, -1)
         config["image_mean"] = [value / LARGEST for value in normalize["mean"][order]]
         config["image_std"] = [value / LARGEST for value in normalize["std"][order]]
-        config["channels"] = "RGB" if order == slice(None) else "BGR"
+        config["channels"] = "of the file" if raster else "RGB" if order == slice(None) else "BGR"
     return config
 
 

@@ -8,7 +8,7 @@ import csv
 import heapq
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from internseg_ds.data.image_files import picture
 from internseg_ds.data.label_maps import ground_truth
+from internseg_ds.data.rasters.windows import WINDOW
 from internseg_ds.distributed.process_group import World, gather_from_ranks
 from internseg_ds.evaluation.evaluator import Evaluation, is_of_one_class
 from internseg_ds.evaluation.visualization import side_by_side
@@ -113,7 +114,8 @@ class FirstImages:
     def observe(self, index: int, labels: np.ndarray, score: float | None) -> None:
         if index < self.count:
             make_folder(self.folder)
-            path = Path(self.dataset.img_infos[index]["filename"]).with_suffix(".png")
+            info = self.dataset.img_infos[index]
+            path = Path(info["filename"]).with_suffix(f"{_place(info)}.png")
             # with its folders: images of several folders may have one name, and paths may be absolute
             name = "_".join(part for part in path.parts if part not in (path.anchor, ".."))
             write_picture(self.folder / name[-200:], picture_of(self.dataset, index, labels))
@@ -154,11 +156,18 @@ class BestAndWorst:
             for place, (order, negative_index) in enumerate(chosen, 1):
                 if negative_index in labels_of:
                     index = -negative_index
-                    stem = Path(self.dataset.img_infos[index]["filename"]).stem
+                    info = self.dataset.img_infos[index]
+                    stem = Path(info["filename"]).stem + _place(info)
                     write_picture(
                         folder / name / f"{place:02d}_{100 * abs(order):.1f}_{stem}.png",
                         picture_of(self.dataset, index, labels_of[negative_index]),
                     )
+
+
+def _place(info: Mapping[str, Any]) -> str:
+    """Where in its scene an image is, for its name: ".row_column"; "" where it is no window of a scene."""
+    window = info.get(WINDOW)
+    return "" if window is None else f".{window.row}_{window.column}"
 
 
 def picture_of(dataset: Any, index: int, labels: np.ndarray) -> np.ndarray:

@@ -33,7 +33,7 @@ from internseg_ds.evaluation.inference import with_weights
 from internseg_ds.evaluation.predict import classes_of, test_pipeline
 from internseg_ds.evaluation.sliding_window import SlidingWindowInference
 from internseg_ds.evaluation.visualization import Palette, overlay
-from internseg_ds.preflight.model_checks import check_windows
+from internseg_ds.preflight.model_checks import check_channels, check_windows
 
 FEW_LABELS = 256
 """That uint8 has a value for."""
@@ -119,6 +119,7 @@ class Segmenter:
     @torch.no_grad()
     def _segment(self, images: Sequence[Any]) -> Iterator[Segmentation]:
         dataset = GivenImages(images, self._pipeline)
+        check_channels(self._segmentor, dataset.pipeline.transforms, "data.test")
         inference = SlidingWindowInference(Forwards(self._segmentor), scores=True)
         dtype = np.uint8 if max(len(self.classes), inference.outputs) <= FEW_LABELS else np.int16
         for prediction in inference.predict(self._inputs(dataset)):

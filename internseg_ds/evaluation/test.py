@@ -19,6 +19,7 @@ from torch.utils.data import ConcatDataset
 from internseg_ds.config.sections import known_metrics
 from internseg_ds.data.checks.survey import survey
 from internseg_ds.data.checks.zero_labels import compare_zero_labels
+from internseg_ds.data.dataset_parts import pipelines
 from internseg_ds.distributed.construction import build_on_meta
 from internseg_ds.errors import ConfigError, OutputError, counted
 from internseg_ds.evaluation.evaluator import (
@@ -34,7 +35,7 @@ from internseg_ds.evaluation.report import BestAndWorst, FirstImages, write_repo
 from internseg_ds.evaluation.sliding_window import SlidingWindowInference
 from internseg_ds.output_files import make_folder, output_folder
 from internseg_ds.preflight.dataset_checks import odd_about, validation_set
-from internseg_ds.preflight.model_checks import check_classes, check_same_classes
+from internseg_ds.preflight.model_checks import check_channels, check_classes, check_same_classes
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +90,8 @@ def _check(run: InferenceRun, dataset: Any) -> list[str]:
     must."""
     meta_model = build_on_meta(run.experiment.model)
     check_classes(meta_model, dataset, "data.test")
+    for steps in pipelines(dataset):
+        check_channels(meta_model, steps, "data.test")
     meta = run.check_weights(meta_model)
     origin = f"checkpoint {run.checkpoint}"
     return [
@@ -149,6 +152,8 @@ def write_submission(
     dataset: Any = validation_set(run.experiment, "test", truth=False)
     meta_model = build_on_meta(run.experiment.model)
     check_classes(meta_model, dataset, "data.test")
+    for steps in pipelines(dataset):
+        check_channels(meta_model, steps, "data.test")
     _check_format(dataset)
     run.check_weights(meta_model)
     with trained_segmentor(run) as forwards:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from internseg_ds.config.experiment import Experiment
+from internseg_ds.data.checks.pipeline_steps import FIX_SIZES
 from internseg_ds.data.entries import leaf_datasets, with_inner_steps
 from internseg_ds.errors import ConfigError
 
@@ -15,7 +16,7 @@ def crop_size(experiment: Experiment) -> tuple[int, int]:
     for step in reversed(train.get("pipeline", ())):
         for key in ("crop_size", "size"):
             size = step.get(key)
-            if step.get("type") in ("RandomCrop", "Pad") and isinstance(size, (list, tuple)):
+            if step.get("type") in FIX_SIZES and isinstance(size, (list, tuple)):
                 return size[0], size[1]
     raise ConfigError(
         f"the size of a training image is not known: data.train.pipeline of {experiment.path} has neither "
@@ -24,8 +25,8 @@ def crop_size(experiment: Experiment) -> tuple[int, int]:
 
 
 def evaluation_size(experiment: Experiment) -> tuple[int, int]:
-    """Height and width that an evaluated image may have, from the `img_scale` of its pipeline; a training
-    crop's where there is none."""
+    """Height and width that an evaluated image may have, from the `img_scale` of its pipeline, or the tiles that
+    scenes are cut into; a training crop's where there is neither."""
     scales = [
         scale
         for leaf in leaf_datasets(experiment.val or [])
@@ -43,6 +44,9 @@ def _scales_of_step(step: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
 
     `img_scale` is one pair, a list of pairs, or None; `img_ratios` is one factor, or a list of them.
     """
+    if isinstance(step.get("tile"), (list, tuple)):
+        height, width = step["tile"]
+        yield width, height
     scale = step.get("img_scale")
     ratios = step.get("img_ratios") or (1.0,)
     if not isinstance(ratios, (list, tuple)):

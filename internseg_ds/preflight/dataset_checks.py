@@ -20,6 +20,7 @@ from internseg_ds.data.samples import first_sample
 from internseg_ds.errors import ConfigError, DataError
 from internseg_ds.preflight.loss_checks import check_losses
 from internseg_ds.preflight.model_checks import (
+    check_channels,
     check_classes,
     check_sample,
     check_thresholds,
@@ -69,6 +70,8 @@ def checked_validation_set(
     trained."""
     dataset = validation_set(experiment)
     check_classes(model, dataset, "data.val")
+    for steps in pipelines(dataset):
+        check_channels(model, steps, "data.val")
     first_sample(dataset, "data.val", tolerated=TOLERATED)
     warnings = compare_classes(train_set, dataset)
     warnings += compare_zero_labels(experiment.train, dataset, "data.val")

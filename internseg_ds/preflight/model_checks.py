@@ -17,8 +17,9 @@ from torch import nn
 from internseg_ds.config.experiment import Experiment
 from internseg_ds.data.dataset_parts import SegmentationDataset
 from internseg_ds.data.entries import leaf_datasets
+from internseg_ds.data.rasters.image_check import normalized_channels
 from internseg_ds.errors import ConfigError, counted, reason_of, shortened
-from internseg_ds.models.backbone import patch_size
+from internseg_ds.models.backbone import image_channels, patch_size, stated_channels
 from internseg_ds.models.heads import head_outputs, heads
 from internseg_ds.models.pixel_losses import has_mmsegs_losses
 from internseg_ds.torch_internals import BATCH_NORM, tree_leaves
@@ -79,8 +80,10 @@ def check_forward(
             if reached[-1] == "heads"
             else reached[-1]
         )
+        other = _other_channels(model, sample) if where == "model.backbone" else ""
         raise ConfigError(
-            f"the model cannot take a training image of {shape}: {reason_of(error)}, in {where}"
+            (f"{other} ({reason_of(error)})" if other else "")
+            or f"the model cannot take a training image of {shape}: {reason_of(error)}, in {where}"
         ) from error
     finally:
         model.train()
@@ -99,6 +102,45 @@ def check_forward(
             f"{others}"
         )
     return outputs, None
+
+
+def _other_channels(model: nn.Module, sample: Mapping[str, Any]) -> str:
+    """The message for a training image whose channels are not those of the backbone; "" where they are."""
+    found, expected = image_shape(sample)[0], image_channels(model)
+    if found == expected:
+        return ""
+    return (
+        f"{_file_of(sample)} comes out of the pipeline of data.train with {counted(found, 'channel')}, and "
+        f"{channels_setting(model)}; write {found} there, or have "
+        f"the step that loads it take {expected} (channels of a raster, color_type of a picture)"
+    )
+
+
+def channels_setting(model: nn.Module) -> str:
+    """How many channels the backbone takes, and where a config says so."""
+    backbone: Any = model.get_submodule("backbone")
+    return (
+        f"the backbone {type(backbone).__name__} takes {image_channels(model)} "
+        f"(model.backbone.{getattr(backbone, 'channels_setting', 'in_channels')})"
+    )
+
+
+def check_channels(model: nn.Module, steps: Sequence[Any], what: str) -> None:
+    """Normalize in a pipeline must have numbers for as many channels as the backbone says that it takes. what: whose
+    pipeline it is ("data.test"). Raises ConfigError."""
+    expected, found = stated_channels(model.get_submodule("backbone")), normalized_channels(steps)
+    if None not in (expected, found) and expected != found:
+        raise ConfigError(
+            f"Normalize in the pipeline of {what} has mean and std of {counted(found or 0, 'channel')}, and "
+            f"{channels_setting(model)}; give both as many"
+        )
+
+
+def _file_of(sample: Mapping[str, Any]) -> str:
+    """The image of a sample, where its metadata name it."""
+    metas = sample.get("img_metas")
+    metas = metas.data if isinstance(metas, DataContainer) else metas
+    return f"image {metas['filename']}" if isinstance(metas, Mapping) and "filename" in metas else "an image"
 
 
 def _head_words(model: Any, head: nn.Module, features: Any) -> str:
@@ -314,6 +356,8 @@ def check_sample(model: Any, sample: Mapping[str, Any]) -> None:
             "its Collect must name what is missing, made by a step before it, and nothing else"
         ) from None
     _check_image(sample["img"])
+    if stated_channels(model.backbone) is not None and (other := _other_channels(model, sample)):
+        raise ConfigError(other)
     patch, (_, height, width) = patch_size(model.backbone), image_shape(sample)
     for name, value in sample.items():
         value = value.data if isinstance(value, DataContainer) else value

@@ -111,7 +111,7 @@ def test_whole_numbers_are_no_image(small, model):
             dict(type="FPN", in_channels=[32, 32, 32, 31], out_channels=32, num_outs=4),
             r"in model\.neck$",
         ),
-        ("backbone", dict(type="UNet", in_channels=4), r"in model\.backbone$"),
+        ("backbone", dict(type="UNet", in_channels=4), r"with 3 channels, and the backbone UNet takes 4"),
     ],
 )
 def test_the_part_that_cannot_take_an_image_is_named(small, part, settings, words):

@@ -60,8 +60,8 @@ def image_findings(tally: ImageTally, part: CustomDataset, what: str) -> Iterato
             yield Finding(
                 "more-than-8-bit-rgb",
                 f"{what}: {file} has {stored}, and is read as 3 of uint8; "
-                "LoadImageFromFile(color_type='unchanged') reads all of it, for a backbone with as many "
-                "in_channels",
+                "LoadImageFromFile(color_type='unchanged'), or LoadRaster, reads all of it, for a backbone with as "
+                "many in_channels",
             )
     if tally.damaged:
         yield Finding(

@@ -14,7 +14,10 @@ import xxhash
 
 from internseg_ds.data.checks.image_findings import decoded
 from internseg_ds.data.checks.looks import Head, read_head
-from internseg_ds.errors import counted
+from internseg_ds.data.rasters.loading import LoadRaster
+from internseg_ds.data.rasters.looks import channel_moments, digest_of, raster_head
+from internseg_ds.data.rasters.windows import Window
+from internseg_ds.errors import DataError, counted
 
 THUMBNAIL = 8
 """Sides of the picture in grey that images are recognised by, in pixels."""
@@ -43,8 +46,10 @@ class ImageLook:
     pixels: int = 0
     """How many `mean` and `variance` are of; 0 where they were not asked for."""
     mean: tuple[float, ...] = ()
-    """Of R, G and B from 0 to 255."""
+    """Of R, G and B from 0 to 255; of the channels that are read of a raster, in their order."""
     variance: tuple[float, ...] = ()
+    raster: bool = False
+    """Whether it is read as a raster."""
 
 
 def look_at_image(file: str, *, measured: bool) -> ImageLook:
@@ -79,6 +84,28 @@ def look_at_image(file: str, *, measured: bool) -> ImageLook:
         bgr.shape[0] * bgr.shape[1],
         tuple(mean.ravel()[::-1].tolist()),
         tuple((deviation.ravel()[::-1] ** 2).tolist()),
+    )
+
+
+def look_at_raster(file: str, loader: LoadRaster, window: Window | None, *, measured: bool) -> ImageLook:
+    """As `look_at_image`, of a raster, or of a window of it. It is recognised by its bytes alone, once for all its
+    windows. measured: mean and variance over some windows."""
+    try:
+        head = raster_head(file, loader)
+        pixels, mean, variance = channel_moments(file, loader, window) if measured else (0, (), ())
+    except DataError as error:
+        return ImageLook(file, damaged=str(error), raster=True)
+    stored = f"{counted(head.channels, 'channel')} of {head.dtype}"
+    first = window is None or (window.row, window.column) == (0, 0)
+    return ImageLook(
+        file,
+        Head(head.size, 1, stored, head.driver),
+        stored=stored,
+        digest=digest_of(file) if first else b"",
+        pixels=pixels,
+        mean=tuple(map(float, mean)),
+        variance=tuple(map(float, variance)),
+        raster=True,
     )
 
 

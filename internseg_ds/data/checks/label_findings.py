@@ -36,10 +36,12 @@ class Examined:
     """How many label maps may not fit their images before that is wrong; None: that is a warning."""
 
     def words(self, tally: LabelTally) -> str:
-        return f"all {self.total}" if self.all_of(tally) else f"the {tally.maps} (of {self.total:,})"
+        if self.all_of(tally):
+            return f"all {self.total}"
+        return f"{'some windows of ' * bool(tally.partial)}the {tally.maps} (of {self.total:,})"
 
     def all_of(self, tally: LabelTally) -> bool:
-        return tally.maps == self.total
+        return tally.maps == self.total and not tally.partial
 
     def refuses(self, number: int) -> bool:
         return self.refused_above is not None and number > self.refused_above

@@ -51,6 +51,8 @@ class LabelTally:
     coloured: list[LabelLook] = field(default_factory=list)
     """Those that are pictures in colours, as far as colours were looked for."""
     storage: Counter[str] = field(default_factory=Counter)
+    partial: int = 0
+    """How many of the maps were not read whole."""
     sizes: Counter[tuple[int, ...]] = field(default_factory=Counter)
 
     def add(self, look: LabelLook, classes: ClassOfNumber) -> None:
@@ -74,6 +76,7 @@ class LabelTally:
     def _count(self, look: LabelLook, classes: ClassOfNumber) -> None:
         loader = classes.loader
         self.maps += 1
+        self.partial += look.partial
         self.sizes[look.shape] += 1
         pixels: dict[int, int] = {}
         strange = []

@@ -17,7 +17,10 @@ from PIL import Image
 
 from internseg_ds.data.label_maps import LoadLabelMap, annotation_of, loader_in
 from internseg_ds.data.orientation import TAG, TURNS
-from internseg_ds.errors import DataError, reason_of
+from internseg_ds.data.rasters.loading import LoadRaster, raster_loader
+from internseg_ds.data.rasters.looks import counted_by_windows, raster_head
+from internseg_ds.data.rasters.windows import Window, window_of
+from internseg_ds.errors import DataError, counted, reason_of
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +65,8 @@ class LabelLook:
     """Whether it cannot be read at all."""
     colours: frozenset[tuple[int, ...]] = frozenset()
     """(R, G, B) of its pixels, where it is a picture in colours."""
+    partial: bool = False
+    """Whether some windows of it were read, and not all of it."""
 
 
 def read_head(source: str | IO[bytes], *, exif: bool = True) -> Head | None:
@@ -96,6 +101,26 @@ def image_loader(part: CustomDataset) -> LoadImageFromFile | None:
     return loaders[0] if [type(step) for step in loaders] == [LoadImageFromFile] else None
 
 
+def raster_loader_of(part: CustomDataset) -> LoadRaster | None:
+    """The step that reads the images of a data set, where it reads rasters."""
+    return raster_loader(getattr(getattr(part, "pipeline", None), "transforms", ()))
+
+
+def head_of(part: CustomDataset, index: int) -> Head | None:
+    """What the head of an image says; None where it says nothing, or there is no such file."""
+    file, loader = image_file(part, index), raster_loader_of(part)
+    if not os.path.isfile(file):
+        return None
+    if loader is None:
+        return read_head(file)
+    try:
+        head = raster_head(file, loader)
+    except DataError as error:  # named when it is its turn
+        log.debug("%s", error)
+        return None
+    return Head(head.size, 1, f"{counted(head.channels, 'channel')} of {head.dtype}", head.driver)
+
+
 def heeds_exif(loader: LoadImageFromFile) -> bool:
     """Whether a loader turns pictures as EXIF says (mmcv's `imfrombytes`)."""
     return loader.color_type in ("color", "grayscale") and loader.imdecode_backend in ("cv2", "pillow")
@@ -120,6 +145,8 @@ def look_at_labels(
     if os.path.exists(file) and not os.path.isfile(file):  # a pipe would be waited for
         return None
     storage = _storage(file) if details else ""
+    if loader.raster:
+        return _look_at_raster(part, index, loader, head, file, window_of(results), storage, details=details)
     try:
         raw = loader.read(file)
     except DataError as error:
@@ -138,6 +165,42 @@ def look_at_labels(
         misfit,
         turned,
         image,
+    )
+
+
+def _look_at_raster(
+    part: CustomDataset,
+    index: int,
+    loader: LoadLabelMap,
+    head: Head | None,
+    file: str,
+    window: Window | None,
+    storage: str,
+    *,
+    details: bool,
+) -> LabelLook:
+    """As `look_at_labels`, window by window; without `details`, at some windows of a large one."""
+    try:
+        size, counts, complete = counted_by_windows(loader.read, file, window, all_of_it=details)
+    except DataError as error:
+        return LabelLook(file, fault=str(error), storage=storage)
+    sides = None if head is None else head.stored
+    misfit = (
+        f"{file} has {size[0]} x {size[1]} pixels and its image {sides[0]} x {sides[1]}"
+        if sides not in (None, size)
+        else ""
+    )
+    shape = size if window is None else (window.height, window.width)
+    numbers = sorted(counts)
+    return LabelLook(
+        file,
+        shape,
+        tuple(numbers),
+        tuple(counts[number] for number in numbers),
+        storage,
+        misfit,
+        image=image_file(part, index),
+        partial=not complete,
     )
 
 

@@ -8,6 +8,7 @@ from mmseg.datasets.pipelines import Normalize
 
 from internseg_ds.data.checks.pipeline_steps import flat
 from internseg_ds.data.dataset_parts import SegmentationDataset, pipelines
+from internseg_ds.data.rasters.loading import raster_loader
 
 
 def compare_normalization(train_set: SegmentationDataset, val_set: SegmentationDataset) -> list[str]:
@@ -27,12 +28,18 @@ def compare_with_pretraining(
 ) -> list[str]:
     """A warning where training images are normalised as no image of the weights' pretraining was.
 
-    pretrained: mean and standard deviation of each, of RGB from 0 to 255; empty where nothing is known.
+    pretrained: mean and standard deviation of each, of RGB from 0 to 255; empty where nothing is known. Rasters,
+    whose channels may be anything, are not compared.
     """
     usual = [(tuple(mean), tuple(std), True) for mean, std in pretrained]
+    settings_of_rgb = {
+        settings
+        for steps in pipelines(train_set)
+        if raster_loader(steps) is None and ((settings := _settings(steps)) is None or len(settings[0]) == 3)
+    }
     odd = {
         settings
-        for settings in map(_settings, pipelines(train_set))
+        for settings in settings_of_rgb
         if usual and not any(_are_close(settings, each) for each in usual)
     }
     return [

@@ -14,11 +14,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.data import DataLoader, Dataset
 
 from internseg_ds.data.checks.image_findings import ImageTally
-from internseg_ds.data.checks.image_looks import ImageLook, look_at_image
+from internseg_ds.data.checks.image_looks import ImageLook, look_at_image, look_at_raster
 from internseg_ds.data.checks.label_tally import ClassOfNumber, LabelTally
-from internseg_ds.data.checks.looks import LabelLook, image_file, label_file, label_loader, look_at_labels
+from internseg_ds.data.checks.looks import (
+    LabelLook,
+    image_file,
+    label_file,
+    label_loader,
+    look_at_labels,
+    raster_loader_of,
+)
 from internseg_ds.data.checks.survey import drawn
 from internseg_ds.data.loading import loaded, quiet_worker
+from internseg_ds.data.rasters.windows import WINDOW
 
 CHUNK = 16
 """Images that a process looks at before it hands over what it saw."""
@@ -56,7 +64,11 @@ class Looks(Dataset):
     def __getitem__(self, place: int) -> tuple[int, ImageLook, LabelLook | None]:
         number, index, measured = self.items[place]
         part, loader = self.parts[number], self.loaders[number]
-        image = look_at_image(image_file(part, index), measured=measured)
+        file, rasters = image_file(part, index), raster_loader_of(part)
+        if rasters is None:
+            image = look_at_image(file, measured=measured)
+        else:
+            image = look_at_raster(file, rasters, part.img_infos[index].get(WINDOW), measured=measured)
         if loader is None or "ann" not in part.img_infos[index]:
             return number, image, None
         return number, image, look_at_labels(part, index, loader, image.head, details=True)
@@ -126,7 +138,7 @@ def _add(
         tally.damaged.append(f"{image.file} ({image.damaged})")
     if image.cut_short:
         tally.cut_short.append(image.file)
-    if image.stored:
+    if image.stored and not image.raster:
         tally.reduced.append((image.file, image.stored))
     if labels is not None and classes is not None:
         found.labels.add(labels, classes)

@@ -40,9 +40,11 @@ def median_frequency_weights(tally: LabelTally, classes: int) -> list[float]:
 
 
 def mean_and_std(looks: Sequence[ImageLook]) -> tuple[np.ndarray, np.ndarray] | None:
-    """Mean and standard deviation of R, G and B (3,) from 0 to 255, over all pixels of the images that were
-    measured; None where none was."""
+    """Mean and standard deviation of R, G and B (3,) from 0 to 255, or of each channel of rasters in their order, over
+    all pixels of the images that were measured; None where none was, or they have different channels."""
     measured = [look for look in looks if look.pixels]
+    if len({(len(look.mean), look.raster) for look in measured}) > 1:
+        return None
     if not measured:
         return None
     pixels = np.array([look.pixels for look in measured], np.float64)[:, None]
@@ -58,21 +60,24 @@ def normalization_findings(
     """A Normalize that leaves numbers that no network is used to: mean and std for 0 to 1, of images from 0
     to 255, say. Other numbers than the images' own are right where weights were pretrained with them."""
     found = mean_and_std(looks)
-    if found is None or any(look.stored for look in looks):  # read in another way, by other numbers
+    if found is None or any(
+        look.stored and not look.raster for look in looks
+    ):  # read in another way, by other numbers
         return
     said = set()
     for steps in pipelines(dataset):
         for step in flat(steps):
-            if not isinstance(step, Normalize) or np.size(step.mean) != 3:
+            if not isinstance(step, Normalize) or np.size(step.mean) != len(found[0]):
                 continue
-            order = slice(None) if step.to_rgb else slice(None, None, -1)
+            order = slice(None) if step.to_rgb or looks[0].raster else slice(None, None, -1)
             mean = (found[0][order] - step.mean) / step.std
             std = found[1][order] / step.std
             if np.abs(mean).max() > FAR or std.max() > MOST or std.max() < LEAST:
                 said.add(
                     f"{what}: Normalize with mean={_rounded(step.mean)}, std={_rounded(step.std)} makes "
                     f"images of mean {_rounded(mean)} and standard deviation {_rounded(std)}; these images have "
-                    f"mean={_rounded(found[0])}, std={_rounded(found[1])} in RGB of 0 to 255"
+                    f"mean={_rounded(found[0])}, std={_rounded(found[1])} in "
+                    f"{'the order of their channels' if looks[0].raster else 'RGB of 0 to 255'}"
                 )
     yield from (Finding("normalize", text) for text in sorted(said))
 

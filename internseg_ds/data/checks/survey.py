@@ -18,8 +18,19 @@ from internseg_ds.data.checks.findings import Finding, as_warnings
 from internseg_ds.data.checks.image_findings import ImageTally, decoded, image_findings
 from internseg_ds.data.checks.label_findings import Examined, label_findings
 from internseg_ds.data.checks.label_tally import ClassOfNumber, LabelTally
-from internseg_ds.data.checks.looks import image_file, label_loader, look_at_labels, read_head
+from internseg_ds.data.checks.looks import (
+    head_of,
+    image_file,
+    label_loader,
+    look_at_labels,
+    raster_loader_of,
+    read_head,
+)
 from internseg_ds.data.dataset_parts import SegmentationDataset, plain_parts
+from internseg_ds.data.rasters.findings import raster_findings
+from internseg_ds.data.rasters.loading import LoadRaster
+from internseg_ds.data.rasters.looks import RasterHead, raster_head
+from internseg_ds.errors import DataError
 from internseg_ds.seeding import derived_seed
 
 MAPS, SECONDS = 200, 2.0
@@ -74,9 +85,7 @@ def _classes(parts: Sequence[CustomDataset], what: str, training: bool, tolerate
         for index in drawn(part, max(1, MAPS * len(part) // total)):
             if time.monotonic() > until and tally.maps:
                 break
-            image = image_file(part, index)
-            head = read_head(image) if os.path.isfile(image) else None
-            look = look_at_labels(part, index, loader, head)
+            look = look_at_labels(part, index, loader, head_of(part, index))
             if look is not None and not look.damaged:  # a damaged one is named when it is its turn
                 tally.add(look, classes)
     if (first := next(filter(None, loaders), None)) is not None:
@@ -85,6 +94,9 @@ def _classes(parts: Sequence[CustomDataset], what: str, training: bool, tolerate
 
 
 def _images(part: CustomDataset, what: str) -> Iterator[Finding]:
+    if (loader := raster_loader_of(part)) is not None:
+        yield from _rasters(part, loader, what)
+        return
     files = [image_file(part, index) for index in drawn(part, MAPS)]
     files = [file for file in files if os.path.isfile(file)]  # a pipe would keep the run waiting here
     until, tally = time.monotonic() + SECONDS / 2, ImageTally()
@@ -97,3 +109,13 @@ def _images(part: CustomDataset, what: str) -> Iterator[Finding]:
             if (image := decoded(np.fromfile(file, np.uint8))) is not None:
                 tally.add_decoded(file, image)
     yield from image_findings(tally, part, what)
+
+
+def _rasters(part: CustomDataset, loader: LoadRaster, what: str) -> Iterator[Finding]:
+    until, heads = time.monotonic() + SECONDS / 2, list[tuple[str, RasterHead]]()
+    for file in dict.fromkeys(image_file(part, index) for index in drawn(part, MAPS)):
+        if time.monotonic() > until:
+            break
+        with suppress(DataError):  # named when it is its turn
+            heads.append((file, raster_head(file, loader)))
+    yield from raster_findings(heads, part, what)

@@ -210,7 +210,7 @@ def test_stored_parameters_are_resized_to_the_shapes_of_the_model():
         ("pos_embed", (1, 21, 8), (1, 26, 8)),  # 4 x 5 patches: which way round?
         ("pos_embed", (1, 16, 8), (1, 26, 8)),  # no class token
         ("pos_embed", (1, 17, 9), (1, 26, 8)),
-        ("patch_embed.proj.weight", (8, 3, 14, 14), (8, 4, 14, 14)),
+        ("patch_embed.proj.weight", (9, 3, 14, 14), (8, 3, 14, 14)),
         ("patch_embed.proj.weight", (8, 3, 2, 14, 14), (8, 3, 14, 14)),
     ],
 )
