@@ -11,6 +11,7 @@ from mmcv.cnn.utils import revert_sync_batchnorm
 from mmseg.models import build_segmentor
 
 import internseg_ds.models  # noqa: F401 - registers the backbone
+from internseg_ds import Segmenter
 from tests.conftest import ROOT, TINY
 
 CLASSES = 5
@@ -34,10 +35,9 @@ PIPELINE = [
 ]
 
 
-@pytest.fixture(scope="package")
-def weights(tmp_path_factory) -> Path:
+def write_weights(folder: Path, **options: object) -> Path:
     """A .pth with the config of the demo at width 32, with windows of CROP every STRIDE pixels, and that config beside
-    it as config.py."""
+    it as config.py. options: of the decode head."""
     cfg = Config.fromfile(ROOT / TINY)
     cfg.merge_from_dict(
         {
@@ -46,13 +46,12 @@ def weights(tmp_path_factory) -> Path:
             "model.decode_head.in_channels": [32] * 4,
             "model.decode_head.channels": 16,
             "model.decode_head.num_classes": CLASSES,
-            "model.auxiliary_head.in_channels": 32,
-            "model.auxiliary_head.channels": 16,
-            "model.auxiliary_head.num_classes": CLASSES,
+            "model.auxiliary_head": None,
             "model.test_cfg.crop_size": CROP,
             "model.test_cfg.stride": STRIDE,
             "engine.backbone_dtype": "float32",
             "data.test.pipeline": PIPELINE,
+            **{f"model.decode_head.{key}": value for key, value in options.items()},
         }
     )
     torch.manual_seed(0)
@@ -60,15 +59,27 @@ def weights(tmp_path_factory) -> Path:
     for param in model.parameters():
         if param.dim() > 1:  # of some size, so that predictions are not one class
             torch.nn.init.normal_(param, 0.0, 2 / param[0].numel() ** 0.5)
+    classes = cfg.model.decode_head.num_classes
     meta = {
-        "CLASSES": [f"class {number}" for number in range(CLASSES)],
-        "PALETTE": [[number, 255 - number, 7] for number in range(CLASSES)],
+        "CLASSES": [f"class {number}" for number in range(classes)],
+        "PALETTE": [[number % 256, 255 - number % 256, 7] for number in range(classes)],
         "config": cfg.pretty_text,
     }
-    path = tmp_path_factory.mktemp("weights") / "segmentor.pth"
+    path = folder / "segmentor.pth"
     torch.save({"meta": meta, "state_dict": model.state_dict()}, path)
     path.with_name("config.py").write_text(cfg.pretty_text)
     return path
+
+
+@pytest.fixture(scope="package")
+def weights(tmp_path_factory) -> Path:
+    """Of CLASSES classes."""
+    return write_weights(tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture(scope="package")
+def segmenter(weights) -> Segmenter:
+    return Segmenter.from_pretrained(weights, device="cpu")
 
 
 def pixels(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
