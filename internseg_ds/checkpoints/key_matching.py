@@ -8,6 +8,7 @@ import torch
 
 from internseg_ds.checkpoints.weights import Weights
 from internseg_ds.errors import CheckpointError, counted, shortened
+from internseg_ds.models.weight_resizing import channels_rule
 
 CanResize = Callable[[torch.Size, torch.Size], bool]
 """(shape in the file, shape in the model) -> whether the backbone resizes the one to the other."""
@@ -25,6 +26,8 @@ class KeyMatch:
     resized: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
+    rules: list[str] = field(default_factory=list)
+    """How kernels become those for images of other channels."""
 
     def summary(self, done: str = "loaded") -> str:
         """How many tensors are `done`, and which are not, for the log."""
@@ -32,7 +35,7 @@ class KeyMatch:
         for what in ("resized", "missing", "ignored"):
             if names := getattr(self, what):
                 parts.append(f"{len(names)} {what} ({shortened(names)})")
-        return ", ".join(parts)
+        return ", ".join(parts + self.rules)
 
 
 def match_keys(
@@ -70,6 +73,8 @@ def match_keys(
         elif name in resizable and resizable[name](shape, shapes[name]):
             match.sources[name] = source
             match.resized.append(name)
+            if rule := channels_rule(shape, shapes[name]):
+                match.rules.append(f"{name} {rule}")
         elif name.startswith(ignore) and name.startswith(may_miss):
             match.ignored.append(source)
         else:

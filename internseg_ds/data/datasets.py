@@ -27,6 +27,8 @@ from internseg_ds.data.entries import leaf_datasets
 from internseg_ds.data.joined import joining
 from internseg_ds.data.label_maps import CheckAnnotation, read_label_maps_of
 from internseg_ds.data.palettes import check_decoder
+from internseg_ds.data.rasters.image_check import check_images_of
+from internseg_ds.data.rasters.scenes import cut_into_tiles
 from internseg_ds.errors import DataError, UserError, nearest_argument, reason_of
 
 
@@ -107,11 +109,13 @@ def _read_in_our_way(part: SegmentationDataset) -> None:
         part.label_map = {old: part.ignore_index if new == -1 else new for old, new in part.label_map.items()}
     if not isinstance(part, CustomDataset):
         return
+    check_images_of(part.pipeline.transforms)
     if lists_files_as_mmseg(part):
         if part.split is not None:
             _read_split(part)
         elif part.ann_dir is not None:
             _pair_by_endings(part)
+    cut_into_tiles(part)
     if part.CLASSES is not None:
         read_label_maps_of(part)
         _check_annotations_of(part)

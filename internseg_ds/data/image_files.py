@@ -4,7 +4,7 @@ an mmseg test pipeline."""
 import glob
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
 from internseg_ds.data.checks.pipeline_steps import check_steps
+from internseg_ds.data.rasters.image_check import check_images_of
+from internseg_ds.data.rasters.loading import LoadRaster
 from internseg_ds.errors import ConfigError, DataError, reason_of
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
@@ -29,6 +31,7 @@ class ImageFiles(Dataset):
         except Exception as error:  # whatever a transform's constructor refuses with
             raise ConfigError(f"the pipeline of data.test cannot be built: {reason_of(error)}") from error
         check_steps(self.pipeline.transforms, "data.test", evaluates=True)
+        check_images_of(self.pipeline.transforms)
         self.img_infos: list[dict[str, Any]] = [{"filename": str(path)} for path in images]
 
     def __len__(self) -> int:
@@ -68,7 +71,9 @@ class GivenImages(ImageFiles):
                 raise DataError(f"there is no image {name}")
         as_float = getattr(load, "to_float32", False)
         steps[0] = lambda results: (
-            as_loaded(results, as_float) if "pixels" in results["img_info"] else load(results)
+            as_loaded(results, as_float, raster=isinstance(load, LoadRaster))
+            if "pixels" in results["img_info"]
+            else load(results)
         )
 
 
@@ -93,25 +98,31 @@ def _pixels(image: Any, name: str, *, in_colour: bool) -> np.ndarray:
     return np.ascontiguousarray(colour)
 
 
-def as_loaded(results: dict[str, Any], as_float: bool) -> dict[str, Any]:
-    """What mmseg's LoadImageFromFile adds to the results, of an image that is there already."""
+def as_loaded(results: dict[str, Any], as_float: bool, *, raster: bool) -> dict[str, Any]:
+    """What mmseg's LoadImageFromFile adds to the results, or `LoadRaster` does, of an image that is there already."""
     info = results["img_info"]
     image = info["pixels"].astype(np.float32) if as_float else info["pixels"]
+    image = image[..., None] if raster and image.ndim == 2 else image
     channels = 1 if image.ndim == 2 else image.shape[2]
-    return results | {
-        "filename": info["filename"],
-        "ori_filename": info["filename"],
-        "img": image.copy(),
-        "img_shape": image.shape,
-        "ori_shape": image.shape,
-        "pad_shape": image.shape,
-        "scale_factor": 1.0,
-        "img_norm_cfg": {
-            "mean": np.zeros(channels, np.float32),
-            "std": np.ones(channels, np.float32),
-            "to_rgb": False,
-        },
-    }
+    shown = {"shown_channels": (0, 1, 2) if channels >= 3 else (0,)} if raster else {}
+    return (
+        results
+        | shown
+        | {
+            "filename": info["filename"],
+            "ori_filename": info["filename"],
+            "img": image.copy(),
+            "img_shape": image.shape,
+            "ori_shape": image.shape,
+            "pad_shape": image.shape,
+            "scale_factor": 1.0,
+            "img_norm_cfg": {
+                "mean": np.zeros(channels, np.float32),
+                "std": np.ones(channels, np.float32),
+                "to_rgb": False,
+            },
+        }
+    )
 
 
 def picture(dataset: Any, index: int) -> np.ndarray:
@@ -119,8 +130,14 @@ def picture(dataset: Any, index: int) -> np.ndarray:
     loads it.
 
     Of other than 8-bit images with 3 channels, the first three channels (or the only one), stretched from
-    their least to their largest value.
+    their least to their largest value. Of a raster, those that the file calls red, green and blue, or else the
+    first three in that order (or the first).
     """
+    return picture_of(loaded(dataset, index))
+
+
+def loaded(dataset: Any, index: int) -> dict[str, Any]:
+    """mmseg's results of an image behind the step of its pipeline that loads it."""
     results: dict[str, Any] = {
         "img_info": dataset.img_infos[index],
         "ann_info": dataset.img_infos[index].get("ann"),
@@ -130,8 +147,15 @@ def picture(dataset: Any, index: int) -> np.ndarray:
         results = step(results)
         if "img" in results:
             break
+    return results
+
+
+def picture_of(results: Mapping[str, Any]) -> np.ndarray:
+    """As `picture`, of what `loaded` returns."""
     image = results["img"]
     image = image[..., None] if image.ndim == 2 else image
+    if "shown_channels" in results:
+        image = image[..., results["shown_channels"][::-1]]  # as BGR
     shown = image[..., :3] if image.shape[2] >= 3 else np.repeat(image[..., :1], 3, axis=2)
     if image.dtype == np.uint8:
         return np.ascontiguousarray(shown)

@@ -15,6 +15,9 @@ from mmseg.datasets.pipelines import LoadAnnotations
 
 from internseg_ds.data.folders.codes import ColourCodes, NumberCodes
 from internseg_ds.data.orientation import turned_against
+from internseg_ds.data.rasters.label_windows import colours_in, numbers_in
+from internseg_ds.data.rasters.loading import raster_loader
+from internseg_ds.data.rasters.windows import Window, window_of
 from internseg_ds.errors import ConfigError, DataError, reason_of
 
 NONE_IN_FILES = (-1, 65535)
@@ -28,6 +31,7 @@ class LoadLabelMap(LoadAnnotations):
       they are, and those that are no whole numbers are an error.
     - mmseg applies the data set's `classes` (its `label_map`) before zero is reduced, which shifts them by
       one; here after it.
+    - with raster=True it reads with rasterio, and where the image is a window of a scene, that window alone.
     - a pixel without a class gets the data set's `ignore_index`, and the result is as wide as classes and
       `ignore_index` need.
     """
@@ -43,11 +47,12 @@ class LoadLabelMap(LoadAnnotations):
         reduce_zero_label: bool,
         strict: bool,
         codes: NumberCodes | ColourCodes | None = None,
+        raster: bool = False,
     ) -> None:
         """loader: mmseg's, whose ways of reading files are kept. classes: how many the data set has. strict:
         a number that stands for no class, and not for "none" either, raises DataError; otherwise it becomes
         `self.stranger`, as the metrics count it. codes: what the numbers or colours in files stand for, where
-        they are not the classes' own numbers.
+        they are not the classes' own numbers. raster: read with rasterio.
 
         Raises ConfigError where class 255 and "none" would be the same.
         """
@@ -59,13 +64,14 @@ class LoadLabelMap(LoadAnnotations):
                 "the heads (decode_head.ignore_index and its losses) and Pad.seg_pad_val"
             )
         self.classes, self.ignore_index, self.strict, self.codes = classes, ignore_index, strict, codes
+        self.raster = raster
         self.stranger = classes + (classes == ignore_index)
         self.dtype = np.promote_types(np.min_scalar_type(self.stranger), np.min_scalar_type(ignore_index))
 
     def __call__(self, results: dict[str, Any]) -> dict[str, Any]:
         """Adds gt_semantic_seg (h, w). Raises DataError naming the file and what is wrong with it."""
         file = os.path.join(results.get("seg_prefix") or "", results["ann_info"]["seg_map"])
-        raw = self.read(file)
+        raw = self.read(file, window_of(results))
         labels = self.to_classes(raw, results.get("label_map"))
         if self.strict and (strange := labels == self.stranger).any():
             last = self.in_file(results.get("label_map")) - 1
@@ -81,19 +87,27 @@ class LoadLabelMap(LoadAnnotations):
         results["seg_fields"].append("gt_semantic_seg")
         return results
 
-    def read(self, file: str) -> np.ndarray:
-        """The numbers in a file (h, w), of any whole type; those of classes, where it is coded otherwise.
-        Raises DataError."""
+    def read(self, file: str, window: Window | None = None) -> np.ndarray:
+        """The numbers in a file (h, w), of any whole type; those of classes, where it is coded otherwise. window: of a
+        raster, the part that is read. Raises DataError."""
+        if self.raster:
+            return self._read_raster(file, window)
         if self.file_client is None:
             self.file_client = mmcv.FileClient(**self.file_client_args)
         data = self.file_client.get(file)
         if isinstance(self.codes, ColourCodes):
             return self.codes.classes_in(data, file)
-        raw = self._whole_numbers(data, file)
+        raw = mmcv.imfrombytes(data, flag="unchanged", backend=self.imdecode_backend)
+        raw = self._whole_numbers(raw, file)
         return raw if self.codes is None else self.codes.classes_in(raw, file)
 
-    def _whole_numbers(self, data: bytes, file: str) -> np.ndarray:
-        raw = mmcv.imfrombytes(data, flag="unchanged", backend=self.imdecode_backend)
+    def _read_raster(self, file: str, window: Window | None) -> np.ndarray:
+        if isinstance(self.codes, ColourCodes):
+            return self.codes.classes_of(colours_in(file, window), file)
+        raw = self._whole_numbers(numbers_in(file, window), file)
+        return raw if self.codes is None else self.codes.classes_in(raw, file)
+
+    def _whole_numbers(self, raw: np.ndarray, file: str) -> np.ndarray:
         if raw.ndim == 3 and raw.shape[2] == 1:
             raw = raw[..., 0]
         if raw.ndim != 2:
@@ -149,6 +163,7 @@ def read_label_maps_of(dataset: CustomDataset) -> None:
     Raises ConfigError where class 255 and "none" would be the same.
     """
     transforms, codes = dataset.pipeline.transforms, getattr(dataset, "label_codes", None)
+    raster = raster_loader(transforms) is not None
     for place, transform in enumerate(transforms):
         if type(transform) is LoadAnnotations:
             transforms[place] = LoadLabelMap(
@@ -158,6 +173,7 @@ def read_label_maps_of(dataset: CustomDataset) -> None:
                 reduce_zero_label=transform.reduce_zero_label,
                 strict=True,
                 codes=codes,
+                raster=raster,
             )
     theirs = dataset.gt_seg_map_loader
     if (
@@ -172,6 +188,7 @@ def read_label_maps_of(dataset: CustomDataset) -> None:
             reduce_zero_label=reduce_zero_label,
             strict=False,
             codes=codes,
+            raster=raster,
         )
 
 

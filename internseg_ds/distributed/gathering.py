@@ -24,6 +24,7 @@ from internseg_ds.distributed.initial_values import gathered
 from internseg_ds.distributed.precision import apply_precision
 from internseg_ds.distributed.process_group import World
 from internseg_ds.distributed.zero_internals import is_partitioned
+from internseg_ds.models.backbone import image_channels
 from internseg_ds.models.lora import add_same_adapters
 from internseg_ds.zero_partition import full_shape
 
@@ -64,9 +65,11 @@ class Forwards:
     def finish(self) -> None:
         """Takes part in the other ranks' passes, with an image of zeros, until no rank has images left."""
         device = next(self.segmentor.parameters()).device
+        channels = image_channels(self.segmentor)
         while self.in_step and (size := self._smallest_image(None)):
-            meta = {"img_shape": (*size, 3), "pad_shape": (*size, 3), "ori_shape": (*size, 3)}
-            self._logits(torch.zeros(1, 3, *size, device=device), [meta])
+            shape = (*size, channels)
+            meta = {"img_shape": shape, "pad_shape": shape, "ori_shape": shape}
+            self._logits(torch.zeros(1, channels, *size, device=device), [meta])
 
     def _logits(self, images: Tensor, metas: Sequence[Mapping[str, Any]]) -> Tensor:
         segmentor: Any = self.segmentor

@@ -6,6 +6,7 @@ tensor: a rank needs little more memory than its partition, and more ranks read 
 """
 
 import logging
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from internseg_ds.distributed.zero_internals import (
 )
 from internseg_ds.errors import CheckpointError, DamagedError
 from internseg_ds.lora_names import is_factor, plain_name
+from internseg_ds.models.weight_resizing import channels_rule
 from internseg_ds.tensor_part import Part
 from internseg_ds.torch_internals import persistent_buffers
 from internseg_ds.zero_partition import full_shape
@@ -61,7 +63,8 @@ def match_segmentor(
     The adapters of a model keep their values: weights are of a model without (`open_weights` merges them).
 
     may_differ: prefixes of names that the file may lack or have in addition; None where the caller has no
-    such setting. Raises CheckpointError when names or shapes do not match.
+    such setting, for it wants these very weights: of images with as many channels, too. Raises CheckpointError
+    when names or shapes do not match.
     """
     found = _match_whole(model, weights, _plain_shapes(model), may_differ)
     found.sources = _by_own_names(model, found.sources)
@@ -84,7 +87,7 @@ def _match_whole(
     return match_keys(
         weights,
         shapes,
-        resizable=_resizable(model, "backbone."),
+        resizable=_resizable(model, "backbone.", of_other_channels=may_differ is not None),
         ignore=may_differ or (),
         may_miss=counters + (may_differ or ()),
         advice="" if may_differ is None else ALLOW,
@@ -195,9 +198,17 @@ def _check_config(backbone: Any, weights: Weights) -> None:
         )
 
 
-def _resizable(model: nn.Module, prefix: str) -> dict[str, CanResize]:
+def _resizable(model: nn.Module, prefix: str, *, of_other_channels: bool = True) -> dict[str, CanResize]:
+    """of_other_channels: also what is of images with another number of channels."""
     resizable = getattr(model.backbone, "resizable", {})
-    return {prefix + name: can_resize for name, (can_resize, _) in resizable.items()}
+    return {
+        prefix + name: can_resize if of_other_channels else partial(_same_channels, can_resize)
+        for name, (can_resize, _) in resizable.items()
+    }
+
+
+def _same_channels(can_resize: CanResize, in_file: torch.Size, in_model: torch.Size) -> bool:
+    return not channels_rule(in_file, in_model) and can_resize(in_file, in_model)
 
 
 def resized(model: nn.Module, name: str, value: Tensor, shape: torch.Size) -> Tensor:

@@ -153,6 +153,7 @@ class Segmenter:
             device,
         )
         with Scene(Path(scene), PixelSteps.of(self._pipeline)) as opened, torch.no_grad():
+            opened.check_model(self._segmentor)
             make_folder(folder)
             segmentation.segment(opened, outputs)
         return outputs

@@ -30,6 +30,9 @@ class Backbone(Protocol):
     patch_size: int | tuple[int, int]
     """Pixels whose multiples the sides of an image must be: crops are checked before a run, evaluated images
     padded. Without: images of any size."""
+    image_channels: int
+    """Channels of its images: images of others are refused before a run. Without: planning takes those of its first
+    convolution."""
     follows_dtype: bool
     """Whether all of it computes in the dtype of its input. Without: in bf16 it runs under torch.autocast,
     which converts operands of different dtypes (a mask or a grid that is made in fp32) and computes layer
@@ -114,6 +117,22 @@ def patch_size(backbone: nn.Module) -> int:
     """Pixels whose multiples the height and width of its images must be."""
     size: Any = getattr(backbone, "patch_size", 1)
     return math.lcm(*size) if isinstance(size, (list, tuple)) else size
+
+
+def stated_channels(backbone: nn.Module) -> int | None:
+    """Channels of its images, where the backbone says how many."""
+    channels = getattr(backbone, "image_channels", None)
+    return channels if isinstance(channels, int) else None
+
+
+def image_channels(segmentor: nn.Module) -> int:
+    """Channels of a segmentor's images: those that its backbone states, or else those of its first convolution; 3
+    where it has none."""
+    backbone = segmentor.get_submodule("backbone")
+    if (stated := stated_channels(backbone)) is not None:
+        return stated
+    convolutions = (module for module in backbone.modules() if isinstance(module, nn.Conv2d))
+    return next((module.in_channels for module in convolutions), 3)
 
 
 def vector_length(backbone: nn.Module) -> int:

@@ -1,8 +1,9 @@
-"""Position embeddings and patch kernels of Vision Transformers at other sizes than they were trained at.
+"""Position embeddings and patch kernels of Vision Transformers at other sizes, and of images of other channels, than
+they were trained at.
 
 In: tensors as weight files hold them. Out: the same in the shape that a model has. Whether a tensor can be
 resized is decided from the two shapes alone, before anything is read. Letters: c channels; (h, w) the patch
-grid; s the side of a square patch grid; p, q sides of a patch in pixels.
+grid; s the side of a square patch grid; p, q sides of a patch in pixels; i, j channels of an image.
 """
 
 import math
@@ -28,8 +29,40 @@ def resize_position_embedding(pos_embed: Tensor, grid: tuple[int, int], prefix: 
 
 
 def resize_patch_kernel(kernel: Tensor, shape: torch.Size) -> Tensor:
-    """Resize a patch kernel (c, 3, p, p) of any float dtype bicubically to `shape` (c, 3, q, q), float32."""
-    return F.interpolate(kernel.float(), size=shape[2:], mode="bicubic", align_corners=False)
+    """Resize a patch kernel (c, i, p, p) of any float dtype to `shape` (c, j, q, q), float32: bicubically to another
+    patch, and to other channels by `adapt_channels`."""
+    kernel = adapt_channels(kernel, shape)
+    if kernel.shape == shape:
+        return kernel
+    return F.interpolate(kernel, size=shape[2:], mode="bicubic", align_corners=False)
+
+
+def adapt_channels(kernel: Tensor, shape: torch.Size) -> Tensor:
+    """A convolution's kernel (c, i, p, q) of any float dtype for images of the j channels of `shape` (c, j, ...),
+    float32 (c, j, p, q), by `channels_rule`.
+
+    The sum over an image whose channels are all alike stays what it was, where i divides j, or j is 1. It is the
+    rule by which timm adapts its weights (`timm.models._manipulate.adapt_input_conv`).
+    """
+    known, wanted = kernel.size(1), shape[1]
+    kernel = kernel.float()
+    if known == wanted:
+        return kernel
+    if wanted == 1:
+        return kernel.sum(dim=1, keepdim=True)
+    repeated = kernel.repeat(1, math.ceil(wanted / known), 1, 1)[:, :wanted]
+    return repeated * (known / wanted)
+
+
+def channels_rule(in_file: torch.Size, in_model: torch.Size) -> str:
+    """How a kernel in a file becomes one for images of other channels, in words; "" where it does not, or the
+    shapes are of no kernels."""
+    if len(in_file) != 4 or len(in_model) != 4 or in_file[1] == in_model[1]:
+        return ""
+    known, wanted = in_file[1], in_model[1]
+    if wanted == 1:
+        return f"from {known} image channels to 1: their sum"
+    return f"from {known} image channels to {wanted}: channel n is channel n modulo {known}, times {known}/{wanted}"
 
 
 def resize_to_shape(pos_embed: Tensor, shape: torch.Size) -> Tensor:
@@ -51,5 +84,10 @@ def is_square_embedding(in_file: torch.Size, in_model: torch.Size, prefix: int =
 
 
 def is_patch_kernel(in_file: torch.Size, in_model: torch.Size) -> bool:
-    """Whether `in_file` (c, channels, p, p) differs from `in_model` in the patch size alone."""
-    return len(in_file) == 4 and in_file[:2] == in_model[:2]
+    """Whether `in_file` (c, i, p, p) differs from `in_model` in the patch size and the image's channels alone."""
+    return len(in_file) == len(in_model) == 4 and in_file[0] == in_model[0]
+
+
+def is_image_kernel(in_file: torch.Size, in_model: torch.Size) -> bool:
+    """Whether `in_file` (c, i, p, q) differs from `in_model` in the image's channels alone."""
+    return is_patch_kernel(in_file, in_model) and in_file[2:] == in_model[2:]

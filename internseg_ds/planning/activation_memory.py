@@ -22,6 +22,7 @@ from mmseg.models.segmentors import BaseSegmentor
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from internseg_ds.models.backbone import image_channels
 from internseg_ds.models.heads import stand_in_loss
 from internseg_ds.torch_internals import (
     BATCH_NORM,
@@ -66,7 +67,7 @@ def training_activations(
     """
     heads_peaks: list[int] = []
     with _without_storage(model, training=True) as (model, live):
-        images = torch.empty(micro_batch, 3, height, width)
+        images = torch.empty(micro_batch, image_channels(model), height, width)
         labels = torch.empty(micro_batch, height, width, dtype=torch.int64)
         batch = live.now
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -101,12 +102,10 @@ def evaluation_bytes(
         torch.no_grad(),
         torch.autocast("cpu", torch.bfloat16, enabled=autocast),
     ):
-        meta = {
-            "img_shape": (height, width, 3),
-            "pad_shape": (height, width, 3),
-            "ori_shape": (height, width, 3),
-        }
-        model.encode_decode(torch.empty(windows, 3, height, width), [meta] * windows)
+        channels = image_channels(model)
+        shape = (height, width, channels)
+        meta = {"img_shape": shape, "pad_shape": shape, "ori_shape": shape}
+        model.encode_decode(torch.empty(windows, channels, height, width), [meta] * windows)
         return live.peak_since()
 
 
@@ -122,7 +121,7 @@ def most_bytes(model: BaseSegmentor, height: int, width: int, micro_batch: int) 
     model.eval()
     try:
         with outputs, torch.no_grad():
-            features = model.extract_feat(torch.empty(1, 3, height, width, device="meta"))
+            features = model.extract_feat(torch.empty(1, image_channels(model), height, width, device="meta"))
             labels = torch.empty(1, height, width, dtype=torch.int64, device="meta")
             stand_in_loss(model, features, labels)
     finally:

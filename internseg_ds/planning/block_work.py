@@ -14,6 +14,7 @@ import torch
 from mmseg.models.segmentors import BaseSegmentor
 from torch import Tensor, nn
 
+from internseg_ds.models.backbone import image_channels
 from internseg_ds.models.block_execution.float8_linear import float8_layers
 from internseg_ds.models.repeated_blocks import repeated_blocks
 from internseg_ds.planning.flops import in_training
@@ -58,7 +59,8 @@ def block_work(model: BaseSegmentor, height: int, width: int) -> BlockWork:
         handles += [layer.register_forward_hook(observer.layer_ran) for layer in float8_layers(block)]
     try:
         with in_training(model):
-            features: Sequence[Tensor] = model.extract_feat(torch.empty(1, 3, height, width, device="meta"))
+            image = torch.empty(1, image_channels(model), height, width, device="meta")
+            features: Sequence[Tensor] = model.extract_feat(image)
             observer.recomputes = True
             reached = [feature for feature in features if feature.requires_grad]
             if reached:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from torch.utils.hooks import RemovableHandle
 
+from internseg_ds.models.backbone import image_channels
 from internseg_ds.models.heads import head_outputs
 from internseg_ds.torch_internals import BATCH_NORM, tree_leaves
 
@@ -92,7 +93,9 @@ def _run(model: BaseSegmentor, height: int, width: int) -> _Flops:
     autograd runs what was recorded last first, so the heads come before the backbone in any case.
     """
     with _flop_counter() as backbone_forward:
-        features: list[Tensor] = model.extract_feat(torch.empty(1, 3, height, width, device="meta"))
+        features: list[Tensor] = model.extract_feat(
+            torch.empty(1, image_channels(model), height, width, device="meta")
+        )
     entries = [feature.detach().requires_grad_() for feature in features]
     with _flop_counter() as heads_forward:
         leaves = [leaf for _, output in head_outputs(model, entries) for leaf in tree_leaves(output)]

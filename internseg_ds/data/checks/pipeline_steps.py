@@ -30,6 +30,8 @@ PACK = {"DefaultFormatBundle", "Collect"}
 """Those after which there is no plain label map any more."""
 TAKE_8_BITS = ("PhotoMetricDistortion", "CLAHE", "AdjustGamma")
 """Those that round an image to 0..255."""
+READ_RASTERS = ("LoadRaster", "LoadRasterWindow")
+"""Those after which an image has the channels of its file, in their order."""
 MOVE_PIXELS = ("RandomCrop", "RandomRotate", "RandomMosaic")
 """Those after which predictions do not lie on the image's own pixels."""
 CHANGE_IMAGES = ("PhotoMetricDistortion", "RandomCutOut")
@@ -52,18 +54,19 @@ def check_steps(steps: Sequence[Any], what: str, *, evaluates: bool) -> None:
             f"the pipeline of {what} has {late} behind Normalize, whose values it would round to whole "
             "numbers of 0 to 255; put it before"
         )
-    _check_normalization(steps, what)
+    _check_normalization(steps, names, what)
     _check_numbers(steps, what)
     if evaluates:
         _predictions_lie_on_the_image(steps, names, what)
 
 
-def _check_normalization(steps: Sequence[Any], what: str) -> None:
+def _check_normalization(steps: Sequence[Any], names: Sequence[str], what: str) -> None:
     """Each Normalize must have a number for each channel, and divide by numbers above 0. Raises
     ConfigError."""
     for step in flat(steps):
         if not isinstance(step, Normalize):
             continue
+        _check_channels(step, names, what)
         for name, values in (("mean", step.mean), ("std", step.std)):
             if values.ndim != 1 or not np.isfinite(values).all():
                 raise ConfigError(
@@ -75,6 +78,32 @@ def _check_normalization(steps: Sequence[Any], what: str) -> None:
                 f"std={step.std.tolist()} of Normalize in the pipeline of {what}: each number must be "
                 "above 0, for values are divided by it; write 1.0 to leave them as they are"
             )
+
+
+def _check_channels(step: Normalize, names: Sequence[str], what: str) -> None:
+    """Steps that OpenCV does for some numbers of channels alone. Raises ConfigError."""
+    channels = step.mean.size
+    raster = next((name for name in names if name in READ_RASTERS), None)
+    if step.std.size != channels:
+        raise ConfigError(
+            f"Normalize in the pipeline of {what} has {channels} numbers in mean and {step.std.size} in std; write one "
+            "of each for each channel"
+        )
+    if step.to_rgb and (raster or channels not in (1, 3)):
+        why = (
+            f"{raster} keeps the channels of a file in their order"
+            if raster
+            else f"{channels} channels are no BGR"
+        )
+        raise ConfigError(
+            f"Normalize in the pipeline of {what} has to_rgb=True, which turns BGR into RGB, but {why}; write "
+            "to_rgb=False"
+        )
+    if channels not in (1, 3) and "PhotoMetricDistortion" in names:
+        raise ConfigError(
+            f"the pipeline of {what} has PhotoMetricDistortion, which is of 8-bit images of three channels, and "
+            f"Normalize has mean and std of {channels}; take it out"
+        )
 
 
 def _check_numbers(steps: Sequence[Any], what: str) -> None:

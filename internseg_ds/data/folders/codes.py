@@ -49,7 +49,10 @@ class ColourCodes:
     def classes_in(self, data: bytes, file: str) -> np.ndarray:
         """data: a picture file, with a palette too. Raises DataError for a colour that stands for nothing."""
         with Image.open(io.BytesIO(data)) as image:
-            rgb = np.asarray(image.convert("RGB"))
+            return self.classes_of(np.asarray(image.convert("RGB")), file)
+
+    def classes_of(self, rgb: np.ndarray, file: str) -> np.ndarray:
+        """As `classes_in`, of colours (h, w, 3) uint8."""
         codes = rgb.astype(np.int32) @ np.array([65536, 256, 1], np.int32)
         labels = self._table[codes]
         strange = labels == self._stranger

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from internseg_ds.data.image_files import ImageFiles, as_loaded
 from internseg_ds.errors import ConfigError, DataError, reason_of
-from internseg_ds.evaluation.scenes.channels import Loading, loading_of
+from internseg_ds.evaluation.scenes.channels import Loading, RasterLoading, loading_of
 
 CHANGE_SIZE = ("Resize", "SETR_Resize", "ResizeToMultiple", "RandomFlip")
 """Steps that are left out; of `RandomFlip`, what `MultiScaleFlipAug` asks for with flip=False is nothing."""
@@ -39,18 +39,20 @@ class PixelSteps:
         image (test-time augmentation), which scenes have not."""
         first, *steps = ImageFiles([], pipeline).pipeline.transforms
         found: list[Any] = []
+        own_size = False
         for step in steps:
             found += _only_view(step) if isinstance(step, MultiScaleFlipAug) else [step]
+            own_size |= (
+                isinstance(step, MultiScaleFlipAug) and step.img_scale is None and step.img_ratios == [1.0]
+            )
         kept = [step for step in found if type(step).__name__ not in CHANGE_SIZE]
+        left_out = [type(step).__name__ for step in found if step not in kept]
+        nothing = {"RandomFlip", "Resize"} if own_size else {"RandomFlip"}
         return cls(
             loading_of(first),
             [step for step in kept if not isinstance(step, Pad)],
             [step for step in kept if isinstance(step, Pad)],
-            [
-                type(step).__name__
-                for step in found
-                if step not in kept and type(step).__name__ != "RandomFlip"
-            ],
+            [name for name in left_out if name not in nothing],
         )
 
     def padded(self, height: int, width: int) -> tuple[int, int]:
@@ -75,10 +77,14 @@ class PixelSteps:
             "img_prefix": None,
             "seg_fields": [],
         }
-        results = as_loaded(results, self.loading.as_float) | {"flip": False, "flip_direction": "horizontal"}
+        results = as_loaded(
+            results, self.loading.as_float, raster=isinstance(self.loading, RasterLoading)
+        ) | {"flip": False, "flip_direction": "horizontal"}
         try:
             for step in self.steps:
                 results = step(results)
+        except DataError:
+            raise
         except Exception as error:  # whatever a transform refuses with
             shape = " x ".join(map(str, pixels.shape))
             raise DataError(

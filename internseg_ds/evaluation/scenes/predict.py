@@ -52,10 +52,11 @@ def predict_scenes(
     outputs = {path: outputs_of(path, folder, shapes=options.shapes) for path in files}
     check_outputs(outputs)
     steps = PixelSteps.of(test_pipeline(run.experiment))
+    meta_model = build_on_meta(run.experiment.model)
     for path in files:
-        with Scene(path, steps):  # opened once, for what is wrong with it
-            pass
-    classes, palette = classes_of(run.experiment, run.check_weights(build_on_meta(run.experiment.model)))
+        with Scene(path, steps) as scene:
+            scene.check_model(meta_model)
+    classes, palette = classes_of(run.experiment, run.check_weights(meta_model))
     with trained_segmentor(run) as forwards:
         segmentation = SceneSegmentation(
             SlidingWindowInference(forwards), list(classes), palette, options, run.world, run.world.device

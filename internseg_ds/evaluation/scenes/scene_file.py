@@ -12,12 +12,13 @@ from typing import TypeVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from internseg_ds.data.rasters.files import open_raster
-from internseg_ds.errors import DataError, FaultError, reason_of
+from internseg_ds.errors import DataError, FaultError, counted, reason_of
 from internseg_ds.evaluation.scenes.pixel_steps import PixelSteps
 from internseg_ds.evaluation.scenes.windows import Piece
+from internseg_ds.models.backbone import image_channels
 
 PROBE = 8
 """Side in pixels of the part by which a scene is tried."""
@@ -71,6 +72,15 @@ class Scene:
         shape = {"img_shape": self.size, "ori_shape": self.size, "pad_shape": self.padded}
         self.meta = meta | {name: (*size, self.channels) for name, size in shape.items()}
         """mmseg's img_meta of the whole scene."""
+
+    def check_model(self, segmentor: nn.Module) -> None:
+        """Raise DataError where the model takes another number of channels. segmentor: also on the meta device."""
+        taken = image_channels(segmentor)
+        if self.channels != taken:
+            raise DataError(
+                f"{self.path} has {counted(self.channels, 'channel')} behind the pipeline of data.test, and the model "
+                f"takes {taken}; give a scene of the channels that it was trained on"
+            )
 
     @property
     def has_holes(self) -> bool:

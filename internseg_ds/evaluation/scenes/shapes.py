@@ -96,7 +96,8 @@ def _in_wgs84(raster: Any, rings: list[Ring]) -> tuple[list[Ring], int]:
     from rasterio.warp import transform  # here: an optional package
 
     points = np.concatenate(rings)
-    x, y = raster.transform * (points[:, 0], points[:, 1])
+    matrix = np.array(raster.transform).reshape(3, 3)
+    x, y = matrix[:2, :2] @ points.T + matrix[:2, 2:]
     longitude, latitude = transform(raster.crs, WGS84, x, y)
     placed = np.stack([longitude, latitude], axis=1)
     # sides of a pixel along the first edge, in degrees
@@ -106,7 +107,6 @@ def _in_wgs84(raster: Any, rings: list[Ring]) -> tuple[list[Ring], int]:
 
 
 def _signed_area(ring: Ring) -> float:
-    """Above 0 for a ring that runs counterclockwise where y points up. Of pixels y points down; there, as the
-    file's coordinates are drawn with y up, all the same."""
+    """Above 0 for a ring that runs counterclockwise where y points up."""
     x, y = (ring - ring[0]).T
     return float(np.sum(x[:-1] * y[1:] - x[1:] * y[:-1]))

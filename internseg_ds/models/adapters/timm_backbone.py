@@ -24,7 +24,12 @@ from internseg_ds.models.adapters.transformers_configs import timm_model_of
 from internseg_ds.models.backbone import checkpoint_of
 from internseg_ds.models.eomt.joined_queries import Attended, Stages, Tokens, with_queries
 from internseg_ds.models.layers import DropPath
-from internseg_ds.models.weight_resizing import is_patch_kernel, is_square_embedding
+from internseg_ds.models.weight_resizing import (
+    adapt_channels,
+    is_image_kernel,
+    is_patch_kernel,
+    is_square_embedding,
+)
 from internseg_ds.torch_internals import persistent_buffers
 
 ANY_SIZE: tuple[dict[str, Any], ...] = (
@@ -64,7 +69,7 @@ class TimmBackbone(LibraryBackbone):
     trains, nothing is dropped, and no graph is kept. neck: an mmseg neck, by its config or the name of its
     class, that computes with the backbone, in its dtype; its in_channels are filled in. pretrained (or mmcv's
     init_cfg): weight file or folder in timm's layout that the engine loads. model_args: further arguments of
-    the model's class.
+    the model's class; in_chans, for images of so many channels, is one of them.
 
     Raises ValueError for a name that timm does not have, blocks that the model does not have, and models
     that give no intermediate feature maps.
@@ -124,6 +129,9 @@ class TimmBackbone(LibraryBackbone):
         self.depth = max(self._layer_ids.values(), default=0)
         self.no_decay_words: tuple[str, ...] = tuple(sorted(getattr(self.model, "no_weight_decay", set)()))
         self.resizable = _resizable(self.model)
+        self.image_channels: int = (
+            arguments.get("in_chans") or model.pretrained_cfg.get("input_size", (3,))[0]
+        )
         self.num_blocks = _blocks_that_take_masks(self.model)
         self.num_prefix_tokens = getattr(self.model, "num_prefix_tokens", 0)
 
@@ -213,7 +221,7 @@ class TimmBackbone(LibraryBackbone):
         own = own or tuple(self.model.pretrained_cfg.get("input_size", ()))[1:]
         if len(own) == 2:
             try:
-                self._maps_of(image.new_empty(1, 3, *own))
+                self._maps_of(image.new_empty(1, self.image_channels, *own))
             except (AssertionError, RuntimeError, ValueError):
                 return ValueError(
                     f"timm's {self.model_name} gives no feature maps with final_norm={self.final_norm} and "
@@ -395,6 +403,9 @@ def _resizable(model: Any) -> dict[str, tuple[Any, Any]]:
         )
     if isinstance(getattr(getattr(model, "patch_embed", None), "proj", None), nn.Conv2d):
         found["model.patch_embed.proj.weight"] = (is_patch_kernel, _resize_kernel)
+    first = model.pretrained_cfg.get("first_conv") or ()
+    for name in [first] if isinstance(first, str) else first:
+        found.setdefault(f"model.{name}.weight", (is_image_kernel, adapt_channels))
     return found
 
 
@@ -406,8 +417,9 @@ def _resize_embedding(pos_embed: Tensor, shape: torch.Size, grid: tuple[int, int
 
 
 def _resize_kernel(kernel: Tensor, shape: torch.Size) -> Tensor:
-    """kernel: (c, channels, p, p) -> `shape` (c, channels, q, q), so that a resized image gives the same
-    tokens (Beyer et al., FlexiViT, 2023, section 3.4)."""
+    """kernel: (c, i, p, p) -> `shape` (c, j, q, q), so that a resized image gives the same tokens (Beyer et al.,
+    FlexiViT, 2023, section 3.4), and for other channels by `adapt_channels`."""
     from timm.layers import resample_patch_embed
 
-    return resample_patch_embed(kernel.float(), list(shape[2:]))
+    kernel = adapt_channels(kernel, shape)
+    return kernel if kernel.shape == shape else resample_patch_embed(kernel, list(shape[2:]))

@@ -29,6 +29,8 @@ from internseg_ds.models.adapters.transformers_staged import StagedModel
 from internseg_ds.models.backbone import checkpoint_of
 from internseg_ds.models.eomt.joined_queries import Attended, Stages
 from internseg_ds.models.weight_resizing import (
+    adapt_channels,
+    is_image_kernel,
     is_patch_kernel,
     is_square_embedding,
     resize_patch_kernel,
@@ -59,7 +61,8 @@ class TransformersBackbone(LibraryBackbone):
 
     config: the folder of its config.json, or its fields: dict(model_type="dinov3_vit", hidden_size=...), what is
     missing having transformers' default; without model_type, fields that replace those of the folder
-    `pretrained` (image_size: what position embeddings are resized to at load). Not needed beside `pretrained`.
+    `pretrained` (image_size: what position embeddings are resized to at load; num_channels: of the images). Not
+    needed beside `pretrained`.
     out_indices: blocks, or stages of hierarchical models, whose outputs become feature maps; default the ends of
     the four quarters, or all stages. drop_path_rate: grows linearly to it; a rate in config.json does not count.
     final_norm: feature maps of a plain transformer pass its last norm, as in pretraining. with_cp: activation
@@ -120,7 +123,8 @@ class TransformersBackbone(LibraryBackbone):
             f"config.{name}": getattr(found, name) for name in UNSEEN if hasattr(found, name)
         }
         self.stated: dict[str, Any] = {"config": published}
-        self.resizable = _resizable(kind) if isinstance(kind, PlainModel) else {}
+        self.resizable = _resizable(kind) if isinstance(kind, PlainModel) else _image_kernel(kind)
+        self.image_channels: int = getattr(found, "num_channels", 3)
         params = list(self.model.parameters())
         if not any(param.is_meta for param in params) and any(param.numel() for param in params):
             self.initial_values()  # whole; the engine draws those of partitioned parameters itself
@@ -214,6 +218,12 @@ def _resizable(kind: PlainModel) -> dict[str, tuple[Any, Any]]:
         if isinstance(module, nn.Conv2d) and module.kernel_size == module.stride == kind.patch:
             found[f"model.{name}.weight"] = (is_patch_kernel, resize_patch_kernel)
     return found
+
+
+def _image_kernel(kind: StagedModel) -> dict[str, tuple[Any, Any]]:
+    """The first convolution of a model of stages, which sees the image."""
+    first = next((name for name, each in kind.model.named_modules() if isinstance(each, nn.Conv2d)), None)
+    return {} if first is None else {f"model.{first}.weight": (is_image_kernel, adapt_channels)}
 
 
 def _is_embedding(in_file: torch.Size, in_model: torch.Size, grid: tuple[int, int]) -> bool:

@@ -19,16 +19,16 @@ from internseg_ds.models.layers import DropPath, TruncNormalLinear, build_activa
 class Stem(nn.Module):
     """Two 3x3 convolutions of stride 2."""
 
-    def __init__(self, channels: int, act_layer: str, norm_layer: str) -> None:
+    def __init__(self, in_channels: int, channels: int, act_layer: str, norm_layer: str) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, channels // 2, kernel_size=3, stride=2, padding=1)
+        self.conv1 = nn.Conv2d(in_channels, channels // 2, kernel_size=3, stride=2, padding=1)
         self.norm1 = build_norm(channels // 2, norm_layer, "channels_first", "channels_first")
         self.act = build_activation(act_layer)
         self.conv2 = nn.Conv2d(channels // 2, channels, kernel_size=3, stride=2, padding=1)
         self.norm2 = build_norm(channels, norm_layer, "channels_first", "channels_last")
 
     def forward(self, image: Tensor) -> Tensor:
-        """image: (b, 3, h, w) -> (b, ceil(h / 4), ceil(w / 4), c) in the same dtype."""
+        """image: (b, in_channels, h, w) -> (b, ceil(h / 4), ceil(w / 4), c) in the same dtype."""
         return self.norm2(self.conv2(self.act(self.norm1(self.conv1(image)))))
 
 

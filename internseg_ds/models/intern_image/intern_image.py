@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from internseg_ds.models.activation_checkpointing import CheckpointingPolicy
 from internseg_ds.models.backbone import checkpoint_of
 from internseg_ds.models.intern_image.blocks import Block, BlockSettings, Level, Stem
+from internseg_ds.models.weight_resizing import adapt_channels, is_image_kernel
 
 
 @BACKBONES.register_module()
@@ -38,6 +39,7 @@ class InternImage(BaseModule):
     attribute `recomputation` says. init_cfg: dict(type="Pretrained", checkpoint=PATH), alone or as a list's
     only entry, names the weight file that the engine loads, None for none. pretrained: the same as a path;
     the name of an open-mmlab model, which a config inherits from the ResNet of a base config, is ignored.
+    in_channels: of the images; weights of three channels are adapted at load (`weight_resizing.adapt_channels`).
     Raises ValueError for arguments that contradict each other.
     """
 
@@ -55,7 +57,8 @@ class InternImage(BaseModule):
     """One .pth with our names."""
     no_decay_words = ("norm", "relative_position", "sampling_offsets")
     """The last two are names of other modules of a segmentor; the published list applies to all of it."""
-    # what these five attributes mean: `Backbone` in models/backbone.py
+    resizable = {"patch_embed.conv1.weight": (is_image_kernel, adapt_channels)}
+    # what these attributes mean: `Backbone` in models/backbone.py
 
     def __init__(
         self,
@@ -82,11 +85,14 @@ class InternImage(BaseModule):
         frozen_stages: int = -1,
         init_cfg: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
         pretrained: str | None = None,
+        in_channels: int = 3,
     ) -> None:
         super().__init__()
         post_norm_ids = list(level2_post_norm_block_ids or ()) if level2_post_norm else []
         _check_choice("core_op", core_op, ("DCNv3", "DCNv3_pytorch"))
         _check_choice("drop_path_type", drop_path_type, ("linear", "uniform"))
+        if isinstance(in_channels, bool) or not isinstance(in_channels, int) or in_channels < 1:
+            raise ValueError(f"in_channels={in_channels!r} must be a whole number of at least 1")
         _check_widths(channels, depths, groups)
         if res_post_norm and (post_norm or layer_scale is not None):
             raise ValueError(
@@ -104,7 +110,8 @@ class InternImage(BaseModule):
         self.recomputation: CheckpointingPolicy = "blocks"
         self.pretrained = _weight_file(init_cfg, pretrained)
 
-        self.patch_embed = Stem(channels, act_layer, norm_layer)
+        self.image_channels = in_channels
+        self.patch_embed = Stem(in_channels, channels, act_layer, norm_layer)
         self.pos_drop = nn.Dropout(drop_rate)
         settings = BlockSettings(
             mlp_ratio=mlp_ratio,
@@ -174,7 +181,7 @@ class InternImage(BaseModule):
         return ".dcn.offset." in name
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        """image: (b, 3, h, w) -> one map (b, channels * 2**level, h', w') per level in out_indices, in the
+        """image: (b, in_channels, h, w) -> one map (b, channels * 2**level, h', w') per level in out_indices, in the
         dtype of the image; h' is h halved 2 + level times, each time rounded up, and w' likewise."""
         x = self.pos_drop(self.patch_embed(image))
         recomputation = self.recomputation if self.with_cp and self.training else "none"

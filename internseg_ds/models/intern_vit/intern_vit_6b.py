@@ -162,6 +162,7 @@ class PatchEmbed(nn.Module):
 class InternViT6B(BaseModule):
     """The InternViT backbone (6 B parameters by default, 5.9 B of them in 48 blocks of 122.9 M).
 
+    in_chans: channels of the images; weights of three are adapted at load (`weight_resizing.adapt_channels`).
     img_size: side of the image whose patch grid the position embedding has; for other images it is resized in
     the forward. pretrain_size: that of the weights to be loaded, kept for the published configs (the grid is
     read from the file). out_indices: blocks whose patch tokens become feature maps. with_fpn: four maps, at
@@ -225,6 +226,7 @@ class InternViT6B(BaseModule):
         _check_out_indices(out_indices, depth)
         if with_fpn and len(out_indices) != 4:
             raise ValueError(f"with_fpn=True needs 4 out_indices, not {list(out_indices)}")
+        self.image_channels = in_chans
         self.patch_size = patch_size
         self.embed_dim = embed_dim
         self.depth = depth
@@ -233,6 +235,7 @@ class InternViT6B(BaseModule):
         self.img_size = img_size
         self.init_values = init_values
         self.arguments: dict[str, Any] = {
+            "in_chans": in_chans,
             "embed_dim": embed_dim,
             "num_heads": num_heads,
             "depth": depth,

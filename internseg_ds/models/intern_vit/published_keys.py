@@ -169,7 +169,7 @@ def exported_config(
         "norm_type": arguments["norm_type"],
         "layer_norm_eps": arguments["layer_norm_eps"],
         "hidden_act": "gelu",
-        "num_channels": 3,
+        "num_channels": arguments["in_chans"],
         "torch_dtype": "float32",
     }
     if layout == "opengvlab":

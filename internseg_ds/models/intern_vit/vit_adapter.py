@@ -102,7 +102,7 @@ class InternViTAdapter(InternViT6B):
             init_values=init_values,
         )
         self.level_embed = nn.Parameter(torch.empty(3, width))
-        self.spm = SpatialPrior(conv_inplane, width, finest=len(out_indices) == 4)
+        self.spm = SpatialPrior(self.image_channels, conv_inplane, width, finest=len(out_indices) == 4)
         last = len(self.parts) - 1
         self.interactions = nn.ModuleList(
             Interaction(settings, extra_extractors=2 if use_extra_extractor and index == last else 0)

@@ -223,10 +223,10 @@ class Interaction(nn.Module):
 class SpatialPrior(nn.Module):
     """Convolutions that make the pyramid of an image that the adapter starts from.
 
-    inner: channels of the stem. width: c. finest: whether the map at 1/4 is made, too.
+    in_channels: of the image. inner: channels of the stem. width: c. finest: whether the map at 1/4 is made, too.
     """
 
-    def __init__(self, inner: int, width: int, finest: bool) -> None:
+    def __init__(self, in_channels: int, inner: int, width: int, finest: bool) -> None:
         super().__init__()
 
         def conv(channels: int, out: int, stride: int) -> list[nn.Module]:
@@ -237,7 +237,10 @@ class SpatialPrior(nn.Module):
             ]
 
         self.stem = nn.Sequential(
-            *conv(3, inner, 2), *conv(inner, inner, 1), *conv(inner, inner, 1), nn.MaxPool2d(3, 2, 1)
+            *conv(in_channels, inner, 2),
+            *conv(inner, inner, 1),
+            *conv(inner, inner, 1),
+            nn.MaxPool2d(3, 2, 1),
         )
         self.conv2 = nn.Sequential(*conv(inner, 2 * inner, 2))
         self.conv3 = nn.Sequential(*conv(2 * inner, 4 * inner, 2))

@@ -6,9 +6,11 @@ import cv2
 import numpy as np
 import pytest
 import rasterio
+from PIL import Image
 from rasterio.control import GroundControlPoint
 
 from internseg_ds.evaluation.scenes.label_file import LabelFormat, label_file
+from internseg_ds.evaluation.sliding_window import Window
 from tests.evaluation.scenes.conftest import CLASSES, UTM, pixels, write_scene
 
 
@@ -40,12 +42,19 @@ def test_pixels_without_data_have_none_in_the_labels(segmenter, tmp_path):
 
 def test_pixels_behind_an_alpha_channel_have_no_labels(segmenter, tmp_path):
     values = np.concatenate([pixels(40, 50), np.full((1, 40, 50), 255, np.uint8)])
-    values[3, :, 45:] = 0
+    values[3, :, 45:], values[3, :9] = 0, 100
     scene = write_scene(tmp_path / "scene.tif", values, photometric="RGB", alpha="yes")
     with rasterio.open(segmenter.segment_scene(scene, tmp_path / "out").labels) as file:
         labels = file.read(1)
     assert np.array_equal(labels == 255, values[3] == 0)
-    assert np.array_equal(labels[:, :45], segmenter(scene).labels[:, :45])
+    shown = labels != 255
+    assert np.array_equal(labels[shown], segmenter(scene).labels[shown])
+
+
+def test_a_further_channel_is_left_out_as_opencv_leaves_it_out(segmenter, tmp_path):
+    scene = write_scene(tmp_path / "scene.tif", pixels(40, 50, 4), photometric="RGB", alpha="unspecified")
+    with rasterio.open(segmenter.segment_scene(scene, tmp_path / "out").labels) as file:
+        assert np.array_equal(file.read(1), segmenter(scene).labels)
 
 
 @pytest.mark.parametrize("ending", ["png", "jpg", "tif"])
@@ -63,11 +72,8 @@ def test_images_without_a_place_are_scenes_too(segmenter, tmp_path, ending, chan
 
 
 def test_an_image_with_a_palette_is_read_in_its_colours(segmenter, tmp_path):
-    indices = pixels(64, 90, 1) // 32
-    scene = write_scene(tmp_path / "palette.png", indices, driver="PNG", photometric="palette")
-    from PIL import Image
-
-    image = Image.fromarray(indices[0], mode="P")
+    scene = tmp_path / "palette.png"
+    image = Image.fromarray(pixels(64, 90, 1)[0] // 32, mode="P")
     image.putpalette([channel for n in range(8) for channel in (30 * n, 255 - 20 * n, 11 * n)])
     image.save(scene)
     with rasterio.open(segmenter.segment_scene(scene, tmp_path / "out").labels) as file:
@@ -97,8 +103,6 @@ def test_many_classes_take_16_bits(tmp_path, classes, dtype):
     with rasterio.open(scene) as raster:
         form = LabelFormat.of(raster, classes, [str(number) for number in range(classes)], palette)
     labels = np.arange(700 * 40).reshape(700, 40) % classes
-    from internseg_ds.evaluation.sliding_window import Window
-
     with label_file(tmp_path / "labels.tif", form, (0, 700)) as file:
         for top in range(0, 700, 90):
             file.write(Window(0, 700, 0, 40), top, labels[top : top + 90])
