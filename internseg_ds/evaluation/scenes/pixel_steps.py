@@ -64,10 +64,13 @@ class PixelSteps:
                 height, width = (-(-side // pad.size_divisor) * pad.size_divisor for side in (height, width))
         return height, width
 
-    @property
-    def padding(self) -> float:
-        """The value of padded pixels."""
-        return float(self.pads[0].pad_val) if self.pads else 0.0
+    def pad(self, pixels: Tensor, rows: int, columns: int) -> Tensor:
+        """pixels: (channels, h, w) -> (channels, h + rows, w + columns), as the pipeline pads."""
+        value = torch.as_tensor(self.pads[0].pad_val, dtype=torch.float32).reshape(-1, 1, 1)
+        channels, height, width = pixels.shape
+        padded = value.repeat(channels // len(value), height + rows, width + columns)
+        padded[:, :height, :width] = pixels
+        return padded
 
     def __call__(self, pixels: np.ndarray, name: str) -> tuple[Tensor, dict[str, Any]]:
         """pixels: (h, w, channels) or (h, w), as the pipeline's first step would load it -> (channels, h, w) float32,

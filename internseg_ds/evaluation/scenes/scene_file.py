@@ -11,7 +11,6 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from internseg_ds.data.rasters.files import open_raster
@@ -107,15 +106,15 @@ class Scene:
 
     def _read(self, top: int, bottom: int, left: int, right: int, device: torch.device) -> Rows:
         inside = min(bottom, self.size[0]) - top, min(right, self.size[1]) - left
-        padding = (0, right - left - inside[1], 0, bottom - top - max(inside[0], 0))
+        padding = (bottom - top - max(inside[0], 0), right - left - inside[1])
         if inside[0] <= 0:
             pixels, empty = torch.zeros(self.channels, 0, inside[1]), None
         else:
             pixels, empty = self._load(top, left, *inside)
         if any(padding):
-            pixels = F.pad(pixels, padding, value=self.steps.padding)
+            pixels = self.steps.pad(pixels, *padding)
             if empty is not None:
-                empty = np.pad(empty, ((0, padding[3]), (0, padding[1])), constant_values=True)
+                empty = np.pad(empty, [(0, side) for side in padding], constant_values=True)
         return Rows(pixels.pin_memory() if device.type == "cuda" else pixels, empty)
 
     def _load(self, top: int, left: int, height: int, width: int) -> tuple[Tensor, np.ndarray | None]:

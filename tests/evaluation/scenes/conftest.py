@@ -35,9 +35,9 @@ PIPELINE = [
 ]
 
 
-def write_weights(folder: Path, **options: object) -> Path:
+def write_weights(folder: Path, *, settings: dict[str, object] | None = None, **options: object) -> Path:
     """A .pth with the config of the demo at width 32, with windows of CROP every STRIDE pixels, and that config beside
-    it as config.py. options: of the decode head."""
+    it as config.py. settings: of the config; options: of the decode head."""
     cfg = Config.fromfile(ROOT / TINY)
     cfg.merge_from_dict(
         {
@@ -51,6 +51,7 @@ def write_weights(folder: Path, **options: object) -> Path:
             "model.test_cfg.stride": STRIDE,
             "engine.backbone_dtype": "float32",
             "data.test.pipeline": PIPELINE,
+            **(settings or {}),
             **{f"model.decode_head.{key}": value for key, value in options.items()},
         }
     )

@@ -1,17 +1,20 @@
 """Scenes by windows have the labels that the inference of launch/test.py gives for the same image in one piece."""
 
+import copy
+
 import numpy as np
 import pytest
 import rasterio
 import torch
 
 from internseg_ds import Segmenter
+from internseg_ds.errors import DataError
 from internseg_ds.evaluation.scenes.blending import BlendedRows
 from internseg_ds.evaluation.scenes.predict import predict_scenes
 from internseg_ds.evaluation.scenes.segmentation import SceneOptions
 from internseg_ds.evaluation.scenes.windows import TILE, SceneWindows
 from internseg_ds.evaluation.sliding_window import Window, windows
-from tests.evaluation.scenes.conftest import UTM, pixels, write_scene, write_weights
+from tests.evaluation.scenes.conftest import PIPELINE, UTM, pixels, write_scene, write_weights
 
 
 def labels_of(weights, scene, out, **options):
@@ -36,6 +39,39 @@ def test_labels_of_a_binary_model_are_those_above_its_threshold(tmp_path):
     expected = Segmenter.from_pretrained(weights, device="cpu")(scene).labels
     assert len(np.unique(expected)) == 2
     assert np.array_equal(labels_of(weights, scene, tmp_path / "out"), expected)
+
+
+def test_a_scene_of_many_channels_is_read_as_the_pipeline_reads_it(tmp_path):
+    """16 bits, channels by number, and values that say nothing: by the rules of `LoadRaster`."""
+    steps = copy.deepcopy(PIPELINE)
+    steps[0] = dict(type="LoadRaster", channels=[5, 1, 2, 4], nodata=900)
+    steps[1]["transforms"][2] = dict(
+        type="Normalize", mean=[1000.0, 1200.0, 900.0, 800.0], std=[400.0, 500.0, 450.0, 300.0], to_rgb=False
+    )
+    settings = {"data.test.pipeline": steps, "model.backbone.in_chans": 4}
+    weights = write_weights(tmp_path, settings=settings)
+    values = pixels(100, 90, 5).astype(np.uint16) * 8
+    values[:, 20:40, 30:80] = 0
+    scene = write_scene(tmp_path / "scene.tif", values, nodata=0, **UTM)
+    expected = Segmenter.from_pretrained(weights, device="cpu")(scene).labels
+    expected[(values == 0).all(axis=0)] = 255
+    assert len(np.unique(expected)) >= 3
+    assert np.array_equal(labels_of(weights, scene, tmp_path / "out"), expected)
+    few = write_scene(tmp_path / "few.tif", values[:3])
+    with pytest.raises(DataError, match=r"few\.tif has 3 channels.* names number 5"):
+        labels_of(weights, few, tmp_path / "out")
+
+
+def test_two_processes_share_a_scene(weights, segmenter, tmp_path, launch):
+    scene = write_scene(tmp_path / "scene.tif", pixels(2 * TILE + 30, 60), **UTM)
+    out = tmp_path / "out"
+    config = weights.with_name("config.py")
+    launch("launch/predict.py", config, weights, scene, "--scenes", "--shapes", "--out", out)
+    assert sorted(path.name for path in out.iterdir()) == ["scene_labels.tif", "scene_shapes.geojson"]
+    with rasterio.open(out / "scene_labels.tif") as file:
+        assert file.crs == UTM["crs"] and file.colormap(1)[1][:3] == (1, 254, 7)
+        # other windows share forward passes, which changes the last bits of logits
+        assert (file.read(1) != segmenter(scene).labels).mean() < 1e-4
 
 
 def test_a_wide_scene_in_several_pieces_has_the_same_labels(weights, segmenter, tmp_path, capfd):

@@ -88,13 +88,14 @@ def test_a_scene_that_is_damaged_further_in_leaves_no_label_map(predict, tmp_pat
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_a_full_disk_leaves_no_label_map(predict, tmp_path):
+@pytest.mark.parametrize("room", [100, 1500])
+def test_a_full_disk_leaves_no_label_map(segmenter, tmp_path, room):
     scene = write_scene(tmp_path / "scene.tif", pixels(300, 200))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
     try:
         with pytest.raises(OutputError, match=r"scene_labels\.tif cannot be written: .*make room there"):
-            predict(scene)
+            segmenter.segment_scene(scene, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list((tmp_path / "out").iterdir())
@@ -109,10 +110,7 @@ def test_without_rasterio_the_extra_is_named(predict, scene, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"model__test_cfg__mode": "whole"},
-            "scenes are segmented by windows; add --cfg-options model.test_cfg.mode=slide",
-        ),
+        ({"model__test_cfg__mode": "whole"}, "windows; add --cfg-options model.test_cfg.mode=slide"),
         ({"data__test__pipeline__1__flip": True}, "flip=True, and scenes are segmented in one view"),
         ({"data__test__pipeline__1__img_ratios": [0.5, 1.0]}, "2 scales, and scenes"),
         ({"data__test__pipeline__0__color_type": "grayscale"}, "reads images whole"),
