@@ -90,7 +90,8 @@ def _add_scene_options(parser: argparse.ArgumentParser) -> None:
         "--memory",
         type=_gibibytes,
         metavar="GIB",
-        help="for what is held of a row of windows (default: 2); wider scenes are segmented in several pieces",
+        help="for what is held of a row of windows (default: a quarter of the free memory); wider scenes are segmented "
+        "in several pieces",
     )
 
 
@@ -105,7 +106,6 @@ def _predict_scenes(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     if given := next((name for name in ("logits", "strict") if getattr(args, name)), None):
         parser.error(f"--{given} does not go with --scenes")
 
-    from internseg_ds.evaluation.scenes.memory import DEFAULT_GIB
     from internseg_ds.evaluation.scenes.predict import predict_scenes
     from internseg_ds.evaluation.scenes.segmentation import SceneOptions
 
@@ -114,7 +114,7 @@ def _predict_scenes(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         args.checkpoint,
         args.images,
         args.out,
-        options=SceneOptions(args.blend or "mean", args.shapes, args.memory or DEFAULT_GIB),
+        options=SceneOptions(args.blend or "mean", args.shapes, args.memory),
         ema=args.ema,
         cfg_options=command_line.settings_of(args),
     )

@@ -33,7 +33,6 @@ from internseg_ds.evaluation.huggingface import from_folder, stored_experiment, 
 from internseg_ds.evaluation.inference import with_weights
 from internseg_ds.evaluation.predict import classes_of, test_pipeline
 from internseg_ds.evaluation.scenes.blending import Blend
-from internseg_ds.evaluation.scenes.memory import DEFAULT_GIB
 from internseg_ds.evaluation.scenes.outputs import SceneOutputs, check_free, outputs_of
 from internseg_ds.evaluation.scenes.pixel_steps import PixelSteps
 from internseg_ds.evaluation.scenes.scene_file import Scene
@@ -131,7 +130,7 @@ class Segmenter:
         *,
         shapes: bool = False,
         blend: Blend = "mean",
-        memory_gib: float = DEFAULT_GIB,
+        memory_gib: float | None = None,
     ) -> SceneOutputs:
         """Segment an image of any size by windows, in bounded memory, as launch/predict.py --scenes does: a GeoTIFF
         NAME_labels.tif in the folder `out`, with the georeference of the scene.

@@ -13,7 +13,8 @@ import numpy as np
 from internseg_ds.evaluation.scenes.scene_file import Scene
 from internseg_ds.evaluation.scenes.windows import TILE, Piece
 
-DEFAULT_GIB = 2.0
+DEFAULT_SHARE = 4
+"""The part of a device's free memory that buffers may take is one in so many; windows on their way need the rest."""
 CACHED_BLOCK_ROWS = 2
 LEAST_CACHE_BYTES = 64 * 2**20
 

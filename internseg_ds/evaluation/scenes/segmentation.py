@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from internseg_ds.distributed.device_memory import free_memory, processes_here
 from internseg_ds.distributed.process_group import World, gather_from_ranks
 from internseg_ds.errors import ConfigError, OutputError, counted
 from internseg_ds.evaluation.evaluator import progress_bar
 from internseg_ds.evaluation.scenes.blending import Blend, BlendedRows
 from internseg_ds.evaluation.scenes.label_file import LabelFile, LabelFormat, label_file
-from internseg_ds.evaluation.scenes.memory import DEFAULT_GIB, SceneMemory
+from internseg_ds.evaluation.scenes.memory import DEFAULT_SHARE, SceneMemory
 from internseg_ds.evaluation.scenes.outputs import SceneOutputs
 from internseg_ds.evaluation.scenes.scene_file import Scene
 from internseg_ds.evaluation.scenes.shapes import write_shapes
@@ -40,8 +41,9 @@ class SceneOptions:
     blend: Blend = "mean"
     shapes: bool = False
     """Write the regions as GeoJSON too."""
-    memory_gib: float = DEFAULT_GIB
-    """For the buffers of a row of windows; wider scenes are segmented in several pieces."""
+    memory_gib: float | None = None
+    """For the buffers of a row of windows; wider scenes are segmented in several pieces. None: a quarter of the
+    device's free memory."""
 
 
 class SceneSegmentation:
@@ -74,7 +76,7 @@ class SceneSegmentation:
         memory = SceneMemory.of(
             scene, self.inference.outputs, grid.window[0], min(test_cfg.stride[0], grid.window[0]), form.dtype
         )
-        pieces = grid.pieces(rows, memory.widest(self.options.memory_gib * 2**30))
+        pieces = grid.pieces(rows, memory.widest(self._limit()))
         self._announce(scene, grid, pieces, memory)
         with cache_of_gdal(memory.cache):
             if self.world.size == 1:
@@ -87,6 +89,12 @@ class SceneSegmentation:
                 with whole_path(outputs.shapes) as path:
                     count = write_shapes(outputs.labels, path, self.classes)
                 log.info("%s: %s", outputs.shapes, counted(count, "polygon"))
+
+    def _limit(self) -> float:
+        """Bytes for buffers."""
+        if self.options.memory_gib is not None:
+            return self.options.memory_gib * 2**30
+        return free_memory(self.device, processes_here(self.world)) / DEFAULT_SHARE
 
     def _announce(self, scene: Scene, grid: SceneWindows, pieces: list[Piece], memory: SceneMemory) -> None:
         if not self.world.is_main:
@@ -190,7 +198,7 @@ class _Windows:
             holes = fresh.empty if fresh.empty is not None else np.zeros(added.shape[1:], bool)
             empty = np.concatenate([empty[passed:], holes])
             self._empty = np.concatenate([self._empty, holes])
-            without_data: np.ndarray = empty.all(axis=0)
+            without_data = np.logical_and.reduce(empty, axis=0)
             for window in windows:
                 columns = slice(window.left - self.piece.left, window.right - self.piece.left)
                 self.advance()
