@@ -35,8 +35,12 @@ def measure(weights: Path, folder: Path) -> None:
 
 
 def test_a_scene_of_ten_times_the_height_takes_no_more_memory(tmp_path):
-    # few windows: they touch, and do not overlap
-    settings = {"model.test_cfg.crop_size": (112, 112), "model.test_cfg.stride": (112, 112)}
+    # windows that touch, and do not overlap: few of them
+    settings = {
+        "model.test_cfg.crop_size": (112, 112),
+        "model.test_cfg.stride": (112, 112),
+        "model.test_cfg.batch_size": 2,  # the short scene has 4 windows
+    }
     weights = write_weights(tmp_path, settings=settings, num_classes=CLASSES)
     strip = pixels(SHORT, WIDTH)
     for name, height in (("first", SHORT), ("short", SHORT), ("tall", TALL)):
