@@ -53,6 +53,6 @@ def test_a_scene_of_ten_times_the_height_takes_no_more_memory(tmp_path):
     peaks = json.loads((tmp_path / "peaks.json").read_text())
     logits = CLASSES * TALL * WIDTH * 4
     assert logits > 150 * MIB
-    assert peaks["tall"] - peaks["short"] < 15 * MIB
+    assert peaks["tall"] - peaks["short"] < 30 * MIB
     with rasterio.open(tmp_path / "out" / "tall_labels.tif") as file:
         assert file.shape == (TALL, WIDTH) and len(np.unique(file.read(1))) >= 3
