@@ -61,7 +61,9 @@ def options() -> argparse.Namespace:
     parser.add_argument("--table", action="store_true", help="only print what the file has")
     parser.add_argument("--camvid", type=Path, help="CamVid's folder")
     parser.add_argument("--seeds", type=int, default=3, help="(default: %(default)s)")
-    parser.add_argument("--fp32-seeds", type=int, default=3, help="that make the spread (default: %(default)s)")
+    parser.add_argument(
+        "--fp32-seeds", type=int, default=3, help="that make the spread (default: %(default)s)"
+    )
     parser.add_argument("--steps", type=int, default=500, help="on scenes (default: %(default)s)")
     parser.add_argument("--camvid-steps", type=int, default=500, help="(default: %(default)s)")
     parser.add_argument("--scenes", type=int, default=200, help="training images (default: %(default)s)")

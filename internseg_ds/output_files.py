@@ -21,16 +21,24 @@ log = logging.getLogger(__name__)
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write, which becomes `path` at the end of the block. Raises OutputError where the disk is
     full or the place is taken."""
+    with whole_path(path) as partial, partial.open("wb") as file:
+        yield file
+
+
+@contextmanager
+def whole_path(path: Path) -> Iterator[Path]:
+    """The path of a file to write, beside `path` and hidden, which becomes `path` at the end of the block. Raises
+    OutputError where the disk is full or the place is taken; whatever ends the block early, the file is removed."""
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")  # two runs may write into one folder
     try:
-        with partial.open("wb") as file:
-            yield file
+        yield partial
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise OutputError(
             f"{path} cannot be written: {error.strerror or error}; make room there, or choose another folder"
         ) from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Segments images with a trained segmentor."""
 
+import argparse
 from typing import NoReturn
 
 from internseg_ds.cli import command_line
@@ -41,9 +42,15 @@ def _main() -> None:
         action="store_true",
         help="use the averaged weights of a ZeRO checkpoint of a run with engine.ema",
     )
+    _add_scene_options(parser)
     command_line.add_checksum_option(parser)
     command_line.add_config_options(parser)
     args = parser.parse_args()
+    if args.scenes:
+        _predict_scenes(parser, args)
+        return
+    if given := next((name for name in ("shapes", "blend", "memory") if getattr(args, name)), None):
+        parser.error(f"--{given} goes with --scenes")
 
     from internseg_ds.evaluation.predict import predict_files
 
@@ -54,6 +61,60 @@ def _main() -> None:
         args.out,
         logits=args.logits,
         strict=args.strict,
+        ema=args.ema,
+        cfg_options=command_line.settings_of(args),
+    )
+
+
+def _add_scene_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("scenes: rasters and images of any size, larger than memory too")
+    group.add_argument(
+        "--scenes",
+        action="store_true",
+        help="read, segment and write by windows, in bounded memory, at the resolution that the scene has; writes "
+        "NAME_labels.tif, a GeoTIFF with the georeference of the scene, in place of pictures (needs rasterio)",
+    )
+    group.add_argument(
+        "--shapes",
+        action="store_true",
+        help="write NAME_shapes.geojson too: the regions as polygons, in longitude and latitude where the scene has a "
+        "CRS, else in pixels",
+    )
+    group.add_argument(
+        "--blend",
+        choices=("mean", "tapered"),
+        help="how overlapping windows become one: their mean as in launch/test.py (default), or with weights that fall "
+        "to the borders of a window, which leaves no seams",
+    )
+    group.add_argument(
+        "--memory",
+        type=_gibibytes,
+        metavar="GIB",
+        help="for what is held of a row of windows (default: a quarter of the free memory); wider scenes are segmented "
+        "in several pieces",
+    )
+
+
+def _gibibytes(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
+
+
+def _predict_scenes(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if given := next((name for name in ("logits", "strict") if getattr(args, name)), None):
+        parser.error(f"--{given} does not go with --scenes")
+
+    from internseg_ds.evaluation.scenes.predict import predict_scenes
+    from internseg_ds.evaluation.scenes.segmentation import SceneOptions
+
+    predict_scenes(
+        args.config,
+        args.checkpoint,
+        args.images,
+        args.out,
+        options=SceneOptions(args.blend or "mean", args.shapes, args.memory),
         ema=args.ema,
         cfg_options=command_line.settings_of(args),
     )

@@ -71,7 +71,7 @@ class GivenImages(ImageFiles):
                 raise DataError(f"there is no image {name}")
         as_float = getattr(load, "to_float32", False)
         steps[0] = lambda results: (
-            _as_loaded(results, as_float, raster=isinstance(load, LoadRaster))
+            as_loaded(results, as_float, raster=isinstance(load, LoadRaster))
             if "pixels" in results["img_info"]
             else load(results)
         )
@@ -98,7 +98,7 @@ def _pixels(image: Any, name: str, *, in_colour: bool) -> np.ndarray:
     return np.ascontiguousarray(colour)
 
 
-def _as_loaded(results: dict[str, Any], as_float: bool, *, raster: bool) -> dict[str, Any]:
+def as_loaded(results: dict[str, Any], as_float: bool, *, raster: bool) -> dict[str, Any]:
     """What mmseg's LoadImageFromFile adds to the results, or `LoadRaster` does, of an image that is there already."""
     info = results["img_info"]
     image = info["pixels"].astype(np.float32) if as_float else info["pixels"]

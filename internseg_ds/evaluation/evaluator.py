@@ -219,6 +219,12 @@ def is_of_one_class(metric: str) -> bool:
     return "." in metric
 
 
+def progress_bar(doing: str, world: World) -> Progress:
+    """What is done, how much of it, and the time that remains, on rank 0. doing: the text in front."""
+    columns = (TextColumn(doing), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, disable=not world.is_main)
+
+
 class ReadableImages:
     """This rank's images of a data set, with a progress bar on rank 0. Iterating yields those that can be
     read."""
@@ -247,8 +253,7 @@ class ReadableImages:
         """What is wrong with each image so far that cannot be read."""
 
     def __iter__(self) -> Iterator[EvaluationImage]:
-        columns = (TextColumn(self.doing), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, disable=not self.world.is_main) as progress:
+        with progress_bar(self.doing, self.world) as progress:
             count = len(range(self.world.rank, len(self.dataset), self.world.size))
             task = progress.add_task("", total=count)
             for image in evaluation_images(

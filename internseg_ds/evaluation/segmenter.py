@@ -27,12 +27,19 @@ from internseg_ds.device import device_type
 from internseg_ds.distributed.construction import build_on_meta
 from internseg_ds.distributed.gathering import Forwards
 from internseg_ds.distributed.precision import set_fp32_matmul
+from internseg_ds.distributed.process_group import World
 from internseg_ds.errors import CheckpointError, ConfigError, DataError
 from internseg_ds.evaluation.huggingface import from_folder, stored_experiment, without_auxiliary_heads
 from internseg_ds.evaluation.inference import with_weights
 from internseg_ds.evaluation.predict import classes_of, test_pipeline
+from internseg_ds.evaluation.scenes.blending import Blend
+from internseg_ds.evaluation.scenes.outputs import SceneOutputs, check_free, outputs_of
+from internseg_ds.evaluation.scenes.pixel_steps import PixelSteps
+from internseg_ds.evaluation.scenes.scene_file import Scene
+from internseg_ds.evaluation.scenes.segmentation import SceneOptions, SceneSegmentation, check_slides
 from internseg_ds.evaluation.sliding_window import SlidingWindowInference
 from internseg_ds.evaluation.visualization import Palette, overlay
+from internseg_ds.output_files import make_folder, output_folder
 from internseg_ds.preflight.model_checks import check_channels, check_windows
 
 FEW_LABELS = 256
@@ -115,6 +122,40 @@ class Segmenter:
             return list(self._segment(images))
         (found,) = self._segment([images])
         return found
+
+    def segment_scene(
+        self,
+        scene: str | os.PathLike,
+        out: str | os.PathLike,
+        *,
+        shapes: bool = False,
+        blend: Blend = "mean",
+        memory_gib: float | None = None,
+    ) -> SceneOutputs:
+        """Segment an image of any size by windows, in bounded memory, as launch/predict.py --scenes does: a GeoTIFF
+        NAME_labels.tif in the folder `out`, with the georeference of the scene.
+
+        shapes: NAME_shapes.geojson too. blend, memory_gib: as of `SceneOptions`. Raises DataError for what cannot be
+        read, ConfigError for a model without windows, OutputError where there is a result already or no room.
+        """
+        folder = output_folder(out, "out=")
+        check_slides(self._segmentor.test_cfg, "this model")
+        outputs = outputs_of(Path(scene), folder, shapes=shapes)
+        check_free(outputs)
+        device = next(self._segmentor.parameters()).device
+        segmentation = SceneSegmentation(
+            SlidingWindowInference(Forwards(self._segmentor)),
+            list(self.classes),
+            self.palette,
+            SceneOptions(blend, shapes, memory_gib),
+            World(),
+            device,
+        )
+        with Scene(Path(scene), PixelSteps.of(self._pipeline)) as opened, torch.no_grad():
+            opened.check_model(self._segmentor)
+            make_folder(folder)
+            segmentation.segment(opened, outputs)
+        return outputs
 
     @torch.no_grad()
     def _segment(self, images: Sequence[Any]) -> Iterator[Segmentation]:

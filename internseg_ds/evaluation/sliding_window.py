@@ -12,7 +12,7 @@ pixels.
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from internseg_ds.distributed.gathering import CHUNK_BYTES, WINDOWS_PER_FORWARD,
 from internseg_ds.models.backbone import patch_size
 
 log = logging.getLogger(__name__)
+Key = TypeVar("Key")
 
 
 class Window(NamedTuple):
@@ -44,13 +45,13 @@ def windows(height: int, width: int, crop: tuple[int, int], stride: tuple[int, i
     The last ones are moved inside the image; an image smaller than the crop is one window. The same windows,
     in the same order, as mmseg's `EncoderDecoder.slide_inference`.
     """
-    rows = _spans(height, crop[0], stride[0])
-    columns = _spans(width, crop[1], stride[1])
+    rows = spans(height, crop[0], stride[0])
+    columns = spans(width, crop[1], stride[1])
     return [Window(*row, *column) for row in rows for column in columns]
 
 
-def _spans(side: int, size: int, step: int) -> list[tuple[int, int]]:
-    """Begin and end of each window along one side of the image."""
+def spans(side: int, size: int, step: int) -> list[tuple[int, int]]:
+    """Begin and end of each window of `size` pixels, every `step` pixels, along one side of the image."""
     count = max(side - size + step - 1, 0) // step + 1
     ends = [min(number * step + size, side) for number in range(count)]
     return [(max(end - size, 0), end) for end in ends]
@@ -194,18 +195,41 @@ class SlidingWindowInference:
         inputs: img, a list over augmentations of (1, 3, h, w) float32, and img_metas, a list over
         augmentations of lists of one dict.
         """
-        batch: list[tuple[PendingImage, View, Window]] = []
-        for key, inputs in images:
-            image = PendingImage(key, len(inputs["img"]))
-            for pixels, metas in zip(inputs["img"], inputs["img_metas"], strict=True):
-                view = View(pixels[0], metas[0], self._windows(*pixels.shape[2:]))
-                for window in view.windows:
-                    if batch and (len(batch) >= self.batch_size or batch[0][2].size != window.size):
-                        yield from self._run(batch)
-                        batch = []
-                    batch.append((image, view, window))
+        for (image, view, window), logits in self.window_logits(self._windows_of(images)):
+            view.add(window, logits)
+            if view.complete:
+                prediction = self._finish_view(image, view)
+                if prediction is not None:
+                    yield prediction
+        self.finish()
+
+    def window_logits(
+        self, pieces: Iterable[tuple[Key, Tensor, Mapping[str, Any]]]
+    ) -> Iterator[tuple[Key, Tensor]]:
+        """The logits of windows, in their order. Collective where the forwards are; `finish` belongs behind the last.
+
+        pieces: of each window a key, pixels (3, h, w) float32, and the img_meta of its image. Yields the key with
+        the logits (classes, h, w) of any float dtype.
+        """
+        batch: list[tuple[Key, Tensor, Mapping[str, Any]]] = []
+        for piece in pieces:
+            if batch and (len(batch) >= self.batch_size or batch[0][1].shape != piece[1].shape):
+                yield from self._run(batch)
+                batch = []
+            batch.append(piece)
         if batch:
             yield from self._run(batch)
+
+    def best(self, logits: Tensor) -> Tensor:
+        """logits: (classes, h, w) float32 of an image that is not resized -> its labels, (h, w) int64, as `predict`
+        has them."""
+        if self.binary:
+            return (logits[0].sigmoid() > self.threshold).long()
+        return logits.max(dim=0).indices
+
+    def finish(self) -> None:
+        """Takes part in the other ranks' passes until all are done, and warns of logits that were not finite since the
+        last time. Collective where the forwards are."""
         self.forwards.finish()
         if bad := int(self._not_finite):
             log.warning(
@@ -214,24 +238,31 @@ class SlidingWindowInference:
                 bad,
                 self._passes,
             )
+        self._passes = self._not_finite = 0
+
+    def _windows_of(
+        self, images: Iterable[tuple[Any, Mapping[str, Any]]]
+    ) -> Iterator[tuple[tuple[PendingImage, View, Window], Tensor, Mapping[str, Any]]]:
+        for key, inputs in images:
+            image = PendingImage(key, len(inputs["img"]))
+            for pixels, metas in zip(inputs["img"], inputs["img_metas"], strict=True):
+                view = View(pixels[0], metas[0], self._windows(*pixels.shape[2:]))
+                for window in view.windows:
+                    rows, columns = slice(window.top, window.bottom), slice(window.left, window.right)
+                    yield (image, view, window), view.pixels[:, rows, columns], view.meta
 
     def _windows(self, height: int, width: int) -> list[Window]:
         if self.test_cfg.mode == "whole":
             return [Window(0, height, 0, width)]
         return windows(height, width, self.test_cfg.crop_size, self.test_cfg.stride)
 
-    def _run(self, batch: list[tuple[PendingImage, View, Window]]) -> Iterator[ImagePrediction]:
-        """Run one forward for all windows of a batch, and yield the images that it completes."""
-        pixels = [view.pixels[:, w.top : w.bottom, w.left : w.right] for _, view, w in batch]
-        logits = self._forward(torch.stack(pixels), [view.meta for _, view, _ in batch])
+    def _run(self, batch: list[tuple[Key, Tensor, Mapping[str, Any]]]) -> Iterator[tuple[Key, Tensor]]:
+        """Run one forward for all windows of a batch."""
+        logits = self._forward(torch.stack([pixels for _, pixels, _ in batch]), [meta for *_, meta in batch])
         self._passes += 1
         self._not_finite = self._not_finite + (~torch.isfinite(logits).all()).int()
-        for (image, view, window), part in zip(batch, logits, strict=True):
-            view.add(window, part)
-            if view.complete:
-                prediction = self._finish_view(image, view)
-                if prediction is not None:
-                    yield prediction
+        for (key, _, _), part in zip(batch, logits, strict=True):
+            yield key, part
 
     def _forward(self, pixels: Tensor, metas: list[Mapping[str, Any]]) -> Tensor:
         """pixels: (b, 3, h, w) float32 -> logits (b, classes, h, w). Where the device's memory does not
