@@ -59,9 +59,8 @@ def scored_sheet(dataset: SegmentationDataset, count: int) -> Iterator[Shown]:
             file = part.img_infos[place]["filename"]
             try:
                 yield Shown(file, _pair(picture(part, place), ground_truth(part, place), part), None)
-            except Exception as error:  # whatever the steps of a pipeline say of a damaged image
-                fault = str(error) if isinstance(error, UserError) else reason_of(error)
-                yield Shown(file, None, None, fault)
+            except Exception as error:
+                yield Shown(file, None, None, _fault(error))
 
 
 def thumbnail(file: str) -> np.ndarray | None:
@@ -78,8 +77,8 @@ def _shown(part: SegmentationDataset, plain: Any, index: int, steps: list[Any]) 
     file = plain.img_infos[place]["filename"]
     try:
         return Shown(file, _on_disk(plain, place), _for_network(part, index, steps, plain))
-    except UserError as error:
-        return Shown(file, None, None, str(error))
+    except Exception as error:  # of anybody's steps, which read a damaged image first here
+        return Shown(file, None, None, _fault(error))
 
 
 def _on_disk(plain: Any, place: int) -> np.ndarray:
@@ -122,6 +121,10 @@ def _pair(image: np.ndarray, labels: np.ndarray, plain: Any) -> np.ndarray:
         labels = np.full(image.shape[:2], -1)
     labels = cv2.resize(labels.astype(np.int32), small.shape[1::-1], interpolation=cv2.INTER_NEAREST)
     return np.hstack([small, np.full((HEIGHT, 4, 3), 255, np.uint8), overlay(small, labels, plain.PALETTE)])
+
+
+def _fault(error: Exception) -> str:
+    return str(error) if isinstance(error, UserError) else reason_of(error)
 
 
 def _small(image: np.ndarray) -> np.ndarray:

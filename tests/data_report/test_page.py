@@ -51,3 +51,15 @@ def test_copies_stand_side_by_side(page, browser):
             assert first["y"] == second["y"] and first["x"] + first["width"] < second["x"]
             files = pair.locator("figcaption").all_inner_texts()
             assert ["/images/train/" in files[0], "/images/val/" in files[1]] == [True, True]
+
+
+def test_a_damaged_image_is_named_in_the_place_of_its_picture(experiment, tmp_path):
+    sound(tmp_path)
+    for split in ("train", "val"):
+        (tmp_path / f"images/{split}/1.jpg").write_bytes(b"no picture")
+    given = experiment(
+        entry("CustomDataset", tmp_path, "train", **TWO), entry("CustomDataset", tmp_path, "val", **TWO)
+    )
+    text = write_page(examine(given, QUIET, workers=0), given, tmp_path / "page.html").read_text()
+    assert [text.count(f'wrong">{name}: ') for name in ("1.jpg", "0.jpg")] == [2, 0]
+    assert text.count("data:image/png;base64,") == 6
