@@ -92,6 +92,15 @@ def environment() -> Iterator[None]:
     os.environ.update(before)
 
 
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A real browser. Of one module: while it runs, no event loop of another kind can."""
+    from tests.browser import chromium
+
+    with chromium() as running:
+        yield running
+
+
 Launch = Callable[..., subprocess.CompletedProcess]
 
 

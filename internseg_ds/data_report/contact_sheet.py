@@ -1,6 +1,8 @@
-"""Images under their labels: as they lie on disk, beside as the network sees them after the pipeline.
+"""Images under their labels: as they lie on disk, beside as the network sees them after the pipeline; and pairs of
+images that are taken for copies of one another.
 
-In: a data set and places in it. Out: pictures (h, w, 3) uint8 BGR, the image left and its overlay right.
+In: a data set and places in it, or files. Out: pictures (h, w, 3) uint8 BGR; of an image with labels the image left
+and its overlay right.
 """
 
 import random
@@ -18,11 +20,11 @@ from internseg_ds.data.checks.looks import label_loader
 from internseg_ds.data.checks.pipeline_steps import flat
 from internseg_ds.data.checks.survey import drawn
 from internseg_ds.data.dataset_parts import SegmentationDataset, parts, pipelines, plain_parts
-from internseg_ds.data.image_files import loaded, picture_of
-from internseg_ds.data.label_maps import annotation_of
+from internseg_ds.data.image_files import loaded, picture, picture_of
+from internseg_ds.data.label_maps import annotation_of, ground_truth
 from internseg_ds.data.rasters.windows import window_of
 from internseg_ds.data.samples import sample
-from internseg_ds.errors import UserError
+from internseg_ds.errors import UserError, reason_of
 from internseg_ds.evaluation.visualization import overlay
 from internseg_ds.seeding import derived_seed
 
@@ -49,13 +51,35 @@ def contact_sheet(dataset: SegmentationDataset, count: int) -> Iterator[Shown]:
             yield _shown(part, plain, index, steps)
 
 
+def scored_sheet(dataset: SegmentationDataset, count: int) -> Iterator[Shown]:
+    """Some images of a validation set under the labels that they are scored by, the same ones every time."""
+    plain = list(plain_parts(dataset))
+    total = max(1, sum(map(len, plain)))
+    for part in plain:
+        for place in drawn(part, max(1, count * len(part) // total)):
+            file = part.img_infos[place]["filename"]
+            try:
+                yield Shown(file, _pair(picture(part, place), ground_truth(part, place), part), None)
+            except Exception as error:
+                yield Shown(file, None, None, _fault(error))
+
+
+def thumbnail(file: str) -> np.ndarray | None:
+    """An image file at the height of the sheet; None where OpenCV reads none in it."""
+    try:
+        image = cv2.imdecode(np.fromfile(file, np.uint8), cv2.IMREAD_COLOR)
+    except (OSError, cv2.error):
+        return None
+    return None if image is None else _small(image)
+
+
 def _shown(part: SegmentationDataset, plain: Any, index: int, steps: list[Any]) -> Shown:
     place = part.indices[index] if hasattr(part, "indices") else index % len(plain)
     file = plain.img_infos[place]["filename"]
     try:
         return Shown(file, _on_disk(plain, place), _for_network(part, index, steps, plain))
-    except UserError as error:
-        return Shown(file, None, None, str(error))
+    except Exception as error:  # of anybody's steps, which read a damaged image first here
+        return Shown(file, None, None, _fault(error))
 
 
 def _on_disk(plain: Any, place: int) -> np.ndarray:
@@ -94,9 +118,17 @@ def _for_network(part: SegmentationDataset, index: int, steps: list[Any], plain:
 
 def _pair(image: np.ndarray, labels: np.ndarray, plain: Any) -> np.ndarray:
     labels = np.where(labels == plain.ignore_index, -1, labels.astype(np.int64))
-    size = (max(1, round(image.shape[1] * HEIGHT / image.shape[0])), HEIGHT)
-    small = cv2.resize(np.ascontiguousarray(image), size, interpolation=cv2.INTER_AREA)
+    small = _small(image)
     if labels.shape != image.shape[:2]:
         labels = np.full(image.shape[:2], -1)
-    labels = cv2.resize(labels.astype(np.int32), size, interpolation=cv2.INTER_NEAREST)
+    labels = cv2.resize(labels.astype(np.int32), small.shape[1::-1], interpolation=cv2.INTER_NEAREST)
     return np.hstack([small, np.full((HEIGHT, 4, 3), 255, np.uint8), overlay(small, labels, plain.PALETTE)])
+
+
+def _fault(error: Exception) -> str:
+    return str(error) if isinstance(error, UserError) else reason_of(error)
+
+
+def _small(image: np.ndarray) -> np.ndarray:
+    size = (max(1, round(image.shape[1] * HEIGHT / image.shape[0])), HEIGHT)
+    return cv2.resize(np.ascontiguousarray(image), size, interpolation=cv2.INTER_AREA)

@@ -1,10 +1,11 @@
-"""One page about the data of an experiment: findings, histogram of classes, contact sheet. It is one file that
+"""One page about the data of an experiment: findings, histogram of classes, contact sheets, copies. It is one file that
 asks no network for anything.
 
 In: a `Report`. Out: an HTML file.
 """
 
 import base64
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,13 @@ from jinja2 import Environment
 from internseg_ds.config.experiment import Experiment
 from internseg_ds.data.checks.scan import Scanned
 from internseg_ds.data.checks.suggestions import mean_and_std, median_frequency_weights
-from internseg_ds.data_report.contact_sheet import contact_sheet
+from internseg_ds.data.dataset_parts import SegmentationDataset
+from internseg_ds.data_report.contact_sheet import Shown, contact_sheet, scored_sheet, thumbnail
 from internseg_ds.data_report.doctor import Report
 from internseg_ds.errors import OutputError
 
 SHOWN = 12
-"""Images of the contact sheet."""
-WIDEST = 400
-"""The longest bar of the histogram, in pixels."""
+"""Images of each contact sheet, and pairs of each kind."""
 TEMPLATE = Path(__file__).with_name("page.html")
 
 
@@ -43,7 +43,9 @@ def write_page(report: Report, experiment: Experiment, out: Path) -> Path:
         findings=[*report.wrong, *report.odd],
         sets=[_classes(what, seen) for what, seen in report.scanned.items() if seen.labels.maps],
         weights=[round(weight, 4) for weight in weights],
-        sheet=_sheet(report),
+        sheet=_sheet(report, "data.train", contact_sheet),
+        scored=_sheet(report, "data.val", scored_sheet),
+        pairs=_pairs(report),
     )
     try:
         out.write_text(text, encoding="utf-8")
@@ -52,13 +54,27 @@ def write_page(report: Report, experiment: Experiment, out: Path) -> Path:
     return out
 
 
-def _sheet(report: Report) -> list[dict[str, Any]]:
-    dataset = report.datasets.get("data.train")
+def _sheet(
+    report: Report, what: str, draw: Callable[[SegmentationDataset, int], Iterator[Shown]]
+) -> list[dict[str, Any]]:
+    dataset = report.datasets.get(what)
     if dataset is None or not len(dataset):
         return []
     return [
         {"file": shown.file, "fault": shown.fault, "disk": _png(shown.disk), "network": _png(shown.network)}
-        for shown in contact_sheet(dataset, SHOWN)
+        for shown in draw(dataset, SHOWN)
+    ]
+
+
+def _pairs(report: Report) -> list[dict[str, Any]]:
+    """Images that stand in both data sets, some of those of the same bytes and of those that look alike."""
+    return [
+        {
+            "how": how,
+            "images": [{"file": file, "picture": _png(thumbnail(file))} for file in pair],
+        }
+        for how, pairs in (("the same bytes", report.duplicates.same), ("alike", report.duplicates.alike))
+        for pair in pairs[:SHOWN]
     ]
 
 
@@ -81,7 +97,7 @@ def _classes(what: str, seen: Scanned) -> dict[str, Any]:
             "share": f"{tally.pixels[index] / total:.3%}",
             "maps": f"{tally.images_with[index]:,}",
             "weight": f"{weights[index]:.3g}",
-            "width": round(WIDEST * tally.pixels[index] / most),
+            "width": round(100 * tally.pixels[index] / most, 1),
             "colour": f"rgb({', '.join(str(int(value)) for value in part.PALETTE[index])})",
         }
         for index, name in sorted(enumerate(part.CLASSES), key=lambda item: -tally.pixels[item[0]])

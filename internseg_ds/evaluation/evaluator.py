@@ -21,7 +21,7 @@ from torch.utils.data import ConcatDataset
 from internseg_ds.data.loading import EvaluationImage, evaluation_images
 from internseg_ds.distributed.gathering import Forwards
 from internseg_ds.distributed.process_group import World, gather_from_ranks
-from internseg_ds.errors import DataError, FaultError, are, counted
+from internseg_ds.errors import DataError, FaultError, are, counted, shortened
 from internseg_ds.evaluation.sliding_window import SlidingWindowInference
 
 log = logging.getLogger(__name__)
@@ -107,6 +107,8 @@ def evaluate_dataset(
         _warn_of_unknown_classes(confusion, dataset.ignore_index)
     silent = not (options.verbose and options.world.is_main)
     scores = _scores(dataset, confusion, options.metrics, silent=silent)
+    if not silent:
+        _tell_absent_classes(confusion, dataset.CLASSES)
     return Evaluation(scores, confusion, image_count, faults)
 
 
@@ -166,6 +168,28 @@ def _warn_of_unknown_classes(confusion: Tensor, ignore_index: int) -> None:
             counted(unknown_predictions, "pixel got", "pixels got"),
             classes,
         )
+
+
+def absent_classes(confusion: Tensor) -> list[int]:
+    """Classes that no labelled pixel has. confusion: as of `Evaluation.confusion`."""
+    return (confusion[:-1].sum(1) == 0).nonzero().flatten().tolist()
+
+
+def _tell_absent_classes(confusion: Tensor, classes: Sequence[str]) -> None:
+    """What the rows of mmseg's table with nan in them mean, in one line."""
+    absent = absent_classes(confusion)
+    predicted = [index for index in absent if confusion[:, index].any()]
+    if not absent:
+        return
+    names, wrongly = (shortened([classes[index] for index in some], 5) for some in (absent, predicted))
+    log.info(
+        "absent: %d of %d classes have no labelled pixel here (%s); nan in the table, which no mean counts%s",
+        len(absent),
+        len(classes),
+        names,
+        f", but an IoU of 0 for the {len(predicted)} that are predicted all the same ({wrongly})"
+        * bool(predicted),
+    )
 
 
 def evaluate_datasets(

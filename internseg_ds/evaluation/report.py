@@ -19,7 +19,7 @@ from internseg_ds.data.image_files import picture
 from internseg_ds.data.label_maps import ground_truth
 from internseg_ds.data.rasters.windows import WINDOW
 from internseg_ds.distributed.process_group import World, gather_from_ranks
-from internseg_ds.evaluation.evaluator import Evaluation, is_of_one_class
+from internseg_ds.evaluation.evaluator import Evaluation, absent_classes, is_of_one_class
 from internseg_ds.evaluation.visualization import side_by_side
 from internseg_ds.output_files import make_folder, whole_file, write_picture
 
@@ -42,6 +42,7 @@ def write_report(evaluation: Evaluation, classes: Sequence[str], folder: Path) -
         "images": evaluation.images,
         "pixels_of_no_class": int(evaluation.confusion[-1].sum()),
         "predictions_of_no_class": int(evaluation.confusion[:, -1].sum()),
+        "absent_classes": [classes[index] for index in absent_classes(evaluation.confusion)],
         "not_read": evaluation.faults,
         "classes": per_class,
     }

@@ -33,7 +33,7 @@ def test_sound_data_are_passed_and_shown(experiment, tmp_path):
     report = examine(given, QUIET, workers=1)
     assert report.findings == [] and start(given) == []
     page = write_page(report, given, tmp_path / "page.html").read_text()
-    assert page.count("data:image/png;base64,") == 6 and "http" not in page and "Nothing." in page
+    assert page.count("data:image/png;base64,") == 9 and "http" not in page and "Nothing." in page
     with pytest.raises(ConfigError, match="no setting"):
         write_mended(given, [], tmp_path / "mended.py")
 

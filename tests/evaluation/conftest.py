@@ -1,4 +1,6 @@
-"""A model that tells classes apart without any training."""
+"""A model that tells classes apart without any training, and a `Segmenter` of it."""
+
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,7 +9,10 @@ from mmcv.cnn.utils import revert_sync_batchnorm
 from mmseg.models import build_segmentor
 
 import internseg_ds.models  # noqa: F401 - registers the backbone
+from internseg_ds import Segmenter
 from tests.conftest import ROOT, TINY
+
+CLASSES = 150
 
 
 @pytest.fixture(scope="package")
@@ -30,3 +35,34 @@ def tiny():
         if param.dim() > 1:
             torch.nn.init.normal_(param, 0.0, 2 / param[0].numel() ** 0.5)
     return model.eval()
+
+
+@pytest.fixture(scope="package")
+def weights(tiny, tmp_path_factory) -> Path:
+    """A .pth as launch/consolidate.py writes it, with the config of `tiny`, whose data are nowhere."""
+    cfg = Config.fromfile(ROOT / TINY)
+    cfg.merge_from_dict(
+        {
+            "model.backbone.embed_dim": 32,
+            "model.backbone.num_heads": 2,
+            "model.decode_head.in_channels": [32] * 4,
+            "model.decode_head.channels": 16,
+            "model.auxiliary_head.in_channels": 32,
+            "model.auxiliary_head.channels": 16,
+            "engine.backbone_dtype": "float32",
+        }
+    )
+    meta = {
+        "CLASSES": [f"class {number}" for number in range(CLASSES)],
+        "PALETTE": [[number, 255 - number, 7] for number in range(CLASSES)],
+        "config": cfg.pretty_text,
+    }
+    path = tmp_path_factory.mktemp("weights") / "segmentor.pth"
+    torch.save({"meta": meta, "state_dict": tiny.state_dict()}, path)
+    path.with_name("config.py").write_text(cfg.pretty_text)
+    return path
+
+
+@pytest.fixture(scope="package")
+def segmenter(weights) -> Segmenter:
+    return Segmenter.from_pretrained(weights, device="cpu")

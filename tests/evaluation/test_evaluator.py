@@ -90,6 +90,21 @@ def test_scores_are_those_of_mmsegs_test_loop(tiny, ade20k):
     assert {"mIoU", "mDice", "mFscore", "aAcc", "mAcc"} <= set(found.metrics)
 
 
+def test_classes_without_a_labelled_pixel_are_named_once(tiny, ade20k, tmp_path, caplog):
+    dataset = validation(ade20k)
+    with caplog.at_level(logging.INFO):
+        found = evaluate_dataset(Forwards(tiny), dataset, EvaluationOptions(World(), workers=0))
+    there = set(np.unique([label for index in range(7) for label in np.unique(ground_truth(dataset, index))]))
+    absent = [name for index, name in enumerate(dataset.CLASSES) if index not in there]
+    (line,) = (record.getMessage() for record in caplog.records if record.getMessage().startswith("absent: "))
+    assert line.startswith(f"absent: {len(absent)} of 150 classes") and f"({absent[0]}, {absent[1]}, " in line
+    scored = [name for name in absent if f"IoU.{name}" in found.metrics]
+    assert f"IoU of 0 for the {len(scored)} that are predicted" in line and scored
+    assert {found.metrics[f"IoU.{name}"] for name in scored} == {0.0}
+    write_report(found, dataset.CLASSES, tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text())["absent_classes"] == absent
+
+
 @pytest.fixture
 def damaged(ade20k, tmp_path):
     """Image 1 is empty, the label map of image 2 is half as wide as its image."""

@@ -7,46 +7,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from mmcv import Config
 from PIL import Image
 
 from internseg_ds import Segmenter
 from internseg_ds.errors import CheckpointError, ConfigError, DataError
 from internseg_ds.evaluation.predict import predict_files
-from tests.conftest import ROOT, TINY
-
-CLASSES = 150
-
-
-@pytest.fixture(scope="module")
-def weights(tiny, tmp_path_factory) -> Path:
-    """A .pth as launch/consolidate.py writes it, with the config of `tiny`, whose data are nowhere."""
-    cfg = Config.fromfile(ROOT / TINY)
-    cfg.merge_from_dict(
-        {
-            "model.backbone.embed_dim": 32,
-            "model.backbone.num_heads": 2,
-            "model.decode_head.in_channels": [32] * 4,
-            "model.decode_head.channels": 16,
-            "model.auxiliary_head.in_channels": 32,
-            "model.auxiliary_head.channels": 16,
-            "engine.backbone_dtype": "float32",
-        }
-    )
-    meta = {
-        "CLASSES": [f"class {number}" for number in range(CLASSES)],
-        "PALETTE": [[number, 255 - number, 7] for number in range(CLASSES)],
-        "config": cfg.pretty_text,
-    }
-    path = tmp_path_factory.mktemp("weights") / "segmentor.pth"
-    torch.save({"meta": meta, "state_dict": tiny.state_dict()}, path)
-    path.with_name("config.py").write_text(cfg.pretty_text)
-    return path
-
-
-@pytest.fixture(scope="module")
-def segmenter(weights) -> Segmenter:
-    return Segmenter.from_pretrained(weights, device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""Tests of the page that shows segmentations, in a real browser."""
