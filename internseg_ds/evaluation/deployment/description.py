@@ -48,7 +48,11 @@ def described(
     return {
         "input": "image (b, 3, h, w) float32, RGB from 0 to 255; it is normalised inside, with mean and std",
         "output": "logits (b, outputs, h, w) float32, "
-        + ("one per pixel: class 1 where its sigmoid is above the threshold" if outputs == 1 else "largest wins"),
+        + (
+            "one per pixel: class 1 where its sigmoid is above the threshold"
+            if outputs == 1
+            else "largest wins"
+        ),
         "written_by": f"internseg_ds {VERSION}",
         **{name: json.dumps(value) for name, value in values.items()},
     }

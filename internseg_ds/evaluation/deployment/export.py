@@ -24,6 +24,7 @@ from internseg_ds.checkpoints.weights import Weights
 from internseg_ds.config.experiment import Experiment, read_experiment
 from internseg_ds.distributed.construction import build_on_meta
 from internseg_ds.distributed.precision import apply_precision
+from internseg_ds.distributed.weight_loading import match_segmentor
 from internseg_ds.errors import ConfigError, OutputError, reason_of
 from internseg_ds.evaluation.deployment import onnx_file, torchscript_file
 from internseg_ds.evaluation.deployment.comparison import TOLERANCE, largest_difference
@@ -36,7 +37,6 @@ from internseg_ds.evaluation.deployment.graph import (
     values_of,
     without_values,
 )
-from internseg_ds.evaluation.huggingface import without_auxiliary_heads
 from internseg_ds.evaluation.inference import with_weights
 from internseg_ds.evaluation.predict import classes_of
 from internseg_ds.evaluation.segmenter import open_trained
@@ -79,6 +79,7 @@ def export_segmentor(
     segmentor = build_on_meta(experiment.model).eval()
     given = _input(experiment, patch_size(segmentor.get_submodule("backbone")), size, dynamic)
     file_format.check(given)
+    match_segmentor(segmentor, weights)
     description = described(experiment, *classes_of(experiment, meta), given, segmentor.out_channels)
     began = time.monotonic()
     made = _prepared(segmentor, experiment, given, file_format)
@@ -112,8 +113,8 @@ def _check_target(target: Path, overwrite: bool) -> None:
 
 
 def _in_fp32(experiment: Experiment) -> Experiment:
-    """The experiment as it is exported: without what only training uses, all of it in fp32."""
-    cfg = Config(without_auxiliary_heads(experiment).cfg.to_dict())
+    """The experiment with a segmentor that computes in fp32 everywhere."""
+    cfg = Config(experiment.cfg.to_dict())
     cfg.merge_from_dict({"engine.backbone_dtype": "float32", "engine.heads_dtype": "float32"})
     return read_experiment(cfg)
 
@@ -123,8 +124,8 @@ def _input(experiment: Experiment, multiple: int, size: Sequence[int] | None, dy
         test_cfg = experiment.model.test_cfg
         if test_cfg.mode != "slide":
             raise ConfigError(
-                f"model.test_cfg of {experiment.path} takes images whole, of any size; say for which the file is: --size "
-                "HEIGHT WIDTH (with --dynamic size one of many)"
+                f"model.test_cfg of {experiment.path} takes images whole, of any size; say for which the file is: "
+                "--size HEIGHT WIDTH (with --dynamic size one of many)"
             )
         size = test_cfg.crop_size
     height, width = (int(side) for side in size)
@@ -136,7 +137,9 @@ def _graph_of(segmentor: torch.nn.Module, experiment: Experiment) -> SegmentorGr
     return SegmentorGraph(segmentor, mean, std, bgr=bgr).eval()
 
 
-def _prepared(segmentor: torch.nn.Module, experiment: Experiment, given: Input, file_format: ModuleType) -> object:
+def _prepared(
+    segmentor: torch.nn.Module, experiment: Experiment, given: Input, file_format: ModuleType
+) -> object:
     """The program of a segmentor on the meta device, translated. Raises ConfigError where that cannot be."""
     with without_values(segmentor):
         apply_precision(segmentor, torch.float32)
@@ -149,7 +152,10 @@ def _prepared(segmentor: torch.nn.Module, experiment: Experiment, given: Input, 
 def _refusal(segmentor: torch.nn.Module, given: Input, error: Exception) -> str:
     parts = [type(segmentor), type(segmentor.get_submodule("backbone"))]
     name = " on ".join(kind.__name__ for kind in parts)
-    reason = reason_of(error)[:LONGEST_REASON]
+    origin: BaseException = error
+    while origin.__cause__ is not None:  # torch wraps the name of an operator that it cannot translate
+        origin = origin.__cause__
+    reason = reason_of(origin)[:LONGEST_REASON]
     if given.dynamic == "size":
         return (
             f"this {name} cannot be exported for images of any size: {reason}; write --dynamic batch, or one file for "
@@ -169,8 +175,8 @@ def _check(file_format: ModuleType, partial: Path, graph: SegmentorGraph, given:
     difference = largest_difference(file_format.opened(partial), graph, given, graph.mean.size(1))
     if not difference <= TOLERANCE:
         raise OutputError(
-            f"{target} is not left there: its logits differ from those of the segmentor by {difference:.1e} of the largest, "
-            f"more than {TOLERANCE:g}; please report it, with the config and the versions of torch and onnxruntime"
+            f"{target} is not left there: its logits differ from those of the segmentor by {difference:.1e} of the "
+            f"largest, more than {TOLERANCE:g}; please report it, with the config and the versions of torch and onnxruntime"
         )
     log.info(
         "checked in %.0f s: on random images its logits differ from the segmentor's by %.1e of the largest",

@@ -49,7 +49,8 @@ class SegmentorGraph(nn.Module):
     """images (b, c, h, w) float32, RGB from 0 to 255 -> logits (b, k, h, w) float32.
 
     mean, std: of the channels, in the order in which the segmentor takes them. bgr: that this is BGR. Images whose
-    sides are not whole patches are padded with zeros behind the normalisation, as in the evaluation.
+    sides are not whole patches are padded with zeros behind the normalisation, as in the evaluation. The segmentor
+    loses its auxiliary heads, which only training uses.
     """
 
     mean: Tensor
@@ -57,6 +58,8 @@ class SegmentorGraph(nn.Module):
 
     def __init__(self, segmentor: nn.Module, mean: list[float], std: list[float], *, bgr: bool) -> None:
         super().__init__()
+        if hasattr(segmentor, "auxiliary_head"):
+            del segmentor.auxiliary_head
         self.segmentor = segmentor
         self.bgr = bgr
         self.patch = patch_size(segmentor.get_submodule("backbone"))

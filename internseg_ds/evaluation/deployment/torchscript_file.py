@@ -44,7 +44,9 @@ def write(made: Any, values: Mapping[str, Tensor], description: Mapping[str, str
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(module, torch.zeros(shape), check_trace=False)
-        torch.jit.save(traced, str(path), _extra_files={name: text.encode() for name, text in description.items()})
+        torch.jit.save(
+            traced, str(path), _extra_files={name: text.encode() for name, text in description.items()}
+        )
     return [path]
 
 

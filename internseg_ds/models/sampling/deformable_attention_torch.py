@@ -36,7 +36,9 @@ def forward(value: Tensor, locations: Tensor, weights: Tensor, shapes: Sequence[
 def deformable_attention(value: Tensor, locations: Tensor, weights: Tensor, sides: Sequence[int]) -> Tensor:
     """The operator, of all queries at once and without a loop over them: what an exported program has in its
     place."""
-    maps = _maps(value, list(zip(sides[::2], sides[1::2], strict=True)), compute_dtype(value, locations, weights))
+    maps = _maps(
+        value, list(zip(sides[::2], sides[1::2], strict=True)), compute_dtype(value, locations, weights)
+    )
     return _attended(maps, locations, weights, value.size(2)).to(value.dtype)
 
 

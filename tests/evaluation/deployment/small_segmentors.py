@@ -16,7 +16,7 @@ from tests.models.mask2former import small_mask2former
 CLASSES = 7
 
 
-def upernet(channels: list[int], side: int, **backbone) -> ConfigDict:
+def upernet(channels: list[int], side: int, /, **backbone) -> ConfigDict:
     model = Config.fromfile(ROOT / TINY).model
     model.backbone = ConfigDict(backbone)
     model.decode_head.update(in_channels=channels, channels=8, num_classes=CLASSES)
@@ -87,7 +87,9 @@ def convnext() -> ConfigDict:
 
 
 def transformers_dinov2() -> ConfigDict:
-    config = dict(model_type="dinov2", hidden_size=48, num_hidden_layers=4, num_attention_heads=3, image_size=56)
+    config = dict(
+        model_type="dinov2", hidden_size=48, num_hidden_layers=4, num_attention_heads=3, image_size=56
+    )
     return upernet(
         [48] * 4, 56, type="TransformersBackbone", config=config, neck=dict(type="ViTFeaturePyramid")
     )

@@ -42,7 +42,9 @@ def of_a_stranger(file: Path, images: list[torch.Tensor]) -> tuple[list[torch.Te
     return [torch.from_numpy(np.load(f"{path}.logits.npy")) for path in paths], json.loads(done.stdout)
 
 
-def assert_agrees(segmentor, logits: list[torch.Tensor], images: list[torch.Tensor], bgr: bool = False) -> None:
+def assert_agrees(
+    segmentor, logits: list[torch.Tensor], images: list[torch.Tensor], bgr: bool = False
+) -> None:
     """Logits to 1e-4 of the largest, and labels but where two classes are closer than that."""
     for ours, image in zip(logits, images, strict=True):
         with torch.no_grad():
@@ -119,7 +121,7 @@ def test_other_segmentors(name, dynamic, tmp_path):
 @pytest.mark.parametrize("name", ["internvit", "internimage", "eomt"])
 def test_torchscript_of_one_size_needs_torch_alone(name, tmp_path):
     segmentor, weights = written(name, tmp_path)
-    (file,) = export_segmentor(weights, tmp_path / "segmentor.pt", size=(56, 84) if name == "internvit" else None)
+    export_segmentor(weights, tmp_path / "segmentor.pt", size=(56, 84) if name == "internvit" else None)
     side = {"internvit": (56, 84)}.get(name, (64, 64))
     (image,) = pixels((1, *side))
     torch.save(image, tmp_path / "image")
@@ -158,7 +160,9 @@ def test_a_file_that_computes_something_else_is_not_left(tmp_path, monkeypatch):
 def test_a_model_that_cannot_follow_sizes_is_refused_before_weights_are_read(tmp_path, monkeypatch):
     _, weights = written("dinov3", tmp_path)
     monkeypatch.setattr(export, "with_weights", lambda *_: pytest.fail("weights are read"))
-    with pytest.raises(ConfigError, match=r"TimmBackbone cannot be exported for images of any size.*--dynamic batch"):
+    with pytest.raises(
+        ConfigError, match=r"TimmBackbone cannot be exported for images of any size.*--dynamic batch"
+    ):
         export_segmentor(weights, tmp_path / "segmentor.onnx", dynamic="size")
 
 
