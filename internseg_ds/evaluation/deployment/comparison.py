@@ -24,8 +24,8 @@ def sizes_to_check(given: Input) -> list[tuple[int, int, int]]:
         return [(1, height, width)] * 2
     if given.dynamic == "batch":
         return [(1, height, width), (4, height, width)]
-    step = given.multiple
-    return [(1, height, width), (2, width, height), (3, 2 * step, 5 * step)]
+    least, step = given.least, given.multiple
+    return [(1, height, width), (2, width, height), (3, least * step, (least + 3) * step)]
 
 
 def largest_difference(

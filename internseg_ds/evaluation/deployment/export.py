@@ -9,13 +9,13 @@ those of its runtime beside them.
 
 import logging
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from mmcv import Config
@@ -76,7 +76,7 @@ def export_segmentor(
     _check_target(target, overwrite)
     experiment, weights, meta = open_trained(source, config=config, ema=ema, check=check)
     experiment = _in_fp32(experiment)
-    segmentor = build_on_meta(experiment.model).eval()
+    segmentor: Any = build_on_meta(experiment.model).eval()
     given = _input(experiment, patch_size(segmentor.get_submodule("backbone")), size, dynamic)
     file_format.check(given)
     match_segmentor(segmentor, weights)
@@ -108,8 +108,9 @@ def _check_target(target: Path, overwrite: bool) -> None:
     check_writable(target.parent, "OUT in")
     if target.is_dir():
         raise ConfigError(f"{target} is a folder; name a file")
-    if target.exists() and not overwrite:
-        raise ConfigError(f"{target} exists already; choose another name, or give --overwrite")
+    taken = [path for path in (target, onnx_file.data_file(target)) if path.exists()]
+    if taken and not overwrite:
+        raise ConfigError(f"{taken[0]} exists already; choose another name, or give --overwrite")
 
 
 def _in_fp32(experiment: Experiment) -> Experiment:
@@ -189,15 +190,13 @@ def _check(file_format: ModuleType, partial: Path, graph: SegmentorGraph, given:
 def _beside(target: Path) -> Iterator[Path]:
     """A file of the same name in a folder beside the target, on its disk, which is removed at the end. Raises
     OutputError where the disk is full."""
-    folder = Path()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-        yield folder / target.name
+        with tempfile.TemporaryDirectory(
+            prefix=f".{target.name}.", suffix=".partial", dir=target.parent, ignore_cleanup_errors=True
+        ) as folder:
+            yield Path(folder) / target.name
     except OSError as error:
         raise OutputError(
             f"{target} cannot be written: {error.strerror or error}; make room there, or choose another folder"
         ) from error
-    finally:
-        if folder != Path():
-            shutil.rmtree(folder, ignore_errors=True)

@@ -21,6 +21,8 @@ from internseg_ds.models.exporting.operators import portable_operators
 
 Dynamic = Literal["none", "batch", "size"]
 """What of an input may differ from call to call: nothing; the number of images; their number and size."""
+LEAST = 64
+"""Pixels of the shortest side, where sides may differ: maps at 1/32 have two pixels then."""
 SEEN = 3
 """Images, and further patches per side, of the example that a program with open sizes is captured from: numbers
 that stand for no other size by chance."""
@@ -37,11 +39,16 @@ class Input:
     """Pixels that sides are multiples of where they may differ."""
 
     @property
+    def least(self) -> int:
+        """Shortest side of images whose size may differ, in steps of `multiple`."""
+        return max(2, -(-LEAST // self.multiple))
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(h, w) of the example."""
         if self.dynamic != "size":
             return self.size
-        height, width = (-(-side // self.multiple) * self.multiple for side in self.size)
+        height, width = (max(self.least, -(-side // self.multiple)) * self.multiple for side in self.size)
         return height, width + SEEN * self.multiple  # not square: one number for two sizes would tie them
 
 
@@ -107,7 +114,8 @@ def captured(graph: nn.Module, given: Input) -> ExportedProgram:
     if given.dynamic != "none":
         axes[0] = Dim("batch", min=1)
     if given.dynamic == "size":
-        axes |= {axis: given.multiple * Dim(name, min=2) for axis, name in ((2, "rows"), (3, "columns"))}
+        steps = {axis: Dim(name, min=given.least) for axis, name in ((2, "rows"), (3, "columns"))}
+        axes |= {axis: step if given.multiple == 1 else given.multiple * step for axis, step in steps.items()}
     with torch.no_grad():
         program = torch.export.export(graph, (example,), dynamic_shapes=(axes or None,), strict=False)
     (name,) = program.graph_signature.user_inputs

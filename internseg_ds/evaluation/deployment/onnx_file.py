@@ -46,7 +46,7 @@ def translated(program: ExportedProgram, given: Input) -> Any:
     names = {0: "batch"} if given.dynamic != "none" else {}
     names |= {2: "height", 3: "width"} if given.dynamic == "size" else {}
     with _quiet():
-        made = torch.onnx.export(
+        made: Any = torch.onnx.export(
             program,
             dynamo=True,
             opset_version=OPSET,
@@ -76,8 +76,13 @@ def write(made: Any, values: Mapping[str, Tensor], description: Mapping[str, str
     made.model.metadata_props.update(description)
     size = sum(tensor.const_value.nbytes for tensor in tensors.values())
     made.save(path, external_data=size > LARGEST_FILE)
-    data = path.with_name(path.name + ".data")
+    data = data_file(path)
     return [data, path] if data.exists() else [path]
+
+
+def data_file(path: Path) -> Path:
+    """Where the weights lie that the file itself cannot hold."""
+    return path.with_name(path.name + ".data")
 
 
 def opened(path: Path) -> Callable[[Tensor], Tensor]:

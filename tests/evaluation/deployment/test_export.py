@@ -67,7 +67,7 @@ def pixels(*sizes: tuple[int, int, int]) -> list[torch.Tensor]:
 def test_internvit_at_any_size_runs_where_neither_torch_nor_this_package_is(tmp_path):
     segmentor, weights = written("internvit", tmp_path)
     (file,) = export_segmentor(weights, tmp_path / "out" / "segmentor.onnx", dynamic="size")
-    images = pixels((1, 56, 56), (3, 42, 84), (2, 112, 28))
+    images = pixels((1, 70, 70), (3, 84, 126), (2, 112, 70))
     logits, said = of_a_stranger(file, images)
     assert_agrees(segmentor, logits, images)
     assert said["input"] == ["batch", 3, "height", "width"]
