@@ -43,7 +43,7 @@ def described(
         "std": std[order],
         "resize": processing.get("size"),
         "windows": processing["windows"],
-        "size_multiple": given.multiple,
+        "size_multiple": given.multiple if given.dynamic == "size" else None,
     }
     return {
         "input": "image (b, 3, h, w) float32, RGB from 0 to 255; it is normalised inside, with mean and std",

@@ -47,6 +47,9 @@ log = logging.getLogger(__name__)
 
 FORMATS: dict[str, ModuleType] = {".onnx": onnx_file, ".pt": torchscript_file}
 """What each ending of a file means."""
+COARSEST = 32
+"""Pixels whose multiples the sides are, where they may differ and the backbone has no patches: the stride of a
+hierarchical backbone's last map. torch cannot follow sizes that are rounded on the way."""
 LONGEST_REASON = 300
 """Characters of torch's reason why a model cannot be exported."""
 
@@ -120,7 +123,7 @@ def _in_fp32(experiment: Experiment) -> Experiment:
     return read_experiment(cfg)
 
 
-def _input(experiment: Experiment, multiple: int, size: Sequence[int] | None, dynamic: Dynamic) -> Input:
+def _input(experiment: Experiment, patch: int, size: Sequence[int] | None, dynamic: Dynamic) -> Input:
     if size is None:
         test_cfg = experiment.model.test_cfg
         if test_cfg.mode != "slide":
@@ -130,7 +133,7 @@ def _input(experiment: Experiment, multiple: int, size: Sequence[int] | None, dy
             )
         size = test_cfg.crop_size
     height, width = (int(side) for side in size)
-    return Input((height, width), dynamic, multiple)
+    return Input((height, width), dynamic, COARSEST if patch == 1 else patch)
 
 
 def _graph_of(segmentor: torch.nn.Module, experiment: Experiment) -> SegmentorGraph:

@@ -82,6 +82,7 @@ def test_internvit_at_any_size_runs_where_neither_torch_nor_this_package_is(tmp_
     assert not list(file.parent.glob("*.partial"))
 
 
+@pytest.mark.slow
 def test_internimage_runs_by_grid_sample_and_without_its_operator(tmp_path):
     segmentor, weights = written("internimage", tmp_path, to_rgb=False)
     (file,) = export_segmentor(weights, tmp_path / "segmentor.onnx", dynamic="batch")
