@@ -180,7 +180,7 @@ def _check(file_format: ModuleType, partial: Path, graph: SegmentorGraph, given:
     if not difference <= TOLERANCE:
         raise OutputError(
             f"{target} is not left there: its logits differ from those of the segmentor by {difference:.1e} of the "
-            f"largest, more than {TOLERANCE:g}; please report it, with the config and the versions of torch and onnxruntime"
+            f"largest, more than {TOLERANCE:g}; please report it, with config and versions of torch and onnxruntime"
         )
     log.info(
         "checked in %.0f s: on random images its logits differ from the segmentor's by %.1e of the largest",
