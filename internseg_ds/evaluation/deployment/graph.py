@@ -118,9 +118,13 @@ def captured(graph: nn.Module, given: Input) -> ExportedProgram:
         axes |= {axis: step if given.multiple == 1 else given.multiple * step for axis, step in steps.items()}
     with torch.no_grad():
         program = torch.export.export(graph, (example,), dynamic_shapes=(axes or None,), strict=False)
-    (name,) = program.graph_signature.user_inputs
-    (node,) = (node for node in program.graph.nodes if node.name == name)
-    shape = node.meta["val"].shape
-    if fixed := [int(shape[axis]) for axis in axes if not isinstance(shape[axis], torch.SymInt)]:
+    names = {*program.graph_signature.user_inputs, *program.graph_signature.user_outputs}
+    shapes = [node.meta["val"].shape for node in program.graph.nodes if node.name in names]
+    if fixed := sorted({known for shape in shapes for axis in axes if (known := _constant(shape[axis]))}):
         raise ValueError(f"its forward pass makes constants of the sizes {fixed} of the example")
     return program.run_decompositions(portable_operators())
+
+
+def _constant(side: int | torch.SymInt) -> int | None:
+    """The value of a side that was to stay open, where the capture has found that it can have that alone."""
+    return side.node.maybe_as_int() if isinstance(side, torch.SymInt) else side
