@@ -9,7 +9,7 @@ and pictures; the labels are those of launch/test.py and launch/predict.py, for 
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -96,13 +96,7 @@ class Segmenter:
         Raises CheckpointError for what is no weights or lacks a config, ConfigError for a config that cannot work.
         """
         target = _device(device)
-        weights = open_weights(Path(source), ema=ema)
-        experiment = _experiment(weights, Path(source), config)
-        check_windows(experiment)
-        meta = weights.meta
-        if weights.config is not None:
-            experiment = without_auxiliary_heads(experiment)
-            weights = from_folder(weights, build_on_meta(experiment.model))
+        experiment, weights, meta = open_trained(source, config=config, ema=ema)
         set_fp32_matmul(experiment.engine.fp32_matmul, target)
         return cls(experiment, with_weights(experiment, weights, target), *classes_of(experiment, meta))
 
@@ -180,6 +174,23 @@ class Segmenter:
             if image.fault:
                 raise DataError(image.fault)
             yield image.index, image.inputs
+
+
+def open_trained(
+    source: str | os.PathLike, *, config: str | os.PathLike | None, ema: bool, check: bool = True
+) -> tuple[Experiment, Weights, Mapping[str, Any]]:
+    """The experiment of a trained segmentor, its weights, of which nothing is read yet, and their metadata.
+
+    Arguments are those of `Segmenter.from_pretrained`, check that of `open_weights`. Raises what that raises.
+    """
+    weights = open_weights(Path(source), ema=ema, check=check)
+    experiment = _experiment(weights, Path(source), config)
+    check_windows(experiment)
+    meta = weights.meta
+    if weights.config is not None:
+        experiment = without_auxiliary_heads(experiment)
+        weights = from_folder(weights, build_on_meta(experiment.model))
+    return experiment, weights, meta
 
 
 def _device(device: str | torch.device | None) -> torch.device:

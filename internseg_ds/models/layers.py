@@ -25,8 +25,11 @@ def vector_on_device(numbers: Sequence[float], like: Tensor) -> Tensor:
 
     `torch.tensor(numbers, device="cuda")` copies from pageable host memory, for which the host waits. Here
     the values are filled in on the device, by one kernel for each run of equal numbers: meant for a few
-    numbers, or for many of which most are equal.
+    numbers, or for many of which most are equal. Sizes of an exported program, which are known when it runs, are
+    not compared.
     """
+    if any(isinstance(number, torch.SymInt) for number in numbers):
+        return torch.cat([like.new_full((1,), number) for number in numbers])
     return torch.cat([like.new_full((len(list(run)),), number) for number, run in groupby(numbers)])
 
 

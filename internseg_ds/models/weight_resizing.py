@@ -21,7 +21,8 @@ def resize_position_embedding(pos_embed: Tensor, grid: tuple[int, int], prefix: 
     published InternViT code does.
     """
     side = math.isqrt(pos_embed.size(1) - prefix)
-    if grid == (side, side):
+    known = not any(isinstance(size, torch.SymInt) for size in grid)  # at run time, in an exported program
+    if known and grid == (side, side):
         return pos_embed
     patches = pos_embed[:, prefix:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1, c, s, s)
     patches = F.interpolate(patches, size=grid, mode="bicubic", align_corners=False)

@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from mmseg.apis import inference_segmentor, init_segmentor
 from PIL import Image
 
 from internseg_ds import Segmenter
@@ -32,6 +33,14 @@ def test_labels_are_those_of_predict_for_paths_images_and_arrays(weights, segmen
     pixels = cv2.imread(str(files[0]))[..., ::-1]
     for image in (pixels, Image.fromarray(np.ascontiguousarray(pixels))):
         assert np.array_equal(segmenter(image).labels, results[0].labels)
+
+
+def test_mmsegs_own_interface_loads_the_file_and_finds_the_same_labels(weights, segmenter, files):
+    model = init_segmentor(str(weights.with_name("config.py")), str(weights), device="cpu")
+    assert tuple(model.CLASSES) == segmenter.classes
+    for file in files[:2]:
+        (labels,) = inference_segmentor(model, str(file))
+        assert np.array_equal(labels, segmenter(file).labels)
 
 
 def test_a_picture_is_the_image_in_the_colours_of_its_classes(segmenter, files):

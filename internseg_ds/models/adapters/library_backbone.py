@@ -61,7 +61,7 @@ class LibraryBackbone(BaseModule):
 
     def _check_maps(self, image: Tensor, maps: Sequence[Tensor]) -> None:
         """Raises ValueError unless there is a map of each image, of the channels that the library names."""
-        expected = [(len(image), channels) for channels in self.model_channels]
+        expected = [(image.size(0), channels) for channels in self.model_channels]
         if (found := [tuple(features.shape[:2]) for features in maps]) != expected:
             raise ValueError(
                 f"{type(self.model).__name__} gives maps of (images, channels) {found} where {expected} are due; "

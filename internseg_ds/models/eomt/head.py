@@ -101,7 +101,7 @@ class EoMTHead(MaskLosses, BaseModule):
     def queries_for(self, image: Tensor) -> Tensor:
         """image: (b, ...) -> the queries of each image, (b, q, c)."""
         numbers = torch.arange(self.num_queries, device=image.device)
-        return self.query(numbers)[None].expand(len(image), -1, -1)
+        return self.query(numbers)[None].expand(image.size(0), -1, -1)
 
     @torch.no_grad()
     def attended(self, block: int, queries: Tensor, patches: Tensor) -> Tensor | None:

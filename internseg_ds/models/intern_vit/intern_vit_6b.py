@@ -322,7 +322,7 @@ class InternViT6B(BaseModule):
         """image: (b, 3, h, w) -> one map (b, c, h / patch, w / patch) per block in out_indices."""
         patches = self.patch_embed(image)  # (b, c, h / patch, w / patch)
         grid = (patches.size(2), patches.size(3))
-        cls_tokens = self.cls_token.to(patches.dtype).expand(len(patches), -1, -1)
+        cls_tokens = self.cls_token.to(patches.dtype).expand(patches.size(0), -1, -1)
         tokens = torch.cat([cls_tokens, patches.flatten(2).mT], dim=1)  # (b, 1 + n, c)
         x = tokens + resize_position_embedding(self.pos_embed, grid).to(tokens.dtype)
         maps = []

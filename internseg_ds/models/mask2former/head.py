@@ -130,7 +130,7 @@ class Mask2FormerHead(MaskLosses, MmdetHead):
         positions = []
         for level, features in enumerate(maps):
             keys.append(tokens_of(self.decoder_input_projs[level](features)) + level_codes[level])
-            no_padding = features.new_zeros(len(features), *features.shape[-2:], dtype=torch.bool)
+            no_padding = features.new_zeros(features.size(0), *features.shape[-2:], dtype=torch.bool)
             positions.append(tokens_of(self.decoder_positional_encoding(no_padding)))
         return keys, positions
 

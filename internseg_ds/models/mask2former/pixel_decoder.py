@@ -93,12 +93,12 @@ class MSDeformAttnPixelDecoder(MmdetPixelDecoder):  # the name that published co
         tokens, codes = [], []
         for level, feat in enumerate(coarse):
             projected = self.input_convs[level](feat)
-            no_padding = projected.new_zeros(len(projected), *shapes[level], dtype=torch.bool)
+            no_padding = projected.new_zeros(projected.size(0), *shapes[level], dtype=torch.bool)
             position = self.postional_encoding(no_padding)  # mmdet's spelling
             tokens.append(tokens_of(projected))
             codes.append(tokens_of(position + level_codes[level][:, None, None]))
         reference_points = pixel_centres(shapes, tokens[0])[None, :, None].expand(
-            len(coarse[0]), -1, len(shapes), -1
+            coarse[0].size(0), -1, len(shapes), -1
         )
         memory = self.encoder(
             query=torch.cat(tokens),

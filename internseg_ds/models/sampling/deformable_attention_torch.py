@@ -29,14 +29,32 @@ def forward(value: Tensor, locations: Tensor, weights: Tensor, shapes: Sequence[
     maps = _maps(value, shapes, compute)
     out = value.new_empty(batch, weights.size(1), heads * channels)
     for part in _chunks(value, weights):
-        grids = _grids(locations[:, part], compute)
-        shares = _shares(weights[:, part], compute)
-        total = maps[0].new_zeros(batch * heads, channels, shares.size(2))
-        for level, pixels in enumerate(maps):
-            # (b heads, c, n, points) -> (b heads, c, n)
-            total = total + (_sampled(pixels, grids[:, :, level]) * shares[:, :, :, level]).sum(-1)
-        out[:, part] = total.view(batch, heads * channels, shares.size(2)).transpose(1, 2)
+        out[:, part] = _attended(maps, locations[:, part], weights[:, part], heads)
     return out
+
+
+def deformable_attention(value: Tensor, locations: Tensor, weights: Tensor, sides: Sequence[int]) -> Tensor:
+    """The operator, of all queries at once and without a loop over them: what an exported program has in its
+    place."""
+    maps = _maps(
+        value, list(zip(sides[::2], sides[1::2], strict=True)), compute_dtype(value, locations, weights)
+    )
+    return _attended(maps, locations, weights, value.size(2)).to(value.dtype)
+
+
+def _attended(maps: Sequence[Tensor], locations: Tensor, weights: Tensor, heads: int) -> Tensor:
+    """maps: (b heads, c, h, w) each, in the compute dtype; locations: (b, n, heads, levels, points, 2), weights:
+    (b, n, heads, levels, points). Returns (b, n, heads * c) in the compute dtype."""
+    grids = _grids(locations, maps[0].dtype)
+    shares = _shares(weights, maps[0].dtype)
+    total: Tensor | None = None
+    for level, pixels in enumerate(maps):
+        # (b heads, c, n, points) -> (b heads, c, n)
+        sums = (_sampled(pixels, grids[:, :, level]) * shares[:, :, :, level]).sum(-1)
+        total = sums if total is None else total + sums
+    if total is None:
+        raise ValueError("deformable attention has no maps")
+    return total.unflatten(0, (-1, heads)).flatten(1, 2).mT
 
 
 def backward(

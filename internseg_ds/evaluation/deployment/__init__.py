@@ -1,0 +1,1 @@
+"""Trained segmentors as files that run without this package: ONNX, and TorchScript."""
