@@ -24,13 +24,15 @@ LOGARITHMIC = 100.0
 
 @dataclass(frozen=True)
 class Line:
-    """A curve. style: CSS beside the colour of its place; faint: behind the others."""
+    """A curve. colour: its number among the style sheet's, that of its place by default; style: CSS over it.
+    faint: behind the others, and not in the legend."""
 
     name: str
     series: Series
     faint: bool = False
     style: str = ""
     dots: bool = False
+    colour: int | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def chart(axes: Axes, lines: Sequence[Line]) -> Chart | None:
     drawn = [
         Drawn(
             line.name,
-            place % COLOURS,
+            (place if line.colour is None else line.colour) % COLOURS,
             line.style,
             line.faint,
             " ".join(f"{x.place(step)},{y.place(value)}" for step, value in _pairs(series)),
@@ -147,7 +149,7 @@ def chart(axes: Axes, lines: Sequence[Line]) -> Chart | None:
         [(x.place(step), text) for step, text in axes.bounds if x.least <= step <= x.most],
         json.dumps(span, separators=(",", ":")),
         axes.note,
-        axes.legend and len(shown) > 1,
+        axes.legend and sum(not line.faint for line, _ in shown) > 1,
     )
 
 

@@ -11,6 +11,8 @@ from internseg_ds.run_report.records import RunRecords, Series
 
 MOST_MARKS = 200
 """Spikes and skipped steps that are marked at most: the highest ones, the last ones."""
+FEW = 50
+"""Records of which no average is drawn."""
 UTILIZATION = ("mfu", "hfu")
 WAITS = ("data_wait", "waits_for_slowest")
 NO_CURVES = {"time", "loss_spikes", "skipped_steps"}
@@ -32,7 +34,7 @@ def _all_charts(run: RunRecords) -> Iterator[Chart | None]:
             bounds=bounds,
             note=_note_on_marks(run),
         ),
-        [Line("of each record", loss, faint=True), Line("average", smoothed(loss))],
+        [Line("loss", loss, faint=True, colour=0), Line("average", smoothed(loss), colour=0)],
     )
     scores = [name for name in metrics.of if SCORE.fullmatch(name)]
     yield chart(
@@ -48,22 +50,19 @@ def _all_charts(run: RunRecords) -> Iterator[Chart | None]:
     norms = ["grad_norm", "grad_norm_max"]
     yield chart(
         Axes("gradient norm before clipping", may_be_logarithmic=True, bounds=bounds),
-        [
-            Line("grad_norm_max", metrics.get("grad_norm_max"), faint=True),
-            Line("grad_norm", metrics.get("grad_norm")),
-        ],
+        _averaged(run, *norms),
     )
     yield chart(
         Axes("images per second", from_zero=True, bounds=bounds),
-        [Line("images_per_s", metrics.get("images_per_s"))],
+        _averaged(run, "images_per_s"),
     )
     yield chart(
         Axes("utilization of the hardware", "%", 100, from_zero=True, bounds=bounds),
-        [Line(name, metrics.get(name)) for name in UTILIZATION],
+        _averaged(run, *UTILIZATION),
     )
     yield chart(
         Axes("waiting, share of the time", "%", 100, from_zero=True, bounds=bounds),
-        [Line(name, metrics.get(name)) for name in WAITS],
+        _averaged(run, *WAITS),
     )
     yield chart(
         Axes("peak memory of rank 0", "GiB", from_zero=True, bounds=bounds),
@@ -84,7 +83,20 @@ def _all_charts(run: RunRecords) -> Iterator[Chart | None]:
     for name in metrics.of:
         if name not in known and not SCORE_OF_A_CLASS.fullmatch(name) and name not in metrics.scores:
             scale, unit = (100, "%") if name in SHARES else (1, "")
-            yield chart(Axes(name, unit, scale, bounds=bounds), [Line(name, metrics.get(name))])
+            yield chart(Axes(name, unit, scale, bounds=bounds), _averaged(run, name))
+
+
+def _averaged(run: RunRecords, *names: str) -> list[Line]:
+    """The curves of metrics that jump: their records are faint behind the averages of these."""
+    found = [(name, run.metrics.get(name), colour) for colour, name in enumerate(names)]
+    few = all(len(series.steps) <= FEW for _, series, _ in found)
+    if few:
+        return [Line(name, series, colour=colour) for name, series, colour in found]
+    behind = [Line(name, series, faint=True, colour=colour) for name, series, colour in found]
+    return [
+        *behind,
+        *(Line(f"{name}, average", smoothed(series), colour=colour) for name, series, colour in found),
+    ]
 
 
 def bounds_of(run: RunRecords) -> list[tuple[float, str]]:
@@ -116,12 +128,12 @@ def _skips(run: RunRecords) -> list[Mark]:
 
 
 def _note_on_marks(run: RunRecords) -> str:
-    words = []
+    words = ["pale: each record; bold: their average"]
     if len(run.metrics.get("loss_spikes").steps):
-        words.append("records with a spike")
+        words.append("red: records with a spike")
     if run.skipped:
-        words.append("at the foot skipped steps")
-    return f"red: {', '.join(words)}" if words else ""
+        words.append("red at the foot: skipped steps")
+    return "; ".join(words)
 
 
 def _learning_rates(run: RunRecords) -> Chart | None:

@@ -1,7 +1,7 @@
 """What a run has come to, in a few figures: how far it is, its loss, its scores, its speed."""
 
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 
 import numpy as np
 
@@ -82,8 +82,9 @@ def percent(value: float) -> str:
 def _duration(run: RunRecords) -> str:
     times = run.metrics.get("time").finite.values
     if not len(times):
-        return "0:00:00"
+        return "0:00 h"
     began = [start.time for start in run.starts if start.time <= times[-1]]
     gaps = np.diff(np.sort(np.concatenate([times, began])))
     spent = gaps[gaps <= LONGEST_GAP_S].sum()
-    return str(timedelta(seconds=round(float(spent))))
+    hours, minutes = divmod(round(float(spent) / 60), 60)
+    return f"{hours:,}:{minutes:02d} h"
