@@ -36,32 +36,39 @@ class ClassRow:
 
 
 def class_rows(run: RunRecords, score: str = "IoU") -> list[ClassRow]:
-    """The classes that have a score, from the best to the worst by the newest one."""
+    """The classes that have a score at the newest evaluation, from the best to the worst."""
     prefix, newest = f"{score}.", run.evaluations[-1] if run.evaluations else None
     shares = _label_shares(newest) if newest is not None else {}
     colours = _colours(newest) if newest is not None else {}
-    rows = []
-    for key, series in run.metrics.of.items():
-        if not key.startswith(prefix) or key not in run.metrics.scores:
-            continue
-        there, name = series.finite, key.removeprefix(prefix)
-        if not len(there.steps):
-            continue
-        values = there.values.tolist()
-        highest = int(there.values.argmax())
-        rows.append(
-            ClassRow(
-                name,
-                colours.get(name, ""),
-                values[-1],
-                values[highest],
-                int(there.steps[highest]),
-                values[-1] - values[-2] if len(values) > 1 else None,
-                _spark(there),
-                shares.get(name),
-            )
-        )
+    series = {
+        key.removeprefix(prefix): of_class.finite
+        for key, of_class in run.metrics.of.items()
+        if key.startswith(prefix) and key in run.metrics.scores and of_class.last is not None
+    }
+    last = max((of_class.steps[-1] for of_class in series.values()), default=0)
+    rows = [
+        _row(name, of_class, colours.get(name, ""), shares.get(name))
+        for name, of_class in series.items()
+        # one that neither occurs nor is predicted any more has none at the last
+        if of_class.steps[-1] == last
+    ]
     return sorted(rows, key=lambda row: -row.newest)
+
+
+def _row(name: str, series: Series, colour: str, share: float | None) -> ClassRow:
+    """series: of scores that are all there, at least one."""
+    values = series.values.tolist()
+    highest = int(series.values.argmax())
+    return ClassRow(
+        name,
+        colour,
+        values[-1],
+        values[highest],
+        int(series.steps[highest]),
+        values[-1] - values[-2] if len(values) > 1 else None,
+        _spark(series),
+        share,
+    )
 
 
 def _label_shares(evaluation: EvaluationRecord) -> dict[str, float]:

@@ -92,6 +92,15 @@ def many_records(file: Path, count: int) -> None:
         for step in range(1, count + 1):
             loss = 57.25 if step == count // 3 else 1 + 0.001 * (step % 7)
             values = {f"term_{number}.loss": loss / 10 for number in range(4)}
-            names = ("grad_norm", "grad_norm_max", "lr", "images_per_s", "mfu", "hfu", "data_wait", "peak_gib")
+            names = (
+                "grad_norm",
+                "grad_norm_max",
+                "lr",
+                "images_per_s",
+                "mfu",
+                "hfu",
+                "data_wait",
+                "peak_gib",
+            )
             values |= dict.fromkeys(names, 0.5)
             out.write(json.dumps({"step": step, "time": began + step, "loss": loss, **values}) + "\n")

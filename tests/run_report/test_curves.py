@@ -63,7 +63,8 @@ def test_no_values_make_no_chart():
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0, "0"), (80_000, "80k"), (2_500_000, "2.5M"), (4e-5, "4e-5"), (0.25, "0.25"), (5000, "5000")]
+    ("value", "text"),
+    [(0, "0"), (80_000, "80k"), (2_500_000, "2.5M"), (4e-5, "4e-5"), (0.25, "0.25"), (5000, "5000")],
 )
 def test_labels_are_short(value, text):
     assert readable(value) == text

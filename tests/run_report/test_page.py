@@ -9,7 +9,9 @@ import pytest
 
 from internseg_ds.errors import ConfigError
 from internseg_ds.monitoring.run_starts import write_start
+from internseg_ds.run_report.class_scores import class_rows
 from internseg_ds.run_report.page import check_work_dir, write_comparison, write_run_page
+from internseg_ds.run_report.records import read_run
 from internseg_ds.run_report.refreshed_page import RefreshedPage
 from tests.run_report.runs import many_records, start, write_run
 
@@ -32,6 +34,13 @@ def test_a_page_has_the_numbers_of_the_records(folder):
     assert "--resume auto" in text and "77.00% of the labelled pixels" not in text
     assert f"{100 * 230 / 300:.2f}% of the labelled pixels" in text  # of the confusion matrix
     assert text.count("data:image/jpeg") == (2 + 4) + 3 + 3
+
+
+def test_a_class_without_a_score_at_the_newest_evaluation_is_not_listed(tmp_path):
+    lines = [{"step": 1, "IoU.a": 0.5, "IoU.b": 0.25}, {"step": 2, "IoU.a": 0.75}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (row,) = class_rows(read_run(tmp_path))
+    assert (row.name, row.newest, row.change) == ("a", 0.75, 0.25)
 
 
 def test_nothing_that_is_read_is_markup(folder):

@@ -17,7 +17,9 @@ from tests.run_report.runs import evaluation, start, write_run
 
 def test_a_file_that_ends_within_a_line_has_the_records_before(tmp_path):
     file = tmp_path / "metrics.jsonl"
-    file.write_text('{"step": 1, "time": 5, "loss": 2.5}\n{"step": 2, "time": 6, "loss": null}\n{"step": 3, "lo')
+    file.write_text(
+        '{"step": 1, "time": 5, "loss": 2.5}\n{"step": 2, "time": 6, "loss": null}\n{"step": 3, "lo'
+    )
     metrics = read_metrics(file)
     assert metrics.get("loss").steps.tolist() == [1, 2]
     assert metrics.get("loss").last == (1, 2.5) and metrics.get("time").last == (2, 6.0)
