@@ -124,8 +124,7 @@ def test_the_page_of_a_run_in_a_browser(trained, browser, width, scheme):
     assert len(sizes) > 20 and min(sizes) > 0
     # the pointer at the right edge of the first chart shows the loss of the last step
     svg = page.query_selector(".chart svg")
-    box = svg.bounding_box()
-    page.mouse.move(box["x"] + box["width"] - 14, box["y"] + box["height"] / 2)
+    svg.scroll_into_view_if_needed()
     box = svg.bounding_box()
     page.mouse.move(box["x"] + box["width"] - 14, box["y"] + box["height"] / 2)
     tip = page.inner_text(".chart .tip")
@@ -155,12 +154,8 @@ def test_runs_compared_in_a_browser(trained, browser, tmp_path, width, scheme):
     looked.close()
 
 
-def test_the_command_writes_both_kinds_of_page(trained, launch, tmp_path):
-    out = tmp_path / "one.html"
-    done = launch("launch/report.py", trained.work_dir, "--out", out, processes=1)
-    assert str(out) in done.stdout and "step 12 of 12" in out.read_text()
+def test_the_command_writes_a_page(trained, launch, tmp_path):
     both = tmp_path / "both.html"
-    launch("launch/report.py", trained.work_dir, write_run(tmp_path / "other"), "--out", both, processes=1)
-    assert "2 runs compared" in both.read_text()
-    refused = launch("launch/report.py", tmp_path, processes=1, check=False)
-    assert refused.returncode == 2 and "has no metrics.jsonl" in refused.stderr
+    other = write_run(tmp_path / "other")
+    done = launch("launch/report.py", trained.work_dir, other, "--out", both, processes=1)
+    assert str(both) in done.stdout and "2 runs compared" in both.read_text()
