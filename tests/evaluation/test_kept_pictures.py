@@ -46,7 +46,7 @@ def kept_by_two_ranks(root):
     for shown in found:
         (index,) = names(dataset, [shown], shown.sort)
         assert shown.score == SCORES[index]
-        truth = ground_truth(dataset, index)
+        truth = ground_truth(dataset, index).astype(np.int64)
         assert (shown.truth == np.where(truth == 255, NO_CLASS, truth)).all()
         assert (shown.prediction == labels_of(dataset, index)).all()
         assert shown.image.shape == (*truth.shape, 3)
