@@ -24,6 +24,7 @@ ROWS = [
     ("cli",),
     ("data_report",),
     ("training",),
+    ("run_report",),
     ("evaluation",),
     ("preflight",),
     ("monitoring", "planning"),
@@ -45,6 +46,7 @@ COLOURS = [
     "#ecfccb",
     "#f1f5f9",
     "#ffedd5",
+    "#ccfbf1",
 ]
 
 

@@ -72,6 +72,7 @@ demo finished in {(time.monotonic() - began) / 60:.1f} minutes
   ZeRO checkpoint        {WORK}/checkpoints/{latest}
   one-file checkpoint    {WORK}/segmentor.pth
   log, metrics           {WORK}/train.log, {WORK}/metrics.jsonl
+  the run on a page      {WORK}/report.html
   curve                  {WORK}/curves.png
   scores by class        {WORK}/evaluation
   pictures               {WORK}/pictures

@@ -44,6 +44,7 @@ ORDER = [
     "cli",
     "data_report",
     "training",
+    "run_report",
     "evaluation",
     "preflight",
     "monitoring",

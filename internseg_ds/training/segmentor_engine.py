@@ -16,7 +16,7 @@ import json
 import logging
 import os
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
@@ -42,7 +42,12 @@ from internseg_ds.distributed.process_group import World, gather_from_ranks, lea
 from internseg_ds.distributed.watchdog import Watchdog
 from internseg_ds.distributed.weight_loading import load
 from internseg_ds.errors import ConfigError, counted, unless_on_every_rank
-from internseg_ds.evaluation.evaluator import Evaluation, EvaluationOptions, evaluate_datasets
+from internseg_ds.evaluation.evaluator import (
+    Evaluation,
+    EvaluationOptions,
+    ImageObserver,
+    evaluate_datasets,
+)
 from internseg_ds.host_faults import host_errors_explained
 from internseg_ds.models.activation_checkpointing import CheckpointingPolicy
 from internseg_ds.monitoring.loggers import start_logging
@@ -60,7 +65,7 @@ from internseg_ds.training.launcher import Launcher
 from internseg_ds.training.resume.find_checkpoint import agree_to_resume, state_of
 from internseg_ds.training.resume.resume_point import ResumePoint
 from internseg_ds.training.run_options import RunOptions
-from internseg_ds.training.startup import log_start, validate_and_join
+from internseg_ds.training.startup import log_start, note_start, validate_and_join
 from internseg_ds.training.stop_requests import StopRequests, stop_file
 from internseg_ds.training.train_state import TrainState
 from internseg_ds.training.trainer import train
@@ -156,7 +161,7 @@ class SegmentorEngine:
         self._watch_over_ranks()
         try:
             with host_errors_explained():
-                log_start(self.plan, self.options, self._estimator)
+                self._environment = log_start(self.plan, self.options, self._estimator)
                 self._build(self._agree_to_resume())
         except BaseException as error:
             self._give_up(error)
@@ -232,6 +237,7 @@ class SegmentorEngine:
         self.resumed_unscored = not all(gather_from_ranks(scored))  # the hosts' manifests may differ
         if self.world.is_main:
             self._write_configs()
+            note_start(self.plan, self.options, self._environment, self.state.step)
 
     def _choose_precision(self) -> None:
         """The dtypes that the parts of the model compute in."""
@@ -345,13 +351,20 @@ class SegmentorEngine:
         self.watch.at(state.step, "idle")
         return state
 
-    def evaluate(self, *, verbose: bool = True, stop: Callable[[], bool] = lambda: False) -> Evaluation:
+    def evaluate(
+        self,
+        *,
+        verbose: bool = True,
+        stop: Callable[[], bool] = lambda: False,
+        observers_of: Callable[[int, Any], Sequence[ImageObserver]] = lambda _, __: (),
+    ) -> Evaluation:
         """mmseg's metrics on the validation set with the weights as they are, or with their average (EMA)
         where the run keeps one.
 
         The data set is split over the ranks. Under ZeRO-3 each rank gathers the weights once, or they run in
         step: `engine.evaluation_weights`. stop: asked before each image; when it says so on some rank, all
-        raise Abandoned. Batch norms have the mean of all ranks' running statistics, from here on too.
+        raise Abandoned. observers_of: as of `evaluate_datasets`. Batch norms have the mean of all ranks' running
+        statistics, from here on too.
         """
         if self.plan.val_set is None:
             raise ConfigError(
@@ -386,6 +399,7 @@ class SegmentorEngine:
                     verbose=verbose,
                     stop=stop_asked,
                 ),
+                observers_of,
             )
 
     def save(self) -> Path | None:

@@ -4,7 +4,8 @@ directory, and log what is about to be trained."""
 import logging
 import os
 import socket
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,17 @@ import torch.distributed as dist
 from internseg_ds.config.experiment import Experiment
 from internseg_ds.distributed.process_group import World, adopt, gather_from_ranks, hold_meeting_port, join
 from internseg_ds.distributed.watchdog import time_limit
-from internseg_ds.errors import UserError
+from internseg_ds.errors import UserError, counted
 from internseg_ds.monitoring.environment import environment_lines
 from internseg_ds.monitoring.loggers import start_logging
+from internseg_ds.monitoring.run_starts import RunStart, learning_rates, write_start
+from internseg_ds.optimization.parameter_groups import parameter_groups
 from internseg_ds.output_files import check_writable
 from internseg_ds.planning.estimator import Estimator
 from internseg_ds.planning.memory_warnings import no_room_to_save, shortfall
 from internseg_ds.preflight.image_sizes import size_lines
 from internseg_ds.preflight.preflight import Plan, check, survey_data
+from internseg_ds.training.launcher import Launcher
 from internseg_ds.training.resume.find_checkpoint import checkpoint_to_resume, compare_with_checkpoint
 from internseg_ds.training.run_options import RunOptions
 from internseg_ds.training.stop_requests import check_no_stop_file
@@ -104,8 +108,9 @@ def validate_and_join(
     return plan, owns_group
 
 
-def log_start(plan: Plan, options: RunOptions, estimator: Estimator) -> None:
-    """Opens the run's log, with its environment, and all that the checks have to say. Collective."""
+def log_start(plan: Plan, options: RunOptions, estimator: Estimator) -> list[str]:
+    """Opens the run's log, with its environment, which it returns, and all that the checks have to say.
+    Collective."""
     experiment, is_main = plan.experiment, plan.world.is_main
     header = environment_lines(options.seed, gather_from_ranks(socket.gethostname()))
     start_logging(options.work_dir, level=experiment.logging.level, is_main=is_main, header=header)
@@ -124,6 +129,40 @@ def log_start(plan: Plan, options: RunOptions, estimator: Estimator) -> None:
     if is_main:
         for warning in _resource_warnings(plan, options, estimator):
             log.warning(warning)
+    return header
+
+
+def note_start(plan: Plan, options: RunOptions, environment: Sequence[str], step: int) -> None:
+    """Notes this start in the work directory. By one rank.
+
+    environment: as `log_start` returns it. step: that the run goes on from.
+    """
+    experiment, model = plan.experiment, plan.meta_model
+    groups = parameter_groups(model, experiment.optimizer)
+    sizes = [sum(param.numel() for param in group["params"]) for group in groups]
+    train_set, val_set = plan.train_set, plan.val_set
+    data = {
+        "training images": f"{len(train_set):,}, as {plan.crop[0]} x {plan.crop[1]} pixels",
+        "validation images": "none" if val_set is None else f"{len(val_set):,}",
+        "classes": str(len(train_set.CLASSES)),
+        "images per step": f"{plan.ds.global_batch} = {counted(plan.ds.world_size, 'process')} x "
+        f"{counted(plan.ds.micro_batch, 'image')} x {counted(plan.ds.accumulation, 'accumulation step')}",
+    }
+    write_start(
+        options.work_dir,
+        RunStart(
+            time=time.time(),
+            step=step,
+            max_steps=experiment.max_steps,
+            config=experiment.path,
+            environment=list(environment),
+            resume_command=Launcher().resume_command(),
+            data=data,
+            warnings=[*(f"config: {warning}" for warning in experiment.warnings), *plan.warnings],
+            notes=[*(f"config: {note}" for note in experiment.notes), *plan.notes],
+            learning_rates=learning_rates(experiment.schedule, groups, sizes, step),
+        ),
+    )
 
 
 def _resource_warnings(plan: Plan, options: RunOptions, estimator: Estimator) -> list[str]:

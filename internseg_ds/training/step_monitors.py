@@ -8,11 +8,13 @@ from torch import Tensor
 
 from internseg_ds.config.config_text import config_dict
 from internseg_ds.distributed.hang_verdict import Doing
+from internseg_ds.monitoring.evaluation_record import FOLDER, EvaluationRecord, rewind_evaluations
 from internseg_ds.monitoring.loggers import MetricLogger, open_loggers
 from internseg_ds.monitoring.profiler import StepProfile
 from internseg_ds.monitoring.step_metrics import Spikes, StepMetrics
 from internseg_ds.monitoring.stragglers import LayerClock, Stragglers
 from internseg_ds.output_files import unless_disk_full
+from internseg_ds.run_report.refreshed_page import RefreshedPage
 from internseg_ds.training.training_run import TrainingRun
 
 
@@ -45,6 +47,7 @@ class StepMonitors:
             start=run.state.step,
             last=experiment.max_steps,
         )
+        self._page = RefreshedPage(run.work_dir) if world.is_main else None
         self._loggers: list[MetricLogger] = []
         self._opened = ExitStack()
 
@@ -59,7 +62,12 @@ class StepMonitors:
             is_main=run.world.is_main,
             scores_again=self._scores_again,
         )
+        if run.world.is_main:
+            with unless_disk_full("records of later evaluations stay where they are"):
+                rewind_evaluations(run.work_dir / FOLDER, run.state.step)
         with ExitStack() as opened:
+            if self._page is not None:
+                opened.callback(self._page.close)  # the last thing: it reads what the others have written
             self._loggers = opened.enter_context(loggers)
             opened.enter_context(self._profile)
             self._opened = opened.pop_all()
@@ -122,10 +130,20 @@ class StepMonitors:
         """Writes a record of other values, such as scores."""
         record(self._loggers, step, values)
 
+    def keep(self, evaluation: EvaluationRecord | None) -> None:
+        """Writes the record of an evaluation; None on ranks that have none."""
+        if evaluation is not None:
+            with unless_disk_full("the record of this evaluation is not written"):
+                evaluation.write(self._run.work_dir / FOLDER)
+
     @contextmanager
     def paused(self, step: int, *, pauses: bool) -> Iterator[None]:
         """Around what comes after a step: its time is not the training's. pauses: whether a save or an
         evaluation comes."""
         with self._metrics.paused():
             self._profile.end_step(step, pauses=pauses)
+            if pauses and self._page is not None:
+                self._page.wait()  # an evaluation forks processes, and no thread of ours may be at work then
             yield
+            if pauses and self._page is not None:
+                self._page.refresh()

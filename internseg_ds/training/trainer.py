@@ -11,6 +11,7 @@ from internseg_ds.data.sampler import GlobalBatchSampler
 from internseg_ds.distributed.process_group import AnyRankFlags, gather_from_ranks
 from internseg_ds.errors import CheckpointError
 from internseg_ds.evaluation.evaluator import Abandoned
+from internseg_ds.evaluation.kept_pictures import KeptEvaluation
 from internseg_ds.evaluation.report import write_report
 from internseg_ds.garbage_collection import SteppedCollector
 from internseg_ds.monitoring.curves import draw_curves
@@ -184,13 +185,15 @@ def evaluate_and_record(run: TrainingRun, monitors: StepMonitors, *, of_checkpoi
     best so far, of which WORK_DIR/evaluation has a report; False before the first step.
     """
     state, experiment = run.state, run.plan.experiment
+    kept = KeptEvaluation()
     try:
-        evaluation = run.evaluate(verbose=of_checkpoint, stop=run.stop_requests)
+        evaluation = run.evaluate(verbose=of_checkpoint, stop=run.stop_requests, observers_of=kept.observers)
     except Abandoned:
         run.stopped = True
         return
     metrics = evaluation.metrics
     monitors.write(state.step, metrics)
+    monitors.keep(kept.record(state.step, evaluation, run.plan.val_set, run.world))
     if not of_checkpoint:
         return
     run.watch.at(state.step, "saving")

@@ -1,6 +1,6 @@
 """What the training loop needs of the engine that it trains."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from internseg_ds.data.loading import Batch
 from internseg_ds.distributed.process_group import World
 from internseg_ds.distributed.watchdog import Watchdog
-from internseg_ds.evaluation.evaluator import Evaluation
+from internseg_ds.evaluation.evaluator import Evaluation, ImageObserver
 from internseg_ds.monitoring.throughput import Meter
 from internseg_ds.optimization.ema import ShardedEma
 from internseg_ds.preflight.preflight import Plan
@@ -44,4 +44,10 @@ class TrainingRun(Protocol):
 
     def save(self) -> Path | None: ...
 
-    def evaluate(self, *, verbose: bool = True, stop: Callable[[], bool] = ...) -> Evaluation: ...
+    def evaluate(
+        self,
+        *,
+        verbose: bool = True,
+        stop: Callable[[], bool] = ...,
+        observers_of: Callable[[int, Any], Sequence[ImageObserver]] = ...,
+    ) -> Evaluation: ...

@@ -1,0 +1,140 @@
+"""Images of an evaluation to look at: a few that are the same each time, and the best and worst.
+
+In: the images as they are scored. Out: an `EvaluationRecord`, on rank 0.
+"""
+
+import heapq
+import logging
+import time
+from typing import Any
+
+import cv2
+import numpy as np
+
+from internseg_ds.data.dataset_parts import SegmentationDataset
+from internseg_ds.data.image_files import picture
+from internseg_ds.data.label_maps import ground_truth
+from internseg_ds.distributed.process_group import World, gather_from_ranks
+from internseg_ds.errors import reason_of
+from internseg_ds.evaluation.evaluator import Evaluation
+from internseg_ds.monitoring.evaluation_record import NO_CLASS, EvaluatedImage, EvaluationRecord, Sort
+
+log = logging.getLogger(__name__)
+
+FIXED, EXTREMES = 4, 3
+"""How many images are the same each time, and how many of the best and of the worst are kept."""
+SIDE = 384
+"""The longest side of a picture, in pixels."""
+
+Kept = tuple[Sort, float, int]
+"""Sort, order (the higher the sooner it is shown) and index of an image."""
+
+
+class KeptPictures:
+    """An `ImageObserver` of one data set that keeps small predictions of this rank's images."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+        places = np.linspace(0, len(dataset) - 1, min(FIXED, len(dataset))).round()
+        self._places = {int(place): order for order, place in enumerate(places)}
+        # by sort: (order, -index, score, labels (h, w) uint16): a heap's least is its first, so what is dropped
+        self._heaps: dict[Sort, list[tuple[float, int, float | None, np.ndarray]]] = {
+            "fixed": [],
+            "best": [],
+            "worst": [],
+        }
+        self._most = min(EXTREMES, len(dataset) // 2)
+        """Of the best and of the worst."""
+
+    def observe(self, index: int, labels: np.ndarray, score: float | None) -> None:
+        if index in self._places:
+            self._keep("fixed", -self._places[index], index, score, labels, FIXED)
+        if score is not None:
+            self._keep("best", score, index, score, labels, self._most)
+            self._keep("worst", -score, index, score, labels, self._most)
+
+    def _keep(
+        self, sort: Sort, order: float, index: int, score: float | None, labels: np.ndarray, most: int
+    ) -> None:
+        heap = self._heaps[sort]
+        if len(heap) < most or (heap and (order, -index) > heap[0][:2]):
+            heapq.heappush(heap, (order, -index, score, _small(labels.astype(np.uint16))))
+            if len(heap) > most:
+                heapq.heappop(heap)
+
+    def gathered(self) -> list[EvaluatedImage]:
+        """Those of all ranks: the fixed ones, then the best from the very best, then the worst from the very
+        worst. One that cannot be shown is left out, with a line in the log. Collective."""
+        by_rank = gather_from_ranks(
+            [(sort, order, index) for sort, heap in self._heaps.items() for order, index, *_ in heap]
+        )
+        chosen: list[Kept] = []
+        for sort in self._heaps:
+            of_sort = sorted((kept for some in by_rank for kept in some if kept[0] == sort), reverse=True)
+            chosen += of_sort[: FIXED if sort == "fixed" else self._most]
+        own = {
+            (sort, order, index): self._picture(sort, -index, score, labels)
+            for sort, heap in self._heaps.items()
+            for order, index, score, labels in heap
+            if (sort, order, index) in chosen
+        }
+        of_all = {key: shown for some in gather_from_ranks(own) for key, shown in some.items()}
+        return [shown for key in chosen if (shown := of_all.get(key)) is not None]
+
+    def _picture(
+        self, sort: Sort, index: int, score: float | None, labels: np.ndarray
+    ) -> EvaluatedImage | None:
+        name = str(index)
+        try:
+            name = self.dataset.img_infos[index]["filename"]
+            truth = ground_truth(self.dataset, index).astype(np.int64)
+            truth = np.where((truth >= 0) & (truth < len(self.dataset.CLASSES)), truth, NO_CLASS)
+            return EvaluatedImage(
+                name,
+                sort,
+                score,
+                _small(picture(self.dataset, index), cv2.INTER_AREA),
+                _small(truth.astype(np.uint16)),
+                labels,
+            )
+        except Exception as error:  # whatever a data set of somebody's raises: no reason not to train
+            log.warning("image %s is left out of the evaluation's pictures: %s", name, reason_of(error))
+            return None
+
+
+def _small(picture: np.ndarray, interpolation: int = cv2.INTER_NEAREST) -> np.ndarray:
+    """(h, w) or (h, w, 3) -> the same with sides of at most SIDE pixels."""
+    height, width = picture.shape[:2]
+    scale = min(1.0, SIDE / max(height, width))
+    size = max(1, round(scale * width)), max(1, round(scale * height))
+    return cv2.resize(picture, size, interpolation=interpolation)
+
+
+class KeptEvaluation:
+    """One evaluation of a validation set, or of several that are joined, of which a record is to be kept."""
+
+    def __init__(self) -> None:
+        self._parts: list[KeptPictures] = []
+
+    def observers(self, _number: int, dataset: Any) -> list[KeptPictures]:
+        """Of each data set, for `evaluate_datasets`."""
+        self._parts.append(KeptPictures(dataset))
+        return self._parts[-1:]
+
+    def record(
+        self, step: int, evaluation: Evaluation, val_set: SegmentationDataset, world: World
+    ) -> EvaluationRecord | None:
+        """The record, on rank 0. Collective."""
+        pictures = [shown for part in self._parts for shown in part.gathered()]
+        if not world.is_main:
+            return None
+        return EvaluationRecord(
+            step=step,
+            time=time.time(),
+            images=evaluation.images,
+            scores=evaluation.metrics,
+            classes=list(val_set.CLASSES),
+            palette=np.asarray(val_set.PALETTE, np.uint8).reshape(-1, 3),
+            confusion=evaluation.confusion.numpy(),
+            pictures=pictures,
+        )

@@ -1,0 +1,90 @@
+"""What a run has come to, in a few figures: how far it is, its loss, its scores, its speed."""
+
+from dataclasses import dataclass
+from datetime import datetime
+
+import numpy as np
+
+from internseg_ds.monitoring.loggers import SCORE
+from internseg_ds.run_report.curves import smoothed
+from internseg_ds.run_report.records import RunRecords, Series
+
+RECENT = 20
+"""Records at the end that a figure is the median of."""
+LONGEST_GAP_S = 3600.0
+"""Between two records of one start; where it is longer, or the run was started again, the time between them is
+not counted."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    name: str
+    text: str
+    more: str = ""
+
+
+def main_score(run: RunRecords) -> str | None:
+    """The name of the score that a run is known by."""
+    names = [name for name in run.metrics.of if SCORE.fullmatch(name)]
+    return "mIoU" if "mIoU" in names else next((name for name in names if name.startswith("m")), None)
+
+
+def status(run: RunRecords) -> str:
+    """One line: how far the run is, as of when."""
+    newest = run.metrics.get("time").last
+    if newest is None:
+        return "no records yet"
+    last = f" of {run.max_steps:,}" if run.max_steps is not None else ""
+    done = run.max_steps is not None and run.step >= run.max_steps
+    return f"step {run.step:,}{last}{', finished' if done else ''}; last record of {moment(newest[1])}"
+
+
+def moment(seconds: float) -> str:
+    """A time of this machine's clock."""
+    return f"{datetime.fromtimestamp(seconds).astimezone():%Y-%m-%d %H:%M:%S %z}"
+
+
+def figures(run: RunRecords) -> list[Figure]:
+    """Those that the run has."""
+    metrics, found = run.metrics, list[Figure]()
+    score = main_score(run)
+    if score is not None and (best := metrics.get(score).highest) and (last := metrics.get(score).last):
+        found.append(Figure(f"best {score}", percent(best[1]), f"step {best[0]:,}"))
+        found.append(Figure(f"last {score}", percent(last[1]), f"step {last[0]:,}"))
+    loss = metrics.get("loss").last
+    if loss is not None:
+        average = smoothed(metrics.get("loss")).values[-1]
+        found.append(Figure("loss", f"{average:.4g}", f"average; {loss[1]:.4g} in the last record"))
+    for name, text in (("images_per_s", "images per second"), ("mfu", "mfu"), ("data_wait", "data_wait")):
+        if (value := _recent(metrics.get(name))) is not None:
+            found.append(
+                Figure(text, f"{value:.4g}" if name == "images_per_s" else f"{value:.1%}", "recent median")
+            )
+    if (peak := metrics.get("peak_gib").highest) is not None:
+        found.append(Figure("peak memory", f"{peak[1]:.4g} GiB", "rank 0"))
+    spikes = metrics.get("loss_spikes").finite.values.sum()
+    found.append(Figure("skipped steps", f"{len(run.skipped):,}"))
+    found.append(Figure("loss spikes", f"{spikes:,.0f}"))
+    found.append(Figure("restarts", f"{len(run.restarts):,}"))
+    found.append(Figure("time", _duration(run), "in which it trained and evaluated"))
+    return found
+
+
+def _recent(series: Series) -> float | None:
+    values = series.finite.values[-RECENT:]
+    return float(np.median(values)) if len(values) else None
+
+
+def percent(value: float) -> str:
+    return f"{value:.2%}"
+
+
+def _duration(run: RunRecords) -> str:
+    times = run.metrics.get("time").finite.values
+    if not len(times):
+        return "0:00 h"
+    began = [start.time for start in run.starts if start.time <= times[-1]]
+    gaps = np.diff(np.sort(np.concatenate([times, began])))
+    spent = gaps[gaps <= LONGEST_GAP_S].sum()
+    hours, minutes = divmod(round(float(spent) / 60), 60)
+    return f"{hours:,}:{minutes:02d} h"
