@@ -35,13 +35,12 @@ SOURCES = "mmcv/ops/csrc/pytorch"
 def missing() -> list[str]:
     """What the build needs and does not find, each with what brings it."""
     lacks = [_torch()]
-    compilers = {
-        shlex.split(name)[0]
-        for name in (os.environ.get("CXX") or "c++", sysconfig.get_config_var("CXX") or "c++")
-    }
-    if not_there := sorted(name for name in compilers if shutil.which(name) is None):
+    # torch compiles with c++, setuptools links with what Python was built with; both with CXX where it is set
+    asked = os.environ.get("CXX")
+    compilers = {asked} if asked else {"c++", sysconfig.get_config_var("CXX") or "c++"}
+    if absent := [name for name in sorted(compilers) if shutil.which(shlex.split(name)[0]) is None]:
         lacks.append(
-            f"the C++ compiler {' and '.join(not_there)}: apt-get install g++ (or set CXX to the one that there is)"
+            f"the C++ compiler {' and '.join(absent)}: apt-get install g++, or set CXX to the one that there is"
         )
     headers = Path(sysconfig.get_path("include"), "Python.h")
     if not headers.is_file():
@@ -50,7 +49,7 @@ def missing() -> list[str]:
         )
     tools = [name for name in ("wheel", "packaging", "ninja") if find_spec(name) is None]
     # setuptools 82 dropped pkg_resources, which mmcv's setup.py imports
-    if find_spec("setuptools") is None or find_spec("pkg_resources") is None:
+    if (_release("setuptools") or (82,)) >= (82,):
         tools.append('"setuptools<82"')
     if tools:
         lacks.append(f"{', '.join(tools)}: {sys.executable} -m pip install {' '.join(tools)}")
@@ -62,14 +61,20 @@ def missing() -> list[str]:
 
 
 def _torch() -> str:
-    try:
-        found = version("torch")
-    except PackageNotFoundError:
+    found = _release("torch")
+    if found is None:
         return (
-            "torch, against which mmcv-full is compiled: pip install torch torchvision (for your CUDA) first"
+            "torch, against which mmcv-full is compiled: pip install torch torchvision first, for your CUDA"
         )
-    parts = tuple(int(part) for part in found.split("+")[0].split(".")[:2])
-    return "" if (2, 7) <= parts < (2, 14) else f"torch 2.7 to 2.13; the one of this environment is {found}"
+    return "" if (2, 7) <= found < (2, 14) else f"torch 2.7 to 2.13; this environment has {version('torch')}"
+
+
+def _release(package: str) -> tuple[int, ...] | None:
+    """(2, 13) of "2.13.0+cu130"; None where it is not installed."""
+    try:
+        return tuple(map(int, version(package).split("+")[0].split(".")[:2]))
+    except PackageNotFoundError:
+        return None
 
 
 def wheels_folder() -> Path:
