@@ -44,7 +44,7 @@ $(VENV)/.torch: constraints.txt
 	$(PIP) torch torchvision setuptools wheel packaging ninja opencv-python-headless
 	@touch $@
 
-# compiled once per machine and kept in ~/.cache, in 2 minutes on 2 cores
+# compiled once per machine, in 100 seconds of CPU, and kept in ~/.cache
 $(VENV)/.mmcv: $(VENV)/.torch
 	@PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m internseg_ds.cli.build_mmcv
 	@touch $@
