@@ -35,6 +35,11 @@ SOURCES = "mmcv/ops/csrc/pytorch"
 def missing() -> list[str]:
     """What the build needs and does not find, each with what brings it."""
     lacks = [_torch()]
+    if sys.version_info >= (
+        3,
+        13,
+    ):  # its setup.py reads its version out of locals(), which exec() no longer fills
+        lacks.append("Python 3.11 or 3.12, for mmcv-full's setup.py fails on 3.13 and newer")
     # torch compiles with c++, setuptools links with what Python was built with; both with CXX where it is set
     asked = os.environ.get("CXX")
     compilers = {asked} if asked else {"c++", sysconfig.get_config_var("CXX") or "c++"}
@@ -160,12 +165,13 @@ def main() -> None:
         help="where wheels are looked for and kept (default: in ~/.cache)",
     )
     args = parser.parse_args()
-    if lacks := missing():
+    lacks = missing()
+    wheels = args.wheels or (wheels_folder() if _release("torch") else None)
+    wheel = kept_wheel(wheels) if wheels else None
+    if wheels is None or (lacks and wheel is None):
         print("error: mmcv-full cannot be compiled; what is missing:", *lacks, sep="\n  ", file=sys.stderr)
         sys.exit(USER_ERROR)
-    wheels = args.wheels or wheels_folder()
     try:
-        wheel = kept_wheel(wheels)
         if wheel is None:
             print(
                 f"compiling mmcv-full {MMCV}, once for this torch and Python (2 to 5 minutes) ...", flush=True

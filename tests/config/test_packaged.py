@@ -1,5 +1,7 @@
 """Configs and ds_configs that come with the package are found by name, from any folder; a user's file goes first."""
 
+import re
+
 import pytest
 
 from internseg_ds.config.config_file import load_config
@@ -68,3 +70,12 @@ def test_a_near_miss_of_a_ds_config_is_answered_with_its_name(tmp_path, monkeypa
         read_ds_config("zero3_fb16")
     with pytest.raises(ConfigError, match=f"nor in {ROOT}/ds_configs, where ours are"):
         read_ds_config("something/else.json")
+
+
+def test_a_config_of_ones_own_inherits_from_one_of_ours_as_the_page_says(tmp_path, monkeypatch):
+    page = (ROOT / "docs/installing.md").read_text()
+    (tmp_path / "mine.py").write_text(re.search(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[1])
+    monkeypatch.chdir(tmp_path)
+    cfg = load_config("mine")[1]
+    assert cfg.data.samples_per_gpu == 4
+    assert cfg.model.decode_head.num_classes == 150
