@@ -178,7 +178,7 @@ def main() -> None:
             )
             wheel = build(wheels)
         _pip("install", str(wheel))
-        subprocess.run([sys.executable, "-c", "import mmcv.ops"], check=True)
+        subprocess.run([sys.executable, "-W", "ignore", "-c", "import mmcv.ops"], check=True)
     except subprocess.CalledProcessError:
         print(
             "error: mmcv-full could not be built or loaded; the reason stands above. What this needs: a C++17 compiler "
