@@ -105,7 +105,7 @@ def add_config(made: argparse.ArgumentParser) -> None:
     made.add_argument(
         "config",
         help="experiment config (MMSegmentation 0.x format): a path, or the name of one that comes with this "
-        "package, such as intern_vit_tiny/upernet_intern_vit_tiny_112_ade20k",
+        "package, such as timm_tiny/upernet_dinov3_tiny_112_ade20k",
     )
 
 
