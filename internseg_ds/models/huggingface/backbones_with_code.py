@@ -19,7 +19,10 @@ from internseg_ds.torch_internals import BATCH_NORM
 def code_of(backbone: Any) -> BackboneCode | None:
     """The code of a backbone, which may lie on the meta device; None where there is none. Raises ValueError for
     settings that the code does not have."""
-    if isinstance(backbone, InternViT6B) and not isinstance(backbone, InternViTAdapter):
+    if isinstance(backbone, InternViTAdapter):
+        settings = _vit_adapter(backbone)
+        return BackboneCode("vit_adapter", "VitAdapter", settings, imports=("modeling_internvit",))
+    if isinstance(backbone, InternViT6B):
         return BackboneCode("internvit", "InternViT", _internvit(backbone))
     if isinstance(backbone, InternImage):
         return BackboneCode("internimage", "InternImage", _internimage(backbone))
@@ -50,6 +53,25 @@ def _internvit(backbone: Any) -> dict[str, Any]:
         "out_indices": list(backbone.out_indices),
         "with_fpn": backbone.with_fpn,
         "with_final_norm": backbone.with_fpn and len(backbone.up2) > 1,
+    }
+
+
+def _vit_adapter(backbone: Any) -> dict[str, Any]:
+    """`VitAdapterSettings`."""
+    interaction, last = backbone.interactions[0], backbone.interactions[-1]
+    attention, mlp = interaction.injector.attn, getattr(interaction.extractor, "ffn", None)
+    return {
+        "vit": _internvit(backbone) | {"patch_size": backbone.vit_patch},
+        "heads": attention.heads,
+        "points": attention.points,
+        "inner": attention.value_proj.out_features,
+        "hidden": None if mlp is None else mlp.fc1.out_features,
+        "parts": [list(part) for part in backbone.parts],
+        "extra_extractors": len(last.extra_extractors),
+        "stem": backbone.spm.stem[0].out_channels,
+        "finest": backbone.up is not None,
+        "final_norm": hasattr(backbone, "norm4"),
+        "add_vit_feature": backbone.add_vit_feature,
     }
 
 

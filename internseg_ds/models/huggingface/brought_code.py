@@ -27,13 +27,15 @@ class BackboneCode:
     """What the names of its classes begin with."""
     settings: Mapping[str, Any]
     """Arguments of the backbone."""
+    imports: tuple[str, ...] = ()
+    """Other files that the backbone's imports."""
 
     def module(self, head: str = "") -> str:
         return f"modeling_{self.file}{head and f'_{head}'}"
 
     def files(self, head: str = "") -> tuple[Path, ...]:
         """What a folder brings. head: "" or "mask2former"."""
-        names = dict.fromkeys((self.module(head), self.module()))
+        names = dict.fromkeys((self.module(head), self.module(), *self.imports))
         parts = (PARTS, MASK2FORMER_PARTS) if head else (PARTS,)
         return (*(FOLDER / f"{name}.py" for name in names), *parts)
 

@@ -17,8 +17,8 @@ from internseg_ds.models.huggingface.upernet import upernet_format
 from internseg_ds.models.mask2former.segmentor import EncoderDecoderMask2Former
 
 LOADED = (
-    "UPerHead, FCNHead and Mask2FormerHead on InternViT6B, InternImage, a TimmBackbone, or a TransformersBackbone "
-    "that is a plain transformer",
+    "UPerHead, FCNHead and Mask2FormerHead on InternViT6B, InternViTAdapter, InternImage, a TimmBackbone, or a "
+    "TransformersBackbone that is a plain transformer",
     "UPerHead and Mask2FormerHead on a TransformersBackbone of stages (swin, convnext, ...)",
     "EoMT on a DINOv3",
 )

