@@ -285,8 +285,8 @@ def _create(
     model_name: str, arguments: Mapping[str, Any], drop_path_rate: float
 ) -> tuple[nn.Module, dict[str, Any]]:
     """timm's model without a classifier, for images of any size where its class can be, and the arguments that it
-    was built with, but for drop path. Raises ValueError for a
-    name that timm does not have, and for a drop-path rate of a model that has none."""
+    was built with, but for drop path. Raises ValueError for a name that timm does not have, and for a drop-path rate
+    of a model that has none."""
     import timm  # here: it takes a second, and most runs have no model of it
 
     architecture = model_name.partition(".")[0]

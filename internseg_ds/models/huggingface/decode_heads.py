@@ -70,10 +70,10 @@ def pyramid_settings(neck: Any) -> dict[str, Any] | None:
         with_norm = any(name.startswith("stages.1.1.") for name, _ in neck.named_parameters())
         return {"kind": "ViTFeaturePyramid", "width": neck.channels[0], "with_norm": with_norm}
     if type(neck) is SimpleFeaturePyramid:
-        half: Any = neck.stages[1][0]
+        stages: Any = neck.stages
         return {
             "kind": "SimpleFeaturePyramid",
-            "width": half.in_channels,
+            "width": stages[1][0].in_channels,
             "out_channels": neck.channels[0],
         }
     raise ValueError(

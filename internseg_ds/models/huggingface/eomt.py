@@ -7,7 +7,6 @@ of one size.
 """
 
 import re
-from pathlib import Path
 from types import NoneType
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from internseg_ds.models.adapters.timm_backbone import TimmBackbone
+from internseg_ds.models.huggingface.brought_code import FOLDER
 from internseg_ds.models.huggingface.segmentor_format import SegmentorFormat, format_of, weight_names
 
 HEAD = (
@@ -50,7 +50,7 @@ TIMM = (
     (rf"{BLOCK}gamma_(\d)", r"layers.\1.layer_scale\2.lambda1"),
 )
 ACTIVATIONS: dict[type, str] = {nn.GELU: "gelu", nn.SiLU: "silu"}
-GATED = Path(__file__).parent / "remote_code" / "modeling_eomt_dinov3_gated.py"
+GATED = FOLDER / "modeling_eomt_dinov3_gated.py"
 FUSED = re.compile(rf"{BLOCK}attn\.qkv\.weight")
 UNUSED = ("mask_token",)
 """Of masked pretraining."""

@@ -39,7 +39,7 @@ def outputs_of(folder: Path, images: list[torch.Tensor]) -> dict[str, list[torch
     for image in images[:1] if "Eomt" in kind else images:  # which takes one size
         with torch.no_grad():
             for name, value in model(image).items():
-                if isinstance(value, torch.Tensor):
+                if isinstance(value, torch.Tensor) and value.dim():
                     found.setdefault(name, []).append(value)
             if hasattr(model, "whole_logits"):
                 found.setdefault("of_pixels", []).append(model.whole_logits(image))

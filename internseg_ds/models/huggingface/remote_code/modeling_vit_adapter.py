@@ -95,7 +95,7 @@ class CrossAttention(nn.Module):
         locations = centres[:, None, None, None] + offsets  # (b, n, heads, levels, points, 2)
         grids = (2 * locations - 1).transpose(1, 2).flatten(0, 1)
         shares = weights.to(compute).transpose(1, 2).flatten(0, 1)[:, None]
-        total = 0
+        total = torch.zeros((), dtype=compute, device=query.device)
         for level, pixels in enumerate(maps_of(value.to(compute), shapes)):
             of_heads = pixels.unflatten(1, (self.heads, -1)).flatten(0, 1)
             sampled = F.grid_sample(of_heads, grids[:, :, level], align_corners=False)
