@@ -19,6 +19,8 @@ MOSTLY_IGNORED = 0.9
 """Share of pixels of no class above which a warning says so: labels drawn as scribbles have as many, and are
 right."""
 
+MOST_PIXELS = 1e9
+
 
 @dataclass(frozen=True)
 class Examined:
@@ -58,6 +60,7 @@ def label_findings(tally: LabelTally, about: Examined) -> Iterator[Finding]:
         yield from _missing_classes(tally, about)
     yield from _turned(tally, about)
     yield from _misfits(tally, about)
+    yield from _elsewhere(tally, about)
     yield from _unknown_labels(tally, about)
     yield from _mostly_ignored(tally, about)
 
@@ -184,6 +187,19 @@ def _misfits(tally: LabelTally, about: Examined) -> Iterator[Finding]:
             f"{shortened(tally.misfits, 2)}; "
             f"{'there must be one class per pixel' if wrong else 'those images are left out'}",
             wrong=wrong,
+        )
+
+
+def _elsewhere(tally: LabelTally, about: Examined) -> Iterator[Finding]:
+    """Label maps of the sides of their images, and of another place."""
+    if tally.elsewhere:
+        look = max(tally.elsewhere.values(), key=lambda other: other.apart)
+        yield Finding(
+            "georeference",
+            f"{about.what}: {counted(len(tally.elsewhere), 'label map lies', 'label maps lie')} elsewhere on the Earth "
+            f"than {'its image' if len(tally.elsewhere) == 1 else 'their images'}, by up to "
+            f"{f'{look.apart:,.0f} pixels' if look.apart < MOST_PIXELS else 'more than can be said'} ({look.file} and "
+            f"{look.image}); they are read pixel by pixel, as if they lay at the same place",
         )
 
 
