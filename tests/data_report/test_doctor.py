@@ -93,7 +93,9 @@ def test_a_tiff_is_turned_by_whatever_reads_it_and_its_label_map_must_be_too(exp
     for split in ("train", "val"):
         for file in (tmp_path / f"labels/{split}").iterdir():
             Image.open(file).transpose(Image.Transpose.ROTATE_90).save(file)
-    assert names(examine(given, QUIET, workers=0)) == {"other-sides"}  # color_ignore_orientation does not mend it
+    assert names(examine(given, QUIET, workers=0)) == {
+        "other-sides"
+    }  # color_ignore_orientation does not mend it
     with pytest.raises(DataError, match=r"have other sides than their images"):
         start(given)
 

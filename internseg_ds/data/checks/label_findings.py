@@ -11,6 +11,7 @@ from mmseg.datasets import CustomDataset
 
 from internseg_ds.data.checks.findings import Finding, Setting
 from internseg_ds.data.checks.label_tally import LabelTally
+from internseg_ds.data.checks.looks import is_lossy
 from internseg_ds.data.label_maps import LoadLabelMap
 from internseg_ds.data.orientation import FIX, TURNS
 from internseg_ds.errors import counted, shortened
@@ -207,12 +208,12 @@ def _unknown_labels(tally: LabelTally, about: Examined) -> Iterator[Finding]:
     if not tally.unknown_labels:
         return
     settings = _zero_settings(tally, about)
-    why = (
-        f". The numbers are 0 to {len(about.part.CLASSES)}, one more than there are classes, so 0 seems to stand "
-        "for none"
-        if settings
-        else ""
-    )
+    last = about.loader.in_file(about.part.label_map)
+    why = ""
+    if settings and 0 in tally.numbers:
+        why = f". The numbers are 0 to {last}, one more than there are classes, so 0 seems to stand for none"
+    elif settings:
+        why = f". The numbers are 1 to {last}: classes seem to be counted from 1"
     yield Finding(
         "zero-label" if settings else "unknown-labels",
         f"{about.what}: of {about.words(tally)} label maps looked at, "
@@ -228,7 +229,11 @@ def _unknown_labels(tally: LabelTally, about: Examined) -> Iterator[Finding]:
 def _zero_settings(tally: LabelTally, about: Examined) -> tuple[Setting, ...]:
     """What reads numbers of 0 to classes as 1 to classes, where that is what they are."""
     last = about.loader.in_file(about.part.label_map)
-    if about.loader.reduce_zero_label or tally.unknown_numbers.keys() != {last} or 0 not in tally.numbers:
+    if about.loader.reduce_zero_label or about.loader.codes is not None:
+        return ()
+    if tally.unknown_numbers.keys() != {last} or is_lossy(
+        about.part
+    ):  # there, it may be any other number's noise
         return ()
     return zero_label_settings(True)
 

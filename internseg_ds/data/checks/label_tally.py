@@ -9,7 +9,6 @@ import numpy as np
 from internseg_ds.data.checks.looks import LabelLook
 from internseg_ds.data.label_maps import LoadLabelMap
 
-
 ASTRAY = 0.9
 """Pixels. Half a one is between the two ways of saying where a pixel lies: its corner, and its centre."""
 

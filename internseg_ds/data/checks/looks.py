@@ -96,6 +96,17 @@ def label_file(part: CustomDataset, index: int) -> str | None:
     return os.path.join(part.ann_dir, info["ann"]["seg_map"]) if part.ann_dir and "ann" in info else None
 
 
+def label_ending(part: CustomDataset) -> str:
+    """Of its label maps' names; "" where it has none."""
+    file = label_file(part, 0) if part.img_infos else None
+    return os.path.splitext(file or "")[1]
+
+
+def is_lossy(part: CustomDataset) -> bool:
+    """Whether its label maps are in a format that changes numbers."""
+    return label_ending(part).lower() in (".jpg", ".jpeg")
+
+
 def image_loader(part: CustomDataset) -> LoadImageFromFile | None:
     """The step that reads the images of a data set, where it is mmseg's own and the only one."""
     steps = getattr(getattr(part, "pipeline", None), "transforms", ())

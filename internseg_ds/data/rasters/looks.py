@@ -15,6 +15,7 @@ import xxhash
 from internseg_ds.data.rasters.files import open_raster
 from internseg_ds.data.rasters.loading import LoadRaster
 from internseg_ds.data.rasters.windows import Window, tiles
+from internseg_ds.errors import DataError
 from internseg_ds.seeding import derived_seed
 
 SIDE = 512
