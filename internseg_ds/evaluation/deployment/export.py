@@ -23,7 +23,7 @@ from mmcv import Config
 from internseg_ds.checkpoints.weights import Weights
 from internseg_ds.config.experiment import Experiment, read_experiment
 from internseg_ds.distributed.construction import build_on_meta
-from internseg_ds.distributed.precision import apply_precision
+from internseg_ds.distributed.precision import buffers_to_fp32
 from internseg_ds.distributed.weight_loading import match_segmentor
 from internseg_ds.errors import ConfigError, OutputError, reason_of
 from internseg_ds.evaluation.deployment import onnx_file, torchscript_file
@@ -146,7 +146,7 @@ def _prepared(
 ) -> object:
     """The program of a segmentor on the meta device, translated. Raises ConfigError where that cannot be."""
     with without_values(segmentor):
-        apply_precision(segmentor, torch.float32)
+        buffers_to_fp32(segmentor)  # parameters are; casts that change nothing would be captured too
         try:
             return file_format.translated(captured(_graph_of(segmentor, experiment), given), given)
         except Exception as error:  # torch raises errors of all kinds
