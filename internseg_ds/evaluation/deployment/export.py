@@ -9,6 +9,7 @@ those of its runtime beside them.
 
 import logging
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -83,6 +84,7 @@ def export_segmentor(
     given = _input(experiment, patch_size(segmentor.get_submodule("backbone")), size, dynamic)
     file_format.check(given)
     match_segmentor(segmentor, weights)
+    _check_room(target, segmentor)
     description = described(experiment, *classes_of(experiment, meta), given, segmentor.out_channels)
     began = time.monotonic()
     made = _prepared(segmentor, experiment, given, file_format)
@@ -114,6 +116,19 @@ def _check_target(target: Path, overwrite: bool) -> None:
     taken = [path for path in (target, onnx_file.data_file(target)) if path.exists()]
     if taken and not overwrite:
         raise ConfigError(f"{taken[0]} exists already; choose another name, or give --overwrite")
+
+
+def _check_room(target: Path, segmentor: torch.nn.Module) -> None:
+    """Raises OutputError where the disk has no room for the weights."""
+    place = next(parent for parent in target.absolute().parents if parent.exists())
+    needed = 4 * sum(
+        param.numel() for name, param in segmentor.named_parameters() if not name.startswith("auxiliary_head")
+    )
+    if needed > (free := shutil.disk_usage(place).free):
+        raise OutputError(
+            f"{target} needs {needed / 2**20:.1f} MiB but only {free / 2**20:.1f} MiB are free in {place}; make room "
+            "there, or choose another folder"
+        )
 
 
 def _in_fp32(experiment: Experiment) -> Experiment:

@@ -30,6 +30,15 @@ def internvit() -> ConfigDict:
     return upernet([16] * 4, 56, **{**backbone, "img_size": 56, "embed_dim": 16, "num_heads": 2})
 
 
+def smallest() -> ConfigDict:
+    """One block, and one convolution over its map."""
+    model = internvit()
+    model.backbone.update(depth=1, out_indices=[0], with_fpn=False)
+    model.decode_head = ConfigDict(model.auxiliary_head, in_index=0)
+    model.auxiliary_head = None
+    return model
+
+
 def adapter() -> ConfigDict:
     return upernet(
         [32] * 4,
@@ -134,6 +143,7 @@ def windowed(model: ConfigDict, side: int) -> ConfigDict:
 
 
 MODELS = {
+    "smallest": smallest,
     "internvit": internvit,
     "internvit_adapter": adapter,
     "internimage": internimage,
