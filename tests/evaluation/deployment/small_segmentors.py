@@ -120,7 +120,12 @@ def transformers_dinov3() -> ConfigDict:
 
 def transformers_swin() -> ConfigDict:
     config = dict(
-        model_type="swin", embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1, 2, 4, 8], window_size=4, image_size=64
+        model_type="swin",
+        embed_dim=16,
+        depths=[1, 1, 1, 1],
+        num_heads=[1, 2, 4, 8],
+        window_size=4,
+        image_size=64,
     )
     return upernet([16, 32, 64, 128], 64, type="TransformersBackbone", config=config)
 

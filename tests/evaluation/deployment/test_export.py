@@ -69,6 +69,7 @@ def pixels(*sizes: tuple[int, int, int]) -> list[torch.Tensor]:
 def test_a_file_runs_where_neither_torch_nor_this_package_is_and_says_what_it_is(tmp_path):
     segmentor, weights = written("smallest", tmp_path)
     (file,) = export_segmentor(weights, tmp_path / "out" / "segmentor.onnx")
+    assert list(file.parent.iterdir()) == [file]
     images = pixels((1, 56, 56))
     logits, said = of_a_stranger(file, images)
     assert_agrees(segmentor, logits, images)
@@ -81,7 +82,6 @@ def test_a_file_runs_where_neither_torch_nor_this_package_is_and_says_what_it_is
     np.testing.assert_allclose(json.loads(told["std"]), STD.flatten())
     assert json.loads(told["size_multiple"]) is None and "RGB" in told["input"]
     assert b".py" not in file.read_bytes()  # nothing of where it was written
-    assert list(file.parent.iterdir()) == [file]
 
 
 @pytest.mark.slow
