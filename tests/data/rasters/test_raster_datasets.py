@@ -271,6 +271,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_scene(tmp_path):
     """A scene of 8,000 x 8,000 x 4 of 16 bits: 512 MB, and a label map of 64 MB."""
     tiled = dict(driver="GTiff", height=8000, width=8000, tiled=True, sparse_ok=True, compress="deflate")
