@@ -117,7 +117,11 @@ def test_internimage_runs_by_grid_sample_and_without_its_operator(tmp_path):
         ("internvit_adapter", "batch"),
         ("convnext", "size"),
         ("transformers_dinov2", "batch"),
+        ("transformers_dinov3", "batch"),
+        ("transformers_swin", "none"),
+        ("transformers_convnext", "size"),
         ("mask2former", "none"),
+        ("mask2former_internimage", "none"),
     ],
 )
 def test_other_segmentors(name, dynamic, tmp_path):
@@ -125,7 +129,7 @@ def test_other_segmentors(name, dynamic, tmp_path):
     (file,) = export_segmentor(weights, tmp_path / "segmentor.onnx", dynamic=dynamic)
     sizes = {"none": [(1, 64, 64)], "batch": [(1, 64, 64), (4, 64, 64)], "size": [(2, 64, 64), (1, 96, 160)]}
     images = pixels(*sizes[dynamic])
-    if name == "transformers_dinov2":
+    if name in ("transformers_dinov2", "mask2former"):  # patches of 14 pixels
         images = [image[..., :56, :56] for image in images]
     logits, _ = of_a_stranger(file, images)
     assert_agrees(segmentor, logits, images)
