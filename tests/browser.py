@@ -21,11 +21,13 @@ ARGUMENTS = [
 
 @dataclass
 class Watched:
-    """A page, and what it did. requests: addresses that it asked for; errors: what went wrong in it."""
+    """A page, and what it did. requests: addresses that it asked for; errors: what went wrong in it; said: all that
+    stands on its console."""
 
     page: Any
     requests: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)
 
     def outside(self, *allowed: str) -> list[str]:
         """Requests that do not begin with one of these, and are no data of the page's own."""
@@ -50,14 +52,20 @@ def chromium() -> Iterator[Any]:
 
 
 @contextmanager
-def watched(browser: Any, width: int = 1280, height: int = 900) -> Iterator[Watched]:
-    """A new page in a window of that size."""
-    page = browser.new_page(viewport={"width": width, "height": height})
+def watched(browser: Any, width: int = 1280, height: int = 900, **context: Any) -> Iterator[Watched]:
+    """A new page in a window of that size. context: further options of playwright's `new_page`."""
+    page = browser.new_page(viewport={"width": width, "height": height}, **context)
     seen = Watched(page)
+
+    def hear(said: Any) -> None:
+        seen.said.append(said.text)
+        if said.type == "error":
+            seen.errors.append(said.text)
+
     page.on("request", lambda request: seen.requests.append(request.url))
     page.on("websocket", lambda socket: seen.requests.append(socket.url))
     page.on("pageerror", lambda error: seen.errors.append(str(error)))
-    page.on("console", lambda said: seen.errors.append(said.text) if said.type == "error" else None)
+    page.on("console", hear)
     page.set_default_timeout(20_000)
     yield seen
     page.close()

@@ -3,7 +3,6 @@
 In: the images as they are scored. Out: an `EvaluationRecord`, on rank 0.
 """
 
-import heapq
 import logging
 import time
 from typing import Any
@@ -17,6 +16,7 @@ from internseg_ds.data.label_maps import ground_truth
 from internseg_ds.distributed.process_group import World, gather_from_ranks
 from internseg_ds.errors import reason_of
 from internseg_ds.evaluation.evaluator import Evaluation
+from internseg_ds.evaluation.highest import Highest
 from internseg_ds.monitoring.evaluation_record import NO_CLASS, EvaluatedImage, EvaluationRecord, Sort
 
 log = logging.getLogger(__name__)
@@ -26,9 +26,6 @@ FIXED, EXTREMES = 4, 3
 SIDE = 384
 """The longest side of a picture, in pixels."""
 
-Kept = tuple[Sort, float, int]
-"""Sort, order (the higher the sooner it is shown) and index of an image."""
-
 
 class KeptPictures:
     """An `ImageObserver` of one data set that keeps small predictions of this rank's images."""
@@ -37,46 +34,33 @@ class KeptPictures:
         self.dataset = dataset
         places = np.linspace(0, len(dataset) - 1, min(FIXED, len(dataset))).round()
         self._places = {int(place): order for order, place in enumerate(places)}
-        # by sort: (order, -index, score, labels (h, w) uint16): a heap's least is its first, so what is dropped
-        self._heaps: dict[Sort, list[tuple[float, int, float | None, np.ndarray]]] = {
-            "fixed": [],
-            "best": [],
-            "worst": [],
+        extremes = min(EXTREMES, len(dataset) // 2)
+        # labels (h, w) uint16, and score
+        self._kept: dict[Sort, Highest[tuple[np.ndarray, float | None]]] = {
+            "fixed": Highest(FIXED),
+            "best": Highest(extremes),
+            "worst": Highest(extremes),
         }
-        self._most = min(EXTREMES, len(dataset) // 2)
-        """Of the best and of the worst."""
 
     def observe(self, index: int, labels: np.ndarray, score: float | None) -> None:
-        if index in self._places:
-            self._keep("fixed", -self._places[index], index, score, labels, FIXED)
-        if score is not None:
-            self._keep("best", score, index, score, labels, self._most)
-            self._keep("worst", -score, index, score, labels, self._most)
+        def kept() -> tuple[np.ndarray, float | None]:
+            return _small(labels.astype(np.uint16)), score
 
-    def _keep(
-        self, sort: Sort, order: float, index: int, score: float | None, labels: np.ndarray, most: int
-    ) -> None:
-        heap = self._heaps[sort]
-        if len(heap) < most or (heap and (order, -index) > heap[0][:2]):
-            heapq.heappush(heap, (order, -index, score, _small(labels.astype(np.uint16))))
-            if len(heap) > most:
-                heapq.heappop(heap)
+        if index in self._places:
+            self._kept["fixed"].offer(-self._places[index], index, kept)
+        if score is not None:
+            self._kept["best"].offer(score, index, kept)
+            self._kept["worst"].offer(-score, index, kept)
 
     def gathered(self) -> list[EvaluatedImage]:
         """Those of all ranks: the fixed ones, then the best from the very best, then the worst from the very
         worst. One that cannot be shown is left out, with a line in the log. Collective."""
-        by_rank = gather_from_ranks(
-            [(sort, order, index) for sort, heap in self._heaps.items() for order, index, *_ in heap]
-        )
-        chosen: list[Kept] = []
-        for sort in self._heaps:
-            of_sort = sorted((kept for some in by_rank for kept in some if kept[0] == sort), reverse=True)
-            chosen += of_sort[: FIXED if sort == "fixed" else self._most]
+        chosen = [(sort, place) for sort, kept in self._kept.items() for place in kept.of_all_ranks()]
         own = {
-            (sort, order, index): self._picture(sort, -index, score, labels)
-            for sort, heap in self._heaps.items()
-            for order, index, score, labels in heap
-            if (sort, order, index) in chosen
+            (sort, place): self._picture(sort, -place[1], score, labels)
+            for sort, kept in self._kept.items()
+            for place, (labels, score) in kept.own().items()
+            if (sort, place) in chosen
         }
         of_all = {key: shown for some in gather_from_ranks(own) for key, shown in some.items()}
         return [shown for key in chosen if (shown := of_all.get(key)) is not None]

@@ -5,7 +5,6 @@ returns.
 """
 
 import csv
-import heapq
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -18,8 +17,9 @@ import torch.distributed as dist
 from internseg_ds.data.image_files import picture
 from internseg_ds.data.label_maps import ground_truth
 from internseg_ds.data.rasters.windows import WINDOW
-from internseg_ds.distributed.process_group import World, gather_from_ranks
+from internseg_ds.distributed.process_group import World
 from internseg_ds.evaluation.evaluator import Evaluation, absent_classes, is_of_one_class
+from internseg_ds.evaluation.highest import Highest
 from internseg_ds.evaluation.visualization import side_by_side
 from internseg_ds.output_files import make_folder, whole_file, write_picture
 
@@ -128,40 +128,32 @@ class BestAndWorst:
 
     def __init__(self, dataset: Any, count: int) -> None:
         self.dataset = dataset
-        self.count = count
-        # (order, -index, labels (h, w) uint16): a heap's least is its first, so the one that is dropped
-        self._kept: dict[str, list[tuple[float, int, np.ndarray]]] = {"best": [], "worst": []}
+        # of (h, w) uint16, the labels
+        self._kept = {name: Highest[np.ndarray](count) for name in ("best", "worst")}
 
     def observe(self, index: int, labels: np.ndarray, score: float | None) -> None:
-        if score is None:
-            return
-        small = labels.astype(np.uint16)
-        for name, order in (("best", score), ("worst", -score)):
-            heap = self._kept[name]
-            heapq.heappush(heap, (order, -index, small))
-            if len(heap) > self.count:
-                heapq.heappop(heap)
+        if score is not None:
+            self._kept["best"].offer(score, index, lambda: labels.astype(np.uint16))
+            self._kept["worst"].offer(-score, index, lambda: labels.astype(np.uint16))
 
     def write(self, folder: Path, world: World) -> None:
         """Write folder/{best,worst}/01_SCORE_NAME.png, each by the rank that has it. Collective."""
-        for name, heap in self._kept.items():
-            by_rank = gather_from_ranks([(order, index) for order, index, _ in heap])
-            chosen = sorted((item for items in by_rank for item in items), reverse=True)[: self.count]
-            labels_of = {index: labels for _, index, labels in heap}
+        for name, kept in self._kept.items():
+            chosen, labels_of = kept.of_all_ranks(), kept.own()
             make_folder(folder / name)
             if world.is_main:
                 for stale in (folder / name).glob("[0-9]*_[0-9]*_*.png"):
                     stale.unlink()
             if dist.is_initialized():
                 dist.barrier()  # nobody writes before the old pictures are gone
-            for place, (order, negative_index) in enumerate(chosen, 1):
-                if negative_index in labels_of:
-                    index = -negative_index
+            for rank, place in enumerate(chosen, 1):
+                if place in labels_of:
+                    order, index = place[0], -place[1]
                     info = self.dataset.img_infos[index]
                     stem = Path(info["filename"]).stem + _place(info)
                     write_picture(
-                        folder / name / f"{place:02d}_{100 * abs(order):.1f}_{stem}.png",
-                        picture_of(self.dataset, index, labels_of[negative_index]),
+                        folder / name / f"{rank:02d}_{100 * abs(order):.1f}_{stem}.png",
+                        picture_of(self.dataset, index, labels_of[place]),
                     )
 
 

@@ -1,8 +1,10 @@
 """report.html of a real run, in a real browser, on a desktop's width and a phone's."""
 
 import re
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,62 +12,32 @@ import pytest
 from internseg_ds.monitoring.evaluation_record import evaluation_files, read_evaluation
 from internseg_ds.monitoring.run_starts import read_starts
 from internseg_ds.run_report.page import write_comparison
+from tests.browser import Watched, watched
 from tests.run_report.runs import write_run
 
-ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
+
+@contextmanager
+def opened(browser: Any, file: Path, width: int, scheme: str) -> Iterator[Watched]:
+    with watched(browser, width, color_scheme=scheme, offline=True) as seen:
+        seen.page.set_default_timeout(60_000)
+        seen.page.goto(file.as_uri())
+        yield seen
+        assert seen.said == seen.errors == []
+        assert [url for url in seen.requests if not url.startswith(("file:", "data:"))] == []
 
 
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if path is None:
-        pytest.skip("there is no chromium on this machine")
-    with playwright.sync_playwright() as running:
-        opened = running.chromium.launch(executable_path=path, args=ARGUMENTS)
-        yield opened
-        opened.close()
-
-
-class Looked:
-    """A page in a window, with what went wrong in it and what it asked for."""
-
-    def __init__(self, browser, file: Path, width: int, scheme: str) -> None:
-        self.context = browser.new_context(
-            viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True
-        )
-        self.page = self.context.new_page()
-        self.page.set_default_timeout(60_000)
-        self.said: list[str] = []
-        self.asked: list[str] = []
-        self.page.on("console", lambda message: self.said.append(message.text))
-        self.page.on("pageerror", lambda error: self.said.append(str(error)))
-        self.page.on("request", lambda request: self.asked.append(request.url))
-        self.page.goto(file.as_uri())
-
-    def contrast(self, selector: str) -> float:
-        """Of a text to the page's ground, as WCAG 2.1 defines it (1 to 21)."""
-        colours = self.page.evaluate(
-            "s => [getComputedStyle(document.querySelector(s)).color, getComputedStyle(document.body).backgroundColor]",
-            selector,
-        )
-        light = []
-        for colour in colours:
-            channels = np.array([int(number) for number in re.findall(r"\d+", colour)[:3]]) / 255
-            linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
-            light.append(float(linear @ [0.2126, 0.7152, 0.0722]))
-        return (max(light) + 0.05) / (min(light) + 0.05)
-
-    def close(self) -> None:
-        self.context.close()
+def contrast(page: Any, selector: str) -> float:
+    """Of a text to the page's ground, as WCAG 2.1 defines it (1 to 21)."""
+    colours = page.evaluate(
+        "s => [getComputedStyle(document.querySelector(s)).color, getComputedStyle(document.body).backgroundColor]",
+        selector,
+    )
+    light = []
+    for colour in colours:
+        channels = np.array([int(number) for number in re.findall(r"\d+", colour)[:3]]) / 255
+        linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+        light.append(float(linear @ [0.2126, 0.7152, 0.0722]))
+    return (max(light) + 0.05) / (min(light) + 0.05)
 
 
 def test_a_run_leaves_records_of_its_evaluations_and_its_start(trained):
@@ -102,56 +74,51 @@ def test_a_run_leaves_records_of_its_evaluations_and_its_start(trained):
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
 def test_the_page_of_a_run_in_a_browser(trained, browser, width, scheme):
-    looked = Looked(browser, trained.work_dir / "report.html", width, scheme)
-    page = looked.page
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    assert looked.contrast("body") > 7 and looked.contrast(".quiet") > 4.5
-    shown = page.inner_text("body")
-    score = trained.scores[12]
-    assert f"{score:.2%}" in shown and "step 12 of 12, finished" in shown
-    rows = page.eval_on_selector_all(
-        "#class-table tbody tr", "rows => rows.map(r => [...r.cells].map(c => c.innerText))"
-    )
-    written = next(r for r in trained.records if r["step"] == 12 and "mIoU" in r)
-    expected = {name[4:].strip(): value for name, value in written.items() if name.startswith("IoU.")}
-    assert {row[1].strip(): row[2] for row in rows} == {
-        n: f"{100 * value:.2f}" for n, value in expected.items()
-    }
-    values = [float(row[2]) for row in rows]
-    assert values == sorted(values, reverse=True)
-    # pictures are there, and none is broken
-    sizes = page.eval_on_selector_all("img", "all => all.map(i => i.naturalWidth)")
-    assert len(sizes) > 20 and min(sizes) > 0
-    # the pointer at the right edge of the first chart shows the loss of the last step
-    svg = page.query_selector(".chart svg")
-    svg.scroll_into_view_if_needed()
-    box = svg.bounding_box()
-    page.mouse.move(box["x"] + box["width"] - 14, box["y"] + box["height"] / 2)
-    tip = page.inner_text(".chart .tip")
-    assert tip.startswith("step 12\n")
-    assert float(re.search(r"loss: (\S+)", tip)[1]) == pytest.approx(trained.losses[12], rel=1e-4)
-    assert page.evaluate("document.documentElement.scrollWidth") <= width  # with the tip, too
-    assert looked.said == []
-    assert [url for url in looked.asked if not url.startswith(("file:", "data:"))] == []
-    looked.close()
+    with opened(browser, trained.work_dir / "report.html", width, scheme) as seen:
+        page = seen.page
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert contrast(page, "body") > 7 and contrast(page, ".quiet") > 4.5
+        shown = page.inner_text("body")
+        score = trained.scores[12]
+        assert f"{score:.2%}" in shown and "step 12 of 12, finished" in shown
+        rows = page.eval_on_selector_all(
+            "#class-table tbody tr", "rows => rows.map(r => [...r.cells].map(c => c.innerText))"
+        )
+        written = next(r for r in trained.records if r["step"] == 12 and "mIoU" in r)
+        expected = {name[4:].strip(): value for name, value in written.items() if name.startswith("IoU.")}
+        assert {row[1].strip(): row[2] for row in rows} == {
+            n: f"{100 * value:.2f}" for n, value in expected.items()
+        }
+        values = [float(row[2]) for row in rows]
+        assert values == sorted(values, reverse=True)
+        # pictures are there, and none is broken
+        sizes = page.eval_on_selector_all("img", "all => all.map(i => i.naturalWidth)")
+        assert len(sizes) > 20 and min(sizes) > 0
+        # the pointer at the right edge of the first chart shows the loss of the last step
+        svg = page.query_selector(".chart svg")
+        svg.scroll_into_view_if_needed()
+        box = svg.bounding_box()
+        page.mouse.move(box["x"] + box["width"] - 14, box["y"] + box["height"] / 2)
+        tip = page.inner_text(".chart .tip")
+        assert tip.startswith("step 12\n")
+        assert float(re.search(r"loss: (\S+)", tip)[1]) == pytest.approx(trained.losses[12], rel=1e-4)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width  # with the tip, too
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "dark"), (390, "light")])
 def test_runs_compared_in_a_browser(trained, browser, tmp_path, width, scheme):
     other = write_run(tmp_path / "<script>alert(3)<_script>", lr=2e-3)
-    looked = Looked(
-        browser, write_comparison([trained.work_dir, other], tmp_path / "both.html"), width, scheme
-    )
-    assert looked.page.evaluate("document.documentElement.scrollWidth") <= width
-    names = looked.page.eval_on_selector_all("#runs tbody tr", "rows => rows.map(r => r.cells[0].innerText)")
-    assert names == [trained.work_dir.name, other.name]
-    assert "optimizer.lr" in looked.page.inner_text("#differing")
-    lines = looked.page.eval_on_selector_all(
-        ".chart", "all => all.map(c => JSON.parse(c.dataset.chart).lines.length)"
-    )
-    assert lines[0] == 2
-    assert looked.said == [] and all(url.startswith(("file:", "data:")) for url in looked.asked)
-    looked.close()
+    both = write_comparison([trained.work_dir, other], tmp_path / "both.html")
+    with opened(browser, both, width, scheme) as seen:
+        page = seen.page
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        names = page.eval_on_selector_all("#runs tbody tr", "rows => rows.map(r => r.cells[0].innerText)")
+        assert names == [trained.work_dir.name, other.name]
+        assert "optimizer.lr" in page.inner_text("#differing")
+        lines = page.eval_on_selector_all(
+            ".chart", "all => all.map(c => JSON.parse(c.dataset.chart).lines.length)"
+        )
+        assert lines[0] == 2
 
 
 def test_the_command_writes_a_page(trained, launch, tmp_path):

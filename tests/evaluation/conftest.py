@@ -7,28 +7,25 @@ import torch
 from mmcv import Config
 from mmcv.cnn.utils import revert_sync_batchnorm
 from mmseg.models import build_segmentor
+from torch import nn
 
 import internseg_ds.models  # noqa: F401 - registers the backbone
 from internseg_ds import Segmenter
 from tests.conftest import ROOT, TINY
 
-CLASSES = 150
+NARROW = {
+    "model.backbone.embed_dim": 32,
+    "model.backbone.num_heads": 2,
+    "model.decode_head.in_channels": [32] * 4,
+    "model.decode_head.channels": 16,
+    "model.auxiliary_head.in_channels": 32,
+    "model.auxiliary_head.channels": 16,
+}
+"""The demo's segmentor at width 32."""
 
 
-@pytest.fixture(scope="package")
-def tiny():
-    """The demo's segmentor at width 32, with weights of some size, so that predictions are not one class."""
-    cfg = Config.fromfile(ROOT / TINY)
-    cfg.merge_from_dict(
-        {
-            "model.backbone.embed_dim": 32,
-            "model.backbone.num_heads": 2,
-            "model.decode_head.in_channels": [32] * 4,
-            "model.decode_head.channels": 16,
-            "model.auxiliary_head.in_channels": 32,
-            "model.auxiliary_head.channels": 16,
-        }
-    )
+def with_sized_weights(cfg: Config) -> nn.Module:
+    """Its segmentor, in evaluation mode, with weights of some size, so that predictions are not one class."""
     torch.manual_seed(0)
     model = revert_sync_batchnorm(build_segmentor(cfg.model))
     for param in model.parameters():
@@ -37,30 +34,34 @@ def tiny():
     return model.eval()
 
 
-@pytest.fixture(scope="package")
-def weights(tiny, tmp_path_factory) -> Path:
-    """A .pth as launch/consolidate.py writes it, with the config of `tiny`, whose data are nowhere."""
-    cfg = Config.fromfile(ROOT / TINY)
-    cfg.merge_from_dict(
-        {
-            "model.backbone.embed_dim": 32,
-            "model.backbone.num_heads": 2,
-            "model.decode_head.in_channels": [32] * 4,
-            "model.decode_head.channels": 16,
-            "model.auxiliary_head.in_channels": 32,
-            "model.auxiliary_head.channels": 16,
-            "engine.backbone_dtype": "float32",
-        }
-    )
+def written(model: nn.Module, cfg: Config, folder: Path) -> Path:
+    """A .pth as launch/consolidate.py writes it, with this config, which lies beside it as config.py."""
+    classes = cfg.model.decode_head.num_classes
     meta = {
-        "CLASSES": [f"class {number}" for number in range(CLASSES)],
-        "PALETTE": [[number, 255 - number, 7] for number in range(CLASSES)],
+        "CLASSES": [f"class {number}" for number in range(classes)],
+        "PALETTE": [[number % 256, 255 - number % 256, 7] for number in range(classes)],
         "config": cfg.pretty_text,
     }
-    path = tmp_path_factory.mktemp("weights") / "segmentor.pth"
-    torch.save({"meta": meta, "state_dict": tiny.state_dict()}, path)
+    path = folder / "segmentor.pth"
+    torch.save({"meta": meta, "state_dict": model.state_dict()}, path)
     path.with_name("config.py").write_text(cfg.pretty_text)
     return path
+
+
+@pytest.fixture(scope="package")
+def tiny():
+    """The demo's segmentor at width 32."""
+    cfg = Config.fromfile(ROOT / TINY)
+    cfg.merge_from_dict(NARROW)
+    return with_sized_weights(cfg)
+
+
+@pytest.fixture(scope="package")
+def weights(tiny, tmp_path_factory) -> Path:
+    """A file of `tiny`, whose data are nowhere."""
+    cfg = Config.fromfile(ROOT / TINY)
+    cfg.merge_from_dict(NARROW | {"engine.backbone_dtype": "float32"})
+    return written(tiny, cfg, tmp_path_factory.mktemp("weights"))
 
 
 @pytest.fixture(scope="package")

@@ -7,12 +7,11 @@ import pytest
 import rasterio
 import torch
 from mmcv import Config
-from mmcv.cnn.utils import revert_sync_batchnorm
-from mmseg.models import build_segmentor
 
 import internseg_ds.models  # noqa: F401 - registers the backbone
 from internseg_ds import Segmenter
 from tests.conftest import ROOT, TINY
+from tests.evaluation.conftest import with_sized_weights, written
 
 CLASSES = 5
 CROP, STRIDE = (56, 56), (42, 35)
@@ -55,21 +54,7 @@ def write_weights(folder: Path, *, settings: dict[str, object] | None = None, **
             **{f"model.decode_head.{key}": value for key, value in options.items()},
         }
     )
-    torch.manual_seed(0)
-    model = revert_sync_batchnorm(build_segmentor(cfg.model))
-    for param in model.parameters():
-        if param.dim() > 1:  # of some size, so that predictions are not one class
-            torch.nn.init.normal_(param, 0.0, 2 / param[0].numel() ** 0.5)
-    classes = cfg.model.decode_head.num_classes
-    meta = {
-        "CLASSES": [f"class {number}" for number in range(classes)],
-        "PALETTE": [[number % 256, 255 - number % 256, 7] for number in range(classes)],
-        "config": cfg.pretty_text,
-    }
-    path = folder / "segmentor.pth"
-    torch.save({"meta": meta, "state_dict": model.state_dict()}, path)
-    path.with_name("config.py").write_text(cfg.pretty_text)
-    return path
+    return written(with_sized_weights(cfg), cfg, folder)
 
 
 @pytest.fixture(scope="package")
