@@ -23,6 +23,8 @@ project = "internseg_ds"
 version = release = VERSION
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_title = f"internseg_ds {VERSION}"
 exclude_patterns = ["_build"]
 myst_heading_anchors = 4  # anchors as GitHub makes them
