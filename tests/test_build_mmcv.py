@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 
-from internseg_ds.cli.build_mmcv import MMCV, SOURCES, join_sources, kept_wheel, missing
+from internseg_ds.cli.build_mmcv import MMCV, SOURCES, environment, join_sources, kept_wheel, missing
 from tests.conftest import ROOT
 
 
@@ -75,3 +75,20 @@ def test_a_wheel_for_another_python_or_machine_is_left(tmp_path):
     right = tmp_path / f"mmcv_full-{MMCV}-{tag}-{tag}-linux_{os.uname().machine}.whl"
     right.touch()
     assert kept_wheel(tmp_path) == right
+
+
+def test_cpu_operators_are_compiled_whatever_gpu_the_machine_has(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setenv("FORCE_CUDA", "1")
+    assert {
+        "CUDA_VISIBLE_DEVICES": "",
+        "FORCE_CUDA": "0",
+        "MMCV_WITH_OPS": "1",
+    }.items() <= environment().items()
+
+
+def test_make_builds_it_so():
+    said = subprocess.run(
+        ["make", "--dry-run", "--always-make", "setup"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert "-m internseg_ds.cli.build_mmcv" in said and "pip wheel" not in said

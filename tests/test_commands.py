@@ -3,6 +3,7 @@ whatever can be started says with --help what it is, and does nothing else."""
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -17,7 +18,9 @@ def scripts(folder: str) -> list[str]:
     return [str(file.relative_to(ROOT)) for file in files if '__name__ == "__main__"' in file.read_text()]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command", [name if name == "train" else pytest.param(name, marks=pytest.mark.slow) for name in COMMANDS]
+)
 def test_a_module_of_a_command_runs_it(command):
     done = subprocess.run(
         [sys.executable, "-m", f"internseg_ds.cli.{command}", "--version"],
@@ -33,6 +36,8 @@ def test_a_module_of_a_command_runs_it(command):
 def test_help_is_printed_and_nothing_else_is_done(script, launch):
     done = launch(script, "--help", processes=1, timeout=60)
     assert done.stdout.startswith("usage: ")
+    if Path(script).parent.name == "launch" and Path(script).stem in COMMANDS:
+        assert "example" in done.stdout and script in done.stdout.partition("example")[2]
 
 
 @pytest.mark.slow

@@ -1,12 +1,12 @@
 """Moments in bf16 and 8 bits: how far a value is from the one that was put in, on average and at most."""
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
+from internseg_ds import moment_formats
 from internseg_ds.moment_formats import (
     BLOCK,
     CODES,
@@ -130,12 +130,12 @@ def test_compiled_conversions_give_the_same_values():
     assert same_by(compiled_kernels())
 
 
-def test_a_conversion_that_cannot_be_compiled_runs_as_it_is(caplog, monkeypatch):
+def test_a_conversion_that_cannot_be_compiled_runs_as_it_is(monkeypatch):
     def fails(*_: Any) -> Any:
         raise RuntimeError("no compiler")
 
-    # a run before may have switched it off
-    monkeypatch.setattr(logging.getLogger("internseg_ds"), "propagate", True)
+    said: list[str] = []
+    # torch's tracing logs our source lines too, at levels that tests before may have set
+    monkeypatch.setattr(moment_formats.log, "warning", lambda text, *values: said.append(text % values))
     assert same_by(compiled_kernels(fails))
-    said = [record.getMessage() for record in caplog.records if record.name.startswith("internseg_ds")]
     assert len(said) == 5 and all("formats run uncompiled" in line and "no compiler" in line for line in said)

@@ -133,10 +133,10 @@ def build(wheels: Path) -> Path:
         return Path(partial).replace(wheels / built.name)
 
 
-def _pip(command: str, *words: str) -> None:
-    """pip without a build environment of its own, which would have another torch; mmcv is to see no GPU, or it
-    compiles CUDA operators too, for which it needs nvcc, and which nothing here calls."""
-    env = {
+def environment() -> dict[str, str]:
+    """Of a build. mmcv is to see no GPU, or it compiles CUDA operators too, for which it needs nvcc, and which nothing
+    here calls: its setup does so where `torch.cuda.is_available()` or FORCE_CUDA=1."""
+    return {
         "MAX_JOBS": str(len(os.sched_getaffinity(0))),
         "CFLAGS": "-g0",
         **os.environ,
@@ -145,8 +145,14 @@ def _pip(command: str, *words: str) -> None:
         "MMCV_WITH_OPS": "1",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",  # ninja's
     }
+
+
+def _pip(command: str, *words: str) -> None:
+    """pip without a build environment of its own, which would have another torch."""
     subprocess.run(
-        [sys.executable, "-m", "pip", command, "--quiet", "--no-build-isolation", *words], env=env, check=True
+        [sys.executable, "-m", "pip", command, "--quiet", "--no-build-isolation", *words],
+        env=environment(),
+        check=True,
     )
 
 

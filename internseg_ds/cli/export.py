@@ -23,7 +23,7 @@ def _main() -> None:
     parser.add_argument(
         "--size",
         nargs=2,
-        type=_pixels,
+        type=pixels,
         metavar=("HEIGHT", "WIDTH"),
         help="of the images, in pixels (default: the window of the evaluation)",
     )
@@ -58,7 +58,7 @@ def _main() -> None:
     print(f"written: {', '.join(f'{file} ({file.stat().st_size / 2**20:.1f} MiB)' for file in files)}")
 
 
-def _pixels(text: str) -> int:
+def pixels(text: str) -> int:
     """The type of a side."""
     if (number := command_line.count(text)) == 0:
         raise argparse.ArgumentTypeError("0 pixels are no image")

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from internseg_ds.data.checks.pipeline_steps import check_steps
 from internseg_ds.data.rasters.image_check import check_images_of
-from internseg_ds.data.rasters.loading import LoadRaster
+from internseg_ds.data.rasters.loading import KEPT, LoadRaster
 from internseg_ds.errors import ConfigError, DataError, reason_of
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
@@ -82,12 +82,12 @@ def _pixels(image: Any, name: str, *, in_colour: bool) -> np.ndarray:
     what is no image."""
     if isinstance(image, Image.Image):
         turned = ImageOps.exif_transpose(image)  # as OpenCV turns what it reads
-        image = np.asarray(turned.convert("RGB") if in_colour else turned)
+        image = _rgb(turned, name) if in_colour else np.asarray(turned)
     if not isinstance(image, np.ndarray) or image.ndim not in (2, 3) or 0 in image.shape:
         what = f"an array {image.shape}" if isinstance(image, np.ndarray) else f"a {type(image).__name__}"
         raise DataError(f"{name} is {what}; give a path, a PIL image, or an array (h, w, 3) uint8 of RGB")
     if not in_colour:
-        return image
+        return image if image.dtype.type in KEPT else image.astype(np.float32)
     grey = image.ndim == 2 or image.shape[2] == 1
     if image.dtype != np.uint8 or not (grey or image.shape[2] == 3):
         raise DataError(
@@ -96,6 +96,19 @@ def _pixels(image: Any, name: str, *, in_colour: bool) -> np.ndarray:
         )
     colour = np.repeat(image.reshape(*image.shape[:2], 1), 3, axis=2) if grey else image[..., ::-1]
     return np.ascontiguousarray(colour)
+
+
+def _rgb(image: Image.Image, name: str) -> np.ndarray:
+    """(h, w, 3) uint8 RGB, or (h, w) uint8 of grey. Of 16 bits the upper 8, as OpenCV reads a file of them; Pillow cuts
+    off at 255. Raises DataError for 32 bits, which OpenCV does not read in colour."""
+    if image.mode.startswith("I;16"):
+        return (np.asarray(image) >> 8).astype(np.uint8)
+    if image.mode in ("I", "F"):
+        raise DataError(
+            f"{name} has values of 32 bits (Pillow's mode {image.mode}); this model was trained on 8-bit images in "
+            "colour: scale them to 0 to 255, and give an array (h, w, 3) uint8 of RGB"
+        )
+    return np.asarray(image.convert("RGB"))
 
 
 def as_loaded(results: dict[str, Any], as_float: bool, *, raster: bool) -> dict[str, Any]:

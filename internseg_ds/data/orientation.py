@@ -26,10 +26,11 @@ FIX = (
 
 
 def orientation(file: str) -> int:
-    """1 to 8 of an image file, 1 where it says nothing or cannot be read; reads the file's head alone."""
+    """1 to 8 of an image file, 1 where it says nothing or cannot be read; reads the file's head alone. 1 of a TIFF:
+    OpenCV turns it with "color_ignore_orientation" too, and so does Pillow."""
     try:
         with Image.open(file) as image:
-            found = image.getexif().get(TAG, 1)
+            found = 1 if image.format == "TIFF" else image.getexif().get(TAG, 1)
     except Exception:  # no picture, or none that Pillow knows
         return 1
     return found if found in TURNS else 1

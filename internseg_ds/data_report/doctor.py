@@ -33,6 +33,7 @@ from internseg_ds.data.dataset_parts import SegmentationDataset, plain_parts
 from internseg_ds.data.datasets import assembled_datasets
 from internseg_ds.data.entries import has_label_maps, leaf_datasets
 from internseg_ds.data.palettes import check_decoder
+from internseg_ds.data.rasters.findings import raster_findings
 from internseg_ds.data_report.model_settings import class_settings, ignored_settings
 from internseg_ds.distributed.construction import build_on_meta
 from internseg_ds.errors import UserError
@@ -108,11 +109,13 @@ def _check_files(report: Report, dataset: SegmentationDataset, entry: Any, what:
 
 
 def _about(dataset: SegmentationDataset, found: Scanned, what: str, training: bool) -> Iterator[Finding]:
-    for part, images in zip(found.parts, found.images, strict=True):
+    for part, images, rasters in zip(found.parts, found.images, found.rasters, strict=True):
         yield from left_out(part, found.parts, what)
         yield from label_maps_without_images(part, found.parts, what)
         yield from lossy(part, what)
         yield from image_findings(images, part, what)
+        if rasters:
+            yield from raster_findings(list(rasters.items()), part, what)
     loaders = [label_loader(part, training=training) for part in found.parts]
     if (first := next(filter(None, loaders), None)) is not None:
         about = Examined(what, found.parts[0], first, found.total, training, refused_above=0)

@@ -224,8 +224,9 @@ def _recipe(experiment: Experiment, record: RunRecord, data: str) -> str:
 
 def _roots(experiment: Experiment) -> str:
     """What the data sets' folders are called; where they lie is nobody's business."""
-    roots = [Path(str(entry.get("data_root") or "")).name for entry in leaf_datasets(experiment.train)]
-    named = ", ".join(filter(None, dict.fromkeys(roots)))
+    given = [entry.get("data_root") or entry.get("root") or "" for entry in leaf_datasets(experiment.train)]
+    roots = [root for each in given for root in ([each] if isinstance(each, str) else each)]
+    named = ", ".join(filter(None, dict.fromkeys(Path(root).name for root in roots)))
     return f"in a folder called {named}" if named else "whose folder the config does not name"
 
 

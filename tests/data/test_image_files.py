@@ -7,7 +7,8 @@ import pytest
 from mmseg.datasets import PIPELINES
 from PIL import Image
 
-from internseg_ds.data.image_files import ImageFiles, picture
+from internseg_ds.data.image_files import GivenImages, ImageFiles, picture
+from internseg_ds.errors import DataError
 
 
 @PIPELINES.register_module(force=True)
@@ -61,3 +62,15 @@ def test_a_picture_of_a_data_set_with_absolute_names_is_found(tmp_path):
         )
         == 9
     ).all()
+
+
+def test_a_given_picture_of_16_bits_is_read_as_its_file_is(tmp_path):
+    Image.fromarray(np.arange(24, dtype=np.uint16).reshape(4, 6) * 2000).save(tmp_path / "a.png")
+    pipeline = [dict(type="LoadImageFromFile")]
+    with Image.open(tmp_path / "a.png") as given:
+        assert given.mode == "I;16"
+        images = GivenImages([given, tmp_path / "a.png"], pipeline)
+    shown = [picture(images, place) for place in (0, 1)]
+    assert len(np.unique(shown[0])) > 20 and np.array_equal(*shown)
+    with pytest.raises(DataError, match=r"image 0 has values of 32 bits"):
+        GivenImages([Image.new("F", (6, 4))], pipeline)

@@ -82,6 +82,24 @@ def test_pictures_that_exif_turns_are_found_and_mended(experiment, tmp_path):
     assert names(examine(mended, QUIET, workers=0)) == set() and start(mended) == []
 
 
+def test_a_tiff_is_turned_by_whatever_reads_it_and_its_label_map_must_be_too(experiment, tmp_path):
+    for split in ("train", "val"):
+        write(tmp_path, split, [[0, 1, 0], [1, 1, 0]], image=".tif")
+        for file in (tmp_path / f"images/{split}").iterdir():
+            Image.open(file).transpose(Image.Transpose.ROTATE_90).save(file, tiffinfo={0x0112: 6})
+    images = dict(TWO, img_suffix=".tif")
+    given = experiment(*(entry("CustomDataset", tmp_path, split, **images) for split in ("train", "val")))
+    assert names(examine(given, QUIET, workers=0)) == set() and start(given) == []
+    for split in ("train", "val"):
+        for file in (tmp_path / f"labels/{split}").iterdir():
+            Image.open(file).transpose(Image.Transpose.ROTATE_90).save(file)
+    assert names(examine(given, QUIET, workers=0)) == {
+        "other-sides"
+    }  # color_ignore_orientation does not mend it
+    with pytest.raises(DataError, match=r"have other sides than their images"):
+        start(given)
+
+
 def test_images_left_out_for_an_upper_case_ending_are_found_and_mended(experiment, tmp_path):
     sound(tmp_path)
     for split in ("train", "val"):

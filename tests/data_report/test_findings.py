@@ -134,3 +134,31 @@ def test_too_few_classes_and_another_ignored_label_are_mended_in_each_of_several
     ]
     report = mended(given, report, tmp_path / "mended.py")
     assert names(report) == set(), found(report)
+
+
+def test_classes_counted_from_1_are_found_and_mended(experiment, tmp_path):
+    for split in ("train", "val"):
+        write(tmp_path, split, [[1, 2, 255], [2, 2, 1]])
+    given = experiment(*(entry("CustomDataset", tmp_path, split, **TWO) for split in ("train", "val")))
+    report = examine(given, QUIET, workers=0)
+    assert "counted from 1" in found(report)["zero-label"].text
+    assert mended(given, report, tmp_path / "mended.py").findings == []
+
+
+def test_the_noise_of_a_jpeg_is_not_taken_for_a_class(experiment, tmp_path):
+    for split in ("train", "val"):
+        write(tmp_path, split, [[2] * 3, [1] * 3, [0] * 3], labels=".jpg")  # 2 for noise
+    jpeg = dict(TWO, seg_map_suffix=".jpg")
+    given = experiment(*(entry("CustomDataset", tmp_path, split, **jpeg) for split in ("train", "val")))
+    report = examine(given, QUIET, workers=0)
+    assert names(report) == {"unknown-labels"} and "lossy-label-maps" in found(report)
+    assert not [setting for finding in report.findings for setting in finding.settings]
+
+
+def test_a_folder_in_the_place_of_a_file_is_no_file(two, tmp_path):
+    for file in ("labels/train/0.png", "images/train/1.jpg"):
+        (tmp_path / file).unlink()
+        (tmp_path / file).mkdir()
+    said = found(examine(two(), QUIET, workers=0))
+    assert "labels/train/0.png" in said["missing-files"].text
+    assert "labels/train/1.png" in said["label-maps-without-images"].text

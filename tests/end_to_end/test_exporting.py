@@ -7,6 +7,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from mmcv import Config
+from mmseg.apis import inference_segmentor, init_segmentor
 from PIL import Image
 
 from internseg_ds import Segmenter
@@ -136,6 +138,19 @@ def test_a_segmenter_gives_the_same_labels_from_each_form_of_the_weights(trained
     for found in results[1:]:
         assert np.array_equal(found.labels, results[0].labels)
         assert np.array_equal(found.scores, results[0].scores)
+
+
+def test_mmsegs_own_interface_loads_what_a_run_was_consolidated_to(trained, ade20k, tmp_path):
+    weights = consolidate(trained.work_dir, tmp_path / "segmentor.pth")
+    config = Config.fromfile(trained.work_dir / "config.py")
+    config.merge_from_dict({"engine.backbone_dtype": "float32"})  # as mmseg computes
+    config.dump(str(tmp_path / "config.py"))
+    model = init_segmentor(str(tmp_path / "config.py"), str(weights), device="cpu")
+    segmenter = Segmenter.from_pretrained(weights, config=tmp_path / "config.py", device="cpu")
+    assert tuple(model.CLASSES) == segmenter.classes
+    for image in sorted((ade20k / "images/validation").glob("*.jpg"))[:2]:
+        (labels,) = inference_segmentor(model, str(image))
+        assert np.array_equal(labels, segmenter(image).labels)
 
 
 def test_a_folder_with_an_ending_and_an_unknown_format_are_refused(trained, launch, tmp_path):

@@ -123,7 +123,9 @@ def test_every_kind_of_config_of_mmsegs_package_passes_the_checks(tmp_path):
         try:
             given_data(cfg, tmp_path, made)
             plan = check(read_experiment(cfg), ROOT / "ds_configs/zero3_bf16.json", World())
-            assert not plan.warnings, (path.name, plan.warnings)
+            # of data made for the test, which trains on what it validates on
+            said = [warning for warning in plan.warnings if "are in data.train too" not in warning]
+            assert not said, (path.name, said)
         except UserError as error:
             refused[path.name] = str(error)
     assert not refused, refused

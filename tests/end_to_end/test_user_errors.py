@@ -379,12 +379,6 @@ def test_a_dry_run_prints_parameters_groups_and_memory_and_writes_nothing(launch
     assert not (tmp_path / "work").exists()
 
 
-@pytest.mark.parametrize("script", ["train", "test", "consolidate", "predict"])
-def test_help_shows_a_command(script, launch):
-    done = launch(f"launch/{script}.py", "--help", processes=1, launcher="python")
-    assert "example:" in done.stdout and f"launch/{script}.py" in done.stdout
-
-
 def test_a_run_does_not_go_on_with_its_classes_in_another_order(trained, ade20k):
     options = dict(option.split("=", 1) for option in (*SMALL, *data_options(ade20k)))
     experiment = read_experiment(

@@ -5,12 +5,14 @@ import io
 
 import nbformat
 import numpy as np
+import pytest
 from nbclient import NotebookClient
 from PIL import Image
 
 from tests.conftest import ROOT
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_and_shows_what_the_segmenter_finds(weights, segmenter, ade20k, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     notebook = nbformat.read(ROOT / "docs/segment_images.ipynb", as_version=4)

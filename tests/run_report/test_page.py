@@ -76,6 +76,7 @@ def test_runs_are_compared(folder, tmp_path):
     assert "<script>alert" not in text
 
 
+@pytest.mark.slow
 def test_the_page_of_80000_records_takes_a_few_seconds_and_is_small(tmp_path):
     many_records(tmp_path / "metrics.jsonl", 80_000)
     began = time.process_time()  # of a machine that others use, too

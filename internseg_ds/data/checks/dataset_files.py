@@ -86,7 +86,7 @@ def _check_images(part: SegmentationDataset, what: str) -> None:
 
 def _missing(folder: str, names: list[str]) -> list[str]:
     files = [os.path.join(folder, name) for name in names]
-    return [file for file in files if not os.path.exists(file)]
+    return [file for file in files if not os.path.exists(file) or os.path.isdir(file)]
 
 
 def check_not_empty(

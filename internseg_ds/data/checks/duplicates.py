@@ -12,13 +12,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from mmseg.datasets import CustomDataset
 
 from internseg_ds.data.checks.findings import Finding
 from internseg_ds.data.checks.image_looks import ImageLook
 from internseg_ds.data.checks.looks import image_file
-from internseg_ds.data.checks.survey import looked_at
-from internseg_ds.data.dataset_parts import SegmentationDataset
-from internseg_ds.errors import counted, shortened
+from internseg_ds.data.dataset_parts import SegmentationDataset, plain_parts
+from internseg_ds.errors import are, counted, shortened
 
 MOST_BITS = 3
 """Of the 64 of the average hash: by how many two images may differ that look alike."""
@@ -39,25 +39,6 @@ class Duplicates:
     """Not the same bytes, and nearly the same picture."""
 
 
-def shared_images(trained: SegmentationDataset, scored: SegmentationDataset) -> list[str]:
-    """A warning where files of one set are files of the other, by their paths alone: no file is opened."""
-    first, second = map(_files, (trained, scored))
-    if not (both := sorted(first & second)):
-        return []
-    return [
-        f"{counted(len(both), 'image')} of the {len(second)} of data.val {'is' if len(both) == 1 else 'are'} trained "
-        f"on, {both[0]} for one; the score is partly one of images that were trained on"
-    ]
-
-
-def _files(dataset: SegmentationDataset) -> set[str]:
-    return {
-        os.path.abspath(image_file(part, index))
-        for part in looked_at(dataset)
-        for index in range(len(part.img_infos))
-    }
-
-
 def find_duplicates(first: Sequence[ImageLook], second: Sequence[ImageLook]) -> Duplicates:
     """Each image of the second set with one of the first that it is a copy of, where there is any."""
     by_digest = {look.digest: look.file for look in first if look.digest}
@@ -65,6 +46,26 @@ def find_duplicates(first: Sequence[ImageLook], second: Sequence[ImageLook]) -> 
     known = {file for _, file in same}
     others = [look for look in second if look.file not in known]
     return Duplicates(same, list(_alike(_recognisable(first), _recognisable(others))))
+
+
+def compare_files(train_set: SegmentationDataset, val_set: SegmentationDataset, what: str) -> list[str]:
+    """A warning where images of a set that is scored (what: its name) are trained on: the very same files."""
+    trained, scored = (
+        {
+            os.path.abspath(image_file(part, index))
+            for part in plain_parts(dataset)
+            if isinstance(part, CustomDataset)
+            for index in range(len(part.img_infos))
+        }
+        for dataset in (train_set, val_set)
+    )
+    both = sorted(trained & scored)
+    if not both:
+        return []
+    return [
+        f"{counted(len(both), 'image')} of the {len(scored)} of {what} {are(len(both))} in data.train too "
+        f"({shortened(both, 2)}); the score is partly one of images that were trained on"
+    ]
 
 
 def duplicate_findings(found: Duplicates, total: int) -> Iterator[Finding]:

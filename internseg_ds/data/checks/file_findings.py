@@ -12,7 +12,7 @@ from mmseg.datasets import CustomDataset
 
 from internseg_ds.data.checks.dataset_files import lists_files_as_mmseg
 from internseg_ds.data.checks.findings import Finding, Setting
-from internseg_ds.data.checks.looks import image_file, label_file
+from internseg_ds.data.checks.looks import image_file, is_lossy, label_ending, label_file
 from internseg_ds.data.checks.other_endings import files_alike
 from internseg_ds.data.folders.dataset import FolderDataset
 from internseg_ds.data.folders.pairs import masks_without_images, other_case
@@ -109,11 +109,10 @@ def _pattern_settings(part: FolderDataset, files: Sequence[str], what: str) -> t
 
 def lossy(part: CustomDataset, what: str) -> Iterator[Finding]:
     """Label maps in a format that changes numbers."""
-    ending = os.path.splitext(part.masks or "")[1] if isinstance(part, FolderDataset) else part.seg_map_suffix
-    if part.ann_dir is not None and ending.lower().endswith((".jpg", ".jpeg")):
+    if is_lossy(part):
         yield Finding(
             "lossy-label-maps",
-            f"{what}: label maps end in {ending}, a format that changes numbers a "
+            f"{what}: label maps end in {label_ending(part)}, a format that changes numbers a "
             "little, so that classes become others; save them as .png",
         )
 
@@ -149,7 +148,7 @@ def label_maps_without_images(
                 name.endswith(part.seg_map_suffix)
                 and file not in used
                 and stem not in meant
-                and not os.path.exists(image)
+                and (os.path.isdir(image) or not os.path.exists(image))
             ):
                 lonely.append(file)
     yield from _lonely(part, lonely, what)

@@ -15,7 +15,7 @@ import xxhash
 from internseg_ds.data.checks.image_findings import decoded
 from internseg_ds.data.checks.looks import Head, read_head
 from internseg_ds.data.rasters.loading import LoadRaster
-from internseg_ds.data.rasters.looks import channel_moments, digest_of, raster_head
+from internseg_ds.data.rasters.looks import RasterHead, channel_moments, digest_of, raster_head
 from internseg_ds.data.rasters.windows import Window
 from internseg_ds.errors import DataError, counted
 
@@ -50,6 +50,8 @@ class ImageLook:
     variance: tuple[float, ...] = ()
     raster: bool = False
     """Whether it is read as a raster."""
+    raster_head: RasterHead | None = None
+    """Of a raster that can be read."""
 
 
 def look_at_image(file: str, *, measured: bool) -> ImageLook:
@@ -106,6 +108,7 @@ def look_at_raster(file: str, loader: LoadRaster, window: Window | None, *, meas
         mean=tuple(map(float, mean)),
         variance=tuple(map(float, variance)),
         raster=True,
+        raster_head=head,
     )
 
 

@@ -11,6 +11,7 @@ from mmseg.datasets import CustomDataset
 
 from internseg_ds.data.checks.findings import Finding, Setting
 from internseg_ds.data.checks.label_tally import LabelTally
+from internseg_ds.data.checks.looks import is_lossy
 from internseg_ds.data.label_maps import LoadLabelMap
 from internseg_ds.data.orientation import FIX, TURNS
 from internseg_ds.errors import counted, shortened
@@ -18,6 +19,8 @@ from internseg_ds.errors import counted, shortened
 MOSTLY_IGNORED = 0.9
 """Share of pixels of no class above which a warning says so: labels drawn as scribbles have as many, and are
 right."""
+
+MOST_PIXELS = 1e9
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ def label_findings(tally: LabelTally, about: Examined) -> Iterator[Finding]:
         yield from _missing_classes(tally, about)
     yield from _turned(tally, about)
     yield from _misfits(tally, about)
+    yield from _elsewhere(tally, about)
     yield from _unknown_labels(tally, about)
     yield from _mostly_ignored(tally, about)
 
@@ -187,16 +191,29 @@ def _misfits(tally: LabelTally, about: Examined) -> Iterator[Finding]:
         )
 
 
+def _elsewhere(tally: LabelTally, about: Examined) -> Iterator[Finding]:
+    """Label maps of the sides of their images, and of another place."""
+    if tally.elsewhere:
+        look = max(tally.elsewhere.values(), key=lambda other: other.apart)
+        yield Finding(
+            "georeference",
+            f"{about.what}: {counted(len(tally.elsewhere), 'label map lies', 'label maps lie')} elsewhere on the Earth "
+            f"than {'its image' if len(tally.elsewhere) == 1 else 'their images'}, by up to "
+            f"{f'{look.apart:,.0f} pixels' if look.apart < MOST_PIXELS else 'more than can be said'} ({look.file} and "
+            f"{look.image}); they are read pixel by pixel, as if they lay at the same place",
+        )
+
+
 def _unknown_labels(tally: LabelTally, about: Examined) -> Iterator[Finding]:
     if not tally.unknown_labels:
         return
     settings = _zero_settings(tally, about)
-    why = (
-        f". The numbers are 0 to {len(about.part.CLASSES)}, one more than there are classes, so 0 seems to stand "
-        "for none"
-        if settings
-        else ""
-    )
+    last = about.loader.in_file(about.part.label_map)
+    why = ""
+    if settings and 0 in tally.numbers:
+        why = f". The numbers are 0 to {last}, one more than there are classes, so 0 seems to stand for none"
+    elif settings:
+        why = f". The numbers are 1 to {last}: classes seem to be counted from 1"
     yield Finding(
         "zero-label" if settings else "unknown-labels",
         f"{about.what}: of {about.words(tally)} label maps looked at, "
@@ -212,7 +229,11 @@ def _unknown_labels(tally: LabelTally, about: Examined) -> Iterator[Finding]:
 def _zero_settings(tally: LabelTally, about: Examined) -> tuple[Setting, ...]:
     """What reads numbers of 0 to classes as 1 to classes, where that is what they are."""
     last = about.loader.in_file(about.part.label_map)
-    if about.loader.reduce_zero_label or tally.unknown_numbers.keys() != {last} or 0 not in tally.numbers:
+    if about.loader.reduce_zero_label or about.loader.codes is not None:
+        return ()
+    if tally.unknown_numbers.keys() != {last} or is_lossy(
+        about.part
+    ):  # there, it may be any other number's noise
         return ()
     return zero_label_settings(True)
 

@@ -9,6 +9,9 @@ import numpy as np
 from internseg_ds.data.checks.looks import LabelLook
 from internseg_ds.data.label_maps import LoadLabelMap
 
+ASTRAY = 0.9
+"""Pixels. Half a one is between the two ways of saying where a pixel lies: its corner, and its centre."""
+
 
 class ClassOfNumber(dict[int, int]):
     """The class of each number of the label maps of one data set, looked up once.
@@ -45,6 +48,8 @@ class LabelTally:
     """Files of other sides than their images."""
     turned: list[tuple[str, str, int]] = field(default_factory=list)
     """(label map, image, EXIF orientation) of misfits that the latter explains."""
+    elsewhere: dict[str, LabelLook] = field(default_factory=dict)
+    """By file, rasters that lie elsewhere on the Earth than their images."""
     faults: list[str] = field(default_factory=list)
     """Why files are no label maps."""
     damaged: list[str] = field(default_factory=list)
@@ -71,6 +76,8 @@ class LabelTally:
             self.turned.append((look.file, look.image, look.turned))
         elif look.misfit:
             self.misfits.append(look.misfit)
+        if look.apart > ASTRAY:
+            self.elsewhere[look.file] = look
         self._count(look, classes)
 
     def _count(self, look: LabelLook, classes: ClassOfNumber) -> None:

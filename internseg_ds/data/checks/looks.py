@@ -18,7 +18,7 @@ from PIL import Image
 from internseg_ds.data.label_maps import LoadLabelMap, annotation_of, loader_in
 from internseg_ds.data.orientation import TAG, TURNS
 from internseg_ds.data.rasters.loading import LoadRaster, raster_loader
-from internseg_ds.data.rasters.looks import counted_by_windows, raster_head
+from internseg_ds.data.rasters.looks import apart, counted_by_windows, raster_head
 from internseg_ds.data.rasters.windows import Window, window_of
 from internseg_ds.errors import DataError, counted, reason_of
 
@@ -37,7 +37,7 @@ class Head:
     stored: tuple[int, int]
     """Height and width as they are stored."""
     turn: int
-    """EXIF orientation, 1 to 8."""
+    """EXIF orientation, 1 to 8; 1 of a TIFF, which whatever reads it turns first, so that `stored` is turned too."""
     mode: str
     """Pillow's: "RGB", "L", "P" with a palette, "I;16"."""
     format: str | None
@@ -67,6 +67,8 @@ class LabelLook:
     """(R, G, B) of its pixels, where it is a picture in colours."""
     partial: bool = False
     """Whether some windows of it were read, and not all of it."""
+    apart: float = 0.0
+    """By how many pixels it lies elsewhere on the Earth than its image, of rasters that say where."""
 
 
 def read_head(source: str | IO[bytes], *, exif: bool = True) -> Head | None:
@@ -74,7 +76,7 @@ def read_head(source: str | IO[bytes], *, exif: bool = True) -> Head | None:
     all of a PNG."""
     try:
         with Image.open(source) as image:
-            turn = image.getexif().get(TAG, 1) if exif else 1
+            turn = image.getexif().get(TAG, 1) if exif and image.format != "TIFF" else 1
             return Head(
                 image.size[::-1], turn if turn in TURNS else 1, image.mode, getattr(image, "format", None)
             )
@@ -92,6 +94,17 @@ def label_file(part: CustomDataset, index: int) -> str | None:
     """The path of an image's label map; None where it has none."""
     info = part.img_infos[index]
     return os.path.join(part.ann_dir, info["ann"]["seg_map"]) if part.ann_dir and "ann" in info else None
+
+
+def label_ending(part: CustomDataset) -> str:
+    """Of its label maps' names; "" where it has none."""
+    file = label_file(part, 0) if part.img_infos else None
+    return os.path.splitext(file or "")[1]
+
+
+def is_lossy(part: CustomDataset) -> bool:
+    """Whether its label maps are in a format that changes numbers."""
+    return label_ending(part).lower() in (".jpg", ".jpeg")
 
 
 def image_loader(part: CustomDataset) -> LoadImageFromFile | None:
@@ -184,6 +197,7 @@ def _look_at_raster(
         size, counts, complete = counted_by_windows(loader.read, file, window, all_of_it=details)
     except DataError as error:
         return LabelLook(file, fault=str(error), storage=storage)
+    image = image_file(part, index)
     sides = None if head is None else head.stored
     misfit = (
         f"{file} has {size[0]} x {size[1]} pixels and its image {sides[0]} x {sides[1]}"
@@ -199,8 +213,9 @@ def _look_at_raster(
         tuple(counts[number] for number in numbers),
         storage,
         misfit,
-        image=image_file(part, index),
+        image=image,
         partial=not complete,
+        apart=apart(image, file) or 0.0,
     )
 
 

@@ -26,6 +26,7 @@ from internseg_ds.data.checks.looks import (
 )
 from internseg_ds.data.checks.survey import drawn
 from internseg_ds.data.loading import loaded, quiet_worker
+from internseg_ds.data.rasters.looks import RasterHead
 from internseg_ds.data.rasters.windows import WINDOW
 
 CHUNK = 16
@@ -47,6 +48,8 @@ class Scanned:
     images: list[ImageTally] = field(default_factory=list)
     """Of each part."""
     labels: LabelTally = field(default_factory=LabelTally)
+    rasters: list[dict[str, RasterHead]] = field(default_factory=list)
+    """Of each part, the heads of its rasters by file."""
     own_loaders: list[str] = field(default_factory=list)
     """Loaders of the user's own, whose label maps are not counted."""
 
@@ -90,7 +93,9 @@ def scan(
     """
     items = _items(parts, sample)
     seen = Looks(parts, items, training=training)
-    found = Scanned(parts, sum(map(len, parts)), images=[ImageTally() for _ in parts])
+    found = Scanned(
+        parts, sum(map(len, parts)), images=[ImageTally() for _ in parts], rasters=[{} for _ in parts]
+    )
     found.own_loaders = [
         type(part).__name__
         for part, loader in zip(parts, seen.loaders, strict=True)
@@ -140,5 +145,7 @@ def _add(
         tally.cut_short.append(image.file)
     if image.stored and not image.raster:
         tally.reduced.append((image.file, image.stored))
+    if image.raster_head is not None:
+        found.rasters[number][image.file] = image.raster_head
     if labels is not None and classes is not None:
         found.labels.add(labels, classes)

@@ -63,6 +63,8 @@ class FolderDataset(CustomDataset):
         if classes is None:
             raise ConfigError("FolderDataset needs classes=[...], or a file with a name on each line")
         names = mmcv.list_from_file(classes) if isinstance(classes, str) else list(classes)
+        if not names:
+            raise ConfigError("classes of FolderDataset names none; it needs a name for each class")
         names = [BACKGROUND, *names] if label_map == "0/255" and len(names) == 1 else names
         self.label_codes = _codes(label_map, colours, names, ignore_index)
         if isinstance(self.label_codes, ColourCodes) and palette is None:

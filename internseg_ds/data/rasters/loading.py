@@ -100,7 +100,12 @@ class LoadRaster:
             )
         image = read_window(dataset, *window[:4], channels=numbers)
         empty = _without_data(image, [dataset.nodatavals[number - 1] for number in numbers])
-        if empty is not None:
+        if empty is not None and empty.any():
+            if not _holds(image.dtype, self.nodata):
+                raise DataError(
+                    f"raster {dataset.name} has values of {image.dtype}, of which nodata={self.nodata:g} of "
+                    f"{type(self).__name__} is none; write one that it can hold, such as 0"
+                )
             image[empty] = self.nodata
         return image if image.dtype.type in KEPT else image.astype(np.float32)
 
@@ -160,6 +165,13 @@ def _without_data(image: np.ndarray, nodata: Sequence[float | None]) -> np.ndarr
             empty = np.zeros(image.shape, bool) if empty is None else empty
             empty[..., place] |= missing
     return empty
+
+
+def _holds(kind: np.dtype, value: float) -> bool:
+    """Whether a type of numbers has this one."""
+    if kind.kind == "f":
+        return True
+    return float(value).is_integer() and np.iinfo(kind).min <= value <= np.iinfo(kind).max
 
 
 def _red_green_blue(dataset: Any, numbers: Sequence[int]) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ import xxhash
 from internseg_ds.data.rasters.files import open_raster
 from internseg_ds.data.rasters.loading import LoadRaster
 from internseg_ds.data.rasters.windows import Window, tiles
+from internseg_ds.errors import DataError
 from internseg_ds.seeding import derived_seed
 
 SIDE = 512
@@ -41,6 +42,39 @@ def raster_head(file: str, loader: LoadRaster) -> RasterHead:
         numbers = loader.numbers(dataset)
         kinds = np.result_type(*(dataset.dtypes[number - 1] for number in numbers))
         return RasterHead((dataset.height, dataset.width), len(numbers), str(kinds), dataset.driver)
+
+
+def apart(image: str, labels: str) -> float | None:
+    """By how many pixels of the image its label map lies elsewhere on the Earth, at the corner where that is most. None
+    where either does not say where it lies, or cannot be read, or they have other sides, which others judge."""
+    try:
+        with open_raster(image) as first, open_raster(labels) as second:
+            size = (first.height, first.width)
+            here, there = first.transform, second.transform
+            crs, other = first.crs, second.crs
+            if size != (second.height, second.width):
+                return None
+    except DataError:
+        return None
+    if here.is_identity or there.is_identity or here.is_degenerate:
+        return None
+    corners = [(column, row) for row in (0, size[0]) for column in (0, size[1])]
+    placed = np.array([there * corner for corner in corners])
+    if crs and other and crs != other:
+        placed = _in_crs(placed, other, crs)
+    moved = np.array([~here * (x, y) for x, y in placed]) - corners
+    return float(np.abs(moved).max()) if np.isfinite(moved).all() else np.inf
+
+
+def _in_crs(points: np.ndarray, theirs: Any, ours: Any) -> np.ndarray:
+    """(n, 2) coordinates of another CRS; infinite where ours has none for them."""
+    from rasterio.errors import RasterioError  # here: an optional package
+    from rasterio.warp import transform
+
+    try:
+        return np.stack(transform(theirs, ours, *points.T), axis=1)
+    except RasterioError:
+        return np.full(points.shape, np.inf)
 
 
 def channel_moments(

@@ -9,6 +9,7 @@ those of its runtime beside them.
 
 import logging
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,7 @@ from mmcv import Config
 from internseg_ds.checkpoints.weights import Weights
 from internseg_ds.config.experiment import Experiment, read_experiment
 from internseg_ds.distributed.construction import build_on_meta
-from internseg_ds.distributed.precision import apply_precision
+from internseg_ds.distributed.precision import buffers_to_fp32
 from internseg_ds.distributed.weight_loading import match_segmentor
 from internseg_ds.errors import ConfigError, OutputError, reason_of
 from internseg_ds.evaluation.deployment import onnx_file, torchscript_file
@@ -83,6 +84,7 @@ def export_segmentor(
     given = _input(experiment, patch_size(segmentor.get_submodule("backbone")), size, dynamic)
     file_format.check(given)
     match_segmentor(segmentor, weights)
+    _check_room(target, segmentor)
     description = described(experiment, *classes_of(experiment, meta), given, segmentor.out_channels)
     began = time.monotonic()
     made = _prepared(segmentor, experiment, given, file_format)
@@ -116,6 +118,19 @@ def _check_target(target: Path, overwrite: bool) -> None:
         raise ConfigError(f"{taken[0]} exists already; choose another name, or give --overwrite")
 
 
+def _check_room(target: Path, segmentor: torch.nn.Module) -> None:
+    """Raises OutputError where the disk has no room for the weights."""
+    place = next(parent for parent in target.absolute().parents if parent.exists())
+    needed = 4 * sum(
+        param.numel() for name, param in segmentor.named_parameters() if not name.startswith("auxiliary_head")
+    )
+    if needed > (free := shutil.disk_usage(place).free):
+        raise OutputError(
+            f"{target} needs {needed / 2**20:.1f} MiB but only {free / 2**20:.1f} MiB are free in {place}; make room "
+            "there, or choose another folder"
+        )
+
+
 def _in_fp32(experiment: Experiment) -> Experiment:
     """The experiment with a segmentor that computes in fp32 everywhere."""
     cfg = Config(experiment.cfg.to_dict())
@@ -146,7 +161,7 @@ def _prepared(
 ) -> object:
     """The program of a segmentor on the meta device, translated. Raises ConfigError where that cannot be."""
     with without_values(segmentor):
-        apply_precision(segmentor, torch.float32)
+        buffers_to_fp32(segmentor)  # parameters are; casts that change nothing would be captured too
         try:
             return file_format.translated(captured(_graph_of(segmentor, experiment), given), given)
         except Exception as error:  # torch raises errors of all kinds

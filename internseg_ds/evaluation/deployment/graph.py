@@ -123,7 +123,25 @@ def captured(graph: nn.Module, given: Input) -> ExportedProgram:
     shapes = [node.meta["val"].shape for node in program.graph.nodes if node.name in names]
     if fixed := sorted({known for shape in shapes for axis in axes if (known := _constant(shape[axis]))}):
         raise ValueError(f"its forward pass makes constants of the sizes {fixed} of the example")
+    if given.dynamic == "size":
+        _check_another_size(program, example)
     return program.run_decompositions(portable_operators())
+
+
+def _check_another_size(program: ExportedProgram, example: Tensor) -> None:
+    """Raises ValueError where a program does not take images of another size: a size of the example stands in it as a
+    constant. Nothing is computed but shapes, inside `without_values`."""
+    rows, columns = (2 * side for side in example.shape[2:])
+    image = example.new_zeros(*example.shape[:2], rows, columns)
+    try:
+        size = tuple(program.module()(image).shape[2:])
+    except Exception as error:  # torch raises errors of all kinds
+        raise ValueError(f"its forward pass makes constants of the sizes of the example: {error}") from error
+    if size != (rows, columns):
+        raise ValueError(
+            f"its forward pass makes constants of the sizes of the example: logits of {size} for images of "
+            f"{(rows, columns)}"
+        )
 
 
 def _constant(side: int | torch.SymInt) -> int | None:

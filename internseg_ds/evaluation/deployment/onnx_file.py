@@ -73,6 +73,7 @@ def write(made: Any, values: Mapping[str, Tensor], description: Mapping[str, str
         raise RuntimeError(f"{empty} of the program have no values")
     with _quiet():
         made.optimize()
+    _without_origins(made.model)
     made.model.producer_name = "internseg_ds"
     made.model.metadata_props.update(description)
     size = sum(tensor.const_value.nbytes for tensor in tensors.values())
@@ -98,6 +99,21 @@ def opened(path: Path) -> Callable[[Tensor], Tensor]:
         return torch.from_numpy(session.run([OUTPUT], {INPUT: image.numpy()})[0])
 
     return run
+
+
+def _without_origins(model: Any) -> None:
+    """Takes out what torch notes of each node: the lines of Python that it came from, with paths of this machine, and
+    as many bytes as a small model has."""
+    model.metadata_props.clear()
+    for graph in (model.graph, *model.graph.subgraphs()):  # functions are inlined by now
+        graph.metadata_props.clear()
+        for value in (*graph.inputs, *graph.initializers.values()):
+            value.metadata_props.clear()
+        for node in graph:
+            node.metadata_props.clear()
+            node.doc_string = None
+            for value in node.outputs:
+                value.metadata_props.clear()
 
 
 def _is_fake(tensor: Any) -> bool:

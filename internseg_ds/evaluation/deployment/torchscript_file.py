@@ -34,7 +34,7 @@ def translated(program: ExportedProgram, given: Input) -> Any:
 
 def write(made: Any, values: Mapping[str, Tensor], description: Mapping[str, str], path: Path) -> list[Path]:
     """Traces what `translated` made with these values, and writes it to `path`; returns its files. The description
-    lies in the archive, one text file for each entry."""
+    lies in the archive, one text file for each entry. Raises OSError where it cannot be written."""
     module, shape = made
     for names in (module.named_parameters, module.named_buffers):
         for name, _ in list(names()):
@@ -44,9 +44,10 @@ def write(made: Any, values: Mapping[str, Tensor], description: Mapping[str, str
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(module, torch.zeros(shape), check_trace=False)
-        torch.jit.save(
-            traced, str(path), _extra_files={name: text.encode() for name, text in description.items()}
-        )
+        with path.open("wb") as file:  # given a path, torch aborts the process where the disk is full
+            torch.jit.save(
+                traced, file, _extra_files={name: text.encode() for name, text in description.items()}
+            )
     return [path]
 
 

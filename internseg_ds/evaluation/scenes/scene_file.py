@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from internseg_ds.data.rasters.files import open_raster
+from internseg_ds.data.rasters.files import open_raster, read_window
 from internseg_ds.errors import DataError, FaultError, counted, reason_of
 from internseg_ds.evaluation.scenes.pixel_steps import PixelSteps
 from internseg_ds.evaluation.scenes.windows import Piece
@@ -125,12 +125,18 @@ class Scene:
             empty = None
             if self.has_holes:
                 empty = self.raster.dataset_mask(window=((top, top + height), (left, left + width))) == 0
+            elif all(map(_is_float, self.raster.dtypes)):  # without a nodata value, NaN says it
+                empty = np.isnan(read_window(self.raster, top, left, height, width)).all(axis=2)
         except DataError as error:
             raise FaultError(str(error)) from error
         except rasterio.errors.RasterioError as error:
             raise FaultError(f"the mask of {self.path} cannot be read: {reason_of(error)}") from error
         pixels, _ = self.steps(loaded, str(self.path))
         return pixels, empty if empty is not None and empty.any() else None
+
+
+def _is_float(kind: str) -> bool:
+    return np.dtype(kind).kind == "f"
 
 
 def _ahead(items: Iterator[Item]) -> Iterator[Item]:

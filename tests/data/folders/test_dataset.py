@@ -10,7 +10,7 @@ from PIL import Image
 from rich.console import Console
 
 from internseg_ds.config.experiment import read_experiment
-from internseg_ds.data.checks.duplicates import shared_images
+from internseg_ds.data.checks.duplicates import compare_files
 from internseg_ds.data.checks.file_findings import label_maps_without_images
 from internseg_ds.data.checks.survey import survey
 from internseg_ds.data.datasets import build_datasets
@@ -171,6 +171,7 @@ def test_images_with_rare_classes_are_shown_more_often(folder):
         (dict(images="a.tif"), "has no wildcard"),
         (dict(images="../*.tif"), "must be a pattern below root"),
         (dict(classes=None), "needs classes"),
+        (dict(classes=[]), "names none"),
         (dict(first=0), "first=0 .* at least 1"),
         (dict(first=1, per_class=1), "not both"),
         (dict(label_map="0/255", classes=["a", "b", "c"]), "needs one or two classes"),
@@ -253,19 +254,12 @@ def test_a_folder_is_divided_by_names_alone(folder):
     for fold in ("train", "val"):
         later = names(built(moved, fold=fold, validation_share=0.2))
         assert [name for name in later if name in digests] == sides[fold]
+    train = built(moved, fold="train", validation_share=0.2)
+    assert compare_files(train, built(moved, fold="val", validation_share=0.2), "data.val") == []
+    (warning,) = compare_files(train, built(moved, fold="val", validation_share=0.9), "data.val")
+    assert "of data.val are in data.train too" in warning
     few = names(built(moved, fold="train", validation_share=0.2, first=5, seed=1))
     assert len(few) == 5 and not set(few) & set(sides["val"])
-
-
-def test_images_of_both_sides_are_counted_at_the_start_of_a_run(folder):
-    """Two shares for one folder, for example."""
-    root = folder({f"{index:03}": [[0, 1]] for index in range(40)})
-    trained = built(root, fold="train", validation_share=0.1)
-    assert shared_images(trained, built(root, fold="val", validation_share=0.1)) == []
-    scored = built(root, fold="val", validation_share=0.5)
-    both = set(names(trained)) & set(names(scored))
-    (line,) = shared_images(trained, scored)
-    assert line.startswith(f"{len(both)} images of the {len(scored)} of data.val are trained on")
 
 
 @pytest.mark.parametrize(

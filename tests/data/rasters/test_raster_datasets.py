@@ -18,6 +18,7 @@ from internseg_ds.data.datasets import build_datasets
 from internseg_ds.data.image_files import picture
 from internseg_ds.data.label_maps import ground_truth
 from internseg_ds.data.loading import PositionSeeded
+from internseg_ds.data.rasters.loading import LoadRaster
 from internseg_ds.data.rasters.looks import channel_moments
 from internseg_ds.data.samples import sample
 from internseg_ds.data_report.contact_sheet import contact_sheet
@@ -270,6 +271,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_scene(tmp_path):
     """A scene of 8,000 x 8,000 x 4 of 16 bits: 512 MB, and a label map of 64 MB."""
     tiled = dict(driver="GTiff", height=8000, width=8000, tiled=True, sparse_ok=True, compress="deflate")
@@ -289,3 +291,42 @@ def test_memory_does_not_grow_with_the_scene(tmp_path):
     )
     assert ran.returncode == 0, ran.stderr
     assert int(ran.stdout.split()[-1]) < 128 * 2**20
+
+
+def placed(path, *, shift=0.0, epsg=32633):
+    """Says where a raster lies, in pixels of 10 m."""
+    with rasterio.open(path, "r+") as dataset:
+        dataset.crs = rasterio.CRS.from_epsg(epsg)
+        dataset.transform = rasterio.transform.from_origin(500_000 + 10 * shift, 4_000_000, 10, 10)
+
+
+@pytest.mark.parametrize("moved", [dict(shift=30), dict(epsg=32634)])
+def test_a_label_map_of_another_place_than_its_scene_is_odd(scene, moved):
+    root, *_ = scene
+    for name in ("a", "a_mask"):
+        placed(root / f"north/{name}.tif", shift=0.4 * (name == "a_mask"))
+    dataset = built(root, steps(WINDOW))
+    assert not [line for line in survey(dataset, "data.train", training=True) if "Earth" in line]
+    placed(root / "north/a_mask.tif", **moved)
+    (line,) = (line for line in survey(dataset, "data.train", training=True) if "Earth" in line)
+    assert f"{root}/north/a_mask.tif" in line
+    assert ("30 pixels" in line) == ("shift" in moved)
+
+
+def test_a_number_for_no_data_that_the_type_lacks_is_named(tmp_path):
+    written(tmp_path / "a.tif", np.full((4, 4, 1), 9, np.uint16), nodata=9)
+    read = LoadRaster(nodata=-1)
+    with pytest.raises(DataError, match=r"a\.tif has values of uint16, of which nodata=-1"):
+        read({"img_info": {"filename": str(tmp_path / "a.tif")}})
+
+
+def test_the_data_doctor_says_what_a_start_says_of_channels(scene):
+    root, image, labels = scene
+    written(root / "north/b.tif", image[..., :3], **TILED)
+    written(root / "north/b_mask.tif", labels[..., None], **TILED)
+    cfg = experiment(root)
+    for name in ("train", "val", "test"):
+        cfg.data[name].images, cfg.data[name].masks = "**/*.tif", "**/*_mask.tif"
+    report = examine(read_experiment(cfg), Console(quiet=True), workers=0)
+    (said, _) = (finding.text for finding in report.odd if finding.name == "raster-channels")
+    assert "data.train: 1 raster has other channels" in said and f"{root}/north/b.tif has 3 channels" in said

@@ -30,6 +30,15 @@ def internvit() -> ConfigDict:
     return upernet([16] * 4, 56, **{**backbone, "img_size": 56, "embed_dim": 16, "num_heads": 2})
 
 
+def smallest() -> ConfigDict:
+    """One block, and one convolution over its map."""
+    model = internvit()
+    model.backbone.update(depth=1, out_indices=[0], with_fpn=False)
+    model.decode_head = ConfigDict(model.auxiliary_head, in_index=0)
+    model.auxiliary_head = None
+    return model
+
+
 def adapter() -> ConfigDict:
     return upernet(
         [32] * 4,
@@ -95,31 +104,77 @@ def transformers_dinov2() -> ConfigDict:
     )
 
 
+def transformers_dinov3() -> ConfigDict:
+    config = dict(
+        model_type="dinov3_vit",
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_register_tokens=2,
+    )
+    return upernet(
+        [32] * 4, 64, type="TransformersBackbone", config=config, neck=dict(type="ViTFeaturePyramid")
+    )
+
+
+def transformers_swin() -> ConfigDict:
+    config = dict(
+        model_type="swin",
+        embed_dim=16,
+        depths=[1, 1, 1, 1],
+        num_heads=[1, 2, 4, 8],
+        window_size=4,
+        image_size=64,
+    )
+    return upernet([16, 32, 64, 128], 64, type="TransformersBackbone", config=config)
+
+
+def transformers_convnext() -> ConfigDict:
+    config = dict(model_type="convnext", hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1])
+    return upernet([8, 16, 24, 32], 64, type="TransformersBackbone", config=config)
+
+
+def mask2former_internimage() -> ConfigDict:
+    model = small_mask2former.config()
+    model.backbone = internimage().backbone
+    model.decode_head.in_channels = [16, 32, 64, 128]
+    return windowed(model, 64)
+
+
 def windowed(model: ConfigDict, side: int) -> ConfigDict:
     model.test_cfg = ConfigDict(mode="slide", crop_size=(side, side), stride=(side, side))
     return model
 
 
 MODELS = {
+    "smallest": smallest,
     "internvit": internvit,
     "internvit_adapter": adapter,
     "internimage": internimage,
     "dinov3": dinov3,
     "convnext": convnext,
     "transformers_dinov2": transformers_dinov2,
+    "transformers_dinov3": transformers_dinov3,
+    "transformers_swin": transformers_swin,
+    "transformers_convnext": transformers_convnext,
     "eomt": lambda: windowed(small_eomt.config(), 64),
-    "mask2former": lambda: windowed(small_mask2former.config(), 64),
+    "mask2former": lambda: windowed(small_mask2former.config(), 56),
+    "mask2former_internimage": mask2former_internimage,
 }
 
 
 def drawn(model: ConfigDict) -> nn.Module:
-    """With values that are all random, the statistics of batch norms and the offsets of samples too."""
+    """With values that are all random, the statistics of batch norms and the offsets of samples too, and so large that
+    maps keep their variation through all layers (He et al., arXiv:1502.01852): different pixels get different labels.
+    """
     torch.manual_seed(0)
     segmentor = revert_sync_batchnorm(build_segmentor(model)).eval()
     for name, value in segmentor.state_dict().items():
         if value.is_floating_point():
-            spread = 0.2 if value.dim() < 2 else 1 / value[0].numel() ** 0.5
-            centre = 1.0 if "var" in name or ("norm" in name and name.endswith("weight")) else 0.0
+            spread = 0.2 if value.dim() < 2 else (2 / value[0].numel()) ** 0.5
+            scales = name.endswith("weight") and ("norm" in name or ".bn" in name)
+            centre = 1.0 if "var" in name or scales else 0.0
             value.normal_(centre, 0.1 if centre else spread)
     return segmentor
 

@@ -58,6 +58,12 @@ def test_a_scene_of_many_channels_is_read_as_the_pipeline_reads_it(tmp_path):
     expected[(values == 0).all(axis=0)] = 255
     assert len(np.unique(expected)) >= 3
     assert np.array_equal(labels_of(weights, scene, tmp_path / "out"), expected)
+    floats = np.where(values == 0, np.nan, values).astype(
+        np.float32
+    )  # NaN says nothing without a nodata value too
+    assert np.array_equal(
+        labels_of(weights, write_scene(tmp_path / "nan.tif", floats, **UTM), tmp_path / "out"), expected
+    )
     few = write_scene(tmp_path / "few.tif", values[:3])
     with pytest.raises(DataError, match=r"few\.tif has 3 channels.* names number 5"):
         labels_of(weights, few, tmp_path / "out")
