@@ -3,6 +3,7 @@
 # make test-slow   set up, then further settings of what it proves, in some minutes
 # make test-multinode   set up, then runs over ssh between hosts in network namespaces, under Slurm and OpenMPI; needs root, and says which packages it lacks
 # make check   style, format and types
+# make docs   set up, then the site in docs/_build/html, from the pages and the docstrings; a warning is an error
 # make soak   set up, then a long training under random faults, in some hours; needs root (docs/when_something_fails.md)
 
 PYTHON ?= python3.11
@@ -15,7 +16,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow test-multinode check soak setup clean
+.PHONY: demo test test-slow test-multinode check docs soak setup clean
 demo: setup
 	$(BIN)/python launch/demo.py
 
@@ -32,6 +33,11 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: setup
+	$(PIP) --config-settings editable_mode=compat -e '.[docs]'
+	INTERNSEG_DEVICE=cpu $(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
 
 soak: setup
 	$(BIN)/python benchmarks/soak.py --out $(or $(OUT),work_dirs/soak)

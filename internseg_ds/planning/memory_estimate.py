@@ -227,10 +227,13 @@ def estimate_memory(run: Run, platform: Platform) -> MemoryEstimate:
 def checkpoint_bytes(
     model: nn.Module, settings: ZeroSettings, *, ema: bool, matrices: Sequence[tuple[int, int]] = ()
 ) -> int:
-    """On disk, of one save by all processes: master weights and moments, their average, buffers, and under
-    ZeRO-1 and 2 the weights that modules compute with. matrices: those of Muon."""
-    weights = settings.bytes_per_weight * total_elements(model) if settings.stage < 3 else 0
-    return _saved_state(model, settings, matrices, ema) + weights + _buffer_bytes(model)
+    """On disk, of one save by all processes: master weights and moments, their average, buffers, and the weights that
+    modules compute with: all of them under ZeRO-1 and 2, those that do not train under ZeRO-3. matrices: those of
+    Muon."""
+    kept = total_elements(model) - (trained_elements(model) if settings.stage == 3 else 0)
+    return (
+        _saved_state(model, settings, matrices, ema) + settings.bytes_per_weight * kept + _buffer_bytes(model)
+    )
 
 
 def _saved_state(

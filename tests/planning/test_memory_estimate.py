@@ -60,6 +60,14 @@ def test_a_host_must_hold_all_of_its_processes():
         assert memory.fits_host is memory.fits is fits
 
 
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_checkpoint_has_the_weights_that_do_not_train(stage):
+    frozen = nn.Linear(1000, 1000, bias=False, device="meta").requires_grad_(False)
+    memory = estimate_memory(replace(run(stage), model=nn.Sequential(LAYER, frozen)), HOST)
+    # masters and moments of what trains; beside them, all weights in bf16, or those that do not train
+    assert memory.checkpoint == 12_000_000 + {1: 4_000_000, 3: 2_000_000}[stage]
+
+
 @pytest.mark.parametrize(("stage", "weights"), [(1, 2_000_000), (3, 0)])
 def test_the_moving_average_and_the_background_save(stage, weights):
     plain = estimate_memory(run(stage), HOST)
