@@ -22,7 +22,8 @@ from internseg_ds.monitoring.evaluation_record import NO_CLASS, EvaluatedImage, 
 log = logging.getLogger(__name__)
 
 FIXED, EXTREMES = 4, 3
-"""How many images are the same each time, and how many of the best and of the worst are kept."""
+"""How many images are the same each time, unless more are asked for, and how many of the best and of the worst are
+kept."""
 SIDE = 384
 """The longest side of a picture, in pixels."""
 
@@ -33,9 +34,9 @@ Kept = tuple[Sort, float, int]
 class KeptPictures:
     """An `ImageObserver` of one data set that keeps small predictions of this rank's images."""
 
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-        places = np.linspace(0, len(dataset) - 1, min(FIXED, len(dataset))).round()
+    def __init__(self, dataset: Any, fixed: int = FIXED) -> None:
+        self.dataset, self._fixed = dataset, fixed
+        places = np.linspace(0, len(dataset) - 1, min(fixed, len(dataset))).round()
         self._places = {int(place): order for order, place in enumerate(places)}
         # by sort: (order, -index, score, labels (h, w) uint16): a heap's least is its first, so what is dropped
         self._heaps: dict[Sort, list[tuple[float, int, float | None, np.ndarray]]] = {
@@ -48,7 +49,7 @@ class KeptPictures:
 
     def observe(self, index: int, labels: np.ndarray, score: float | None) -> None:
         if index in self._places:
-            self._keep("fixed", -self._places[index], index, score, labels, FIXED)
+            self._keep("fixed", -self._places[index], index, score, labels, self._fixed)
         if score is not None:
             self._keep("best", score, index, score, labels, self._most)
             self._keep("worst", -score, index, score, labels, self._most)
@@ -71,7 +72,7 @@ class KeptPictures:
         chosen: list[Kept] = []
         for sort in self._heaps:
             of_sort = sorted((kept for some in by_rank for kept in some if kept[0] == sort), reverse=True)
-            chosen += of_sort[: FIXED if sort == "fixed" else self._most]
+            chosen += of_sort[: self._fixed if sort == "fixed" else self._most]
         own = {
             (sort, order, index): self._picture(sort, -index, score, labels)
             for sort, heap in self._heaps.items()
@@ -113,12 +114,14 @@ def _small(picture: np.ndarray, interpolation: int = cv2.INTER_NEAREST) -> np.nd
 class KeptEvaluation:
     """One evaluation of a validation set, or of several that are joined, of which a record is to be kept."""
 
-    def __init__(self) -> None:
+    def __init__(self, fixed: int = FIXED) -> None:
+        """fixed: how many images of each data set are to be the same each time; at least FIXED are."""
+        self._fixed = max(fixed, FIXED)
         self._parts: list[KeptPictures] = []
 
     def observers(self, _number: int, dataset: Any) -> list[KeptPictures]:
         """Of each data set, for `evaluate_datasets`."""
-        self._parts.append(KeptPictures(dataset))
+        self._parts.append(KeptPictures(dataset, self._fixed))
         return self._parts[-1:]
 
     def record(

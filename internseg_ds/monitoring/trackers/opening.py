@@ -34,6 +34,11 @@ def check_trackers(hooks: Sequence[Hook]) -> None:
             WandbOptions.of_hook(hook).check()
 
 
+def pictures_asked_for(hooks: Sequence[Hook]) -> int:
+    """How many images an evaluation should keep for trackers."""
+    return max((WandbOptions.of_hook(hook).pictures for hook in hooks if hook["type"] in OF_WANDB), default=0)
+
+
 class Trackers:
     """Those of one run, none on ranks but the first. Everything is told to each of them, in threads of theirs."""
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from internseg_ds.config.engine_options import whole_number
 from internseg_ds.errors import ConfigError, reason_of, unknown_key
 from internseg_ds.monitoring.evaluation_record import NO_CLASS, EvaluatedImage, EvaluationRecord
 from internseg_ds.monitoring.loggers import SCORE_OF_A_CLASS
@@ -56,6 +57,11 @@ class WandbOptions:
 
     @classmethod
     def of_hook(cls, hook: Mapping[str, Any]) -> "WandbOptions":
+        """Raises ConfigError for a value that cannot be meant."""
+        for name in ("init_kwargs", "define_metric_cfg"):
+            if not isinstance(hook.get(name) or {}, Mapping):
+                raise ConfigError(f"{name}={hook[name]!r} of {hook['type']} must be a dict")
+        whole_number(hook.get("num_eval_images", 0), f"num_eval_images of {hook['type']}", least=0)
         return cls(
             init=dict(hook.get("init_kwargs") or {}),
             summaries=dict(hook.get("define_metric_cfg") or {}),
