@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -121,9 +122,10 @@ class WandbTracker:
                 raise
             log.warning("Weights & Biases is not reached, and the run is kept offline: %s", reason_of(error))
             # the process that wandb works with, which still tries to reach the server for this id
-            self._wandb.teardown()
+            with suppress(Exception):  # whatever has become of it
+                self._wandb.teardown()
             self._run = self._wandb.init(**{**arguments, "mode": "offline"})
-        self._row = self._run.step - 1
+        self._row = self._run.starting_step - 1
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
         for metric, summary in self._options.summaries.items():
@@ -207,7 +209,7 @@ class WandbTracker:
             run.id,
             goes_on,
             run.id,
-            f"{info.work_dir}/wandb/*run-*-{run.id}",
+            f"{info.work_dir}/wandb/offline-run-*-{run.id}",
         )
 
     def _log(self, step: int, values: Mapping[str, Any]) -> None:

@@ -1,12 +1,14 @@
 import time
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
+import wandb
 
 from internseg_ds.errors import ConfigError
 from internseg_ds.monitoring.trackers.background import Limits
 from internseg_ds.monitoring.trackers.opening import check_trackers, open_trackers
-from tests.monitoring.trackers.runs import bad_server, run_info
+from tests.monitoring.trackers.runs import LittleServer, bad_server, little_server, run_info
 from tests.monitoring.trackers.wandb_files import wandb_files
 from tests.run_report.runs import evaluation
 
@@ -17,8 +19,6 @@ PATIENT = Limits(settle_s=20)
 @pytest.fixture(autouse=True)
 def setup_anew():
     """wandb reads the environment once in a process."""
-    import wandb
-
     wandb.teardown()
     yield
     wandb.teardown()
@@ -113,7 +113,10 @@ def test_checkpoints_are_sent_on_request_with_their_scores(tmp_path, offline):
     assert "evaluation/pictures/count" not in read.rows[-1][1]
 
 
-@pytest.mark.parametrize("kind", ["refuses", "hangs", "500"])
+@pytest.mark.parametrize(
+    "kind",
+    ["hangs", pytest.param("refuses", marks=pytest.mark.slow), pytest.param("500", marks=pytest.mark.slow)],
+)
 def test_without_a_server_the_run_is_kept_offline_and_a_step_takes_no_longer(
     tmp_path, monkeypatch, caplog, kind
 ):
@@ -136,6 +139,46 @@ def test_without_a_server_the_run_is_kept_offline_and_a_step_takes_no_longer(
     assert rows == list(range(1, 31))
     assert "is not reached, and the run is kept offline" in caplog.text
     assert "wandb sync --id 0123abcd" in caplog.text
+
+
+def test_online_no_row_is_lost_when_a_run_goes_back_to_an_earlier_step(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    little = LittleServer()
+    with little_server(little):
+        monkeypatch.setenv("WANDB_BASE_URL", little.url)
+        for start, steps in ((0, (2, 4, 6)), (2, (4, 6, 8, 10))):
+            with open_trackers([HOOK], run_info(tmp_path, start=start), limits=PATIENT) as trackers:
+                for step in steps:
+                    trackers.record(step, {"loss": float(start)})
+            wandb.teardown()
+    rows = [(row["step"], row["loss"], row["_step"]) for row in little.rows]
+    assert [row[:2] for row in rows] == [(2, 0), (4, 0), (6, 0), (4, 2), (6, 2), (8, 2), (10, 2)]
+    # the client's own count goes on where it has to, and is that of steps again as soon as it can
+    assert [row[2] for row in rows] == [2, 4, 6, 7, 8, 9, 10]
+    assert "RunResumeStatus" in little.asked and not list(tmp_path.glob("wandb/offline-*"))
+
+
+def test_a_server_that_goes_away_holds_up_neither_a_step_nor_the_end(tmp_path, monkeypatch, caplog):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    hook = HOOK | {"init_kwargs": {"project": "test", "settings": {"finish_timeout": 1}}}
+    little, longest = LittleServer(), 0.0
+    with ExitStack() as server:
+        server.enter_context(little_server(little))
+        monkeypatch.setenv("WANDB_BASE_URL", little.url)
+        with open_trackers([hook], run_info(tmp_path), limits=PATIENT) as trackers:
+            trackers.record(1, {"loss": 1.0})
+            trackers.settle()
+            server.close()
+            for step in range(2, 31):
+                before = time.monotonic()
+                trackers.record(step, {"loss": 1.0})
+                longest = max(longest, time.monotonic() - before)
+            trackers.settle()
+            ending = time.monotonic()
+    assert time.monotonic() - ending < 10 and longest < 0.05
+    assert [row for read in wandb_files(tmp_path) for row, _ in read.rows] == list(range(1, 31))
 
 
 def test_wandb_without_an_account_is_refused_before_the_run(tmp_path, monkeypatch):
