@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
 import wandb
 
 from internseg_ds import SegmentorEngine
@@ -15,7 +16,7 @@ from tests.monitoring.trackers.wandb_files import wandb_files
 from tests.small_experiment import small_experiment
 
 
-def train(root: Path, work_dir: Path, resume: str | None) -> None:
+def train(root: Path, work_dir: Path, resume: str | Path | None) -> None:
     cfg = small_experiment(
         root,
         "runner.max_iters=4",
@@ -67,3 +68,14 @@ def test_a_run_that_was_interrupted_goes_on_in_its_trackers(ade20k, tmp_path, mo
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
     assert [event.step for event in events.Scalars("mIoU")] == [2, 4]
     assert sum(tag.startswith("validation/") for tag in events.Tags()["images"]) == 4
+
+
+@pytest.mark.slow
+def test_a_run_of_another_work_directory_is_another_one(ade20k, tmp_path, monkeypatch):
+    """The first may go on training beside it."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    spawn(train, 1, ade20k, tmp_path / "first", None)
+    spawn(train, 1, ade20k, tmp_path / "second", tmp_path / "first" / "checkpoints" / "iter_2")
+    (first,), (second,) = wandb_files(tmp_path / "first"), wandb_files(tmp_path / "second")
+    assert first.id != second.id
+    assert [row for row, _ in second.rows] == [3, 4]

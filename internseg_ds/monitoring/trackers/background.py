@@ -5,6 +5,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,14 +21,18 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Limits:
-    """records, evaluations: how many may wait, beyond which new ones are left out (an evaluation has some MiB of
-    pictures). start_s: seconds after which a tracker that has not started is given up. close_s: seconds that the end
-    of a run waits at most. settle_s: the same of `settle`."""
+    """How many may wait, and seconds.
+
+    records, evaluations: beyond which new ones are left out; an evaluation has some MiB of pictures. start_s: after
+    which a tracker that has not started is given up. close_s: that the end of a run waits at most, and error_close_s
+    after an error, which the other ranks have to hear of. settle_s: the same of `settle`.
+    """
 
     records: int = 1000
     evaluations: int = 3
     start_s: float = 120.0
     close_s: float = 20.0
+    error_close_s: float = 5.0
     settle_s: float = 1.0
 
 
@@ -82,7 +87,9 @@ class BackgroundTracker:
         self._thread.join(seconds)
         if self._thread.is_alive() and not self._off:
             self._off = True
-            log.warning("%s is not done after %.0f s and is left", self._tracker.name, self._limits.close_s)
+            log.warning("%s has not ended in time and is left", self._tracker.name)
+            with suppress(Exception):
+                self._tracker.abandon()
         if self._left_out:
             log.warning("%s: %s left out", self._tracker.name, counted(self._left_out, "record"))
 

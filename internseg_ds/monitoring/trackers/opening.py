@@ -100,6 +100,6 @@ def open_trackers(
     finally:
         for tracker in opened:
             tracker.end(failed=failed)
-        until = time.monotonic() + limits.close_s
+        until = time.monotonic() + (limits.error_close_s if failed else limits.close_s)
         for tracker in opened:
             tracker.join(max(0.0, until - time.monotonic()))

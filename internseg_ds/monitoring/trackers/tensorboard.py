@@ -79,6 +79,9 @@ class TensorBoardTracker:
         if self._writer is not None:
             self._writer.close()
 
+    def abandon(self) -> None:
+        """Nothing: what is not written in time is lost."""
+
     def _add(self, what: str, step: int, write: Write) -> None:
         self._waiting.append(write)
         with unless_disk_full(f"{what} of step {step} is not written yet"):

@@ -32,7 +32,8 @@ class RunInfo:
 
 
 class Tracker(Protocol):
-    """Shows one run. Every method is called by one and the same thread, `start` first and `close` last."""
+    """Shows one run. Every method but `abandon` is called by one and the same thread, `start` first and `close`
+    last."""
 
     name: str
     """For the log."""
@@ -51,3 +52,7 @@ class Tracker(Protocol):
 
     def close(self, *, failed: bool) -> None:
         """Sends what is left. failed: whether the training ended with an error."""
+
+    def abandon(self) -> None:
+        """Called by the main thread when another method has not returned in time: whatever of it would hold up the
+        end of the process is to go. Does not wait."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from internseg_ds.config.engine_options import whole_number
 from internseg_ds.errors import ConfigError, reason_of, unknown_key
@@ -105,6 +106,8 @@ class WandbTracker:
     def __init__(self, options: WandbOptions) -> None:
         self._options = options
         self._wandb = _wandb()  # here, in the main thread: processes are forked while the tracker's works
+        self._run: Any = None
+        self._abandoned = False
         self._step, self._row = -1, -1
         self._hidden: set[str] = set()
         self._scores: tuple[int, dict[str, float]] = -1, {}
@@ -118,7 +121,7 @@ class WandbTracker:
         try:
             self._run = self._wandb.init(**arguments)
         except Exception as error:
-            if self._options.mode not in ("online", "shared"):
+            if self._abandoned or self._options.mode not in ("online", "shared"):
                 raise
             log.warning("Weights & Biases is not reached, and the run is kept offline: %s", reason_of(error))
             # the process that wandb works with, which still tries to reach the server for this id
@@ -174,12 +177,22 @@ class WandbTracker:
                 self._send_checkpoint()
 
     def close(self, *, failed: bool) -> None:
+        if self._run is None:
+            return
         self._send_checkpoint()
         if self._options.files:
             for name in FILES:
                 if (self._work_dir / name).exists():
                     shutil.copy(self._work_dir / name, self._run.dir)  # wandb sends what is there
         self._run.finish(exit_code=int(failed))
+
+    def abandon(self) -> None:
+        """Ends the process that wandb works with: Python would wait for it at its end."""
+        self._abandoned = True
+        for child in psutil.Process().children():
+            if child.name() == "wandb-core":
+                child.kill()
+        self._wandb.teardown()
 
     def _arguments(self, info: RunInfo) -> dict[str, Any]:
         """Of wandb.init."""

@@ -23,6 +23,7 @@ class Notes:
     def __init__(self, *, fails: str = "", with_: BaseException | None = None) -> None:
         self.told: list[object] = []
         self.fails, self.error = fails, with_
+        self.abandoned = False
         self.go_on = threading.Event()
         self.go_on.set()
 
@@ -46,6 +47,9 @@ class Notes:
 
     def close(self, *, failed: bool) -> None:
         self._note("close", failed)
+
+    def abandon(self) -> None:
+        self.abandoned = True
 
 
 @pytest.fixture
@@ -99,9 +103,14 @@ def test_one_that_hangs_costs_no_time_and_what_finds_no_room_is_counted(started,
     assert time.monotonic() - began < 1 + 2000 * 1e-3  # of this loop without a tracker, 0.2 s
     tracker.end(failed=False)
     tracker.join(0.2)
+    assert notes.abandoned
     slow, left, count = warnings(caplog)
     # two evaluations between three records, until there is no room for a third one; in all 10 find room
-    assert "5 records wait" in slow and "not done after" in left and count.startswith("Notes: 3990 records")
+    assert (
+        "5 records wait" in slow
+        and "has not ended in time" in left
+        and count.startswith("Notes: 3990 records")
+    )
     notes.go_on.set()  # however late, nothing is logged twice
     time.sleep(0.1)
     assert len(warnings(caplog)) == 3
