@@ -19,11 +19,12 @@ from torch.utils.data import DataLoader
 from internseg_ds.config.known_keys import ELSEWHERE, KNOWN, READ
 from internseg_ds.errors import ConfigError
 
+OF_WANDB = ("init_kwargs", "define_metric_cfg", "log_artifact")
 LOG_HOOKS = {
     "TextLoggerHook": (),
     "TensorboardLoggerHook": ("log_dir",),
-    "WandbLoggerHook": ("init_kwargs",),
-    "MMSegWandbHook": ("init_kwargs",),
+    "WandbLoggerHook": OF_WANDB,
+    "MMSegWandbHook": (*OF_WANDB, "num_eval_images", "log_checkpoint", "log_checkpoint_metadata"),
 }
 """The hooks of `log_config.hooks` that are interpreted, and their arguments that are."""
 OWN_OF_LOADER = (
@@ -71,11 +72,8 @@ WHY = {
     "launch/consolidate.py makes a file of weights alone",
     "checkpoint_config.out_dir": "checkpoints are in WORK_DIR/checkpoints",
     "checkpoint_config.save_last": "the last step is always saved",
-    "MMSegWandbHook.num_eval_images": "no pictures are sent; launch/test.py --out draws the best and worst "
-    "images",
-    "MMSegWandbHook.log_checkpoint": "checkpoints stay in WORK_DIR/checkpoints",
-    "MMSegWandbHook.log_checkpoint_metadata": "checkpoints stay in WORK_DIR/checkpoints",
-    "WandbLoggerHook.log_artifact": "no files are sent",
+    "WandbLoggerHook.out_suffix": "train.log, config.py and ds_config.json are sent",
+    "MMSegWandbHook.out_suffix": "train.log, config.py and ds_config.json are sent",
 }
 """Why a key that mmcv or mmseg know has no effect here, where there is more to say."""
 

@@ -22,7 +22,8 @@ from internseg_ds.monitoring.evaluation_record import NO_CLASS, EvaluatedImage, 
 log = logging.getLogger(__name__)
 
 FIXED, EXTREMES = 4, 3
-"""How many images are the same each time, and how many of the best and of the worst are kept."""
+"""How many images are the same each time, unless more are asked for, and how many of the best and of the worst are
+kept."""
 SIDE = 384
 """The longest side of a picture, in pixels."""
 
@@ -30,14 +31,14 @@ SIDE = 384
 class KeptPictures:
     """An `ImageObserver` of one data set that keeps small predictions of this rank's images."""
 
-    def __init__(self, dataset: Any) -> None:
+    def __init__(self, dataset: Any, fixed: int = FIXED) -> None:
         self.dataset = dataset
-        places = np.linspace(0, len(dataset) - 1, min(FIXED, len(dataset))).round()
+        places = np.linspace(0, len(dataset) - 1, min(fixed, len(dataset))).round()
         self._places = {int(place): order for order, place in enumerate(places)}
         extremes = min(EXTREMES, len(dataset) // 2)
         # labels (h, w) uint16, and score
         self._kept: dict[Sort, Highest[tuple[np.ndarray, float | None]]] = {
-            "fixed": Highest(FIXED),
+            "fixed": Highest(fixed),
             "best": Highest(extremes),
             "worst": Highest(extremes),
         }
@@ -97,12 +98,14 @@ def _small(picture: np.ndarray, interpolation: int = cv2.INTER_NEAREST) -> np.nd
 class KeptEvaluation:
     """One evaluation of a validation set, or of several that are joined, of which a record is to be kept."""
 
-    def __init__(self) -> None:
+    def __init__(self, fixed: int = FIXED) -> None:
+        """fixed: how many images of each data set are to be the same each time; at least FIXED are."""
+        self._fixed = max(fixed, FIXED)
         self._parts: list[KeptPictures] = []
 
     def observers(self, _number: int, dataset: Any) -> list[KeptPictures]:
         """Of each data set, for `evaluate_datasets`."""
-        self._parts.append(KeptPictures(dataset))
+        self._parts.append(KeptPictures(dataset, self._fixed))
         return self._parts[-1:]
 
     def record(

@@ -1,40 +1,33 @@
-"""Where a run's metrics are logged: the console, WORK_DIR/metrics.jsonl, and TensorBoard and Weights & Biases
-where the config's `log_config.hooks` ask for them; and the log itself, WORK_DIR/train.log.
+"""Where a run's metrics are always logged: the console and WORK_DIR/metrics.jsonl (`trackers` are what a config
+asks for beside them); and the log itself, WORK_DIR/train.log.
 
 In: flat dicts of floats with a step. Rank 0 writes; on other ranks `open_loggers` gives an empty list. Nothing
 here is collective.
 """
 
-import errno
 import json
 import logging
 import math
-import os
 import re
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from logging.handlers import MemoryHandler
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from internseg_ds.errors import ConfigError
 from internseg_ds.monitoring.buffered_lines import BufferedLines
 from internseg_ds.output_files import whole_file
 
 log = logging.getLogger(__name__)
 
-WANDB_HOOKS = ("WandbLoggerHook", "MMSegWandbHook")
 SHARES = ("mfu", "hfu", "data_wait", "waits_for_slowest")
 """Metrics that the console shows in percent, as it does scores; in all files they are fractions."""
 SCORE = re.compile(r"(?:\d+_)?(?:aAcc|m[A-Z]\w*)")
 """mmseg's names of scores of all classes together; of several data sets, with the number of theirs."""
 SCORE_OF_A_CLASS = re.compile(r"(?:\d+_)?[A-Z]\w*\..*")
 """mmseg's names of scores of one class, such as IoU.wall, which the console leaves out."""
-ROOM_FOR_EVENTS = 2**16
-"""Bytes that must be free before a record is given to TensorBoard."""
 EARLY_LINES = 1000
 """Lines of the log that are kept for a work directory that is not there yet."""
 
@@ -133,97 +126,17 @@ def _step_of(line: str) -> float:
         return float("inf")  # half a line, from a run that was killed while it wrote
 
 
-class TensorBoardLogger:
-    """Scalars in WORK_DIR/tensorboard. After a write that failed, what is not there yet goes into a new file
-    with the next record."""
-
-    def __init__(self, folder: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.folder = folder
-        self._open = lambda: SummaryWriter(str(folder))
-        self._writer: SummaryWriter | None = None
-        self._waiting: list[tuple[int, float, Mapping[str, float]]] = []
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Raises OSError where some records have to wait."""
-        self._waiting.append((step, time.time(), dict(values)))
-        self._write_waiting()
-
-    def close(self) -> None:
-        if self._waiting:
-            self._write_waiting()
-        if self._writer is not None:
-            self._writer.close()
-
-    def _write_waiting(self) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if shutil.disk_usage(self.folder).free < ROOM_FOR_EVENTS:
-                # before the writer's thread meets the full disk, and prints a traceback
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            if self._writer is None:
-                self._writer = self._open()
-            for step, moment, values in self._waiting:
-                for name, value in values.items():
-                    self._writer.add_scalar(name, value, step, moment)
-            self._writer.flush()  # raises what its thread ran into
-        except OSError:
-            self._writer = None  # a writer that has failed raises the same error for ever
-            raise
-        self._waiting = []
-
-
-class WandbLogger:
-    """A Weights & Biases run; WANDB_MODE=offline keeps it in WORK_DIR/wandb and needs no account."""
-
-    def __init__(self, folder: Path, init: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-        import wandb
-
-        self.run = wandb.init(**{"dir": str(folder), "config": dict(config), **init})
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        self.run.log(dict(values), step=step)
-
-    def close(self) -> None:
-        self.run.finish()
-
-
-def check_loggers(hooks: Sequence[Mapping[str, Any]]) -> None:
-    """Raises ConfigError when a wandb hook cannot work: wandb is not installed, or would ask for an account
-    that it does not know."""
-    for hook in hooks:
-        if hook["type"] not in WANDB_HOOKS:
-            continue
-        try:
-            import wandb
-        except ImportError:
-            raise ConfigError(
-                "log_config.hooks names a wandb hook, but wandb is not installed; pip install wandb, or "
-                "drop the hook"
-            ) from None
-        mode = (hook.get("init_kwargs") or {}).get("mode") or os.environ.get("WANDB_MODE", "online")
-        if mode == "online" and not wandb.api.api_key:
-            raise ConfigError(
-                "log_config.hooks names a wandb hook, but wandb knows no account here; run `wandb login`, "
-                "or set WANDB_MODE=offline"
-            )
-
-
 @contextmanager
 def open_loggers(
     work_dir: Path,
-    hooks: Sequence[Mapping[str, Any]],
     *,
     max_steps: int,
     start: int,
-    config: Mapping[str, Any],
     is_main: bool,
     scores_again: bool = False,
 ) -> Iterator[list[MetricLogger]]:
     """The metric loggers of one run, closed at the end of the block however it ends. start: the step that it
-    resumes from; scores_again: whether it evaluates at that step once more. config: what wandb shows as the
-    run's configuration."""
+    resumes from; scores_again: whether it evaluates at that step once more."""
     if not is_main:
         yield []
         return
@@ -231,11 +144,6 @@ def open_loggers(
         ConsoleLogger(max_steps, start),
         JsonlLogger(work_dir / "metrics.jsonl", start, scores_again=scores_again),
     ]
-    for hook in hooks:
-        if hook["type"] == "TensorboardLoggerHook":
-            loggers.append(TensorBoardLogger(Path(hook.get("log_dir") or work_dir / "tensorboard")))
-        elif hook["type"] in WANDB_HOOKS:
-            loggers.append(WandbLogger(work_dir, hook.get("init_kwargs") or {}, config))
     try:
         yield loggers
     finally:

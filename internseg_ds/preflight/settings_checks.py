@@ -14,7 +14,7 @@ from internseg_ds.distributed.batch_norms import norms_of_each_rank
 from internseg_ds.distributed.precision import check_float8, compute_dtypes
 from internseg_ds.distributed.process_group import World
 from internseg_ds.errors import ConfigError, counted, shortened
-from internseg_ds.monitoring.loggers import check_loggers
+from internseg_ds.monitoring.trackers.opening import check_trackers
 from internseg_ds.optimization.optimizers import check_optimizer
 from internseg_ds.optimization.parameter_groups import (
     default_weight_decay,
@@ -58,7 +58,7 @@ def check_settings(
     check_windows(experiment)
     check_patches(experiment, model)
     if world.is_main:
-        check_loggers(experiment.logging.hooks)
+        check_trackers(experiment.logging.hooks)
     return ds
 
 

@@ -14,6 +14,8 @@ HEIGHT = 180
 """Of a picture in pixels."""
 WIDEST = 320
 QUALITY = 80
+SHOWN = 4
+"""Of the images that are the same each time; a run may keep more for its trackers."""
 IN_LEGEND = 12
 """Classes that are named under a strip: those of the largest area."""
 
@@ -35,7 +37,9 @@ def fixed_strips(evaluations: Sequence[EvaluationRecord]) -> list[Strip]:
         for evaluation in evaluations
     ]
     strips = []
-    for name, newest in (of_each[-1] if of_each else {}).items():
+    kept = list((of_each[-1] if of_each else {}).items())
+    for place in np.linspace(0, len(kept) - 1, min(SHOWN, len(kept))).round().astype(int):
+        name, newest = kept[place]
         predictions = [
             (f"step {evaluation.step:,}", shown[name].prediction)
             for evaluation, shown in zip(evaluations, of_each, strict=True)

@@ -280,7 +280,7 @@ class SegmentorEngine:
 
     def _restore_state(self, checkpoint: ZeroCheckpoint) -> None:
         """Step, images, seed and best score of the checkpoint that this run goes on from. Collective."""
-        seed, batch = self.options.seed, self.plan.ds.global_batch
+        seed, batch, new_run = self.options.seed, self.plan.ds.global_batch, self.state.run
         self.state = state_of(checkpoint, seed)
         if self.state.images != self.state.step * batch:
             images = self.state.images / max(self.state.step, 1)
@@ -293,6 +293,8 @@ class SegmentorEngine:
             )
         if checkpoint.path.parent.resolve() == self.checkpoints.folder.resolve():
             self.checkpoints.newest = checkpoint.path.name
+        else:  # another work directory, another run, which records and trackers shall not mix
+            self.state.run = new_run
         self.checkpoints.recall_best(self.state, self.plan.experiment.evaluation.best_by)
         log.info(
             "resumed from %s (%s, ZeRO-%d): step %d, %d images seen",

@@ -1,7 +1,7 @@
 """What is measured of the steps of a training and written into its records. Changes nothing about them."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import TracebackType
 
 from torch import Tensor
@@ -11,8 +11,12 @@ from internseg_ds.distributed.hang_verdict import Doing
 from internseg_ds.monitoring.evaluation_record import FOLDER, EvaluationRecord, rewind_evaluations
 from internseg_ds.monitoring.loggers import MetricLogger, open_loggers
 from internseg_ds.monitoring.profiler import StepProfile
+from internseg_ds.monitoring.run_starts import read_starts
 from internseg_ds.monitoring.step_metrics import Spikes, StepMetrics
 from internseg_ds.monitoring.stragglers import LayerClock, Stragglers
+from internseg_ds.monitoring.trackers.best import best_recorded
+from internseg_ds.monitoring.trackers.opening import Trackers, open_trackers
+from internseg_ds.monitoring.trackers.tracker import RunInfo
 from internseg_ds.output_files import unless_disk_full
 from internseg_ds.run_report.refreshed_page import RefreshedPage
 from internseg_ds.training.training_run import TrainingRun
@@ -23,6 +27,23 @@ def record(loggers: Sequence[MetricLogger], step: int, values: Mapping[str, floa
     for logger in loggers:
         with unless_disk_full(f"a record of step {step} is not written yet"):
             logger.write(step, values)
+
+
+def trackers_of(run: TrainingRun) -> AbstractContextManager[Trackers]:
+    """Those that the config asks for. By rank 0, after the records of steps that it repeats were taken away."""
+    experiment, starts = run.plan.experiment, read_starts(run.work_dir)
+    info = RunInfo(
+        run=run.state.run,
+        name=run.work_dir.resolve().name,
+        work_dir=run.work_dir,
+        start=run.state.step,
+        config=config_dict(experiment.cfg),
+        ds_config=run.plan.ds.raw,
+        environment=starts[-1].environment if starts else (),
+    )
+    score = experiment.evaluation.best_by or experiment.evaluation.metrics[0]
+    best = best_recorded(run.work_dir / "metrics.jsonl", score) if info.start else None
+    return open_trackers(experiment.logging.hooks, info, score=score, best=best)
 
 
 class StepMonitors:
@@ -49,16 +70,16 @@ class StepMonitors:
         )
         self._page = RefreshedPage(run.work_dir) if world.is_main else None
         self._loggers: list[MetricLogger] = []
+        self._trackers = Trackers()
+        self._newest_save = run.checkpoints.newest
         self._opened = ExitStack()
 
     def __enter__(self) -> "StepMonitors":
         run, experiment = self._run, self._run.plan.experiment
         loggers = open_loggers(
             run.work_dir,
-            experiment.logging.hooks,
             max_steps=experiment.max_steps,
             start=run.state.step,
-            config=config_dict(experiment.cfg),
             is_main=run.world.is_main,
             scores_again=self._scores_again,
         )
@@ -69,6 +90,8 @@ class StepMonitors:
             if self._page is not None:
                 opened.callback(self._page.close)  # the last thing: it reads what the others have written
             self._loggers = opened.enter_context(loggers)
+            if run.world.is_main:
+                self._trackers = opened.enter_context(trackers_of(run))
             opened.enter_context(self._profile)
             self._opened = opened.pop_all()
         return self
@@ -129,12 +152,23 @@ class StepMonitors:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes a record of other values, such as scores."""
         record(self._loggers, step, values)
+        self._trackers.record(step, values)
 
     def keep(self, evaluation: EvaluationRecord | None) -> None:
         """Writes the record of an evaluation; None on ranks that have none."""
         if evaluation is not None:
+            self.tell_of_save()
+            self._trackers.evaluation(evaluation)
             with unless_disk_full("the record of this evaluation is not written"):
                 evaluation.write(self._run.work_dir / FOLDER)
+
+    def tell_of_save(self) -> None:
+        """Tells the trackers of a save that was completed since the last call."""
+        checkpoints = self._run.checkpoints
+        if checkpoints.newest not in (None, self._newest_save):
+            self._newest_save = checkpoints.newest
+            folder = checkpoints.folder / checkpoints.newest
+            self._trackers.checkpoint(int(checkpoints.newest.rpartition("_")[2]), folder)
 
     @contextmanager
     def paused(self, step: int, *, pauses: bool) -> Iterator[None]:
@@ -142,8 +176,12 @@ class StepMonitors:
         evaluation comes."""
         with self._metrics.paused():
             self._profile.end_step(step, pauses=pauses)
-            if pauses and self._page is not None:
-                self._page.wait()  # an evaluation forks processes, and no thread of ours may be at work then
+            if pauses:
+                # an evaluation forks processes, and no thread of ours may be at work then
+                self._trackers.settle()
+                if self._page is not None:
+                    self._page.wait()
             yield
+            self.tell_of_save()
             if pauses and self._page is not None:
                 self._page.refresh()

@@ -15,6 +15,7 @@ from internseg_ds.evaluation.kept_pictures import KeptEvaluation
 from internseg_ds.evaluation.report import write_report
 from internseg_ds.garbage_collection import SteppedCollector
 from internseg_ds.monitoring.curves import draw_curves
+from internseg_ds.monitoring.trackers.opening import pictures_asked_for
 from internseg_ds.output_files import unless_disk_full
 from internseg_ds.training.bad_images import BadImages
 from internseg_ds.training.nonfinite_steps import NonfiniteSteps, nan_gradients_unless_finite
@@ -185,7 +186,7 @@ def evaluate_and_record(run: TrainingRun, monitors: StepMonitors, *, of_checkpoi
     best so far, of which WORK_DIR/evaluation has a report; False before the first step.
     """
     state, experiment = run.state, run.plan.experiment
-    kept = KeptEvaluation()
+    kept = KeptEvaluation(pictures_asked_for(experiment.logging.hooks))
     try:
         evaluation = run.evaluate(verbose=of_checkpoint, stop=run.stop_requests, observers_of=kept.observers)
     except Abandoned:

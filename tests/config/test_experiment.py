@@ -154,8 +154,8 @@ def test_a_misspelt_key_of_a_section_is_an_error(sections, words):
         ({"checkpoint_config": {"save_optimizer": False}}, "checkpoint_config.save_optimizer has no effect"),
         ({"log_config": {"verbosely": True}}, "log_config.verbosely has no effect"),
         (
-            {"log_config": {"hooks": [dict(type="MMSegWandbHook", num_eval_images=5)]}},
-            "MMSegWandbHook.num_eval_images has no effect here: no pictures are sent",
+            {"log_config": {"hooks": [dict(type="MMSegWandbHook", commit=False)]}},
+            "MMSegWandbHook.commit has no effect here",
         ),
         (
             {"log_config": {"hooks": [dict(type="TextLoggerHook", interval=7)]}},

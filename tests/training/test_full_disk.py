@@ -27,6 +27,7 @@ from internseg_ds.checkpoints.zero_checkpoint import ZeroCheckpoint
 from internseg_ds.distributed.checkpoint_engine import note_failed_writes
 from internseg_ds.errors import CheckpointError
 from internseg_ds.monitoring.loggers import open_loggers, start_logging
+from internseg_ds.monitoring.trackers.opening import open_trackers
 from internseg_ds.training.checkpointer import Checkpointer, _shortage
 from internseg_ds.training.segmentor_engine import SegmentorEngine
 from internseg_ds.training.step_monitors import record
@@ -34,6 +35,7 @@ from internseg_ds.training.train_state import TrainState
 from tests.conftest import ROOT, TINY, data_options
 from tests.distributed.ranks import spawn
 from tests.end_to_end.conftest import SMALL
+from tests.monitoring.trackers.runs import run_info
 from tests.small_experiment import small_experiment
 
 SIZE = 2**14
@@ -197,16 +199,20 @@ def test_records_catch_up_when_there_is_room_again(small_disk):
 
     disk, log = small_disk(), logging.getLogger("internseg_ds.training")
     start_logging(disk, level="INFO", is_main=True)
-    with open_loggers(
-        disk, [{"type": "TensorboardLoggerHook"}], max_steps=9, start=0, config={}, is_main=True
-    ) as loggers:
+    with (
+        open_loggers(disk, max_steps=9, start=0, is_main=True) as loggers,
+        open_trackers([{"type": "TensorboardLoggerHook"}], run_info(disk)) as trackers,
+    ):
         for step in range(1, 10):
+            trackers.settle()
             if step == 3:
                 leave(disk, free_bytes=0)
             if step == 7:
                 shutil.rmtree(disk / "filler")
             log.info("step %d of the log, %s", step, "and more " * 200)
-            record(loggers, step, {"loss": float(step), **{f"IoU.{name}": 0.5 for name in range(150)}})
+            values = {"loss": float(step), **{f"IoU.{name}": 0.5 for name in range(150)}}
+            record(loggers, step, values)
+            trackers.record(step, values)
     start_logging(None, level="INFO", is_main=True)
     assert [json.loads(line)["loss"] for line in (disk / "metrics.jsonl").read_text().splitlines()] == list(
         range(1, 10)
@@ -216,6 +222,8 @@ def test_records_catch_up_when_there_is_room_again(small_disk):
         step for line in lines for step in range(1, 10) if f" step {step} of the log, and more " in line
     ] == list(range(1, 10))
     assert sum("lines wait in memory" in line for line in lines) == 2  # once for each file
+    waits = [line for line in lines if "a record of step" in line and "not written yet" in line]
+    assert len(waits) == 4  # TensorBoard, of steps 3 to 6
     events = EventAccumulator(str(disk / "tensorboard"))
     events.Reload()
     assert {event.step: event.value for event in events.Scalars("loss")} == {

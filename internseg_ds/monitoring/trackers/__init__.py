@@ -1,0 +1,1 @@
+"""Services that show runs: TensorBoard, Weights & Biases, MLflow; one file each."""
