@@ -40,6 +40,7 @@ class Peak:
     flops_per_s: float
 
     def utilization(self, images_per_s: float) -> dict[str, float]:
+        """Shares of the peak: "mfu", "hfu"."""
         return {
             "mfu": self.model_flops * images_per_s / self.flops_per_s,
             "hfu": self.hardware_flops * images_per_s / self.flops_per_s,
@@ -71,8 +72,8 @@ class Meter:
         if found["hfu"] <= 1:
             return found
         log.info(
-            "records go without mfu and hfu from here: %.0f %% of the peak were reached, so it is wrong; "
-            "was it measured while other work ran? engine.peak_tflops names another",
+            "records go without mfu and hfu from here: %.0f %% of the peak were reached, so it is wrong, as one is "
+            "that was measured while the device was busy; set engine.peak_tflops",
             100 * found["hfu"],
         )
         self.peak = None

@@ -13,13 +13,18 @@ from internseg_ds.monitoring.loggers import MetricLogger, open_loggers
 from internseg_ds.monitoring.profiler import StepProfile
 from internseg_ds.monitoring.step_metrics import Spikes, StepMetrics
 from internseg_ds.monitoring.stragglers import LayerClock, Stragglers
+from internseg_ds.monitoring.units import in_percent
 from internseg_ds.output_files import unless_disk_full
 from internseg_ds.run_report.refreshed_page import RefreshedPage
 from internseg_ds.training.training_run import TrainingRun
 
 
 def record(loggers: Sequence[MetricLogger], step: int, values: Mapping[str, float]) -> None:
-    """Writes a record of a step; one that a full disk does not take waits in memory."""
+    """Writes a record of a step, scores and shares in percent; one that a full disk does not take waits in memory.
+
+    values: scores and shares from 0 to 1.
+    """
+    values = in_percent(values)
     for logger in loggers:
         with unless_disk_full(f"a record of step {step} is not written yet"):
             logger.write(step, values)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import rasterio
 from rasterio.enums import ColorInterp
-from rich.console import Console
 
 from internseg_ds.config.experiment import read_experiment
 from internseg_ds.data.checks.survey import survey
@@ -237,7 +236,7 @@ def test_the_data_doctor_measures_each_channel_and_shows_windows(scene, tmp_path
     cfg = experiment(root)
     for name in ("train", "val", "test"):
         cfg.data[name].images, cfg.data[name].masks = "**/*.tif", "**/*_mask.tif"
-    report = examine(read_experiment(cfg), Console(quiet=True), workers=0)
+    report = examine(read_experiment(cfg), workers=0)
     assert not report.wrong, report.wrong
     (look,) = report.scanned["data.train"].looks
     np.testing.assert_allclose(look.mean, image.reshape(-1, 5).mean(0))
