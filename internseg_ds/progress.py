@@ -170,8 +170,8 @@ def _is_heard() -> bool:
 
 
 def _is_logged() -> bool:
-    """Whether the lines of this package go somewhere; they do once a command or a run has started its log."""
-    return log.hasHandlers()
+    """Whether a command or a run has started the log of this package."""
+    return bool(logging.getLogger(__name__.partition(".")[0]).handlers)
 
 
 def _log(line: str) -> None:

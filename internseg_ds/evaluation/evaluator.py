@@ -130,11 +130,9 @@ def _score_images(
     def so_far() -> str:
         intersection, union = areas(confusion)[:2]
         there = union > 0
-        return (
-            f"mIoU so far {100 * (intersection[there] / union[there]).mean().item():.2f} %"
-            if there.any()
-            else ""
-        )
+        if not there.any():
+            return ""
+        return f"mIoU of rank 0 so far {100 * (intersection[there] / union[there]).mean().item():.2f} %"
 
     images.note = so_far
 
@@ -273,9 +271,8 @@ class ReadableImages:
         """What is shown beside the count of images."""
 
     def __iter__(self) -> Iterator[EvaluationImage]:
-        count = len(range(self.world.rank, len(self.dataset), self.world.size))
-        unit = "images" if self.world.size == 1 else "images of this rank"
-        with progress(self.doing, count, unit, note=lambda: self.note()) as seen:
+        count = len(self.dataset)
+        with progress(self.doing, count, "images", note=lambda: self.note()) as seen:
             for image in evaluation_images(
                 self.dataset,
                 rank=self.world.rank,
@@ -290,7 +287,8 @@ class ReadableImages:
                     raise FaultError(f"{image.fault} (without --strict it would be left out)")
                 else:
                     self.faults.append(image.fault)
-                seen.advance()
+                # the other ranks, which take every other image, are about as far
+                seen.advance(min(self.world.size, count - seen.done))
 
     def totals(self, done: int) -> tuple[int, list[str]]:
         """The number of images that all ranks have done, and what is wrong with the others, which is logged.

@@ -24,11 +24,14 @@ def is_percent(name: str) -> bool:
 def in_percent(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a record with scores and shares in percent, which are given as 0 to 1. What is no number stays
     as it is."""
-    return {
-        # six digits of a fraction, as scores are rounded, are four of percent
-        name: round(100 * value, 4) if is_percent(name) and isinstance(value, (int, float)) else value
-        for name, value in values.items()
-    }
+
+    def converted(name: str, value: Any) -> Any:
+        if not is_percent(name) or not isinstance(value, (int, float)):
+            return value
+        # scores are rounded to six digits, which are four of percent
+        return 100 * value if name in SHARES else round(100 * value, 4)
+
+    return {name: converted(name, value) for name, value in values.items()}
 
 
 def todays(line: Mapping[str, Any]) -> dict[str, Any]:
