@@ -147,8 +147,8 @@ def _start(
     for line in header:
         log.info("%s", line)
     for waiting, handler in ((own, to_file), (others, beside)):
-        for record in waiting.records if waiting is not None else ():
-            if work_dir is not None or waiting.of_command:
+        if waiting is not None and (work_dir is not None or waiting.of_command):
+            for record in waiting.records:
                 handler.handle(record)
 
 

@@ -249,7 +249,8 @@ def _tell(run: TrainingRun, evaluation: Evaluation, place: str, seconds: float) 
         evaluation.images,
         duration(seconds),
     )
-    by_class = class_scores(evaluation.metrics, evaluation.confusion, run.plan.val_set.CLASSES)
+    val_set: SegmentationDataset = run.plan.val_set
+    by_class = class_scores(evaluation.metrics, evaluation.confusion, val_set.CLASSES)
     log.info("  %s", extremes(by_class))
     with unless_disk_full("the scores by class are not written"):
         write_class_scores(by_class, run.work_dir / "per_class.csv")
