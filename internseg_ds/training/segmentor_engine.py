@@ -210,8 +210,7 @@ class SegmentorEngine:
         self._choose_activation_checkpointing()
         self.meter = make_meter(
             experiment.engine.peak_tflops,
-            self.plan.meta_model,
-            self.plan.crop,
+            lambda: self._estimator_as_it_trains().training_pass,
             self.world,
             self.dtypes.backbone,
         )
@@ -255,6 +254,12 @@ class SegmentorEngine:
             self._estimator, self.plan.ds, self.world, self.dtypes.backbone
         )
         set_activation_checkpointing(self.plan.meta_model, self._recomputation)
+
+    def _estimator_as_it_trains(self) -> Estimator:
+        """That of the activation checkpointing that was chosen, whose counts the plan may have made already."""
+        asked = self.plan.experiment.engine.recomputation
+        chosen = self._recomputation
+        return self._estimator if chosen in ("config", asked) else self._estimator.under(chosen)
 
     def _load_weights(self, resume_point: ResumePoint | None, model: torch.nn.Module) -> None:
         """Those of the checkpoint to go on from, or those that a fresh run starts from, if any. Collective."""
