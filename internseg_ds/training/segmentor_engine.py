@@ -259,7 +259,9 @@ class SegmentorEngine:
         """That of the activation checkpointing that was chosen, whose counts the plan may have made already."""
         asked = self.plan.experiment.engine.recomputation
         chosen = self._recomputation
-        return self._estimator if chosen in ("config", asked) else self._estimator.under(chosen)
+        if chosen == "config" or chosen == asked:
+            return self._estimator
+        return self._estimator.under(chosen)
 
     def _load_weights(self, resume_point: ResumePoint | None, model: torch.nn.Module) -> None:
         """Those of the checkpoint to go on from, or those that a fresh run starts from, if any. Collective."""
