@@ -215,5 +215,9 @@ def _is_of_the_user(record: logging.LogRecord, text: str) -> bool:
     if record.name != WARNINGS:
         return False
     paths = sysconfig.get_paths()
-    installed = (*(paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")), PACKAGE, "<")
+    installed = (
+        *(paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")),
+        PACKAGE,
+        "<frozen",
+    )
     return not text.startswith(installed) and "site-packages" not in text.partition(": ")[0]
