@@ -10,12 +10,6 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install --quiet -c constraints.txt
 TORCH  := $(shell sed -n 's/^torch===//p' constraints.txt)
-MMCV   := $(shell sed -n 's/^mmcv-full==//p' constraints.txt)
-
-# compiled wheels outlive the checkout, so they are built once per machine; extensions hold paths of their environment and stay in it
-CACHE  := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/internseg_ds
-TAG     = torch$(TORCH)-$(shell $(PYTHON) -c 'import sys; print("cp%d%d" % sys.version_info[:2])')
-WHEELS  = $(CACHE)/wheels-$(TAG)
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
@@ -50,15 +44,9 @@ $(VENV)/.torch: constraints.txt
 	$(PIP) torch torchvision setuptools wheel packaging ninja opencv-python-headless
 	@touch $@
 
-# about 6 minutes on 2 cores, once; OpenCV must be there first, or the wheel asks for a second one. mmcv compiles its CUDA operators wherever it sees a GPU,
-# with nvcc or not; none of them is ever called here, so it is to see none
+# compiled once per machine, in 100 seconds of CPU, and kept in ~/.cache
 $(VENV)/.mmcv: $(VENV)/.torch
-	@mkdir -p $(WHEELS)
-	@ls $(WHEELS)/mmcv_full-$(MMCV)-*.whl >/dev/null 2>&1 || { \
-	  echo "compiling mmcv-full $(MMCV), once per machine (5 to 15 minutes) ..."; \
-	  CUDA_VISIBLE_DEVICES= CFLAGS=-g0 MMCV_WITH_OPS=1 FORCE_CUDA=0 MAX_JOBS=$$(nproc) $(BIN)/pip wheel --quiet --no-cache-dir --no-build-isolation --no-deps -w $(WHEELS)/building mmcv-full==$(MMCV) \
-	  && mv $(WHEELS)/building/*.whl $(WHEELS)/; }
-	$(PIP) --find-links $(WHEELS) mmcv-full
+	@PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m internseg_ds.cli.build_mmcv
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.mmcv pyproject.toml

@@ -86,6 +86,13 @@ def fake_tensor_mode(**options: Any) -> AbstractContextManager[Any]:
     return FakeTensorMode(**options)
 
 
+def is_fake(value: Any) -> bool:
+    """Whether a tensor was made inside `fake_tensor_mode`, and so has no values."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(value, FakeTensor)
+
+
 def copy_tensors(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
     """Copies each of `sources` into its one of `targets`, on a GPU in few kernels. Neither may be empty."""
     torch._foreach_copy_(list(targets), list(sources))

@@ -28,6 +28,7 @@ from internseg_ds.torch_internals import (
     fake_tensor_mode,
     has_load_hooks,
     in_backward_pass,
+    is_fake,
     operator_schema,
     persistent_buffers,
     position_in_file,
@@ -83,6 +84,12 @@ def test_position_in_file(tmp_path):
 def test_fake_tensor_mode():
     with fake_tensor_mode(allow_non_fake_inputs=True):
         assert (torch.empty(2**50) + torch.ones(1)).shape == (2**50,)
+
+
+def test_is_fake():
+    with fake_tensor_mode():
+        made = torch.ones(1)
+    assert is_fake(made) and not is_fake(torch.ones(1)) and not is_fake(None)
 
 
 def test_copy_tensors():

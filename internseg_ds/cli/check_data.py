@@ -12,7 +12,7 @@ def _main() -> None:
         "python launch/check_data.py configs/intern_vit_tiny/upernet_intern_vit_tiny_112_ade20k.py "
         "--page data.html",
     )
-    parser.add_argument("config", help="experiment config (MMSegmentation 0.x format)")
+    command_line.add_config(parser)
     parser.add_argument("--page", metavar="HTML", help="write one page with histogram and contact sheet")
     parser.add_argument(
         "--sample",

@@ -100,6 +100,15 @@ def count(text: str) -> int:
     return number
 
 
+def add_config(made: argparse.ArgumentParser) -> None:
+    """The config, first of what stands without a name."""
+    made.add_argument(
+        "config",
+        help="experiment config (MMSegmentation 0.x format): a path, or the name of one that comes with this "
+        "package, such as timm_tiny/upernet_dinov3_tiny_112_ade20k",
+    )
+
+
 def add_checksum_option(made: argparse.ArgumentParser) -> None:
     """--skip-checksums, of what reads checkpoints or weights."""
     made.add_argument(

@@ -64,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
         "configs/intern_vit_6b/full_tuning/upernet_intern_vit_6b_504_80k_ade20k_bs16_lr4e-5.py \\\n"
         "      --deepspeed_config ds_configs/zero3_bf16.json --gpus 8 --gpu H100",
     )
-    parser.add_argument("config", help="experiment config (MMSegmentation 0.x format)")
+    command_line.add_config(parser)
     parser.add_argument(
         "--deepspeed_config",
         "--deepspeed-config",
@@ -160,9 +160,9 @@ def _main() -> None:
     # after the arguments are known to be right: these take seconds to import
     from contextlib import suppress
     from dataclasses import replace
-    from pathlib import Path
 
     from internseg_ds.config.experiment import read_experiment
+    from internseg_ds.config.packaged import DS_CONFIGS, find
     from internseg_ds.errors import ConfigError
     from internseg_ds.planning.devices import Cluster
     from internseg_ds.planning.estimate import compare, estimate, estimate_scaling, without_zero
@@ -191,7 +191,7 @@ def _main() -> None:
     cluster = Cluster(
         device, gpus(args) // per_node(args), per_node(args), args.interconnect, args.host_memory
     )
-    given = Path(args.deepspeed_config)
+    given = find(args.deepspeed_config, DS_CONFIGS)
     chosen = estimate(estimator, given, cluster, assumed)
     print_estimate(chosen, console)
     others = [path for path in sorted(given.parent.glob("*.json")) if path != given]

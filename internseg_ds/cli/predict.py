@@ -17,7 +17,7 @@ def _main() -> None:
         "work_dirs/demo/segmentor.pth \\\n"
         "      data/ade/ADEChallengeData2016/images/validation --out predictions",
     )
-    parser.add_argument("config", help="experiment config (MMSegmentation 0.x format)")
+    command_line.add_config(parser)
     parser.add_argument(
         "checkpoint", help=".pth or .safetensors file, folder of safetensors, or a ZeRO checkpoint directory"
     )

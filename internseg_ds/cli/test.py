@@ -17,7 +17,7 @@ def _parser() -> argparse.ArgumentParser:
         "configs/intern_vit_tiny/upernet_intern_vit_tiny_112_ade20k.py \\\n"
         "      work_dirs/demo/segmentor.pth --eval mIoU --out work_dirs/demo/evaluation",
     )
-    parser.add_argument("config", help="experiment config (MMSegmentation 0.x format)")
+    command_line.add_config(parser)
     parser.add_argument(
         "checkpoint",
         help=".pth or .safetensors file, folder of safetensors, or a ZeRO checkpoint directory "

@@ -2,10 +2,12 @@
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from internseg_ds.cli.loading import loading
+from internseg_ds.monitoring.environment_report import print_report
 from internseg_ds.progress import stage
 from internseg_ds.training.stop_requests import exit_on_request, exit_stopped
 
@@ -33,13 +35,14 @@ def _parser() -> argparse.ArgumentParser:
         "configs/intern_vit_6b/full_tuning/upernet_intern_vit_6b_504_80k_ade20k_bs16_lr4e-5.py \\\n"
         "      --deepspeed_config ds_configs/zero3_bf16.json",
     )
-    parser.add_argument("config", help="experiment config (MMSegmentation 0.x format)")
+    command_line.add_config(parser)
     parser.add_argument(
         "--deepspeed_config",
         "--deepspeed-config",
         default="ds_configs/zero3_bf16.json",
         metavar="JSON",
-        help="DeepSpeed JSON (default: %(default)s)",
+        help="DeepSpeed JSON: a path, or the name of one that comes with this package, such as zero3_bf16 "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--work-dir",
@@ -106,6 +109,11 @@ def _parser() -> argparse.ArgumentParser:
         "--dry-run",
         action="store_true",
         help="check everything, print parameters, groups and memory, and take no accelerator",
+    )
+    parser.add_argument(
+        "--env",
+        action="store_true",
+        help="print versions, GPUs, compiled extensions and the like, for the report of a defect; needs no config",
     )
     command_line.add_checksum_option(parser)
     command_line.add_config_options(parser)
@@ -214,6 +222,9 @@ def _train(args: argparse.Namespace, experiment: "Experiment") -> None:
 
 def main() -> NoReturn:
     """The command."""
+    if "--env" in sys.argv[1:]:  # before anything is imported that may be broken
+        print_report()
+        sys.exit()
     exit_on_request()  # before the next import, which takes seconds
     with loading("torch and mmcv"):
         from internseg_ds.cli import command_line

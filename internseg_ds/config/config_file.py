@@ -5,26 +5,26 @@ import os
 import traceback
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from mmcv import Config
 from mmcv.utils import import_modules_from_strings
 
-import internseg_ds
+from internseg_ds.config import packaged
 from internseg_ds.config.config_text import config_dict
+from internseg_ds.config.packaged import PACKAGE
 from internseg_ds.errors import ConfigError, reason_of
-
-PACKAGE = Path(internseg_ds.__file__).parent
 
 
 def load_config(config: str | os.PathLike | Config) -> tuple[str, Config]:
-    """(path for messages, config) of a file, or of a copy of a Config. Raises ConfigError for a missing or
-    broken file, and for a module that cannot be imported."""
+    """(path for messages, config) of a file, or of a copy of a Config. config: a path, or the name of one of ours
+    (`packaged.find`). Raises ConfigError for a missing or broken file, and for a module that cannot be imported."""
     if isinstance(config, Config):
         return config.filename or "config", Config(config_dict(config), filename=config.filename)
-    if not Path(config).is_file():
-        raise _missing_file(Path(config))
+    given, config = config, packaged.find(config, packaged.CONFIGS)
+    if not config.is_file():
+        near = packaged.near_miss(given, packaged.CONFIGS)
+        raise ConfigError(f"there is no config file {given}{near}")
     import internseg_ds.data.datasets
 
     # before the config's imports register theirs: a module that registers a name of ours gets an error
@@ -53,14 +53,6 @@ def _close_copies(error: Exception) -> None:
         if copy is not None:
             with suppress(FileNotFoundError):
                 copy.close()
-
-
-def _missing_file(config: Path) -> ConfigError:
-    """Names the nearest config of configs/ or of the same folder."""
-    there = {path.name: path for path in (*Path("configs").rglob("*.py"), *config.parent.glob("*.py"))}
-    near = difflib.get_close_matches(config.name, there, n=1, cutoff=0.75)
-    hint = f"; did you mean {there[near[0]]}?" if near else f" as seen from {Path.cwd()}"
-    return ConfigError(f"there is no config file {config}{hint}")
 
 
 def _import_modules(section: Mapping[str, Any], path: str) -> None:

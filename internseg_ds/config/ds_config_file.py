@@ -4,9 +4,9 @@ import copy
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from internseg_ds.config import packaged
 from internseg_ds.errors import ConfigError, reason_of, unknown_key
 
 # DeepSpeed 0.19.8 ignores an unknown key at the top level silently, so the ones it reads are listed
@@ -58,26 +58,21 @@ AUTOCAST_KEYS = frozenset(("enabled", "dtype", "lower_precision_safe_modules"))
 DATA_TYPES_KEYS = frozenset(("grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"))
 
 
-def _ours() -> Path:
-    """The folder of the ds_configs that come with the project: of a checkout, the absolute path."""
-    checkout = Path(__file__).parents[2] / "ds_configs"
-    return checkout if checkout.is_dir() else Path("ds_configs")
-
-
 def read_ds_config(source: str | os.PathLike | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The name for messages and a copy of the content. source: path of a JSON file, or its content.
+    """The name for messages and a copy of the content. source: path of a JSON file, the name of
+    one of ours (`packaged.find`), or its content.
 
     Raises ConfigError for a file that is not there, is no JSON, or holds no object.
     """
     if isinstance(source, Mapping):
         return "ds_config", json.loads(json.dumps(dict(source)))  # a deep copy, and a check that it is JSON
-    path = Path(source)
+    path = packaged.find(source, packaged.DS_CONFIGS)
     try:
         raw = json.loads(path.read_text())
     except FileNotFoundError:
         raise ConfigError(
-            f"there is no ds_config {path} as seen from {Path.cwd()}; give one with --deepspeed_config PATH "
-            f"(ours are in {_ours()}, the usual one is zero3_bf16.json)"
+            f"there is no ds_config {path}{packaged.near_miss(path, packaged.DS_CONFIGS)}; give one with "
+            "--deepspeed_config PATH or the name of one of ours (the usual one is zero3_bf16)"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"ds_config {path} cannot be read: {error}") from None

@@ -66,6 +66,7 @@ def export_huggingface(
     classes = _named(meta.get("CLASSES") or (), segmentor)
     record = record_of(checkpoint.path, manifest, experiment.engine.global_batch)
     processing = preprocessor_config(experiment, found.processor, splits=found.splits_images)
+    processing |= found.processor_fields
     usage = usage_of(found, out.name, bgr=processing.get("channels") == "BGR")
     config = found.config | _of_classes(classes, meta.get("PALETTE")) | {"dtype": dtype}
     files: dict[str, str | bytes] = {

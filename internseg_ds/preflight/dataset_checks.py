@@ -9,6 +9,7 @@ from torch.utils.data import ConcatDataset
 
 from internseg_ds.config.experiment import Experiment
 from internseg_ds.config.sections import split_score
+from internseg_ds.data.checks.duplicates import shared_images
 from internseg_ds.data.checks.normalization import compare_normalization
 from internseg_ds.data.checks.pipeline_steps import odd_steps
 from internseg_ds.data.checks.zero_labels import compare_zero_labels
@@ -74,6 +75,7 @@ def checked_validation_set(
         check_channels(model, steps, "data.val")
     first_sample(dataset, "data.val", tolerated=TOLERATED)
     warnings = compare_classes(train_set, dataset)
+    warnings += shared_images(train_set, dataset)
     warnings += compare_zero_labels(experiment.train, dataset, "data.val")
     warnings += compare_normalization(train_set, dataset)
     warnings += odd_about(dataset, "data.val")

@@ -19,6 +19,7 @@ from types import FrameType
 
 import psutil
 
+from internseg_ds.config.packaged import CONFIGS, find
 from internseg_ds.errors import ConfigError
 from internseg_ds.exit_codes import FAILED, LOST
 from internseg_ds.training.stop_requests import SAME_REQUEST_S
@@ -34,7 +35,8 @@ AGAIN_S = SAME_REQUEST_S + 1
 PATIENCE_S = 60.0
 """For processes that an ended command left behind; then they are killed."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-COMMAND = "internseg-train"
+COMMANDS = ("internseg-train", "internseg_ds.cli.train")
+"""What trains without a script: the installed command, and the module of --module or -m."""
 RESUME = ("--resume", "--resume-from", "--auto-resume")
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
@@ -54,13 +56,20 @@ def work_dir_of(command: Sequence[str]) -> Path:
         if word.startswith("--work-dir="):
             return Path(word.partition("=")[2])
     # the script of a checkout, or the installed command, and behind it the config
-    programs = [word for word in command if word.endswith(".py") or Path(word).name == COMMAND]
-    if len(programs) < 2:
+    programs = [
+        place for place, word in enumerate(command) if word.endswith(".py") or Path(word).name in COMMANDS
+    ]
+    configs = [
+        config
+        for word in (command[programs[0] + 1 :] if programs else ())
+        if (config := find(word, CONFIGS)).suffix == ".py"
+    ]
+    if not configs:
         raise ConfigError(
             f"no --work-dir and no config can be found in: {shlex.join(command)}; "
             "name the script and the config, or give the script a --work-dir"
         )
-    return _set_in_config(Path(programs[1]), command) or Path("work_dirs") / Path(programs[1]).stem
+    return _set_in_config(configs[0], command) or Path("work_dirs") / configs[0].stem
 
 
 def _set_in_config(config: Path, command: Sequence[str]) -> Path | None:

@@ -38,7 +38,7 @@ USUAL = {  # data set: (its layout, the size in which it is read here, the class
     "isaid": ("896x896", 16),
     "nyu_depth_v2": ("480x480_masks", 40),
 }
-OTHERS = ("ade20k", "folders", "loveda_512x512_sat", "mapillary_as_cityscapes")
+OTHERS = ("ade20k", "folders", "rasters", "loveda_512x512_sat", "mapillary_as_cityscapes")
 READING = ("LoadImageFromFile", "LoadAnnotations", "MapillaryHack", "DefaultFormatBundle")
 
 

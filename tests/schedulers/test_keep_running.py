@@ -10,7 +10,7 @@ import pytest
 
 from internseg_ds.errors import ConfigError
 from internseg_ds.training.keep_running import AGAIN_S, can_be_mended, resuming, work_dir_of
-from tests.conftest import free_port
+from tests.conftest import TINY, free_port
 from tests.schedulers.conftest import STEPS, steps_of
 from tests.schedulers.runs import Started, started, wait_for
 
@@ -102,12 +102,17 @@ def test_a_named_checkpoint_stays_until_the_run_has_saved_one_of_its_own(options
     assert " ".join(resuming(options.split(), saved=True)) == once_saved
 
 
+TINY_WORK_DIR = "work_dirs/upernet_intern_vit_tiny_112_ade20k"
+
+
 @pytest.mark.parametrize(
     ("command", "work_dir"),
     [
         ("deepspeed --num_gpus 8 launch/train.py configs/mine.py --seed 1", "work_dirs/mine"),
         ("deepspeed launch/train.py configs/mine.py --work-dir elsewhere", "elsewhere"),
         (".venv/bin/internseg-train configs/mine.py --seed 1", "work_dirs/mine"),
+        ("internseg-train intern_vit_tiny/upernet_intern_vit_tiny_112_ade20k", TINY_WORK_DIR),
+        ("deepspeed --module internseg_ds.cli.train --seed 1 " + TINY, TINY_WORK_DIR),
         ("mpirun -np 2 python launch/train.py configs/mine.py --work-dir=elsewhere/2", "elsewhere/2"),
     ],
 )

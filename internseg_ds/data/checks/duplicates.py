@@ -7,6 +7,7 @@ video. A crop, a mirrored or a turned copy is not found, and two pictures of one
 taken for copies.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,9 @@ import numpy as np
 
 from internseg_ds.data.checks.findings import Finding
 from internseg_ds.data.checks.image_looks import ImageLook
+from internseg_ds.data.checks.looks import image_file
+from internseg_ds.data.checks.survey import looked_at
+from internseg_ds.data.dataset_parts import SegmentationDataset
 from internseg_ds.errors import counted, shortened
 
 MOST_BITS = 3
@@ -33,6 +37,25 @@ class Duplicates:
     """The same bytes."""
     alike: list[tuple[str, str]]
     """Not the same bytes, and nearly the same picture."""
+
+
+def shared_images(trained: SegmentationDataset, scored: SegmentationDataset) -> list[str]:
+    """A warning where files of one set are files of the other, by their paths alone: no file is opened."""
+    first, second = map(_files, (trained, scored))
+    if not (both := sorted(first & second)):
+        return []
+    return [
+        f"{counted(len(both), 'image')} of the {len(second)} of data.val {'is' if len(both) == 1 else 'are'} trained "
+        f"on, {both[0]} for one; the score is partly one of images that were trained on"
+    ]
+
+
+def _files(dataset: SegmentationDataset) -> set[str]:
+    return {
+        os.path.abspath(image_file(part, index))
+        for part in looked_at(dataset)
+        for index in range(len(part.img_infos))
+    }
 
 
 def find_duplicates(first: Sequence[ImageLook], second: Sequence[ImageLook]) -> Duplicates:

@@ -5,19 +5,20 @@ torch's own operations, in fp32, from pixels to logits. Letters: b images, k cla
 """
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from internseg_ds.distributed.construction import fill
 from internseg_ds.models.backbone import patch_size
 from internseg_ds.models.exporting.operators import portable_operators
+from internseg_ds.torch_internals import fake_tensor_mode
 
 Dynamic = Literal["none", "batch", "size"]
 """What of an input may differ from call to call: nothing; the number of images; their number and size."""
@@ -82,11 +83,11 @@ class SegmentorGraph(nn.Module):
         return segmentor.encode_decode(pixels, [{}])[:, :, :height, :width]
 
 
-def without_values(segmentor: nn.Module) -> FakeTensorMode:
+def without_values(segmentor: nn.Module) -> AbstractContextManager[Any]:
     """Gives a segmentor on the meta device parameters and buffers that say that they are on the CPU, and have no
     values all the same: constants of the program, which are made while it is captured, keep theirs. Returns the mode
     in which it is captured and translated."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    mode = fake_tensor_mode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     with mode:
         fill(
             segmentor,

@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 
 from internseg_ds.errors import ConfigError
 from internseg_ds.evaluation.deployment.graph import Input
+from internseg_ds.torch_internals import is_fake
 
 OPSET = 18
 """Of the operators; GridSample came with 16."""
@@ -101,7 +102,7 @@ def opened(path: Path) -> Callable[[Tensor], Tensor]:
 
 def _is_fake(tensor: Any) -> bool:
     raw = getattr(tensor.const_value, "raw", None)
-    return tensor.const_value is None or isinstance(raw, torch._subclasses.FakeTensor)
+    return tensor.const_value is None or is_fake(raw)
 
 
 @contextmanager

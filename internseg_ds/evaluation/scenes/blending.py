@@ -34,12 +34,16 @@ class BlendedRows:
         """Number of the row of windows under way; its first row of pixels is the first one here."""
         self._taper: Tensor | None = None
         """The weights of the last window's size."""
+        self._touched: dict[int, Span] = {}
+        """Last row of a row of windows -> columns of the piece that its windows span; of those that are held."""
 
-    def add(self, window: Window, logits: Tensor) -> Iterator[tuple[Span, Tensor]]:
+    def add(self, window: Window, logits: Tensor) -> Iterator[tuple[Span, Span, Tensor]]:
         """Add a window's logits (classes, h, w), any float dtype. Yields what it leaves complete: rows of pixels,
-        and their logits (classes, rows, columns of the piece) float32, which are gone once the next are asked for.
+        columns of the piece, and their logits (classes, rows, columns) float32, which are gone once the next are
+        asked for.
 
-        Rows of windows, and windows in them, may be left out; where none is, logits are NaN.
+        Rows of windows, and windows in them, may be left out; where none is, logits are NaN. The columns are those
+        between the outermost windows that touch rows nearby: empty parts of a scene cost little.
         """
         while window.top > self._top:
             yield from self._complete()
@@ -48,8 +52,10 @@ class BlendedRows:
         weights = self._weights_of(window)
         self.sums[:, rows, columns] += logits if weights is None else logits * weights
         self.weights[rows, columns] += 1 if weights is None else weights
+        left, right = self._touched.get(window.bottom, (columns.start, columns.stop))
+        self._touched[window.bottom] = min(left, columns.start), max(right, columns.stop)
 
-    def rest(self) -> Iterator[tuple[Span, Tensor]]:
+    def rest(self) -> Iterator[tuple[Span, Span, Tensor]]:
         """As `add`, what is left behind the last window."""
         while self.band < len(self.piece.rows):
             yield from self._complete()
@@ -58,16 +64,20 @@ class BlendedRows:
     def _top(self) -> int:
         return self.piece.rows[self.band][0]
 
-    def _complete(self) -> Iterator[tuple[Span, Tensor]]:
+    def _complete(self) -> Iterator[tuple[Span, Span, Tensor]]:
         """The rows of pixels above the next row of windows, which are then let go of."""
         top, bottom = self.piece.rows[self.band]
         if self.band + 1 < len(self.piece.rows):
             bottom = self.piece.rows[self.band + 1][0]
         done = bottom - top
-        yield (top, bottom), self.sums[:, :done].div_(self.weights[:done])
-        for kept in (*self.sums, self.weights):  # one class at a time: a copy of all would double the memory
+        spans = self._touched.values()
+        left, right = min((span[0] for span in spans), default=0), max((span[1] for span in spans), default=0)
+        sums, weights = self.sums[:, :, left:right], self.weights[:, left:right]
+        yield (top, bottom), (left, right), sums[:, :done].div_(weights[:done])
+        for kept in (*sums, weights):  # one class at a time: a copy of all would double the memory
             kept[: len(kept) - done] = kept[done:].clone()
             kept[len(kept) - done :] = 0
+        self._touched = {last: span for last, span in self._touched.items() if last > bottom}
         self.band += 1
 
     def _weights_of(self, window: Window) -> Tensor | None:

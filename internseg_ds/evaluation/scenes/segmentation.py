@@ -25,7 +25,7 @@ from internseg_ds.evaluation.scenes.memory import DEFAULT_SHARE, SceneMemory
 from internseg_ds.evaluation.scenes.outputs import SceneOutputs
 from internseg_ds.evaluation.scenes.scene_file import Scene
 from internseg_ds.evaluation.scenes.shapes import write_shapes
-from internseg_ds.evaluation.scenes.windows import Piece, SceneWindows
+from internseg_ds.evaluation.scenes.windows import Piece, SceneWindows, Span
 from internseg_ds.evaluation.sliding_window import SlidingWindowInference, Window
 from internseg_ds.evaluation.visualization import Palette
 from internseg_ds.output_files import whole_path
@@ -160,17 +160,18 @@ class SceneSegmentation:
         rows = _Windows(scene, piece, self.device, advance)
         blended = BlendedRows(piece, self.inference.outputs, self.options.blend, self.device)
 
-        def complete() -> Iterator[tuple[tuple[int, int], Tensor]]:
+        def complete() -> Iterator[tuple[Span, Span, Tensor]]:
             for window, logits in self.inference.window_logits(rows):
                 yield from blended.add(window, logits)
             yield from blended.rest()
 
-        left, right = piece.area.left - piece.left, piece.area.right - piece.left
-        for (top, bottom), logits in complete():
-            labels = self.inference.best(logits[:, :, left:right]).cpu().numpy().astype(file.form.dtype)
-            empty = rows.take_empty(bottom - top)
-            labels[empty[:, left:right]] = file.form.nodata
-            file.write(piece.area, top, labels)
+        area = slice(piece.area.left - piece.left, piece.area.right - piece.left)
+        for (top, bottom), (left, right), logits in complete():
+            labels = np.full((bottom - top, piece.right - piece.left), file.form.nodata, file.form.dtype)
+            if left < right:
+                labels[:, left:right] = self.inference.best(logits).cpu().numpy()
+            labels[rows.take_empty(bottom - top)] = file.form.nodata
+            file.write(piece.area, top, labels[:, area])
 
 
 class _Windows:

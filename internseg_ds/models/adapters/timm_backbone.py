@@ -98,7 +98,8 @@ class TimmBackbone(LibraryBackbone):
                 )
         if img_size is not None:
             arguments["img_size"] = img_size
-        model: Any = _create(model_name, arguments, drop_path_rate)
+        model: Any
+        model, built_with = _create(model_name, arguments, drop_path_rate)
         model = _with_sync_batch_norm(model)
         whole = {name for name, _ in model.named_parameters()}
         chosen = _prune(model, model_name, out_indices, final_norm)
@@ -115,6 +116,8 @@ class TimmBackbone(LibraryBackbone):
         )
         self.model_name = model_name
         self.model_args = arguments
+        self.built_with = built_with
+        """Arguments of `timm.create_model`, without drop path."""
         self.out_indices = chosen
         self.final_norm = final_norm
 
@@ -287,9 +290,12 @@ def _unturned(rope: Tensor, positions: int) -> Tensor:
     return torch.cat((torch.cat((sines, torch.ones_like(sines)), dim=-1), rope), dim=-2)
 
 
-def _create(model_name: str, arguments: Mapping[str, Any], drop_path_rate: float) -> nn.Module:
-    """timm's model without a classifier, for images of any size where its class can be. Raises ValueError for a
-    name that timm does not have, and for a drop-path rate of a model that has none."""
+def _create(
+    model_name: str, arguments: Mapping[str, Any], drop_path_rate: float
+) -> tuple[nn.Module, dict[str, Any]]:
+    """timm's model without a classifier, for images of any size where its class can be, and the arguments that it
+    was built with, but for drop path. Raises ValueError for a name that timm does not have, and for a drop-path rate
+    of a model that has none."""
     import timm  # here: it takes a second, and most runs have no model of it
 
     architecture = model_name.partition(".")[0]
@@ -312,14 +318,17 @@ def _create(model_name: str, arguments: Mapping[str, Any], drop_path_rate: float
         raise _not_built(model_name, arguments, error) from error
 
 
-def _created(model_name: str, arguments: Mapping[str, Any], drop_path_rate: float) -> nn.Module:
+def _created(
+    model_name: str, arguments: Mapping[str, Any], drop_path_rate: float
+) -> tuple[nn.Module, dict[str, Any]]:
     import timm
 
     optional = {"drop_path_rate": drop_path_rate}
     for any_size in ANY_SIZE:
         for more in (optional, {}):
             try:
-                return timm.create_model(model_name, num_classes=0, **{**any_size, **more, **arguments})
+                given = {**any_size, **arguments}
+                return timm.create_model(model_name, num_classes=0, **{**more, **given}), given
             except TypeError as error:
                 if more and "'drop_path_rate'" in str(error) and "drop_path_rate" not in arguments:
                     if drop_path_rate:
@@ -351,7 +360,7 @@ def _not_built(model_name: str, arguments: Mapping[str, Any], error: Exception) 
     if found[1] == "img_size":
         return ValueError(f"img_size={arguments['img_size']!r}, but timm's {model_name} has none; drop it")
     with torch.device("meta"):
-        kind = type(_created(model_name, {}, 0.0))
+        kind = type(_created(model_name, {}, 0.0)[0])
     known = [
         name
         for base in kind.__mro__

@@ -1,4 +1,5 @@
-"""EoMT on a DINOv3, of transformers or of timm, as transformers' EomtDinov3ForUniversalSegmentation.
+"""EoMT on a DINOv3, of transformers or of timm, as transformers' EomtDinov3ForUniversalSegmentation; on one with gated
+MLPs as that class with two activations, which the folder brings.
 
 What stays different: their class returns masks and class scores of the queries, from which their image processor
 makes labels; it enlarges masks before the sigmoid, and ours behind it, so labels differ along borders. It takes crops
@@ -6,12 +7,14 @@ of one size.
 """
 
 import re
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import nn
 
 from internseg_ds.models.adapters.timm_backbone import TimmBackbone
+from internseg_ds.models.huggingface.brought_code import FOLDER
 from internseg_ds.models.huggingface.segmentor_format import SegmentorFormat, format_of, weight_names
 
 HEAD = (
@@ -41,9 +44,13 @@ TIMM = (
     (rf"{BLOCK}attn\.q_bias", r"layers.\1.attention.q_proj.bias"),
     (rf"{BLOCK}attn\.v_bias", r"layers.\1.attention.v_proj.bias"),
     (rf"{BLOCK}mlp\.fc1\.", r"layers.\1.mlp.up_proj."),
+    (rf"{BLOCK}mlp\.fc1_g\.", r"layers.\1.mlp.gate_proj."),
+    (rf"{BLOCK}mlp\.fc1_x\.", r"layers.\1.mlp.up_proj."),
     (rf"{BLOCK}mlp\.fc2\.", r"layers.\1.mlp.down_proj."),
     (rf"{BLOCK}gamma_(\d)", r"layers.\1.layer_scale\2.lambda1"),
 )
+ACTIVATIONS: dict[type, str] = {nn.GELU: "gelu", nn.SiLU: "silu"}
+GATED = FOLDER / "modeling_eomt_dinov3_gated.py"
 FUSED = re.compile(rf"{BLOCK}attn\.qkv\.weight")
 UNUSED = ("mask_token",)
 """Of masked pretraining."""
@@ -69,18 +76,15 @@ COPIED = (
 def eomt_format(segmentor: Any) -> SegmentorFormat:
     """segmentor: an `EoMT`, on the meta device. Raises ValueError where transformers' class would compute something
     else."""
-    from transformers import EomtDinov3Config, EomtDinov3ForUniversalSegmentation
-
     backbone, head, test = segmentor.backbone, segmentor.decode_head, segmentor.test_cfg
     if test.mode != "slide" or test.crop_size[0] != test.crop_size[1]:
         raise ValueError("EoMT there takes squares of one size, and model.test_cfg has no square crop_size")
     fields = _of_timm(backbone.model) if isinstance(backbone, TimmBackbone) else _of_transformers(backbone)
-    if fields["hidden_act"] != "gelu":
-        raise ValueError(
-            f"EoMT there computes its masks with the backbone's activation, {fields['hidden_act']}, ours with GELU"
-        )
-    config = EomtDinov3Config(
+    config_class, kind, block_act = _classes(fields.pop("hidden_act"))
+    config = config_class(
         **fields,
+        **block_act,
+        hidden_act="gelu",
         image_size=test.crop_size[0],
         num_queries=head.num_queries,
         num_blocks=head.num_blocks,
@@ -89,19 +93,41 @@ def eomt_format(segmentor: Any) -> SegmentorFormat:
         no_object_weight=head.class_weight[-1],
         pos_embed_rescale=None,
     )
+    if block_act:
+        config.auto_map = {
+            "AutoConfig": f"{GATED.stem}.{config_class.__name__}",
+            "AutoModelForUniversalSegmentation": f"{GATED.stem}.{kind.__name__}",
+        }
     with torch.device("meta"):
-        theirs = EomtDinov3ForUniversalSegmentation(config)
+        theirs = kind(config)
     empty_weight = torch.ones(head.num_classes + 1)
     empty_weight[-1] = config.no_object_weight
     return format_of(
         segmentor,
         theirs,
         {name: _theirs(name) for name in weight_names(segmentor) if not name.endswith(UNUSED)},
-        loader="EomtDinov3ForUniversalSegmentation",
+        loader="AutoModelForUniversalSegmentation" if block_act else kind.__name__,
         processor="EomtImageProcessor",
         splits_images=True,
         # no query is masked after training
         constants={"attn_mask_probs": torch.zeros(head.num_blocks), "criterion.empty_weight": empty_weight},
+        code=(GATED,) if block_act else (),
+    )
+
+
+def _classes(activation: str) -> tuple[Any, Any, dict[str, str]]:
+    """The configuration and the class of an EoMT whose blocks have this activation, and how the configuration says
+    so."""
+    if activation == "gelu":
+        from transformers import EomtDinov3Config, EomtDinov3ForUniversalSegmentation
+
+        return EomtDinov3Config, EomtDinov3ForUniversalSegmentation, {}
+    from internseg_ds.models.huggingface.remote_code import modeling_eomt_dinov3_gated as code
+
+    return (
+        code.EomtDinov3GatedConfig,
+        code.EomtDinov3GatedForUniversalSegmentation,
+        {"block_act": activation},
     )
 
 
@@ -140,15 +166,19 @@ def _of_timm(model: Any) -> dict[str, Any]:
     if rope.temperature is None:
         raise ValueError("the rotary positions of this DINOv3 have periods that EoMT there cannot have")
     block, names = model.blocks[0], {name for name, _ in model.blocks[0].named_parameters()}
-    hidden = getattr(block.mlp, "fc1", None)
-    if hidden is None or type(block.mlp.act) is not nn.GELU:
-        raise ValueError("EoMT there has a plain MLP with a GELU, which this DINOv3 has not")
+    gated = type(block.mlp).__name__ == "SwiGLU"
+    hidden = getattr(block.mlp, "fc1_x" if gated else "fc1", None)
+    plain = isinstance(getattr(block.mlp, "norm", None), (nn.Identity, NoneType))
+    activation = ACTIVATIONS.get(type(getattr(block.mlp, "act", None)))
+    if hidden is None or activation is None or not plain or hidden.out_features != block.mlp.fc2.in_features:
+        raise ValueError("EoMT there has plain or gated MLPs without a norm, which this DINOv3 has not")
     return {
         "hidden_size": model.embed_dim,
         "num_hidden_layers": len(model.blocks),
         "num_attention_heads": block.attn.num_heads,
         "intermediate_size": hidden.out_features,
-        "hidden_act": "gelu",
+        "hidden_act": activation,
+        "use_gated_mlp": gated,
         "layer_norm_eps": block.norm1.eps,
         "num_channels": model.patch_embed.proj.in_channels,
         "num_register_tokens": 0 if model.reg_token is None else model.reg_token.size(1),

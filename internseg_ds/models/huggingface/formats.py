@@ -3,27 +3,31 @@
 from typing import Any
 
 from mmseg.models.decode_heads import UPerHead
-from torch import nn
 
 from internseg_ds.models.adapters.transformers_backbone import TransformersBackbone
 from internseg_ds.models.adapters.transformers_configs import transformers_library
 from internseg_ds.models.adapters.transformers_staged import StagedModel
 from internseg_ds.models.eomt.segmentor import EoMT
+from internseg_ds.models.huggingface.backbones_with_code import code_of
+from internseg_ds.models.huggingface.brought_code import FOLDER, convolutional_format
+from internseg_ds.models.huggingface.decode_heads import HEADS
 from internseg_ds.models.huggingface.eomt import eomt_format
-from internseg_ds.models.huggingface.internvit_upernet import CODE, MODEL_TYPE, internvit_upernet_format
 from internseg_ds.models.huggingface.segmentor_format import SegmentorFormat
 from internseg_ds.models.huggingface.upernet import upernet_format
-from internseg_ds.models.intern_vit.intern_vit_6b import InternViT6B
-from internseg_ds.models.intern_vit.vit_adapter import InternViTAdapter
+from internseg_ds.models.mask2former.segmentor import EncoderDecoderMask2Former
 
 LOADED = (
-    "UPerHead on InternViT6B, or on a TransformersBackbone that is an InternViT",
-    "UPerHead on a TransformersBackbone of stages (swin, convnext, ...)",
+    "UPerHead, FCNHead and Mask2FormerHead on InternViT6B, InternViTAdapter, InternImage, a TimmBackbone, or a "
+    "TransformersBackbone that is a plain transformer",
+    "UPerHead and Mask2FormerHead on a TransformersBackbone of stages (swin, convnext, ...)",
     "EoMT on a DINOv3",
 )
 
-CODE_FILES = (CODE.name,)
-"""Names of files that a folder may bring."""
+CODE_FILES = (
+    *(file.name for file in sorted(FOLDER.glob("*.py")) if file.stem != "__init__"),
+    "modeling_internvit_upernet.py",
+)
+"""Names of files that a folder may bring; the last is an earlier version's."""
 
 
 def segmentor_format(segmentor: Any) -> SegmentorFormat:
@@ -33,21 +37,17 @@ def segmentor_format(segmentor: Any) -> SegmentorFormat:
     if isinstance(segmentor, EoMT):
         return eomt_format(segmentor)
     head, backbone = segmentor.decode_head, segmentor.backbone
-    if isinstance(head, UPerHead) and _is_internvit(backbone):
-        return internvit_upernet_format(segmentor)
-    if isinstance(head, UPerHead) and _has_stages(backbone):
+    staged = isinstance(backbone, TransformersBackbone) and isinstance(backbone._kind, StagedModel)
+    code = code_of(backbone)
+    if isinstance(segmentor, EncoderDecoderMask2Former) and (staged or code is not None):
+        from internseg_ds.models.huggingface.mask2former import mask2former_format  # imports mmdet
+
+        return mask2former_format(segmentor, code)
+    if isinstance(head, UPerHead) and staged:
         return upernet_format(segmentor)
+    if isinstance(head, HEADS) and code is not None:
+        return convolutional_format(segmentor, code)
     raise ValueError(
         f"transformers has no class for {type(segmentor).__name__} with {type(head).__name__} on "
         f"{type(backbone).__name__}; what it loads is " + "; ".join(LOADED)
     )
-
-
-def _is_internvit(backbone: nn.Module) -> bool:
-    if isinstance(backbone, TransformersBackbone):
-        return backbone.model.config.model_type == MODEL_TYPE
-    return isinstance(backbone, InternViT6B) and not isinstance(backbone, InternViTAdapter)
-
-
-def _has_stages(backbone: nn.Module) -> bool:
-    return isinstance(backbone, TransformersBackbone) and isinstance(backbone._kind, StagedModel)

@@ -37,6 +37,8 @@ class SegmentorFormat:
     """Names in the segmentor that no logit depends on, and that the folder lacks."""
     constants: dict[str, Tensor] = field(default_factory=dict)
     """Keys of the folder that no weight of the segmentor fills."""
+    processor_fields: dict[str, Any] = field(default_factory=dict)
+    """Of preprocessor_config.json, what this processor needs beside size and normalisation."""
     splits_images: bool = False
     """Whether the processor cuts a resized image into squares, for a class that takes one size alone."""
     code: tuple[Path, ...] = ()
@@ -56,6 +58,7 @@ def format_of(
     loader: str,
     processor: str,
     constants: Mapping[str, Tensor] | None = None,
+    processor_fields: Mapping[str, Any] | None = None,
     splits_images: bool = False,
     code: tuple[Path, ...] = (),
 ) -> SegmentorFormat:
@@ -89,6 +92,7 @@ def format_of(
         sources={name: tuple(_keyed(their, keys) for their in split) for name, split in names.items()},
         unused=tuple(name for name in weight_names(segmentor) if name not in names),
         constants={str(keys[name][0]): value for name, value in (constants or {}).items()},
+        processor_fields=dict(processor_fields or {}),
         splits_images=splits_images,
         code=code,
     )

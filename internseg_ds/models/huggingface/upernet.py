@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
+from internseg_ds.models.huggingface.decode_heads import check_head
 from internseg_ds.models.huggingface.segmentor_format import SegmentorFormat, format_of, weight_names
-from internseg_ds.models.huggingface.uper_head import check_uper_head
 
 RENAMED = (
     (re.compile(r"^backbone\.model\."), "backbone."),
@@ -20,7 +20,9 @@ def upernet_format(segmentor: Any) -> SegmentorFormat:
     where transformers' class would compute something else."""
     from transformers import UperNetConfig, UperNetForSemanticSegmentation
 
-    backbone, head = segmentor.backbone, check_uper_head(segmentor)
+    backbone, head = segmentor.backbone, check_head(segmentor)
+    if segmentor.with_neck:
+        raise ValueError(f"model.neck={type(segmentor.neck).__name__} stands between backbone and head")
     if backbone.neck is not None:
         raise ValueError(
             f"the backbone has a neck ({type(backbone.neck).__name__}), and UperNet there has none"

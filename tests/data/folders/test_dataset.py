@@ -9,6 +9,7 @@ from mmcv import Config
 from PIL import Image
 
 from internseg_ds.config.experiment import read_experiment
+from internseg_ds.data.checks.duplicates import shared_images
 from internseg_ds.data.checks.file_findings import label_maps_without_images
 from internseg_ds.data.checks.survey import survey
 from internseg_ds.data.datasets import build_datasets
@@ -253,6 +254,17 @@ def test_a_folder_is_divided_by_names_alone(folder):
         assert [name for name in later if name in digests] == sides[fold]
     few = names(built(moved, fold="train", validation_share=0.2, first=5, seed=1))
     assert len(few) == 5 and not set(few) & set(sides["val"])
+
+
+def test_images_of_both_sides_are_counted_at_the_start_of_a_run(folder):
+    """Two shares for one folder, for example."""
+    root = folder({f"{index:03}": [[0, 1]] for index in range(40)})
+    trained = built(root, fold="train", validation_share=0.1)
+    assert shared_images(trained, built(root, fold="val", validation_share=0.1)) == []
+    scored = built(root, fold="val", validation_share=0.5)
+    both = set(names(trained)) & set(names(scored))
+    (line,) = shared_images(trained, scored)
+    assert line.startswith(f"{len(both)} images of the {len(scored)} of data.val are trained on")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Scenes by windows have the labels that the inference of launch/test.py gives for the same image in one piece."""
 
 import copy
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from internseg_ds import Segmenter
 from internseg_ds.errors import DataError
-from internseg_ds.evaluation.scenes.blending import BlendedRows
+from internseg_ds.evaluation.scenes.blending import Blend, BlendedRows
 from internseg_ds.evaluation.scenes.predict import predict_scenes
 from internseg_ds.evaluation.scenes.segmentation import SceneOptions
 from internseg_ds.evaluation.scenes.windows import TILE, SceneWindows
@@ -62,6 +63,7 @@ def test_a_scene_of_many_channels_is_read_as_the_pipeline_reads_it(tmp_path):
         labels_of(weights, few, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_scene(weights, segmenter, tmp_path, launch):
     scene = write_scene(tmp_path / "scene.tif", pixels(2 * TILE + 30, 60), **UTM)
     out = tmp_path / "out"
@@ -95,8 +97,19 @@ def test_tapered_windows_leave_labels_between_those_of_the_windows(weights, segm
 
 @pytest.mark.parametrize("blend", ["mean", "tapered"])
 def test_logits_are_the_weighted_mean_of_the_windows(blend):
+    assert_weighted_means(blend, kept=lambda window: True)
+
+
+def test_windows_that_are_left_out_leave_no_logits():
+    """Of a scene with data in two corners: rows without any window between them, columns without any beside them."""
+    assert_weighted_means(
+        "mean", kept=lambda window: (window.top < 5 and window.left < 15) or window.top == 15
+    )
+
+
+def assert_weighted_means(blend: Blend, kept: Callable[[Window], bool]) -> None:
     height, width, classes, crop, stride = 23, 31, 3, (8, 10), (5, 10)
-    grid = windows(height, width, crop, stride)
+    grid = [window for window in windows(height, width, crop, stride) if kept(window)]
     logits = torch.randn(len(grid), classes, *crop, generator=torch.manual_seed(0))
 
     def weight(side):
@@ -110,12 +123,19 @@ def test_logits_are_the_weighted_mean_of_the_windows(blend):
         weights[place] += taper
     scene = SceneWindows.over((height, width), (height, width), crop, stride)
     blended = BlendedRows(scene.piece(Window(0, height, 0, width)), classes, blend, torch.device("cpu"))
-    found = []
-    for window, part in zip(grid, logits, strict=True):
-        found += [(rows, done.clone()) for rows, done in blended.add(window, part)]
-    found += [(rows, done.clone()) for rows, done in blended.rest()]
-    assert [rows[0] for rows, _ in found] == [0, *(rows[1] for rows, _ in found[:-1])]
-    np.testing.assert_allclose(torch.cat([done for _, done in found], dim=1), sums / weights, atol=1e-5)
+    found = np.full((classes, height, width), np.nan)
+    following = 0
+    for each in [
+        *(blended.add(window, part) for window, part in zip(grid, logits, strict=True)),
+        blended.rest(),
+    ]:
+        for (top, bottom), (left, right), done in each:
+            assert top == following
+            following = bottom
+            found[:, top:bottom, left:right] = done
+    assert following == height
+    with np.errstate(invalid="ignore"):
+        np.testing.assert_allclose(found, sums / weights, atol=1e-5)
 
 
 @pytest.mark.parametrize("ranks", [1, 3])

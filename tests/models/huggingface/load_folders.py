@@ -1,7 +1,7 @@
 """Loads folders with transformers in an interpreter that has neither this package nor mmcv nor mmseg, and keeps what
 their models compute.
 
-    python load_folders.py IMAGE.pt FOLDER ...    # writes FOLDER/outputs.pt
+    python load_folders.py IMAGES.pt FOLDER ...    # writes FOLDER/outputs.pt: of each output one tensor per image
 """
 
 import sys
@@ -24,22 +24,31 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 
-def outputs_of(folder: Path, image: torch.Tensor) -> dict[str, torch.Tensor]:
+def outputs_of(folder: Path, images: list[torch.Tensor]) -> dict[str, list[torch.Tensor]]:
     brings_code = any(folder.glob("modeling_*.py"))
-    kind = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=brings_code).architectures[0]
-    loader = transformers.AutoModelForSemanticSegmentation if brings_code else getattr(transformers, kind)
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=brings_code)
+    (kind,) = config.architectures
+    loader = getattr(transformers, kind, transformers.AutoModelForSemanticSegmentation)
+    if brings_code and "AutoModelForSemanticSegmentation" not in config.auto_map:
+        loader = transformers.AutoModelForUniversalSegmentation
     model, info = loader.from_pretrained(folder, trust_remote_code=brings_code, output_loading_info=True)
     wrong = {name: found for name, found in info.items() if found}
     assert type(model).__name__ == kind and not wrong, (kind, wrong)
-    with torch.no_grad():
-        outputs = model.eval()(image)
-        found = {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)}
-        if brings_code:
-            found["windowed"] = model.windowed_logits(image)
+    model.eval()
+    found: dict[str, list[torch.Tensor]] = {}
+    for image in images[:1] if "Eomt" in kind else images:  # which takes one size
+        with torch.no_grad():
+            for name, value in model(image).items():
+                if isinstance(value, torch.Tensor) and value.dim():
+                    found.setdefault(name, []).append(value)
+            if hasattr(model, "whole_logits"):
+                found.setdefault("of_pixels", []).append(model.whole_logits(image))
+    if hasattr(model, "windowed_logits"):
+        found["windowed"] = [model.windowed_logits(images[0])]
     return found
 
 
 if __name__ == "__main__":
-    image = torch.load(sys.argv[1])
+    images = torch.load(sys.argv[1])
     for name in sys.argv[2:]:
-        torch.save(outputs_of(Path(name), image), Path(name) / "outputs.pt")
+        torch.save(outputs_of(Path(name), images), Path(name) / "outputs.pt")
