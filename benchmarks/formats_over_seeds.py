@@ -117,7 +117,7 @@ def train(cfg: Config, kind: str, seed: int, folder: Path) -> dict[str, float]:
     losses = [record["loss"] for record in records if "loss" in record]
     return {
         "loss": statistics.mean(losses[-max(1, len(losses) // 10) :]),
-        "mIoU": 100 * next(record["mIoU"] for record in reversed(records) if "mIoU" in record),
+        "mIoU": next(record["mIoU"] for record in reversed(records) if "mIoU" in record),
     }
 
 

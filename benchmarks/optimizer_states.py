@@ -258,7 +258,7 @@ def train(kind: str, seed: int, folder: Path, args: argparse.Namespace) -> dict[
     losses = [record["loss"] for record in records if "loss" in record]
     return {
         "loss": statistics.mean(losses[-max(1, args.steps // 10) :]),
-        "mIoU": 100 * next(record["mIoU"] for record in reversed(records) if "mIoU" in record),
+        "mIoU": next(record["mIoU"] for record in reversed(records) if "mIoU" in record),
     }
 
 

@@ -63,7 +63,7 @@ def main() -> None:
         for mode, cfg in experiments.items():
             records = train(cfg, folder / mode.replace(" ", "_"))
             rows[mode] = {
-                "mIoU": 100 * next(record["mIoU"] for record in reversed(records) if "mIoU" in record),
+                "mIoU": next(record["mIoU"] for record in reversed(records) if "mIoU" in record),
                 "trained": trained_parameters(cfg),
             }
     for mode, seconds in seconds_per_step(experiments).items():
@@ -228,7 +228,7 @@ def report(
             f"{row['step_over_full']:.2f}",
         )
     Console().print(table)
-    score = 100 * next(record["mIoU"] for record in reversed(pretraining) if "mIoU" in record)
+    score = next(record["mIoU"] for record in reversed(pretraining) if "mIoU" in record)
     print(f"the backbone comes from {args.pretraining_steps} steps on generated scenes: mIoU {score:.1f}")
     print(json.dumps({"steps": args.steps, "pretraining_mIoU": score, "modes": rows}))
 

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
-import rich.progress
 import xxhash
 
 from internseg_ds.checkpoints.checksums import BLOCK, DIGEST, BlockSums, CheckedFile, of_digests
 from internseg_ds.errors import CheckpointError, DamagedError
+from internseg_ds.progress import BYTES, progress
 
 LINE = re.compile(r"([0-9a-f]{32})  (.+)")
 BLOCKS = re.compile(r"# (\d+) bytes, blocks of (\d+): ((?:[0-9a-f]{32})*)  (.+)")
@@ -138,10 +138,12 @@ def verify(out: Path) -> None:
             f"{out.parent / missing[0]} is missing, but {sum_file(out).name} names it; copy it again"
         )
     for name, sums in expected.items():
-        with rich.progress.open(out.parent / name, "rb", description=f"verifying {name}") as file:
+        size = (out.parent / name).stat().st_size
+        with (out.parent / name).open("rb") as file, progress(f"verifying {name}", size, BYTES) as seen:
             found = xxhash.xxh3_128()
             while piece := file.read(2**22):
                 found.update(piece)
+                seen.advance(len(piece))
             if found.hexdigest() != sums.whole:
                 raise DamagedError(
                     f"{out.parent / name} is not what was written: its checksum is {found.hexdigest()}, "

@@ -18,14 +18,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 from internseg_ds.checkpoints.checksum_files import FileSummer, FileSums, sum_file, written_sums
 from internseg_ds.checkpoints.merged_checkpoint import MergedCheckpoint, merged
@@ -34,6 +26,7 @@ from internseg_ds.checkpoints.streaming import Advance, Entry, write_pth, write_
 from internseg_ds.checkpoints.weights import INDEX
 from internseg_ds.checkpoints.zero_checkpoint import What, ZeroCheckpoint
 from internseg_ds.errors import CheckpointError, counted, shortened
+from internseg_ds.progress import BYTES, progress
 
 SHARD_BYTES = 4 * 2**30
 SHARD_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
@@ -95,13 +88,9 @@ def consolidate(
 
     out.parent.mkdir(parents=True, exist_ok=True)
     _remove(unfinished)
-    with _progress(f"consolidating {checkpoint.path.name}, {counted(len(entries), 'tensor')}") as progress:
-        task = progress.add_task("", total=total)
-
-        def advance(written: int) -> None:
-            progress.advance(task, written)
-
-        sums = _write(out, unfinished, entries, _meta(checkpoint), layout, advance)
+    doing = f"consolidating {checkpoint.path.name}, {counted(len(entries), 'tensor')}"
+    with progress(doing, total, BYTES) as written:
+        sums = _write(out, unfinished, entries, _meta(checkpoint), layout, written.advance)
     _publish(unfinished, out, sums)
     return out
 
@@ -169,16 +158,6 @@ def _meta(checkpoint: ZeroCheckpoint) -> dict[str, Any]:
         "metrics": metrics,
         "mIoU": metrics.get("mIoU"),
     }
-
-
-def _progress(doing: str) -> Progress:
-    return Progress(
-        TextColumn(doing),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
 
 
 def _write(

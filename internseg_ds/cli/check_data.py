@@ -47,7 +47,7 @@ def _main() -> None:
     console = Console(soft_wrap=True, highlight=False)
     experiment = read_experiment(args.config, args.cfg_options)
     workers = len(os.sched_getaffinity(0)) if args.workers is None else args.workers
-    report = examine(experiment, console, workers=workers, sample=args.sample)
+    report = examine(experiment, workers=workers, sample=args.sample)
     for what, found in report.scanned.items():
         console.print(f"{what}: {len(found.looks):,} of {found.total:,} images looked at", markup=False)
     for finding in report.findings:

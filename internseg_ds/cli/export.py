@@ -42,7 +42,7 @@ def _main() -> None:
     args = parser.parse_args()
 
     from internseg_ds.evaluation.deployment.export import export_segmentor
-    from internseg_ds.monitoring.loggers import start_logging
+    from internseg_ds.monitoring.run_log import start_logging
 
     start_logging(None, level="INFO", is_main=True)
     files = export_segmentor(

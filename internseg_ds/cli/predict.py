@@ -3,10 +3,13 @@
 import argparse
 from typing import NoReturn
 
-from internseg_ds.cli import command_line
+from internseg_ds.cli.loading import loading
+from internseg_ds.progress import stage
 
 
 def _main() -> None:
+    from internseg_ds.cli import command_line
+
     parser = command_line.parser(
         "Segments images with a trained segmentor: an overlay with a legend and a label map for each. In "
         "one process or split over many.",
@@ -52,7 +55,8 @@ def _main() -> None:
     if given := next((name for name in ("shapes", "blend", "memory") if getattr(args, name)), None):
         parser.error(f"--{given} goes with --scenes")
 
-    from internseg_ds.evaluation.predict import predict_files
+    with stage("loading mmseg"):
+        from internseg_ds.evaluation.predict import predict_files
 
     predict_files(
         args.config,
@@ -103,6 +107,8 @@ def _gibibytes(text: str) -> float:
 
 
 def _predict_scenes(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    from internseg_ds.cli import command_line
+
     if given := next((name for name in ("logits", "strict") if getattr(args, name)), None):
         parser.error(f"--{given} does not go with --scenes")
 
@@ -122,6 +128,9 @@ def _predict_scenes(parser: argparse.ArgumentParser, args: argparse.Namespace) -
 
 def main() -> NoReturn:
     """The command."""
+    with loading("torch and mmcv"):
+        from internseg_ds.cli import command_line
+
     command_line.run(_main)
 
 

@@ -3,10 +3,13 @@
 import argparse
 from typing import NoReturn
 
-from internseg_ds.cli import command_line
+from internseg_ds.cli.loading import loading
+from internseg_ds.progress import stage
 
 
 def _parser() -> argparse.ArgumentParser:
+    from internseg_ds.cli import command_line
+
     parser = command_line.parser(
         "Evaluates a trained segmentor with mmseg's metrics, in one process or split over many (deepspeed, "
         "torchrun, srun).",
@@ -71,10 +74,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _main() -> None:
+    from internseg_ds.cli import command_line
+
     parser = _parser()
     args = parser.parse_args()
 
-    from internseg_ds.evaluation.test import test, write_submission
+    with stage("loading mmseg"):
+        from internseg_ds.evaluation.test import test, write_submission
 
     if args.format_only and (args.eval or args.out or args.show_dir):
         parser.error("--format-only scores nothing, so --eval, --out and --show-dir make no sense beside it")
@@ -104,6 +110,9 @@ def _main() -> None:
 
 def main() -> NoReturn:
     """The command."""
+    with loading("torch and mmcv"):
+        from internseg_ds.cli import command_line
+
     command_line.run(_main)
 
 

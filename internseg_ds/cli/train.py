@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from internseg_ds.cli.loading import loading
 from internseg_ds.monitoring.environment_report import print_report
+from internseg_ds.progress import stage
 from internseg_ds.training.stop_requests import exit_on_request, exit_stopped
 
 if TYPE_CHECKING:
@@ -129,9 +131,10 @@ def _main() -> None:
             "first run starts from"
         )
 
-    from internseg_ds.config.experiment import read_experiment
+    with stage(f"loading mmseg, reading {args.config}"):
+        from internseg_ds.config.experiment import read_experiment
 
-    experiment = read_experiment(args.config, command_line.settings_of(args))
+        experiment = read_experiment(args.config, command_line.settings_of(args))
     if args.dry_run:
         _dry_run(args, experiment)
     else:
@@ -144,7 +147,7 @@ def _dry_run(args: argparse.Namespace, experiment: "Experiment") -> None:
 
     from internseg_ds.distributed.process_group import world_from_environment
     from internseg_ds.errors import ConfigError
-    from internseg_ds.monitoring.loggers import start_logging
+    from internseg_ds.monitoring.run_log import start_logging
     from internseg_ds.preflight.dry_run import describe
     from internseg_ds.training.resume.find_checkpoint import checkpoint_to_resume
     from internseg_ds.training.startup import checked_plan
@@ -194,7 +197,10 @@ def _train(args: argparse.Namespace, experiment: "Experiment") -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.deterministic = True
 
-    from internseg_ds.training.segmentor_engine import SegmentorEngine
+    with stage("loading DeepSpeed"):
+        import deepspeed  # noqa: F401 - a later part of the start would take these seconds without a word
+
+        from internseg_ds.training.segmentor_engine import SegmentorEngine
 
     with SegmentorEngine(
         experiment,
@@ -220,7 +226,8 @@ def main() -> NoReturn:
         print_report()
         sys.exit()
     exit_on_request()  # before the next import, which takes seconds
-    from internseg_ds.cli import command_line
+    with loading("torch and mmcv"):
+        from internseg_ds.cli import command_line
 
     command_line.run(_main)
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 from mmseg.datasets import DATASETS, CustomDataset, build_dataset
-from rich.progress import track
 from torch.utils.data import Dataset
 
 from internseg_ds.data.label_maps import annotation_of, loader_in
 from internseg_ds.errors import ConfigError
+from internseg_ds.progress import tracked
 
 THREADS = 8
 
@@ -74,11 +74,11 @@ class ClassBalancedDataset(Dataset):
 
         with ThreadPoolExecutor(THREADS) as pool:
             images = list(
-                track(
+                tracked(
                     pool.map(classes, range(len(self.dataset))),
                     "counting classes",
-                    total=len(self.dataset),
-                    transient=True,
+                    len(self.dataset),
+                    "label maps",
                 )
             )
         counts = Counter(label for labels in images for label in labels)

@@ -19,10 +19,9 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
 from internseg_ds.errors import ConfigError, DataError, UserError
+from internseg_ds.progress import tracked
 from internseg_ds.synthetic.scenes import draw_scene
 
 MARKER = "GENERATED.json"
@@ -78,9 +77,7 @@ def _write_images(folder: Path, parameters: dict[str, int]) -> None:
         (split_index, k) for split_index, (split, _) in enumerate(SPLITS) for k in range(parameters[split])
     ]
     work = list(zip(scenes, _names(parameters), strict=True))
-    for scene, (image_name, annotation_name) in track(
-        work, "Generating images", console=Console(stderr=True), transient=True
-    ):
+    for scene, (image_name, annotation_name) in tracked(work, "generating images", len(work), "images"):
         image, labels = draw_scene(np.random.default_rng((parameters["seed"], *scene)), parameters["size"])
         written = cv2.imwrite(str(folder / image_name), image, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
         if not (written and cv2.imwrite(str(folder / annotation_name), labels)):

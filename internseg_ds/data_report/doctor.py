@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 from mmseg.datasets import CustomDataset
-from rich.console import Console
 
 from internseg_ds.config.experiment import Experiment
 from internseg_ds.data.checks.dataset_files import check_files, check_not_empty
@@ -60,7 +59,7 @@ class Report:
         return [finding for finding in self.findings if not finding.wrong]
 
 
-def examine(experiment: Experiment, console: Console, *, workers: int, sample: int | None = None) -> Report:
+def examine(experiment: Experiment, *, workers: int, sample: int | None = None) -> Report:
     """workers: processes that look; sample: images of each data set, None for all. Raises nothing for what is
     wrong with data: that is a finding."""
     report = Report()
@@ -77,7 +76,7 @@ def examine(experiment: Experiment, console: Console, *, workers: int, sample: i
             continue
         report.datasets[what] = dataset
         _check_files(report, dataset, entry, what)
-        found = scan(looked_at(dataset), what, console, training=training, workers=workers, sample=sample)
+        found = scan(looked_at(dataset), what, training=training, workers=workers, sample=sample)
         report.scanned[what] = found
         report.findings += _about(dataset, found, what, training)
     _compare(report, experiment)

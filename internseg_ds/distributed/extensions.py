@@ -13,7 +13,8 @@ import shutil
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from io import TextIOBase
 from pathlib import Path
 
 from internseg_ds.distributed.zero_internals import shared_buffer_file
@@ -84,6 +85,23 @@ def _logged_when_slow(level: int, message: str, *args: object) -> Iterator[None]
     finally:
         timer.cancel()
         timer.join()
+
+
+class _ToLogger(TextIOBase):
+    """A text file whose lines go to DeepSpeed's own logger."""
+
+    def write(self, text: str) -> int:
+        if line := text.strip():
+            logging.getLogger("DeepSpeed").warning("%s", line)
+        return len(text)
+
+
+@contextmanager
+def prints_logged() -> Iterator[None]:
+    """Inside, what Python code prints (DeepSpeed: that an extension is built, on each rank) goes to DeepSpeed's
+    logger."""
+    with redirect_stdout(_ToLogger()):
+        yield
 
 
 def forget_shared_buffer(rank: int) -> None:

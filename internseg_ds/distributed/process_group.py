@@ -24,7 +24,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous as make_stores
 
 from internseg_ds.device import VARIABLE, device_type
-from internseg_ds.distributed.extensions import build_extension, forget_shared_buffer
+from internseg_ds.distributed.extensions import build_extension, forget_shared_buffer, prints_logged
 from internseg_ds.distributed.zero_internals import SHARED_BUFFER_BYTES, shared_buffer_file
 from internseg_ds.errors import ConfigError, HostError, Lost, UserError, counted, reason_of
 from internseg_ds.host_faults import MORE_SHARED_MEMORY
@@ -287,7 +287,8 @@ def adopt(timeout: timedelta = timedelta(minutes=30)) -> None:
             f"{VARIABLE}=cpu, but deepspeed was imported before internseg_ds and has chosen {chosen}; set "
             "DS_ACCELERATOR=cpu too"
         )
-    deepspeed.init_distributed(timeout=timeout, verbose=False)
+    with prints_logged():
+        deepspeed.init_distributed(timeout=timeout, verbose=False)
 
 
 def _meet(world: World, timeout: timedelta, refusal: UserError | None, run: str) -> tuple[Store, int]:

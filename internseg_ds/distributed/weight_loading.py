@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from mmseg.models.builder import BACKBONES
-from rich.progress import track
 from torch import Tensor, nn
 
 from internseg_ds.checkpoints.key_matching import ALLOW, CanResize, KeyMatch, match_keys
@@ -28,6 +27,7 @@ from internseg_ds.distributed.zero_internals import (
 from internseg_ds.errors import CheckpointError, DamagedError
 from internseg_ds.lora_names import is_factor, plain_name
 from internseg_ds.models.weight_resizing import channels_rule
+from internseg_ds.progress import BYTES, progress
 from internseg_ds.tensor_part import Part
 from internseg_ds.torch_internals import persistent_buffers
 from internseg_ds.zero_partition import full_shape
@@ -241,22 +241,33 @@ def load(model: nn.Module, found: KeyMatch) -> None:
     invalid: dict[str, str] = {}
     damage: str | None = None
     weights = watched(model, found, invalid)
-    quiet = dist.is_initialized() and dist.get_rank() != 0
-    for name, source in track(found.sources.items(), "loading weights", disable=quiet):
-        try:
-            with torch.no_grad():
-                if name in buffers:
-                    buffers[name].copy_(weights.read(source))
-                else:
-                    _load_param(model, name, params[name], weights, source)
-        except CheckpointError as error:  # the other ranks, which read elsewhere, go on
-            damage = damage or str(error)
+    sizes = {name: _bytes_read(value) for name, value in (params | buffers).items()}
+    total = sum(sizes[name] for name in found.sources)
+    with progress("loading weights", total, BYTES) as done:
+        for name, source in found.sources.items():
+            try:
+                with torch.no_grad():
+                    if name in buffers:
+                        buffers[name].copy_(weights.read(source))
+                    else:
+                        _load_param(model, name, params[name], weights, source)
+            except CheckpointError as error:  # the other ranks, which read elsewhere, go on
+                damage = damage or str(error)
+            done.advance(sizes[name])
     of_ranks = gather_from_ranks((invalid, damage))
     for _, their_damage in of_ranks:
         if their_damage:
             raise DamagedError(their_damage)
     refuse_invalid(weights, {name: values for theirs, _ in of_ranks for name, values in theirs.items()})
     log.info("%s: %s", weights.path, found.summary())
+
+
+def _bytes_read(value: Tensor) -> int:
+    """What this rank keeps of a parameter or buffer once it is read, in bytes."""
+    if isinstance(value, nn.Parameter) and is_partitioned(value):
+        first, end = shard_range(value)
+        return (end - first) * value.itemsize
+    return value.nbytes
 
 
 def _load_param(model: nn.Module, name: str, param: nn.Parameter, weights: Weights, source: str) -> None:

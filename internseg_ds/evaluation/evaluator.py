@@ -14,7 +14,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.distributed as dist
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.utils.data import ConcatDataset
 
@@ -22,7 +21,9 @@ from internseg_ds.data.loading import EvaluationImage, evaluation_images
 from internseg_ds.distributed.gathering import Forwards
 from internseg_ds.distributed.process_group import World, gather_from_ranks
 from internseg_ds.errors import DataError, FaultError, are, counted, shortened
+from internseg_ds.evaluation.class_table import absent_classes, class_scores, is_of_one_class, table
 from internseg_ds.evaluation.sliding_window import SlidingWindowInference
+from internseg_ds.progress import progress
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ class EvaluationOptions:
     strict: bool = False
     """An image that cannot be read is an error."""
     verbose: bool = True
-    """Rank 0 logs mmseg's table of scores per class."""
+    """Rank 0 logs a table of scores by class."""
     stop: Callable[[], bool] = lambda: False
     """Asked before each image whether to end the evaluation."""
 
@@ -105,9 +106,9 @@ def evaluate_dataset(
         )
     if options.world.is_main:
         _warn_of_unknown_classes(confusion, dataset.ignore_index)
-    silent = not (options.verbose and options.world.is_main)
-    scores = _scores(dataset, confusion, options.metrics, silent=silent)
-    if not silent:
+    scores = _scores(dataset, confusion, options.metrics)
+    if options.verbose and options.world.is_main:
+        log.info("%s", table(class_scores(scores, confusion, dataset.CLASSES)))
         _tell_absent_classes(confusion, dataset.CLASSES)
     return Evaluation(scores, confusion, image_count, faults)
 
@@ -125,6 +126,15 @@ def _score_images(
     confusion = torch.zeros(classes + 1, classes + 1, dtype=torch.int64, device=images.device)
     image_count = 0
     stopped = False
+
+    def so_far() -> str:
+        intersection, union = areas(confusion)[:2]
+        there = union > 0
+        if not there.any():
+            return ""
+        return f"mIoU of rank 0 so far {100 * (intersection[there] / union[there]).mean().item():.2f} %"
+
+    images.note = so_far
 
     def until_stopped() -> Iterator[tuple[EvaluationImage, dict[str, Any]]]:
         nonlocal stopped
@@ -170,20 +180,15 @@ def _warn_of_unknown_classes(confusion: Tensor, ignore_index: int) -> None:
         )
 
 
-def absent_classes(confusion: Tensor) -> list[int]:
-    """Classes that no labelled pixel has. confusion: as of `Evaluation.confusion`."""
-    return (confusion[:-1].sum(1) == 0).nonzero().flatten().tolist()
-
-
 def _tell_absent_classes(confusion: Tensor, classes: Sequence[str]) -> None:
-    """What the rows of mmseg's table with nan in them mean, in one line."""
+    """The classes that the table leaves out, in one line."""
     absent = absent_classes(confusion)
     predicted = [index for index in absent if confusion[:, index].any()]
     if not absent:
         return
     names, wrongly = (shortened([classes[index] for index in some], 5) for some in (absent, predicted))
     log.info(
-        "absent: %d of %d classes have no labelled pixel here (%s); nan in the table, which no mean counts%s",
+        "absent: %d of %d classes have no labelled pixel here (%s); no mean counts them%s",
         len(absent),
         len(classes),
         names,
@@ -213,7 +218,7 @@ def evaluate_datasets(
             log.info("data set %d of %d: %s", number, len(parts), name)
         found.append(evaluate_dataset(forwards, part, options, observers_of(number, part)))
     confusion = torch.stack([each.confusion for each in found]).sum(0)
-    scores = _scores(parts[0], confusion, options.metrics, silent=True)
+    scores = _scores(parts[0], confusion, options.metrics)
     scores |= {
         f"{number}_{name}": value for number, each in enumerate(found) for name, value in each.metrics.items()
     }
@@ -225,28 +230,15 @@ def evaluate_datasets(
     )
 
 
-def _scores(dataset: Any, confusion: Tensor, metrics: Sequence[str], *, silent: bool) -> dict[str, float]:
+def _scores(dataset: Any, confusion: Tensor, metrics: Sequence[str]) -> dict[str, float]:
     """mmseg's metrics of a confusion matrix (as of `Evaluation.confusion`). A class that neither the
     ground truth nor the prediction has gets no score (NaN, which JSON does not know)."""
-    scores = dataset.evaluate(
-        [tuple(areas(confusion))], metric=list(metrics), logger="silent" if silent else None
-    )
+    scores = dataset.evaluate([tuple(areas(confusion))], metric=list(metrics), logger="silent")
     return {
         name: round(float(value), 6)
         for name, value in scores.items()
         if not (is_of_one_class(name) and np.isnan(value))
     }
-
-
-def is_of_one_class(metric: str) -> bool:
-    """Whether mmseg's name of a score is that of one class (IoU.wall), and not of all (mIoU)."""
-    return "." in metric
-
-
-def progress_bar(doing: str, world: World) -> Progress:
-    """What is done, how much of it, and the time that remains, on rank 0. doing: the text in front."""
-    columns = (TextColumn(doing), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, disable=not world.is_main)
 
 
 class ReadableImages:
@@ -275,11 +267,12 @@ class ReadableImages:
         self.doing = doing
         self.faults: list[str] = []
         """What is wrong with each image so far that cannot be read."""
+        self.note: Callable[[], str] = lambda: ""
+        """What is shown beside the count of images."""
 
     def __iter__(self) -> Iterator[EvaluationImage]:
-        with progress_bar(self.doing, self.world) as progress:
-            count = len(range(self.world.rank, len(self.dataset), self.world.size))
-            task = progress.add_task("", total=count)
+        count = len(self.dataset)
+        with progress(self.doing, count, "images", note=lambda: self.note()) as seen:
             for image in evaluation_images(
                 self.dataset,
                 rank=self.world.rank,
@@ -294,7 +287,8 @@ class ReadableImages:
                     raise FaultError(f"{image.fault} (without --strict it would be left out)")
                 else:
                     self.faults.append(image.fault)
-                progress.advance(task)
+                # the other ranks, which take every other image, are about as far
+                seen.advance(min(self.world.size, count - seen.done))
 
     def totals(self, done: int) -> tuple[int, list[str]]:
         """The number of images that all ranks have done, and what is wrong with the others, which is logged.

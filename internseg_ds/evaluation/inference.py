@@ -37,7 +37,7 @@ from internseg_ds.distributed.precision import (
 from internseg_ds.distributed.process_group import World, world_from_environment
 from internseg_ds.distributed.watchdog import joined
 from internseg_ds.distributed.weight_loading import load, match_segmentor, resized, watched
-from internseg_ds.monitoring.loggers import start_logging
+from internseg_ds.monitoring.run_log import start_logging
 from internseg_ds.preflight.model_checks import check_windows
 from internseg_ds.preflight.starting_weights import check_weights_fit
 

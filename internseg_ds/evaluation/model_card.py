@@ -14,7 +14,7 @@ from typing import Any
 
 from internseg_ds.config.experiment import Experiment
 from internseg_ds.data.entries import leaf_datasets
-from internseg_ds.evaluation.evaluator import is_of_one_class
+from internseg_ds.evaluation.class_table import is_of_one_class
 from internseg_ds.models.backbone import checkpoint_of
 from internseg_ds.planning.image_sizes import crop_size
 
@@ -76,13 +76,15 @@ def _object(file: Path) -> dict[str, Any]:
 
 
 def _results(file: Path) -> dict[str, float]:
-    """The scores in an evaluation's results.json, by mmseg's names."""
+    """The scores in an evaluation's results.json, by mmseg's names, 0 to 1; of older files, which name no unit, as
+    they are."""
     content = _object(file)
+    whole = 100 if content.get("unit") == "percent" else 1
     classes = content.pop("classes", {})
-    totals = {name: value for name, value in content.items() if isinstance(value, float)}
-    return totals | {
+    found = {name: value for name, value in content.items() if isinstance(value, float)} | {
         f"{score}.{name}": value for name, scores in classes.items() for score, value in scores.items()
     }
+    return {name: round(value / whole, 6) for name, value in found.items()}
 
 
 def _pictures(folder: Path) -> dict[str, bytes]:

@@ -18,9 +18,11 @@ from internseg_ds.data.image_files import picture
 from internseg_ds.data.label_maps import ground_truth
 from internseg_ds.data.rasters.windows import WINDOW
 from internseg_ds.distributed.process_group import World
-from internseg_ds.evaluation.evaluator import Evaluation, absent_classes, is_of_one_class
+from internseg_ds.evaluation.class_table import absent_classes, is_of_one_class
+from internseg_ds.evaluation.evaluator import Evaluation
 from internseg_ds.evaluation.highest import Highest
 from internseg_ds.evaluation.visualization import side_by_side
+from internseg_ds.monitoring.units import in_percent
 from internseg_ds.output_files import make_folder, whole_file, write_picture
 
 SMALLEST_LABEL = 0.005
@@ -30,15 +32,17 @@ MOST_LABELLED = 30
 
 
 def write_report(evaluation: Evaluation, classes: Sequence[str], folder: Path) -> None:
-    """Write results.json, per_class.csv and confusion.png into `folder`. Called by one rank."""
+    """Write results.json, per_class.csv and confusion.png into `folder`, scores in percent. Called by one rank."""
     make_folder(folder)
     per_class: dict[str, dict[str, float]] = {name: {} for name in classes}
-    for key, value in evaluation.metrics.items():
+    metrics = in_percent(evaluation.metrics)
+    for key, value in metrics.items():
         score, _, name = key.partition(".")  # mIoU, or IoU.wall
         if name:
             per_class[name][score] = value
     results = {
-        **{name: value for name, value in evaluation.metrics.items() if not is_of_one_class(name)},
+        "unit": "percent",
+        **{name: value for name, value in metrics.items() if not is_of_one_class(name)},
         "images": evaluation.images,
         "pixels_of_no_class": int(evaluation.confusion[-1].sum()),
         "predictions_of_no_class": int(evaluation.confusion[:, -1].sum()),
@@ -54,14 +58,14 @@ def write_report(evaluation: Evaluation, classes: Sequence[str], folder: Path) -
 
 
 def _table(evaluation: Evaluation, classes: Sequence[str], per_class: dict[str, dict[str, float]]) -> str:
-    """CSV with one row per class: its scores, and how many pixels are labelled and predicted as it."""
+    """CSV with one row per class: its scores in percent, and how many pixels are labelled and predicted as it."""
     scores = list(dict.fromkeys(key.partition(".")[0] for key in evaluation.metrics if is_of_one_class(key)))
     _, _, predicted, labelled = evaluation.areas.long().tolist()
     table = io.StringIO(newline="")
     writer = csv.writer(table)
     writer.writerow(["class", *scores, "labelled_pixels", "predicted_pixels"])
     for index, name in enumerate(classes):
-        cells = [f"{per_class[name][score]:.4f}" if score in per_class[name] else "" for score in scores]
+        cells = [f"{per_class[name][score]:.2f}" if score in per_class[name] else "" for score in scores]
         writer.writerow([name, *cells, labelled[index], predicted[index]])
     return table.getvalue()
 

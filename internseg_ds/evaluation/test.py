@@ -22,13 +22,13 @@ from internseg_ds.data.checks.zero_labels import compare_zero_labels
 from internseg_ds.data.dataset_parts import pipelines
 from internseg_ds.distributed.construction import build_on_meta
 from internseg_ds.errors import ConfigError, OutputError, counted
+from internseg_ds.evaluation.class_table import is_of_one_class
 from internseg_ds.evaluation.evaluator import (
     Evaluation,
     EvaluationOptions,
     ImageObserver,
     ReadableImages,
     evaluate_datasets,
-    is_of_one_class,
 )
 from internseg_ds.evaluation.inference import InferenceRun, trained_segmentor
 from internseg_ds.evaluation.report import BestAndWorst, FirstImages, write_report
@@ -76,7 +76,7 @@ def test(
         result = evaluate_datasets(forwards, dataset, options, observers_of=pictures.observers)
         if run.world.is_main:
             totals = {name: value for name, value in result.metrics.items() if not is_of_one_class(name)}
-            scores = ", ".join(f"{name} {value:.2%}" for name, value in totals.items())
+            scores = ", ".join(f"{name} {100 * value:.2f} %" for name, value in totals.items())
             log.info("%s: %s", checkpoint, scores)
             if report is not None:
                 write_report(result, dataset.CLASSES, report)

@@ -4,19 +4,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+from internseg_ds.monitoring.units import todays
 from internseg_ds.output_files import whole_file
 
 
 def draw_curves(metrics: Path, picture: Path, score: str = "mIoU") -> None:
     """Draws the PNG `picture` from the records of `metrics` (JSON lines with step, loss, lr, and `score` where
-    the run evaluated). Skips lines that are no records. Raises OutputError."""
+    the run evaluated, of any version). Skips lines that are no records. Raises OutputError."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     lines = metrics.read_text(errors="replace").splitlines()
-    records = [record for line in lines if (record := _record(line))]
+    records = [todays(record) for line in lines if (record := _record(line))]
     losses = [(record["step"], record["loss"]) for record in records if record.get("loss") is not None]
-    scores = [(record["step"], 100 * record[score]) for record in records if record.get(score) is not None]
+    scores = [(record["step"], record[score]) for record in records if record.get(score) is not None]
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(xlabel="step", ylabel="training loss")

@@ -59,7 +59,7 @@ class EvaluationRecord:
     images: int
     """How many were scored."""
     scores: Mapping[str, float]
-    """mmseg's names (mIoU, IoU.wall, ...), values 0 to 1, as in metrics.jsonl."""
+    """mmseg's names (mIoU, IoU.wall, ...), values 0 to 1, as of `Evaluation.metrics`."""
     classes: Sequence[str]
     palette: np.ndarray
     """(classes, 3) uint8 RGB."""

@@ -8,17 +8,17 @@ which `engine.peak_tflops` names or `matmul_peak` measures. MFU and HFU are thos
 
 import logging
 import resource
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.utils.benchmark import Timer
 
 from internseg_ds.distributed.process_group import World, gather_from_ranks
 from internseg_ds.errors import reason_of
 from internseg_ds.monitoring.step_metrics import StepMetrics
-from internseg_ds.planning.flops import TrainingPass, training_pass
+from internseg_ds.planning.flops import TrainingPass
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +40,7 @@ class Peak:
     flops_per_s: float
 
     def utilization(self, images_per_s: float) -> dict[str, float]:
+        """Shares of the peak: "mfu", "hfu"."""
         return {
             "mfu": self.model_flops * images_per_s / self.flops_per_s,
             "hfu": self.hardware_flops * images_per_s / self.flops_per_s,
@@ -71,8 +72,8 @@ class Meter:
         if found["hfu"] <= 1:
             return found
         log.info(
-            "records go without mfu and hfu from here: %.0f %% of the peak were reached, so it is wrong; "
-            "was it measured while other work ran? engine.peak_tflops names another",
+            "records go without mfu and hfu from here: %.0f %% of the peak were reached, so it is wrong, as one is "
+            "that was measured while the device was busy; set engine.peak_tflops",
             100 * found["hfu"],
         )
         self.peak = None
@@ -80,17 +81,17 @@ class Meter:
 
 
 def make_meter(
-    peak_tflops: float | None, meta_model: nn.Module, crop: tuple[int, int], world: World, dtype: torch.dtype
+    peak_tflops: float | None, count: Callable[[], TrainingPass], world: World, dtype: torch.dtype
 ) -> Meter:
     """The meter of this rank; that of rank 0 knows the model's FLOPs. Called before the model takes memory:
     what is measured here leaves neither memory nor a peak of it behind. Collective.
 
     peak_tflops: of one device, None to measure that of a GPU; a CPU's is shared with whatever else runs, so
-    none is measured. crop: height and width of a training image. dtype: in which the backbone computes.
+    none is measured. count: counts the FLOPs of a training image. dtype: in which the backbone computes.
     """
     if peak_tflops is None and world.device.type == "cpu":
         return Meter(world.device)
-    passed = flops_of(meta_model, crop) if world.is_main else None
+    passed = flops_of(count) if world.is_main else None
     if not any(gather_from_ranks(passed is not None)):
         return Meter(world.device)
     if peak_tflops is not None:
@@ -103,10 +104,10 @@ def make_meter(
     return Meter(world.device, Peak(passed.model_flops, hardware_flops, flops_per_s))
 
 
-def flops_of(meta_model: nn.Module, crop: tuple[int, int]) -> TrainingPass | None:
+def flops_of(count: Callable[[], TrainingPass]) -> TrainingPass | None:
     """The FLOPs of a training image; None, and a line in the log, where they cannot be counted."""
     try:
-        return training_pass(meta_model, *crop)
+        return count()
     except Exception as error:  # whatever a part of somebody's model refuses with: no reason not to train
         log.info("records go without mfu and hfu: the model's FLOPs cannot be counted (%s)", reason_of(error))
         return None

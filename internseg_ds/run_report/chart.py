@@ -80,8 +80,6 @@ class Axes:
 
     title: str
     unit: str = ""
-    scale: float = 1.0
-    """What values are multiplied with: 100 for shares in percent."""
     may_be_logarithmic: bool = False
     from_zero: bool = False
     marks: Sequence[Mark] = ()
@@ -110,7 +108,7 @@ class _Scale:
 
 def chart(axes: Axes, lines: Sequence[Line]) -> Chart | None:
     """The chart of some curves, thinned; None where none has a value."""
-    shown = [(line, _scaled(thinned(line.series), axes.scale)) for line in lines]
+    shown = [(line, thinned(line.series)) for line in lines]
     shown = [(line, series) for line, series in shown if len(series.steps)]
     if not shown:
         return None
@@ -145,7 +143,7 @@ def chart(axes: Axes, lines: Sequence[Line]) -> Chart | None:
         drawn,
         [(x.place(tick), readable(tick)) for tick in _linear_ticks(x.least, x.most, 5, whole=True)],
         [(y.place(tick), readable(tick)) for tick in _y_ticks(y)],
-        [_on_plane(mark, x, y, axes.scale) for mark in axes.marks if x.least <= mark.step <= x.most],
+        [_on_plane(mark, x, y) for mark in axes.marks if x.least <= mark.step <= x.most],
         [(x.place(step), text) for step, text in axes.bounds if x.least <= step <= x.most],
         json.dumps(span, separators=(",", ":")),
         axes.note,
@@ -153,16 +151,12 @@ def chart(axes: Axes, lines: Sequence[Line]) -> Chart | None:
     )
 
 
-def _scaled(series: Series, scale: float) -> Series:
-    return series if scale == 1 else Series(series.steps, scale * series.values)
-
-
 def _pairs(series: Series) -> list[tuple[float, float]]:
     return list(zip(series.steps.tolist(), series.values.tolist(), strict=True))
 
 
-def _on_plane(mark: Mark, x: _Scale, y: _Scale, scale: float) -> tuple[float, float, str]:
-    height = HEIGHT - BOTTOM if mark.value is None else y.place(scale * mark.value)
+def _on_plane(mark: Mark, x: _Scale, y: _Scale) -> tuple[float, float, str]:
+    height = HEIGHT - BOTTOM if mark.value is None else y.place(mark.value)
     return x.place(mark.step), height, mark.text
 
 

@@ -19,7 +19,7 @@ PAIRS = 15
 
 @dataclass(frozen=True)
 class ClassRow:
-    """A class in the table. Scores are 0 to 1."""
+    """A class in the table. Scores are percent."""
 
     name: str
     colour: str
@@ -85,11 +85,11 @@ def css_colour(rgb: Sequence[int]) -> str:
 
 
 def _spark(series: Series) -> str:
-    """The curve from 0 to 1 in a small picture, by steps."""
+    """The curve from 0 to 100 % in a small picture, by steps."""
     shown = thinned(series, SPARK_POINTS)
     first, last = shown.steps[0], shown.steps[-1]
     x = 2 + (shown.steps - first) / max(1.0, last - first) * (SPARK_WIDTH - 4)
-    y = 2 + (1 - shown.values) * (SPARK_HEIGHT - 4)
+    y = 2 + (1 - shown.values / 100) * (SPARK_HEIGHT - 4)
     return " ".join(f"{right:.1f},{down:.1f}" for right, down in zip(x.tolist(), y.tolist(), strict=True))
 
 

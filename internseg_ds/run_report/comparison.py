@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from internseg_ds.monitoring.loggers import SCORE, SHARES
+from internseg_ds.monitoring.units import SCORE, is_percent
 from internseg_ds.run_report.chart import Axes, Chart, Line, chart
 from internseg_ds.run_report.class_scores import class_rows
 from internseg_ds.run_report.curves import smoothed
@@ -61,10 +61,7 @@ def comparing_charts(runs: Sequence[RunRecords], names: Sequence[str]) -> list[C
             )
             for run, name in zip(runs, names, strict=True)
         ]
-        percent = is_score or metric in SHARES
-        axes = Axes(
-            metric, "%" if percent else "", 100 if percent else 1, may_be_logarithmic=metric == "grad_norm"
-        )
+        axes = Axes(metric, "%" if is_percent(metric) else "", may_be_logarithmic=metric == "grad_norm")
         drawn.append(chart(axes, lines))
     return [each for each in drawn if each is not None]
 

@@ -20,6 +20,7 @@ from internseg_ds.monitoring.evaluation_record import (
     read_evaluation,
 )
 from internseg_ds.monitoring.run_starts import RunStart, read_starts
+from internseg_ds.monitoring.units import todays
 
 LINES = 1_000_000
 """Records that are read of a file at most; the page of a run with more of them lacks the rest."""
@@ -103,7 +104,8 @@ class _Columns:
 
 @dataclass(frozen=True)
 class Metrics:
-    """metrics.jsonl. `of` has the metrics by name, with "time" (seconds since 1970) among them."""
+    """metrics.jsonl, in the units of `monitoring.units`. `of` has the metrics by name, with "time" (seconds since
+    1970) among them."""
 
     of: dict[str, Series]
     scores: frozenset[str]
@@ -118,7 +120,8 @@ def read_metrics(path: Path) -> Metrics:
     """The records of a run. Those of a step that a later line begins again from are replaced by it."""
     columns, scores = _Columns(), set[str]()
     restarts: list[Restart] = []
-    for record in _json_lines(path):
+    for line in _json_lines(path):
+        record = todays(line)
         step = record.pop("step", None)
         if isinstance(step, bool) or not isinstance(step, (int, float)):
             continue

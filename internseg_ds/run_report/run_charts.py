@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from internseg_ds.monitoring.loggers import SCORE, SCORE_OF_A_CLASS, SHARES
+from internseg_ds.monitoring.units import SCORE, SCORE_OF_A_CLASS, is_percent
 from internseg_ds.run_report.chart import Axes, Chart, Line, Mark, chart
 from internseg_ds.run_report.curves import smoothed
 from internseg_ds.run_report.records import RunRecords, Series
@@ -38,7 +38,7 @@ def _all_charts(run: RunRecords) -> Iterator[Chart | None]:
     )
     scores = [name for name in metrics.of if SCORE.fullmatch(name)]
     yield chart(
-        Axes("scores on the validation set", "%", 100, bounds=bounds),
+        Axes("scores on the validation set", "%", bounds=bounds),
         [Line(name, metrics.get(name), dots=True) for name in scores],
     )
     terms = [name for name in metrics.of if name != "loss" and "loss" in name and name not in NO_CURVES]
@@ -57,11 +57,11 @@ def _all_charts(run: RunRecords) -> Iterator[Chart | None]:
         _averaged(run, "images_per_s"),
     )
     yield chart(
-        Axes("utilization of the hardware", "%", 100, from_zero=True, bounds=bounds),
+        Axes("utilization of the hardware", "%", from_zero=True, bounds=bounds),
         _averaged(run, *UTILIZATION),
     )
     yield chart(
-        Axes("waiting, share of the time", "%", 100, from_zero=True, bounds=bounds),
+        Axes("waiting, share of the time", "%", from_zero=True, bounds=bounds),
         _averaged(run, *WAITS),
     )
     yield chart(
@@ -82,8 +82,8 @@ def _all_charts(run: RunRecords) -> Iterator[Chart | None]:
     }
     for name in metrics.of:
         if name not in known and not SCORE_OF_A_CLASS.fullmatch(name) and name not in metrics.scores:
-            scale, unit = (100, "%") if name in SHARES else (1, "")
-            yield chart(Axes(name, unit, scale, bounds=bounds), _averaged(run, name))
+            unit = "%" if is_percent(name) else ""
+            yield chart(Axes(name, unit, bounds=bounds), _averaged(run, name))
 
 
 def _averaged(run: RunRecords, *names: str) -> list[Line]:

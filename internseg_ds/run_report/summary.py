@@ -5,7 +5,7 @@ from datetime import datetime
 
 import numpy as np
 
-from internseg_ds.monitoring.loggers import SCORE
+from internseg_ds.monitoring.units import SCORE
 from internseg_ds.run_report.curves import smoothed
 from internseg_ds.run_report.records import RunRecords, Series
 
@@ -58,7 +58,7 @@ def figures(run: RunRecords) -> list[Figure]:
     for name, text in (("images_per_s", "images per second"), ("mfu", "mfu"), ("data_wait", "data_wait")):
         if (value := _recent(metrics.get(name))) is not None:
             found.append(
-                Figure(text, f"{value:.4g}" if name == "images_per_s" else f"{value:.1%}", "recent median")
+                Figure(text, f"{value:.4g}" if name == "images_per_s" else f"{value:.1f}%", "recent median")
             )
     if (peak := metrics.get("peak_gib").highest) is not None:
         found.append(Figure("peak memory", f"{peak[1]:.4g} GiB", "rank 0"))
@@ -76,7 +76,7 @@ def _recent(series: Series) -> float | None:
 
 
 def percent(value: float) -> str:
-    return f"{value:.2%}"
+    return f"{value:.2f}%"
 
 
 def _duration(run: RunRecords) -> str:

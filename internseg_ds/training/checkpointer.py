@@ -43,6 +43,7 @@ from internseg_ds.checkpoints.zero_files import EMA_FILE
 from internseg_ds.distributed.process_group import any_rank, gather_from_ranks
 from internseg_ds.distributed.zero_internals import checkpoint_engine_of, fp32_partitions, inner_optimizer
 from internseg_ds.output_files import unless_disk_full
+from internseg_ds.progress import stage
 from internseg_ds.training.train_state import TrainState
 
 if TYPE_CHECKING:
@@ -103,14 +104,15 @@ class Checkpointer:
         needed = self._bytes_to_save(deepspeed_engine, ema)
         failure = _failure_of(lambda: self._make_room_for(partial, needed)) if self.leads else None
         if _agreed(deepspeed_engine, failure is None):
-            deepspeed_engine.save_checkpoint(
-                str(self.folder),
-                tag=partial.name,
-                client_state={"internseg_ds": state.state_dict()},
-                save_latest=False,
-            )
-            if ema is not None:
-                writer.save(ema.state_dict(), str(partial / EMA_FILE.format(rank=dist.get_rank())))
+            with stage(f"saving {tag}, {needed / 2**30:.2f} GiB", after_s=2.0):
+                deepspeed_engine.save_checkpoint(
+                    str(self.folder),
+                    tag=partial.name,
+                    client_state={"internseg_ds": state.state_dict()},
+                    save_latest=False,
+                )
+                if ema is not None:
+                    writer.save(ema.state_dict(), str(partial / EMA_FILE.format(rank=dist.get_rank())))
         else:
             writer.failure = failure or OSError("another rank failed")
         self._started = Started(

@@ -50,7 +50,7 @@ from internseg_ds.evaluation.evaluator import (
 )
 from internseg_ds.host_faults import host_errors_explained
 from internseg_ds.models.activation_checkpointing import CheckpointingPolicy
-from internseg_ds.monitoring.loggers import start_logging
+from internseg_ds.monitoring.run_log import start_logging
 from internseg_ds.monitoring.throughput import make_meter
 from internseg_ds.optimization.ema import ShardedEma
 from internseg_ds.optimization.parameter_groups import named_groups, parameter_groups
@@ -58,6 +58,7 @@ from internseg_ds.output_files import whole_file
 from internseg_ds.planning.auto_checkpointing import agreed_checkpointing
 from internseg_ds.planning.estimator import Estimator
 from internseg_ds.planning.memory_warnings import after_out_of_memory
+from internseg_ds.progress import stage
 from internseg_ds.seeding import derived_seed
 from internseg_ds.training.checkpointer import Checkpointer
 from internseg_ds.training.deepspeed_engine import build_deepspeed_engine, loss_terms
@@ -161,7 +162,8 @@ class SegmentorEngine:
         self._watch_over_ranks()
         try:
             with host_errors_explained():
-                self._environment = log_start(self.plan, self.options, self._estimator)
+                self._choose_precision()
+                self._environment = log_start(self.plan, self.options, self._estimator, self.dtypes)
                 self._build(self._agree_to_resume())
         except BaseException as error:
             self._give_up(error)
@@ -205,25 +207,24 @@ class SegmentorEngine:
     def _build(self, resume_point: ResumePoint | None) -> None:
         """DeepSpeed's engine with its weights, and the state of the checkpoint to go on from. Collective."""
         experiment = self.plan.experiment
-        self._choose_precision()
         self._choose_activation_checkpointing()
         self.meter = make_meter(
             experiment.engine.peak_tflops,
-            self.plan.meta_model,
-            self.plan.crop,
+            lambda: self._estimator_as_it_trains().training_pass,
             self.world,
             self.dtypes.backbone,
         )
-        self.deepspeed = build_deepspeed_engine(
-            experiment,
-            self.plan.ds,
-            self.plan.meta_model,
-            self.world.device,
-            seed=self.options.seed,
-            dtypes=self.dtypes,
-            recomputation=self._recomputation,
-            load_weights=partial(self._load_weights, resume_point),
-        )
+        with stage(f"building the model and its optimizer on {counted(self.world.size, 'process')}"):
+            self.deepspeed = build_deepspeed_engine(
+                experiment,
+                self.plan.ds,
+                self.plan.meta_model,
+                self.world.device,
+                seed=self.options.seed,
+                dtypes=self.dtypes,
+                recomputation=self._recomputation,
+                load_weights=partial(self._load_weights, resume_point),
+            )
         self.watch.mark()
         note_failed_writes(self.deepspeed, background=experiment.engine.background_save)
         self.ema: ShardedEma | None = None
@@ -243,20 +244,6 @@ class SegmentorEngine:
         """The dtypes that the parts of the model compute in."""
         experiment, ds, device = self.plan.experiment, self.plan.ds, self.world.device
         self.dtypes = compute_dtypes(experiment.engine, self.plan.meta_model, device, ds.precision)
-        log.info(
-            "%s on %s, ZeRO-%d, %s parameters, backbone computes in %s, heads in %s",
-            counted(self.world.size, "process"),
-            device.type,
-            ds.stage,
-            *(str(dtype).removeprefix("torch.") for dtype in (ds.param_dtype, *self.dtypes)),
-        )
-        log.info(
-            "%s per step = %s x %s x %s",
-            counted(ds.global_batch, "image"),
-            counted(ds.world_size, "process"),
-            counted(ds.micro_batch, "image"),
-            counted(ds.accumulation, "accumulation step"),
-        )
         set_fp32_matmul(experiment.engine.fp32_matmul, device)
         deterministic = torch.are_deterministic_algorithms_enabled()
         torch.backends.cudnn.benchmark = experiment.cudnn_benchmark and not deterministic
@@ -267,6 +254,14 @@ class SegmentorEngine:
             self._estimator, self.plan.ds, self.world, self.dtypes.backbone
         )
         set_activation_checkpointing(self.plan.meta_model, self._recomputation)
+
+    def _estimator_as_it_trains(self) -> Estimator:
+        """That of the activation checkpointing that was chosen, whose counts the plan may have made already."""
+        asked = self.plan.experiment.engine.recomputation
+        chosen = self._recomputation
+        if chosen == "config" or chosen == asked:
+            return self._estimator
+        return self._estimator.under(chosen)
 
     def _load_weights(self, resume_point: ResumePoint | None, model: torch.nn.Module) -> None:
         """Those of the checkpoint to go on from, or those that a fresh run starts from, if any. Collective."""

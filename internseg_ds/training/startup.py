@@ -12,11 +12,12 @@ from typing import Any
 import torch.distributed as dist
 
 from internseg_ds.config.experiment import Experiment
+from internseg_ds.distributed.precision import ComputeDtypes
 from internseg_ds.distributed.process_group import World, adopt, gather_from_ranks, hold_meeting_port, join
 from internseg_ds.distributed.watchdog import time_limit
 from internseg_ds.errors import UserError, counted
 from internseg_ds.monitoring.environment import environment_lines
-from internseg_ds.monitoring.loggers import start_logging
+from internseg_ds.monitoring.run_log import start_logging
 from internseg_ds.monitoring.run_starts import RunStart, learning_rates, write_start
 from internseg_ds.optimization.parameter_groups import parameter_groups
 from internseg_ds.output_files import check_writable
@@ -24,6 +25,8 @@ from internseg_ds.planning.estimator import Estimator
 from internseg_ds.planning.memory_warnings import no_room_to_save, shortfall
 from internseg_ds.preflight.image_sizes import size_lines
 from internseg_ds.preflight.preflight import Plan, check, survey_data
+from internseg_ds.preflight.run_summary import Destination, summary
+from internseg_ds.progress import stage
 from internseg_ds.training.launcher import Launcher
 from internseg_ds.training.resume.find_checkpoint import checkpoint_to_resume, compare_with_checkpoint
 from internseg_ds.training.run_options import RunOptions
@@ -73,10 +76,11 @@ def checked_plan(
 ) -> Plan:
     """The plan of a run, or of a dry run, that has passed every check: first those that every rank makes, then
     those that only the main rank makes. Arguments and errors are those of `preflight.check`."""
-    plan = check(
-        experiment, ds_config, world, validate=validate, load_from=load_from, resume_from=resume_from
-    )
-    return survey_data(compare_with_checkpoint(plan))
+    with stage("checking the model, the settings and the data"):
+        plan = check(
+            experiment, ds_config, world, validate=validate, load_from=load_from, resume_from=resume_from
+        )
+        return survey_data(compare_with_checkpoint(plan))
 
 
 def validate_and_join(
@@ -101,26 +105,31 @@ def validate_and_join(
         if owns_group:
             join(world, timeout, refusal=error, run=run)  # raises it, here and on the others
         raise
-    if owns_group:
-        join(world, timeout, run=run)
-    else:
-        adopt()
+    with stage(f"meeting of {counted(world.size, 'process')}"):
+        if owns_group:
+            join(world, timeout, run=run)
+        else:
+            adopt()
     return plan, owns_group
 
 
-def log_start(plan: Plan, options: RunOptions, estimator: Estimator) -> list[str]:
-    """Opens the run's log, with its environment, which it returns, and all that the checks have to say.
-    Collective."""
+def log_start(plan: Plan, options: RunOptions, estimator: Estimator, dtypes: ComputeDtypes) -> list[str]:
+    """Opens the run's log, with its environment, which it returns, a summary of the run, and all that the checks
+    have to say. Collective."""
     experiment, is_main = plan.experiment, plan.world.is_main
     header = environment_lines(options.seed, gather_from_ranks(socket.gethostname()))
     start_logging(options.work_dir, level=experiment.logging.level, is_main=is_main, header=header)
-    sizes, size_warnings = size_lines(experiment, plan.crop)
+    _, size_warnings = size_lines(experiment, plan.crop)
     if is_main:
+        to = Destination(options.work_dir, options.saves, Launcher().resume_command())
+        with stage("planning", after_s=2.0):
+            lines = summary(plan, estimator, dtypes, to)
+        for line in lines:
+            log.info("%s", line)
         for warning in (*experiment.warnings, *size_warnings):
             log.warning("config: %s", warning)
     for note in experiment.notes:
         log.info("config: %s", note)
-    log.info("%s", sizes)
     if is_main:
         for warning in plan.warnings:
             log.warning(warning)

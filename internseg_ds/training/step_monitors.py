@@ -17,13 +17,14 @@ from internseg_ds.monitoring.stragglers import LayerClock, Stragglers
 from internseg_ds.monitoring.trackers.best import best_recorded
 from internseg_ds.monitoring.trackers.opening import Trackers, open_trackers
 from internseg_ds.monitoring.trackers.tracker import RunInfo
+from internseg_ds.monitoring.units import in_percent
 from internseg_ds.output_files import unless_disk_full
 from internseg_ds.run_report.refreshed_page import RefreshedPage
 from internseg_ds.training.training_run import TrainingRun
 
 
 def record(loggers: Sequence[MetricLogger], step: int, values: Mapping[str, float]) -> None:
-    """Writes a record of a step; one that a full disk does not take waits in memory."""
+    """Writes a record of a step, in the units of `units`; one that a full disk does not take waits in memory."""
     for logger in loggers:
         with unless_disk_full(f"a record of step {step} is not written yet"):
             logger.write(step, values)
@@ -150,7 +151,8 @@ class StepMonitors:
         self.write(step, values)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes a record of other values, such as scores."""
+        """Writes a record of other values, such as scores. values: scores and shares from 0 to 1."""
+        values = in_percent(values)
         record(self._loggers, step, values)
         self._trackers.record(step, values)
 

@@ -2,21 +2,26 @@
 What happens each step is visible here."""
 
 import logging
+import time
 from collections.abc import Generator
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 
 from internseg_ds.data.dataset_parts import SegmentationDataset
 from internseg_ds.data.loading import Batch, training_batches
 from internseg_ds.data.sampler import GlobalBatchSampler
 from internseg_ds.distributed.process_group import AnyRankFlags, gather_from_ranks
 from internseg_ds.errors import CheckpointError
-from internseg_ds.evaluation.evaluator import Abandoned
+from internseg_ds.evaluation.class_table import class_scores, extremes, write_class_scores
+from internseg_ds.evaluation.evaluator import Abandoned, Evaluation
 from internseg_ds.evaluation.kept_pictures import KeptEvaluation
 from internseg_ds.evaluation.report import write_report
 from internseg_ds.garbage_collection import SteppedCollector
 from internseg_ds.monitoring.curves import draw_curves
+from internseg_ds.monitoring.loggers import readable
 from internseg_ds.monitoring.trackers.opening import pictures_asked_for
+from internseg_ds.monitoring.units import SCORE, in_percent
 from internseg_ds.output_files import unless_disk_full
+from internseg_ds.progress import duration, stage
 from internseg_ds.training.bad_images import BadImages
 from internseg_ds.training.nonfinite_steps import NonfiniteSteps, nan_gradients_unless_finite
 from internseg_ds.training.step_monitors import StepMonitors
@@ -62,7 +67,7 @@ def train(run: TrainingRun) -> TrainState:
             lr = max(deepspeed.lr_scheduler.get_last_lr())
             log_now = due(step, experiment.logging.interval, last)
             micro_batches = []
-            with monitors.layer_times(measured=log_now):
+            with monitors.layer_times(measured=log_now), _named(first=step == start + 1):
                 for number in range(ds.accumulation):
                     with monitors.data_wait(step, number):
                         batch = next(batches)
@@ -137,6 +142,11 @@ def _before_the_first_step(run: TrainingRun, monitors: StepMonitors, *, evaluate
         evaluate_and_record(run, monitors)
 
 
+def _named(*, first: bool) -> AbstractContextManager[None]:
+    """Around a step: the first one starts data workers, compiles and takes memory, and says so."""
+    return stage("first step (it starts data workers, compiles and takes memory)") if first else nullcontext()
+
+
 def _batches(run: TrainingRun) -> Generator[Batch, None, None]:
     """This rank's micro-batches from where the state stands, without end."""
     plan, state, world = run.plan, run.state, run.world
@@ -170,6 +180,8 @@ def _finish(run: TrainingRun, nonfinite: NonfiniteSteps, start: int) -> None:
     if run.stopped:
         return
     nonfinite.at_end(state.step)
+    best = "" if state.best is None else f"; {_best(run)}"
+    log.info("trained to step %d%s; %s", state.step, best, run.work_dir / "report.html")
     if run.options.saves and state.step > start and newest != f"iter_{state.step}":
         raise CheckpointError(
             f"the training is done but its last step, {state.step}, could not be saved (the log says why); "
@@ -185,23 +197,61 @@ def evaluate_and_record(run: TrainingRun, monitors: StepMonitors, *, of_checkpoi
     of_checkpoint: whether the scores are those of the checkpoint of this step, which is marked when it is the
     best so far, of which WORK_DIR/evaluation has a report; False before the first step.
     """
-    state, experiment = run.state, run.plan.experiment
+    state, experiment, began = run.state, run.plan.experiment, time.monotonic()
     kept = KeptEvaluation(pictures_asked_for(experiment.logging.hooks))
     try:
-        evaluation = run.evaluate(verbose=of_checkpoint, stop=run.stop_requests, observers_of=kept.observers)
+        evaluation = run.evaluate(verbose=False, stop=run.stop_requests, observers_of=kept.observers)
     except Abandoned:
         run.stopped = True
         return
     metrics = evaluation.metrics
     monitors.write(state.step, metrics)
     monitors.keep(kept.record(state.step, evaluation, run.plan.val_set, run.world))
+    seconds = time.monotonic() - began
     if not of_checkpoint:
+        _tell(run, evaluation, "before training", seconds)
         return
     run.watch.at(state.step, "saving")
     best = run.checkpoints.score(state, metrics, experiment.evaluation.best_by)
-    name = experiment.evaluation.metrics[0]
-    log.info("step %d: %s %.2f%%%s", state.step, name, 100 * metrics[name], " (best so far)" if best else "")
+    _tell(run, evaluation, _place(run, best=best), seconds)
     if run.world.is_main and (best or experiment.evaluation.best_by is None or not run.options.saves):
         with unless_disk_full("the report of this score is not written"):
             val_set: SegmentationDataset = run.plan.val_set
             write_report(evaluation, val_set.CLASSES, run.work_dir / "evaluation")
+
+
+def _place(run: TrainingRun, *, best: bool) -> str:
+    """How a score stands among those of this run."""
+    if best:
+        return "best so far"
+    return "" if run.state.best is None else _best(run)
+
+
+def _best(run: TrainingRun) -> str:
+    state = run.state
+    return (
+        f"best {run.plan.experiment.evaluation.best_by} {100 * (state.best or 0.0):.2f} % of {state.best_tag}"
+    )
+
+
+def _tell(run: TrainingRun, evaluation: Evaluation, place: str, seconds: float) -> None:
+    """Logs the scores in a line, and the best and worst classes; all of them go into a file."""
+    if not run.world.is_main:
+        return
+    names = filter(SCORE.fullmatch, evaluation.metrics)
+    first = run.plan.experiment.evaluation.metrics[0]
+    scores = {name: evaluation.metrics[name] for name in sorted(names, key=lambda name: name != first)}
+    words = ", ".join(f"{name} {readable(name, value)}" for name, value in in_percent(scores).items())
+    log.info(
+        "step %d: %s%s; %d images in %s",
+        run.state.step,
+        words,
+        f" ({place})" if place else "",
+        evaluation.images,
+        duration(seconds),
+    )
+    val_set: SegmentationDataset = run.plan.val_set
+    by_class = class_scores(evaluation.metrics, evaluation.confusion, val_set.CLASSES)
+    log.info("  %s", extremes(by_class))
+    with unless_disk_full("the scores by class are not written"):
+        write_class_scores(by_class, run.work_dir / "per_class.csv")

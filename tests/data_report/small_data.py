@@ -2,11 +2,8 @@
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
 
 from tests.data.test_label_maps import TEST, TRAIN
-
-QUIET = Console(quiet=True)
 
 
 def entry(kind, root, part, /, **arguments):

@@ -14,7 +14,7 @@ from internseg_ds.data_report.mended_config import write_mended
 from internseg_ds.data_report.page import write_page
 from internseg_ds.errors import ConfigError, DataError, OutputError, UserError
 from tests.data.test_label_maps import TRAIN
-from tests.data_report.small_data import QUIET, TWO, entry, names, sound, write
+from tests.data_report.small_data import TWO, entry, names, sound, write
 
 
 def start(experiment):
@@ -30,7 +30,7 @@ def test_sound_data_are_passed_and_shown(experiment, tmp_path):
     given = experiment(
         entry("CustomDataset", tmp_path, "train", **TWO), entry("CustomDataset", tmp_path, "val", **TWO)
     )
-    report = examine(given, QUIET, workers=1)
+    report = examine(given, workers=1)
     assert report.findings == [] and start(given) == []
     page = write_page(report, given, tmp_path / "page.html").read_text()
     assert page.count("data:image/png;base64,") == 9 and "http" not in page and "Nothing." in page
@@ -45,13 +45,13 @@ def test_zero_reduced_on_one_side_alone_is_found_and_mended(experiment, tmp_path
     train = entry("CustomDataset", tmp_path, "train", **TWO)
     train["pipeline"] = [TRAIN[0], dict(type="LoadAnnotations", reduce_zero_label=trained), *TRAIN[2:]]
     given = experiment(train, entry("CustomDataset", tmp_path, "val", reduce_zero_label=not trained, **TWO))
-    report = examine(given, QUIET, workers=0)
+    report = examine(given, workers=0)
     assert "zero-label" in names(report)
     with pytest.raises(ConfigError, match=r"reduce_zero_label=.* of data.val"):
         start(given)
     settings = [setting for finding in report.findings for setting in finding.settings]
     mended = write_mended(given, settings, tmp_path / "mended.py")
-    assert names(examine(read_experiment(mended), QUIET, workers=0)) == set()
+    assert names(examine(read_experiment(mended), workers=0)) == set()
     with pytest.raises(OutputError, match="not overwritten"):
         write_mended(given, settings, mended)
 
@@ -62,7 +62,7 @@ def test_masks_of_0_and_255_are_found(experiment, tmp_path):
     given = experiment(
         entry("CustomDataset", tmp_path, "train", **TWO), entry("CustomDataset", tmp_path, "val", **TWO)
     )
-    assert names(examine(given, QUIET, workers=0)) == {"masks-0-255"}
+    assert names(examine(given, workers=0)) == {"masks-0-255"}
     with pytest.raises(DataError, match="255 is meant to be car"):
         start(given)
 
@@ -73,13 +73,13 @@ def test_pictures_that_exif_turns_are_found_and_mended(experiment, tmp_path):
     given = experiment(
         entry("CustomDataset", tmp_path, "train", **TWO), entry("CustomDataset", tmp_path, "val", **TWO)
     )
-    report = examine(given, QUIET, workers=0)
+    report = examine(given, workers=0)
     assert names(report) == {"exif-turned"}
     with pytest.raises(DataError, match=r"EXIF of .* turns it by 90 degrees"):
         start(given)
     settings = [setting for finding in report.findings for setting in finding.settings]
     mended = read_experiment(write_mended(given, settings, tmp_path / "mended.py"))
-    assert names(examine(mended, QUIET, workers=0)) == set() and start(mended) == []
+    assert names(examine(mended, workers=0)) == set() and start(mended) == []
 
 
 def test_a_tiff_is_turned_by_whatever_reads_it_and_its_label_map_must_be_too(experiment, tmp_path):
@@ -89,13 +89,11 @@ def test_a_tiff_is_turned_by_whatever_reads_it_and_its_label_map_must_be_too(exp
             Image.open(file).transpose(Image.Transpose.ROTATE_90).save(file, tiffinfo={0x0112: 6})
     images = dict(TWO, img_suffix=".tif")
     given = experiment(*(entry("CustomDataset", tmp_path, split, **images) for split in ("train", "val")))
-    assert names(examine(given, QUIET, workers=0)) == set() and start(given) == []
+    assert names(examine(given, workers=0)) == set() and start(given) == []
     for split in ("train", "val"):
         for file in (tmp_path / f"labels/{split}").iterdir():
             Image.open(file).transpose(Image.Transpose.ROTATE_90).save(file)
-    assert names(examine(given, QUIET, workers=0)) == {
-        "other-sides"
-    }  # color_ignore_orientation does not mend it
+    assert names(examine(given, workers=0)) == {"other-sides"}  # color_ignore_orientation does not mend it
     with pytest.raises(DataError, match=r"have other sides than their images"):
         start(given)
 
@@ -107,13 +105,13 @@ def test_images_left_out_for_an_upper_case_ending_are_found_and_mended(experimen
     given = experiment(
         entry("CustomDataset", tmp_path, "train", **TWO), entry("CustomDataset", tmp_path, "val", **TWO)
     )
-    report = examine(given, QUIET, workers=0)
+    report = examine(given, workers=0)
     assert names(report) == {"suffix"}
     with pytest.raises(DataError, match=r"1 file of .* is left out"):
         start(given)
     settings = [setting for finding in report.findings for setting in finding.settings]
     mended = read_experiment(write_mended(given, settings, tmp_path / "mended.py"))
-    report = examine(mended, QUIET, workers=0)
+    report = examine(mended, workers=0)
     assert names(report) == set() and len(report.datasets["data.train"]) == 3
 
 
@@ -123,7 +121,7 @@ def test_copies_in_the_validation_set_are_named(experiment, tmp_path):
     given = experiment(
         entry("CustomDataset", tmp_path, "train", **TWO), entry("CustomDataset", tmp_path, "val", **TWO)
     )
-    report = examine(given, QUIET, workers=0)
+    report = examine(given, workers=0)
     assert [finding.name for finding in report.odd] == ["duplicates"] and not report.wrong
     assert report.duplicates.same == [(f"{tmp_path}/images/train/0.jpg", f"{tmp_path}/images/val/2.jpg")]
 
@@ -136,7 +134,7 @@ def test_label_maps_in_colours_are_named_with_their_classes(experiment, tmp_path
     given = experiment(
         entry("CustomDataset", tmp_path, "train", **TWO), entry("CustomDataset", tmp_path, "val", **TWO)
     )
-    (finding,) = examine(given, QUIET, workers=0).wrong
+    (finding,) = examine(given, workers=0).wrong
     assert finding.name == "colour-coded" and "(200, 0, 0) is car" in finding.text
     with pytest.raises(UserError, match="3 numbers for each pixel"):
         start(given)
@@ -172,4 +170,4 @@ def test_published_layouts_are_right(experiment, tmp_path, kind):
         *TRAIN[2:],
     ]
     given = experiment(*entries, classes=len(numbers) - (255 in numbers) - reduced)
-    assert examine(given, QUIET, workers=0).findings == [] and start(given) == []
+    assert examine(given, workers=0).findings == [] and start(given) == []

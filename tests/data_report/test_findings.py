@@ -8,7 +8,7 @@ from internseg_ds.config.experiment import read_experiment
 from internseg_ds.data_report.doctor import examine
 from internseg_ds.data_report.mended_config import write_mended
 from tests.data.test_label_maps import TRAIN
-from tests.data_report.small_data import QUIET, TWO, entry, names, sound, write
+from tests.data_report.small_data import TWO, entry, names, sound, write
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def found(report):
 
 def mended(given, report, out):
     settings = [setting for finding in report.findings for setting in finding.settings]
-    return examine(read_experiment(write_mended(given, settings, out)), QUIET, workers=0)
+    return examine(read_experiment(write_mended(given, settings, out)), workers=0)
 
 
 def scene(seed):
@@ -43,9 +43,9 @@ def test_a_copy_in_another_quality_looks_alike_and_another_scene_does_not(two, t
         for split in ("train", "val"):
             labels = Image.fromarray(np.tile(np.uint8([0, 1]), (64, 48)))
             labels.save(tmp_path / f"labels/{split}/{number}.png")
-    assert examine(two(), QUIET, workers=0).findings == []
+    assert examine(two(), workers=0).findings == []
     scene(1).save(tmp_path / "images/val/2.jpg", quality=40)
-    report = examine(two(), QUIET, workers=0)
+    report = examine(two(), workers=0)
     assert [finding.name for finding in report.findings] == ["look-alikes"]
     assert report.duplicates.alike == [(f"{tmp_path}/images/train/1.jpg", f"{tmp_path}/images/val/2.jpg")]
 
@@ -56,19 +56,19 @@ def test_a_jpeg_that_was_cut_short_is_named(two, tmp_path):
     Image.fromarray(np.tile(np.uint8([0, 1]), (64, 48))).save(tmp_path / "labels/train/1.png")
     whole = file.read_bytes()
     file.write_bytes(whole + b"\0" * 9)  # what some cameras write behind the end
-    assert examine(two(), QUIET, workers=0).findings == []
+    assert examine(two(), workers=0).findings == []
     file.write_bytes(whole[: len(whole) * 2 // 3])
     of_opencv_4, of_opencv_5 = (f"{file}; copy them again", f"{file} (ends early)")
-    (text,) = (finding.text for finding in examine(two(), QUIET, workers=0).findings)
+    (text,) = (finding.text for finding in examine(two(), workers=0).findings)
     assert of_opencv_4 in text or of_opencv_5 in text
     file.write_bytes(b"")
-    assert "1.jpg (is empty)" in found(examine(two(), QUIET, workers=0))["damaged"].text
+    assert "1.jpg (is empty)" in found(examine(two(), workers=0))["damaged"].text
 
 
 @pytest.mark.parametrize(("mean", "odd"), [(0.5, True), (120.0, False)])
 def test_a_normalize_for_other_numbers_than_those_of_images_is_odd(two, mean, odd):
     step = dict(type="Normalize", mean=[mean] * 3, std=[0.25 if odd else 60.0] * 3, to_rgb=True)
-    report = examine(two(pipeline=[*TRAIN[:2], step, *TRAIN[2:]]), QUIET, workers=0)
+    report = examine(two(pipeline=[*TRAIN[:2], step, *TRAIN[2:]]), workers=0)
     texts = [
         finding.text for finding in report.odd if finding.name == "normalize" and "makes" in finding.text
     ]
@@ -77,7 +77,7 @@ def test_a_normalize_for_other_numbers_than_those_of_images_is_odd(two, mean, od
 
 def test_label_maps_without_images_are_counted(two, tmp_path):
     (tmp_path / "images/train/1.jpg").unlink()
-    finding = found(examine(two(), QUIET, workers=0))["label-maps-without-images"]
+    finding = found(examine(two(), workers=0))["label-maps-without-images"]
     assert not finding.wrong and finding.text.startswith("data.train: 1 label map of ")
     assert f"{tmp_path}/labels/train/1.png" in finding.text
 
@@ -86,7 +86,7 @@ def test_label_maps_of_another_ending_are_missing_and_the_setting_mends_it(two, 
     for file in list((tmp_path / "labels/train").iterdir()):
         file.rename(file.with_suffix(".tif"))  # a PNG all the same, which no decoder minds
     given = two()
-    report = examine(given, QUIET, workers=0)
+    report = examine(given, workers=0)
     assert names(report) == {"missing-files"}
     (setting,) = found(report)["missing-files"].settings
     assert (setting.key, setting.value) == ("seg_map_suffix", ".tif")
@@ -94,15 +94,15 @@ def test_label_maps_of_another_ending_are_missing_and_the_setting_mends_it(two, 
 
 
 def test_masks_of_16_bits_are_read_as_their_numbers(two, tmp_path):
-    assert examine(two(), QUIET, workers=0).scanned["data.train"].labels.numbers == {0: 16, 1: 16, 255: 4}
+    assert examine(two(), workers=0).scanned["data.train"].labels.numbers == {0: 16, 1: 16, 255: 4}
     for file in (tmp_path / "labels/train").iterdir():
         Image.fromarray(np.uint16([[0, 1, 65535]] * 4)).save(file)
-    report = examine(two(), QUIET, workers=0)
+    report = examine(two(), workers=0)
     labels = report.scanned["data.train"].labels
     assert labels.numbers == {0: 12, 1: 12, 65535: 12} and labels.pixels == {0: 12, 1: 12, 255: 12}
     assert dict(labels.storage) == {"PNG, 16 bits": 3} and report.findings == []
     Image.fromarray(np.uint16([[0, 1, 256]] * 4)).save(tmp_path / "labels/train/1.png")
-    assert "256 in" in found(examine(two(), QUIET, workers=0))["unknown-labels"].text
+    assert "256 in" in found(examine(two(), workers=0))["unknown-labels"].text
 
 
 def test_a_sample_is_the_same_one_every_time(experiment, tmp_path):
@@ -111,7 +111,7 @@ def test_a_sample_is_the_same_one_every_time(experiment, tmp_path):
     given = experiment(
         entry("CustomDataset", tmp_path, "train", **TWO), entry("CustomDataset", tmp_path, "val", **TWO)
     )
-    first, again = (examine(given, QUIET, workers=0, sample=6).scanned["data.train"] for _ in range(2))
+    first, again = (examine(given, workers=0, sample=6).scanned["data.train"] for _ in range(2))
     files = [look.file for look in first.looks]
     assert files == [look.file for look in again.looks] and len(set(files)) == 6
     assert first.labels.maps == 6 and first.total == 20
@@ -124,7 +124,7 @@ def test_too_few_classes_and_another_ignored_label_are_mended_in_each_of_several
     given.cfg.model.auxiliary_head = [head, dict(head, num_classes=2, loss_decode=[dict(type="DiceLoss")])]
     (tmp_path / "several.py").write_text(given.cfg.pretty_text)
     given = read_experiment(tmp_path / "several.py")
-    report = examine(given, QUIET, workers=0)
+    report = examine(given, workers=0)
     assert {"classes", "losses"} <= names(report)
     assert [str(setting) for setting in found(report)["losses"].settings] == [
         "model.decode_head.ignore_index=7",
@@ -140,7 +140,7 @@ def test_classes_counted_from_1_are_found_and_mended(experiment, tmp_path):
     for split in ("train", "val"):
         write(tmp_path, split, [[1, 2, 255], [2, 2, 1]])
     given = experiment(*(entry("CustomDataset", tmp_path, split, **TWO) for split in ("train", "val")))
-    report = examine(given, QUIET, workers=0)
+    report = examine(given, workers=0)
     assert "counted from 1" in found(report)["zero-label"].text
     assert mended(given, report, tmp_path / "mended.py").findings == []
 
@@ -150,7 +150,7 @@ def test_the_noise_of_a_jpeg_is_not_taken_for_a_class(experiment, tmp_path):
         write(tmp_path, split, [[2] * 3, [1] * 3, [0] * 3], labels=".jpg")  # 2 for noise
     jpeg = dict(TWO, seg_map_suffix=".jpg")
     given = experiment(*(entry("CustomDataset", tmp_path, split, **jpeg) for split in ("train", "val")))
-    report = examine(given, QUIET, workers=0)
+    report = examine(given, workers=0)
     assert names(report) == {"unknown-labels"} and "lossy-label-maps" in found(report)
     assert not [setting for finding in report.findings for setting in finding.settings]
 
@@ -159,6 +159,6 @@ def test_a_folder_in_the_place_of_a_file_is_no_file(two, tmp_path):
     for file in ("labels/train/0.png", "images/train/1.jpg"):
         (tmp_path / file).unlink()
         (tmp_path / file).mkdir()
-    said = found(examine(two(), QUIET, workers=0))
+    said = found(examine(two(), workers=0))
     assert "labels/train/0.png" in said["missing-files"].text
     assert "labels/train/1.png" in said["label-maps-without-images"].text

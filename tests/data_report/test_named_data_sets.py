@@ -20,7 +20,6 @@ from internseg_ds.data.samples import sample
 from internseg_ds.data_report.doctor import examine
 from tests.conftest import ROOT
 from tests.data_report.data_set_trees import MEANINGS, NUMBERS, TREES
-from tests.data_report.small_data import QUIET
 
 FOLDER = ROOT / "configs/_base_/datasets"
 USUAL = {  # data set: (its layout, the size in which it is read here, the classes that it has)
@@ -94,7 +93,7 @@ def test_a_data_set_is_read_as_its_documents_say(layout, tmp_path, monkeypatch, 
     assert set(results["gt_semantic_seg"].data.unique().tolist()) <= {*range(count), 255}
     compare_zero_labels(cfg.data.train, val, "data.val")
     assert [*survey(train, "data.train", training=True), *survey(val, "data.val", training=False)] == []
-    report = examine(experiment(cfg.data.train, cfg.data.val, count), QUIET, workers=0)
+    report = examine(experiment(cfg.data.train, cfg.data.val, count), workers=0)
     assert [finding.text for finding in report.findings] == []
 
 

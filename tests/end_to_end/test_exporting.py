@@ -105,8 +105,8 @@ def test_a_folder_says_what_is_in_it(trained, folder):
     results = json.loads((trained.work_dir / "evaluation/results.json").read_text())
     step = next(step for step, score in trained.scores.items() if step and score == results["mIoU"])
     sky = results["classes"]["sky"]
-    assert f"mIoU {100 * results['mIoU']:.2f} %" in card and "](confusion.png)" in card
-    assert f"| sky | {100 * sky['IoU']:.2f} | {100 * sky['Acc']:.2f} |" in card
+    assert f"mIoU {results['mIoU']:.2f} %" in card and "](confusion.png)" in card
+    assert f"| sky | {sky['IoU']:.2f} | {sky['Acc']:.2f} |" in card
     assert f"trained on ADE20K for {step} of 12 steps" in card and "| batch | 4 images |" in card
     assert "Trained with python" in card and "random weights" in card
 
@@ -177,10 +177,10 @@ def test_a_picture_of_the_run_is_in_the_card_and_goes_when_it_is_of_another_eval
     assert (out / "prediction.png").read_bytes() == b"a picture"
     assert "](prediction.png)" in (out / "README.md").read_text()
     results = json.loads((work_dir / "evaluation/results.json").read_text())
-    (work_dir / "evaluation/results.json").write_text(json.dumps(results | {"mIoU": results["mIoU"] + 0.1}))
+    (work_dir / "evaluation/results.json").write_text(json.dumps(results | {"mIoU": results["mIoU"] + 10}))
     export_huggingface(work_dir, out, tag="best", overwrite=True)
     assert not (out / "prediction.png").exists() and not (out / "confusion.png").exists()
-    assert f"mIoU {100 * results['mIoU']:.2f} %" in (out / "README.md").read_text()
+    assert f"mIoU {results['mIoU']:.2f} %" in (out / "README.md").read_text()
 
 
 def test_the_example_of_the_documentation_segments_a_folder(trained, ade20k, launch, tmp_path):

@@ -11,6 +11,7 @@ import pytest
 
 from internseg_ds.monitoring.evaluation_record import evaluation_files, read_evaluation
 from internseg_ds.monitoring.run_starts import read_starts
+from internseg_ds.monitoring.units import in_percent
 from internseg_ds.run_report.page import write_comparison
 from tests.browser import Watched, watched
 from tests.run_report.runs import write_run
@@ -45,11 +46,13 @@ def test_a_run_leaves_records_of_its_evaluations_and_its_start(trained):
     assert list(files) == [0, 6, 12] and set(trained.scores) == {0, 6, 12}
     newest = read_evaluation(files[12])
     written = next(r for r in trained.records if r["step"] == 12 and "mIoU" in r)
-    assert newest.scores == {name: value for name, value in written.items() if name not in ("step", "time")}
+    assert in_percent(newest.scores) == {
+        name: value for name, value in written.items() if name not in ("v", "step", "time")
+    }
     assert newest.images == 7 and len(newest.classes) == 150
     for name, iou in zip(newest.classes, newest.iou.tolist(), strict=True):
         assert (f"IoU.{name}" in written) == np.isfinite(iou)
-        assert np.isnan(iou) or written[f"IoU.{name}"] == pytest.approx(iou, abs=1e-4)
+        assert np.isnan(iou) or written[f"IoU.{name}"] == pytest.approx(100 * iou, abs=1e-2)
     fixed, best, worst = (
         [p for p in newest.pictures if p.sort == sort] for sort in ("fixed", "best", "worst")
     )
@@ -80,14 +83,14 @@ def test_the_page_of_a_run_in_a_browser(trained, browser, width, scheme):
         assert contrast(page, "body") > 7 and contrast(page, ".quiet") > 4.5
         shown = page.inner_text("body")
         score = trained.scores[12]
-        assert f"{score:.2%}" in shown and "step 12 of 12, finished" in shown
+        assert f"{score:.2f}%" in shown and "step 12 of 12, finished" in shown
         rows = page.eval_on_selector_all(
             "#class-table tbody tr", "rows => rows.map(r => [...r.cells].map(c => c.innerText))"
         )
         written = next(r for r in trained.records if r["step"] == 12 and "mIoU" in r)
         expected = {name[4:].strip(): value for name, value in written.items() if name.startswith("IoU.")}
         assert {row[1].strip(): row[2] for row in rows} == {
-            n: f"{100 * value:.2f}" for n, value in expected.items()
+            n: f"{value:.2f}" for n, value in expected.items()
         }
         values = [float(row[2]) for row in rows]
         assert values == sorted(values, reverse=True)

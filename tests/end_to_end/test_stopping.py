@@ -240,7 +240,7 @@ def test_ctrl_c_saves_though_nobody_reads_what_the_run_says(options, tmp_path):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, STOPPED), (signal.SIGINT, INTERRUPTED)])
 def test_a_signal_to_one_rank_while_it_builds_ends_all_with_its_code(number, code, options, tmp_path):
     run = Run(tmp_path / "run", options)
-    run.wait_for("images per step")  # the first thing that `SegmentorEngine._build` says
+    run.wait_for("building the model")
     os.kill(run.ranks[1].pid, number)
     assert run.codes() == [code, code], run.log.read_text()[-3000:]
     said = run.log.read_text()

@@ -65,7 +65,7 @@ def test_the_score_is_the_same_from_shards_and_file_and_with_1_and_2_processes(
     results.append((out / "results.json").read_text())
     assert len(set(results)) == 1
     # training evaluates bf16 copies of the same weights
-    assert json.loads(results[0])["mIoU"] == pytest.approx(trained.scores[12], abs=5e-3)
+    assert json.loads(results[0])["mIoU"] == pytest.approx(trained.scores[12], abs=0.5)
 
 
 def test_the_one_file_is_an_ordinary_mmseg_checkpoint(one_file):
@@ -167,8 +167,9 @@ def test_predict_labels_are_those_of_the_evaluation(one_file, launch, ade20k, tm
         processes=1,
         launcher="python",
     )
-    assert hits[0] / hits[1] == pytest.approx(
-        json.loads((out / "results.json").read_text())["aAcc"], abs=1e-4
+    results = json.loads((out / "results.json").read_text())
+    assert results["unit"] == "percent" and 100 * hits[0] / hits[1] == pytest.approx(
+        results["aAcc"], abs=1e-2
     )
 
 

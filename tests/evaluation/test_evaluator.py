@@ -175,13 +175,17 @@ def test_a_report_holds_the_scores_and_the_best_and_worst_images(tiny, ade20k, t
         write_report(found, dataset.CLASSES, tmp_path)
         extremes.write(tmp_path, World())
     results = json.loads((tmp_path / "results.json").read_text())
-    assert results["mIoU"] == found.metrics["mIoU"] and results["images"] == 7 and results["not_read"] == []
+    assert (
+        results["mIoU"] == pytest.approx(100 * found.metrics["mIoU"])
+        and results["images"] == 7
+        and results["not_read"] == []
+    )
     name = next(name for name, scores_of in results["classes"].items() if scores_of.get("IoU"))
-    assert results["classes"][name]["IoU"] == found.metrics[f"IoU.{name}"]
+    assert results["classes"][name]["IoU"] == pytest.approx(100 * found.metrics[f"IoU.{name}"])
     rows = list(csv.DictReader((tmp_path / "per_class.csv").open()))
     assert [row["class"] for row in rows] == list(dataset.CLASSES)
     assert float(next(row for row in rows if row["class"] == name)["IoU"]) == pytest.approx(
-        found.metrics[f"IoU.{name}"], abs=1e-4
+        100 * found.metrics[f"IoU.{name}"], abs=1e-2
     )
     assert sum(int(row["predicted_pixels"]) for row in rows) == found.confusion.sum()
     assert cv2.imread(str(tmp_path / "confusion.png")).shape[0] > 300

@@ -9,8 +9,8 @@ from internseg_ds.monitoring.loggers import (
     ConsoleLogger,
     JsonlLogger,
     open_loggers,
-    start_logging,
 )
+from internseg_ds.monitoring.run_log import start_logging
 from internseg_ds.training.train_state import TrainState, due
 
 
@@ -58,13 +58,38 @@ def test_the_log_starts_with_what_the_run_runs_on_and_has_what_was_said_before_i
     assert capfd.readouterr().err.count("compiling something") == 1
 
 
-def test_the_console_shows_scores_in_percent_and_none_of_single_classes(caplog):
-    values = {"mIoU": 0.76408, "0_mIoU": 1.0, "aAcc": 0.0, "IoU.wall": 0.3, "1_Fscore.sky": 0.5}
+def test_a_line_of_the_console_has_what_a_person_watches_and_the_last_score_beside_the_best(caplog):
+    console = ConsoleLogger(10, 0)
+    step = {"aux.loss_ce": 1.9, "loss": 2.5, "lr": 1e-4, "mfu": 41.23, "data_wait": 0.4, "loss_spikes": 0}
     with caplog.at_level(logging.INFO, "internseg_ds"):
-        ConsoleLogger(10, 0).write(5, values | {"mfu": 0.4123, "decode.loss_ce": 0.76408})
-    assert (
-        "5/10  mIoU 76.41%  0_mIoU 100.00%  aAcc 0.00%  mfu 41.2%  decode.loss_ce 0.7641  eta" in caplog.text
+        console.write(3, {"aAcc": 90.0, "mIoU": 76.408, "IoU.wall": 30.0})
+        console.write(4, {"aAcc": 80.0, "mIoU": 70.0, "IoU.wall": 30.0})
+        console.write(5, step | {"waits_for_slowest": 12.0, "skipped_steps": 2})
+    (line,) = caplog.messages
+    assert line.startswith(
+        " 5/10".replace(" ", "step  ", 1)
+        + "  loss 2.5  lr 1.00e-04  mfu 41.2 %  waits_for_slowest 12.0 %  skipped_steps 2"
+        "  mIoU 70.00 % (best 76.41 %)  eta "
     )
+    caplog.clear()
+    with caplog.at_level(logging.DEBUG, "internseg_ds"):
+        console.write(6, step)
+    assert "  aux.loss_ce 1.9  data_wait 0.4 %" in caplog.messages[0]
+
+
+def test_a_resumed_run_has_one_unit_in_its_records(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    old = [{"step": 1, "loss": 1.0, "mfu": 0.5}, {"step": 1, "mIoU": 0.123457, "IoU.wall": None}]
+    path.write_text("".join(json.dumps(record) + "\n" for record in old))
+    for start in (1, 2):  # what is converted is converted once
+        logger = JsonlLogger(path, start=start)
+        logger.write(start + 1, {"mIoU": 13.0})
+        logger.close()
+    assert [json.loads(line) for line in path.read_text().splitlines()][:2] == [
+        {"v": 2, "step": 1, "loss": 1.0, "mfu": 50.0},
+        {"v": 2, "step": 1, "mIoU": 12.3457, "IoU.wall": None},
+    ]
+    assert [json.loads(line).get("mIoU") for line in path.read_text().splitlines()[2:]] == [13.0, 13.0]
 
 
 def test_only_rank_0_writes(tmp_path):

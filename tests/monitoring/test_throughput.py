@@ -21,6 +21,7 @@ from internseg_ds.errors import ConfigError
 from internseg_ds.monitoring import throughput as utilization
 from internseg_ds.monitoring.step_metrics import StepMetrics
 from internseg_ds.monitoring.throughput import make_meter, matmul_peak, peak_bytes
+from internseg_ds.planning.flops import training_pass
 from internseg_ds.training.segmentor_engine import SegmentorEngine
 from tests.conftest import ROOT
 from tests.distributed.ranks import spawn
@@ -58,8 +59,12 @@ def linears() -> nn.Module:
         return Linears()
 
 
+def counted(model):
+    return lambda: training_pass(model, *CROP)
+
+
 def test_mfu_is_flops_counted_by_hand_times_images_over_seconds_and_peak():
-    meter = make_meter(0.5, linears(), CROP, World(), torch.float32)
+    meter = make_meter(0.5, counted(linears()), World(), torch.float32)
     metrics = StepMetrics()
     time.sleep(0.01)
     values = meter.values(metrics, images=12)
@@ -71,7 +76,7 @@ def test_mfu_is_flops_counted_by_hand_times_images_over_seconds_and_peak():
 
 
 def test_a_peak_that_a_training_exceeds_is_none(heard):
-    meter = make_meter(1e-9, linears(), CROP, World(), torch.float32)
+    meter = make_meter(1e-9, counted(linears()), World(), torch.float32)
     for _ in range(2):
         assert not {"mfu", "hfu"} & meter.values(StepMetrics(), images=12).keys()
     assert heard.text.count("so it is wrong") == 1
@@ -80,7 +85,7 @@ def test_a_peak_that_a_training_exceeds_is_none(heard):
 def test_a_model_whose_flops_cannot_be_counted_goes_without_mfu(heard):
     model = linears()
     model.decode_head.in_features = model.decode_head.weight = None
-    assert set(make_meter(0.5, model, CROP, World(), torch.float32).values(StepMetrics(), 1)) == {
+    assert set(make_meter(0.5, counted(model), World(), torch.float32).values(StepMetrics(), 1)) == {
         "images_per_s",
         "data_wait",
         "peak_gib",
@@ -89,7 +94,7 @@ def test_a_model_whose_flops_cannot_be_counted_goes_without_mfu(heard):
 
 
 def test_no_peak_is_measured_on_a_cpu():
-    assert set(make_meter(None, linears(), CROP, World(), torch.float32).values(StepMetrics(), 1)) == {
+    assert set(make_meter(None, counted(linears()), World(), torch.float32).values(StepMetrics(), 1)) == {
         "images_per_s",
         "data_wait",
         "peak_gib",
@@ -135,7 +140,7 @@ def test_waiting_for_data_is_a_share_of_the_time_that_is_not_paused(monkeypatch)
     with metrics.paused():
         now[0] += 50
     now[0] += 1
-    values = make_meter(0.5, linears(), CROP, World(), torch.float32).values(metrics, images=8)
+    values = make_meter(0.5, counted(linears()), World(), torch.float32).values(metrics, images=8)
     assert (values["data_wait"], values["images_per_s"]) == (0.25, 2.0)
 
 
@@ -159,12 +164,12 @@ def records_of_two_ranks_that_accumulate(
         assert second["images_per_s"] == pytest.approx(16 / (second["time"] - first["time"]), rel=0.2)
         for record in (first, second):
             assert record["mfu"] == pytest.approx(
-                model_flops * record["images_per_s"] / (2 * 0.25e12), rel=1e-6
+                100 * model_flops * record["images_per_s"] / (2 * 0.25e12), rel=1e-6
             )
             assert record["hfu"] / record["mfu"] == pytest.approx(hardware_flops / model_flops, rel=1e-6)
             assert record["peak_gib"] > 0.1
         assert re.search(
-            r"  mfu \d+\.\d%  hfu \d+\.\d%  data_wait \d+\.\d%  peak_gib",
+            r"  images_per_s \S+  mfu \d+\.\d %  peak_gib \S+ ",
             (work_dir / "train.log").read_text(),
         )
 

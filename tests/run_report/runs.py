@@ -72,8 +72,8 @@ def write_run(folder: Path, steps: int = 40, lr: float = 1e-3) -> Path:
             step, {"loss": loss, "grad_norm": 1.0, "lr": lr, "images_per_s": 4.0, "peak_gib": 2.5, **spikes}
         )
         if step % 10 == 0:
-            scores = {"mIoU": step / 100, "aAcc": 0.5}
-            iou = {f"IoU.{name}": step / (100 + place) for place, name in enumerate(CLASSES)}
+            scores = {"mIoU": float(step), "aAcc": 50.0}
+            iou = {f"IoU.{name}": 100 * step / (100 + place) for place, name in enumerate(CLASSES)}
             logger.write(step, {**scores, **iou})
             evaluation(step).write(folder / FOLDER)
     skipped = {"step": 17, "ranks": [[{"loss": "nan", "images": ["<img src=x>.jpg"]}]]}

@@ -37,10 +37,11 @@ def test_a_page_has_the_numbers_of_the_records(folder):
 
 
 def test_a_class_without_a_score_at_the_newest_evaluation_is_not_listed(tmp_path):
-    lines = [{"step": 1, "IoU.a": 0.5, "IoU.b": 0.25}, {"step": 2, "IoU.a": 0.75}]
+    # records of two versions: fractions, and percent
+    lines = [{"step": 1, "IoU.a": 0.5, "IoU.b": 0.25}, {"v": 2, "step": 2, "IoU.a": 75.0}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (row,) = class_rows(read_run(tmp_path))
-    assert (row.name, row.newest, row.change) == ("a", 0.75, 0.25)
+    assert (row.name, row.newest, row.change) == ("a", 75, 25)
 
 
 def test_nothing_that_is_read_is_markup(folder):

@@ -41,7 +41,7 @@ def test_steps_that_are_repeated_are_those_of_the_later_run_and_a_restart(tmp_pa
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
     metrics = read_metrics(file)
     assert metrics.get("loss").values.tolist() == [1, 1, 1, 2, 3]
-    assert metrics.get("mIoU").values.tolist() == [0.6]
+    assert metrics.get("mIoU").values.tolist() == [60]
     assert [(restart.step, restart.repeated) for restart in metrics.restarts] == [(3, 3), (4, 1)]
 
 

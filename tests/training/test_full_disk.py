@@ -26,7 +26,8 @@ from internseg_ds.checkpoints.saves import complete_saves
 from internseg_ds.checkpoints.zero_checkpoint import ZeroCheckpoint
 from internseg_ds.distributed.checkpoint_engine import note_failed_writes
 from internseg_ds.errors import CheckpointError
-from internseg_ds.monitoring.loggers import open_loggers, start_logging
+from internseg_ds.monitoring.loggers import open_loggers
+from internseg_ds.monitoring.run_log import start_logging
 from internseg_ds.monitoring.trackers.opening import open_trackers
 from internseg_ds.training.checkpointer import Checkpointer, _shortage
 from internseg_ds.training.segmentor_engine import SegmentorEngine

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mmseg.datasets import CustomDataset
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.data import DataLoader, Dataset
 
 from internseg_ds.data.checks.image_findings import ImageTally
@@ -28,6 +26,7 @@ from internseg_ds.data.checks.survey import drawn
 from internseg_ds.data.loading import loaded, quiet_worker
 from internseg_ds.data.rasters.looks import RasterHead
 from internseg_ds.data.rasters.windows import WINDOW
+from internseg_ds.progress import progress
 
 CHUNK = 16
 """Images that a process looks at before it hands over what it saw."""
@@ -80,7 +79,6 @@ class Looks(Dataset):
 def scan(
     parts: Sequence[CustomDataset],
     what: str,
-    console: Console,
     *,
     training: bool,
     workers: int,
@@ -108,13 +106,11 @@ def scan(
     loader = DataLoader(
         seen, batch_size=CHUNK, num_workers=workers, collate_fn=list, worker_init_fn=quiet_worker
     )
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(f"looking at {what}", total=len(items))
+    with progress(f"looking at {what}", len(items), "images") as done:
         for chunk in loaded(loader):
             for number, image, labels in chunk:
                 _add(found, number, image, labels, classes[number])
-            progress.advance(task, len(chunk))
+            done.advance(len(chunk))
     return found
 
 

@@ -19,7 +19,6 @@ from torch import Tensor
 from internseg_ds.distributed.device_memory import free_memory, processes_here
 from internseg_ds.distributed.process_group import World, gather_from_ranks
 from internseg_ds.errors import ConfigError, OutputError, counted
-from internseg_ds.evaluation.evaluator import progress_bar
 from internseg_ds.evaluation.scenes.blending import Blend, BlendedRows
 from internseg_ds.evaluation.scenes.label_file import LabelFile, LabelFormat, label_file
 from internseg_ds.evaluation.scenes.memory import DEFAULT_SHARE, SceneMemory
@@ -30,6 +29,7 @@ from internseg_ds.evaluation.scenes.windows import Piece, SceneWindows, Span
 from internseg_ds.evaluation.sliding_window import SlidingWindowInference, Window
 from internseg_ds.evaluation.visualization import Palette
 from internseg_ds.output_files import whole_path
+from internseg_ds.progress import progress
 
 log = logging.getLogger(__name__)
 
@@ -149,10 +149,10 @@ class SceneSegmentation:
                 own.unlink(missing_ok=True)
 
     def _segment_pieces(self, scene: Scene, pieces: list[Piece], file: LabelFile) -> None:
-        with progress_bar("segmenting windows", self.world) as progress:
-            task = progress.add_task("", total=sum(piece.count for piece in pieces))
+        windows = sum(piece.count for piece in pieces)
+        with progress("segmenting", windows, "windows") as done:
             for piece in pieces:
-                self._segment_piece(scene, piece, file, lambda: progress.advance(task))
+                self._segment_piece(scene, piece, file, done.advance)
 
     def _segment_piece(
         self, scene: Scene, piece: Piece, file: LabelFile, advance: Callable[[], None]

@@ -20,10 +20,10 @@ import psutil
 from internseg_ds.config.engine_options import whole_number
 from internseg_ds.errors import ConfigError, reason_of, unknown_key
 from internseg_ds.monitoring.evaluation_record import NO_CLASS, EvaluatedImage, EvaluationRecord
-from internseg_ds.monitoring.loggers import SCORE_OF_A_CLASS
 from internseg_ds.monitoring.trackers.best import Best
 from internseg_ds.monitoring.trackers.pictures import class_rows, confused, label_maps, rgb, sent_pictures
 from internseg_ds.monitoring.trackers.tracker import RunInfo
+from internseg_ds.monitoring.units import SCORE_OF_A_CLASS
 
 log = logging.getLogger(__name__)
 

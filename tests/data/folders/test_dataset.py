@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from mmcv import Config
 from PIL import Image
-from rich.console import Console
 
 from internseg_ds.config.experiment import read_experiment
 from internseg_ds.data.checks.duplicates import compare_files
@@ -197,19 +196,19 @@ def test_the_doctor_and_a_start_look_at_coded_masks(folder, tmp_path):
     cfg.model.decode_head.num_classes = cfg.model.auxiliary_head.num_classes = 2
     cfg.data.train, cfg.data.val, cfg.data.test = train, val, val
     (tmp_path / "experiment.py").write_text(cfg.pretty_text)
-    report = examine(read_experiment(tmp_path / "experiment.py"), Console(quiet=True), workers=0)
+    report = examine(read_experiment(tmp_path / "experiment.py"), workers=0)
     assert report.findings == [] and report.scanned["data.train"].labels.pixels == {0: 4, 1: 4}
     assert survey(build_datasets(train, "data.train"), "data.train", training=True) == []
     (roots[0] / "a.tif").rename(roots[0] / "a.TIF")
     given = read_experiment(tmp_path / "experiment.py")
-    (finding,) = examine(given, Console(quiet=True), workers=0).findings
+    (finding,) = examine(given, workers=0).findings
     assert finding.name == "suffix" and finding.wrong
     mended = read_experiment(write_mended(given, finding.settings, tmp_path / "mended.py"))
-    report = examine(mended, Console(quiet=True), workers=0)
+    report = examine(mended, workers=0)
     assert report.findings == [] and report.scanned["data.train"].total == 2
     (roots[0] / "a.TIF").rename(roots[0] / "a.tif")
     Image.fromarray(np.full((2, 2, 3), 9, np.uint8)).save(roots[0] / "a_mask.png")
-    (finding,) = examine(read_experiment(tmp_path / "experiment.py"), Console(quiet=True), workers=0).wrong
+    (finding,) = examine(read_experiment(tmp_path / "experiment.py"), workers=0).wrong
     assert "colour (9, 9, 9)" in finding.text
 
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import rasterio
 from rasterio.enums import ColorInterp
-from rich.console import Console
 
 from internseg_ds.config.experiment import read_experiment
 from internseg_ds.data.checks.survey import survey
@@ -238,7 +237,7 @@ def test_the_data_doctor_measures_each_channel_and_shows_windows(scene, tmp_path
     cfg = experiment(root)
     for name in ("train", "val", "test"):
         cfg.data[name].images, cfg.data[name].masks = "**/*.tif", "**/*_mask.tif"
-    report = examine(read_experiment(cfg), Console(quiet=True), workers=0)
+    report = examine(read_experiment(cfg), workers=0)
     assert not report.wrong, report.wrong
     (look,) = report.scanned["data.train"].looks
     np.testing.assert_allclose(look.mean, image.reshape(-1, 5).mean(0))
@@ -327,6 +326,6 @@ def test_the_data_doctor_says_what_a_start_says_of_channels(scene):
     cfg = experiment(root)
     for name in ("train", "val", "test"):
         cfg.data[name].images, cfg.data[name].masks = "**/*.tif", "**/*_mask.tif"
-    report = examine(read_experiment(cfg), Console(quiet=True), workers=0)
+    report = examine(read_experiment(cfg), workers=0)
     (said, _) = (finding.text for finding in report.odd if finding.name == "raster-channels")
     assert "data.train: 1 raster has other channels" in said and f"{root}/north/b.tif has 3 channels" in said
