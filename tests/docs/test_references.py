@@ -83,7 +83,9 @@ def test_files_and_tests_that_are_named_exist(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_settings_of_the_engine_that_are_named_exist(page):
     known = {field.name for field in dataclasses.fields(EngineOptions)}
-    named = {match[1] for name in code(page) for match in re.finditer(r"(?:^|[\s\"'(])engine\.(\w+)", name)}
+    named = {
+        match[1] for name in code(page) for match in re.finditer(r"(?:^|[\s\"'(])engine\.(\w+)\b(?!\()", name)
+    }
     assert named <= known
 
 
