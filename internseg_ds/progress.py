@@ -12,9 +12,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar, cast
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -49,8 +49,9 @@ def say(line: str) -> None:
     """Writes a line to stderr, above the rows if there are any."""
     rows = _rows() if _rows.cache_info().currsize else None
     if rows is None or not rows.say(line):
-        sys.stderr.write(line + "\n")
-        sys.stderr.flush()
+        console = _Stderr()
+        console.write(line + "\n")
+        console.flush()
 
 
 @contextmanager
@@ -181,6 +182,24 @@ def _log(line: str) -> None:
         say(line)
 
 
+class _Stderr:
+    """stderr as it is now. It may be gone, with a terminal or the reader of a pipe: no reason to end a run."""
+
+    def __init__(self) -> None:
+        self._stream = sys.stderr
+
+    def write(self, text: str) -> None:
+        with suppress(OSError, ValueError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 @functools.cache
 def _rows() -> "_Rows":
     return _Rows()
@@ -269,7 +288,7 @@ def _drawn() -> "Progress":
         BarColumn(bar_width=24),
         TextColumn("{task.fields[state]}", markup=False),
         TimeElapsedColumn(),
-        console=VisibleCursor(stderr=True),
+        console=VisibleCursor(file=cast(TextIO, _Stderr())),
         auto_refresh=False,
         transient=True,
     )

@@ -57,6 +57,20 @@ def test_elsewhere_there_are_lines_only():
     ]
 
 
+@pytest.mark.parametrize("kind", ["terminal", "pipe"])
+def test_a_console_that_is_gone_ends_nothing(kind, tmp_path):
+    reader, other = pty.openpty() if kind == "terminal" else os.pipe()
+    code = f"{COUNTS}\nopen({str(tmp_path / 'done')!r}, 'w').close()"
+    env = {**os.environ, "TERM": "xterm", "COLUMNS": "80"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=other, stderr=other, env=env, start_new_session=True
+    )
+    os.close(other)
+    os.read(reader, 1)
+    os.close(reader)
+    assert process.wait(60) >= 0 and (tmp_path / "done").exists()
+
+
 @pytest.fixture
 def said(monkeypatch):
     lines: list[str] = []
