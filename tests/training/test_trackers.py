@@ -26,7 +26,12 @@ def train(root: Path, work_dir: Path, resume: str | Path | None) -> None:
     )
     cfg.log_config.hooks = [
         dict(type="TensorboardLoggerHook"),
-        dict(type="MMSegWandbHook", init_kwargs=dict(project="test"), num_eval_images=5, log_checkpoint=True),
+        dict(
+            type="MMSegWandbHook",
+            init_kwargs=dict(project="test", mode="offline"),
+            num_eval_images=5,
+            log_checkpoint=True,
+        ),
     ]
     with SegmentorEngine(
         cfg, ROOT / "ds_configs/zero3_bf16.json", work_dir=work_dir, resume=resume
@@ -35,8 +40,7 @@ def train(root: Path, work_dir: Path, resume: str | Path | None) -> None:
     wandb.teardown()  # the process is forked, and ends without what Python does at its end
 
 
-def test_a_run_that_was_interrupted_goes_on_in_its_trackers(ade20k, tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
+def test_a_run_that_was_interrupted_goes_on_in_its_trackers(ade20k, tmp_path):
     spawn(train, 1, ade20k, tmp_path, None)
     # as one that was killed between steps 3 and 4
     shutil.rmtree(tmp_path / "checkpoints" / "iter_4")
