@@ -27,7 +27,7 @@ from tests.conftest import GPU, IMAGE, MASK2FORMER, ROOT, TINY, data_options
 from tests.end_to_end.conftest import NO_NOISE, SMALL, SMALLER, Run
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
+DEVICES = [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=needs_gpu)]
 FAMILIES = [(config, device) for config in (TINY, IMAGE, MASK2FORMER) for device in ("cpu", "cuda")]
 STEPS = 6
 ONE = ["data.samples_per_gpu=4", f"runner.max_iters={STEPS}", f"evaluation.interval={STEPS}", *NO_NOISE]

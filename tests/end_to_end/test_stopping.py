@@ -92,11 +92,11 @@ def undisturbed(options, tmp_path_factory) -> Path:
     return work_dir
 
 
-# the minutes of 10 are spent with the other long tests
-@pytest.mark.parametrize("signals", [5, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_run_disturbed_at_random_moments_ends_with_the_weights_of_an_undisturbed_one(
-    signals, undisturbed, options, tmp_path
+    undisturbed, options, tmp_path
 ):
+    signals = 10
     expected, chance, sent, finished, stopped = open_weights(undisturbed), random.Random(0), 0, 0, 0
     while sent < signals or not finished:
         work_dir = tmp_path / f"run{finished}"

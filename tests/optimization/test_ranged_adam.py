@@ -157,7 +157,15 @@ STAGES = [
 FP32 = [{"zero_optimization": {"stage": 3}}, {"zero_optimization": {"stage": 2}}]
 
 
-@pytest.mark.parametrize("raws", [STAGES, pytest.param(FP32, marks=pytest.mark.slow)], ids=["bf16", "fp32"])
+@pytest.mark.parametrize(
+    "raws",
+    [
+        STAGES[1::2],
+        pytest.param(STAGES[::2], marks=pytest.mark.slow),
+        pytest.param(FP32, marks=pytest.mark.slow),
+    ],
+    ids=["bf16", "bf16, plain", "fp32"],
+)
 def test_weights_and_moments_are_those_of_a_group_for_each_setting_under_every_stage(ade20k, tmp_path, raws):
     spawn(both_ways, 2, ade20k, tmp_path, raws)
 
