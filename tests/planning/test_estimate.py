@@ -152,6 +152,8 @@ def test_on_one_gpu_where_neither_sends_anything_less_memory_decides():
     paths = [OURS / "zero1_bf16.json", OURS / "zero3_bf16.json"]
     found = compare(frozen, paths, Cluster(H100, 1, 1, 50.0), Assumptions())
     one, three = (found[path] for path in paths)
+    less = replace(three, memory=replace(three.memory, states=one.memory.states[:1]))
+    assert less.memory.peak < one.memory.peak and fastest({paths[1]: less, paths[0]: one}) == paths[0]
     assert three.memory.device("evaluate") == pytest.approx(one.memory.device("evaluate"), rel=0.02)
     for device, least in ((1, "zero1_bf16"), (-1, "zero3_bf16")):
         states = tuple(replace(part, device=part.device + device * 2**30) for part in three.memory.states)
