@@ -277,6 +277,7 @@ class _Rows:
 def _drawn() -> "Progress":
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.table import Column
 
     class VisibleCursor(Console):
         def show_cursor(self, show: bool = True) -> bool:
@@ -287,7 +288,7 @@ def _drawn() -> "Progress":
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         TextColumn("{task.fields[state]}", markup=False),
-        TimeElapsedColumn(),
+        TimeElapsedColumn(table_column=Column(no_wrap=True, min_width=len("0:00:00"))),
         console=VisibleCursor(file=cast(TextIO, _Stderr())),
         auto_refresh=False,
         transient=True,

@@ -3,6 +3,8 @@
 from typing import NoReturn
 
 from internseg_ds.cli import command_line
+from internseg_ds.monitoring.run_log import begin_log
+from internseg_ds.progress import stage
 
 
 def _main() -> None:
@@ -38,14 +40,16 @@ def _main() -> None:
 
     from rich.console import Console
 
-    from internseg_ds.config.experiment import read_experiment
-    from internseg_ds.data_report.doctor import examine
-    from internseg_ds.data_report.mended_config import write_mended
-    from internseg_ds.data_report.page import write_page
-    from internseg_ds.errors import DataError
+    begin_log()
+    with stage(f"loading mmseg, reading {args.config}"):
+        from internseg_ds.config.experiment import read_experiment
+        from internseg_ds.data_report.doctor import examine
+        from internseg_ds.data_report.mended_config import write_mended
+        from internseg_ds.data_report.page import write_page
+        from internseg_ds.errors import DataError
 
+        experiment = read_experiment(args.config, args.cfg_options)
     console = Console(soft_wrap=True, highlight=False)
-    experiment = read_experiment(args.config, args.cfg_options)
     workers = len(os.sched_getaffinity(0)) if args.workers is None else args.workers
     report = examine(experiment, workers=workers, sample=args.sample)
     for what, found in report.scanned.items():

@@ -146,6 +146,8 @@ def add_config_options(made: argparse.ArgumentParser) -> None:
                     f"--cfg-options {' '.join(values)}: a dict(...) with a list cannot be written here; write "
                     "KEY.SUBKEY=VALUE for each setting, or put it into a config file"
                 )
+            except AssertionError as error:  # the same, of brackets without their fellow
+                parser.error(f"--cfg-options {' '.join(values)}: {error}")
 
     made.add_argument(
         "--cfg-options",

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from internseg_ds.cli import command_line
+from internseg_ds.progress import stage
 
 
 def _main() -> None:
@@ -41,10 +42,11 @@ def _main() -> None:
     command_line.add_checksum_option(parser)
     args = parser.parse_args()
 
-    from internseg_ds.evaluation.deployment.export import export_segmentor
     from internseg_ds.monitoring.run_log import start_logging
 
     start_logging(None, level="INFO", is_main=True)
+    with stage("loading mmseg"):
+        from internseg_ds.evaluation.deployment.export import export_segmentor
     files = export_segmentor(
         args.source,
         args.out,

@@ -4,7 +4,9 @@ import argparse
 from typing import NoReturn
 
 from internseg_ds.cli import command_line
+from internseg_ds.monitoring.run_log import begin_log
 from internseg_ds.planning.devices import DEVICES
+from internseg_ds.progress import stage
 
 UNITS = {
     "GiB": 2**30,
@@ -161,21 +163,24 @@ def _main() -> None:
     from contextlib import suppress
     from dataclasses import replace
 
-    from internseg_ds.config.experiment import read_experiment
-    from internseg_ds.config.packaged import DS_CONFIGS, find
-    from internseg_ds.errors import ConfigError
-    from internseg_ds.planning.devices import Cluster
-    from internseg_ds.planning.estimate import compare, estimate, estimate_scaling, without_zero
-    from internseg_ds.planning.estimator import Estimator
-    from internseg_ds.planning.step_time import Assumptions
-    from internseg_ds.planning.tables import (
-        print_comparison,
-        print_estimate,
-        print_scaling,
-        print_without_zero,
-        wide_console,
-    )
+    begin_log()
+    with stage(f"loading mmseg, reading {args.config}"):
+        from internseg_ds.config.experiment import read_experiment
+        from internseg_ds.config.packaged import DS_CONFIGS, find
+        from internseg_ds.errors import ConfigError
+        from internseg_ds.planning.devices import Cluster
+        from internseg_ds.planning.estimate import compare, estimate, estimate_scaling, without_zero
+        from internseg_ds.planning.estimator import Estimator
+        from internseg_ds.planning.step_time import Assumptions
+        from internseg_ds.planning.tables import (
+            print_comparison,
+            print_estimate,
+            print_scaling,
+            print_without_zero,
+            wide_console,
+        )
 
+        experiment = read_experiment(args.config, args.cfg_options)
     console = wide_console()
     assumed = Assumptions(compute=args.achieved)
     device = DEVICES[args.gpu]
@@ -183,7 +188,7 @@ def _main() -> None:
         device = replace(device, nvlink_gbs=args.nvlink)
     if args.gpu_memory:
         device = replace(device, memory_gib=args.gpu_memory / 2**30)
-    estimator = Estimator(read_experiment(args.config, args.cfg_options))
+    estimator = Estimator(experiment)
     if args.nodes:
         clusters = [Cluster(device, nodes, args.gpus_per_node, args.interconnect) for nodes in args.nodes]
         print_scaling(estimate_scaling(estimator, args.deepspeed_config, clusters, assumed), console)
@@ -192,10 +197,12 @@ def _main() -> None:
         device, gpus(args) // per_node(args), per_node(args), args.interconnect, args.host_memory
     )
     given = find(args.deepspeed_config, DS_CONFIGS)
-    chosen = estimate(estimator, given, cluster, assumed)
+    with stage("planning", after_s=2.0):
+        chosen = estimate(estimator, given, cluster, assumed)
     print_estimate(chosen, console)
     others = [path for path in sorted(given.parent.glob("*.json")) if path != given]
-    found = {given: chosen, **compare(estimator, others, cluster, assumed)}
+    with stage(f"planning with {len(others)} other ds_configs", after_s=2.0):
+        found = {given: chosen, **compare(estimator, others, cluster, assumed)}
     print_comparison(dict(sorted(found.items())), chosen, console)
     with suppress(ConfigError):  # of settings that are ZeRO's alone
         print_without_zero(without_zero(estimator, cluster), console)

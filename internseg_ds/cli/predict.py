@@ -112,8 +112,9 @@ def _predict_scenes(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     if given := next((name for name in ("logits", "strict") if getattr(args, name)), None):
         parser.error(f"--{given} does not go with --scenes")
 
-    from internseg_ds.evaluation.scenes.predict import predict_scenes
-    from internseg_ds.evaluation.scenes.segmentation import SceneOptions
+    with stage("loading mmseg"):
+        from internseg_ds.evaluation.scenes.predict import predict_scenes
+        from internseg_ds.evaluation.scenes.segmentation import SceneOptions
 
     predict_scenes(
         args.config,

@@ -3,6 +3,8 @@
 from typing import NoReturn
 
 from internseg_ds.cli import command_line
+from internseg_ds.monitoring.run_log import begin_log
+from internseg_ds.progress import stage
 
 
 def _main() -> None:
@@ -39,11 +41,13 @@ def _main() -> None:
 
     from pathlib import Path
 
-    from internseg_ds.evaluation.segmenter import Segmenter
-    from internseg_ds.evaluation.viewer.page import application, check_gradio
-    from internseg_ds.evaluation.viewer.server import address_of, listening, server_of
+    begin_log()
+    with stage("loading mmseg and gradio"):
+        from internseg_ds.evaluation.segmenter import Segmenter
+        from internseg_ds.evaluation.viewer.page import application, check_gradio
+        from internseg_ds.evaluation.viewer.server import address_of, listening, server_of
 
-    check_gradio()
+        check_gradio()
     with listening(args.host, args.port) as bound:
         segmenter = Segmenter.from_pretrained(args.checkpoint, config=args.config, ema=args.ema)
         server = server_of(application(segmenter, Path(args.checkpoint).resolve().name))

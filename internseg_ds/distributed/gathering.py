@@ -203,7 +203,8 @@ def copy_fits(needed: int, device: torch.device) -> bool:
     spare = torch.tensor(free_memory(device, processes) * ROOM - needed, dtype=torch.float64, device=device)
     dist.all_reduce(spare, dist.ReduceOp.MIN)
     fits = spare.item() >= 0
-    log.info(
+    log.log(
+        logging.DEBUG if fits else logging.INFO,  # that they fit is nothing to tell at each evaluation
         "evaluation: %s, the weights take %.2f GiB whole and the rank with the least memory may use %.2f "
         "GiB for them",
         "each rank gathers a copy" if fits else "ranks gather weights layer by layer, all ranks together",

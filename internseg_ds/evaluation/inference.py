@@ -40,6 +40,7 @@ from internseg_ds.distributed.weight_loading import load, match_segmentor, resiz
 from internseg_ds.monitoring.run_log import start_logging
 from internseg_ds.preflight.model_checks import check_windows
 from internseg_ds.preflight.starting_weights import check_weights_fit
+from internseg_ds.progress import BYTES, progress
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,9 @@ def with_weights(experiment: Experiment, opened: Weights, device: torch.device) 
 
     def parameter(name: str, shape: torch.Size) -> Tensor:
         value = resized(model, name, weights.read(found.sources[name]), shape)
-        return value.to(device, _stored_dtype(name, dtypes.backbone))
+        value = value.to(device, _stored_dtype(name, dtypes.backbone))
+        done.advance(value.nbytes)
+        return value
 
     def buffer(name: str, _: Tensor) -> Tensor:
         if name in found.sources:
@@ -175,7 +178,12 @@ def with_weights(experiment: Experiment, opened: Weights, device: torch.device) 
     lacking = [name for name, _ in model.named_buffers() if name not in found.sources]
     # tables of positions, and the counters of batch norms, which files may lack
     constructed = constructed_buffers(experiment.model) if lacking else {}
-    fill(model, parameter, buffer)
+    total = sum(
+        each.numel() * _stored_dtype(name, dtypes.backbone).itemsize
+        for name, each in model.named_parameters()
+    )
+    with progress("loading weights", total, BYTES) as done:
+        fill(model, parameter, buffer)
     refuse_invalid(weights, invalid)
     apply_precision(model, dtypes.backbone, heads=dtypes.heads)
     return model.eval()

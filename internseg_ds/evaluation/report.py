@@ -63,7 +63,7 @@ def _table(evaluation: Evaluation, classes: Sequence[str], per_class: dict[str, 
     _, _, predicted, labelled = evaluation.areas.long().tolist()
     table = io.StringIO(newline="")
     writer = csv.writer(table)
-    writer.writerow(["class", *scores, "labelled_pixels", "predicted_pixels"])
+    writer.writerow(["class", *(f"{score} %" for score in scores), "labelled_pixels", "predicted_pixels"])
     for index, name in enumerate(classes):
         cells = [f"{per_class[name][score]:.2f}" if score in per_class[name] else "" for score in scores]
         writer.writerow([name, *cells, labelled[index], predicted[index]])

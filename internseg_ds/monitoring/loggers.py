@@ -54,7 +54,7 @@ class ConsoleLogger:
     """One line per record of steps: step, loss, learning rate, gradient norm, how fast, the last score and the best
     one, time left. Whatever else a record has is left to the other loggers, unless the log's level is DEBUG.
 
-    Scores have lines of their own (`training.trainer`); they are only remembered here.
+    Scores have lines of their own (`training.trainer`); they are only remembered here, also those of earlier starts.
     """
 
     def __init__(self, max_steps: int, start: int) -> None:
@@ -164,6 +164,13 @@ def _record(line: str) -> dict[str, Any] | None:
         return None  # half a line, from a run that was killed while it wrote
 
 
+def _recorded_scores(path: Path) -> list[dict[str, Any]]:
+    """The records of evaluations in a file of JSON lines."""
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    found = (_record(line) for line in lines if '"loss"' not in line)
+    return [record for record in found if record is not None]
+
+
 @contextmanager
 def open_loggers(
     work_dir: Path,
@@ -178,10 +185,11 @@ def open_loggers(
     if not is_main:
         yield []
         return
-    loggers: list[MetricLogger] = [
-        ConsoleLogger(max_steps, start),
-        JsonlLogger(work_dir / "metrics.jsonl", start, scores_again=scores_again),
-    ]
+    path = work_dir / "metrics.jsonl"
+    jsonl, console = JsonlLogger(path, start, scores_again=scores_again), ConsoleLogger(max_steps, start)
+    for record in _recorded_scores(path):
+        console.write(record["step"], record)
+    loggers: list[MetricLogger] = [console, jsonl]
     try:
         yield loggers
     finally:

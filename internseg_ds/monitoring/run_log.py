@@ -1,6 +1,6 @@
 """The log of a run: the console, WORK_DIR/train.log, and WORK_DIR/libraries.log for what other packages say.
 
-What torch, DeepSpeed, mmseg and their like warn of is mostly nothing that a user can change, and comes from each
+What torch, DeepSpeed, mmseg and all others warn of is mostly nothing that a user can change, and comes from each
 rank: it goes to a file of rank 0. Their errors, and what `MATTERS`, come to the console too. Needs the standard
 library only, so that a command can begin its log before it imports them.
 """
@@ -178,7 +178,7 @@ def _taken_off(package: logging.Logger) -> WaitingLines | None:
 def _libraries_taken_off() -> WaitingLines | None:
     """The same of other packages."""
     waiting: WaitingLines | None = None
-    for logger in _loggers_of_libraries():
+    for logger in (logging.root, *_loggers_of_libraries()):
         for handler in [each for each in logger.handlers if isinstance(each, LibraryLines)]:
             logger.removeHandler(handler)
         for taken in [each for each in logger.filters if isinstance(each, TakenFirst)]:
@@ -192,6 +192,8 @@ def _listen_to_libraries(lines: LibraryLines) -> None:
     logging.captureWarnings(True)
     for name in USED_DIRECTLY:
         logging.getLogger(name).addFilter(TakenFirst(lines))
+    if not logging.root.handlers:  # else whoever imports this package shows there what he likes
+        logging.root.addHandler(lines)
     if "TORCH_LOGS" in os.environ:
         return  # who asks torch for its logs wants to see them where it writes them
     for logger in _loggers_of_libraries():
@@ -212,12 +214,13 @@ def _loggers_of_libraries() -> list[logging.Logger]:
 
 def _is_of_the_user(record: logging.LogRecord, text: str) -> bool:
     """Whether it is a warning of Python code that is neither of this package nor installed: the user's own."""
-    if record.name != WARNINGS:
+    if record.name != WARNINGS and record.name.partition(".")[0] in LIBRARIES:
         return False
+    place = text if record.name == WARNINGS else record.pathname
     paths = sysconfig.get_paths()
     installed = (
         *(paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")),
         PACKAGE,
         "<frozen",
     )
-    return not text.startswith(installed) and "site-packages" not in text.partition(": ")[0]
+    return not place.startswith(installed) and "site-packages" not in place.partition(": ")[0]

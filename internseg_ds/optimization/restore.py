@@ -25,7 +25,11 @@ from internseg_ds.distributed.zero_internals import (
     step_count_in_state,
 )
 from internseg_ds.optimization.compact_adam import CompactAdam
+from internseg_ds.progress import BYTES, Count, progress
 from internseg_ds.torch_internals import set_schedule_position
+
+FP32_BYTES = 4
+"""Of an element of what is read."""
 
 
 @torch.no_grad()
@@ -47,16 +51,20 @@ def restore(engine: Any, checkpoint: ZeroCheckpoint, schedule: LrSchedule) -> No
         for number, partition in enumerate(partitions):
             moments = kept.get(number, checkpoint.moments)
             optimizer.state[partition] = _empty_state(optimizer, partition, checkpoint, moments)
-    for number, partition in enumerate(partitions):
-        held = {name: each for name, each in fragments.items() if each.partition == number}
-        _read_into(partition.data, held, checkpoint, "fp32")
-        for what in kept.get(number, ()):
-            if isinstance(optimizer, CompactAdam):
-                whole = torch.zeros(partition.numel())
-                _read_into(whole, held, checkpoint, what)
-                optimizer.set_moment(partition, what, whole)
-            else:
-                _read_into(optimizer.state[partition][what], held, checkpoint, what)
+    total = sum(
+        FP32_BYTES * (each.stop - each.start) * (1 + len(kept[each.partition])) for each in fragments.values()
+    )
+    with progress("loading the optimizer's state", total, BYTES) as done:
+        for number, partition in enumerate(partitions):
+            held = {name: each for name, each in fragments.items() if each.partition == number}
+            _read_into(partition.data, held, checkpoint, "fp32", done)
+            for what in kept.get(number, ()):
+                if isinstance(optimizer, CompactAdam):
+                    whole = torch.zeros(partition.numel())
+                    _read_into(whole, held, checkpoint, what, done)
+                    optimizer.set_moment(partition, what, whole)
+                else:
+                    _read_into(optimizer.state[partition][what], held, checkpoint, what, done)
     set_step_counters(engine, steps=checkpoint.steps, skipped=checkpoint.steps - checkpoint.scheduled)
     scheduler = engine.lr_scheduler
     rates = [schedule.lr(checkpoint.scheduled, base) for base in scheduler.base_lrs]
@@ -79,9 +87,10 @@ def _empty_state(
 
 
 def _read_into(
-    target: Tensor, fragments: Mapping[str, Fragment], checkpoint: ZeroCheckpoint, what: What
+    target: Tensor, fragments: Mapping[str, Fragment], checkpoint: ZeroCheckpoint, what: What, done: Count
 ) -> None:
     """target: a flat tensor of the size of a partition, of any floating dtype. fragments: by the names of the
-    parameters, what the partition holds of them."""
+    parameters, what the partition holds of them. done: counts the bytes."""
     for name, fragment in fragments.items():
         target[fragment.in_partition] = checkpoint.read_slice(name, fragment.start, fragment.stop, what)
+        done.advance(FP32_BYTES * (fragment.stop - fragment.start))

@@ -1,5 +1,6 @@
 """What a run has come to, in a few figures: how far it is, its loss, its scores, its speed."""
 
+import itertools
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -58,7 +59,7 @@ def figures(run: RunRecords) -> list[Figure]:
     for name, text in (("images_per_s", "images per second"), ("mfu", "mfu"), ("data_wait", "data_wait")):
         if (value := _recent(metrics.get(name))) is not None:
             found.append(
-                Figure(text, f"{value:.4g}" if name == "images_per_s" else f"{value:.1f}%", "recent median")
+                Figure(text, f"{value:.4g}" if name == "images_per_s" else f"{value:.1f} %", "recent median")
             )
     if (peak := metrics.get("peak_gib").highest) is not None:
         found.append(Figure("peak memory", f"{peak[1]:.4g} GiB", "rank 0"))
@@ -76,7 +77,7 @@ def _recent(series: Series) -> float | None:
 
 
 def percent(value: float) -> str:
-    return f"{value:.2f}%"
+    return f"{value:.2f} %"
 
 
 def _duration(run: RunRecords) -> str:
@@ -84,7 +85,10 @@ def _duration(run: RunRecords) -> str:
     if not len(times):
         return "0:00 h"
     began = [start.time for start in run.starts if start.time <= times[-1]]
-    gaps = np.diff(np.sort(np.concatenate([times, began])))
-    spent = gaps[gaps <= LONGEST_GAP_S].sum()
-    hours, minutes = divmod(round(float(spent) / 60), 60)
+    moments = sorted([*((time, False) for time in times.tolist()), *((time, True) for time in began)])
+    gaps = [
+        later - earlier for (earlier, _), (later, is_start) in itertools.pairwise(moments) if not is_start
+    ]
+    spent = sum(gap for gap in gaps if gap <= LONGEST_GAP_S)
+    hours, minutes = divmod(round(spent / 60), 60)
     return f"{hours:,}:{minutes:02d} h"

@@ -83,7 +83,7 @@ def test_the_page_of_a_run_in_a_browser(trained, browser, width, scheme):
         assert contrast(page, "body") > 7 and contrast(page, ".quiet") > 4.5
         shown = page.inner_text("body")
         score = trained.scores[12]
-        assert f"{score:.2f}%" in shown and "step 12 of 12, finished" in shown
+        assert f"{score:.2f} %" in shown and "step 12 of 12, finished" in shown
         rows = page.eval_on_selector_all(
             "#class-table tbody tr", "rows => rows.map(r => [...r.cells].map(c => c.innerText))"
         )

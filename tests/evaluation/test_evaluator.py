@@ -184,7 +184,7 @@ def test_a_report_holds_the_scores_and_the_best_and_worst_images(tiny, ade20k, t
     assert results["classes"][name]["IoU"] == pytest.approx(100 * found.metrics[f"IoU.{name}"])
     rows = list(csv.DictReader((tmp_path / "per_class.csv").open()))
     assert [row["class"] for row in rows] == list(dataset.CLASSES)
-    assert float(next(row for row in rows if row["class"] == name)["IoU"]) == pytest.approx(
+    assert float(next(row for row in rows if row["class"] == name)["IoU %"]) == pytest.approx(
         100 * found.metrics[f"IoU.{name}"], abs=1e-2
     )
     assert sum(int(row["predicted_pixels"]) for row in rows) == found.confusion.sum()

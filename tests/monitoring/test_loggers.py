@@ -92,6 +92,21 @@ def test_a_resumed_run_has_one_unit_in_its_records(tmp_path):
     assert [json.loads(line).get("mIoU") for line in path.read_text().splitlines()[2:]] == [13.0, 13.0]
 
 
+def test_a_resumed_run_has_the_scores_of_its_earlier_starts_on_its_console(tmp_path, caplog):
+    records = [{"mIoU": 50.0}, {"mIoU": 40.0, "IoU.wall": None}, {"loss": 1.0}, {"mIoU": 90.0}]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(
+        "".join(json.dumps({"v": 2, "step": 1 + n, **each}) + "\n" for n, each in enumerate(records))
+    )
+    with (
+        caplog.at_level(logging.INFO, "internseg_ds"),
+        open_loggers(tmp_path, max_steps=10, start=3, is_main=True) as loggers,
+    ):
+        for logger in loggers:
+            logger.write(4, {"loss": 0.5})
+    assert "loss 0.5  mIoU 40.00 % (best 50.00 %)  eta" in caplog.messages[0]  # that of step 4 is made again
+
+
 def test_only_rank_0_writes(tmp_path):
     with open_loggers(tmp_path, max_steps=1, start=0, is_main=False) as loggers:
         assert loggers == []

@@ -28,6 +28,9 @@ deepspeed.utils.logger.warning("pytorch allocator cache flushes; this happens wh
 deepspeed.utils.logger.warning("pytorch allocator cache flushes; this happens when there is high memory pressure")
 logging.getLogger("torch.distributed").error("a rank is gone")
 warnings.warn_explicit("own", UserWarning, "/home/me/model.py", 3)
+code = "import logging; logging.warning('by the root'); logging.getLogger('some').warning(__file__)"
+for file in (torch.__file__, "/home/me/data.py"):  # as code of that file does
+    exec(compile(code, file, "exec"), {"__file__": file})
 """
 
 
@@ -47,11 +50,19 @@ def test_lines_of_libraries_go_to_a_file_of_rank_0_but_for_what_matters(tmp_path
         "DeepSpeed: pytorch allocator cache flushes; this happens when there is high memory pressure",
         "torch: a rank is gone",
         "python: /home/me/model.py:3: UserWarning: own",
+        "root: by the root",
+        "some: /home/me/data.py",
     ]
     kept = (tmp_path / "libraries.log").read_text()
     for said in ("FutureWarning: old", "an extension is built", "Loaded 3 images", "an untested optimizer"):
         assert kept.count(said) == 1
-    for said in ("is deprecated", "a rank is gone", "recompile_limit"):
+    for said in (
+        "is deprecated",
+        "a rank is gone",
+        "recompile_limit",
+        "root: by the root",
+        "torch/__init__.py",
+    ):
         assert said in kept
     assert "Loaded" not in (tmp_path / "train.log").read_text()
 

@@ -25,14 +25,14 @@ def folder(tmp_path_factory):
 
 def test_a_page_has_the_numbers_of_the_records(folder):
     text = write_run_page(folder).read_text()
-    assert "<b>40.00%</b>" in text and "step 40 of 40, finished" in text
+    assert "<b>40.00 %</b>" in text and "step 40 of 40, finished" in text
     rows = re.findall(r'<tr><td class="number">\d+</td><td class="name">.*?</tr>', text)
     assert len(rows) == 3 and "40.00" in rows[0] and "+10.00" in rows[0]
     assert f"{100 * 40 / 101:.2f}" in rows[1] and f"{100 * 40 / 102:.2f}" in rows[2]
     assert "resumed from step 20" in text and "step 17 was skipped" in text
     assert "step 30: loss 43.5" in text
-    assert "--resume auto" in text and "77.00% of the labelled pixels" not in text
-    assert f"{100 * 230 / 300:.2f}% of the labelled pixels" in text  # of the confusion matrix
+    assert "--resume auto" in text and "77.00 % of the labelled pixels" not in text
+    assert f"{100 * 230 / 300:.2f} % of the labelled pixels" in text  # of the confusion matrix
     assert text.count("data:image/jpeg") == (2 + 4) + 3 + 3
 
 
@@ -71,7 +71,7 @@ def test_runs_are_compared(folder, tmp_path):
     differing = re.search(r'<table id="differing">.*?</table>', text, re.S)[0]
     assert re.findall(r'<td class="text">(.*?)</td>', differing) == ["optimizer.lr", "0.001", "0.002"]
     table = re.search(r'<table id="runs">.*?</table>', text, re.S)[0]
-    assert "40.00% (step 40)" in table and "20.00% (step 20)" in table
+    assert "40.00 % (step 40)" in table and "20.00 % (step 20)" in table
     # two folders of one name are told apart
     assert f"{folder.parent.name}/first" in table and f"{tmp_path.name}/first" in table
     assert "<script>alert" not in text

@@ -1,6 +1,7 @@
 """What is read of a work directory, whatever state a run has left it in."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from internseg_ds.monitoring.evaluation_record import (
 )
 from internseg_ds.monitoring.run_starts import read_starts, write_start
 from internseg_ds.run_report.records import read_metrics, read_run
+from internseg_ds.run_report.summary import figures
 from tests.run_report.runs import evaluation, start, write_run
 
 
@@ -52,6 +54,18 @@ def test_starts_are_restarts_even_where_a_resumed_run_has_dropped_what_it_repeat
     run = read_run(folder)
     assert [restart.step for restart in run.restarts] == [20]
     assert run.max_steps == 40 and run.step == 40
+
+
+def test_the_time_of_a_run_is_that_of_its_starts_without_what_lies_between_them(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for step in (0, 20):
+        write_start(folder, replace(start(step), time=1000.0 * step))
+    times = [(10, 600.0), (20, 1200.0), (30, 20_600.0), (40, 21_200.0), (41, 21_200.0 + 7200)]
+    lines = [json.dumps({"v": 2, "step": step, "time": time, "loss": 1.0}) for step, time in times]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    found = {each.name: each.text for each in figures(read_run(folder))}
+    assert found["time"] == "0:40 h"  # 20 minutes of each start; two hours without a record are none
 
 
 def test_an_empty_folder_is_a_run_without_records(tmp_path):

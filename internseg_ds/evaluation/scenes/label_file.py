@@ -17,6 +17,7 @@ from internseg_ds.errors import reason_of
 from internseg_ds.evaluation.scenes.windows import TILE, Span
 from internseg_ds.evaluation.sliding_window import Window
 from internseg_ds.evaluation.visualization import Palette
+from internseg_ds.progress import progress
 
 COMPRESSION = "deflate"
 """What every reader of GeoTIFF knows."""
@@ -110,12 +111,15 @@ class LabelFile:
 
     def copy(self, parts: Sequence[tuple[Path, Span]]) -> None:
         """Take over the rows of other files. Raises OSError."""
-        for path, (first, last) in parts:
-            with _as_os_error(), opened(path) as part:
-                for top in range(0, last - first, TILE):
-                    bottom = min(top + TILE, last - first)
-                    rows = part.read(1, window=((top, bottom), (0, self.form.width)))
-                    self._submit(rows, first + top - self.rows[0], 0)
+        height = sum(last - first for _, (first, last) in parts)
+        with progress("joining the rows of all processes", height, "rows") as done:
+            for path, (first, last) in parts:
+                with _as_os_error(), opened(path) as part:
+                    for top in range(0, last - first, TILE):
+                        bottom = min(top + TILE, last - first)
+                        rows = part.read(1, window=((top, bottom), (0, self.form.width)))
+                        self._submit(rows, first + top - self.rows[0], 0)
+                        done.advance(bottom - top)
 
     def finish(self) -> None:
         """Wait for what is being written. Raises OSError."""

@@ -8,13 +8,14 @@ over the border of a block is cut there, into one polygon for each.
 import json
 import math
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from internseg_ds.evaluation.scenes.label_file import opened
+from internseg_ds.progress import tracked
 
 BLOCK = 1024
 """Side of a block in pixels. At worst each of its pixels is a polygon of its own: some 2 GiB."""
@@ -33,18 +34,18 @@ def write_shapes(labels: Path, out: Path, classes: Sequence[str]) -> int:
     count = 0
     with opened(labels) as raster, out.open("w", encoding="utf-8") as file:
         file.write('{"type": "FeatureCollection", "features": [')
-        for top in range(0, raster.height, BLOCK):
-            for left in range(0, raster.width, BLOCK):
-                for label, rings in _polygons(raster, top, left):
-                    name = classes[label] if label < len(classes) else str(label)
-                    feature = {
-                        "type": "Feature",
-                        "properties": {"class": label, "name": name},
-                        "geometry": {"type": "Polygon", "coordinates": rings},
-                    }
-                    file.write(",\n" if count else "\n")
-                    json.dump(feature, file, ensure_ascii=False)
-                    count += 1
+        corners = list(product(range(0, raster.height, BLOCK), range(0, raster.width, BLOCK)))
+        for top, left in tracked(corners, "writing polygons", len(corners), "blocks"):
+            for label, rings in _polygons(raster, top, left):
+                name = classes[label] if label < len(classes) else str(label)
+                feature = {
+                    "type": "Feature",
+                    "properties": {"class": label, "name": name},
+                    "geometry": {"type": "Polygon", "coordinates": rings},
+                }
+                file.write(",\n" if count else "\n")
+                json.dump(feature, file, ensure_ascii=False)
+                count += 1
         file.write("\n]}\n")
     return count
 

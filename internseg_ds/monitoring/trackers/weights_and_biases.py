@@ -161,7 +161,9 @@ class WandbTracker:
             "evaluation/confusion": wandb.plot_table("wandb/confusion_matrix/v1", pairs, fields),
         }
         if shown:
-            values["evaluation/pictures"] = [self._image(each, evaluation) for each in shown]
+            # wandb shows a list of pictures rightly where all have one size
+            height, width = np.max([each.image.shape[:2] for each in shown], axis=0)
+            values["evaluation/pictures"] = [self._image(each, evaluation, height, width) for each in shown]
         self._log(evaluation.step, values)
         if best is not None:
             self._best = best
@@ -232,17 +234,25 @@ class WandbTracker:
             self._step, self._row = step, max(step, self._row + 1)
         self._run.log({**values, "step": step}, step=self._row)
 
-    def _image(self, shown: EvaluatedImage, evaluation: EvaluationRecord) -> Any:
+    def _image(self, shown: EvaluatedImage, evaluation: EvaluationRecord, height: int, width: int) -> Any:
+        """height, width: to which the image is filled up below and on its right, black and without a class."""
         classes = dict(enumerate(evaluation.classes))
-        caption = shown.name if shown.score is None else f"{shown.name}, mIoU {shown.score:.1%}"
+        caption = shown.name if shown.score is None else f"{shown.name}, mIoU {100 * shown.score:.2f} %"
+        below_right = [(0, height - shown.image.shape[0]), (0, width - shown.image.shape[1])]
+        picture = np.pad(rgb(shown), [*below_right, (0, 0)])
         if len(classes) > MASK_CLASSES:
-            return self._wandb.Image(rgb(shown), caption=caption)
+            return self._wandb.Image(picture, caption=caption)
         labels = {**classes, MASK_CLASSES: "no class"}
         masks = {
-            name: {"mask_data": _bytes_of_mask(label_map, len(classes)), "class_labels": labels}
+            name: {
+                "mask_data": np.pad(
+                    _bytes_of_mask(label_map, len(classes)), below_right, constant_values=MASK_CLASSES
+                ),
+                "class_labels": labels,
+            }
             for name, label_map in zip(("truth", "prediction"), label_maps(shown), strict=True)
         }
-        return self._wandb.Image(rgb(shown), caption=caption, masks=masks)
+        return self._wandb.Image(picture, caption=caption, masks=masks)
 
     def _send_checkpoint(self) -> None:
         """The last one that was saved, unless it is sent."""

@@ -135,20 +135,20 @@ def test_one_that_does_not_start_is_given_up(started, caplog):
 def test_the_best_score_is_that_of_all_starts(started, tmp_path):
     records = tmp_path / "metrics.jsonl"
     records.write_text(
-        '{"step": 0, "mIoU": 0.9}\n{"step": 1, "loss": 2}\n{"step": 2, "mIoU": 0.25}\n'
-        '{"step": 4, "mIoU": 0.75}\n{"step": 6, "mIoU": null}\n{"step": 8, "mI'
+        '{"step": 0, "mIoU": 90.0}\n{"step": 1, "loss": 2}\n{"step": 2, "mIoU": 25.0}\n'
+        '{"step": 4, "mIoU": 75.0}\n{"step": 6, "mIoU": null}\n{"step": 8, "mI'
     )
-    assert best_recorded(records, "mIoU") == Best("mIoU", 4, 0.75)
+    assert best_recorded(records, "mIoU") == Best("mIoU", 4, 75.0)
     notes = Notes()
     tracker = started(notes)
     trackers = Trackers([tracker], score="mIoU", best=best_recorded(records, "mIoU"))
-    for step, score in ((6, 0.5), (8, float("nan")), (10, 0.8)):
+    for step, score in ((6, 50.0), (8, float("nan")), (10, 80.0)):
         trackers.record(step, {"mIoU": score})
         trackers.evaluation(evaluation(step))
     trackers.settle()
     assert [told[2] for told in notes.told if told[0] == "evaluation"] == [
-        Best("mIoU", 4, 0.75),
-        Best("mIoU", 4, 0.75),
-        Best("mIoU", 10, 0.8),
+        Best("mIoU", 4, 75.0),
+        Best("mIoU", 4, 75.0),
+        Best("mIoU", 10, 80.0),
     ]
     tracker.end(failed=False)

@@ -29,7 +29,7 @@ def test_records_pictures_and_settings_of_a_run_that_goes_on(tmp_path):
     ):
         for step in range(1, 8):
             trackers.record(step, {"loss": 8.0 - step})
-        trackers.record(4, {"mIoU": 0.5})
+        trackers.record(4, {"mIoU": 50.0})
         trackers.evaluation(evaluation(4))
         raise RuntimeError("a run that dies")  # what was written must be on disk all the same
     with open_trackers(HOOKS, run_info(tmp_path, start=4)) as trackers:
@@ -42,7 +42,7 @@ def test_records_pictures_and_settings_of_a_run_that_goes_on(tmp_path):
         (5, 105.0),
         (6, 106.0),
     ]
-    assert [(event.step, event.value) for event in events.Scalars("best/mIoU")] == [(4, 0.5)]
+    assert [(event.step, event.value) for event in events.Scalars("best/mIoU")] == [(4, 50.0)]
     (shown,) = events.Images("validation/<b>one</b>.jpg")
     picture = cv2.imdecode(np.frombuffer(shown.encoded_image_string, np.uint8), cv2.IMREAD_COLOR)
     record = evaluation(4)

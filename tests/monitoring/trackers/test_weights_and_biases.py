@@ -1,5 +1,7 @@
+import json
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -42,7 +44,7 @@ def test_a_run_that_goes_on_is_the_same_run_offline_without_an_account(tmp_path,
     with open_trackers([HOOK], run_info(tmp_path), score="mIoU", limits=PATIENT) as trackers:
         for step in (1, 2, 4):
             trackers.record(step, {"loss": 1.0 / step})
-        trackers.record(4, {"mIoU": 0.5, "IoU.wall": 0.25})
+        trackers.record(4, {"mIoU": 50.0, "IoU.wall": 25.0})
         trackers.evaluation(evaluation(4))
         trackers.record(5, {"loss": 0.2})
     (tmp_path / "train.log").write_text("all that was said")
@@ -62,7 +64,7 @@ def test_a_run_that_goes_on_is_the_same_run_offline_without_an_account(tmp_path,
         "bf16": {"enabled": True}
     }
     assert "git abc" in first.config["environment"][0]
-    assert first.summary["best/mIoU"] == 0.5 and first.summary["best/step"] == 4
+    assert first.summary["best/mIoU"] == 50.0 and first.summary["best/step"] == 4
     assert (first.exit_code, second.exit_code) == (0, 1)
     assert [path.read_text() for path in tmp_path.glob("wandb/*run-*/files/train.log")] == [
         "all that was said"
@@ -70,13 +72,11 @@ def test_a_run_that_goes_on_is_the_same_run_offline_without_an_account(tmp_path,
 
 
 def test_an_evaluation_is_tables_and_masks(tmp_path, offline):
-    import json
-
     with open_trackers([HOOK], run_info(tmp_path), score="mIoU", limits=PATIENT) as trackers:
-        trackers.record(4, {"mIoU": 0.5})
+        trackers.record(4, {"mIoU": 50.0})
         trackers.evaluation(evaluation(4))
     ((_, values),) = wandb_files(tmp_path)[0].rows
-    assert values["mIoU"] == 0.5  # one row for all of a step
+    assert values["mIoU"] == 50.0  # one row for all of a step
     tables = {
         path.name.split("_")[0]: json.loads(path.read_text())
         for path in tmp_path.glob("wandb/*run-*/files/media/table/evaluation/*.json")
@@ -95,6 +95,27 @@ def test_an_evaluation_is_tables_and_masks(tmp_path, offline):
     assert all(any((mask == each).all() for mask in masks) for each in expected)
 
 
+def test_pictures_are_filled_up_to_one_size_as_wandb_needs_them(tmp_path, offline, caplog):
+    record = evaluation(4)
+    first = record.pictures[0]
+    image, truth, prediction = first.image[:12, :40], first.truth[:12, :40], first.prediction[:12, :40]
+    wide = replace(
+        first,
+        image=np.tile(image, (1, 2, 1))[:, :40],
+        truth=np.tile(truth, 2)[:, :40],
+        prediction=np.tile(prediction, 2)[:, :40],
+    )
+    with open_trackers([HOOK], run_info(tmp_path), limits=PATIENT) as trackers:
+        trackers.evaluation(replace(record, pictures=[first, wide]))
+    images = pictures_of(tmp_path, "evaluation/*.png")
+    masks = pictures_of(tmp_path, "mask/evaluation/*.png")
+    assert [each.shape[:2] for each in (*images, *masks)] == [(20, 40)] * 6
+    (padded,) = [each for each in images if (each[:12] == wide.image).all()]
+    assert not padded[12:].any()
+    assert any((mask[:12] == wide.prediction).all() and (mask[12:] == 255).all() for mask in masks)
+    assert not [line for line in caplog.messages if "sizes do not match" in line]
+
+
 def test_checkpoints_are_sent_on_request_with_their_scores(tmp_path, offline):
     asked = HOOK | {"log_checkpoint": True, "log_checkpoint_metadata": True, "num_eval_images": 0}
     folder = tmp_path / "checkpoints" / "iter_4"
@@ -103,13 +124,13 @@ def test_checkpoints_are_sent_on_request_with_their_scores(tmp_path, offline):
     with open_trackers([asked], run_info(tmp_path), score="mIoU", limits=PATIENT) as trackers:
         trackers.checkpoint(2, tmp_path / "checkpoints" / "iter_2")  # removed before it could be sent
         trackers.checkpoint(4, folder)
-        trackers.record(4, {"mIoU": 0.5})
+        trackers.record(4, {"mIoU": 50.0})
         trackers.evaluation(evaluation(4))
     (read,) = wandb_files(tmp_path)
     (sent,) = [each for each in read.artifacts if each.type == "model"]
     assert [entry.path for entry in sent.manifest.contents] == ["weights.pt"]
     assert {*sent.aliases} == {"latest", "step_4", "best"}
-    assert '"mIoU": 0.5' in sent.metadata or '"mIoU":0.5' in sent.metadata
+    assert json.loads(sent.metadata)["mIoU"] == 50
     assert "evaluation/pictures/count" not in read.rows[-1][1]
 
 
