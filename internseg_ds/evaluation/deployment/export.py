@@ -131,7 +131,7 @@ def _check_room(target: Path, segmentor: torch.nn.Module) -> None:
             "there, or choose another folder"
         )
     log.info(
-        "%s will take %.2f GiB of the disk, 4 bytes a weight; and, while it is written and checked, two to five "
+        "%s will take %.2f GiB of the disk, 4 bytes a weight, and while it is written and checked two to five "
         "times that of memory (docs/using_models.md)",
         target.name,
         needed / 2**30,
