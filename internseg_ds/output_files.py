@@ -5,7 +5,7 @@ import logging
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,18 +27,25 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def whole_path(path: Path) -> Iterator[Path]:
-    """The path of a file to write, beside `path` and hidden, which becomes `path` at the end of the block. Raises
-    OutputError where the disk is full or the place is taken; whatever ends the block early, the file is removed."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")  # two runs may write into one folder
+    """The path of a file to write, beside `path` and hidden, which becomes `path` at the end of the block; where `path`
+    is a link, what it leads to. Raises OutputError where the disk is full or the place is taken, be it by a device;
+    whatever ends the block early, the file is removed."""
+    target = path.resolve()
+    if target.exists() and not target.is_file():
+        raise OutputError(f"{path} cannot be written: it is there, and no file; choose another name")
+    partial = target.with_name(
+        f".{target.name}.{uuid.uuid4().hex}.partial"
+    )  # two runs may write into one folder
     try:
         yield partial
-        partial.replace(path)
+        partial.replace(target)
     except OSError as error:
         raise OutputError(
             f"{path} cannot be written: {error.strerror or error}; make room there, or choose another folder"
         ) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # it is not there, or cannot be, as on a disk that can only be read
+            partial.unlink()
 
 
 @contextmanager

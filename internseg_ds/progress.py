@@ -42,7 +42,7 @@ def is_main() -> bool:
 
 def on_terminal() -> bool:
     """Whether rows can be drawn: stderr is a terminal that can move its cursor."""
-    return sys.stderr.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
+    return sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
 
 
 def say(line: str) -> None:
@@ -183,18 +183,21 @@ def _log(line: str) -> None:
 
 
 class _Stderr:
-    """stderr as it is now. It may be gone, with a terminal or the reader of a pipe: no reason to end a run."""
+    """stderr as it is now. It may be gone, with a terminal or the reader of a pipe, or closed from the start (None):
+    no reason to end a run."""
 
     def __init__(self) -> None:
         self._stream = sys.stderr
 
     def write(self, text: str) -> None:
         with suppress(OSError, ValueError):
-            self._stream.write(text)
+            if self._stream is not None:
+                self._stream.write(text)
 
     def flush(self) -> None:
         with suppress(OSError, ValueError):
-            self._stream.flush()
+            if self._stream is not None:
+                self._stream.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

@@ -1,3 +1,7 @@
+import errno
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -22,6 +26,31 @@ def test_a_name_that_is_taken_is_one_sentence(tmp_path):
     (tmp_path / "a.png" / "inner").mkdir(parents=True)
     with pytest.raises(OutputError, match=r"a\.png cannot be written"):
         write_picture(tmp_path / "a.png", np.zeros((2, 2), np.uint8))
+    os.mkfifo(tmp_path / "pipe")
+    with (
+        pytest.raises(OutputError, match="pipe cannot be written: it is there, and no file"),
+        whole_file(tmp_path / "pipe"),
+    ):
+        pass
+    assert (tmp_path / "pipe").is_fifo()
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="choose another one"):
         make_folder(tmp_path / "file" / "deep")
+
+
+def test_what_a_link_leads_to_is_written(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "a.png").symlink_to(tmp_path / "there" / "b.png")
+    write_picture(tmp_path / "a.png", np.zeros((2, 2), np.uint8))
+    assert (tmp_path / "a.png").is_symlink() and (tmp_path / "there" / "b.png").is_file()
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_disk_that_is_read_only_is_one_sentence(tmp_path, monkeypatch):
+    def refused(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "open", refused)
+    monkeypatch.setattr(Path, "unlink", refused)
+    with pytest.raises(OutputError, match="Read-only file system"), whole_file(tmp_path / "a"):
+        pass

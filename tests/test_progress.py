@@ -71,6 +71,12 @@ def test_a_console_that_is_gone_ends_nothing(kind, tmp_path):
     assert process.wait(60) >= 0 and (tmp_path / "done").exists()
 
 
+def test_nor_does_one_that_was_closed_from_the_start(tmp_path):
+    code = f"{COUNTS}\nopen({str(tmp_path / 'done')!r}, 'w').close()"
+    subprocess.run(["sh", "-c", '"$@" 2>&- >&-', "sh", sys.executable, "-c", code], check=True)
+    assert (tmp_path / "done").exists()
+
+
 @pytest.fixture
 def said(monkeypatch):
     lines: list[str] = []

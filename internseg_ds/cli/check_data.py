@@ -38,8 +38,6 @@ def _main() -> None:
     import os
     from pathlib import Path
 
-    from rich.console import Console
-
     begin_log()
     with stage(f"loading mmseg, reading {args.config}"):
         from internseg_ds.config.experiment import read_experiment
@@ -47,9 +45,10 @@ def _main() -> None:
         from internseg_ds.data_report.mended_config import write_mended
         from internseg_ds.data_report.page import write_page
         from internseg_ds.errors import DataError
+        from internseg_ds.planning.tables import wide_console
 
         experiment = read_experiment(args.config, args.cfg_options)
-    console = Console(soft_wrap=True, highlight=False)
+    console = wide_console(soft_wrap=True, highlight=False)
     workers = len(os.sched_getaffinity(0)) if args.workers is None else args.workers
     report = examine(experiment, workers=workers, sample=args.sample)
     for what, found in report.scanned.items():

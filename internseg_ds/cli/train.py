@@ -143,11 +143,10 @@ def _main() -> None:
 
 def _dry_run(args: argparse.Namespace, experiment: "Experiment") -> None:
     """Checks everything, prints what a run would be, and tries one step on the CPU; writes nothing."""
-    from rich.console import Console
-
     from internseg_ds.distributed.process_group import world_from_environment
     from internseg_ds.errors import ConfigError
     from internseg_ds.monitoring.run_log import start_logging
+    from internseg_ds.planning.tables import wide_console
     from internseg_ds.preflight.dry_run import describe
     from internseg_ds.training.resume.find_checkpoint import checkpoint_to_resume
     from internseg_ds.training.startup import checked_plan
@@ -174,7 +173,7 @@ def _dry_run(args: argparse.Namespace, experiment: "Experiment") -> None:
     )
     if not world.is_main:
         return
-    console = Console()
+    console = wide_console()
     describe(plan, console)
     plain = {"markup": False, "highlight": False, "soft_wrap": True}  # paths stay in one piece
     if refusal is not None:

@@ -88,6 +88,10 @@ def _check_kind(part: SegmentationDataset, what: str) -> None:
             f"{what}: {type(part).__name__} is no data set of mmseg, it lacks {', '.join(lacks)}; "
             "derive it from mmseg.datasets.CustomDataset, and fill img_infos in its load_annotations"
         )
+    if odd := [name for name in part.CLASSES or () if not isinstance(name, str)]:
+        raise DataError(
+            f"{what}.classes has {odd[0]!r}, which is no name; names of classes are strings, such as {str(odd[0])!r}"
+        )
     if not _is_whole(getattr(part, "ignore_index", 255)):
         raise DataError(
             f"{what}.ignore_index={part.ignore_index!r} must be a whole number, the label of pixels that do not count"

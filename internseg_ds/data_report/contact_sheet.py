@@ -116,13 +116,28 @@ def _for_network(part: SegmentationDataset, index: int, steps: list[Any], plain:
     return _pair(np.clip(np.round(values), 0, 255).astype(np.uint8), labels.numpy().squeeze(), plain)
 
 
+def colours_of(plain: Any) -> list[list[int]]:
+    """A colour (R, G, B) for each class: those of the data set's palette, or where it has others than one for each,
+    some."""
+    count = len(plain.CLASSES)
+    try:
+        colours = np.asarray(plain.PALETTE, np.uint8)
+        if colours.shape == (count, 3):
+            return colours.tolist()
+    except (TypeError, ValueError, OverflowError):
+        pass  # it is no palette at all
+    return np.random.default_rng(0).integers(0, 256, (count, 3), np.uint8).tolist()
+
+
 def _pair(image: np.ndarray, labels: np.ndarray, plain: Any) -> np.ndarray:
     labels = np.where(labels == plain.ignore_index, -1, labels.astype(np.int64))
     small = _small(image)
     if labels.shape != image.shape[:2]:
         labels = np.full(image.shape[:2], -1)
     labels = cv2.resize(labels.astype(np.int32), small.shape[1::-1], interpolation=cv2.INTER_NEAREST)
-    return np.hstack([small, np.full((HEIGHT, 4, 3), 255, np.uint8), overlay(small, labels, plain.PALETTE)])
+    return np.hstack(
+        [small, np.full((HEIGHT, 4, 3), 255, np.uint8), overlay(small, labels, colours_of(plain))]
+    )
 
 
 def _fault(error: Exception) -> str:

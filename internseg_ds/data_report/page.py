@@ -17,7 +17,7 @@ from internseg_ds.config.experiment import Experiment
 from internseg_ds.data.checks.scan import Scanned
 from internseg_ds.data.checks.suggestions import mean_and_std, median_frequency_weights
 from internseg_ds.data.dataset_parts import SegmentationDataset
-from internseg_ds.data_report.contact_sheet import Shown, contact_sheet, scored_sheet, thumbnail
+from internseg_ds.data_report.contact_sheet import Shown, colours_of, contact_sheet, scored_sheet, thumbnail
 from internseg_ds.data_report.doctor import Report
 from internseg_ds.errors import OutputError
 
@@ -90,6 +90,7 @@ def _classes(what: str, seen: Scanned) -> dict[str, Any]:
     total = sum(tally.pixels.values())
     most = max(1, *(tally.pixels[index] for index in range(len(part.CLASSES))))
     weights = median_frequency_weights(tally, len(part.CLASSES))
+    colours = colours_of(part)
     rows = [
         {
             "index": index,
@@ -98,7 +99,7 @@ def _classes(what: str, seen: Scanned) -> dict[str, Any]:
             "maps": f"{tally.images_with[index]:,}",
             "weight": f"{weights[index]:.3g}",
             "width": round(100 * tally.pixels[index] / most, 1),
-            "colour": f"rgb({', '.join(str(int(value)) for value in part.PALETTE[index])})",
+            "colour": f"rgb({', '.join(str(int(value)) for value in colours[index])})",
         }
         for index, name in sorted(enumerate(part.CLASSES), key=lambda item: -tally.pixels[item[0]])
         if tally.pixels[index]

@@ -108,9 +108,9 @@ class TakenFirst(logging.Filter):
 def begin_log() -> None:
     """For a command, before it imports what takes seconds: the console, and memory for the files of a run that
     `start_logging` will open."""
-    os.environ.setdefault(
-        "TORCH_CPP_LOG_LEVEL", "ERROR"
-    )  # read when torch is loaded; its warnings of sockets
+    # read when torch and OpenCV are loaded: the one warns of sockets, the other of each GeoTIFF's own tags
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")
     _start(None, level="INFO", is_main=progress.is_main(), of_command=True)
 
 

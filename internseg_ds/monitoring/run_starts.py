@@ -5,9 +5,11 @@ its page, trackers.
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,9 +83,24 @@ def _start(line: str) -> RunStart | None:
         noted: dict[str, Any] = json.loads(line)
         known = {field.name: noted[field.name] for field in fields(RunStart)}
         rates = [LearningRates(**each) for each in known.pop("learning_rates")]
-        return RunStart(**known, learning_rates=rates)
-    except (json.JSONDecodeError, KeyError, TypeError):
+        start = RunStart(**known, learning_rates=rates)
+    except (ValueError, RecursionError, KeyError, TypeError):
         return None
+    return start if _is_sound(start) else None
+
+
+def _is_sound(start: RunStart) -> bool:
+    """Whether its values are of the types that they should be."""
+    texts = (start.config, start.resume_command)
+    lists = (start.environment, start.warnings, start.notes)
+    return (
+        type(start.step) is type(start.max_steps) is int
+        and isinstance(start.time, (int, float))
+        and math.isfinite(start.time)
+        and isinstance(start.data, dict)
+        and all(isinstance(each, list) for each in lists)
+        and all(isinstance(each, str) for each in (*texts, *chain(*lists), *chain(*start.data.items())))
+    )
 
 
 def learning_rates(

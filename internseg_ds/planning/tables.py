@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -20,9 +21,9 @@ PHASES: dict[Phase, str] = {
 }
 
 
-def wide_console() -> Console:
-    """At least 110 columns: a table that is cut off says nothing."""
-    return Console(width=max(Console().width, 110))
+def wide_console(**settings: Any) -> Console:
+    """At least 110 columns: a table that is cut off says nothing. settings: for rich's Console."""
+    return Console(width=max(Console().width, 110), **settings)
 
 
 def brief(value: float) -> str:

@@ -3,6 +3,7 @@
 In: a `Plan`. Out: aligned lines for the log.
 """
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def summary(plan: Plan, estimator: Estimator, dtypes: ComputeDtypes, destination
         "plan": _planned(plan, estimator),
         "evaluates": _cadence(plan, destination),
         "written to": _written(plan, destination.work_dir),
-        "to stop": f"Ctrl-C, SIGTERM, or touch {destination.work_dir / 'STOP'}"
+        "to stop": f"Ctrl-C, SIGTERM, or touch {shlex.quote(str(destination.work_dir / 'STOP'))}"
         + (": it saves and ends" if destination.saves else ": it ends"),
     }
     if destination.saves:

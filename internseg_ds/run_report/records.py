@@ -5,6 +5,7 @@ Nothing here complains: a file that is not there, a line that a killed run has n
 """
 
 import json
+import math
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -80,7 +81,7 @@ class _Columns:
     def add(self, step: float, values: dict[str, Any]) -> None:
         self.highest = step
         for name, value in values.items():
-            number = value if isinstance(value, (int, float)) else float("nan")
+            number = _number(value)
             steps, numbers = self.by_name.setdefault(name, (array("d"), array("d")))
             steps.append(step)
             numbers.append(number)
@@ -122,12 +123,15 @@ def read_metrics(path: Path) -> Metrics:
     restarts: list[Restart] = []
     for line in _json_lines(path):
         record = todays(line)
-        step = record.pop("step", None)
-        if isinstance(step, bool) or not isinstance(step, (int, float)):
+        step = _number(record.pop("step", None))
+        if not math.isfinite(step):
             continue
         if columns.goes_back(step, record):
             repeated = columns.drop_behind(step - 1 if "loss" in record else step)
-            restarts.append(Restart(_before(columns, step), record.get("time"), repeated))
+            moment = _number(record.get("time"))
+            restarts.append(
+                Restart(_before(columns, step), moment if math.isfinite(moment) else None, repeated)
+            )
         if "loss" not in record:
             scores |= record.keys()
         columns.add(step, record)
@@ -137,6 +141,14 @@ def read_metrics(path: Path) -> Metrics:
         if len(steps)
     }
     return Metrics(of, frozenset(scores - {"time"}), restarts)
+
+
+def _number(value: Any) -> float:
+    """NaN for what is none, or too large for one."""
+    try:
+        return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        return math.nan
 
 
 def _before(columns: _Columns, step: float) -> int:
@@ -151,7 +163,7 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
             for _, line in zip(range(LINES), file, strict=False):
                 try:
                     record = json.loads(line)
-                except json.JSONDecodeError:
+                except (ValueError, RecursionError):
                     continue  # half a line, of a run that was killed
                 if isinstance(record, dict):
                     yield record

@@ -41,8 +41,11 @@ def status(run: RunRecords) -> str:
 
 
 def moment(seconds: float) -> str:
-    """A time of this machine's clock."""
-    return f"{datetime.fromtimestamp(seconds).astimezone():%Y-%m-%d %H:%M:%S %z}"
+    """A time of this machine's clock; "?" for what is none."""
+    try:
+        return f"{datetime.fromtimestamp(seconds).astimezone():%Y-%m-%d %H:%M:%S %z}"
+    except (ValueError, OverflowError, OSError):
+        return "?"
 
 
 def figures(run: RunRecords) -> list[Figure]:

@@ -1,6 +1,7 @@
 """What is read of a work directory, whatever state a run has left it in."""
 
 import json
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -27,7 +28,9 @@ def test_a_file_that_ends_within_a_line_has_the_records_before(tmp_path):
     assert metrics.get("loss").last == (1, 2.5) and metrics.get("time").last == (2, 6.0)
 
 
-@pytest.mark.parametrize("line", ["[1, 2]", "3", '{"loss": 1}', '{"step": "x", "loss": 1}', "\x00\x00", ""])
+@pytest.mark.parametrize(
+    "line", ["[1, 2]", "3", '{"loss": 1}', '{"step": "x", "loss": 1}', "\x00\x00", "", "[" * 100_000]
+)
 def test_lines_that_are_no_records_are_left_out(tmp_path, line):
     file = tmp_path / "metrics.jsonl"
     file.write_text(f'{line}\n{{"step": 1, "loss": 2.5}}\n')
@@ -84,6 +87,40 @@ def test_an_evaluation_is_read_as_it_was_written(tmp_path):
         assert ours.image.shape == theirs.image.shape
     # by hand: 90 right of 100 labelled and 150 predicted; 50 of 100 and 60; 90 of 100 and 90
     assert found.iou == pytest.approx([90 / 160, 50 / 110, 90 / 100])
+
+
+def test_values_that_cannot_be_are_none(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    lines = [
+        '{"step": 1, "time": 5, "loss": 2.5}',
+        '{"step": NaN, "loss": 1}',
+        '{"step": Infinity, "loss": 1}',
+        f'{{"step": 2, "time": 1e20, "loss": {10**400}}}',
+        '{"step": 1, "time": "today", "loss": 3.5}',
+    ]
+    file.write_text("\n".join(lines))
+    metrics = read_metrics(file)
+    assert metrics.get("loss").steps.tolist() == [1] and metrics.get("loss").last == (1, 3.5)
+    assert [restart.time for restart in metrics.restarts] == [None]
+
+
+@pytest.mark.parametrize("odd", [dict(step=None), dict(time="now"), dict(data=None), dict(notes=[1])])
+def test_starts_of_other_types_are_left_out(tmp_path, odd):
+    folder = write_run(tmp_path / "run")
+    sound = read_starts(folder)
+    line = json.loads((folder / "starts.jsonl").read_text().splitlines()[0])
+    with (folder / "starts.jsonl").open("a") as file:
+        file.write(json.dumps({**line, **odd}) + "\n")
+    assert read_starts(folder) == sound
+
+
+def test_an_evaluation_with_flipped_bytes_is_damaged_or_the_same(tmp_path):
+    file = evaluation_files(write_run(tmp_path / "run") / "evaluations")[40]
+    whole, chance = file.read_bytes(), np.random.default_rng(0)
+    for place in chance.integers(0, len(whole), 60):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        with suppress(ValueError):
+            assert read_evaluation(file).step == 40
 
 
 def test_a_damaged_evaluation_is_left_out(tmp_path):

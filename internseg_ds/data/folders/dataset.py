@@ -60,8 +60,10 @@ class FolderDataset(CustomDataset):
         seed: int = 0,
         **arguments: Any,
     ) -> None:
+        _check_texts(root=root, images=images, masks=[] if masks is None else masks, split=split or [])
         if classes is None:
             raise ConfigError("FolderDataset needs classes=[...], or a file with a name on each line")
+        _check_texts(classes=classes)
         names = mmcv.list_from_file(classes) if isinstance(classes, str) else list(classes)
         if not names:
             raise ConfigError("classes of FolderDataset names none; it needs a name for each class")
@@ -69,7 +71,7 @@ class FolderDataset(CustomDataset):
         self.label_codes = _codes(label_map, colours, names, ignore_index)
         if isinstance(self.label_codes, ColourCodes) and palette is None:
             palette = palette_of(self.label_codes, names)
-        _check_numbers(first, per_class, masks)
+        _check_numbers(first, per_class, seed, masks)
         _check_fold(fold, validation_share)
         self.roots = roots = [root] if isinstance(root, str) else list(root)
         self.images, self.masks = [images] if isinstance(images, str) else list(images), masks
@@ -138,7 +140,25 @@ def _codes(
     return None if label_map is None else number_codes(label_map, classes, ignore_index)
 
 
-def _check_numbers(first: Any, per_class: Any, masks: str | None) -> None:
+def _check_texts(**arguments: Any) -> None:
+    """Each must be a string, or where there may be several, some."""
+    for key, value in arguments.items():
+        several = key in ("root", "images", "classes")
+        given = [value] if isinstance(value, str) else value
+        if (
+            not isinstance(given, (list, tuple))
+            or (given and not several and not isinstance(value, str))
+            or not all(isinstance(each, str) and each for each in given)
+            or (several and not given)
+        ):
+            raise ConfigError(
+                f"{key}={value!r} of FolderDataset must be a string{', or a list of strings' * several}"
+            )
+
+
+def _check_numbers(first: Any, per_class: Any, seed: Any, masks: str | None) -> None:
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise ConfigError(f"seed={seed!r} of FolderDataset must be a whole number")
     for key, value in (("first", first), ("per_class", per_class)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ConfigError(f"{key}={value!r} of FolderDataset must be a whole number of at least 1")

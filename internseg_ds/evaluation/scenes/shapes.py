@@ -1,11 +1,12 @@
 """The regions of a label map as polygons: GeoJSON (RFC 7946), one feature for each region of one class.
 
 In: a label map on disk. Out: a file with one feature a line, in longitude and latitude (WGS84) where the map has a CRS,
-else in pixels (column, row). Held in memory are the polygons of one block of the map at a time: a region that reaches
-over the border of a block is cut there, into one polygon for each.
+else, and where that is a local one, in pixels (column, row). Held in memory are the polygons of one block of the map
+at a time: a region that reaches over the border of a block is cut there, into one polygon for each.
 """
 
 import json
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise, product
@@ -16,6 +17,8 @@ import numpy as np
 
 from internseg_ds.evaluation.scenes.label_file import opened
 from internseg_ds.progress import tracked
+
+log = logging.getLogger(__name__)
 
 BLOCK = 1024
 """Side of a block in pixels. At worst each of its pixels is a polygon of its own: some 2 GiB."""
@@ -33,10 +36,13 @@ def write_shapes(labels: Path, out: Path, classes: Sequence[str]) -> int:
     properties class (its number) and name. Raises OSError where the disk is full."""
     count = 0
     with opened(labels) as raster, out.open("w", encoding="utf-8") as file:
+        on_earth = _is_on_earth(raster)
+        if raster.crs is not None and not on_earth:
+            log.warning("%s has a local coordinate system, so its polygons are in pixels", labels)
         file.write('{"type": "FeatureCollection", "features": [')
         corners = list(product(range(0, raster.height, BLOCK), range(0, raster.width, BLOCK)))
         for top, left in tracked(corners, "writing polygons", len(corners), "blocks"):
-            for label, rings in _polygons(raster, top, left):
+            for label, rings in _polygons(raster, top, left, on_earth=on_earth):
                 name = classes[label] if label < len(classes) else str(label)
                 feature = {
                     "type": "Feature",
@@ -50,7 +56,22 @@ def write_shapes(labels: Path, out: Path, classes: Sequence[str]) -> int:
     return count
 
 
-def _polygons(raster: Any, top: int, left: int) -> Iterator[tuple[int, list[list[list[float]]]]]:
+def _is_on_earth(raster: Any) -> bool:
+    """Whether its coordinates lead to longitude and latitude; those of a building site's own system do not."""
+    from rasterio.warp import transform  # here: an optional package
+
+    if raster.crs is None:
+        return False
+    try:
+        transform(raster.crs, WGS84, [raster.transform.c], [raster.transform.f])
+    except Exception:  # GDAL's, which rasterio has in a private module
+        return False
+    return True
+
+
+def _polygons(
+    raster: Any, top: int, left: int, *, on_earth: bool
+) -> Iterator[tuple[int, list[list[list[float]]]]]:
     """(class, rings as GeoJSON has them) of each region of a block."""
     from rasterio.features import shapes  # here: an optional package
 
@@ -65,7 +86,7 @@ def _polygons(raster: Any, top: int, left: int) -> Iterator[tuple[int, list[list
         return
     decimals = 0
     rings = [ring for _, polygon in found for ring in polygon]
-    if raster.crs is not None:
+    if on_earth:
         rings, decimals = _in_wgs84(raster, [_with_vertices(ring) for ring in rings])
     placed = iter(rings)
     for label, polygon in found:

@@ -170,7 +170,7 @@ def test_images_with_rare_classes_are_shown_more_often(folder):
         (dict(images="a.tif"), "has no wildcard"),
         (dict(images="../*.tif"), "must be a pattern below root"),
         (dict(classes=None), "needs classes"),
-        (dict(classes=[]), "names none"),
+        (dict(classes=[]), r"classes=\[\] of FolderDataset must be"),
         (dict(first=0), "first=0 .* at least 1"),
         (dict(first=1, per_class=1), "not both"),
         (dict(label_map="0/255", classes=["a", "b", "c"]), "needs one or two classes"),
@@ -178,11 +178,19 @@ def test_images_with_rare_classes_are_shown_more_often(folder):
         (dict(colours=[RED]), r"as many colours as there are classes \(2\)"),
         (dict(colours=[RED, "red"]), "'red' is no colour"),
         (dict(imges="*"), "images"),
+        (dict(root=[]), r"root=\[\] of FolderDataset must be a string, or a list of strings"),
+        (dict(images=None), "images=None of FolderDataset must be"),
+        (dict(masks=["*.png"]), r"masks=.* of FolderDataset must be a string$"),
+        (dict(classes=3), "classes=3 of FolderDataset must be"),
+        (dict(classes=[1, 2]), r"classes=\[1, 2\] of FolderDataset must be"),
+        (dict(split=5), "split=5 of FolderDataset must be"),
+        (dict(seed="a"), "seed='a' of FolderDataset must be a whole number"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(folder, arguments, message):
     root = folder({"a": [[0, 1]], "in/b": [[1, 0]]})
-    arguments = {key: value.format(root) if key == "root" else value for key, value in arguments.items()}
+    if arguments.get("root"):
+        arguments = {"root": arguments["root"].format(root)}
     with pytest.raises((ConfigError, DataError), match=message):
         built(root, **arguments)
 

@@ -74,3 +74,14 @@ def test_shapes_are_written_beside_the_labels_where_asked_for(segmenter, tmp_pat
             feature["properties"]["class"] for feature in json.loads(outputs.shapes.read_text())["features"]
         }
         assert found == set(np.unique(file.read(1)).tolist())
+
+
+def test_a_local_coordinate_system_leaves_polygons_in_pixels(tmp_path, caplog):
+    place = {"crs": rasterio.CRS.from_wkt('LOCAL_CS["site"]'), "transform": UTM["transform"]}
+    path = write_scene(tmp_path / "labels.tif", labels_with_regions(30, 40), nodata=255, **place)
+    with caplog.at_level("WARNING", "internseg_ds"):
+        write_shapes(path, tmp_path / "shapes.geojson", NAMES)
+    first, *_ = json.loads((tmp_path / "shapes.geojson").read_text(encoding="utf-8"))["features"]
+    corners = np.array(first["geometry"]["coordinates"][0])
+    assert corners.min() >= 0 and corners[:, 0].max() <= 40 and corners[:, 1].max() <= 30
+    assert "polygons are in pixels" in caplog.text
