@@ -75,7 +75,7 @@ def test_the_mend_of_waiting_for_data_is_named_once_and_after_two_records_in_a_r
         metrics.losses = [torch.zeros(())]
         metrics._spent_s, metrics.waited_s = 100.0, 100 * share
         assert stragglers.values(metrics, 1.0) == {}  # alone, nobody is the slowest
-        said = "waits for data 90% of the time: raise data.workers_per_gpu, which is 3"
+        said = "waits for data 90 % of the time: raise data.workers_per_gpu, which is 3"
         # two handlers of other tests' may hold one
         lines.append(len({id(record) for record in caplog.records if said in record.getMessage()}))
     assert lines == [0, 0, 0, 1, 1]
