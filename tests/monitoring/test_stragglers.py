@@ -41,7 +41,7 @@ def the_log_names_the_rank_whose_data_come_late(root: Path, work_dir: Path) -> N
         records = [json.loads(line) for line in (work_dir / "metrics.jsonl").read_text().splitlines()]
         assert min(record["waits_for_slowest"] for record in records[1:]) > 20
         log = (work_dir / "train.log").read_text()
-        found = r"straggler: rank 1 \(host \S+\) waits [1-9]\.\d\d s .*data.* 0\.\d\d s; .* \d+%"
+        found = r"straggler: rank 1 \(host \S+\) waits [1-9]\.\d\d s .*data.* 0\.\d\d s; .* \d+ %"
         assert re.search(found, log), log
 
 
