@@ -46,6 +46,7 @@ class NotingCheckpointEngine(TorchCheckpointEngine):
             self._record(error)
 
     def save(self, state_dict: Any, path: str) -> None:
+        state_dict = _frozen_once(state_dict)
         if self.background:
             self._pending.append(self._thread.submit(self._write, _copy_to_host(state_dict), path))
         else:
@@ -85,6 +86,21 @@ class NotingCheckpointEngine(TorchCheckpointEngine):
         for write in pending:
             write.result()
         return self.failure
+
+
+def _frozen_once(state: Any) -> Any:
+    """The content of a file in which frozen weights are in memory once. Under ZeRO-2 DeepSpeed gives them twice, on
+    GPUs as two copies: in the module's weights, and as "frozen_param_fragments" (runtime/engine.py,
+    `_common_checkpoint_state`)."""
+    fragments, module = (state.get(key) for key in ("frozen_param_fragments", "module"))
+    if not fragments or not module:
+        return state
+    once = {
+        # under ZeRO-3 the module's are empty
+        name: whole if (whole := module.get(name)) is not None and whole.shape == fragment.shape else fragment
+        for name, fragment in fragments.items()
+    }
+    return {**state, "frozen_param_fragments": once}
 
 
 def _copy_to_host(state: Any) -> Any:

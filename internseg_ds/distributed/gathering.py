@@ -23,7 +23,7 @@ from internseg_ds.distributed.device_memory import free_memory, processes_here
 from internseg_ds.distributed.initial_values import gathered
 from internseg_ds.distributed.precision import apply_precision
 from internseg_ds.distributed.process_group import World
-from internseg_ds.distributed.zero_internals import is_partitioned
+from internseg_ds.distributed.zero_internals import is_partitioned, undivided
 from internseg_ds.models.backbone import image_channels
 from internseg_ds.models.lora import add_same_adapters
 from internseg_ds.zero_partition import full_shape
@@ -107,7 +107,10 @@ def forwards(
     logged.
     """
     if runs_on_whole_weights(
-        weights, device, partitionable=_has_partitions(module), whole_bytes=lambda: _whole_bytes(module)
+        weights,
+        device,
+        partitionable=_has_partitions(module),
+        whole_bytes=lambda: _bytes_of_copy(module, device),
     ):
         with whole_segmentor(module, model, compute, device, heads=heads, autocast=autocast) as whole:
             yield Forwards(whole)
@@ -131,13 +134,15 @@ def whole_segmentor(
 
     module: the trained segmentor. Under ZeRO-1/2 it is whole and is used itself; under ZeRO-3 a copy is built
     from `model` (the config's section) and filled, one parameter at a time, in the parameters' dtype (12 GB
-    for 6 B in bf16), and freed at the end. Buffers are this rank's. compute, heads, autocast: as of
-    `apply_precision`.
+    for 6 B in bf16), and freed at the end; the only process needs no second copy, and its parameters are those of
+    the engine in memory. Buffers are this rank's. compute, heads, autocast: as of `apply_precision`.
     """
     if _has_partitions(module):
         trained, buffers = dict(module.named_parameters()), dict(module.named_buffers())
 
         def whole(name: str, _: torch.Size) -> Tensor:
+            if (own := undivided(trained[name], device)) is not None:
+                return own
             with gathered([trained[name]]):
                 return trained[name].data.to(device, copy=True)
 
@@ -164,8 +169,13 @@ def _has_partitions(module: nn.Module) -> bool:
     return any(is_partitioned(param) for param in module.parameters())
 
 
-def _whole_bytes(module: nn.Module) -> int:
-    return sum(full_shape(param).numel() * param.element_size() for param in module.parameters())
+def _bytes_of_copy(module: nn.Module, device: torch.device) -> int:
+    """What `whole_segmentor` takes beside a partitioned model."""
+    return sum(
+        full_shape(param).numel() * param.element_size()
+        for param in module.parameters()
+        if undivided(param, device) is None
+    )
 
 
 def runs_on_whole_weights(

@@ -49,6 +49,23 @@ def shard_range(param: nn.Parameter) -> tuple[int, int]:
     return elements_of_rank(rank, full_shape(param).numel(), partitioned.ds_tensor.ds_numel)
 
 
+def undivided(param: nn.Parameter, device: torch.device) -> Tensor | None:
+    """The values of a parameter that ZeRO-3 manages, in its shape, where this rank's shard is the whole of it and
+    lies on `device`: the memory of the shard, and no copy. Else None.
+
+    runtime/zero/partition_parameters.py: with one process `ds_tensor` has all elements, in the dtype of the parameter
+    unless it is quantized (`zero_quantized_weights`), and what is gathered is read from it.
+    """
+    if not is_partitioned(param):
+        return None
+    partitioned: Any = param
+    shard: Tensor = partitioned.ds_tensor
+    alone = dist.get_world_size(partitioned.ds_process_group) == 1
+    if not alone or shard.device != device or shard.dtype != param.dtype:
+        return None
+    return shard.detach().view(full_shape(param))
+
+
 def write_shard(param: nn.Parameter, values: Tensor) -> None:
     """Overwrites this rank's shard of a partitioned parameter, while it is not gathered.
 

@@ -86,26 +86,48 @@ class StepMetrics:
         if grad_norm is not None:
             self.grad_norms.append(grad_norm)
 
-    def means_over_ranks(self) -> tuple[dict[str, float], list[float]]:
-        """Gives (means of the terms over micro-batches and ranks, the loss of each step as a mean over ranks).
-        Collective: one all-reduce, and one transfer from the device."""
+    def means_over_ranks(
+        self, own: Sequence[float] = ()
+    ) -> tuple[dict[str, float], list[float], list[list[float]]]:
+        """Gives (means of the terms over micro-batches and ranks, the loss of each step as a mean over ranks, the
+        `own` of each rank). Collective: one all-reduce, and one transfer from the device.
+
+        own: numbers of this rank, as many on each; they come back in fp32.
+        """
         names = sorted(self.sums)
         finite_here = torch.stack(self._finite).float().sum()
         stacked = torch.stack([finite_here, *(self.sums[name] for name in names), *self.losses])
-        dist.all_reduce(stacked)
+        table = _in_own_row(own, stacked.device)
+        shared = torch.cat([stacked, table])
+        dist.all_reduce(shared)
+        stacked, table = shared[: stacked.numel()], shared[stacked.numel() :]
         terms, losses = stacked[: len(names) + 1], stacked[len(names) + 1 :] / dist.get_world_size()
         # the norms are the same on all ranks
         there = [norm for norm in self.grad_norms if _lies_on(norm, stacked.device)]
         norms = [float(norm) for norm in self.grad_norms if not _lies_on(norm, stacked.device)]
-        together = torch.cat([terms, losses, *(norm.float().view(1) for norm in there)]).cpu().tolist()
+        parts = [terms, losses, table, *(norm.float().view(1) for norm in there)]
+        together = torch.cat(parts).cpu().tolist()
         finite, *sums = together[: len(terms)]
-        norms += together[len(terms) + len(losses) :]
+        before_table = len(terms) + len(losses)
+        after_table = before_table + len(table)
+        norms += together[after_table:]
         means = {
             name: value / finite if finite else math.nan for name, value in zip(names, sums, strict=True)
         }
         means["grad_norm"] = statistics.fmean(norms) if norms else math.nan
         means["grad_norm_max"] = max(norms, default=math.nan)
-        return means, together[len(terms) : len(terms) + len(losses)]
+        of_ranks = [
+            together[first : first + len(own)] for first in range(before_table, after_table, len(own) or 1)
+        ]
+        return means, together[len(terms) : before_table], of_ranks
+
+
+def _in_own_row(own: Sequence[float], device: torch.device) -> Tensor:
+    """A flat table of a row for each rank, on the device: zeros, and `own` in this rank's, so that the sum over ranks
+    has all rows. It is filled there, since a copy from the host would wait for the GPU."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    before, after = (torch.zeros(len(own) * count, device=device) for count in (rank, ranks - rank - 1))
+    return torch.cat([before, *(torch.full((1,), float(value), device=device) for value in own), after])
 
 
 def _lies_on(value: Tensor | float, device: torch.device) -> TypeGuard[Tensor]:

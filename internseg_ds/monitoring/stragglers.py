@@ -20,7 +20,6 @@ from torch import nn
 
 from internseg_ds.distributed.process_group import gather_from_ranks
 from internseg_ds.models.activation_checkpointing import runs_compiled
-from internseg_ds.monitoring.step_metrics import StepMetrics
 from internseg_ds.torch_internals import BATCH_NORM
 
 log = logging.getLogger(__name__)
@@ -100,24 +99,23 @@ class Stragglers:
     And once a run, that the data come late on all."""
 
     def __init__(self, workers: int) -> None:
-        """workers: processes that decode data for each rank."""
+        """workers: processes that decode data for each rank. Collective."""
         self.workers = workers
+        self._hosts = gather_from_ranks(socket.gethostname())
         self._last: Straggler | None = None
         self._starved = False
         self._logged = False
 
-    def values(self, metrics: StepMetrics, layers_s: float) -> dict[str, float]:
+    def values(self, ranks: Sequence[Sequence[float]], step_s: float) -> dict[str, float]:
         """For a log record: "waits_for_slowest", the share of their time that ranks wait for the slowest;
-        nothing where there is one rank. layers_s: of this rank, by its LayerClock. Collective."""
-        steps = len(metrics.losses)
-        ranks = gather_from_ranks((metrics.waited_s / steps, layers_s, socket.gethostname()))
-        data_s, layers, hosts = zip(*ranks, strict=True)
-        step_s = metrics.seconds / steps
+        nothing where there is one rank. ranks: of each, the seconds a step that it waited for data, and those of its
+        LayerClock. step_s: seconds a step."""
+        data_s, layers_s = zip(*ranks, strict=True)
         self._see_data(statistics.median_low(data_s) / step_s)
         if len(ranks) == 1:
             return {}
         before = self._last
-        found = slowest(data_s, layers, step_s, hosts)
+        found = slowest(data_s, layers_s, step_s, self._hosts)
         self._last = found
         if (
             before is not None

@@ -235,8 +235,9 @@ def whole_or_partitioned(
 
 def fastest(found: Mapping[Path, Estimate | str]) -> Path | None:
     """The ds_config that fits and takes least time, None where none has a time. Of those that take as long,
-    to two digits: first without offloading, then in bf16, then the one that leaves more memory."""
-    best: tuple[tuple[float, bool, bool, int], Path] | None = None
+    to two digits: first without offloading, then in bf16, on one GPU, where nothing is divided, the lower stage,
+    then the one that leaves more memory."""
+    best: tuple[tuple[float, bool, bool, int, int], Path] | None = None
     for path, one in found.items():
         if isinstance(one, str) or not one.memory.fits or one.step is None:
             continue
@@ -244,6 +245,7 @@ def fastest(found: Mapping[Path, Estimate | str]) -> Path | None:
             float(f"{one.step.time.total:.2g}"),
             one.memory.state_on_host > 0,
             one.ds.precision != "bf16",
+            one.ds.stage if one.cluster.world_size == 1 else 0,
             one.memory.peak,
         )
         if best is None or rank < best[0]:

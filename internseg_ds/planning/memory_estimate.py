@@ -32,7 +32,7 @@ from internseg_ds.planning.zero_memory import (
     pinned_rounding,
     temporary_buffers,
 )
-from internseg_ds.planning.zero_settings import ZeroSettings, total_elements, trained_elements
+from internseg_ds.planning.zero_settings import ZeroSettings, saved_elements, total_elements, trained_elements
 
 # assumed, not measured: CUDA's context, NCCL's buffers, workspaces of cuBLAS and cuDNN
 CONTEXT = 2 * 2**30
@@ -209,7 +209,8 @@ def estimate_memory(run: Run, platform: Platform) -> MemoryEstimate:
         *_background_save(run),
     ]
     if run.evaluation is not None:
-        weights = run.settings.bytes_per_weight * total_elements(run.model)
+        copied = 0 if run.settings.computes_with_partitions else total_elements(run.model)
+        weights = run.settings.bytes_per_weight * copied
         room = platform.device_bytes - platform.margin
         others += _evaluation_parts([*states, *others], run.evaluation, run.settings.stage, weights, room)
     others += _fragmentation([*states, *others])
@@ -228,12 +229,9 @@ def checkpoint_bytes(
     model: nn.Module, settings: ZeroSettings, *, ema: bool, matrices: Sequence[tuple[int, int]] = ()
 ) -> int:
     """On disk, of one save by all processes: master weights and moments, their average, buffers, and the weights that
-    modules compute with: all of them under ZeRO-1 and 2, those that do not train under ZeRO-3. matrices: those of
-    Muon."""
-    kept = total_elements(model) - (trained_elements(model) if settings.stage == 3 else 0)
-    return (
-        _saved_state(model, settings, matrices, ema) + settings.bytes_per_weight * kept + _buffer_bytes(model)
-    )
+    modules compute with (`saved_elements`). matrices: those of Muon."""
+    weights = settings.bytes_per_weight * saved_elements(model, settings.stage)
+    return _saved_state(model, settings, matrices, ema) + weights + _buffer_bytes(model)
 
 
 def _saved_state(
@@ -274,10 +272,10 @@ def _page_locked(run: Run) -> list[Part]:
 def _background_save(run: Run) -> list[Part]:
     if not run.background_save:
         return []
-    # each process copies its share of the optimizer; under ZeRO-1 and 2 the weights beside it
+    # each process copies its share of the optimizer, and the weights beside it or its share of them
     share = _saved_state(run.model, run.settings, run.matrices, run.ema) // run.settings.optimizer_ranks
-    weights = run.settings.bytes_per_weight * total_elements(run.model) if run.settings.stage < 3 else 0
-    return [Part("save in the background", host=share + weights)]
+    weights = run.settings.bytes_per_weight * saved_elements(run.model, run.settings.stage)
+    return [Part("save in the background", host=share + weights // run.settings.weight_ranks)]
 
 
 def _activation_parts(activations: Activations) -> list[Part]:
@@ -291,8 +289,8 @@ def _activation_parts(activations: Activations) -> list[Part]:
 def _evaluation_parts(
     parts: Sequence[Part], evaluation: EvaluationPass, stage: int, weights: int, room: float
 ) -> list[Part]:
-    """weights: bytes of all weights, which ZeRO-3 gathers into a copy where they fit, or layer by layer
-    (`distributed.gathering`). room: bytes of the device that may be used.
+    """weights: bytes that a copy of all weights takes, which ZeRO-3 gathers where it fits; else it gathers layer by
+    layer (`distributed.gathering`). room: bytes of the device that may be used.
 
     Windows that do not fit are run in halves of a batch (`evaluation.sliding_window`), but where ranks gather
     weights layer by layer, all together.

@@ -228,8 +228,11 @@ def frozen_weights(found: Mapping[Path, Estimate | str]) -> str:
         why = (
             f"they fit whole on each GPU, where nothing gathers them: ZeRO-1 ({whole_path.stem}) sends least"
         )
+    elif _sent(whole_step) > _sent(partitioned_step):
+        why = f"ZeRO-1 would send more: ZeRO-3 ({partitioned_path.stem}) is better"
     else:
-        why = f"ZeRO-1 would send no less: ZeRO-3 ({partitioned_path.stem}) is better"
+        least, _, _ = min(both, key=lambda entry: entry[1].memory.peak)
+        why = f"ZeRO-3 sends as much as ZeRO-1: {least.stem} takes least memory"
     return f"{whole.frozen:.0%} of the weights are frozen, and {why}. {costs}."
 
 

@@ -218,14 +218,12 @@ def pinned_rounding(model: nn.Module, settings: ZeroSettings, group_sizes: Seque
 
 
 def _gathered_weights(model: nn.Module, settings: ZeroSettings, uses: Sequence[Use] | None) -> list[Part]:
-    """One process has nothing to gather: it computes with its partition (partition_parameters.py,
-    `NoGatherHandle`), or with a copy of what is offloaded.
+    """One process has nothing to gather: it computes with its partition, or with a copy of what is offloaded.
 
     Weights that are gathered together are copied out of one buffer (`AllGatherCoalescedHandle.wait`), so the
     largest such gather counts twice.
     """
-    alone = settings.world_size == 1
-    if alone and not settings.weights_offloaded:
+    if settings.computes_with_partitions:
         return []
     width = settings.bytes_per_weight
     gather_settings = GatherSettings.of(settings.zero)
@@ -241,5 +239,5 @@ def _gathered_weights(model: nn.Module, settings: ZeroSettings, uses: Sequence[U
         copied = max((sum(sizes[name] for name in names) for names in coalesced), default=0)
     return [
         Part("small weights, whole", width * small),
-        Part(GATHERED, width * (live + (0 if alone else copied)), phases=("train",)),
+        Part(GATHERED, width * (live + (0 if settings.world_size == 1 else copied)), phases=("train",)),
     ]

@@ -8,6 +8,7 @@ from torch import nn
 
 from internseg_ds.config.ds_config import DsConfig, Precision
 from internseg_ds.moment_formats import BYTES_PER_MOMENT, OptimizerStates
+from internseg_ds.zero_partition import full_shape
 
 Place = Literal["none", "cpu", "nvme"]
 """Where a ds_config offloads to; "none": the device."""
@@ -99,6 +100,12 @@ class ZeroSettings:
         return self.weights_at != "none"
 
     @property
+    def computes_with_partitions(self) -> bool:
+        """Whether nothing is gathered and nothing copied: one process computes with its partition, which is the
+        whole parameter (partition_parameters.py, `NoGatherHandle`)."""
+        return self.stage == 3 and self.world_size == 1 and not self.weights_offloaded
+
+    @property
     def overlaps(self) -> bool:
         """Whether communication runs beside computation; DeepSpeed's default is that ZeRO-3 alone does."""
         return bool(self.zero.get("overlap_comm", self.stage == 3))
@@ -123,14 +130,20 @@ class ZeroSettings:
 
 
 def total_elements(model: nn.Module) -> int:
-    """Of all parameters."""
-    return sum(param.numel() for param in model.parameters())
+    """Of all parameters, also of those that ZeRO-3 has partitioned."""
+    return sum(full_shape(param).numel() for param in model.parameters())
 
 
 def trained_sizes(model: nn.Module) -> list[int]:
     """Elements of each parameter that trains, in the order of the model."""
-    return [param.numel() for param in model.parameters() if param.requires_grad]
+    return [full_shape(param).numel() for param in model.parameters() if param.requires_grad]
 
 
 def trained_elements(model: nn.Module) -> int:
     return sum(trained_sizes(model))
+
+
+def saved_elements(model: nn.Module, stage: int) -> int:
+    """Of the weights that lie in a checkpoint beside the optimizer's: all of them under ZeRO-1 and 2, in the file of
+    one process of each folder; those that do not train under ZeRO-3, divided among all processes."""
+    return total_elements(model) - (trained_elements(model) if stage == 3 else 0)

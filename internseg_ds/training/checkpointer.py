@@ -43,6 +43,7 @@ from internseg_ds.checkpoints.zero_files import EMA_FILE
 from internseg_ds.distributed.process_group import any_rank, gather_from_ranks
 from internseg_ds.distributed.zero_internals import checkpoint_engine_of, fp32_partitions, inner_optimizer
 from internseg_ds.output_files import unless_disk_full
+from internseg_ds.planning.zero_settings import saved_elements
 from internseg_ds.progress import stage
 from internseg_ds.training.train_state import TrainState
 
@@ -253,24 +254,21 @@ class Checkpointer:
         state = [value for part in partitions for value in kept.get(part, {}).values()]
         optimizer = sum(each.nbytes for each in (*partitions, *state) if isinstance(each, torch.Tensor))
         average = 0 if ema is None else sum(shard.nbytes for shard in ema.shards)
-        # under ZeRO-3 they are empty
-        module = (
-            sum(param.numel() * param.itemsize for param in deepspeed_engine.module.parameters())
-            if self.leads
-            else 0
-        )
-        written = gather_from_ranks(optimizer + average + module)
-        return (
-            int(
-                1.01
-                * sum(
-                    size
-                    for size, leader in zip(written, self.leaders)
-                    if leader == self.leaders[dist.get_rank()]
-                )
-            )
-            + 2**20
-        )
+        written = gather_from_ranks(optimizer + average + self._bytes_of_weights(deepspeed_engine))
+        here = [
+            size for size, leader in zip(written, self.leaders) if leader == self.leaders[dist.get_rank()]
+        ]
+        return int(1.01 * sum(here)) + 2**20
+
+    def _bytes_of_weights(self, deepspeed_engine: Any) -> int:
+        """Of this rank's file of the module: with all weights, which one rank of a folder writes, or, under
+        ZeRO-3, with its share of those that do not train."""
+        module, stage = deepspeed_engine.module, deepspeed_engine.zero_optimization_stage()
+        weights = next(module.parameters()).itemsize * saved_elements(module, stage)
+        buffers = sum(buffer.nbytes for buffer in module.buffers())
+        if stage == 3:
+            return weights // dist.get_world_size() + buffers
+        return weights + buffers if self.leads else 0
 
     def _retain(self, run: str) -> None:
         """The newest of `run` stay, and what `latest` and `best` name; saves of other runs are not this one's

@@ -135,19 +135,21 @@ class StepMonitors:
         self._metrics.end_step(grad_norm)
 
     def record(self, step: int, lr: float, extra: Mapping[str, float], *, logged: bool) -> None:
-        """Writes what was measured since `restart`. Collective.
+        """Writes what was measured since `restart`. Collective: one all-reduce, and one transfer from the device.
 
         extra: further values. logged: whether this is a step that the config wants logged; a record beside
         those leaves out what needs the times of layers.
         """
         run, metrics = self._run, self._metrics
-        values, losses = metrics.means_over_ranks()
+        steps = len(metrics.losses)
+        own = (metrics.waited_s / steps, self._clock.seconds) if logged else ()
+        values, losses, of_ranks = metrics.means_over_ranks(own)
         images = metrics.micro_batches * run.plan.ds.micro_batch * run.world.size
         values |= {"lr": lr, **run.meter.values(metrics, images)}
         values |= self._spikes.among(losses, step)
         values |= extra
         if logged:
-            values |= self._stragglers.values(metrics, self._clock.seconds)
+            values |= self._stragglers.values(of_ranks, metrics.seconds / steps)
         self.write(step, values)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

@@ -35,7 +35,10 @@ def ranks_differ_in_forwards(names: list[str]) -> None:
 
 
 def forwards_of(name: str) -> None:
-    ds = resolve_ds_config(SETTINGS[name], experiment="", micro_batch=1, world_size=2, optimizer=OPTIMIZER)
+    ranks = dist.get_world_size()
+    ds = resolve_ds_config(
+        SETTINGS[name], experiment="", micro_batch=1, world_size=ranks, optimizer=OPTIMIZER
+    )
     autocast, device, config = ds.precision == "autocast", torch.device("cpu"), small()
     model = build_for_training(config, ds, device, seed=0)
     apply_precision(model, torch.bfloat16 if autocast else torch.float32, autocast=autocast)
@@ -52,6 +55,12 @@ def forwards_of(name: str) -> None:
         assert not whole.training
         for _ in range(1 + 2 * dist.get_rank()):  # nobody waits for anybody here
             logits = whole.encode_decode(image, meta)
+        if ds.stage == 3:
+            trained, found = dict(engine.module.named_parameters()), dict(whole.named_parameters())
+            same = [found[name].data_ptr() == param.ds_tensor.data_ptr() for name, param in trained.items()]
+            # the only process computes with its partition
+            assert all(same) if ranks == 1 else not any(same)
+            assert (gathering._bytes_of_copy(engine.module, device) == 0) is (ranks == 1)
     assert engine.module.training
 
     expected = build_for_training(
@@ -77,6 +86,10 @@ def forwards_of(name: str) -> None:
 
 def test_ranks_may_run_different_numbers_of_forwards_on_the_trained_weights():
     spawn(ranks_differ_in_forwards, 2, list(SETTINGS))
+
+
+def test_one_process_copies_no_weights():
+    spawn(ranks_differ_in_forwards, 1, ["zero3_bf16", "zero3_autocast"])
 
 
 def each_is_alone_on_its_host() -> None:

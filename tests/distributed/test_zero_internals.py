@@ -37,6 +37,7 @@ from internseg_ds.distributed.zero_internals import (
     shared_buffer_file,
     skipped_steps,
     step_count_in_state,
+    undivided,
     write_shard,
 )
 from internseg_ds.models.derived_class import derived_class
@@ -167,6 +168,24 @@ def writes_shards() -> None:
 
 def test_write_shard():
     spawn(writes_shards, 2)
+
+
+def shows_undivided_parameters() -> None:
+    matrix, cpu = engine_of(ZERO3).module.matrix, torch.device("cpu")
+    own = undivided(matrix, cpu)
+    assert undivided(matrix, torch.device("meta")) is None  # as where it is offloaded
+    assert undivided(nn.Parameter(torch.ones(2)), cpu) is None
+    if dist.get_world_size() > 1:
+        assert own is None
+        return
+    assert torch.equal(own, torch.arange(35.0, dtype=torch.bfloat16).view(ROWS, COLUMNS))
+    own.fill_(3.0)  # no copy: what is gathered from now on is this
+    assert torch.equal(whole(matrix), torch.full((ROWS, COLUMNS), 3.0))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_undivided(ranks):
+    spawn(shows_undivided_parameters, ranks)
 
 
 def knows_other_copies() -> None:

@@ -157,7 +157,7 @@ def test_what_our_own_collectives_send_lies_on_the_gpu(monkeypatch):
             "c10d::allreduce_": 1,
             "c10d::alltoall_base_": 4,
         }
-        interval.means_over_ranks()  # at a record, which waits once
+        interval.means_over_ranks((1.0, 2.0))  # at a record, which waits once
         assert waits.found == {("to host", "step_metrics.py:means_over_ranks"): 1}
         assert copy_fits(1, device) is not None  # evaluations may, too
         Forwards(torch.nn.Linear(1, 1, device=device), in_step=True)._smallest_image(torch.Size((64, 48)))

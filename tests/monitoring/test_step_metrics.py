@@ -20,8 +20,8 @@ def means_over_micro_batches_steps_and_ranks() -> None:
         for micro_batch in range(2):
             metrics.add(terms(10 * step + 2 * micro_batch + rank))
         metrics.end_step(grad_norm=float(step))
-    means, losses = metrics.means_over_ranks()
-    assert losses == pytest.approx([1.5, 11.5, 21.5])
+    means, losses, of_ranks = metrics.means_over_ranks((0.5 + rank, 7.0))
+    assert losses == pytest.approx([1.5, 11.5, 21.5]) and of_ranks == [[0.5, 7.0], [1.5, 7.0]]
     assert means == pytest.approx({"loss": 11.5, "acc": 23.0, "grad_norm": 1.0, "grad_norm_max": 2.0})
 
 
@@ -33,7 +33,8 @@ def what_lies_on_the_device_comes_over_in_one_transfer() -> None:
     metrics.add(terms(4.0))
     metrics.end_step(8.0)  # as DeepSpeed gives it before the first step, and with offloading
     with HostReads() as reads:
-        means, losses = metrics.means_over_ranks()
+        means, losses, of_ranks = metrics.means_over_ranks((0.25, 0.5))
+    assert of_ranks == [[0.25, 0.5]] * dist.get_world_size()
     assert reads.found == {"step_metrics.py:means_over_ranks": 2}  # .cpu().tolist()
     assert losses == [0.0, 1.0, 2.0, 3.0, 4.0]
     assert means == {"loss": 2.0, "acc": 4.0, "grad_norm": 4.0, "grad_norm_max": 8.0}
@@ -45,7 +46,8 @@ def a_loss_that_is_not_finite_is_left_out_of_the_means() -> None:
     metrics.end_step(None)
     metrics.add(terms(1.0))
     metrics.end_step(3.0)
-    means, losses = metrics.means_over_ranks()
+    means, losses, of_ranks = metrics.means_over_ranks()
+    assert of_ranks == []
     assert means == pytest.approx({"loss": 2.0, "acc": 4.0, "grad_norm": 3.0, "grad_norm_max": 3.0})
     assert math.isnan(losses[0]) and losses[1] == 1.0
 

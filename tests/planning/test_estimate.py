@@ -147,6 +147,20 @@ def test_frozen_weights_stay_whole_where_they_fit_and_are_partitioned_where_they
     assert frozen_weights(dict.fromkeys(paths, replace(one, frozen=0.2))) == ""
 
 
+def test_on_one_gpu_where_neither_sends_anything_less_memory_decides():
+    frozen = estimator_of(**{"engine.tune": "head", "model.decode_head.channels": 8})
+    paths = [OURS / "zero1_bf16.json", OURS / "zero3_bf16.json"]
+    found = compare(frozen, paths, Cluster(H100, 1, 1, 50.0), Assumptions())
+    one, three = (found[path] for path in paths)
+    less = replace(three, memory=replace(three.memory, states=one.memory.states[:1]))
+    assert less.memory.peak < one.memory.peak and fastest({paths[1]: less, paths[0]: one}) == paths[0]
+    assert three.memory.device("evaluate") == pytest.approx(one.memory.device("evaluate"), rel=0.02)
+    for device, least in ((1, "zero1_bf16"), (-1, "zero3_bf16")):
+        states = tuple(replace(part, device=part.device + device * 2**30) for part in three.memory.states)
+        larger = replace(three, memory=replace(three.memory, states=states))
+        assert f"as much as ZeRO-1: {least} takes least" in frozen_weights({paths[0]: one, paths[1]: larger})
+
+
 def batch_norm_bytes(estimator: Estimator) -> float:
     """That each of 8 GPUs sends in a step."""
     return sum(part.sent for part in batch_norm_collectives(estimator.model, 8))

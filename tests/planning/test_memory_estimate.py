@@ -78,6 +78,23 @@ def test_the_moving_average_and_the_background_save(stage, weights):
     assert more.checkpoint - plain.checkpoint == 4_000_000
 
 
+def test_a_background_save_copies_the_share_of_what_does_not_train_too():
+    frozen = nn.Linear(1000, 1000, bias=False, device="meta").requires_grad_(False)
+    both = replace(run(3), model=nn.Sequential(LAYER, frozen))
+    more = estimate_memory(replace(both, background_save=True), HOST).host - estimate_memory(both, HOST).host
+    assert more == 6_000_000 + 1_000_000
+
+
+def test_one_process_under_zero_3_evaluates_with_its_own_weights():
+    alone = replace(run(3).settings, world_size=1)
+    offloaded = replace(alone, zero={**alone.zero, "offload_param": {"device": "cpu"}})
+    for settings, copied in ((alone, 0), (offloaded, 2_000_000)):
+        memory = estimate_memory(replace(run(3, evaluation=EVALUATION), settings=settings), HOST)
+        found = parts(memory, "evaluation")
+        assert found["evaluation: a whole copy of the weights"] == copied
+        assert "evaluation: 8 windows" in found
+
+
 # ZeRO-3 holds 1 MB of weights, 1 of gradients, 6 of the optimizer and a bucket; the numbers are bytes beside it
 USED = 8_000_000 + 2000 + CONTEXT
 

@@ -36,6 +36,51 @@ def toy_engine():
     return engine
 
 
+def saves_of_a_model_with_frozen_weights(folder: Path) -> None:
+    deepspeed.init_distributed(verbose=False)
+    for stage in (1, 2, 3):
+        model = torch.nn.Sequential(torch.nn.Linear(2000, 1000), torch.nn.Linear(1000, 500))
+        model[0].requires_grad_(False)
+        config = {
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": {"stage": stage},
+            "bf16": {"enabled": True},
+        }
+        trained = torch.optim.AdamW(model[1].parameters())
+        engine = deepspeed.initialize(model=model, optimizer=trained, config=config)[0]
+        engine.checkpoint_engine = NotingCheckpointEngine(engine._config)
+        engine.backward(engine(torch.ones(1, 2000, dtype=torch.bfloat16)).float().sum())
+        engine.step()
+        checkpoints = Checkpointer(folder / str(stage), keep=1)
+        saved = checkpoints.save(engine, TrainState(step=1), {})
+        found = sum(file.stat().st_size for file in saved.iterdir())
+        room = checkpoints._bytes_to_save(engine, None) - 2**20
+        # the scripts and names that lie in each checkpoint come to some hundred kB
+        assert 0.95 * found - 200_000 < room < 1.05 * found, (stage, room, found)
+
+
+def test_the_room_that_a_save_needs_is_known_with_frozen_weights_too(tmp_path):
+    spawn(saves_of_a_model_with_frozen_weights, 2, tmp_path)
+
+
+def test_frozen_weights_that_deepspeed_gives_twice_are_written_once(tmp_path):
+    module = {"trained": torch.ones(10), "frozen": torch.rand(1000, 1000)}
+    of_a_gpu = {"module": module, "frozen_param_fragments": {"frozen": module["frozen"].clone()}}
+    partitioned = {
+        "module": {"frozen": torch.empty(0)},
+        "frozen_param_fragments": {"frozen": torch.rand(10**6)},
+    }
+    for background in (False, True):
+        writer = NotingCheckpointEngine(None, background=background)
+        for number, state in enumerate((of_a_gpu, partitioned)):
+            file = tmp_path / f"{number}_{background}.pt"
+            writer.save(state, str(file))
+            assert writer.wait() is None
+            assert 4_000_000 < file.stat().st_size < 4_100_000
+            again = torch.load(file)["frozen_param_fragments"]["frozen"]
+            assert torch.equal(again, state["frozen_param_fragments"]["frozen"])
+
+
 def there(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir() if path.is_dir()}
 

@@ -120,7 +120,7 @@ def _check_target(target: Path, overwrite: bool) -> None:
 
 
 def _check_room(target: Path, segmentor: torch.nn.Module) -> None:
-    """Raises OutputError where the disk has no room for the weights."""
+    """Logs what the file will take; raises OutputError where the disk has no room for the weights."""
     place = next(parent for parent in target.absolute().parents if parent.exists())
     needed = 4 * sum(
         param.numel() for name, param in segmentor.named_parameters() if not name.startswith("auxiliary_head")
@@ -130,6 +130,12 @@ def _check_room(target: Path, segmentor: torch.nn.Module) -> None:
             f"{target} needs {needed / 2**20:.1f} MiB but only {free / 2**20:.1f} MiB are free in {place}; make room "
             "there, or choose another folder"
         )
+    log.info(
+        "%s will take %.2f GiB of the disk, 4 bytes a weight, and while it is written and checked two to five "
+        "times that of memory (docs/using_models.md)",
+        target.name,
+        needed / 2**30,
+    )
 
 
 def _in_fp32(experiment: Experiment) -> Experiment:
