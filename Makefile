@@ -3,7 +3,7 @@
 # make test-slow   set up, then further settings of what it proves, in some minutes
 # make test-multinode   set up, then runs over ssh between hosts in network namespaces, under Slurm and OpenMPI; needs root, and says which packages it lacks
 # make check   style, format and types
-# make docs   set up, then the site in docs/_build/html, from the pages and the docstrings; a warning is an error
+# make docs   set up, then the site in docs/_build/html, from the pages and the docstrings; a warning is an error (DOCS_VERSION=dev: what its pages say they are of)
 # make soak   set up, then a long training under random faults, in some hours; needs root (docs/when_something_fails.md)
 
 PYTHON ?= python3.11

@@ -1,8 +1,9 @@
 """The site: every page of docs/, the README in front, and an API reference out of the docstrings.
 
-make docs            # builds docs/_build/html; a warning is an error
+make docs            # builds docs/_build/html; a warning is an error. DOCS_VERSION=dev: what its pages say they are of
 """
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc"]
 html_theme = "furo"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
-html_title = f"internseg_ds {VERSION}"
+html_title = f"internseg_ds {os.environ.get('DOCS_VERSION', VERSION).removeprefix('v')}"
 exclude_patterns = ["_build"]
 myst_heading_anchors = 4  # anchors as GitHub makes them
 myst_links_external_new_tab = True

@@ -133,7 +133,7 @@ class Stragglers:
         if self._starved and before and not self._logged:
             self._logged = True
             log.info(
-                "the training waits for data %.0f%% of the time: raise data.workers_per_gpu, which is %d, "
+                "the training waits for data %.0f %% of the time: raise data.workers_per_gpu, which is %d, "
                 "if the host has cores to spare, "
                 "or speed up the pipeline or the disk",
                 100 * share,
@@ -173,12 +173,12 @@ def slowest(
             by_data,
             f"rank {late} (host {hosts[late]}) waits {data_s[late]:.2f} s a step for data "
             f"where the median rank waits {usual_wait:.2f} s; "
-            f"the others wait for it {by_data:.0%} of the time",
+            f"the others wait for it {100 * by_data:.0f} % of the time",
         )
     return Straggler(
         slow,
         "layers",
         by_layers,
         f"rank {slow} (host {hosts[slow]}) computes {layers_s[slow] / usual_layers:.2f} times as long "
-        f"as the median rank; the others wait for it up to {by_layers:.0%} of the time",
+        f"as the median rank; the others wait for it up to {100 * by_layers:.0f} % of the time",
     )

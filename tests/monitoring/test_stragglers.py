@@ -40,7 +40,7 @@ def the_log_names_the_rank_whose_data_come_late(root: Path, work_dir: Path) -> N
         records = [json.loads(line) for line in (work_dir / "metrics.jsonl").read_text().splitlines()]
         assert min(record["waits_for_slowest"] for record in records[1:]) > 20
         log = (work_dir / "train.log").read_text()
-        found = r"straggler: rank 1 \(host \S+\) waits [1-9]\.\d\d s .*data.* 0\.\d\d s; .* \d+%"
+        found = r"straggler: rank 1 \(host \S+\) waits [1-9]\.\d\d s .*data.* 0\.\d\d s; .* \d+ %"
         assert re.search(found, log), log
 
 
@@ -71,7 +71,7 @@ def test_the_mend_of_waiting_for_data_is_named_once_and_after_two_records_in_a_r
     stragglers, lines = Stragglers(workers=3), []
     for share in (0.9, 0.0, 0.9, 0.9, 0.9):
         assert stragglers.values([(100 * share, 1.0)], 100.0) == {}  # alone, nobody is the slowest
-        said = "waits for data 90% of the time: raise data.workers_per_gpu, which is 3"
+        said = "waits for data 90 % of the time: raise data.workers_per_gpu, which is 3"
         # two handlers of other tests' may hold one
         lines.append(len({id(record) for record in caplog.records if said in record.getMessage()}))
     assert lines == [0, 0, 0, 1, 1]
