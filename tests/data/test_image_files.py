@@ -9,6 +9,7 @@ from PIL import Image
 
 from internseg_ds.data.image_files import GivenImages, ImageFiles, picture
 from internseg_ds.errors import DataError
+from tests.data.rasters.test_raster_files import written
 
 
 @PIPELINES.register_module(force=True)
@@ -74,3 +75,20 @@ def test_a_given_picture_of_16_bits_is_read_as_its_file_is(tmp_path):
     assert len(np.unique(shown[0])) > 20 and np.array_equal(*shown)
     with pytest.raises(DataError, match=r"image 0 has values of 32 bits"):
         GivenImages([Image.new("F", (6, 4))], pipeline)
+
+
+@pytest.mark.parametrize("ending", ["tif", "png"])
+@pytest.mark.parametrize("alpha", ["yes", "premultiplied", "unspecified"])
+def test_an_image_with_an_alpha_channel_is_read_alike_from_its_path_and_from_pillow(tmp_path, ending, alpha):
+    values = np.random.default_rng(0).integers(0, 256, (8, 9, 4)).astype(np.uint8)
+    file = tmp_path / f"a.{ending}"
+    if ending == "tif":
+        values[..., :3] //= 2
+        values[..., 3] |= 128  # premultiplied colours are no larger than alpha
+        written(file, values, photometric="RGB", alpha=alpha)
+    else:
+        Image.fromarray(values).save(file)
+    given = GivenImages([file, Image.open(file)], [dict(type="LoadImageFromFile")])
+    of_path, of_pillow = (given[place]["img"].astype(int) for place in (0, 1))
+    # what is stored multiplied, Pillow divides, and rounds
+    assert np.abs(of_path - of_pillow).max() <= (alpha == "premultiplied" and ending == "tif")
