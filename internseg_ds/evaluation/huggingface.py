@@ -209,9 +209,8 @@ inputs = processor(images=image, return_tensors="pt")
     code += "with torch.no_grad():\n    outputs = model(**inputs)\n"
     if found.splits_images:
         code += "outputs.patch_offsets = offsets\n"
-    return code + (
-        "labels = processor.post_process_semantic_segmentation(outputs, target_sizes=[(image.height, image.width)])[0]\n"
-    )
+    size = "[(image.height, image.width)]"
+    return f"{code}labels = processor.post_process_semantic_segmentation(outputs, target_sizes={size})[0]\n"
 
 
 def _of_reading(

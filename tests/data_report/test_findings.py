@@ -164,7 +164,7 @@ def test_a_folder_in_the_place_of_a_file_is_no_file(two, tmp_path):
         (tmp_path / file).unlink()
         (tmp_path / file).mkdir()
     said = found(examine(two(), workers=0))
-    assert "labels/train/0.png" in said["missing-files"].text
+    assert "labels/train/0.png (which is a folder); put" in said["missing-files"].text
     assert "labels/train/1.png" in said["label-maps-without-images"].text
 
 
