@@ -156,6 +156,13 @@ class LoadLabelMap(LoadAnnotations):
         return labels.astype(self.dtype)
 
 
+def why_unreadable(file: str, error: Exception) -> str:
+    """What a file has that a decoder gave up on."""
+    if os.path.isfile(file) and not os.path.getsize(file):
+        return "it is empty"
+    return reason_of(error).replace("cannot identify image file", "no picture").partition(" <_io")[0]
+
+
 def _about_channels(raw: np.ndarray) -> str:
     """What the channels of a picture (h, w, channels) hold that should be a label map: the end of a message."""
     colours, alpha = raw[..., :-1], np.unique(raw[..., -1])
@@ -229,9 +236,9 @@ def ground_truth(dataset: CustomDataset, index: int) -> np.ndarray:
     except DataError:
         raise
     except Exception as error:  # whatever a loader of theirs or OpenCV says
+        file = os.path.join(dataset.ann_dir or "", dataset.img_infos[index]["ann"]["seg_map"])
         raise DataError(
-            f"label map {dataset.img_infos[index]['ann']['seg_map']} cannot be read: {reason_of(error)}; "
-            "copy it again"
+            f"label map {file} cannot be read: {why_unreadable(file, error)}; copy it again"
         ) from error
     # mmseg leaves it to its metrics
     if dataset.reduce_zero_label and not isinstance(dataset.gt_seg_map_loader, LoadLabelMap):

@@ -2,12 +2,14 @@
 
 from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pytest
 from mmseg.datasets import PIPELINES
 from PIL import Image
 
 from internseg_ds.data.image_files import GivenImages, ImageFiles, picture
+from internseg_ds.data.samples import sample
 from internseg_ds.errors import DataError
 from tests.data.rasters.test_raster_files import written
 
@@ -92,3 +94,11 @@ def test_an_image_with_an_alpha_channel_is_read_alike_from_its_path_and_from_pil
     of_path, of_pillow = (given[place]["img"].astype(int) for place in (0, 1))
     # what is stored multiplied, Pillow divides, and rounds
     assert np.abs(of_path - of_pillow).max() <= (alpha == "premultiplied" and ending == "tif")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_values_that_opencv_does_not_read_in_colour_are_named(tmp_path, dtype):
+    cv2.imwrite(str(tmp_path / "a.tif"), np.ones((8, 9, 3), dtype))
+    files = ImageFiles([tmp_path / "a.tif"], [dict(type="LoadImageFromFile")])
+    with pytest.raises(DataError, match=rf"a\.tif has values of {np.dtype(dtype)}.*scale them.*LoadRaster"):
+        sample(files, 0)

@@ -8,6 +8,8 @@ from internseg_ds.config.experiment import read_experiment
 from internseg_ds.data.checks.looks import GDAL_NODATA
 from internseg_ds.data.checks.survey import survey
 from internseg_ds.data.datasets import build_datasets
+from internseg_ds.data.label_maps import ground_truth
+from internseg_ds.data.samples import sample
 from internseg_ds.data_report.doctor import examine
 from internseg_ds.data_report.mended_config import write_mended
 from internseg_ds.errors import DataError
@@ -259,3 +261,15 @@ def test_a_label_map_with_an_alpha_channel_says_what_is_where(two, tmp_path):
         finding = found(examine(two(), workers=0))["colour-coded"]
         assert text in finding.text and finding.wrong, finding.text
         assert "keep one of them" not in finding.text
+
+
+def test_an_empty_label_map_is_called_empty(two, tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / f"labels/{split}/1.png").write_bytes(b"")
+    given = two()
+    assert "labels/val/1.png (it is empty)" in found(examine(given, workers=0))["damaged"].text
+    with pytest.raises(DataError, match=r"labels/train/1\.png is empty; copy it again"):
+        sample(build_datasets(given.train, "data.train"), 1)
+    val = build_datasets(given.val, "data.val", test_mode=True)
+    with pytest.raises(DataError, match=rf"{tmp_path}/labels/val/1\.png cannot be read: it is empty"):
+        ground_truth(val, 1)

@@ -112,7 +112,7 @@ def lossy(part: CustomDataset, what: str) -> Iterator[Finding]:
     if is_lossy(part):
         yield Finding(
             "lossy-label-maps",
-            f"{what}: label maps are JPEGs (they end in {label_ending(part)}), which change numbers a "
+            f"{what}: label maps end in {label_ending(part)} and are JPEGs, which change numbers a "
             "little, so that classes become others; write them anew, as .png, from what they were made of",
         )
 

@@ -15,12 +15,12 @@ from mmseg.datasets import CustomDataset
 from mmseg.datasets.pipelines import LoadImageFromFile
 from PIL import Image
 
-from internseg_ds.data.label_maps import LoadLabelMap, annotation_of, loader_in
+from internseg_ds.data.label_maps import LoadLabelMap, annotation_of, loader_in, why_unreadable
 from internseg_ds.data.orientation import TAG, TURNS
 from internseg_ds.data.rasters.loading import LoadRaster, raster_loader
 from internseg_ds.data.rasters.looks import apart, counted_by_windows, nodata_of, raster_head
 from internseg_ds.data.rasters.windows import Window, window_of
-from internseg_ds.errors import DataError, counted, reason_of
+from internseg_ds.errors import DataError, counted
 
 log = logging.getLogger(__name__)
 
@@ -180,7 +180,7 @@ def look_at_labels(
     except DataError as error:
         return LabelLook(file, fault=str(error), storage=storage, colours=_colours(file, details))
     except Exception as error:  # of whatever decodes it
-        return LabelLook(file, fault=reason_of(error), storage=storage, damaged=True)
+        return LabelLook(file, fault=why_unreadable(file, error), storage=storage, damaged=True)
     image = image_file(part, index)
     misfit, turned = _misfit(part, file, raw, head)
     numbers, pixels = counted_numbers(raw)
