@@ -82,7 +82,8 @@ def _pixels(image: Any, name: str, *, in_colour: bool) -> np.ndarray:
     what is no image."""
     if isinstance(image, Image.Image):
         turned = ImageOps.exif_transpose(image)  # as OpenCV turns what it reads
-        image = _rgb(turned, name) if in_colour else np.asarray(turned)
+        multiplied = image.format == "TIFF" and image.mode == "RGBA"
+        image = _rgb(turned, name, multiplied=multiplied) if in_colour else np.asarray(turned)
     if not isinstance(image, np.ndarray) or image.ndim not in (2, 3) or 0 in image.shape:
         what = f"an array {image.shape}" if isinstance(image, np.ndarray) else f"a {type(image).__name__}"
         raise DataError(f"{name} is {what}; give a path, a PIL image, or an array (h, w, 3) uint8 of RGB")
@@ -98,9 +99,10 @@ def _pixels(image: Any, name: str, *, in_colour: bool) -> np.ndarray:
     return np.ascontiguousarray(colour)
 
 
-def _rgb(image: Image.Image, name: str) -> np.ndarray:
+def _rgb(image: Image.Image, name: str, *, multiplied: bool) -> np.ndarray:
     """(h, w, 3) uint8 RGB, or (h, w) uint8 of grey. Of 16 bits the upper 8, as OpenCV reads a file of them; Pillow cuts
-    off at 255. Raises DataError for 32 bits, which OpenCV does not read in colour."""
+    off at 255. multiplied: by alpha, as OpenCV reads TIFFs with alpha, and no other format. Raises DataError for 32
+    bits, which OpenCV does not read in colour."""
     if image.mode.startswith("I;16"):
         return (np.asarray(image) >> 8).astype(np.uint8)
     if image.mode in ("I", "F"):
@@ -108,6 +110,9 @@ def _rgb(image: Image.Image, name: str) -> np.ndarray:
             f"{name} has values of 32 bits (Pillow's mode {image.mode}); this model was trained on 8-bit images in "
             "colour: scale them to 0 to 255, and give an array (h, w, 3) uint8 of RGB"
         )
+    if multiplied:
+        values = np.asarray(image).astype(np.uint16)
+        return ((values[..., :3] * values[..., 3:] + 127) // 255).astype(np.uint8)  # as libtiff rounds
     return np.asarray(image.convert("RGB"))
 
 

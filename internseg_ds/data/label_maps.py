@@ -18,7 +18,7 @@ from internseg_ds.data.orientation import turned_against
 from internseg_ds.data.rasters.label_windows import colours_in, numbers_in
 from internseg_ds.data.rasters.loading import raster_loader
 from internseg_ds.data.rasters.windows import Window, window_of
-from internseg_ds.errors import ConfigError, DataError, reason_of
+from internseg_ds.errors import ConfigError, DataError, reason_of, shortened
 
 NONE_IN_FILES = (-1, 65535)
 """Numbers beside `ignore_index` that files use for "no class"; in eight bits both are 255."""
@@ -114,7 +114,7 @@ class LoadLabelMap(LoadAnnotations):
             raise DataError(
                 f"label map {file} is {' x '.join(map(str, raw.shape))}: a picture with {raw.shape[-1]} "
                 "numbers for each pixel, "
-                "where one is wanted, that of its class; turn its colours into numbers of classes"
+                f"where one is wanted, that of its class{_about_channels(raw)}"
             )
         if raw.dtype == bool:
             return raw.astype(np.uint8)
@@ -154,6 +154,30 @@ class LoadLabelMap(LoadAnnotations):
         labels = np.where(known, table[np.where(known, raw, 0)], self.stranger)
         labels[~known & np.isin(raw, (self.ignore_index, *NONE_IN_FILES))] = self.ignore_index
         return labels.astype(self.dtype)
+
+
+def why_unreadable(file: str, error: Exception) -> str:
+    """What a file has that a decoder gave up on."""
+    if os.path.isfile(file) and not os.path.getsize(file):
+        return "it is empty"
+    return reason_of(error).replace("cannot identify image file", "no picture").partition(" <_io")[0]
+
+
+def _about_channels(raw: np.ndarray) -> str:
+    """What the channels of a picture (h, w, channels) hold that should be a label map: the end of a message."""
+    colours, alpha = raw[..., :-1], np.unique(raw[..., -1])
+    if raw.shape[-1] not in (2, 4):
+        return "; turn its colours into numbers of classes"
+    if alpha.size > 1 and (colours == colours[0, 0]).all():
+        return (
+            f". Its last channel, alpha, holds {shortened(list(map(str, alpha)), 4)}, and the others the same "
+            f"everywhere ({', '.join(map(str, colours[0, 0]))}): if alpha tells the classes apart, save that channel "
+            "alone"
+        )
+    hides = f", which holds {shortened(list(map(str, alpha)), 4)}" if alpha.size > 1 else ""
+    if (colours == colours[..., :1]).all():
+        return f". Its last channel is alpha{hides}; save the first one alone, which holds the numbers"
+    return f". Its last channel is alpha{hides}; turn its colours into numbers of classes"
 
 
 def read_label_maps_of(dataset: CustomDataset) -> None:
@@ -212,9 +236,9 @@ def ground_truth(dataset: CustomDataset, index: int) -> np.ndarray:
     except DataError:
         raise
     except Exception as error:  # whatever a loader of theirs or OpenCV says
+        file = os.path.join(dataset.ann_dir or "", dataset.img_infos[index]["ann"]["seg_map"])
         raise DataError(
-            f"label map {dataset.img_infos[index]['ann']['seg_map']} cannot be read: {reason_of(error)}; "
-            "copy it again"
+            f"label map {file} cannot be read: {why_unreadable(file, error)}; copy it again"
         ) from error
     # mmseg leaves it to its metrics
     if dataset.reduce_zero_label and not isinstance(dataset.gt_seg_map_loader, LoadLabelMap):

@@ -36,12 +36,19 @@ def sample(dataset: SegmentationDataset, index: int) -> dict[str, Any]:
         for file in () if reads_rasters else filter(None, (image, labels)):
             if not _is_picture(file):
                 what = "is no picture that can be read" if os.path.exists(file) else "is not there"
+                what = "is empty" if os.path.isfile(file) and not os.path.getsize(file) else what
                 raise DataError(f"{file} {what}; copy it again, or take the image away") from error
         if not reads_rasters and _to_nothing(error) and (size := _size_of(image)) is not None:
             raise DataError(
                 f"image {image} of {size[0]} x {size[1]} pixels (height x width) cannot be resized: a side "
                 "of it would have no pixel left; "
                 "take it away, or cut it into pieces that are less narrow"
+            ) from error
+        if not reads_rasters and (stored := _not_in_colour(image)):
+            raise DataError(
+                f"image {image} has values of {stored}, which OpenCV does not read in colour; scale them to 0 to "
+                "255 and save them as such, or train and segment with LoadRaster, or color_type='unchanged' of "
+                "LoadImageFromFile"
             ) from error
         hint = "is the image, or its label map, damaged?"
         if isinstance(error, KeyError):
@@ -54,6 +61,15 @@ def _is_picture(file: str) -> bool:
         return cv2.imdecode(np.fromfile(file, np.uint8), cv2.IMREAD_UNCHANGED) is not None
     except (OSError, cv2.error):  # of an empty file
         return False
+
+
+def _not_in_colour(file: str) -> str:
+    """The type of numbers of a picture that OpenCV reads as it is alone; "" of one that it reads in colour too."""
+    data = np.fromfile(file, np.uint8) if os.path.isfile(file) else np.empty(0, np.uint8)
+    if not data.size or cv2.imdecode(data, cv2.IMREAD_COLOR) is not None:
+        return ""
+    image = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
+    return "" if image is None else str(image.dtype)
 
 
 def _to_nothing(error: Exception) -> bool:

@@ -41,10 +41,11 @@ def class_scores(
 def table(scores: Mapping[str, Mapping[str, float]]) -> str:
     """scores: as of `class_scores`. Lines of text."""
     names = list(dict.fromkeys(name for of_class in scores.values() for name in of_class))
-    width = max(map(len, (*scores, "class")))
+    lines = {name: " ".join(name.split()) for name in scores}
+    width = max(map(len, (*lines.values(), "class")))
     head = f"{'class':<{width}}" + "".join(f"{f'{name} %':>12}" for name in names)
     rows = [
-        f"{name:<{width}}"
+        f"{lines[name]:<{width}}"
         + "".join(f"{of_class[each]:12.2f}" if each in of_class else " " * 12 for each in names)
         for name, of_class in scores.items()
     ]
@@ -56,7 +57,7 @@ def extremes(scores: Mapping[str, Mapping[str, float]]) -> str:
     ordered = [(name, next(iter(of_class.items()))) for name, of_class in scores.items()]
     if not ordered:
         return ""
-    said = [f"{name} {value:.2f} %" for name, (_, value) in ordered]
+    said = [f"{' '.join(name.split())} {value:.2f} %" for name, (_, value) in ordered]
     score = ordered[0][1][0]
     if len(said) <= 2 * EXTREMES:
         return f"{score}: {', '.join(said)}"

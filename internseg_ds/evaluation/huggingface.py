@@ -26,7 +26,7 @@ from internseg_ds.distributed.construction import build_on_meta
 from internseg_ds.errors import CheckpointError, shortened
 from internseg_ds.evaluation.export import renamed_entries
 from internseg_ds.evaluation.model_card import CONFUSION, PICTURE, model_card, record_of
-from internseg_ds.evaluation.preprocessor import preprocessor_config
+from internseg_ds.evaluation.preprocessor import in_colour, loading_step, preprocessor_config
 from internseg_ds.models.huggingface.formats import CODE_FILES, segmentor_format
 from internseg_ds.models.huggingface.segmentor_format import SegmentorFormat
 from internseg_ds.tensor_part import Part
@@ -67,7 +67,7 @@ def export_huggingface(
     record = record_of(checkpoint.path, manifest, experiment.engine.global_batch)
     processing = preprocessor_config(experiment, found.processor, splits=found.splits_images)
     processing |= found.processor_fields
-    usage = usage_of(found, out.name, bgr=processing.get("channels") == "BGR")
+    usage = usage_of(found, out.name, experiment, processing)
     config = found.config | _of_classes(classes, meta.get("PALETTE")) | {"dtype": dtype}
     files: dict[str, str | bytes] = {
         "config.json": _json(config),
@@ -167,40 +167,105 @@ def _json(content: Mapping[str, Any]) -> str:
     return json.dumps(content, indent=2) + "\n"
 
 
-def usage_of(found: SegmentorFormat, name: str, *, bgr: bool) -> str:
-    """Python that loads the folder and segments an image. bgr: as the model takes the channels."""
+def usage_of(found: SegmentorFormat, name: str, experiment: Experiment, processing: Mapping[str, Any]) -> str:
+    """Python that loads the folder and segments an image. processing: of preprocessor_config.json.
+
+    Of images that transformers' processors do not prepare, it reads and normalises them itself, as far as a few lines
+    can."""
+    step = loading_step(experiment)
+    if in_colour(step):
+        code, image = _of_processor(found, name, bgr=processing.get("channels") == "BGR"), "image.jpg"
+    else:
+        code, image = _of_reading(found, name, step, processing), "image.tif"
+    return f"""{code}
+# {"or, with" if code else "with"} internseg_ds installed, in the windows and with the resizing of the training:
+from internseg_ds import Segmenter
+
+labels = Segmenter.from_pretrained("{name}")("{image}").labels
+"""
+
+
+def _loading(found: SegmentorFormat, name: str) -> str:
     trusting = ", trust_remote_code=True" if found.code else ""
+    return f"""
+processor = AutoImageProcessor.from_pretrained("{name}")
+model = {found.loader}.from_pretrained("{name}"{trusting}).eval()
+"""
+
+
+def _of_processor(found: SegmentorFormat, name: str, *, bgr: bool) -> str:
+    """bgr: as the model takes the channels."""
     code = f"""
 import torch
 from PIL import Image
 from transformers import AutoImageProcessor, {found.loader}
-
-processor = AutoImageProcessor.from_pretrained("{name}")
-model = {found.loader}.from_pretrained("{name}"{trusting}).eval()
-image = Image.open("image.jpg").convert("RGB")
+{_loading(found, name)}image = Image.open("image.jpg").convert("RGB")
 inputs = processor(images=image, return_tensors="pt")
 """
-    size = "target_sizes=[(image.height, image.width)]"
     if bgr:
         code += 'inputs["pixel_values"] = inputs["pixel_values"].flip(1)  # RGB -> BGR\n'
     if found.splits_images:
-        code += f"""offsets = inputs.pop("patch_offsets")
-with torch.no_grad():
-    outputs = model(**inputs)
-outputs.patch_offsets = offsets
-labels = processor.post_process_semantic_segmentation(outputs, {size})[0]
-"""
-    else:
-        code += f"""with torch.no_grad():
-    outputs = model(**inputs)
-labels = processor.post_process_semantic_segmentation(outputs, {size})[0]
-"""
-    return (
-        code
-        + f"""
-# or, with internseg_ds installed, in the windows and with the resizing of the training:
-from internseg_ds import Segmenter
+        code += 'offsets = inputs.pop("patch_offsets")\n'
+    code += "with torch.no_grad():\n    outputs = model(**inputs)\n"
+    if found.splits_images:
+        code += "outputs.patch_offsets = offsets\n"
+    size = "[(image.height, image.width)]"
+    return f"{code}labels = processor.post_process_semantic_segmentation(outputs, target_sizes={size})[0]\n"
 
-labels = Segmenter.from_pretrained("{name}")("image.jpg").labels
+
+def _of_reading(
+    found: SegmentorFormat, name: str, step: Mapping[str, Any], processing: Mapping[str, Any]
+) -> str:
+    """The same of images that are no 8-bit RGB; "" where that takes more than some lines."""
+    reading = _reading(step)
+    if reading is None or found.splits_images or processing["do_resize"]:
+        return ""
+    package, lines = reading
+    if processing.get("channels") == "RGB":
+        lines += "\nimage = image[::-1].copy()  # as OpenCV reads it, BGR -> RGB"
+    values = "torch.from_numpy(image)"
+    if processing["do_normalize"]:
+        lines += (
+            "\nmean, std = (torch.tensor(each).reshape(-1, 1, 1) for each in (processor.image_mean, "
+            "processor.image_std))"
+        )
+        values = f"({values} * processor.rescale_factor - mean) / std"
+    return f"""
+import {package}
+import numpy as np
+import torch
+from transformers import AutoImageProcessor, {found.loader}
+{_loading(found, name)}{lines}
+pixel_values = ({values})[None]
+with torch.no_grad():
+    outputs = model(pixel_values)
+labels = processor.post_process_semantic_segmentation(outputs, target_sizes=[image.shape[1:]])[0]
 """
+
+
+def _reading(step: Mapping[str, Any]) -> tuple[str, str] | None:
+    """(package, lines that read `image`, (channels, h, w) float32) as a step does; None for one of the user's own."""
+    if step.get("type") == "LoadRaster":
+        channels = list(step["channels"]) if step.get("channels") else "raster.indexes"
+        return (
+            "rasterio",
+            f"""with rasterio.open("image.tif") as raster:
+    channels, nodata = {channels}, raster.nodatavals
+    image = raster.read(channels).astype(np.float32)
+for values, channel in zip(image, channels):
+    values[np.isnan(values) | (values == nodata[channel - 1])] = {step.get("nodata", 0)}""",
+        )
+    flag = {"unchanged": "cv2.IMREAD_UNCHANGED", "grayscale": "cv2.IMREAD_GRAYSCALE"}.get(
+        step.get("color_type", "")
+    )
+    if (
+        step.get("type") != "LoadImageFromFile"
+        or step.get("imdecode_backend", "cv2") != "cv2"
+        or flag is None
+    ):
+        return None
+    return (
+        "cv2",
+        f"""image = cv2.imread("image.tif", {flag})
+image = image.reshape(*image.shape[:2], -1).transpose(2, 0, 1).astype(np.float32)  # (channels, h, w)""",
     )

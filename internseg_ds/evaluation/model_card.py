@@ -16,6 +16,7 @@ from internseg_ds.config.experiment import Experiment
 from internseg_ds.data.entries import leaf_datasets
 from internseg_ds.evaluation.class_table import is_of_one_class
 from internseg_ds.models.backbone import checkpoint_of
+from internseg_ds.monitoring.units import in_cell
 from internseg_ds.planning.image_sizes import crop_size
 
 PICTURE, CONFUSION = "prediction.png", "confusion.png"
@@ -191,7 +192,7 @@ def _scores(record: RunRecord, classes: Sequence[str]) -> str:
         for name in classes:
             cells = [record.scores.get(f"{kind}.{name}") for kind in kinds]
             shown = " | ".join("" if cell is None else f"{100 * cell:.2f}" for cell in cells)
-            lines.append(f"| {name.strip().replace('|', '/')} | {shown} |")
+            lines.append(f"| {in_cell(name)} | {shown} |")
         lines += [
             "",
             "In percent. A class without Acc is labelled in no image of the validation set; one without any number is "

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from internseg_ds.config.experiment import Experiment
-from internseg_ds.data.checks.pipeline_steps import READ_RASTERS
 from internseg_ds.data.entries import leaf_datasets, steps_of, with_inner_steps
 
 BILINEAR = 2
@@ -20,8 +19,7 @@ LARGEST = 255
 def preprocessor_config(experiment: Experiment, processor: str, *, splits: bool) -> dict[str, Any]:
     """The fields of the file for the class `processor` of transformers. splits: that cuts the resized image into
     squares itself. channels: the order in which the model takes them; processors give RGB."""
-    (test, *_) = leaf_datasets(experiment.test) if experiment.test is not None else ({},)
-    steps = list(with_inner_steps(test.get("pipeline", ())))
+    steps = _test_steps(experiment)
     normalize: Mapping[str, Any] = next((step for step in steps if step.get("type") == "Normalize"), {})
     window = experiment.model.test_cfg
     # squares are as large as the short side, and the model takes one size alone
@@ -31,7 +29,7 @@ def preprocessor_config(experiment: Experiment, processor: str, *, splits: bool)
         "do_resize": size is not None,
         **({"size": size} if size else {}),
         "resample": BILINEAR,
-        "do_rescale": True,
+        "do_rescale": bool(normalize),
         "rescale_factor": 1 / LARGEST,
         "do_normalize": bool(normalize),
         "do_reduce_labels": any(step.get("reduce_zero_label") for step in steps_of(experiment.train)),
@@ -42,12 +40,31 @@ def preprocessor_config(experiment: Experiment, processor: str, *, splits: bool)
         config["do_split_image"] = True
     if normalize:
         # of RGB, which is what transformers reads
-        raster = any(step.get("type") in READ_RASTERS for step in steps)
-        order = slice(None) if normalize.get("to_rgb", True) or raster else slice(None, None, -1)
+        loading = loading_step(experiment)
+        turned = normalize.get("to_rgb", True)
+        order = slice(None) if turned or not in_colour(loading) else slice(None, None, -1)
         config["image_mean"] = [value / LARGEST for value in normalize["mean"][order]]
         config["image_std"] = [value / LARGEST for value in normalize["std"][order]]
-        config["channels"] = "of the file" if raster else "RGB" if order == slice(None) else "BGR"
+        if in_colour(loading) or (turned and len(normalize["mean"]) == 3):
+            config["channels"] = "RGB" if turned else "BGR"
+        else:
+            config["channels"] = "of the file"
     return config
+
+
+def loading_step(experiment: Experiment) -> Mapping[str, Any]:
+    """The step of the test pipeline that loads images; empty where there is none."""
+    return next(iter(_test_steps(experiment)), {})
+
+
+def in_colour(step: Mapping[str, Any]) -> bool:
+    """Whether a step loads 8-bit images in colour, which is all that transformers' image processors know of."""
+    return step.get("type") == "LoadImageFromFile" and step.get("color_type", "color").startswith("color")
+
+
+def _test_steps(experiment: Experiment) -> list[Mapping[str, Any]]:
+    (test, *_) = leaf_datasets(experiment.test) if experiment.test is not None else ({},)
+    return list(with_inner_steps(test.get("pipeline", ())))
 
 
 def _size(steps: Sequence[Mapping[str, Any]]) -> dict[str, int] | None:

@@ -12,8 +12,13 @@ SHARES = ("mfu", "hfu", "data_wait", "waits_for_slowest")
 """Metrics of a training that are shares."""
 SCORE = re.compile(r"(?:\d+_)?(?:aAcc|m[A-Z]\w*)")
 """mmseg's names of scores of all classes together; of several data sets, with the number of theirs."""
-SCORE_OF_A_CLASS = re.compile(r"(?:\d+_)?[A-Z]\w*\..*")
+SCORE_OF_A_CLASS = re.compile(r"(?:\d+_)?[A-Z]\w*\..*", re.DOTALL)
 """mmseg's names of scores of one class, such as IoU.wall."""
+
+
+def in_cell(name: str) -> str:
+    """The name of a class on one line, as a table in Markdown can hold it."""
+    return " ".join(name.split()).replace("|", "/")
 
 
 def is_percent(name: str) -> bool:

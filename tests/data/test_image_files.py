@@ -2,13 +2,16 @@
 
 from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pytest
 from mmseg.datasets import PIPELINES
 from PIL import Image
 
 from internseg_ds.data.image_files import GivenImages, ImageFiles, picture
+from internseg_ds.data.samples import sample
 from internseg_ds.errors import DataError
+from tests.data.rasters.test_raster_files import written
 
 
 @PIPELINES.register_module(force=True)
@@ -74,3 +77,28 @@ def test_a_given_picture_of_16_bits_is_read_as_its_file_is(tmp_path):
     assert len(np.unique(shown[0])) > 20 and np.array_equal(*shown)
     with pytest.raises(DataError, match=r"image 0 has values of 32 bits"):
         GivenImages([Image.new("F", (6, 4))], pipeline)
+
+
+@pytest.mark.parametrize("ending", ["tif", "png"])
+@pytest.mark.parametrize("alpha", ["yes", "premultiplied", "unspecified"])
+def test_an_image_with_an_alpha_channel_is_read_alike_from_its_path_and_from_pillow(tmp_path, ending, alpha):
+    values = np.random.default_rng(0).integers(0, 256, (8, 9, 4)).astype(np.uint8)
+    file = tmp_path / f"a.{ending}"
+    if ending == "tif":
+        values[..., :3] //= 2
+        values[..., 3] |= 128  # premultiplied colours are no larger than alpha
+        written(file, values, photometric="RGB", alpha=alpha)
+    else:
+        Image.fromarray(values).save(file)
+    given = GivenImages([file, Image.open(file)], [dict(type="LoadImageFromFile")])
+    of_path, of_pillow = (given[place]["img"].astype(int) for place in (0, 1))
+    # what is stored multiplied, Pillow divides, and rounds
+    assert np.abs(of_path - of_pillow).max() <= (alpha == "premultiplied" and ending == "tif")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_values_that_opencv_does_not_read_in_colour_are_named(tmp_path, dtype):
+    cv2.imwrite(str(tmp_path / "a.tif"), np.ones((8, 9, 3), dtype))
+    files = ImageFiles([tmp_path / "a.tif"], [dict(type="LoadImageFromFile")])
+    with pytest.raises(DataError, match=rf"a\.tif has values of {np.dtype(dtype)}.*scale them.*LoadRaster"):
+        sample(files, 0)

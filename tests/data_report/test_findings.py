@@ -5,9 +5,15 @@ import pytest
 from PIL import Image
 
 from internseg_ds.config.experiment import read_experiment
+from internseg_ds.data.checks.looks import GDAL_NODATA
+from internseg_ds.data.checks.survey import survey
+from internseg_ds.data.datasets import build_datasets
+from internseg_ds.data.label_maps import ground_truth
+from internseg_ds.data.samples import sample
 from internseg_ds.data_report.doctor import examine
 from internseg_ds.data_report.mended_config import write_mended
-from tests.data.test_label_maps import TRAIN
+from internseg_ds.errors import DataError
+from tests.data.test_label_maps import TEST, TRAIN
 from tests.data_report.small_data import TWO, entry, names, sound, write
 
 
@@ -160,5 +166,110 @@ def test_a_folder_in_the_place_of_a_file_is_no_file(two, tmp_path):
         (tmp_path / file).unlink()
         (tmp_path / file).mkdir()
     said = found(examine(two(), workers=0))
-    assert "labels/train/0.png" in said["missing-files"].text
+    assert "labels/train/0.png (which is a folder); put" in said["missing-files"].text
     assert "labels/train/1.png" in said["label-maps-without-images"].text
+
+
+THREE = dict(classes=["road", "car", "tree"], palette=[[9, 9, 9], [200, 0, 0], [0, 99, 0]])
+
+
+@pytest.mark.parametrize(
+    ("rows", "names_of_classes", "likely"),
+    [
+        ([0, 1, 2, 3], ["road", "car", "tree"], None),
+        ([0, 1, 2, 3, 255], ["road", "car", "tree"], "255 stands for none"),
+        ([0, 1, 2, 3], ["background", "car", "tree"], "the first class is called background"),
+    ],
+)
+def test_one_number_more_than_classes_has_two_readings_and_neither_is_written(
+    experiment, tmp_path, rows, names_of_classes, likely
+):
+    for split in ("train", "val"):
+        write(tmp_path, split, [rows])
+    own = dict(THREE, classes=names_of_classes)
+    given = experiment(*(entry("CustomDataset", tmp_path, split, **own) for split in ("train", "val")), 3)
+    (finding,) = examine(given, workers=0).wrong
+    assert finding.name == "zero-label" and not finding.settings
+    assert (
+        "Either 0 stands for none: write dict(type='LoadAnnotations', reduce_zero_label=True)" in finding.text
+    )
+    assert "write 4 of them in classes, and num_classes=4" in finding.text
+    assert ("likely" in finding.text) == (likely is not None) and (likely or "") in finding.text
+    with pytest.raises(DataError, match="Either 0 stands for none"):
+        survey(build_datasets(given.train, "data.train"), "data.train", training=True)
+
+
+def test_a_nodata_value_of_0_tells_the_readings_apart(experiment, tmp_path):
+    for split in ("train", "val"):
+        write(tmp_path, split, [[0, 1, 2, 3]])
+        with Image.open(tmp_path / f"labels/{split}/0.png") as image:
+            image.save(tmp_path / f"labels/{split}/0.tif", tiffinfo={GDAL_NODATA: "0"})
+    tiffs = dict(THREE, seg_map_suffix=".tif")
+    given = experiment(*(entry("CustomDataset", tmp_path, split, **tiffs) for split in ("train", "val")), 3)
+    report = examine(given, workers=0)
+    assert "nodata value" in found(report)["zero-label"].text
+    assert mended(given, report, tmp_path / "mended.py").findings == []
+    # with a class for each number, it is odd
+    four = dict(tiffs, classes=["sea", *THREE["classes"]], palette=[*THREE["palette"], [1, 2, 3]])
+    given = experiment(*(entry("CustomDataset", tmp_path, split, **four) for split in ("train", "val")), 4)
+    (finding,) = [each for each in examine(given, workers=0).findings if each.name == "nodata-is-a-class"][:1]
+    assert not finding.wrong and "trained on as sea" in finding.text and "labels/train/0.tif" in finding.text
+    (warning,) = survey(build_datasets(given.train, "data.train"), "data.train", training=True)
+    assert warning == finding.text
+
+
+@pytest.mark.parametrize("label_map", [None, "0/255"])
+def test_numbers_that_a_jpeg_made_are_told_to_be_drawn_anew(experiment, tmp_path, label_map):
+    noise = np.random.default_rng(0).integers(0, 2, (40, 40)).astype(np.uint8)
+    for split in ("train", "val"):
+        write(tmp_path, split, [[0, 1]])
+        Image.new("RGB", (40, 40)).save(tmp_path / f"images/{split}/0.jpg")
+        labels = tmp_path / f"labels/{split}/0.png"
+        Image.fromarray(noise * 255).save(labels, format="JPEG", quality=60)  # whatever its name
+    own = dict(
+        type="FolderDataset",
+        root=str(tmp_path),
+        classes=["road", "car"],
+        **({} if label_map is None else {"label_map": label_map}),
+    )
+    sets = (
+        dict(own, images=f"images/{split}/*.jpg", masks=f"labels/{split}/*.png", pipeline=steps)
+        for split, steps in (("train", TRAIN), ("val", TEST))
+    )
+    given = experiment(*sets)
+    report = examine(given, workers=0)
+    assert "lossy-label-maps" in found(report)
+    name = "unknown-labels" if label_map is None else "no-label-map"
+    wrong = next(each for each in report.wrong if each.name == name)
+    assert "are JPEGs" in wrong.text and "write the label maps anew" in wrong.text
+    with pytest.raises(DataError, match="are JPEGs"):
+        survey(build_datasets(given.train, "data.train"), "data.train", training=True)
+
+
+def test_a_label_map_with_an_alpha_channel_says_what_is_where(two, tmp_path):
+    file = tmp_path / "labels/train/1.png"
+    numbers = np.tile(np.uint8([0, 1, 1]), (4, 1))
+    opaque = np.full_like(numbers, 255)
+    cases = {
+        "save the first one alone": [numbers, opaque],
+        "if alpha tells the classes apart, save that channel alone": [opaque * 0] * 3 + [numbers],
+        "alpha, which holds 0, 1; turn its colours": [numbers, opaque, numbers, numbers],
+        "alpha; turn its colours": [numbers, opaque, numbers, opaque],
+    }
+    for text, channels in cases.items():
+        Image.fromarray(np.stack(channels, -1)).save(file)
+        finding = found(examine(two(), workers=0))["colour-coded"]
+        assert text in finding.text and finding.wrong, finding.text
+        assert "keep one of them" not in finding.text
+
+
+def test_an_empty_label_map_is_called_empty(two, tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / f"labels/{split}/1.png").write_bytes(b"")
+    given = two()
+    assert "labels/val/1.png (it is empty)" in found(examine(given, workers=0))["damaged"].text
+    with pytest.raises(DataError, match=r"labels/train/1\.png is empty; copy it again"):
+        sample(build_datasets(given.train, "data.train"), 1)
+    val = build_datasets(given.val, "data.val", test_mode=True)
+    with pytest.raises(DataError, match=rf"{tmp_path}/labels/val/1\.png cannot be read: it is empty"):
+        ground_truth(val, 1)

@@ -112,8 +112,8 @@ def lossy(part: CustomDataset, what: str) -> Iterator[Finding]:
     if is_lossy(part):
         yield Finding(
             "lossy-label-maps",
-            f"{what}: label maps end in {label_ending(part)}, a format that changes numbers a "
-            "little, so that classes become others; save them as .png",
+            f"{what}: label maps end in {label_ending(part)} and are JPEGs, which change numbers a "
+            "little, so that classes become others; write them anew, as .png, from what they were made of",
         )
 
 

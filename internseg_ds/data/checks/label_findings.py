@@ -7,6 +7,7 @@ wrong.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 from mmseg.datasets import CustomDataset
 
 from internseg_ds.data.checks.findings import Finding, Setting
@@ -21,6 +22,22 @@ MOSTLY_IGNORED = 0.9
 right."""
 
 MOST_PIXELS = 1e9
+OF_JPEGS = (
+    ". The label maps are JPEGs, which change numbers, so the right ones cannot be told any more: write the label maps "
+    "anew, as .png, from what they were made of"
+)
+NAMES_OF_ZERO = (
+    "background",
+    "other",
+    "others",
+    "none",
+    "void",
+    "unlabeled",
+    "unlabelled",
+    "unknown",
+    "ignore",
+)
+"""Of a class that is usually number 0."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +80,7 @@ def label_findings(tally: LabelTally, about: Examined) -> Iterator[Finding]:
     yield from _misfits(tally, about)
     yield from _elsewhere(tally, about)
     yield from _unknown_labels(tally, about)
+    yield from _without_data(tally, about)
     yield from _mostly_ignored(tally, about)
 
 
@@ -79,7 +97,7 @@ def _no_label_maps(tally: LabelTally, about: Examined) -> Iterator[Finding]:
             "colour-coded" if any(_is_colour(fault) for fault in tally.faults) else "no-label-map",
             f"{about.what}: {counted(len(tally.faults), 'file')} of the {looked_at} looked at "
             f"{'is no label map' if len(tally.faults) == 1 else 'are no label maps'}: "
-            f"{tally.faults[0]}{_about_colours(tally, about.part)}",
+            f"{tally.faults[0]}{OF_JPEGS if is_lossy(about.part) else _about_colours(tally, about.part)}",
             wrong=about.refuses(len(tally.faults)),
         )
 
@@ -94,6 +112,8 @@ def _about_colours(tally: LabelTally, part: CustomDataset) -> str:
     if not colours:
         return ""
     if all(len(set(colour)) == 1 for colour in colours):
+        if len(colours) == 1 or "Its last channel" in tally.faults[0]:  # which says what tells pixels apart
+            return ""
         return f". Their three numbers are the same in each pixel ({shortened(_grey(colours), 4)}): keep one of them"
     palette = {tuple(map(int, colour)): name for colour, name in zip(part.PALETTE or (), part.CLASSES)}
     known = sorted(colour for colour in colours if colour in palette)
@@ -207,15 +227,12 @@ def _elsewhere(tally: LabelTally, about: Examined) -> Iterator[Finding]:
 def _unknown_labels(tally: LabelTally, about: Examined) -> Iterator[Finding]:
     if not tally.unknown_labels:
         return
-    settings = _zero_settings(tally, about)
-    last = about.loader.in_file(about.part.label_map)
-    why = ""
-    if settings and 0 in tally.numbers:
-        why = f". The numbers are 0 to {last}, one more than there are classes, so 0 seems to stand for none"
-    elif settings:
-        why = f". The numbers are 1 to {last}: classes seem to be counted from 1"
+    zero = _may_be_zero(tally, about)
+    settings, why = _zero_meanings(tally, about) if zero else ((), "")
+    if is_lossy(about.part):
+        why = OF_JPEGS
     yield Finding(
-        "zero-label" if settings else "unknown-labels",
+        "zero-label" if zero else "unknown-labels",
         f"{about.what}: of {about.words(tally)} label maps looked at, "
         f"{counted(len(tally.unknown_labels), 'holds', 'hold')} a number that is no class, "
         f"and not {about.part.ignore_index} for none either; its pixels "
@@ -226,16 +243,56 @@ def _unknown_labels(tally: LabelTally, about: Examined) -> Iterator[Finding]:
     )
 
 
-def _zero_settings(tally: LabelTally, about: Examined) -> tuple[Setting, ...]:
-    """What reads numbers of 0 to classes as 1 to classes, where that is what they are."""
-    last = about.loader.in_file(about.part.label_map)
-    if about.loader.reduce_zero_label or about.loader.codes is not None:
-        return ()
-    if tally.unknown_numbers.keys() != {last} or is_lossy(
-        about.part
-    ):  # there, it may be any other number's noise
-        return ()
-    return zero_label_settings(True)
+def _may_be_zero(tally: LabelTally, about: Examined) -> bool:
+    """Whether numbers of 0 to classes, read as 1 to classes, are all classes."""
+    if about.loader.reduce_zero_label or about.loader.codes is not None or is_lossy(about.part):
+        return False  # in a JPEG, it may be any other number's noise
+    return tally.unknown_numbers.keys() == {about.loader.in_file(about.part.label_map)}
+
+
+def _zero_meanings(tally: LabelTally, about: Examined) -> tuple[tuple[Setting, ...], str]:
+    """What mends numbers of 0 to classes, and the end of a message that says why. Nothing mends them where two
+    readings fit: 0 stands for none, or one class more has no name."""
+    part, last = about.part, about.loader.in_file(about.part.label_map)
+    settings = zero_label_settings(True)
+    if 0 not in tally.numbers:
+        return settings, f". The numbers are 1 to {last}: classes seem to be counted from 1"
+    numbers = f". The numbers are 0 to {last}, one more than there are classes"
+    if 0 in tally.nodata:
+        return settings, f"{numbers}, and 0 is the nodata value of {tally.nodata[0][0]}, so 0 stands for none"
+    if _names_are_known(part):
+        return settings, f"{numbers} of {type(part).__name__}, so 0 seems to stand for none"
+    hint = ""
+    if part.ignore_index in tally.numbers:
+        hint = f" (the latter is likely, for {part.ignore_index} stands for none in them)"
+    elif str(part.CLASSES[0]).lower() in NAMES_OF_ZERO:
+        hint = f" (the latter is likely, for the first class is called {part.CLASSES[0]})"
+    return (), (
+        f"{numbers}. Either 0 stands for none: write {' and '.join(map(str, settings))}. Or one class more has no "
+        f"name: write {last + 1} of them in classes, and num_classes={last + 1} in the heads{hint}"
+    )
+
+
+def _names_are_known(part: CustomDataset) -> bool:
+    """Whether the classes are those of a published data set, and not the config's own."""
+    return type(part).CLASSES is not None and type(part).__module__.partition(".")[0] in (
+        "mmseg",
+        "internseg_ds",
+    )
+
+
+def _without_data(tally: LabelTally, about: Examined) -> Iterator[Finding]:
+    """Numbers that the files call their nodata value, and that are classes."""
+    for number, files in sorted(tally.nodata.items()):
+        name = about.part.CLASSES[about.loader.to_classes(np.array([number]), about.part.label_map)[0]]
+        none = about.part.ignore_index
+        yield Finding(
+            "nodata-is-a-class",
+            f"{about.what}: {number} is the nodata value of {counted(len(files), 'label map')} of those looked at, "
+            f"and is {'trained on' if about.training else 'scored'} as {name} there: {shortened(files, 2)}. If these "
+            f"pixels are of no class, write {none} in their place, or label_map={{{number}: None, ...}} of "
+            f"FolderDataset; if they are {name}, take the nodata value out of the files (gdal_edit.py -unsetnodata)",
+        )
 
 
 def zero_label_settings(reduced: bool) -> tuple[Setting, ...]:

@@ -50,6 +50,8 @@ class LabelTally:
     """(label map, image, EXIF orientation) of misfits that the latter explains."""
     elsewhere: dict[str, LabelLook] = field(default_factory=dict)
     """By file, rasters that lie elsewhere on the Earth than their images."""
+    nodata: dict[int, list[str]] = field(default_factory=dict)
+    """Files by the number that they call no data, where it occurs in them, and stands for a class."""
     faults: list[str] = field(default_factory=list)
     """Why files are no label maps."""
     damaged: list[str] = field(default_factory=list)
@@ -100,5 +102,12 @@ class LabelTally:
             if 0 <= label < loader.classes and label != loader.ignore_index:
                 self.images_with[label] += 1
                 self.pixels_around[label] += around
+        if look.nodata in look.numbers and loader.codes is None:  # a label_map says what is meant
+            label = classes[look.nodata]
+            files = self.nodata.setdefault(look.nodata, []) if label in range(loader.classes) else []
+            if (
+                label != loader.ignore_index and look.file not in files
+            ):  # of which there may be several windows
+                files.append(look.file)
         if strange:
             self.unknown_labels.append(f"{strange[0]} in {look.file}")

@@ -15,17 +15,19 @@ from mmseg.datasets import CustomDataset
 from mmseg.datasets.pipelines import LoadImageFromFile
 from PIL import Image
 
-from internseg_ds.data.label_maps import LoadLabelMap, annotation_of, loader_in
+from internseg_ds.data.label_maps import LoadLabelMap, annotation_of, loader_in, why_unreadable
 from internseg_ds.data.orientation import TAG, TURNS
 from internseg_ds.data.rasters.loading import LoadRaster, raster_loader
-from internseg_ds.data.rasters.looks import apart, counted_by_windows, raster_head
+from internseg_ds.data.rasters.looks import apart, counted_by_windows, nodata_of, raster_head
 from internseg_ds.data.rasters.windows import Window, window_of
-from internseg_ds.errors import DataError, counted, reason_of
+from internseg_ds.errors import DataError, counted
 
 log = logging.getLogger(__name__)
 
 EXACT = 2**24
 """Pixels up to which OpenCV counts without rounding, for it counts in fp32."""
+GDAL_NODATA = 42113
+"""Tag of a TIFF (https://gdal.org/drivers/raster/gtiff.html)."""
 SHOWN_COLOURS = 256
 """Colours of a label map in colours that are kept."""
 
@@ -67,6 +69,8 @@ class LabelLook:
     """(R, G, B) of its pixels, where it is a picture in colours."""
     partial: bool = False
     """Whether some windows of it were read, and not all of it."""
+    nodata: int | None = None
+    """The number that a TIFF, or a raster, calls no data."""
     apart: float = 0.0
     """By how many pixels it lies elsewhere on the Earth than its image, of rasters that say where."""
 
@@ -103,8 +107,19 @@ def label_ending(part: CustomDataset) -> str:
 
 
 def is_lossy(part: CustomDataset) -> bool:
-    """Whether its label maps are in a format that changes numbers."""
-    return label_ending(part).lower() in (".jpg", ".jpeg")
+    """Whether its label maps, as the first one, are in a format that changes numbers: JPEG, also under another name or
+    in a TIFF."""
+    file = label_file(part, 0) if part.img_infos else None
+    if file is None or os.path.splitext(file)[1].lower() in (".jpg", ".jpeg"):
+        return file is not None
+    if not os.path.isfile(file):
+        return False
+    try:
+        with Image.open(file) as image:
+            return image.format == "JPEG" or image.info.get("compression") == "jpeg"
+    except Exception as error:
+        log.debug("%s: %s", file, error)
+        return False
 
 
 def image_loader(part: CustomDataset) -> LoadImageFromFile | None:
@@ -165,7 +180,7 @@ def look_at_labels(
     except DataError as error:
         return LabelLook(file, fault=str(error), storage=storage, colours=_colours(file, details))
     except Exception as error:  # of whatever decodes it
-        return LabelLook(file, fault=reason_of(error), storage=storage, damaged=True)
+        return LabelLook(file, fault=why_unreadable(file, error), storage=storage, damaged=True)
     image = image_file(part, index)
     misfit, turned = _misfit(part, file, raw, head)
     numbers, pixels = counted_numbers(raw)
@@ -178,6 +193,7 @@ def look_at_labels(
         misfit,
         turned,
         image,
+        nodata=_nodata(file),
     )
 
 
@@ -215,6 +231,7 @@ def _look_at_raster(
         misfit,
         image=image,
         partial=not complete,
+        nodata=nodata_of(file),
         apart=apart(image, file) or 0.0,
     )
 
@@ -244,6 +261,19 @@ def _misfit(part: CustomDataset, file: str, raw: np.ndarray, head: Head | None) 
         return "", 1
     text = f"{file} has {' x '.join(map(str, raw.shape))} pixels and its image {' x '.join(map(str, sides))}"
     return text, head.turn if head.turn >= 5 and raw.shape == sides[::-1] else 1
+
+
+def _nodata(file: str) -> int | None:
+    """What a TIFF calls no data, as GDAL writes it there."""
+    if os.path.splitext(file)[1].lower() not in (".tif", ".tiff"):
+        return None
+    try:
+        with Image.open(file) as image:
+            value = float(str(getattr(image, "tag_v2", {}).get(GDAL_NODATA, "nan")).strip("\0 "))
+    except Exception as error:  # none that Pillow reads
+        log.debug("%s: %s", file, error)
+        return None
+    return int(value) if value.is_integer() else None
 
 
 def _storage(file: str) -> str:

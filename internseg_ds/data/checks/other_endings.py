@@ -48,11 +48,14 @@ def there_are(folder: str, suffix: str, setting: str) -> str:
 
 
 def instead_of(path: str) -> str:
-    """A file beside one that is missing, of the same name and another ending, in brackets; empty where there
-    is none."""
+    """A file beside one that is missing, of the same name and another ending, in brackets, or that a folder has its
+    name; empty where there is neither."""
+    if os.path.isdir(path):
+        return " (which is a folder)"
     folder, name = os.path.split(path)
     stem = os.path.splitext(name)[0]
-    names = sorted(entry.name for entry in os.scandir(folder)) if os.path.isdir(folder) else []
+    there = os.scandir(folder) if os.path.isdir(folder) else []
+    names = sorted(entry.name for entry in there if os.path.isfile(entry))
     other = next((entry for entry in names if os.path.splitext(entry)[0] == stem), None)
     return f" (there is {other})" if other is not None else ""
 

@@ -8,7 +8,8 @@ import glob
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from internseg_ds.data.checks.other_endings import alike
@@ -16,6 +17,8 @@ from internseg_ds.errors import ConfigError, DataError, are, counted, shortened
 
 WILDCARD = re.compile(r"\*\*/|\*|\?|\[[^\]]+\]")
 """What stands for something in a pattern, as Python's glob has it."""
+HIDDEN = re.compile(r"(^|/)\.")
+"""In a pattern that asks for hidden files or folders."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,37 @@ def paired(roots: Sequence[str], images: Sequence[str], masks: str | None) -> li
     for pattern in images:
         _check_patterns(pattern, masks)
     found: list[Pair] = []
+    seen: dict[tuple[str, str], Pair] = {}
     for root in roots:
         if not os.path.isdir(root):
             raise DataError(f"there is no folder {root} (root){_nearest_folder(root)}")
-        found += _pairs_below(root, images, masks)
+        pairs = _pairs_below(root, images, masks)
+        if len(roots) > 1:
+            _check_seen(pairs, seen)
+        found += pairs
     return found
+
+
+def _check_seen(pairs: Sequence[Pair], seen: dict[tuple[str, str], Pair]) -> None:
+    """Raises ConfigError where images and masks of one root are among those of earlier ones, and adds them to these.
+    seen: by their real paths."""
+    real: dict[str, str] = {}  # of folders; a link to a file is a file of its own
+
+    def place(pair: Pair, path: str) -> str:
+        folder, name = os.path.split(os.path.join(pair.root, path))
+        if folder not in real:
+            real[folder] = os.path.realpath(folder)
+        return os.path.join(real[folder], name)
+
+    places = {(place(pair, pair.image), place(pair, pair.mask or "")): pair for pair in pairs}
+    if twice := places.keys() & seen.keys():
+        (image, _), *_ = sorted(twice)
+        first, second = (found[min(twice)].root for found in (seen, places))
+        raise ConfigError(
+            f"root names {first} and {second}, and {counted(len(twice), 'image is', 'images are')} below both "
+            f"({image}), which would count twice; take one out (to repeat images, there is RepeatDataset)"
+        )
+    seen |= places
 
 
 def _pairs_below(root: str, images: Sequence[str], masks: str | None) -> list[Pair]:
@@ -135,11 +164,39 @@ def _matches(root: str, pattern: str) -> dict[tuple[str, ...], str]:
     """What the wildcards match -> path of the file. Hidden files are left out, as by any glob."""
     expression = _expression(pattern)
     found = {}
-    for path in glob.glob(pattern, root_dir=root, recursive=True):
+    for path in _candidates(root, pattern):
         match = expression.fullmatch(path)
         if match is not None and os.path.isfile(os.path.join(root, path)):
             found[match.groups(default="")] = path
     return found
+
+
+def _candidates(root: str, pattern: str) -> Iterable[str]:
+    """Paths below `root` among which are all that a pattern matches. Python's glob follows a link to a folder above it
+    some forty times, so that each file there has as many paths."""
+    if "**/" not in pattern or HIDDEN.search(pattern):
+        return glob.glob(pattern, root_dir=root, recursive=True)
+    fixed = os.path.dirname(pattern[: WILDCARD.search(pattern).start()])  # type: ignore[union-attr]
+    return (os.path.join(fixed, path) for path in files_below(os.path.join(root, fixed)))
+
+
+def files_below(folder: str, above: frozenset[str] = frozenset()) -> Iterator[str]:
+    """Paths below a folder of all files that are not hidden, also behind links, but not behind those that lead back to
+    a folder they are in. above: the real paths of these."""
+    there: list[os.DirEntry[str]] = []
+    real = os.path.realpath(folder)
+    if real in above or not os.path.isdir(folder):
+        return
+    with suppress(OSError), os.scandir(folder) as entries:  # as glob does: one that may not be read is empty
+        there = sorted(
+            (entry for entry in entries if not entry.name.startswith(".")), key=lambda each: each.name
+        )
+    for entry in there:
+        if os.path.isdir(entry.path):  # of a link to itself too
+            inner = files_below(entry.path, above | {real})
+            yield from (os.path.join(entry.name, path) for path in inner)
+        else:
+            yield entry.name
 
 
 def _expression(pattern: str, flags: int = 0) -> re.Pattern:
@@ -161,7 +218,7 @@ def _filled(pattern: str, parts: Sequence[str]) -> str:
 
 
 def _files(root: str) -> list[str]:
-    return [path for path in glob.glob("**/*", root_dir=root, recursive=True) if os.path.splitext(path)[1]]
+    return [path for path in files_below(root) if os.path.splitext(path)[1]]
 
 
 def _nearest_file(root: str, wanted: str) -> str:

@@ -77,6 +77,17 @@ def _in_crs(points: np.ndarray, theirs: Any, ours: Any) -> np.ndarray:
         return np.full(points.shape, np.inf)
 
 
+def nodata_of(file: str) -> int | None:
+    """The number that the first channel of a raster calls no data. None where there is none, or the file cannot be
+    read."""
+    try:
+        with open_raster(file) as dataset:
+            value = dataset.nodatavals[0]
+    except DataError:
+        return None
+    return int(value) if value is not None and float(value).is_integer() else None
+
+
 def channel_moments(
     file: str, loader: LoadRaster, window: Window | None
 ) -> tuple[int, np.ndarray, np.ndarray]:

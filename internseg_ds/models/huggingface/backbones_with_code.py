@@ -95,6 +95,7 @@ def _internimage(backbone: Any) -> dict[str, Any]:
         "center_feature_scale": block.dcn.center_feature_scale,
         "post_norm_ids": list(levels[2].post_norm_ids) if len(levels) > 2 else [],
         "out_indices": list(backbone.out_indices),
+        "num_channels": backbone.image_channels,
     }
 
 

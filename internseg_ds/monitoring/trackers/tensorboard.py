@@ -13,6 +13,7 @@ from internseg_ds.monitoring.evaluation_record import EvaluationRecord
 from internseg_ds.monitoring.trackers.best import Best
 from internseg_ds.monitoring.trackers.pictures import class_rows, confusion_picture, panels, sent_pictures
 from internseg_ds.monitoring.trackers.tracker import RunInfo
+from internseg_ds.monitoring.units import in_cell
 from internseg_ds.output_files import unless_disk_full
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def _show(writer: "SummaryWriter", evaluation: EvaluationRecord, best: Best | No
         writer.add_image(f"validation/{shown.name}", picture, step, moment, dataformats="HWC")
     writer.add_image("evaluation/confusion", confusion_picture(evaluation), step, moment, dataformats="HWC")
     rows = [
-        f"| {name.replace('|', '/')} | {'' if iou is None else f'{iou:.2f}'} | {pixels:,} |"
+        f"| {in_cell(name)} | {'' if iou is None else f'{iou:.2f}'} | {pixels:,} |"
         for name, iou, pixels in class_rows(evaluation)
     ]
     table = "\n".join(["| class | IoU, % | pixels |", "|---|---|---|", *rows])

@@ -283,3 +283,26 @@ def test_a_division_that_cannot_be_meant_is_refused(folder, arguments, message):
     root = folder({"a": [[0, 1]]})
     with pytest.raises((ConfigError, DataError), match=message):
         built(root, **arguments)
+
+
+def test_a_link_to_a_folder_above_it_counts_no_file_twice(folder):
+    root = folder({"a": [[0, 1]], "north/b": [[1, 0]]})
+    (root / "north/again").symlink_to(root)
+    (root / "itself").symlink_to("itself")
+    (root / "again").symlink_to("north")  # an ordinary link, to another folder
+    dataset = built(root)
+    assert [info["filename"] for info in dataset.img_infos] == ["a.tif", "again/b.tif", "north/b.tif"]
+
+
+def test_the_same_images_below_two_roots_are_refused_and_other_masks_of_them_are_not(folder, tmp_path):
+    root = folder({"a": [[0, 1]], "north/b": [[1, 0]]})
+    (tmp_path / "link").symlink_to(root)
+    for other, number in ((root, 2), (f"{root}/", 2), (root / "north", 1), (tmp_path / "link", 2)):
+        with pytest.raises(ConfigError, match=rf"{number} images? (is|are) below both .*RepeatDataset"):
+            built(root, root=[str(root), str(other)])
+    for annotator in ("first", "second"):
+        (tmp_path / annotator / "masks").mkdir(parents=True)
+        (tmp_path / annotator / "images").symlink_to(root)
+        Image.fromarray(np.uint8([[0, 1]])).save(tmp_path / annotator / "masks/a.png")
+    roots = [str(tmp_path / annotator) for annotator in ("first", "second")]
+    assert len(built(root, root=roots, images="images/a*.tif", masks="masks/a*.png")) == 2

@@ -23,6 +23,7 @@ from internseg_ds.checkpoints.stored_tensors import HeldTensor
 from internseg_ds.checkpoints.streaming import Entry
 from internseg_ds.checkpoints.weights import open_weights
 from internseg_ds.config.experiment import read_experiment
+from internseg_ds.data.image_files import ImageFiles
 from internseg_ds.distributed.construction import build_on_meta
 from internseg_ds.distributed.gathering import Forwards
 from internseg_ds.errors import CheckpointError
@@ -32,6 +33,7 @@ from internseg_ds.evaluation.preprocessor import preprocessor_config
 from internseg_ds.evaluation.sliding_window import SlidingWindowInference
 from internseg_ds.models.huggingface.formats import segmentor_format
 from tests.conftest import ROOT, TINY
+from tests.data.rasters.test_raster_files import written
 from tests.models.eomt import small_eomt
 from tests.models.mask2former import small_mask2former
 
@@ -443,7 +445,7 @@ def test_the_code_of_a_model_card_segments_with_what_the_folder_says_of_images(n
     monkeypatch.chdir(folder.parent)
     pixels = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
     cv2.imwrite("image.png", pixels[..., ::-1])
-    code = usage_of(found, folder.name, bgr=False).replace("image.jpg", "image.png")
+    code = usage_of(found, folder.name, experiment, fields).replace("image.jpg", "image.png")
     names: dict = {}
     exec(code.partition("# or,")[0], names)
     if name == "eomt_timm":
@@ -462,3 +464,52 @@ def test_the_code_of_a_model_card_segments_with_what_the_folder_says_of_images(n
     assert len(ours.unique()) > 1 or name != "eomt_timm"
     # their processor enlarges masks before the sigmoid, ours behind it: borders differ
     assert float((names["labels"] == ours).float().mean()) > 0.97
+
+
+FIVE = dict(type="Normalize", mean=[9000.0, 1, 2, 3, 4], std=[9000.0, 8000, 7000, 9000, 9000], to_rgb=False)
+LOADERS = {
+    "raster": dict(type="LoadRaster", nodata=7),
+    "chosen": dict(type="LoadRaster", channels=[5, 1, 4, 2, 3]),
+    "opencv": dict(type="LoadImageFromFile", color_type="unchanged"),
+}
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_the_code_of_a_model_card_reads_rasters_as_the_pipeline_does(loader, tmp_path, monkeypatch):
+    channels = 4 if loader == "opencv" else 5
+    model = probe(internvit(in_chans=channels, with_fpn=False, out_indices=[3]), 32)
+    segmentor = drawn(model)
+    folder = write_folder(segmentor, tmp_path / "five")
+    cfg = Config(read_experiment(small_eomt.CONFIG).cfg.to_dict())
+    normalize = dict(FIVE, mean=FIVE["mean"][:channels], std=FIVE["std"][:channels])
+    ends = [dict(type="ImageToTensor", keys=["img"]), dict(type="Collect", keys=["img"])]
+    flip = dict(type="MultiScaleFlipAug", img_scale=None, img_ratios=[1.0], flip=False)
+    steps = [dict(type="Resize", keep_ratio=True), dict(type="RandomFlip"), normalize, *ends]
+    cfg.data.test.pipeline = [LOADERS[loader], dict(flip, transforms=steps)]
+    experiment = replace(read_experiment(cfg), model=model)
+    found = segmentor_format(build_on_meta(model))
+    fields = preprocessor_config(experiment, found.processor, splits=False)
+    (folder / "preprocessor_config.json").write_text(json.dumps(fields))
+    monkeypatch.chdir(tmp_path)
+    image = np.random.default_rng(0).integers(0, 60_000, (112, 112, channels)).astype(np.uint16)
+    colours = dict(photometric="RGB", alpha="unspecified") if loader == "opencv" else {}
+    written(tmp_path / "image.tif", image, nodata=int(image[3, 3, 1]), **colours)
+    names: dict = {}
+    exec(usage_of(found, folder.name, experiment, fields).partition("# or,")[0], names)
+    pixels = ImageFiles([tmp_path / "image.tif"], cfg.data.test.pipeline)[0]["img"][0][None]
+    torch.testing.assert_close(names["pixel_values"], pixels, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        expected = segmentor.encode_decode(pixels, [{}])
+    torch.testing.assert_close(names["outputs"].logits, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(names["labels"], names["outputs"].logits[0].argmax(0))
+
+
+@pytest.mark.parametrize(
+    "model", [lambda: internimage(in_channels=5), lambda: dict(MODELS["vit_adapter"]())], ids=["image", "vit"]
+)
+def test_a_folder_holds_a_backbone_of_five_channels(model):
+    model = ConfigDict(model())
+    if model.backbone.type == "InternViTAdapter":
+        model.backbone.in_chans = 5
+    found = segmentor_format(build_on_meta(model))
+    assert "'num_channels': 5" in str(found.config)

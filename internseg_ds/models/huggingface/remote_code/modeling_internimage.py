@@ -30,7 +30,7 @@ class InternImageSettings:
     """channels: of the first level, each later one having twice as many. depths, groups: blocks, and groups of their
     convolutions, per level. norm_layer: "LN" or "BN", of the stem, the downsampling and inside the convolutions.
     post_norm, res_post_norm: the order of a block's norms. post_norm_ids: blocks of the third level that are followed
-    by a norm. out_indices: levels whose maps are returned."""
+    by a norm. out_indices: levels whose maps are returned. num_channels: of images."""
 
     channels: int
     depths: Sequence[int]
@@ -46,6 +46,7 @@ class InternImageSettings:
     center_feature_scale: bool
     post_norm_ids: Sequence[int]
     out_indices: Sequence[int]
+    num_channels: int = 3
 
 
 class ToChannelsFirst(nn.Module):
@@ -83,7 +84,7 @@ class Stem(nn.Module):
     def __init__(self, settings: InternImageSettings) -> None:
         super().__init__()
         channels, norm = settings.channels, settings.norm_layer
-        self.conv1 = nn.Conv2d(3, channels // 2, 3, stride=2, padding=1)
+        self.conv1 = nn.Conv2d(settings.num_channels, channels // 2, 3, stride=2, padding=1)
         self.norm1 = norm_of_map(channels // 2, norm, channels_last=False)
         self.act = ACTIVATIONS[settings.act_layer]()
         self.conv2 = nn.Conv2d(channels // 2, channels, 3, stride=2, padding=1)

@@ -174,7 +174,7 @@ class Interaction(nn.Module):
 class SpatialPrior(nn.Module):
     """Convolutions that make the pyramid of an image that the adapter starts from."""
 
-    def __init__(self, inner: int, width: int, finest: bool) -> None:
+    def __init__(self, num_channels: int, inner: int, width: int, finest: bool) -> None:
         super().__init__()
 
         def conv(channels: int, out: int, stride: int) -> list[nn.Module]:
@@ -185,7 +185,10 @@ class SpatialPrior(nn.Module):
             ]
 
         self.stem = nn.Sequential(
-            *conv(3, inner, 2), *conv(inner, inner, 1), *conv(inner, inner, 1), nn.MaxPool2d(3, 2, 1)
+            *conv(num_channels, inner, 2),
+            *conv(inner, inner, 1),
+            *conv(inner, inner, 1),
+            nn.MaxPool2d(3, 2, 1),
         )
         self.conv2 = nn.Sequential(*conv(inner, 2 * inner, 2))
         self.conv3 = nn.Sequential(*conv(2 * inner, 4 * inner, 2))
@@ -217,7 +220,7 @@ class VitAdapter(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (vit.image_size // vit.patch_size) ** 2, width))
         self.blocks = nn.ModuleList(Block(vit) for _ in range(vit.num_hidden_layers))
         self.level_embed = nn.Parameter(torch.zeros(3, width))
-        self.spm = SpatialPrior(settings.stem, width, settings.finest)
+        self.spm = SpatialPrior(vit.num_channels, settings.stem, width, settings.finest)
         self.interactions = nn.ModuleList(
             Interaction(settings, settings.extra_extractors if index == last else 0)
             for index in range(len(self.parts))
