@@ -28,7 +28,7 @@ from internseg_ds.data.checks.scan import Scanned, scan
 from internseg_ds.data.checks.suggestions import normalization_findings
 from internseg_ds.data.checks.survey import looked_at
 from internseg_ds.data.checks.zero_labels import zero_label_findings
-from internseg_ds.data.dataset_parts import SegmentationDataset, plain_parts
+from internseg_ds.data.dataset_parts import SegmentationDataset, pipelines, plain_parts
 from internseg_ds.data.datasets import assembled_datasets
 from internseg_ds.data.entries import has_label_maps, leaf_datasets
 from internseg_ds.data.palettes import check_decoder
@@ -36,9 +36,9 @@ from internseg_ds.data.rasters.findings import raster_findings
 from internseg_ds.data_report.model_settings import class_settings, ignored_settings
 from internseg_ds.distributed.construction import build_on_meta
 from internseg_ds.errors import UserError
-from internseg_ds.preflight.dataset_checks import ignored_labels
+from internseg_ds.preflight.dataset_checks import check_annotated, ignored_labels
 from internseg_ds.preflight.loss_checks import check_losses
-from internseg_ds.preflight.model_checks import check_classes, compare_classes
+from internseg_ds.preflight.model_checks import check_channels, check_classes, compare_classes
 
 
 @dataclass
@@ -76,6 +76,8 @@ def examine(experiment: Experiment, *, workers: int, sample: int | None = None) 
             continue
         report.datasets[what] = dataset
         _check_files(report, dataset, entry, what)
+        if training:
+            _caught(report, "no-label-maps", partial(check_annotated, dataset))
         found = scan(looked_at(dataset), what, training=training, workers=workers, sample=sample)
         report.scanned[what] = found
         report.findings += _about(dataset, found, what, training)
@@ -187,3 +189,6 @@ def _check_model(report: Report, experiment: Experiment) -> None:
         or []
     )
     report.findings += [Finding("model", line) for line in lines]
+    for what, dataset in report.datasets.items():
+        for steps in pipelines(dataset):
+            _caught(report, "channels", partial(check_channels, model, steps, what))

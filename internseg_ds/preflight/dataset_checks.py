@@ -16,6 +16,7 @@ from internseg_ds.data.checks.zero_labels import compare_zero_labels
 from internseg_ds.data.dataset_parts import SegmentationDataset, parts, pipelines, plain_parts
 from internseg_ds.data.datasets import build_datasets
 from internseg_ds.data.entries import has_label_maps, leaf_datasets, leave_out_label_maps
+from internseg_ds.data.folders.dataset import FolderDataset
 from internseg_ds.data.joined import wrapper_in
 from internseg_ds.data.samples import first_sample
 from internseg_ds.errors import ConfigError, DataError
@@ -39,11 +40,27 @@ def training_set(experiment: Experiment, model: nn.Module) -> tuple[Segmentation
     Raises DataError where it is missing or empty, ConfigError where it does not fit the model or its losses.
     """
     dataset = build_datasets(experiment.train, "data.train")
+    check_annotated(dataset)
     warnings = check_classes(model, dataset, "data.train") + check_thresholds(model)
     for steps in pipelines(dataset):
         warnings += odd_steps(steps, "data.train", evaluates=False)
     warnings += check_losses(model, experiment.train, ignored_labels(dataset), experiment.path)
     return dataset, warnings
+
+
+def check_annotated(dataset: SegmentationDataset) -> None:
+    """Raises DataError where a data set that is trained on has no label maps at all."""
+    for part in plain_parts(dataset):
+        if (
+            isinstance(part, CustomDataset)
+            and type(part).get_ann_info is CustomDataset.get_ann_info
+            and not any("ann" in info for info in part.img_infos)
+        ):
+            option = "masks" if isinstance(part, FolderDataset) else "ann_dir"
+            raise DataError(
+                f"data.train: {type(part).__name__} of {part.img_dir} has no label maps, so nothing can be learnt from "
+                f"it; its {option} says where they are"
+            )
 
 
 def ignored_labels(dataset: SegmentationDataset) -> list[int]:

@@ -12,7 +12,9 @@ from internseg_ds.data.datasets import build_datasets
 from internseg_ds.data_report.doctor import examine
 from internseg_ds.data_report.mended_config import write_mended
 from internseg_ds.data_report.page import write_page
+from internseg_ds.distributed.construction import build_on_meta
 from internseg_ds.errors import ConfigError, DataError, OutputError, UserError
+from internseg_ds.preflight.dataset_checks import training_set
 from tests.data.test_label_maps import TRAIN
 from tests.data_report.small_data import TWO, entry, names, sound, write
 
@@ -171,3 +173,26 @@ def test_published_layouts_are_right(experiment, tmp_path, kind):
     ]
     given = experiment(*entries, classes=len(numbers) - (255 in numbers) - reduced)
     assert examine(given, workers=0).findings == [] and start(given) == []
+
+
+def test_a_training_set_without_label_maps_is_found(experiment, tmp_path):
+    sound(tmp_path)
+    entries = [entry("CustomDataset", tmp_path, split, **TWO) for split in ("train", "val")]
+    del entries[0]["ann_dir"]
+    given = experiment(*entries)
+    assert "no-label-maps" in names(examine(given, workers=0))
+    with pytest.raises(DataError, match=r"data\.train: CustomDataset of .* has no label maps.*its ann_dir"):
+        training_set(given, build_on_meta(given.model))
+
+
+def test_images_of_other_channels_than_the_backbone_takes_are_found(experiment, tmp_path):
+    sound(tmp_path)
+    entries = [entry("CustomDataset", tmp_path, split, **TWO) for split in ("train", "val")]
+    for each in entries:
+        each["pipeline"] = [
+            TRAIN[0],
+            dict(type="Normalize", mean=[1.0] * 4, std=[1.0] * 4, to_rgb=False),
+            *TRAIN[1:],
+        ]
+    found = [each for each in examine(experiment(*entries), workers=0).findings if each.name == "channels"]
+    assert len(found) == 2 and all(each.wrong and "takes 3" in each.text for each in found)
