@@ -62,12 +62,14 @@ def test_the_time_of_a_run_is_that_of_its_starts_without_what_lies_between_them(
     folder = tmp_path / "run"
     folder.mkdir()
     for step in (0, 20):
-        write_start(folder, replace(start(step), time=1000.0 * step))
-    times = [(10, 600.0), (20, 1200.0), (30, 20_600.0), (40, 21_200.0), (41, 21_200.0 + 7200)]
+        write_start(folder, replace(start(step), time=150.0 * step))
+    times = [(10, 600.0), (20, 1200.0), (30, 3600.0), (40, 4200.0), (41, 4200.0 + 7200)]
     lines = [json.dumps({"v": 2, "step": step, "time": time, "loss": 1.0}) for step, time in times]
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     found = {each.name: each.text for each in figures(read_run(folder))}
-    assert found["time"] == "0:40 h"  # 20 minutes of each start; two hours without a record are none
+    assert (
+        found["time"] == "0:40 h"
+    )  # 20 minutes of each start; half an hour between them and two without a record are none
 
 
 def test_a_class_without_labelled_pixels_has_no_row(tmp_path):
