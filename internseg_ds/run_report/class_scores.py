@@ -36,7 +36,7 @@ class ClassRow:
 
 
 def class_rows(run: RunRecords, score: str = "IoU") -> list[ClassRow]:
-    """The classes that have a score at the newest evaluation, from the best to the worst."""
+    """The classes that occur and have a score at the newest evaluation, from the best to the worst."""
     prefix, newest = f"{score}.", run.evaluations[-1] if run.evaluations else None
     shares = _label_shares(newest) if newest is not None else {}
     colours = _colours(newest) if newest is not None else {}
@@ -49,8 +49,9 @@ def class_rows(run: RunRecords, score: str = "IoU") -> list[ClassRow]:
     rows = [
         _row(name, of_class, colours.get(name, ""), shares.get(name))
         for name, of_class in series.items()
-        # one that neither occurs nor is predicted any more has none at the last
-        if of_class.steps[-1] == last
+        # one that neither occurs nor is predicted any more has none at the last; one that is predicted and does not
+        # occur has 0
+        if of_class.steps[-1] == last and shares.get(name) != 0
     ]
     return sorted(rows, key=lambda row: -row.newest)
 

@@ -1,6 +1,7 @@
 """`launch/check_data.py` as users start it: what it prints, and how it ends."""
 
 import os
+import re
 
 import pytest
 
@@ -25,6 +26,9 @@ def test_sound_data_end_with_0_and_what_was_looked_at(launch, given, tmp_path):
     done = check(launch, given, "--sample", 2, "--page", tmp_path / "page.html")
     assert done.returncode == 0 and "data.train: 2 of 3 images looked at" in done.stdout
     assert "<html" in (tmp_path / "page.html").read_text()
+    said = done.stderr.splitlines()  # nothing of mmseg's or torch's
+    assert "loading mmseg" in said[0] and all(re.match(r"\d\d:\d\d:\d\d ", line) for line in said)
+    assert "Loaded" not in done.stderr
 
 
 def test_wrong_data_end_with_2_and_one_message(launch, given, tmp_path):

@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 
 from internseg_ds.monitoring.evaluation_record import (
+    FOLDER,
     evaluation_files,
     read_evaluation,
     rewind_evaluations,
 )
 from internseg_ds.monitoring.run_starts import read_starts, write_start
+from internseg_ds.run_report.class_scores import class_rows
 from internseg_ds.run_report.records import read_metrics, read_run
 from internseg_ds.run_report.summary import figures
-from tests.run_report.runs import evaluation, start, write_run
+from tests.run_report.runs import CLASSES, evaluation, start, write_run
 
 
 def test_a_file_that_ends_within_a_line_has_the_records_before(tmp_path):
@@ -63,12 +65,23 @@ def test_the_time_of_a_run_is_that_of_its_starts_without_what_lies_between_them(
     folder = tmp_path / "run"
     folder.mkdir()
     for step in (0, 20):
-        write_start(folder, replace(start(step), time=1000.0 * step))
-    times = [(10, 600.0), (20, 1200.0), (30, 20_600.0), (40, 21_200.0), (41, 21_200.0 + 7200)]
+        write_start(folder, replace(start(step), time=150.0 * step))
+    times = [(10, 600.0), (20, 1200.0), (30, 3600.0), (40, 4200.0), (41, 4200.0 + 7200)]
     lines = [json.dumps({"v": 2, "step": step, "time": time, "loss": 1.0}) for step, time in times]
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     found = {each.name: each.text for each in figures(read_run(folder))}
-    assert found["time"] == "0:40 h"  # 20 minutes of each start; two hours without a record are none
+    assert (
+        found["time"] == "0:40 h"
+    )  # 20 minutes of each start; half an hour between them and two without a record are none
+
+
+def test_a_class_without_labelled_pixels_has_no_row(tmp_path):
+    folder = write_run(tmp_path / "run")
+    assert {row.name for row in class_rows(read_run(folder))} == {*CLASSES}
+    newest = evaluation(40)
+    newest.confusion[1] = 0  # predicted here and there, and labelled nowhere
+    newest.write(folder / FOLDER)
+    assert [row.name for row in class_rows(read_run(folder))] == [CLASSES[0], CLASSES[2]]
 
 
 def test_an_empty_folder_is_a_run_without_records(tmp_path):
