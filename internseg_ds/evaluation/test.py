@@ -217,7 +217,7 @@ def check_format(dataset: Any) -> None:
     if any(_is_part(info.get(WINDOW)) for info in dataset.img_infos):
         raise ConfigError(
             "data.test takes scenes apart (tile of LoadRaster), and submission files are of whole images; leave tile "
-            "out where scenes fit into memory, or use launch/predict.py --scenes, which writes a label map of each scene"
+            "out where scenes fit into memory, or use launch/predict.py --scenes, which writes label maps of whole ones"
         )
     name, times = Counter(Path(info["filename"]).stem for info in dataset.img_infos).most_common(1)[0]
     if times > 1:

@@ -54,8 +54,8 @@ def instead_of(path: str) -> str:
         return " (which is a folder)"
     folder, name = os.path.split(path)
     stem = os.path.splitext(name)[0]
-    there = os.scandir(folder) if os.path.isdir(folder) else []
-    names = sorted(entry.name for entry in there if os.path.isfile(entry))
+    there = os.listdir(folder) if os.path.isdir(folder) else []
+    names = sorted(name for name in there if os.path.isfile(os.path.join(folder, name)))
     other = next((entry for entry in names if os.path.splitext(entry)[0] == stem), None)
     return f" (there is {other})" if other is not None else ""
 
