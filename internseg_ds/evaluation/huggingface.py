@@ -22,6 +22,7 @@ from internseg_ds.checkpoints.streaming import Entry
 from internseg_ds.checkpoints.weights import Weights, renamed
 from internseg_ds.checkpoints.zero_checkpoint import ZeroCheckpoint
 from internseg_ds.config.experiment import Experiment, read_experiment
+from internseg_ds.data.checks.pipeline_steps import READ_RASTERS
 from internseg_ds.distributed.construction import build_on_meta
 from internseg_ds.errors import CheckpointError, shortened
 from internseg_ds.evaluation.export import renamed_entries
@@ -245,7 +246,7 @@ labels = processor.post_process_semantic_segmentation(outputs, target_sizes=[ima
 
 def _reading(step: Mapping[str, Any]) -> tuple[str, str] | None:
     """(package, lines that read `image`, (channels, h, w) float32) as a step does; None for one of the user's own."""
-    if step.get("type") == "LoadRaster":
+    if step.get("type") in READ_RASTERS:
         channels = list(step["channels"]) if step.get("channels") else "raster.indexes"
         return (
             "rasterio",

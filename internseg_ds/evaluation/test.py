@@ -20,6 +20,7 @@ from internseg_ds.config.sections import known_metrics
 from internseg_ds.data.checks.survey import survey
 from internseg_ds.data.checks.zero_labels import compare_zero_labels
 from internseg_ds.data.dataset_parts import pipelines
+from internseg_ds.data.rasters.windows import WINDOW, Window, whole
 from internseg_ds.distributed.construction import build_on_meta
 from internseg_ds.errors import ConfigError, OutputError, counted
 from internseg_ds.evaluation.class_table import is_of_one_class
@@ -154,7 +155,7 @@ def write_submission(
     check_classes(meta_model, dataset, "data.test")
     for steps in pipelines(dataset):
         check_channels(meta_model, steps, "data.test")
-    _check_format(dataset)
+    check_format(dataset)
     run.check_weights(meta_model)
     with trained_segmentor(run) as forwards:
         images = ReadableImages(
@@ -201,13 +202,22 @@ def published_classes(dataset: Any, outputs: int) -> np.ndarray:
     return np.array([chosen.get(index, index) for index in range(max(len(dataset.CLASSES), outputs))])
 
 
-def _check_format(dataset: Any) -> None:
+def _is_part(window: Window | None) -> bool:
+    return window is not None and window != whole(window.scene)
+
+
+def check_format(dataset: Any) -> None:
     """Check, by writing one of a single pixel, that the data set can write submission files, and that each
     image gets a file of its own. Raises ConfigError."""
     if isinstance(dataset, ConcatDataset):
         raise ConfigError(
             f"data.test joins {counted(len(dataset.datasets), 'data set')}, and submission files are of "
             "one; keep one of them"
+        )
+    if any(_is_part(info.get(WINDOW)) for info in dataset.img_infos):
+        raise ConfigError(
+            "data.test takes scenes apart (tile of LoadRaster), and submission files are of whole images; leave tile "
+            "out where scenes fit into memory, or use launch/predict.py --scenes, which writes label maps of whole ones"
         )
     name, times = Counter(Path(info["filename"]).stem for info in dataset.img_infos).most_common(1)[0]
     if times > 1:

@@ -54,8 +54,8 @@ def instead_of(path: str) -> str:
         return " (which is a folder)"
     folder, name = os.path.split(path)
     stem = os.path.splitext(name)[0]
-    there = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-    names = [name for name in there if os.path.isfile(os.path.join(folder, name))]
+    there = os.listdir(folder) if os.path.isdir(folder) else []
+    names = sorted(name for name in there if os.path.isfile(os.path.join(folder, name)))
     other = next((entry for entry in names if os.path.splitext(entry)[0] == stem), None)
     return f" (there is {other})" if other is not None else ""
 

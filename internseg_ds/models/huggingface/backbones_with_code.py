@@ -30,6 +30,8 @@ def code_of(backbone: Any) -> BackboneCode | None:
         return BackboneCode("timm", "Timm", _timm(backbone))
     if isinstance(backbone, TransformersBackbone) and isinstance(backbone._kind, PlainModel):
         return BackboneCode("plain_transformer", "PlainTransformer", _plain_transformer(backbone))
+    if isinstance(backbone, TransformersBackbone):
+        return BackboneCode("staged_transformer", "StagedTransformer", _staged_transformer(backbone))
     return None
 
 
@@ -126,5 +128,14 @@ def _plain_transformer(backbone: Any) -> dict[str, Any]:
         "blocks": kind.blocks_name,
         "norm": kind.norm,
         "final_norm": kind.final_norm,
+        "pyramid": pyramid_settings(backbone.neck),
+    }
+
+
+def _staged_transformer(backbone: Any) -> dict[str, Any]:
+    """The arguments of `StagedTransformer`."""
+    _, fields = backbone.exported("transformers")
+    return {
+        "model": {name: value for name, value in fields.items() if name != "architectures"},
         "pyramid": pyramid_settings(backbone.neck),
     }

@@ -13,13 +13,12 @@ from internseg_ds.models.huggingface.brought_code import FOLDER, convolutional_f
 from internseg_ds.models.huggingface.decode_heads import HEADS
 from internseg_ds.models.huggingface.eomt import eomt_format
 from internseg_ds.models.huggingface.segmentor_format import SegmentorFormat
-from internseg_ds.models.huggingface.upernet import upernet_format
+from internseg_ds.models.huggingface.upernet import is_upernet, upernet_format
 from internseg_ds.models.mask2former.segmentor import EncoderDecoderMask2Former
 
 LOADED = (
     "UPerHead, FCNHead and Mask2FormerHead on InternViT6B, InternViTAdapter, InternImage, a TimmBackbone, or a "
-    "TransformersBackbone that is a plain transformer",
-    "UPerHead and Mask2FormerHead on a TransformersBackbone of stages (swin, convnext, ...)",
+    "TransformersBackbone",
     "EoMT on a DINOv3",
 )
 
@@ -39,11 +38,11 @@ def segmentor_format(segmentor: Any) -> SegmentorFormat:
     head, backbone = segmentor.decode_head, segmentor.backbone
     staged = isinstance(backbone, TransformersBackbone) and isinstance(backbone._kind, StagedModel)
     code = code_of(backbone)
-    if isinstance(segmentor, EncoderDecoderMask2Former) and (staged or code is not None):
+    if isinstance(segmentor, EncoderDecoderMask2Former) and code is not None:
         from internseg_ds.models.huggingface.mask2former import mask2former_format  # imports mmdet
 
-        return mask2former_format(segmentor, code)
-    if isinstance(head, UPerHead) and staged:
+        return mask2former_format(segmentor, None if staged else code)
+    if isinstance(head, UPerHead) and staged and is_upernet(segmentor):
         return upernet_format(segmentor)
     if isinstance(head, HEADS) and code is not None:
         return convolutional_format(segmentor, code)

@@ -180,7 +180,7 @@ def _check_pixel_decoder(pixels: Any, sampling: Any) -> None:
         if not isinstance(norm, nn.GroupNorm) or norm.num_groups != GROUPS or norm.eps != EPS:
             raise ValueError(
                 f"its norms are no group norms of {GROUPS} groups (decode_head.pixel_decoder.norm_cfg), which "
-                "Mask2Former there has"
+                "Mask2Former there has; a run for such a folder has norm_cfg=dict(type='GN', num_groups=32) there"
             )
     if any(type(getattr(module, "activate", None)) is not nn.ReLU for module in pixels.output_convs):
         raise ValueError("its activations are no ReLU (decode_head.pixel_decoder.act_cfg)")

@@ -15,24 +15,24 @@ RENAMED = (
 )
 
 
+def is_upernet(segmentor: Any) -> bool:
+    """Whether transformers' class computes what a segmentor with a `TransformersBackbone` of stages and a UPerHead
+    does: without necks, from all maps, with corners that are not aligned."""
+    backbone, head = segmentor.backbone, segmentor.decode_head
+    return (
+        not segmentor.with_neck
+        and backbone.neck is None
+        and not head.align_corners
+        and list(head.in_index) == list(range(len(backbone.channels)))
+    )
+
+
 def upernet_format(segmentor: Any) -> SegmentorFormat:
-    """segmentor: with a `TransformersBackbone` of stages and a UPerHead, on the meta device. Raises ValueError
-    where transformers' class would compute something else."""
+    """segmentor: one that `is_upernet`, on the meta device. Raises ValueError where transformers' class would compute
+    something else."""
     from transformers import UperNetConfig, UperNetForSemanticSegmentation
 
     backbone, head = segmentor.backbone, check_head(segmentor)
-    if segmentor.with_neck:
-        raise ValueError(f"model.neck={type(segmentor.neck).__name__} stands between backbone and head")
-    if backbone.neck is not None:
-        raise ValueError(
-            f"the backbone has a neck ({type(backbone.neck).__name__}), and UperNet there has none"
-        )
-    if head.align_corners:
-        raise ValueError("decode_head.align_corners=True, and UperNet there has False")
-    if list(head.in_index) != list(range(len(backbone.channels))):
-        raise ValueError(
-            f"decode_head.in_index={list(head.in_index)} are not all maps of the backbone in turn"
-        )
     _, fields = backbone.exported("transformers")
     config = UperNetConfig(
         backbone_config=fields,

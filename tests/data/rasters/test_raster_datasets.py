@@ -329,3 +329,15 @@ def test_the_data_doctor_says_what_a_start_says_of_channels(scene):
     report = examine(read_experiment(cfg), workers=0)
     (said, _) = (finding.text for finding in report.odd if finding.name == "raster-channels")
     assert "data.train: 1 raster has other channels" in said and f"{root}/north/b.tif has 3 channels" in said
+
+
+def test_a_nodata_value_of_label_rasters_that_is_a_class_is_said_once_a_file(scene):
+    root, _, labels = scene
+    written(root / "north/a_mask.tif", labels[..., None], **TILED, nodata=0)
+    loader = dict(type="LoadRaster", tile=(50, 50))
+    for dataset in (built(root, steps(WINDOW)), built(root, steps(loader), test_mode=True)):
+        training = not dataset.test_mode
+        said = [each for each in survey(dataset, "data.train", training=training) if "nodata value" in each]
+        assert len(said) == 1 and "of 1 label map " in said[0] and "as road there" in said[0], said
+    coded = built(root, steps(WINDOW), label_map={0: "road", 1: "car", 2: "tree"})  # which says what is meant
+    assert not [each for each in survey(coded, "data.train", training=True) if "nodata value" in each]
