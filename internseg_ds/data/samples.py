@@ -36,7 +36,7 @@ def sample(dataset: SegmentationDataset, index: int) -> dict[str, Any]:
         for file in () if reads_rasters else filter(None, (image, labels)):
             if not _is_picture(file):
                 what = "is no picture that can be read" if os.path.exists(file) else "is not there"
-                what = "is empty" if os.path.isfile(file) and not os.path.getsize(file) else what
+                what += ": it is empty" if os.path.isfile(file) and not os.path.getsize(file) else ""
                 raise DataError(f"{file} {what}; copy it again, or take the image away") from error
         if not reads_rasters and _to_nothing(error) and (size := _size_of(image)) is not None:
             raise DataError(

@@ -268,7 +268,7 @@ def test_an_empty_label_map_is_called_empty(two, tmp_path):
         (tmp_path / f"labels/{split}/1.png").write_bytes(b"")
     given = two()
     assert "labels/val/1.png (it is empty)" in found(examine(given, workers=0))["damaged"].text
-    with pytest.raises(DataError, match=r"labels/train/1\.png is empty; copy it again"):
+    with pytest.raises(DataError, match=r"labels/train/1\.png is no picture that can be read: it is empty;"):
         sample(build_datasets(given.train, "data.train"), 1)
     val = build_datasets(given.val, "data.val", test_mode=True)
     with pytest.raises(DataError, match=rf"{tmp_path}/labels/val/1\.png cannot be read: it is empty"):
