@@ -14,6 +14,7 @@ from typing import Any
 
 from internseg_ds.config.experiment import Experiment
 from internseg_ds.data.entries import leaf_datasets
+from internseg_ds.data.generated_ade20k import MARKER
 from internseg_ds.evaluation.class_table import is_of_one_class
 from internseg_ds.models.backbone import checkpoint_of
 from internseg_ds.monitoring.units import in_cell
@@ -173,9 +174,22 @@ def _yaml(name: str, data: str, licence: str | None, record: RunRecord) -> str:
 
 
 def _data(experiment: Experiment) -> str:
-    """The kinds of data sets in `data.train`."""
-    kinds = [entry.get("type", "data") for entry in leaf_datasets(experiment.train)]
-    return ", ".join(str(kind).removesuffix("Dataset") or str(kind) for kind in dict.fromkeys(kinds))
+    """The kinds of data sets in `data.train`; generated scenes and own data are called that."""
+    return ", ".join(dict.fromkeys(map(_kind, leaf_datasets(experiment.train))))
+
+
+def _kind(entry: Mapping[str, Any]) -> str:
+    kind = str(entry.get("type", "data"))
+    if any((Path(root) / MARKER).is_file() for root in _roots_of(entry)):
+        return f"generated scenes in the layout of {kind.removesuffix('Dataset')}"
+    return {"FolderDataset": "own data", "CustomDataset": "own data"}.get(
+        kind, kind.removesuffix("Dataset") or kind
+    )
+
+
+def _roots_of(entry: Mapping[str, Any]) -> list[str]:
+    given = entry.get("data_root") or entry.get("root") or []
+    return [given] if isinstance(given, str) else list(given)
 
 
 def _scores(record: RunRecord, classes: Sequence[str]) -> str:
@@ -227,8 +241,7 @@ def _recipe(experiment: Experiment, record: RunRecord, data: str) -> str:
 
 def _roots(experiment: Experiment) -> str:
     """What the data sets' folders are called; where they lie is nobody's business."""
-    given = [entry.get("data_root") or entry.get("root") or "" for entry in leaf_datasets(experiment.train)]
-    roots = [root for each in given for root in ([each] if isinstance(each, str) else each)]
+    roots = [root for entry in leaf_datasets(experiment.train) for root in _roots_of(entry)]
     named = ", ".join(filter(None, dict.fromkeys(Path(root).name for root in roots)))
     return f"in a folder called {named}" if named else "whose folder the config does not name"
 

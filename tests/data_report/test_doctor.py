@@ -196,3 +196,19 @@ def test_images_of_other_channels_than_the_backbone_takes_are_found(experiment, 
         ]
     found = [each for each in examine(experiment(*entries), workers=0).findings if each.name == "channels"]
     assert len(found) == 2 and all(each.wrong and "takes 3" in each.text for each in found)
+
+
+@pytest.mark.parametrize("classes", [["car"], ["road", "car"]])
+def test_binary_masks_without_a_label_map_are_found_and_mended(experiment, tmp_path, classes):
+    for split in ("train", "val"):
+        write(tmp_path, split, [[0, 255], [255, 0]])
+    entries = []
+    for split in ("train", "val"):
+        of_folder = dict(TWO, classes=classes, type="FolderDataset", root=str(tmp_path))
+        of_folder |= dict(images=f"images/{split}/*.jpg", masks=f"labels/{split}/*.png", palette=None)
+        entries.append({**of_folder, "pipeline": entry("", tmp_path, split)["pipeline"]})
+    report = examine(experiment(*entries), workers=0)
+    assert names(report) == {"masks-0-255"}
+    settings = [setting for finding in report.findings for setting in finding.settings]
+    mended = read_experiment(write_mended(experiment(*entries), settings, tmp_path / "mended.py"))
+    assert mended.train["label_map"] == "0/255" and 'label_map="0/255"' in report.wrong[0].text

@@ -107,7 +107,10 @@ def test_a_folder_says_what_is_in_it(trained, folder):
     sky = results["classes"]["sky"]
     assert f"mIoU {results['mIoU']:.2f} %" in card and "](confusion.png)" in card
     assert f"| sky | {sky['IoU']:.2f} | {sky['Acc']:.2f} |" in card
-    assert f"trained on ADE20K for {step} of 12 steps" in card and "| batch | 4 images |" in card
+    assert (
+        f"trained on generated scenes in the layout of ADE20K for {step} of 12 steps" in card
+        and "| batch | 4 images |" in card
+    )
     assert "Trained with python" in card and "random weights" in card
 
 

@@ -13,6 +13,7 @@ from mmseg.datasets import CustomDataset
 from internseg_ds.data.checks.findings import Finding, Setting
 from internseg_ds.data.checks.label_tally import LabelTally
 from internseg_ds.data.checks.looks import is_lossy
+from internseg_ds.data.folders.dataset import FolderDataset
 from internseg_ds.data.label_maps import LoadLabelMap
 from internseg_ds.data.orientation import FIX, TURNS
 from internseg_ds.errors import counted, shortened
@@ -130,16 +131,20 @@ def _grey(colours: set[tuple[int, ...]]) -> list[str]:
 
 
 def _one_class(tally: LabelTally, about: Examined) -> Iterator[Finding]:
-    """All label maps together hold but one class of several, or none."""
+    """All label maps together hold but one class of several, or none; or one class is 0, and 255 all else."""
     classes, present = about.part.CLASSES, present_classes(tally, about.part)
-    if about.training and about.all_of(tally) and len(classes) > 1 and len(present) < 2:
-        hint = _hint_of_255(tally, about.part)
+    hint = _hint_of_255(tally, about.part)
+    binary = bool(hint) and tally.numbers.keys() == {0, 255}
+    if about.training and about.all_of(tally) and len(present) < 2 and (len(classes) > 1 or binary):
         yield Finding(
             "masks-0-255" if hint else "one-class",
-            f"{about.what}: there is nothing to learn: of {len(classes)} classes {about.words(tally)} label "
+            f"{about.what}: there is nothing to learn: of {counted(len(classes), 'class')} {about.words(tally)} label "
             f"maps hold {f'{classes[present[0]]} alone' if present else 'none'}"
             f"{hint or '; are reduce_zero_label, classes and ignore_index right?'}",
             wrong=True,
+            settings=(Setting(about.what, "label_map", "0/255"),)
+            if binary and _has_label_map(about.part)
+            else (),
         )
 
 
@@ -164,10 +169,20 @@ def _hint_of_255(tally: LabelTally, part: CustomDataset) -> str:
     """The end of a message where files may use 255 for a class that counts as none."""
     if part.ignore_index != 255 or not tally.numbers.keys() <= {0, 255}:
         return ""
+    if len(part.CLASSES) <= 2 and _has_label_map(part):
+        mended = f'label_map="0/255" of {type(part).__name__} reads them so'
+    else:
+        mended = f"write {max(1, len(part.CLASSES) - 1)} in its place"
+        mended += ", and two names in classes" if len(part.CLASSES) == 1 else ""
     return (
         f". They hold no number but {' and '.join(map(str, sorted(tally.numbers)))}, and 255 stands for no "
-        f"class; if 255 is meant to be {part.CLASSES[-1]}, write {len(part.CLASSES) - 1} in its place"
+        f"class; if 255 is meant to be {part.CLASSES[-1]}, {mended}"
     )
+
+
+def _has_label_map(part: CustomDataset) -> bool:
+    """Whether it takes label_map="0/255", and has none."""
+    return isinstance(part, FolderDataset) and part.label_codes is None
 
 
 def _hint_of_zero(tally: LabelTally, about: Examined) -> str:
