@@ -77,7 +77,8 @@ def test(
         result = evaluate_datasets(forwards, dataset, options, observers_of=pictures.observers)
         if run.world.is_main:
             totals = {name: value for name, value in result.metrics.items() if not is_of_one_class(name)}
-            scores = ", ".join(f"{name} {100 * value:.2f} %" for name, value in totals.items())
+            ordered = sorted(totals, key=lambda name: name != names[0])  # as in a training's lines
+            scores = ", ".join(f"{name} {100 * totals[name]:.2f} %" for name in ordered)
             log.info("%s: %s", checkpoint, scores)
             if report is not None:
                 write_report(result, dataset.CLASSES, report)

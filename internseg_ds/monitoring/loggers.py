@@ -55,6 +55,7 @@ class ConsoleLogger:
     one, time left. Whatever else a record has is left to the other loggers, unless the log's level is DEBUG.
 
     Scores have lines of their own (`training.trainer`); they are only remembered here, also those of earlier starts.
+    The best one is of a checkpoint, as everywhere: the score before the first step is none of them.
     """
 
     def __init__(self, max_steps: int, start: int) -> None:
@@ -62,11 +63,11 @@ class ConsoleLogger:
         self.start = start
         self.began = time.monotonic()
         self._score: tuple[str, float] | None = None
-        self._best = -math.inf
+        self._best: float | None = None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         if "loss" not in values:
-            self._remember(values)
+            self._remember(step, values)
             return
         everything = log.isEnabledFor(logging.DEBUG)
         shown = [name for name in SHOWN if name in values and _is_worth_a_word(name, values[name])]
@@ -74,7 +75,8 @@ class ConsoleLogger:
         words = [f"{name} {readable(name, values[name])}" for name in (*shown, *others)]
         if self._score is not None:
             name, last = self._score
-            words.append(f"{name} {readable(name, last)} (best {readable(name, self._best)})")
+            best = "before training" if self._best is None else f"best {readable(name, self._best)}"
+            words.append(f"{name} {readable(name, last)} ({best})")
         done = step - self.start
         left = (self.max_steps - step) * (time.monotonic() - self.began) / done if done else 0.0
         log.info(
@@ -86,11 +88,14 @@ class ConsoleLogger:
             timedelta(seconds=round(left)),
         )
 
-    def _remember(self, values: Mapping[str, float]) -> None:
+    def _remember(self, step: int, values: Mapping[str, float]) -> None:
         """The first score of a record is the one that a run is known by."""
         name = next((name for name in values if SCORE.fullmatch(name) and name.startswith("m")), None)
-        if name is not None and values[name] is not None:
-            self._score, self._best = (name, values[name]), max(self._best, values[name])
+        if name is None or values[name] is None:
+            return
+        self._score = name, values[name]
+        if step > 0:
+            self._best = values[name] if self._best is None else max(self._best, values[name])
 
     def close(self) -> None:
         pass

@@ -40,7 +40,12 @@ def in_percent(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def todays(line: Mapping[str, Any]) -> dict[str, Any]:
-    """A record as it was read from metrics.jsonl, of any version, in today's units and without its version."""
+    """A record as it was read from metrics.jsonl, of any version, in today's units and without its version. mfu and
+    hfu of the first version that no peak allows, which was measured while the device was busy, are left out."""
     version = line.get("v", 1)
     values = {name: value for name, value in line.items() if name != "v"}
-    return in_percent(values) if version == 1 else values
+    if version != 1:
+        return values
+    if max(values.get("mfu") or 0, values.get("hfu") or 0) > 1:
+        values = {name: value for name, value in values.items() if name not in ("mfu", "hfu")}
+    return in_percent(values)

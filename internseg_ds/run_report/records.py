@@ -43,6 +43,12 @@ class Series:
         return self if there.all() else Series(self.steps[there], self.values[there])
 
     @property
+    def of_checkpoints(self) -> "Series":
+        """Without what was measured before the first step."""
+        trained = self.steps > 0
+        return self if trained.all() else Series(self.steps[trained], self.values[trained])
+
+    @property
     def last(self) -> tuple[int, float] | None:
         """Step and value of the newest record that has one."""
         there = self.finite

@@ -52,8 +52,9 @@ def figures(run: RunRecords) -> list[Figure]:
     """Those that the run has."""
     metrics, found = run.metrics, list[Figure]()
     score = main_score(run)
-    if score is not None and (best := metrics.get(score).highest) and (last := metrics.get(score).last):
-        found.append(Figure(f"best {score}", percent(best[1]), f"step {best[0]:,}"))
+    if score is not None and (last := metrics.get(score).last):
+        if best := metrics.get(score).of_checkpoints.highest:
+            found.append(Figure(f"best {score}", percent(best[1]), f"step {best[0]:,}"))
         found.append(Figure(f"last {score}", percent(last[1]), f"step {last[0]:,}"))
     loss = metrics.get("loss").last
     if loss is not None:

@@ -77,19 +77,35 @@ def test_a_line_of_the_console_has_what_a_person_watches_and_the_last_score_besi
     assert "  aux.loss_ce 1.9  data_wait 0.4 %" in caplog.messages[0]
 
 
+def test_the_best_score_on_the_console_is_of_a_checkpoint(caplog):
+    console = ConsoleLogger(10, 0)
+    with caplog.at_level(logging.INFO, "internseg_ds"):
+        console.write(0, {"mIoU": 50.0})  # of the weights that the run starts from
+        console.write(1, {"loss": 2.5})
+        console.write(2, {"mIoU": 40.0})
+        console.write(3, {"loss": 2.5})
+    assert "  mIoU 50.00 % (before training)  eta" in caplog.messages[0]
+    assert "  mIoU 40.00 % (best 40.00 %)  eta" in caplog.messages[1]
+
+
 def test_a_resumed_run_has_one_unit_in_its_records(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    old = [{"step": 1, "loss": 1.0, "mfu": 0.5}, {"step": 1, "mIoU": 0.123457, "IoU.wall": None}]
+    old = [
+        {"step": 1, "loss": 1.0, "mfu": 0.5},
+        {"step": 1, "mIoU": 0.123457, "IoU.wall": None},
+        {"step": 1, "loss": 2.0, "mfu": 0.9, "hfu": 1.2},  # of a peak that was measured on a busy device
+    ]
     path.write_text("".join(json.dumps(record) + "\n" for record in old))
     for start in (1, 2):  # what is converted is converted once
         logger = JsonlLogger(path, start=start)
         logger.write(start + 1, {"mIoU": 13.0})
         logger.close()
-    assert [json.loads(line) for line in path.read_text().splitlines()][:2] == [
+    assert [json.loads(line) for line in path.read_text().splitlines()][:3] == [
         {"v": 2, "step": 1, "loss": 1.0, "mfu": 50.0},
         {"v": 2, "step": 1, "mIoU": 12.3457, "IoU.wall": None},
+        {"v": 2, "step": 1, "loss": 2.0},
     ]
-    assert [json.loads(line).get("mIoU") for line in path.read_text().splitlines()[2:]] == [13.0, 13.0]
+    assert [json.loads(line).get("mIoU") for line in path.read_text().splitlines()[3:]] == [13.0, 13.0]
 
 
 def test_a_resumed_run_has_the_scores_of_its_earlier_starts_on_its_console(tmp_path, caplog):

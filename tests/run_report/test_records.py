@@ -75,6 +75,17 @@ def test_the_time_of_a_run_is_that_of_its_starts_without_what_lies_between_them(
     )  # 20 minutes of each start; half an hour between them and two without a record are none
 
 
+def test_the_best_score_is_none_of_before_the_first_step(tmp_path):
+    (tmp_path / "starts.jsonl").touch()
+    lines = [json.dumps({"v": 2, "step": step, "mIoU": score}) for step, score in ((0, 50.0), (10, 40.0))]
+    (tmp_path / "metrics.jsonl").write_text(lines[0] + "\n")
+    assert figures(read_run(tmp_path))[0].name == "last mIoU"
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    best, last = figures(read_run(tmp_path))[:2]
+    assert (best.name, best.text, best.more) == ("best mIoU", "40.00 %", "step 10")
+    assert (last.text, last.more) == ("40.00 %", "step 10")
+
+
 def test_a_class_without_labelled_pixels_has_no_row(tmp_path):
     folder = write_run(tmp_path / "run")
     assert {row.name for row in class_rows(read_run(folder))} == {*CLASSES}

@@ -11,7 +11,7 @@ from typing import Any
 
 from internseg_ds.data.image_files import find_images
 from internseg_ds.distributed.construction import build_on_meta
-from internseg_ds.errors import counted
+from internseg_ds.errors import are, counted
 from internseg_ds.evaluation.inference import InferenceRun, trained_segmentor
 from internseg_ds.evaluation.predict import classes_of, test_pipeline
 from internseg_ds.evaluation.scenes.outputs import SceneOutputs, check_outputs, outputs_of
@@ -24,6 +24,7 @@ from internseg_ds.evaluation.scenes.segmentation import (
 )
 from internseg_ds.evaluation.sliding_window import SlidingWindowInference
 from internseg_ds.output_files import make_folder, output_folder
+from internseg_ds.progress import tracked
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,13 @@ def predict_scenes(
             SlidingWindowInference(forwards), list(classes), palette, options, run.world, run.world.device
         )
         make_folder(folder)
-        for path in files:
+        if steps.left_out:
+            log.info(
+                "%s of data.test's pipeline %s left out: scenes are segmented at the resolution that they have",
+                " and ".join(steps.left_out),
+                are(len(steps.left_out)),
+            )
+        for path in tracked(files, "segmenting scenes", len(files), "scenes") if len(files) > 1 else files:
             with Scene(path, steps) as scene:
                 segmentation.segment(scene, outputs[path])
         log.info("%s: label maps are in %s", counted(len(files), "scene"), folder)

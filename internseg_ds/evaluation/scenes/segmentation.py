@@ -115,12 +115,6 @@ class SceneSegmentation:
             if len(pieces) > 1
             else "",
         )
-        if scene.steps.left_out:
-            log.info(
-                "%s of data.test's pipeline %s left out: scenes are segmented at the resolution that they have",
-                " and ".join(scene.steps.left_out),
-                "are" if len(scene.steps.left_out) > 1 else "is",
-            )
 
     def _share(
         self, scene: Scene, pieces: list[Piece], form: LabelFormat, rows: tuple[int, int], out: Path
