@@ -16,7 +16,7 @@ def _main() -> None:
         "safetensors. Needs no GPU.",
         "python launch/consolidate.py work_dirs/demo/checkpoints work_dirs/demo/segmentor.pth",
     )
-    parser.add_argument("source", type=Path, help="WORK_DIR/checkpoints, or one iter_N directory in it")
+    parser.add_argument("source", type=Path, help="WORK_DIR, its checkpoints folder, or one iter_N in it")
     parser.add_argument(
         "out",
         type=Path,

@@ -108,7 +108,7 @@ def evaluate_dataset(
         _warn_of_unknown_classes(confusion, dataset.ignore_index)
     scores = _scores(dataset, confusion, options.metrics)
     if options.verbose and options.world.is_main:
-        log.info("%s", table(class_scores(scores, confusion, dataset.CLASSES)))
+        log.info("of each class:\n%s", table(class_scores(scores, confusion, dataset.CLASSES)))
         _tell_absent_classes(confusion, dataset.CLASSES)
     return Evaluation(scores, confusion, image_count, faults)
 
