@@ -88,7 +88,11 @@ def test_the_page_of_a_run_in_a_browser(trained, browser, width, scheme):
             "#class-table tbody tr", "rows => rows.map(r => [...r.cells].map(c => c.innerText))"
         )
         written = next(r for r in trained.records if r["step"] == 12 and "mIoU" in r)
-        expected = {name[4:].strip(): value for name, value in written.items() if name.startswith("IoU.")}
+        expected = {
+            name[4:].strip(): value
+            for name, value in written.items()
+            if name.startswith("IoU.") and f"Acc.{name[4:]}" in written
+        }
         assert {row[1].strip(): row[2] for row in rows} == {
             n: f"{value:.2f}" for n, value in expected.items()
         }
