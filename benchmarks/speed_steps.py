@@ -206,7 +206,7 @@ def main() -> None:
             }
             for name in names
         }
-        for engine in engines.values():
+        for engine in reversed(engines.values()):  # each gives signals back to the one before it
             if engine is not owner:
                 engine.close()
     if owner.world.is_main:
