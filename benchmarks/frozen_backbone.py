@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from speed_steps import Kept, finish
-from timing import train_step
+from timing import in_turn, train_step
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from workload import Workload, ds_config_of, vit
@@ -122,15 +122,14 @@ def measured(engine: SegmentorEngine, batch: Batch, before: int) -> dict[str, in
 
 def timed(engines: dict[str, SegmentorEngine], batch: Batch, rounds: int, steps: int) -> dict[str, float]:
     """Seconds per step: the median of some rounds, in which the modes take turns."""
-    names, times = list(engines), {name: [] for name in engines}
-    for round_ in range(rounds):
-        for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
-            finish(engines[name])
-            began = time.perf_counter()
-            for _ in range(steps):
-                train_step(engines[name], batch)
-            finish(engines[name])
-            times[name].append((time.perf_counter() - began) / steps)
+    times: dict[str, list[float]] = {name: [] for name in engines}
+    for name in in_turn(list(engines), rounds):
+        finish(engines[name])
+        began = time.perf_counter()
+        for _ in range(steps):
+            train_step(engines[name], batch)
+        finish(engines[name])
+        times[name].append((time.perf_counter() - began) / steps)
     return {name: statistics.median(values) for name, values in times.items()}
 
 

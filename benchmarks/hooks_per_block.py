@@ -18,7 +18,7 @@ from typing import Any
 
 from frozen_backbone import first_batch
 from speed_steps import finish
-from timing import train_step
+from timing import in_turn, train_step
 from workload import ROOT, Workload, ds_config_of, vit
 
 from internseg_ds import SegmentorEngine
@@ -109,10 +109,8 @@ def main() -> None:
         engine.deepspeed.train()
         seconds_per_step(engine, batch, WARMUP)
     times: dict[tuple[str, int], list[tuple[float, float]]] = {key: [] for key in engines}
-    keys = list(engines)
-    for round_ in range(args.rounds):
-        for key in keys[round_ % len(keys) :] + keys[: round_ % len(keys)]:
-            times[key].append(seconds_per_step(engines[key], batch, args.steps))
+    for key in in_turn(list(engines), args.rounds):
+        times[key].append(seconds_per_step(engines[key], batch, args.steps))
     if owner.world.is_main:
         report(times, args, owner.world.size)
     for engine in (*reversed(others), owner):

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import train_step
+from timing import in_turn, train_step
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -180,14 +180,13 @@ def main() -> None:
             engine.deepspeed.backward(loss)
             engine.deepspeed.step()
         names = list(variants)
-        for round_ in range(args.rounds):
-            for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
-                finish(owner)
-                began = time.perf_counter()
-                for _ in range(args.steps):
-                    train_step(engines[name], batch)
-                finish(owner)
-                times[name].append((time.perf_counter() - began) / args.steps)
+        for name in in_turn(names, args.rounds):
+            finish(owner)
+            began = time.perf_counter()
+            for _ in range(args.steps):
+                train_step(engines[name], batch)
+            finish(owner)
+            times[name].append((time.perf_counter() - began) / args.steps)
         seconds = {name: statistics.median(values) for name, values in times.items()}
         first = seconds[names[0]]
         if owner.world.is_main:

@@ -3,10 +3,10 @@ this machine multiplies matrices."""
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,9 @@ from torch import Tensor
 if TYPE_CHECKING:  # the published contenders register a backbone of the same name as ours
     from internseg_ds import SegmentorEngine
     from internseg_ds.data.loading import Batch
+
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -43,6 +46,13 @@ def time_steps(step: Callable[[], Tensor], warmup: int, steps: int, device: torc
     loss.item()  # waits for the device, as a log record does
     seconds, cpu_seconds = (time.perf_counter() - began) / steps, (time.process_time() - cpu_began) / steps
     return Timed(seconds, losses, peak_bytes(device), cpu_seconds)
+
+
+def in_turn(contenders: Sequence[T], rounds: int) -> Iterator[T]:
+    """Each once a round, and another one first in each."""
+    for number in range(rounds):
+        first = number % len(contenders)
+        yield from (*contenders[first:], *contenders[:first])
 
 
 def train_on(engine: "SegmentorEngine", steps: int, log_every: int) -> None:

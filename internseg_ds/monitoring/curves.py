@@ -1,9 +1,8 @@
 """The curve of a run as a picture: loss and score over steps, from metrics.jsonl."""
 
-import json
 from pathlib import Path
-from typing import Any
 
+from internseg_ds.monitoring.json_lines import read_json_lines
 from internseg_ds.monitoring.units import todays
 from internseg_ds.output_files import whole_file
 
@@ -14,8 +13,7 @@ def draw_curves(metrics: Path, picture: Path, score: str = "mIoU") -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    lines = metrics.read_text(errors="replace").splitlines()
-    records = [todays(record) for line in lines if (record := _record(line))]
+    records = [todays(record) for record in read_json_lines(metrics) if "step" in record]
     losses = [(record["step"], record["loss"]) for record in records if record.get("loss") is not None]
     scores = [(record["step"], record[score]) for record in records if record.get(score) is not None]
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
@@ -31,10 +29,3 @@ def draw_curves(metrics: Path, picture: Path, score: str = "mIoU") -> None:
         right.set_ylim(bottom=0)
     with whole_file(picture) as file:
         figure.savefig(file, format="png")
-
-
-def _record(line: str) -> dict[str, Any] | None:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError:
-        return None  # half a line, of a disk that was full

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from internseg_ds.monitoring.buffered_lines import BufferedLines
+from internseg_ds.monitoring.json_lines import json_object
 from internseg_ds.monitoring.units import SCORE, SCORE_OF_A_CLASS, VERSION, is_percent, todays
 from internseg_ds.output_files import whole_file
 
@@ -126,7 +127,9 @@ class JsonlLogger:
     def __init__(self, path: Path, start: int, *, scores_again: bool = False) -> None:
         """start: the step that the run goes on from. scores_again: whether it evaluates at that step once
         more. Raises OutputError."""
-        rewind(path, start, scores_again=scores_again, todays_units=True)
+        kept = rewind(path, start, scores_again=scores_again, todays_units=True)
+        self.earlier_scores = [record for record in kept if "loss" not in record]
+        """The records of evaluations of earlier starts."""
         self.lines = BufferedLines(path)
         self.lines.add("")
 
@@ -139,41 +142,33 @@ class JsonlLogger:
         self.lines.add("")
 
 
-def rewind(path: Path, start: int, *, scores_again: bool = False, todays_units: bool = False) -> None:
+def rewind(
+    path: Path, start: int, *, scores_again: bool = False, todays_units: bool = False
+) -> list[dict[str, Any]]:
     """Keeps the records of a file of JSON lines up to step `start`, those that a resumed run does not write
-    again; none where it starts at 0. Atomic.
+    again; none where it starts at 0. Gives them. Atomic.
 
     scores_again: the scores of that step are written again, too. todays_units: records in earlier units are
     converted. Raises OutputError where there is no room for it.
     """
     if not path.exists():
-        return
+        return []
     lines = path.read_text(errors="replace").splitlines() if start > 0 else []
-    kept = []
+    kept: list[tuple[str, dict[str, Any]]] = []
     for line in lines:
-        record = _record(line)
-        if record is None or record["step"] > start:
+        record = json_object(line) or {}
+        step = record.get("step")
+        if not isinstance(step, (int, float)) or step > start:
             continue
-        if not (scores_again and record["step"] == start and "loss" not in record):
-            converted = todays_units and record.get("v") != VERSION
-            kept.append(json.dumps({"v": VERSION, **todays(record)}) if converted else line)
+        if scores_again and step == start and "loss" not in record:
+            continue
+        if todays_units and record.get("v") != VERSION:
+            record = {"v": VERSION, **todays(record)}
+            line = json.dumps(record)
+        kept.append((line, record))
     with whole_file(path) as file:
-        file.write("".join(f"{line}\n" for line in kept).encode())
-
-
-def _record(line: str) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-        return record if isinstance(record["step"], (int, float)) else None
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return None  # half a line, from a run that was killed while it wrote
-
-
-def _recorded_scores(path: Path) -> list[dict[str, Any]]:
-    """The records of evaluations in a file of JSON lines."""
-    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-    found = (_record(line) for line in lines if '"loss"' not in line)
-    return [record for record in found if record is not None]
+        file.write("".join(f"{line}\n" for line, _ in kept).encode())
+    return [record for _, record in kept]
 
 
 @contextmanager
@@ -190,9 +185,9 @@ def open_loggers(
     if not is_main:
         yield []
         return
-    path = work_dir / "metrics.jsonl"
-    jsonl, console = JsonlLogger(path, start, scores_again=scores_again), ConsoleLogger(max_steps, start)
-    for record in _recorded_scores(path):
+    jsonl = JsonlLogger(work_dir / "metrics.jsonl", start, scores_again=scores_again)
+    console = ConsoleLogger(max_steps, start)
+    for record in jsonl.earlier_scores:
         console.write(record["step"], record)
     loggers: list[MetricLogger] = [console, jsonl]
     try:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from internseg_ds.monitoring.buffered_lines import BufferedLines
+from internseg_ds.monitoring.json_lines import read_json_lines
 
 if TYPE_CHECKING:  # it loads torch, which who reads starts can do without
     from internseg_ds.config.lr_schedule import LrSchedule
@@ -71,20 +72,16 @@ def write_start(work_dir: Path, start: RunStart) -> None:
 def read_starts(work_dir: Path) -> list[RunStart]:
     """All starts, in their order; lines that are none, as those of a run that was killed while it wrote, are
     left out."""
-    try:
-        lines = (work_dir / FILE).read_text(errors="replace").splitlines()
-    except OSError:
-        return []
-    return [start for line in lines if (start := _start(line)) is not None]
+    noted = read_json_lines(work_dir / FILE)
+    return [start for each in noted if (start := _start(each)) is not None]
 
 
-def _start(line: str) -> RunStart | None:
+def _start(noted: Mapping[str, Any]) -> RunStart | None:
     try:
-        noted: dict[str, Any] = json.loads(line)
         known = {field.name: noted[field.name] for field in fields(RunStart)}
         rates = [LearningRates(**each) for each in known.pop("learning_rates")]
         start = RunStart(**known, learning_rates=rates)
-    except (ValueError, RecursionError, KeyError, TypeError):
+    except (KeyError, TypeError):
         return None
     return start if _is_sound(start) else None
 

@@ -4,10 +4,8 @@ the steps that were skipped, its settings.
 Nothing here complains: a file that is not there, a line that a killed run has not finished, is no record.
 """
 
-import json
 import math
 from array import array
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from internseg_ds.monitoring.evaluation_record import (
     evaluation_files,
     read_evaluation,
 )
+from internseg_ds.monitoring.json_lines import read_json_lines
 from internseg_ds.monitoring.run_starts import RunStart, read_starts
 from internseg_ds.monitoring.units import todays
 
@@ -127,7 +126,7 @@ def read_metrics(path: Path) -> Metrics:
     """The records of a run. Those of a step that a later line begins again from are replaced by it."""
     columns, scores = _Columns(), set[str]()
     restarts: list[Restart] = []
-    for line in _json_lines(path):
+    for line in read_json_lines(path, LINES):
         record = todays(line)
         step = _number(record.pop("step", None))
         if not math.isfinite(step):
@@ -161,20 +160,6 @@ def _before(columns: _Columns, step: float) -> int:
     """The last step before `step` that has a record."""
     steps, _ = columns.by_name.get("loss", (array("d"), array("d")))
     return int(steps[-1]) if steps else max(0, int(step) - 1)
-
-
-def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        with path.open(errors="replace") as file:
-            for _, line in zip(range(LINES), file, strict=False):
-                try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError):
-                    continue  # half a line, of a run that was killed
-                if isinstance(record, dict):
-                    yield record
-    except OSError:
-        return
 
 
 @dataclass(frozen=True)
@@ -237,7 +222,7 @@ def read_run(folder: Path) -> RunRecords:
         read_metrics(folder / "metrics.jsonl"),
         read_starts(folder),
         evaluations,
-        list(_json_lines(folder / "skipped_steps.jsonl")),
+        list(read_json_lines(folder / "skipped_steps.jsonl", LINES)),
         _text(folder / "data_faults.txt").splitlines(),
         _text(folder / "config.py"),
         _text(folder / "ds_config.json"),

@@ -60,10 +60,12 @@ class FolderDataset(CustomDataset):
         seed: int = 0,
         **arguments: Any,
     ) -> None:
-        _check_texts(root=root, images=images, masks=[] if masks is None else masks, split=split or [])
+        _check_texts(several=True, root=root, images=images)
+        given = {key: value for key, value in (("masks", masks), ("split", split)) if value is not None}
+        _check_texts(several=False, **given)
         if classes is None:
             raise ConfigError("FolderDataset needs classes=[...], or a file with a name on each line")
-        _check_texts(classes=classes)
+        _check_texts(several=True, classes=classes)
         names = mmcv.list_from_file(classes) if isinstance(classes, str) else list(classes)
         if not names:
             raise ConfigError("classes of FolderDataset names none; it needs a name for each class")
@@ -140,17 +142,11 @@ def _codes(
     return None if label_map is None else number_codes(label_map, classes, ignore_index)
 
 
-def _check_texts(**arguments: Any) -> None:
-    """Each must be a string, or where there may be several, some."""
+def _check_texts(*, several: bool, **arguments: Any) -> None:
+    """Each must be a string, or, if `several`, may be some of them."""
     for key, value in arguments.items():
-        several = key in ("root", "images", "classes")
-        given = [value] if isinstance(value, str) else value
-        if (
-            not isinstance(given, (list, tuple))
-            or (given and not several and not isinstance(value, str))
-            or not all(isinstance(each, str) and each for each in given)
-            or (several and not given)
-        ):
+        given = value if several and isinstance(value, (list, tuple)) else [value]
+        if not given or not all(isinstance(each, str) and each for each in given):
             raise ConfigError(
                 f"{key}={value!r} of FolderDataset must be a string{', or a list of strings' * several}"
             )

@@ -1,10 +1,9 @@
 """The best score of a run, over all of its starts."""
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from internseg_ds.monitoring.json_lines import read_json_lines
 
 
 @dataclass(frozen=True)
@@ -21,17 +20,8 @@ def best_recorded(records: Path, score: str) -> Best | None:
     """The first record of a file of JSON lines with the highest value of a score; those of step 0 do not count. None
     where there is none."""
     best: Best | None = None
-    for line in records.read_text(errors="replace").splitlines():
-        values = _values(line)
+    for values in read_json_lines(records):
         value, step = values.get(score), values.get("step")
         if isinstance(value, float) and step and (best is None or value > best.value):
             best = Best(score, step, value)
     return best
-
-
-def _values(line: str) -> Mapping[str, Any]:
-    try:
-        values = json.loads(line)
-    except json.JSONDecodeError:
-        return {}
-    return values if isinstance(values, dict) else {}
