@@ -117,9 +117,10 @@ def evaluated(engine, config, dataset, way: str, autocast: bool = False):
         autocast=autocast,
         weights=way.split()[0],
     ) as ready:
-        assert not ready.segmentor.training and ready.in_step == (
-            way in ("partitioned", "auto without room") and engine.zero_optimization_partition_weights()
-        )
+        # the only process has the whole weights in its shards: they need no room
+        in_step = way == "partitioned" or (way == "auto without room" and world.size > 1)
+        assert not ready.segmentor.training
+        assert ready.in_step == (in_step and engine.zero_optimization_partition_weights())
         return evaluate_dataset(ready, dataset, EvaluationOptions(world, workers=0, verbose=False))
 
 
