@@ -103,6 +103,9 @@ def options() -> argparse.Namespace:
         help="of the blocks; the published ones have RMSNorm only",
     )
     parser.add_argument(
+        "--frozen", action="store_true", help="the ViT is frozen (the published freeze_vit): head tuning"
+    )
+    parser.add_argument(
         "--published",
         type=Path,
         metavar="PATH",
@@ -142,6 +145,8 @@ def workload_of(args: argparse.Namespace) -> Workload:
     fields["options"]["model.backbone.norm_type"] = args.norm_type
     if args.norm_type == "rms_norm":
         del fields["options"]["model.backbone.norm_type"]  # the published constructor does not know it
+    if args.frozen:
+        fields["options"]["model.backbone.freeze_vit"] = True
     if args.micro_batch:
         fields["micro_batch"] = args.micro_batch
     return Workload(

@@ -3,8 +3,7 @@ package.
 
 In: weights with the config that is stored with them. Out: NAME.onnx or a TorchScript NAME.pt, held against the
 segmentor. What cannot be exported is refused before any weights are read; a file that computes something else is not
-left. It runs in one process, on the CPU, in fp32. Memory: the weights (4 bytes each), and while the file is checked
-those of its runtime beside them.
+left. It runs in one process, on the CPU, in fp32. What memory and disk it takes, it says before it starts.
 """
 
 import logging
@@ -23,6 +22,7 @@ from mmcv import Config
 from internseg_ds.checkpoints.weights import Weights
 from internseg_ds.config.experiment import Experiment, read_experiment
 from internseg_ds.distributed.construction import build_on_meta
+from internseg_ds.distributed.device_memory import free_memory
 from internseg_ds.distributed.precision import buffers_to_fp32
 from internseg_ds.distributed.weight_loading import match_segmentor
 from internseg_ds.errors import ConfigError, OutputError, reason_of
@@ -51,6 +51,9 @@ FORMATS: dict[str, ModuleType] = {".onnx": onnx_file, ".pt": torchscript_file}
 COARSEST = 32
 """Pixels whose multiples the sides are, where they may differ and the backbone has no patches: the stride of a
 hierarchical backbone's last map. torch cannot follow sizes that are rounded on the way."""
+# measured (docs/using_models.md)
+PROCESS = 0.9 * 2**30
+"""Bytes of host memory that Python, imports and the program of a segmentor take."""
 LONGEST_REASON = 300
 """Characters of torch's reason why a model cannot be exported."""
 
@@ -84,7 +87,7 @@ def export_segmentor(
     given = _input(experiment, patch_size(segmentor.get_submodule("backbone")), size, dynamic)
     file_format.check(given)
     match_segmentor(segmentor, weights)
-    _check_room(target, segmentor)
+    _tell_needs(target, segmentor, file_format)
     description = described(experiment, *classes_of(experiment, meta), given, segmentor.out_channels)
     with stage("making the graph"):
         made = _prepared(segmentor, experiment, given, file_format)
@@ -97,6 +100,8 @@ def export_segmentor(
             _check(file_format, partial, graph, given, target)
         for file in files:
             file.replace(target.with_name(file.name))
+        if len(files) == 1:  # an overwritten file's weights
+            onnx_file.data_file(target).unlink(missing_ok=True)
     return [target.with_name(file.name) for file in files]
 
 
@@ -119,23 +124,30 @@ def _check_target(target: Path, overwrite: bool) -> None:
         raise ConfigError(f"{taken[0]} exists already; choose another name, or give --overwrite")
 
 
-def _check_room(target: Path, segmentor: torch.nn.Module) -> None:
-    """Logs what the file will take; raises OutputError where the disk has no room for the weights."""
+def _tell_needs(target: Path, segmentor: torch.nn.Module, file_format: ModuleType) -> None:
+    """Says what disk and host memory it will take, with a warning where less memory is free now. Raises OutputError
+    where the disk has no room for the weights."""
     place = next(parent for parent in target.absolute().parents if parent.exists())
-    needed = 4 * sum(
-        param.numel() for name, param in segmentor.named_parameters() if not name.startswith("auxiliary_head")
-    )
+    tensors = (*segmentor.named_parameters(), *segmentor.named_buffers())
+    needed = 4 * sum(tensor.numel() for name, tensor in tensors if not name.startswith("auxiliary_head"))
     if needed > (free := shutil.disk_usage(place).free):
         raise OutputError(
             f"{target} needs {needed / 2**20:.1f} MiB but only {free / 2**20:.1f} MiB are free in {place}; make room "
             "there, or choose another folder"
         )
-    log.info(
-        "%s will take %.2f GiB of the disk, 4 bytes a weight, and while it is written and checked two to five "
-        "times that of memory (docs/using_models.md)",
-        target.name,
-        needed / 2**30,
+    memory = PROCESS + file_format.memory_factor(needed) * needed
+    spare = free_memory(torch.device("cpu"), processes=1)
+    log.log(
+        logging.INFO if memory <= spare else logging.WARNING,
+        "the file will take %s of disk, and writing it about %s of host memory beside what a forward pass takes%s",
+        _size(needed),
+        _size(memory),
+        "" if memory <= spare else f"; {_size(spare)} are free now",
     )
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def _in_fp32(experiment: Experiment) -> Experiment:

@@ -162,6 +162,9 @@ def test_weights_that_one_file_cannot_hold_lie_beside_it(tmp_path, monkeypatch):
     images = pixels((1, 56, 56))
     logits, _ = of_a_stranger(files[1], images)
     assert_agrees(segmentor, logits, images)
+    monkeypatch.setattr(onnx_file, "LARGEST_FILE", 2**31)  # a file that needs none takes their place
+    assert export_segmentor(weights, files[1], overwrite=True) == files[1:]
+    assert not files[0].exists()
 
 
 @pytest.mark.slow
@@ -203,6 +206,39 @@ def test_what_cannot_be_is_refused_before_anything_is_captured(tmp_path, monkeyp
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ConfigError, match=r"pip install internseg-ds\[onnx\]"):
         export_segmentor(weights, tmp_path / "other.onnx")
+
+
+def test_what_it_takes_is_said_before_it_begins(tmp_path, monkeypatch, caplog):
+    """Where weights lie beside the file, it takes less memory; scarce memory is a warning and refuses nothing."""
+
+    class Begun(Exception):
+        pass
+
+    def begins(*_):
+        raise Begun
+
+    segmentor, weights = written("smallest", tmp_path)
+    tensors = (*segmentor.named_parameters(), *segmentor.named_buffers())
+    held = 4 * sum(each.numel() for name, each in tensors if not name.startswith("auxiliary_head"))
+    monkeypatch.setattr(export, "_prepared", begins)
+    monkeypatch.setattr(export, "PROCESS", 0)
+    caplog.set_level("INFO")
+
+    def said(free: int) -> tuple[str, str]:
+        caplog.clear()
+        monkeypatch.setattr(export, "free_memory", lambda *_, **__: free)
+        with pytest.raises(Begun):
+            export_segmentor(weights, tmp_path / "segmentor.onnx")
+        (line,) = [record for record in caplog.records if "of disk" in record.getMessage()]
+        return line.levelname, line.getMessage()
+
+    level, text = said(free=2**40)
+    assert level == "INFO" and "free now" not in text
+    assert f"{held / 2**20:.1f} MiB of disk" in text and f"{5 * held / 2**20:.1f} MiB of host memory" in text
+    level, text = said(free=1000)
+    assert level == "WARNING" and "0.0 MiB are free now" in text
+    monkeypatch.setattr(onnx_file, "LARGEST_FILE", 1000)
+    assert f"{2.2 * held / 2**20:.1f} MiB of host memory" in said(free=2**40)[1]
 
 
 def test_a_difference_of_logits_is_a_part_of_the_largest_and_nan_is_none():
