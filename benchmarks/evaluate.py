@@ -123,8 +123,8 @@ def main() -> None:
     from mmcv import DictAction
 
     from internseg_ds.config.experiment import read_experiment
-    from internseg_ds.data.generated_ade20k import write_generated_ade20k
     from internseg_ds.preflight.dataset_checks import validation_set
+    from internseg_ds.synthetic.generated_ade20k import write_generated_ade20k
 
     options = dict(item.split("=", 1) for item in args.cfg_options)
     world = world_from_environment()

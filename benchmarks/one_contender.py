@@ -19,8 +19,8 @@ import torch
 from timing import matmul_flops, peak_bytes, reset_peak
 from workload import Workload
 
-from internseg_ds.cli.command_line import quieten
 from internseg_ds.distributed.process_group import join, leave, world_from_environment
+from internseg_ds.monitoring.run_log import begin_log
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("result", metavar="RESULT.json", type=Path)
     args = parser.parse_args()
     name, workload, result = args.name, Workload.read(args.workload), args.result
-    quieten()
+    begin_log()
     world = world_from_environment()
     # one for all ranks
     work_dir = Path(tempfile.gettempdir(), f"one_contender_{os.environ.get('MASTER_PORT', os.getpid())}")

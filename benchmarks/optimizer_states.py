@@ -226,7 +226,7 @@ def print_classifiers(found: dict[str, list[float]]) -> None:
 
 def write_scenes(folder: Path, count: int) -> None:
     """The generated data set in ADE20K's layout."""
-    from internseg_ds.data.generated_ade20k import write_generated_ade20k
+    from internseg_ds.synthetic.generated_ade20k import write_generated_ade20k
 
     write_generated_ade20k(folder, training=count, validation=32)
 

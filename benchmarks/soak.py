@@ -34,7 +34,7 @@ from soaking.report import draw, growth, lines_of, table
 from soaking.soak import Soak, training_command
 from soaking.vitals import Vitals
 
-from internseg_ds.data.generated_ade20k import write_generated_ade20k
+from internseg_ds.synthetic.generated_ade20k import write_generated_ade20k
 
 log = logging.getLogger("soak")
 INSIDE = "INTERNSEG_SOAK_INSIDE"

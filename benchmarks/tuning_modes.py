@@ -91,7 +91,7 @@ def options() -> argparse.Namespace:
 
 def write_scenes(folder: Path, count: int) -> None:
     """The generated data set in ADE20K's layout."""
-    from internseg_ds.data.generated_ade20k import write_generated_ade20k
+    from internseg_ds.synthetic.generated_ade20k import write_generated_ade20k
 
     write_generated_ade20k(folder, training=count, validation=8)
 

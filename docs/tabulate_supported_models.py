@@ -12,7 +12,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from internseg_ds.data.generated_ade20k import write_generated_ade20k
+from internseg_ds.synthetic.generated_ade20k import write_generated_ade20k
 from tests.end_to_end.every_model.cases import CASES, table
 from tests.end_to_end.every_model.runs import sweep
 

@@ -40,9 +40,9 @@ def main() -> None:
     processes = min(2, torch.cuda.device_count()) if device_type() == "cuda" else 2
     real = ADE20K.exists() and not (ADE20K / "GENERATED.json").exists()
     # a real ADE20K stays as it is; the demo trains on generated scenes all the same
-    root = Path("data/generated_ade20k") if real else ADE20K
+    root = Path("synthetic/generated_ade20k") if real else ADE20K
     data = f"data.train.data_root={root} data.val.data_root={root} data.test.data_root={root}"
-    step("a small data set in ADE20K's layout", f"{python} -m internseg_ds.data.generated_ade20k {root}")
+    step("a small data set in ADE20K's layout", f"{python} -m internseg_ds.synthetic.generated_ade20k {root}")
     step(
         "full tuning under ZeRO-3",
         f"deepspeed --num_gpus {processes} launch/train.py {CONFIG} --deepspeed_config "

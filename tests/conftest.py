@@ -53,7 +53,7 @@ def once_for_all_workers(tmp_path_factory: pytest.TempPathFactory) -> OnceForAll
 def ade20k(tmp_path_factory: pytest.TempPathFactory, once_for_all_workers: OnceForAllWorkers) -> Path:
     """A small generated data set in ADE20K's layout: 23 training and 7 validation images of different
     sizes."""
-    from internseg_ds.data.generated_ade20k import write_generated_ade20k
+    from internseg_ds.synthetic.generated_ade20k import write_generated_ade20k
 
     def make() -> Path:
         root = tmp_path_factory.mktemp("data") / "ade"

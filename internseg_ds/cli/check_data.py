@@ -3,7 +3,6 @@
 from typing import NoReturn
 
 from internseg_ds.cli import command_line
-from internseg_ds.monitoring.run_log import begin_log
 from internseg_ds.progress import stage
 
 
@@ -38,7 +37,6 @@ def _main() -> None:
     import os
     from pathlib import Path
 
-    begin_log()
     with stage(f"loading mmseg, reading {args.config}"):
         from internseg_ds.config.experiment import read_experiment
         from internseg_ds.data_report.doctor import examine

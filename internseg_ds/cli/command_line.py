@@ -5,11 +5,9 @@ that knows of it.
 """
 
 import argparse
-import logging
 import os
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -18,6 +16,7 @@ from internseg_ds import exit_codes
 from internseg_ds.distributed.process_group import leave, world_from_environment
 from internseg_ds.errors import OF_ONE_RANK, Diverged, Lost, UserError
 from internseg_ds.host_faults import host_errors_explained
+from internseg_ds.monitoring.run_log import begin_log
 
 GRACE_S = 15
 """Seconds that ranks other than 0 wait before they exit on a user's error: launchers kill the others at the
@@ -25,8 +24,8 @@ first exit, and rank 0 is to speak first."""
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Calls `main` and exits with its code; leaves the process group on every path."""
-    quieten()
+    """Calls `main` with its log begun, and exits with its code; leaves the process group on every path."""
+    begin_log()
     code = exit_codes.FAILED
     try:
         with host_errors_explained():
@@ -65,17 +64,6 @@ def _rank() -> int:
         return world_from_environment().rank
     except UserError:
         return int(os.environ.get("LOCAL_RANK", 0)) if os.environ.get("LOCAL_RANK", "0").isdigit() else 0
-
-
-def quieten() -> None:
-    """Silences notices of our dependencies that a user can do nothing about (mmcv's 2.0 announcement,
-    DeepSpeed's progress notes)."""
-    warnings.filterwarnings("ignore", message="On January 1, 2023, MMCV")
-    warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true")
-    warnings.filterwarnings("ignore", message="Default ``avg_non_ignore``")
-    warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
-    warnings.filterwarnings("ignore", message="`torch.distributed.reduce_scatter_tensor` is deprecated")
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 
 def parser(description: str, example: str) -> argparse.ArgumentParser:
@@ -126,7 +114,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
 
 def add_config_options(made: argparse.ArgumentParser) -> None:
     """--cfg-options, as mmseg's tools have it."""
-    from mmcv import DictAction  # here: after `quieten`
+    from mmcv import DictAction  # here: it takes a second, and its announcements go to the log that has begun
 
     class Settings(DictAction):
         def __call__(

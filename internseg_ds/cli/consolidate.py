@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from internseg_ds.cli import command_line
+from internseg_ds.progress import stage
 
 FORMATS = ("huggingface",)
 
@@ -88,8 +89,9 @@ def _check_together(parser: argparse.ArgumentParser, args: argparse.Namespace) -
 
 
 def _write(args: argparse.Namespace) -> None:
-    from internseg_ds.checkpoints.checksum_files import sum_file, verify
-    from internseg_ds.checkpoints.consolidate import consolidate
+    with stage("loading torch and mmcv"):
+        from internseg_ds.checkpoints.checksum_files import sum_file, verify
+        from internseg_ds.checkpoints.consolidate import consolidate
 
     if args.verify:
         verify(args.out)

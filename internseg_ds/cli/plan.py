@@ -4,7 +4,6 @@ import argparse
 from typing import NoReturn
 
 from internseg_ds.cli import command_line
-from internseg_ds.monitoring.run_log import begin_log
 from internseg_ds.planning.devices import DEVICES
 from internseg_ds.progress import stage
 
@@ -163,7 +162,6 @@ def _main() -> None:
     from contextlib import suppress
     from dataclasses import replace
 
-    begin_log()
     with stage(f"loading mmseg, reading {args.config}"):
         from internseg_ds.config.experiment import read_experiment
         from internseg_ds.config.packaged import DS_CONFIGS, find

@@ -3,6 +3,7 @@
 from typing import NoReturn
 
 from internseg_ds.cli import command_line
+from internseg_ds.progress import stage
 
 
 def _main() -> None:
@@ -21,7 +22,8 @@ def _main() -> None:
 
     from pathlib import Path
 
-    from internseg_ds.run_report.page import check_work_dir, write_comparison, write_run_page
+    with stage("loading torch"):
+        from internseg_ds.run_report.page import check_work_dir, write_comparison, write_run_page
 
     folders = [Path(folder) for folder in args.work_dirs]
     for folder in folders:

@@ -3,7 +3,6 @@
 from typing import NoReturn
 
 from internseg_ds.cli import command_line
-from internseg_ds.monitoring.run_log import begin_log
 from internseg_ds.progress import stage
 
 
@@ -41,7 +40,6 @@ def _main() -> None:
 
     from pathlib import Path
 
-    begin_log()
     with stage("loading mmseg and gradio"):
         from internseg_ds.evaluation.segmenter import Segmenter
         from internseg_ds.evaluation.viewer.page import application, check_gradio

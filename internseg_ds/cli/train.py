@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from internseg_ds.cli.loading import loading
 from internseg_ds.monitoring.environment_report import print_report
+from internseg_ds.monitoring.run_log import begin_log
 from internseg_ds.progress import stage
 from internseg_ds.training.stop_requests import exit_on_request, exit_stopped
 
@@ -222,6 +223,7 @@ def _train(args: argparse.Namespace, experiment: "Experiment") -> None:
 def main() -> NoReturn:
     """The command."""
     if "--env" in sys.argv[1:]:  # before anything is imported that may be broken
+        begin_log()
         print_report()
         sys.exit()
     exit_on_request()  # before the next import, which takes seconds

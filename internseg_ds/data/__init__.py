@@ -1,5 +1,5 @@
-"""Data: mmseg's data sets and pipelines in a reproducible order, the transforms that the configs name, and a
-small generated data set. Loads no DeepSpeed."""
+"""Data: mmseg's data sets and pipelines in a reproducible order, and the transforms that the configs name. Loads no
+DeepSpeed."""
 
 from internseg_ds.data.ade20k import ADE20KDataset
 from internseg_ds.data.datasets import build_datasets

@@ -117,7 +117,12 @@ def _classes(what: str, seen: Scanned) -> dict[str, Any]:
 def _facts(seen: Scanned) -> list[tuple[str, str]]:
     sizes = sorted((look.head.stored for look in seen.looks if look.head), key=lambda size: size[0] * size[1])
     modes = sorted({f"{look.head.format} {look.head.mode}" for look in seen.looks if look.head})
-    facts = [("numbers in the label maps", ", ".join(map(str, sorted(seen.labels.numbers)[:300])))]
+    facts = [
+        (
+            "numbers in the label maps, as they are read",
+            ", ".join(map(str, sorted(seen.labels.numbers)[:300])),
+        )
+    ]
     facts.append(("label maps are stored as", ", ".join(sorted(seen.labels.storage))))
     facts.append(("images are stored as", ", ".join(modes)))
     if sizes:

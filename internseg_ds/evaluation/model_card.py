@@ -14,11 +14,11 @@ from typing import Any
 
 from internseg_ds.config.experiment import Experiment
 from internseg_ds.data.entries import leaf_datasets
-from internseg_ds.data.generated_ade20k import MARKER
 from internseg_ds.evaluation.class_table import is_of_one_class
 from internseg_ds.models.backbone import checkpoint_of
 from internseg_ds.monitoring.units import in_cell
 from internseg_ds.planning.image_sizes import crop_size
+from internseg_ds.synthetic.generated_ade20k import MARKER
 
 PICTURE, CONFUSION = "prediction.png", "confusion.png"
 PACKAGES = ("internseg-ds", "torch", "transformers", "deepspeed", "mmsegmentation", "mmcv-full")

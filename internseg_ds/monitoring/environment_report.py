@@ -158,7 +158,7 @@ def _extensions() -> Iterator[str]:
     for name in EXTENSIONS:
         folder = extension_folder(name)
         built = "compiled" if (folder / f"{name}.so").is_file() else "not compiled yet"
-        interrupted = ", and a build of it was interrupted" if build_was_interrupted(folder) else ""
+        interrupted = ", and a build of it runs or was interrupted" if build_was_interrupted(folder) else ""
         yield f"DeepSpeed's {name}: {built}{interrupted}, in {folder}"
     from mmcv.ops import get_compiler_version, get_compiling_cuda_version
 
@@ -166,5 +166,11 @@ def _extensions() -> Iterator[str]:
 
 
 def _variables() -> Iterator[str]:
-    found = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(PREFIXES)]
+    started = Path("/proc/self/environ")  # without what this package and others have set since
+    given = (
+        started.read_text(errors="replace").split("\0")
+        if started.is_file()
+        else [f"{name}={value}" for name, value in os.environ.items()]
+    )
+    found = sorted(each for each in given if each.startswith(PREFIXES))
     yield f"variables: {shlex.join(found) or 'none that changes anything'}"

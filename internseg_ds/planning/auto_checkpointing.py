@@ -5,6 +5,7 @@ In: an `Estimator`, a ds_config, and what a process runs on. Out: a policy of `m
 """
 
 import logging
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -46,7 +47,8 @@ def least_checkpointing(estimator: Estimator, ds: DsConfig, platform: Platform) 
         if memory.fits_device:
             break
     log.info(
-        'engine.recomputation="auto" becomes %r: of %.2f GiB, %s by the estimate',
+        '%s: engine.recomputation="auto" becomes %r: of %.2f GiB, %s by the estimate',
+        Path(ds.source).name,
         policy,
         platform.device_bytes / 2**30,
         ", ".join(needs),

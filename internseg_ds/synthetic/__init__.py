@@ -1,1 +1,1 @@
-"""Made-up scenes with their label maps, to try and test without a download."""
+"""Made-up scenes with their label maps, and a data set of them, to try and test without a download."""

@@ -11,11 +11,11 @@ from deepspeed.utils import safe_set_full_fp32_param
 from torch import nn
 
 from internseg_ds import SegmentorEngine
-from internseg_ds.cli.command_line import quieten
 from internseg_ds.config.experiment import read_experiment
 from internseg_ds.errors import ConfigError
 from internseg_ds.models.activation_checkpointing import set_recomputation
 from internseg_ds.models.repeated_blocks import repeated_blocks
+from internseg_ds.monitoring.run_log import begin_log
 from tests.conftest import ROOT, TIMM, TINY, TRANSFORMERS, data_options
 from tests.distributed.ranks import spawn
 from tests.end_to_end.conftest import SMALLER
@@ -47,7 +47,7 @@ def options(root: Path, config: str = TINY, **more: object) -> dict[str, object]
 def every_policy_is_equal(settings: list[tuple[dict, dict]], root: Path, work_dir: Path) -> None:
     """On each rank, for (zero_optimization, options of the experiment): the loss and the norm of all
     gradients of one batch, again and again under learning rate 0."""
-    quieten()
+    begin_log()
     deepspeed.init_distributed("gloo", verbose=False)
     by_layer = {}
     for zero, more in settings:
@@ -102,7 +102,7 @@ def test_every_policy_gives_the_same_losses_and_gradient_norms_with_hooks_on_lay
 
 def blocks_run_again(config: str, root: Path, work_dir: Path) -> None:
     """How often each block runs in one step, under each policy."""
-    quieten()
+    begin_log()
     deepspeed.init_distributed("gloo", verbose=False)
     experiment = read_experiment(ROOT / config, options(root, config))
     stage3 = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}}

@@ -11,11 +11,11 @@ import torch
 from torch._dynamo.utils import counters
 
 from internseg_ds import SegmentorEngine
-from internseg_ds.cli.command_line import quieten
 from internseg_ds.config.experiment import read_experiment
 from internseg_ds.models.activation_checkpointing import set_recomputation
 from internseg_ds.models.block_execution.compiled_blocks import compile_blocks
 from internseg_ds.models.repeated_blocks import block_names
+from internseg_ds.monitoring.run_log import begin_log
 from tests.conftest import ROOT, TINY
 from tests.distributed.ranks import spawn
 from tests.distributed.test_activation_checkpointing import LEAF, TIGHT, options
@@ -54,7 +54,7 @@ def stepper(engine: SegmentorEngine):
 def compiled_as_uncompiled(
     settings: list[dict], policies: tuple, drop_path: float, root: Path, work_dir: Path
 ) -> None:
-    quieten()
+    begin_log()
     deepspeed.init_distributed("gloo", verbose=False)
     for zero in settings:
         more = {"model.backbone.drop_path_rate": drop_path}
@@ -95,7 +95,7 @@ def test_losses_and_gradients_are_those_of_uncompiled_blocks_and_nothing_is_comp
 
 
 def the_option(zero: dict, root: Path, work_dir: Path) -> None:
-    quieten()
+    begin_log()
     deepspeed.init_distributed("gloo", verbose=False)
     found = []
     for compiled in (False, True):

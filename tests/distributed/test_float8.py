@@ -6,13 +6,13 @@ import deepspeed
 import pytest
 import torch
 
-from internseg_ds.cli.command_line import quieten
 from internseg_ds.config.engine_options import EngineOptions
 from internseg_ds.distributed.construction import build_on_meta
 from internseg_ds.distributed.precision import ComputeDtypes, check_float8
 from internseg_ds.errors import ConfigError
 from internseg_ds.models.block_execution.float8_linear import multiply_in_float8
 from internseg_ds.models.repeated_blocks import block_names
+from internseg_ds.monitoring.run_log import begin_log
 from tests.distributed.ranks import spawn
 from tests.distributed.test_activation_checkpointing import LEAF, TIGHT
 from tests.distributed.test_compiled_blocks import small_engine, stepper
@@ -43,7 +43,7 @@ def losses(zero: dict, root: Path, work_dir: Path, float8: bool) -> list[float]:
 
 
 def float8_follows_bf16(stages: list[dict], root: Path, work_dir: Path) -> None:
-    quieten()
+    begin_log()
     deepspeed.init_distributed("gloo", verbose=False)
     expected = losses(stages[0], root, work_dir / "bf16", float8=False)
     assert expected[-1] < expected[0]

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from internseg_ds import SegmentorEngine
-from internseg_ds.cli.command_line import quieten
 from internseg_ds.config.experiment import read_experiment
+from internseg_ds.monitoring.run_log import begin_log
 from internseg_ds.planning.collectives import step_traffic
 from internseg_ds.planning.flops import training_pass
 from internseg_ds.planning.zero_settings import ZeroSettings
@@ -67,7 +67,7 @@ class Counted(TorchDispatchMode):
 def count_and_compare(settings: list[tuple], root: Path, work_dir: Path) -> None:
     """On each rank: trains under each of (zero_optimization, accumulation, engine.tune), and compares one
     step's collectives with the estimate."""
-    quieten()
+    begin_log()
     deepspeed.init_distributed("gloo", verbose=False)
     world_size, passes = dist.get_world_size(), {}
     for zero, accumulation, tune in settings:

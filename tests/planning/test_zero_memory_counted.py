@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from internseg_ds import SegmentorEngine
-from internseg_ds.cli.command_line import quieten
 from internseg_ds.config.experiment import read_experiment
+from internseg_ds.monitoring.run_log import begin_log
 from internseg_ds.optimization.parameter_groups import parameter_groups
 from internseg_ds.planning.zero_memory import model_states, temporary_buffers
 from internseg_ds.planning.zero_settings import ZeroSettings
@@ -45,7 +45,7 @@ def living() -> dict[int, torch.UntypedStorage]:
 def count_and_compare(settings: list[tuple[dict, int, str]], root: Path, work_dir: Path) -> None:
     """On each rank: trains under each of (ds_config, accumulation, engine.optimizer_states), and compares
     what lives after a backward pass and after a step with the estimate."""
-    quieten()
+    begin_log()
     deepspeed.init_distributed("gloo", verbose=False)
     n = dist.get_world_size()
     for ds_config, accumulation, states in settings:

@@ -5,7 +5,7 @@ ROOT/images/{training,validation}/ADE_{train,val}_%08d.jpg and, beside them in R
 label maps with ADE20K's ids (0 = unlabelled), and ROOT/GENERATED.json, which says that they are ours. Image k
 of a split depends on (seed, split, k, size) alone. `synthetic/scenes.py` draws.
 
-    python -m internseg_ds.data.generated_ade20k data/ade/ADEChallengeData2016 --training 200 --validation 40
+    python -m internseg_ds.synthetic.generated_ade20k data/ade/ADEChallengeData2016 --training 200 --validation 40
 """
 
 import argparse
@@ -156,13 +156,13 @@ def _refuse_foreign(root: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns 0, or 2 when the input is wrong."""
     parser = argparse.ArgumentParser(
-        prog="python -m internseg_ds.data.generated_ade20k",
+        prog="python -m internseg_ds.synthetic.generated_ade20k",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Write a small data set of drawn streets, meadows and lakes in ADE20K's directory "
         "layout:\n"
         "13 of its 150 classes, with its ids. A folder with the same parameters is left as it is;\n"
         "a folder with any other files in it, such as the real ADE20K, is refused.",
-        epilog="example:\n  python -m internseg_ds.data.generated_ade20k data/ade/ADEChallengeData2016 "
+        epilog="example:\n  python -m internseg_ds.synthetic.generated_ade20k data/ade/ADEChallengeData2016 "
         "--training 200 --validation 40",
     )
     parser.add_argument(

@@ -15,9 +15,9 @@ import pytest
 from mmseg.datasets import ADE20KDataset as MMSegADE20K
 
 from internseg_ds.data.ade20k import ADE20KDataset
-from internseg_ds.data.generated_ade20k import main, write_generated_ade20k
 from internseg_ds.errors import ConfigError, DataError
 from internseg_ds.synthetic.canvas import CLASS_IDS, UNLABELLED
+from internseg_ds.synthetic.generated_ade20k import main, write_generated_ade20k
 from internseg_ds.synthetic.scenes import draw_scene
 
 SMALL = {"training": 3, "validation": 2, "size": 48}
