@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 BYTES = "bytes"
-"""The unit that is shown in GiB."""
+"""The unit that is shown in GiB, or in MiB where that is less than one."""
 RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 """Variables in which launchers give a process its rank; `distributed.process_group`, which loads torch, reads
 them with care."""
@@ -99,7 +99,8 @@ class Count:
         if self.total is None:
             return ""
         if self.unit == BYTES:
-            return f"{self.done / 2**30:.2f} of {_amount(self.total, BYTES)}"
+            total = _amount(self.total, BYTES)
+            return f"{_amount(self.done, BYTES, like=self.total).split()[0]} of {total}"
         return f"{self.done:,} of {self.total:,}{f' {self.unit}' if self.unit else ''}"
 
 
@@ -157,8 +158,12 @@ def duration(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))
 
 
-def _amount(value: float, unit: str) -> str:
-    return f"{value / 2**30:.2f} GiB" if unit == BYTES else f"{value:,.0f}"
+def _amount(value: float, unit: str, like: float | None = None) -> str:
+    """like: an amount whose unit it is to have, other than its own."""
+    if unit != BYTES:
+        return f"{value:,.0f}"
+    large = (value if like is None else like) >= 2**30
+    return f"{value / 2**30:.2f} GiB" if large else f"{value / 2**20:.1f} MiB"
 
 
 def _opening(count: Count) -> str:

@@ -21,7 +21,7 @@ CONFIG = "configs/intern_vit_tiny/upernet_intern_vit_tiny_112_ade20k.py"
 ADE20K = Path("data/ade/ADEChallengeData2016")
 WORK = Path("work_dirs/demo")
 LEAST_MIOU = 45.0
-"""What the trained demo scores at least; 0.52 is usual."""
+"""What the trained demo scores at least, in percent; 52 is usual."""
 
 
 def step(title: str, command: str) -> None:
@@ -40,7 +40,7 @@ def main() -> None:
     processes = min(2, torch.cuda.device_count()) if device_type() == "cuda" else 2
     real = ADE20K.exists() and not (ADE20K / "GENERATED.json").exists()
     # a real ADE20K stays as it is; the demo trains on generated scenes all the same
-    root = Path("synthetic/generated_ade20k") if real else ADE20K
+    root = Path("data/generated_ade20k") if real else ADE20K
     data = f"data.train.data_root={root} data.val.data_root={root} data.test.data_root={root}"
     step("a small data set in ADE20K's layout", f"{python} -m internseg_ds.synthetic.generated_ade20k {root}")
     step(

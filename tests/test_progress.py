@@ -93,12 +93,21 @@ def test_a_long_count_says_from_time_to_time_how_far_it_is_and_at_its_end_how_lo
             done.advance(2**30)
     assert said == [
         "reading: 8.00 GiB ...",
-        "reading: 2.00 of 8.00 GiB, 0.05 GiB/s, 0:02:00 left",
-        "reading: 4.00 of 8.00 GiB, 0.05 GiB/s, 0:01:20 left",
-        "reading: 6.00 of 8.00 GiB, 0.05 GiB/s, 40.0 s left",
-        "reading: 8.00 of 8.00 GiB, 0.05 GiB/s, 0.0 s left",
+        "reading: 2.00 of 8.00 GiB, 51.2 MiB/s, 0:02:00 left",
+        "reading: 4.00 of 8.00 GiB, 51.2 MiB/s, 0:01:20 left",
+        "reading: 6.00 of 8.00 GiB, 51.2 MiB/s, 40.0 s left",
+        "reading: 8.00 of 8.00 GiB, 51.2 MiB/s, 0.0 s left",
         "reading: 0:02:40",
     ]
+
+
+def test_less_than_a_gib_is_counted_in_mib(said, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with progress.progress("reading", 3 * 2**20, progress.BYTES, after_s=0) as done:
+        now[0] += 60
+        done.advance(2**20)
+    assert said[:2] == ["reading: 3.0 MiB ...", "reading: 1.0 of 3.0 MiB, 0.0 MiB/s, 0:02:00 left"]
 
 
 def test_what_is_quick_and_happens_often_is_not_named(said):

@@ -127,7 +127,7 @@ def _facts(seen: Scanned) -> list[tuple[str, str]]:
     facts.append(("images are stored as", ", ".join(modes)))
     if sizes:
         words = [" x ".join(map(str, sizes[place])) for place in (0, len(sizes) // 2, -1)]
-        facts.append(("smallest, middle and largest image", ", ".join(words)))
+        facts.append(("smallest, middle and largest image, height x width", ", ".join(words)))
     if (found := mean_and_std(seen.looks)) is not None:
         channels = "each channel" if seen.looks[0].raster else "R, G, B"
         facts += [

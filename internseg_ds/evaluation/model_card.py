@@ -203,15 +203,17 @@ def _scores(record: RunRecord, classes: Sequence[str]) -> str:
     kinds = list(dict.fromkeys(name.partition(".")[0] for name in record.scores if is_of_one_class(name)))
     if kinds:
         lines += ["", f"| class | {' | '.join(kinds)} |", "|---" * (len(kinds) + 1) + "|"]
-        for name in classes:
-            cells = [record.scores.get(f"{kind}.{name}") for kind in kinds]
-            shown = " | ".join("" if cell is None else f"{100 * cell:.2f}" for cell in cells)
+        cells = {name: [record.scores.get(f"{kind}.{name}") for kind in kinds] for name in classes}
+        scored = {name: row for name, row in cells.items() if any(cell is not None for cell in row)}
+        for name, row in scored.items():
+            shown = " | ".join("" if cell is None else f"{100 * cell:.2f}" for cell in row)
             lines.append(f"| {in_cell(name)} | {shown} |")
-        lines += [
-            "",
-            "In percent. A class without Acc is labelled in no image of the validation set; one without any number is "
-            "not predicted there either.",
-        ]
+        absent = len(cells) - len(scored)
+        lines += ["", "In percent. A class without Acc is labelled in no image of the validation set."]
+        if absent:
+            lines[-1] += (
+                f" {absent:,} of the {len(cells):,} classes are neither labelled nor predicted there."
+            )
     if CONFUSION in record.pictures:
         lines += ["", f"![which classes the pixels of each class are predicted as]({CONFUSION})"]
     return "\n".join(lines)

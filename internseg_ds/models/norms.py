@@ -78,7 +78,7 @@ def apex_rms_norm() -> Kernel | None:
 @functools.cache
 def rms_norm_kernel(width: int, dtype: torch.dtype, device: torch.device) -> Kernel:
     """Choose torch's kernel, or apex's where it is installed and faster at this width: once per process,
-    logged."""
+    logged where there is a choice."""
     apex = None
     if device.type == "cuda" and dtype in (torch.float32, torch.float16, torch.bfloat16):
         apex = apex_rms_norm()
@@ -88,7 +88,8 @@ def rms_norm_kernel(width: int, dtype: torch.dtype, device: torch.device) -> Ker
         kernels["apex"] = apex
         name, why = fastest(kernels, width, dtype, device)
     if device.type != "meta":  # where nothing is computed
-        log.info(
+        log.log(
+            logging.DEBUG if apex is None else logging.INFO,
             "RMSNorm of width %d in %s on %s: %s (%s)",
             width,
             str(dtype).removeprefix("torch."),

@@ -45,7 +45,7 @@ def describe(plan: Plan, console: Console) -> None:
         f"data: {len(plan.train_set):,} training images, "
         f"{len(plan.val_set) if plan.val_set is not None else 0:,} validation images; "
         f"{experiment.max_steps:,} steps = "
-        f"{experiment.max_steps * ds.global_batch / len(plan.train_set):.1f} epochs"
+        f"{experiment.max_steps * ds.global_batch / len(plan.train_set):,.1f} epochs"
     )
     for note in plan.notes:
         console.print(note, markup=False, highlight=False, soft_wrap=True)

@@ -106,7 +106,7 @@ def _batch(plan: Plan) -> str:
     return (
         f"{counted(ds.global_batch, 'image')} per step = {counted(ds.world_size, 'process')} x "
         f"{counted(ds.micro_batch, 'image')} x {counted(ds.accumulation, 'accumulation step')}; "
-        f"{counted(steps, 'step')} = {steps * ds.global_batch / len(plan.train_set):.1f} epochs"
+        f"{counted(steps, 'step')} = {steps * ds.global_batch / len(plan.train_set):,.1f} epochs"
     )
 
 

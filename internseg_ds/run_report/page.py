@@ -98,7 +98,7 @@ def _of_run(run: RunRecords) -> dict[str, Any]:
         "config": start.config if start is not None else "",
         "figures": figures(run),
         "start": start,
-        "resume_command": start.resume_command if start is not None else "",
+        "resume_command": start.resume_command if start is not None and not run.finished else "",
         "charts": run_charts(run),
         "classes": class_rows(run),
         "class_count": len(newest.classes) if newest is not None else 0,

@@ -193,6 +193,11 @@ class RunRecords:
         return self.starts[-1].max_steps if self.starts else None
 
     @property
+    def finished(self) -> bool:
+        """Whether all steps are done."""
+        return self.max_steps is not None and self.step >= self.max_steps
+
+    @property
     def restarts(self) -> list[Restart]:
         """In the order of time."""
         noted = [Restart(start.step, start.time, 0) for start in self.starts[1:]]

@@ -36,8 +36,9 @@ def status(run: RunRecords) -> str:
     if newest is None:
         return "no records yet"
     last = f" of {run.max_steps:,}" if run.max_steps is not None else ""
-    done = run.max_steps is not None and run.step >= run.max_steps
-    return f"step {run.step:,}{last}{', finished' if done else ''}; last record of {moment(newest[1])}"
+    return (
+        f"step {run.step:,}{last}{', finished' if run.finished else ''}; last record of {moment(newest[1])}"
+    )
 
 
 def moment(seconds: float) -> str:

@@ -31,9 +31,15 @@ def test_a_page_has_the_numbers_of_the_records(folder):
     assert f"{100 * 40 / 101:.2f}" in rows[1] and f"{100 * 40 / 102:.2f}" in rows[2]
     assert "resumed from step 20" in text and "step 17 was skipped" in text
     assert "step 30: loss 43.5" in text
-    assert "--resume auto" in text and "77.00 % of the labelled pixels" not in text
+    assert "77.00 % of the labelled pixels" not in text
     assert f"{100 * 230 / 300:.2f} % of the labelled pixels" in text  # of the confusion matrix
     assert text.count("data:image/jpeg") == (2 + 4) + 3 + 3
+
+
+def test_a_run_with_steps_left_has_the_command_that_goes_on_with_it(folder, tmp_path):
+    command = "deepspeed launch/train.py mine.py --resume auto"
+    assert command in write_run_page(write_run(tmp_path / "half", steps=20)).read_text()
+    assert command not in write_run_page(folder).read_text()
 
 
 def test_a_class_without_a_score_at_the_newest_evaluation_is_not_listed(tmp_path):
