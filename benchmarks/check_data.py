@@ -20,7 +20,6 @@ from typing import Any
 import cv2
 import numpy as np
 from mmseg.datasets import CustomDataset
-from rich.console import Console
 from torch.utils.data import DataLoader, Dataset
 
 from internseg_ds.data.checks.duplicates import find_duplicates
@@ -78,10 +77,9 @@ def main() -> None:
         )
         names = [f"class {index}" for index in range(CLASSES)]
         part: Any = build_datasets(dict(entry, classes=names), "data.train")
-        console = Console(quiet=True)
 
         def doctor() -> None:
-            found = scan([part], "data.train", console, training=True, workers=args.workers)
+            found = scan([part], "data.train", training=True, workers=args.workers)
             find_duplicates(found.looks, found.looks[: len(found.looks) // 10])
 
         def decoding() -> None:

@@ -111,6 +111,14 @@ def test_checksums_ends_with_a_ratio_for_saves_and_for_resumes():
     )
 
 
+@pytest.mark.benchmark
+def test_the_doctors_time_is_set_against_decoding():
+    line = json.loads(
+        run("check_data.py", "--images", "32", "--size", "64", "--rounds", "1").stdout.splitlines()[-1]
+    )
+    assert line["ratio"] == pytest.approx(line["doctor_s"] / line["decoding_s"], rel=0.5)
+
+
 def run(script: str, *args: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, f"benchmarks/{script}", *args], cwd=ROOT, capture_output=True, text=True, timeout=300
