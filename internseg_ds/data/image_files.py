@@ -81,7 +81,10 @@ def _pixels(image: Any, name: str, *, in_colour: bool) -> np.ndarray:
     """The array that a pipeline would load: (h, w, 3) uint8 BGR where it loads `in_colour`. Raises DataError for
     what is no image."""
     if isinstance(image, Image.Image):
-        turned = ImageOps.exif_transpose(image)  # as OpenCV turns what it reads
+        try:
+            turned = ImageOps.exif_transpose(image)  # as OpenCV turns what it reads
+        except Exception as error:  # Pillow reads the pixels of a file only now, and may not be able to
+            raise DataError(f"{name} cannot be read: {reason_of(error)}; copy its file again") from error
         multiplied = image.format == "TIFF" and image.mode == "RGBA"
         image = _rgb(turned, name, multiplied=multiplied) if in_colour else np.asarray(turned)
     if not isinstance(image, np.ndarray) or image.ndim not in (2, 3) or 0 in image.shape:

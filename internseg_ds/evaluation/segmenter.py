@@ -199,6 +199,8 @@ def _device(device: str | torch.device | None) -> torch.device:
         found = torch.device(device_type() if device is None else device)
     except RuntimeError as error:
         raise ConfigError(f"device={device!r} is none of torch's; write 'cpu', 'cuda' or 'cuda:1'") from error
+    if found.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device={device!r}: models run on CPUs and on GPUs here; write 'cpu' or 'cuda'")
     if found.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device={device!r}, but torch {torch.__version__} sees no GPU; write device='cpu'")
     return found

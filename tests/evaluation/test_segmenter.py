@@ -1,5 +1,6 @@
 """`Segmenter`: images of any kind, the labels of launch/predict.py, and what it refuses."""
 
+import io
 import shutil
 from pathlib import Path
 
@@ -89,6 +90,10 @@ def test_a_damaged_file_is_named(segmenter, tmp_path):
     (tmp_path / "damaged.jpg").write_bytes(b"no picture")
     with pytest.raises(DataError, match=r"damaged\.jpg is no picture"):
         segmenter(tmp_path / "damaged.jpg")
+    whole = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(whole, "JPEG")
+    with pytest.raises(DataError, match="image 0 cannot be read: .*truncated"):
+        segmenter(Image.open(io.BytesIO(whole.getvalue()[:-500])))
 
 
 def test_weights_without_a_config_ask_for_one_and_take_it(weights, tiny, files, segmenter, tmp_path):
@@ -109,3 +114,5 @@ def test_folders_that_hold_no_weights_and_devices_that_are_none_are_refused(weig
         Segmenter.from_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="none of torch's"):
         Segmenter.from_pretrained(weights, device="gpu")
+    with pytest.raises(ConfigError, match="on CPUs and on GPUs"):
+        Segmenter.from_pretrained(weights, device="mps")
