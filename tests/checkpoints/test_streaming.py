@@ -82,7 +82,7 @@ def floor() -> int:
     return measure([sys.executable, "-c", "import torch"])[1]
 
 
-@pytest.mark.parametrize("name", ["w.pth", "w.safetensors", "folder"])
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors", pytest.param("folder", marks=pytest.mark.slow)])
 def test_memory_depends_neither_on_the_model_nor_on_its_largest_tensor(name, big, floor, tmp_path):
     _, peak = measure(
         [

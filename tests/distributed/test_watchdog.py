@@ -183,6 +183,7 @@ def hangs_alone(rank: int) -> None:
     time.sleep(60)
 
 
+@pytest.mark.slow
 def test_one_process_alone_is_timed_while_it_saves(tmp_path):
     codes, log = ranks(hangs_alone, 1, tmp_path)
     assert codes == [LOST] and " for 4 s" in log and "at step 2, saving (" in log

@@ -104,6 +104,7 @@ def records(folder: Path, name: str) -> dict[int, dict]:
     return {line["step"]: line for line in lines if "loss" in line}
 
 
+@pytest.mark.slow
 def test_the_small_backbone_trains_under_zero_3_and_goes_on_with_another_number_of_processes(trained):
     first, again = records(trained, NAME), records(trained, "again")
     assert (list(first), list(again)) == (list(range(1, 11)), [7, 8, 9, 10])

@@ -28,6 +28,7 @@ def telling(ade20k: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return sweep(TELLING, ade20k, tmp_path_factory.mktemp("telling"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", TELLING)
 def test_models_that_once_crashed_train_and_are_evaluated_under_zero3(telling, case):
     assert telling[case] == ""

@@ -112,6 +112,7 @@ def test_a_rank_that_is_killed_ends_the_others_within_seconds(victim, ade20k, tm
     assert re.search(died, output), output[-3000:]
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_frozen_ends_the_others_after_the_heartbeat_timeout(ade20k, tmp_path):
     with running(tmp_path, ade20k, "--heartbeat-timeout", "4") as (launcher, ranks):
         ranks[1].suspend()

@@ -46,7 +46,7 @@ def resumed(train, unbroken, *arguments, **settings):
         pytest.param("zero3_bf16", 4, 1, "fp32", marks=pytest.mark.slow),
         ("zero1_bf16", 2, 2, "fp32"),
         pytest.param("zero3_autocast", 2, 2, "fp32", marks=pytest.mark.slow),
-        ("zero3_bf16_offload_optimizer", 2, 2, "fp32"),
+        pytest.param("zero3_bf16_offload_optimizer", 2, 2, "fp32", marks=pytest.mark.slow),
         pytest.param("zero3_bf16", 2, 2, "8bit", marks=pytest.mark.slow),
     ],
 )

@@ -118,7 +118,7 @@ def test_every_ds_config_follows_plain_pytorch_within_bf16(name, long_run, refer
     assert losses != pytest.approx(reference, rel=1e-7) or name == "zero3_autocast"
 
 
-@pytest.mark.parametrize("name", ["zero3_bf16", "zero3_autocast"])
+@pytest.mark.parametrize("name", ["zero3_bf16", pytest.param("zero3_autocast", marks=pytest.mark.slow)])
 def test_a_bf16_backbone_follows_plain_pytorch_too(name, train, reference):
     """This machine may compute the backbone in fp32 by default; here the bf16 arithmetic of a GPU is asked
     for."""
@@ -222,6 +222,7 @@ def test_other_launchers_train_too(launcher, train):
     assert set(run.losses) == {1, 2}
 
 
+@pytest.mark.slow
 def test_processes_that_srun_started_form_one_run(ade20k, tmp_path):
     port, processes = free_port(), []
     for rank in range(2):

@@ -92,7 +92,7 @@ def test_a_damaged_file_is_named(segmenter, tmp_path):
         segmenter(tmp_path / "damaged.jpg")
     whole = io.BytesIO()
     Image.effect_noise((64, 64), 50).save(whole, "JPEG")
-    with pytest.raises(DataError, match="image 0 cannot be read: .*truncated"):
+    with pytest.raises(DataError, match=r"image 0 cannot be read: .*truncated"):
         segmenter(Image.open(io.BytesIO(whole.getvalue()[:-500])))
 
 

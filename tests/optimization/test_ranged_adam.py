@@ -194,5 +194,6 @@ def goes_on_from_a_checkpoint_with_a_group_for_each_setting(root, work_dir) -> N
         assert all(torch.equal(resumed[name], wanted) for name, wanted in whole.items())
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_a_group_for_each_setting_is_gone_on_from(ade20k, tmp_path):
     spawn(goes_on_from_a_checkpoint_with_a_group_for_each_setting, 2, ade20k, tmp_path)
