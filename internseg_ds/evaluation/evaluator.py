@@ -186,7 +186,9 @@ def _tell_absent_classes(confusion: Tensor, classes: Sequence[str]) -> None:
     predicted = [index for index in absent if confusion[:, index].any()]
     if not absent:
         return
-    names, wrongly = (shortened([classes[index].strip() for index in some], 5) for some in (absent, predicted))
+    names, wrongly = (
+        shortened([classes[index].strip() for index in some], 5) for some in (absent, predicted)
+    )
     log.info(
         "absent: %d of %d classes have no labelled pixel here (%s); no mean counts them%s",
         len(absent),

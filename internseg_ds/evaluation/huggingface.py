@@ -254,7 +254,7 @@ def _reading(step: Mapping[str, Any]) -> tuple[str, str] | None:
     channels, nodata = {channels}, raster.nodatavals
     image = raster.read(channels).astype(np.float32)
 for values, channel in zip(image, channels):
-    values[np.isnan(values) | (values == nodata[channel - 1])] = {step.get("nodata", 0)}""",
+    values[~np.isfinite(values) | (values == nodata[channel - 1])] = {step.get("nodata", 0)}""",
         )
     flag = {"unchanged": "cv2.IMREAD_UNCHANGED", "grayscale": "cv2.IMREAD_GRAYSCALE"}.get(
         step.get("color_type", "")

@@ -5,6 +5,7 @@ In: mmseg's results dict of one image. Out: the same dict with the image, (h, w,
 registers both in mmseg's PIPELINES.
 """
 
+import math
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -29,7 +30,7 @@ class LoadRaster:
     channels: the numbers of those to read, from 1 on, in that order; None: all. tile: (height, width) in pixels;
     each window of that size is an image of the data set by itself, so that scenes of any size are evaluated in
     little memory. None: the image is read whole. nodata: what pixels become that the file, by its nodata value,
-    says nothing of, and those that are NaN.
+    says nothing of, and those that are NaN or infinite.
 
     Raises ConfigError for arguments that cannot be meant, and where rasterio is missing.
     """
@@ -47,6 +48,8 @@ class LoadRaster:
             )
         self.channels = None if channels is None else list(channels)
         self.tile = None if tile is None else size_of(tile, name, "tile")
+        if isinstance(nodata, bool) or not isinstance(nodata, (int, float)) or not math.isfinite(nodata):
+            raise ConfigError(f"nodata={short_repr(nodata)} of {name} must be a number")
         self.nodata = nodata
 
     def __call__(self, results: dict[str, Any]) -> dict[str, Any]:
@@ -156,7 +159,7 @@ def _is_positive(value: Any) -> bool:
 
 def _without_data(image: np.ndarray, nodata: Sequence[float | None]) -> np.ndarray | None:
     """Which values (h, w, channels) say nothing; None where all do. nodata: of each channel."""
-    empty = np.isnan(image) if image.dtype.kind == "f" else None
+    empty = ~np.isfinite(image) if image.dtype.kind == "f" else None
     for place, value in enumerate(nodata):
         if value is None or np.isnan(value):
             continue

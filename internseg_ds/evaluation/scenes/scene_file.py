@@ -125,8 +125,8 @@ class Scene:
             empty = None
             if self.has_holes:
                 empty = self.raster.dataset_mask(window=((top, top + height), (left, left + width))) == 0
-            elif all(map(_is_float, self.raster.dtypes)):  # without a nodata value, NaN says it
-                empty = np.isnan(read_window(self.raster, top, left, height, width)).all(axis=2)
+            elif all(map(_is_float, self.raster.dtypes)):  # without a nodata value, NaN and infinity say it
+                empty = ~np.isfinite(read_window(self.raster, top, left, height, width)).any(axis=2)
         except DataError as error:
             raise FaultError(str(error)) from error
         except rasterio.errors.RasterioError as error:

@@ -124,13 +124,20 @@ def test_channels_are_chosen_and_what_the_file_has_no_data_for_becomes_a_number(
     image = np.arange(4 * 4 * 3, dtype=np.float32).reshape(4, 4, 3)
     image[0, 0] = -9999
     image[1, 1, 2] = np.nan
+    image[2, 2] = np.inf
     written(tmp_path / "a.tif", image, nodata=-9999)
     written(tmp_path / "a_mask.tif", np.zeros((4, 4, 1), np.uint8))
     loader = dict(type="LoadRaster", channels=[3, 1], nodata=7)
     found = sample(built(tmp_path, steps(loader, channels=2)), 0)["img"].data.numpy()
     expected = image[..., [2, 0]].copy()
-    expected[0, 0] = expected[1, 1, 0] = 7
+    expected[0, 0] = expected[1, 1, 0] = expected[2, 2] = 7
     np.testing.assert_array_equal(found.transpose(1, 2, 0), expected)
+
+
+@pytest.mark.parametrize("nodata", ["a", None, True, float("nan")])
+def test_what_stands_for_no_data_is_a_number(nodata):
+    with pytest.raises(ConfigError, match=r"nodata=.* of LoadRaster must be a number"):
+        LoadRaster(nodata=nodata)
 
 
 @pytest.mark.parametrize(
