@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import internseg_ds
 from internseg_ds import exit_codes
 from internseg_ds.distributed.process_group import leave, world_from_environment
-from internseg_ds.errors import OF_ONE_RANK, Diverged, Lost, UserError
+from internseg_ds.errors import OF_ONE_RANK, ConfigError, Diverged, Lost, UserError
 from internseg_ds.host_faults import host_errors_explained
 from internseg_ds.monitoring.run_log import begin_log
 
@@ -66,10 +66,17 @@ def _rank() -> int:
         return int(os.environ.get("LOCAL_RANK", 0)) if os.environ.get("LOCAL_RANK", "0").isdigit() else 0
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong without all the options before it, once for all ranks."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; {self.prog} --help lists the options")
+
+
 def parser(description: str, example: str) -> argparse.ArgumentParser:
     """An argument parser whose --help ends with a command that works, with the options that every script
     has."""
-    made = argparse.ArgumentParser(
+    made = Parser(
         description=description,
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
