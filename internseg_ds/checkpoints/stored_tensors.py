@@ -161,6 +161,18 @@ def _stand_in_enum(value: Any) -> Any:
     return value
 
 
+ZERO_STAGES = {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3}
+"""Members of DeepSpeed's ZeroStageEnum (runtime/zero/config.py)."""
+
+
+def _member(owner: Any, name: str) -> Any:
+    """What Python 3.11.0 to 3.11.3 (Debian 12's) write for a member of an enum, in the place of getattr: anything but
+    the member of the one enum is refused."""
+    if owner is not _stand_in_enum or name not in ZERO_STAGES:
+        raise pickle.UnpicklingError("Unsupported function getattr")
+    return ZERO_STAGES[name]
+
+
 def _maker(value: np.generic | np.ndarray) -> Callable:
     """The function that a pickle of such a value calls to make it again."""
     reduced = value.__reduce__()
@@ -172,6 +184,7 @@ ALLOWED: list[Callable | tuple[Callable, str]] = [
     (_StandIn, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
     (_StandIn, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
     (_stand_in_enum, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+    (_member, "builtins.getattr"),
     (_StandIn, "deepspeed.utils.tensor_fragment.fragment_address"),
     (_StandIn, "argparse.Namespace"),  # `args` of timm's training checkpoints
     np.dtype,

@@ -9,6 +9,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from safetensors.torch import save_file
 from timm.models import load_state_dict as timm_state_dict
 
@@ -21,7 +22,7 @@ from internseg_ds.checkpoints.manifest import (
     verify_manifest,
     write_manifest,
 )
-from internseg_ds.checkpoints.stored_tensors import LARGEST_PICKLE
+from internseg_ds.checkpoints.stored_tensors import LARGEST_PICKLE, ZERO_STAGES, load_stored
 from internseg_ds.checkpoints.weights import INDEX, PICKLED_INDEX, open_weights
 from internseg_ds.errors import CheckpointError
 
@@ -150,6 +151,29 @@ def test_numpy_values_in_the_meta_of_mmcvs_files_are_read(tmp_path):
 class Attack:
     def __reduce__(self):
         return os.system, ("touch /tmp/internseg_ds_attacked",)
+
+
+class OfOldPython:
+    """Pickled as members of enums are by Python 3.11.0 to 3.11.3."""
+
+    def __init__(self, owner, name):
+        self.named = owner, name
+
+    def __reduce__(self):
+        return getattr, self.named
+
+
+def test_deepspeeds_stage_is_read_whichever_python_wrote_it(tmp_path):
+    names = {name: stage.value for name, stage in ZeroStageEnum.__members__.items() if name == stage.name}
+    assert names == ZERO_STAGES
+    for name in names:
+        stages = [getattr(ZeroStageEnum, name), OfOldPython(ZeroStageEnum, name)]
+        torch.save({"stages": stages}, tmp_path / "w.pt")
+        assert load_stored(tmp_path / "w.pt")["stages"] == [names[name]] * 2
+    for owner, name in ((ZeroStageEnum, "mro"), (torch.Size, "numel")):
+        torch.save({"stages": OfOldPython(owner, name)}, tmp_path / "w.pt")
+        with pytest.raises(CheckpointError, match=r"holds getattr beside .* run code"):
+            load_stored(tmp_path / "w.pt")
 
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path):
