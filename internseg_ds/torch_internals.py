@@ -1,7 +1,7 @@
 """Everything that this project uses of torch without a public name. No other file may use such a name;
 tests/test_torch_internals.py tells which one a new version of torch has changed.
 
-Read in torch 2.7 to 2.13.
+Read in torch 2.10 to 2.13.
 """
 
 from collections.abc import Callable, Sequence

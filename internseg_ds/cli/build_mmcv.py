@@ -71,7 +71,9 @@ def _torch() -> str:
         return (
             "torch, against which mmcv-full is compiled: pip install torch torchvision first, for your CUDA"
         )
-    return "" if (2, 7) <= found < (2, 14) else f"torch 2.7 to 2.13; this environment has {version('torch')}"
+    return (
+        "" if (2, 10) <= found < (2, 14) else f"torch 2.10 to 2.13; this environment has {version('torch')}"
+    )
 
 
 def _release(package: str) -> tuple[int, ...] | None:

@@ -164,7 +164,7 @@ def set_fp32_matmul(mode: Literal["tf32", "ieee"], device: torch.device) -> None
     `device` is no GPU.
 
     torch's default is TF32 in cuDNN's convolutions and full fp32 in matrix products. These are torch's older
-    switches, which all versions from 2.7 on have: once the newer `fp32_precision` is set, torch 2.13 raises
+    switches, which all versions have: once the newer `fp32_precision` is set, torch 2.13 raises
     when its own code (`torch.compile`) reads the older ones.
     """
     if device.type == "cuda":
