@@ -42,9 +42,6 @@ def _main() -> None:
     command_line.add_checksum_option(parser)
     args = parser.parse_args()
 
-    from internseg_ds.monitoring.run_log import start_logging
-
-    start_logging(None, level="INFO", is_main=True)
     with stage("loading mmseg"):
         from internseg_ds.evaluation.deployment.export import export_segmentor
     files = export_segmentor(
