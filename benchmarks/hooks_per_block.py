@@ -90,7 +90,7 @@ def main() -> None:
     parser = command_line.parser(
         __doc__.splitlines()[0], "deepspeed --num_gpus 1 benchmarks/hooks_per_block.py"
     )
-    parser.add_argument("--depths", type=int, nargs=2, default=(8, 32), help="blocks of the two models")
+    parser.add_argument("--depths", type=int, nargs=2, default=(8, 32), help="blocks of the two models, 4 or more")
     parser.add_argument("--images", type=int, default=2, help="per process")
     parser.add_argument("--pixels", type=int, default=112, help="side of the images")
     parser.add_argument("--recomputation", default="none", help="engine.recomputation")
