@@ -143,7 +143,10 @@ def main() -> None:
     parser.add_argument("curve", choices=CURVES)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument(
-        "--steps", type=int, default=8, help="timed steps of the smallest point (default: %(default)s)"
+        "--steps",
+        type=int,
+        default=8,
+        help="timed steps of the smallest point, 2 or more (default: %(default)s)",
     )
     parser.add_argument("--points", type=int, help="only the first so many of each series")
     parser.add_argument(
@@ -154,6 +157,8 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="JSON lines to append the points to")
     args = parser.parse_args()
+    if args.steps < 2:  # a step's CPU seconds are those between two forward passes
+        parser.error(f"--steps {args.steps} must be 2 or more")
     make, what = CURVES[args.curve]
     points = chosen(make(args.steps), args.points)
     runs: list[list[dict]] = [[] for _ in points]

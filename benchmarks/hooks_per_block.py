@@ -90,13 +90,21 @@ def main() -> None:
     parser = command_line.parser(
         __doc__.splitlines()[0], "deepspeed --num_gpus 1 benchmarks/hooks_per_block.py"
     )
-    parser.add_argument("--depths", type=int, nargs=2, default=(8, 32), help="blocks of the two models")
+    parser.add_argument(
+        "--depths",
+        type=int,
+        nargs=2,
+        default=(8, 32),
+        help="blocks of the two models, 4 or more and not alike",
+    )
     parser.add_argument("--images", type=int, default=2, help="per process")
     parser.add_argument("--pixels", type=int, default=112, help="side of the images")
     parser.add_argument("--recomputation", default="none", help="engine.recomputation")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--steps", type=int, default=3, help="per round, way and depth")
     args = parser.parse_args()
+    if min(args.depths) < 4 or len(set(args.depths)) < 2:  # the heads take the maps of four blocks
+        parser.error(f"--depths {args.depths[0]} {args.depths[1]} must be two numbers, each 4 or more")
     # one for all ranks
     folder = Path(tempfile.gettempdir(), f"hooks_per_block_{os.environ.get('MASTER_PORT', 'alone')}")
     engines: dict[tuple[str, int], SegmentorEngine] = {}

@@ -5,9 +5,8 @@ and torch.load + load_state_dict in every rank.
     python benchmarks/load_pretrained.py --timm vit_huge_plus_patch16_dinov3 --ranks 2
 
 The backbone is an InternViT of 300 M parameters by default, or a model of timm, in fp32 in one .pth. Prints, for
-each number of
-ranks, the seconds that loading took on the slowest rank and by how much it raised the peak resident memory of
-a rank above that of the built model. Ends with a line of JSON: ratio = our seconds over theirs at the largest
+each number of ranks, the seconds that loading took on the slowest rank and by how much it raised the peak resident
+memory of a rank above that of the built model. Ends with a line of JSON: ratio = our seconds over theirs at the largest
 number of ranks, memory = the same of peaks.
 """
 

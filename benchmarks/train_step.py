@@ -93,7 +93,7 @@ def options() -> argparse.Namespace:
         type=int,
         help="images per process (None: 4 tiny, 2 300m and 6b; at least 2 for a batch norm of one process)",
     )
-    parser.add_argument("--steps", type=int, default=15, help="timed steps per round")
+    parser.add_argument("--steps", type=int, default=15, help="timed steps per round, 2 or more")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them, whose losses are compared")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
@@ -126,6 +126,8 @@ def options() -> argparse.Namespace:
     )
     parser.add_argument("--timeout", type=float, default=600, help="seconds for one contender in one round")
     args = parser.parse_args()
+    if args.steps < 2:  # a step's CPU seconds are those between two forward passes
+        parser.error(f"--steps {args.steps} must be 2 or more")
     timm = ("ours", "plain_timm")
     able = [name for name in NAMES if (name in timm if args.size == "dinov3" else name != "plain_timm")]
     args.contenders = args.contenders or able
