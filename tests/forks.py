@@ -107,7 +107,15 @@ def script(path: str, args: Sequence[str], stdout: Path, stderr: Path) -> None:
             os.dup2(opened.fileno(), number)
     os.chdir(ROOT)
     sys.argv = [path, *args]
-    runpy.run_path(path, run_name="__main__")
+    try:
+        runpy.run_path(path, run_name="__main__")
+    finally:
+        for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+            try:
+                stream.flush()
+            except BrokenPipeError:  # of which multiprocessing would make an exit code of its own
+                with open(os.devnull, "w") as nowhere:
+                    os.dup2(nowhere.fileno(), number)
 
 
 def run_script(
