@@ -29,9 +29,14 @@ def host_errors_explained() -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        if (meant := _meaning(error)) is None:
+        if (meant := explained(error)) is error:
             raise
         raise meant from error
+
+
+def explained(error: BaseException) -> BaseException:
+    """The HostError or Lost that an error is known to mean; else the error itself."""
+    return (_meaning(error) if isinstance(error, (OSError, RuntimeError)) else None) or error
 
 
 def _of_a_semaphore(error: OSError | RuntimeError) -> bool:

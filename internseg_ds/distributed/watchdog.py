@@ -30,7 +30,7 @@ from internseg_ds.distributed.process_group import World, join, leave
 from internseg_ds.distributed.rank_connections import connect_ranks
 from internseg_ds.errors import ConfigError, Lost, UserError, reason_of, unless_on_every_rank
 from internseg_ds.exit_codes import FAILED, LOST, USER_ERROR
-from internseg_ds.host_faults import host_errors_explained
+from internseg_ds.host_faults import explained, host_errors_explained
 
 log = logging.getLogger(__name__)
 
@@ -138,6 +138,7 @@ class Watchdog:
             self._thread.join(GRACE_S)
             self._thread = None
             return
+        failure = explained(failure)  # which this process will end with
         self._status = replace(self._status, failure=reason_of(failure)[:300], code=_exit_code(failure))
         # meanwhile the thread sends it, or ends the process if another rank is the reason
         time.sleep(GRACE_S)

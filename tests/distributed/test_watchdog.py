@@ -16,6 +16,7 @@ from internseg_ds.distributed.process_group import world_from_environment
 from internseg_ds.distributed.watchdog import GRACE_S, Watchdog, joined, time_limit
 from internseg_ds.errors import ConfigError, DataError
 from internseg_ds.exit_codes import FAILED, LOST
+from internseg_ds.host_faults import explained
 from tests.conftest import free_port
 from tests.forks import start_ranks
 
@@ -77,6 +78,13 @@ def fails_on_rank_1_alone(rank: int) -> None:
 def test_the_error_of_one_rank_is_told_to_the_others(tmp_path):
     codes, log = ranks(fails_on_rank_1_alone, 2, tmp_path)
     assert codes == [FAILED, FAILED] and "ended with ZeroDivisionError: of rank 1" in log
+
+
+def test_a_data_worker_that_was_killed_is_a_loss_wherever_torch_raises_it():
+    killed = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    meant = explained(killed)
+    assert isinstance(meant, Lost) and "data worker 7 of host" in str(meant)
+    assert explained(other := RuntimeError("of something else")) is other
 
 
 def fails_on_all_ranks(rank: int) -> None:
