@@ -14,7 +14,7 @@ import torch.distributed as dist
 from internseg_ds.config.engine_options import EngineOptions
 from internseg_ds.distributed.process_group import world_from_environment
 from internseg_ds.distributed.watchdog import GRACE_S, Watchdog, joined, time_limit
-from internseg_ds.errors import ConfigError, DataError
+from internseg_ds.errors import ConfigError, DataError, Lost
 from internseg_ds.exit_codes import FAILED, LOST
 from internseg_ds.host_faults import explained
 from tests.conftest import free_port
